@@ -1,0 +1,216 @@
+"""Where calibration text comes from, and the text that judges the result: the two never overlap."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, tensor
+from transformers import PreTrainedTokenizerBase
+
+from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLES = 1024
+"""Samples that are compared with each other at most; of a longer file the first ones count."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples and where they are from.
+
+    Attributes
+    ----------
+    texts : list of str
+        One calibration sample each.
+    source : str
+        For people: where the texts are from.
+    """
+
+    texts: list[str]
+    source: str
+
+
+def load_calibration(
+    calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1
+) -> Calibration:
+    """Calibration texts from a user's strings or file, or, with None, one MMLU question a subject.
+
+    Parameters
+    ----------
+    calibration : list of str, path, or None
+        Path: .txt (samples separated by blank lines), .jsonl (strings, or objects with "text"), .csv or
+        .parquet (a column "text"). None: questions without answers of MMLU's validation split if the Hugging
+        Face hub or its cache answers, else of the development questions that lm-eval ships. Never MMLU's test
+        split.
+    samples_per_subject : int
+        Questions a subject where `calibration` is None.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
+    """
+    if calibration is None:
+        return _mmlu_calibration(samples_per_subject)
+    if isinstance(calibration, (str, Path)):
+        path = Path(calibration)
+        samples: Iterable[Any] = _read(path)
+        source = path.name
+    else:
+        samples, source = calibration, "strings given by the caller"
+    texts = []
+    for sample in islice(samples, MAX_SAMPLES):
+        if not isinstance(sample, str):
+            raise ValueError(f"Calibration sample {len(texts)} of {source} must be a string, got {sample!r:.80}.")
+        if sample.strip():
+            texts.append(sample)
+    if not texts:
+        raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
+    return Calibration(texts, source)
+
+
+def tokenize_samples(
+    tokenizer: PreTrainedTokenizerBase, calibration: Calibration, sample_length: int, vocab_size: int
+) -> list[Tensor]:
+    """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
+
+    Raises
+    ------
+    ValueError
+        If a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
+    """
+    samples = []
+    for text in calibration.texts:
+        ids = tokenizer(text, truncation=True, max_length=sample_length)["input_ids"]
+        if not ids:
+            raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"The tokenizer gives token id {max(ids)}, but the model has {vocab_size} embeddings; "
+                "use the tokenizer that belongs to the model."
+            )
+        samples.append(tensor(ids))
+    return samples
+
+
+def documentation_halves() -> tuple[str, str]:
+    """Python's own reference documentation as two texts that share no paragraph.
+
+    English prose that is there wherever Python is: the first half is for calibration, the second for judging.
+    Both are empty where Python was installed without `pydoc_data.topics`.
+    """
+    if importlib.util.find_spec("pydoc_data") is None:
+        return "", ""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return "", ""
+    # Some topics contain others, so paragraphs repeat; each is kept where it comes first.
+    paragraphs = dict.fromkeys(
+        paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n")
+    )
+    ordered = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    middle = len(ordered) // 2
+    return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
+
+
+def _mmlu_calibration(samples_per_subject: int) -> Calibration:
+    try:
+        questions, source = _hub_questions(), "cais/mmlu, validation split"
+    except Exception as error:  # no `datasets`, no network, no cache, a changed data set: each means "not there"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.info("No MMLU validation questions from the hub (%s).", reason)
+        questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
+    texts = []
+    for subject in SUBJECTS:
+        if len(questions[subject]) < samples_per_subject:
+            raise ValueError(
+                f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} "
+                f"questions on {subject}; lower it, or give calibration= a file of your own."
+            )
+        texts += [format_question(question) for question in questions[subject][:samples_per_subject]]
+    logger.info("Calibrating on %d questions: %s.", len(texts), source)
+    return Calibration(texts, source)
+
+
+def _hub_questions() -> dict[str, list[Question]]:
+    from datasets import load_dataset
+
+    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
+    for row in load_dataset("cais/mmlu", "all", split="validation"):
+        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
+    return questions
+
+
+def _read(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"The calibration file {str(path)!r} does not exist.")
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"Calibration files are {', '.join(readers)}, got {path.name!r}.")
+    try:
+        yield from readers[path.suffix](path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"The calibration file {path.name!r} is not UTF-8 text: {error}.") from None
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        paragraph: list[str] = []
+        for line in lines:
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield "".join(paragraph)
+                paragraph = []
+        yield "".join(paragraph)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path.name!r} is not JSON: {error.msg}.") from None
+            if isinstance(record, dict):
+                if "text" not in record:
+                    raise ValueError(f"Line {number} of {path.name!r} has no field 'text'.")
+                record = record["text"]
+            yield record
+
+
+def _read_csv(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = csv.DictReader(lines)
+        if "text" not in (rows.fieldnames or []):
+            raise ValueError(f"{path.name!r} has no column 'text' in its first line, but {rows.fieldnames}.")
+        for row in rows:
+            yield row["text"] or ""
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"Reading {path.name!r} needs pyarrow; run `pip install pyarrow`.") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if "text" not in table.schema_arrow.names:
+                raise ValueError(f"{path.name!r} has no column 'text', but {table.schema_arrow.names}.")
+            for batch in table.iter_batches(columns=["text"]):
+                yield from batch.column(0).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"The calibration file {path.name!r} is not Parquet: {error}.") from None

@@ -1,0 +1,207 @@
+"""FusionConfig: every hyper-parameter of a fusion, validated, in one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+METHODS: dict[str, dict[str, str]] = {
+    "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average"},
+    "mka": {"selection": "last", "alignment": "none", "merge": "average"},
+    "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first"},
+}
+"""What each preset sets. A field that the user gives overrides its preset."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "selection": ("last",),
+    "alignment": ("none", "rows"),
+    "merge": ("average", "keep_first"),
+}
+
+# Inclusive lower bounds of the integer fields and (exclusive lower, inclusive upper) bounds of the floats.
+_INT_MINIMUM = {
+    "num_fusions": 1,
+    "embedding_dim": 1,
+    "mi_neighbors": 1,
+    "entropy_neighbors": 1,
+    "sample_length": 1,
+    "samples_per_subject": 1,
+    "perplexity_tokens": 0,
+    "seed": 0,
+}
+_FLOAT_RANGE = {
+    "kernel_scale": (0.0, math.inf),
+    "kernel_alpha": (-math.inf, math.inf),
+    "ratio_beta": (-math.inf, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Settings of a fusion.
+
+    Parameters
+    ----------
+    num_fusions : int
+        How many times two layers become one, 1 to L - 1 for a model of L layers.
+    method : {"neural_alignment", "mka", "truncate"}, default="neural_alignment"
+        Preset of `selection`, `alignment` and `merge`.
+    selection : {"last"}, default from `method`
+        Which pair each step fuses. "last": the two last layers of the model as it then is.
+    alignment : {"none", "rows"}, default from `method`
+        How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
+        rows of each weight matrix on its own.
+    merge : {"average", "keep_first"}, default from `method`
+        "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is.
+    kernel_scale : float > 0, default=8.0
+        sigma_K of the diffusion kernel.
+    kernel_alpha : float, default=0.5
+        Power alpha of the kernel's density normalisation.
+    embedding_dim : int >= 1, default=2
+        d, the number of manifold coordinates of each sample.
+    mi_neighbors : int >= 1, default=5
+        k of the mutual information estimate.
+    entropy_neighbors : int >= 1, default=50
+        k of the entropy estimate; needs at least k + 1 calibration samples.
+    rank_normalize : bool, default=True
+        Replace each embedding coordinate by its rank / N before stage 3. Without it entropies may differ in
+        sign between layers.
+    ratio_beta : float, default=1.0
+        beta, the slope of the sigmoid that makes fusion ratios of similarities.
+    sample_length : int >= 1, default=512
+        T_max, tokens of a calibration sample; longer ones are cut.
+    samples_per_subject : int >= 1, default=1
+        Questions of each of the 57 MMLU subjects in the default calibration set.
+    perplexity_tokens : int >= 0, default=4000
+        Tokens on which perplexity is measured before and after fusing; 0 leaves it out.
+    seed : int >= 0, default=0
+        Seed of the mutual information estimate.
+
+    Raises
+    ------
+    ValueError
+        If a value has the wrong type, is out of range, or is no known choice.
+    """
+
+    num_fusions: int
+    method: str = "neural_alignment"
+    selection: str = None  # type: ignore[assignment]  # filled from `method` in __post_init__
+    alignment: str = None  # type: ignore[assignment]
+    merge: str = None  # type: ignore[assignment]
+    kernel_scale: float = 8.0
+    kernel_alpha: float = 0.5
+    embedding_dim: int = 2
+    mi_neighbors: int = 5
+    entropy_neighbors: int = 50
+    rank_normalize: bool = True
+    ratio_beta: float = 1.0
+    sample_length: int = 512
+    samples_per_subject: int = 1
+    perplexity_tokens: int = 4000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method)
+        for name, preset in METHODS[self.method].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, preset)
+            _check_choice(name, getattr(self, name))
+        for name, minimum in _INT_MINIMUM.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+        for name, (lower, upper) in _FLOAT_RANGE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+            if not lower < value <= upper:
+                raise ValueError(f"{name} must be greater than {lower:g}, got {value!r}.")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.rank_normalize, bool):
+            raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r}.")
+
+    @property
+    def needs_similarity(self) -> bool:
+        """Whether any step uses the layer similarity matrix (stages 1 to 3)."""
+        return self.merge == "average"
+
+    def check_num_layers(self, num_hidden_layers: int) -> None:
+        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""
+        if num_hidden_layers < 2:
+            raise ValueError(f"The model has {num_hidden_layers} layer; fusing needs at least 2.")
+        if self.num_fusions >= num_hidden_layers:
+            raise ValueError(
+                f"num_fusions must be 1 to {num_hidden_layers - 1} for a model of {num_hidden_layers} layers, "
+                f"got {self.num_fusions}."
+            )
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Raise ValueError unless `num_samples` calibration samples are enough for stages 2 and 3."""
+        needed = max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
+        if self.needs_similarity and num_samples < needed:
+            raise ValueError(
+                f"entropy_neighbors={self.entropy_neighbors}, mi_neighbors={self.mi_neighbors} and "
+                f"embedding_dim={self.embedding_dim} need at least {needed} calibration samples, got "
+                f"{num_samples}; give more samples or lower the largest of the three."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of all fields, `num_fusions` first."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> FusionConfig:
+        """Build from values that may be strings, as command lines and model args give them.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name (the nearest known one is named) or a value that does not parse.
+        """
+        for name in kwargs:
+            if name not in cls.field_names():
+                raise ValueError(unknown_name("fusion setting", name, cls.field_names()))
+        if "num_fusions" not in kwargs:
+            raise ValueError("num_fusions is required: the number of times that two layers become one.")
+        return cls(**{name: _parse(name, value) for name, value in kwargs.items()})
+
+
+def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
+    """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}."
+    return f"Unknown {kind} {name!r}; {hint}"
+
+
+def _check_choice(name: str, value: Any) -> None:
+    if value not in CHOICES[name]:
+        if isinstance(value, str):
+            raise ValueError(unknown_name(name, value, CHOICES[name]))
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
+
+
+def _parse(name: str, value: Any) -> Any:
+    """Read a string as the type of field `name`; any other value passes through."""
+    if not isinstance(value, str) or name in CHOICES:
+        return value
+    try:
+        if name in _INT_MINIMUM:
+            return int(value)
+        if name in _FLOAT_RANGE:
+            return float(value)
+    except ValueError:
+        wanted = "an integer" if name in _INT_MINIMUM else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.") from None
+    lowered = value.strip().lower()
+    if lowered not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+    return lowered == "true"

@@ -1,0 +1,67 @@
+"""The model card that goes with a fused checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from huggingface_hub import ModelCardData
+
+from lf_hf.report import FusionReport
+
+
+def model_card(report: FusionReport, *, as_llama: bool) -> str:
+    """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
+    data = ModelCardData(
+        base_model=None if os.path.exists(report.base) else report.base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llama", "layer-fusion", "compressed"],
+    )
+    load_import = "" if as_llama else "import lf_hf  # registers the architecture\n"
+    rows = "\n".join(
+        f"| {step.pair[0]} | {step.pair[1]} | {step.ratio_i:.4f} | {step.ratio_j:.4f} |" for step in report.steps
+    )
+    perplexity = ""
+    if report.perplexity is not None:
+        perplexity = (
+            f"| perplexity ({report.perplexity.text}, {report.perplexity.tokens} tokens) "
+            f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |\n"
+        )
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in report.config.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# A Llama with {report.layers_after} layers, fused from {report.layers_before}
+
+Made from `{os.path.basename(report.base) if os.path.exists(report.base) else report.base}` by layer fusion
+(`{report.config["method"]}`).
+
+| | base | fused |
+|---|---|---|
+| decoder layers | {report.layers_before} | {report.layers_after} |
+| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
+{perplexity}
+```python
+{load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Fused layers
+
+Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
+
+| layer i | layer j | share of i | share of j |
+|---|---|---|---|
+{rows}
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+`fusion_report.json` beside this file has the details.
+"""

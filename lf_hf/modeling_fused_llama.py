@@ -1,0 +1,286 @@
+"""Fused Llama models: a Llama with fewer decoder layers that can make, save and explain itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import cached_file
+
+from lf_hf import pipeline
+from lf_hf.calibration import load_calibration
+from lf_hf.config import FusionConfig, unknown_name
+from lf_hf.configuration_fused_llama import FusedLlamaConfig
+from lf_hf.model_card import model_card
+from lf_hf.report import REPORT_NAME, FusionReport
+
+# Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+_QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+
+
+class FusedLlamaModel(LlamaModel):
+    """The decoder of a fused Llama, without a head. Computes what LlamaModel computes."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+
+class FusedLlamaForCausalLM(LlamaForCausalLM):
+    """A Llama whose layers were fused. Computes what LlamaForCausalLM computes.
+
+    Attributes
+    ----------
+    fusion_report : FusionReport or None
+        What was fused and how well it went; read from the checkpoint where the model was loaded from one.
+    tokenizer : PreTrainedTokenizerBase or None
+        The base's tokenizer where the model was fused in this process; saved with the model.
+    """
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+    def __init__(self, config: FusedLlamaConfig) -> None:
+        super().__init__(config)
+        self.fusion_report: FusionReport | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def from_pretrained_fused(
+        cls,
+        base: str | os.PathLike[str],
+        config: FusionConfig | None = None,
+        *,
+        calibration: Sequence[str] | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> FusedLlamaForCausalLM:
+        """Load a Llama and fuse its layers.
+
+        Parameters
+        ----------
+        base : str
+            Hub name or folder of a Llama checkpoint.
+        config : FusionConfig, optional
+            Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` is required.
+        calibration : list of str or path, optional
+            Calibration text, as `lf_hf.calibration.load_calibration` takes it. Default: MMLU questions.
+        tokenizer : optional
+            The base's tokenizer, if it is not beside the base.
+        **kwargs
+            FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+
+        Raises
+        ------
+        ValueError
+            Before any long work, for settings, a base or calibration text that can not be used.
+        """
+        settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+        for name in kwargs:
+            if difflib.get_close_matches(name, FusionConfig.field_names(), n=1, cutoff=0.85):
+                raise ValueError(unknown_name("argument", name, FusionConfig.field_names()))
+        if config is None:
+            config = FusionConfig.from_kwargs(**settings)
+        elif settings:
+            config = dataclasses.replace(config, **settings)
+        base = os.fspath(base)
+        base_config = _base_config(base, kwargs)
+        config.check_num_layers(base_config.num_hidden_layers)
+        texts = None
+        if config.needs_similarity:
+            texts = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
+            config.check_num_samples(len(texts.texts))
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(base, **_hub_arguments(kwargs))
+
+        # Weights are read from safetensors or GGUF alone: pickled ones can run code.
+        llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
+        name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
+        report = pipeline.fuse(llama.eval(), tokenizer, config, texts, base=name)
+        return cls._adopt(llama, report, tokenizer)
+
+    @classmethod
+    def _adopt(
+        cls, llama: LlamaForCausalLM, report: FusionReport, tokenizer: PreTrainedTokenizerBase
+    ) -> FusedLlamaForCausalLM:
+        """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
+        fusion = {
+            "base": report.base,
+            "config": report.config,
+            "pairs": [list(step.pair) for step in report.steps],
+            "ratios": [step.ratio_i for step in report.steps],
+            "versions": report.versions,
+        }
+        config = _converted(llama.config, FusedLlamaConfig, fusion=fusion)
+        for module in llama.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config = config
+        # A base from GGUF is plain floats now, whatever the loader left behind.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            llama.__dict__.pop(name, None)
+        llama.model.__class__ = FusedLlamaModel
+        llama.__class__ = cls
+        assert isinstance(llama, cls)
+        llama.fusion_report = report
+        llama.tokenizer = tokenizer
+        return llama
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any transformers model; `fusion_report` is read from the checkpoint."""
+        hub = _hub_arguments(kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            file = cached_file(
+                pretrained_model_name_or_path,
+                REPORT_NAME,
+                **hub,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            model.fusion_report = None if file is None else FusionReport.load(file)
+        return loaded
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        as_llama: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model, its report, a model card and the tokenizer into a folder, all or nothing.
+
+        Parameters
+        ----------
+        save_directory : path
+            A folder that does not exist, is empty, or holds a fused checkpoint, which is replaced.
+        as_llama : bool
+            Write a plain Llama checkpoint that programs without lf_hf open.
+        tokenizer : optional
+            Default: the base's.
+        push_to_hub, **kwargs
+            As for any transformers model.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds anything else.
+        """
+        if not kwargs.get("is_main_process", True):
+            return
+        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
+        with _replaced_folder(Path(save_directory)) as folder:
+            if as_llama:
+                self.to_llama().save_pretrained(folder, *args, **kwargs)
+            else:
+                super().save_pretrained(folder, *args, **kwargs)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if self.fusion_report is not None:
+                self.fusion_report.save(folder)
+                card = model_card(self.fusion_report, as_llama=as_llama)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), as_llama=as_llama)
+
+    def to_llama(self) -> LlamaForCausalLM:
+        """A stock LlamaForCausalLM that shares this model's weights."""
+        config = _converted(self.config, LlamaConfig)
+        with torch.device("meta"):
+            llama = LlamaForCausalLM(config)
+        llama.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        llama.model.rotary_emb = LlamaRotaryEmbedding(config).to(self.device)
+        llama.tie_weights()
+        llama.generation_config = self.generation_config
+        return llama.train(self.training)
+
+
+def _base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
+    """Config of the model to fuse, checked to be a Llama in plain floats."""
+    if os.path.isdir(base) and not kwargs.get("gguf_file"):
+        subfolder = kwargs.get("subfolder", "")
+        if not os.path.isfile(os.path.join(base, subfolder, "config.json")):
+            raise ValueError(
+                f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
+            )
+    if kwargs.get("gguf_file") and importlib.util.find_spec("gguf") is None:
+        raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
+    for name in _QUANTIZATION_ARGUMENTS:
+        if kwargs.get(name):
+            raise ValueError(f"{name} can not be used while fusing; fuse in bfloat16, save, and quantise the result.")
+    config = AutoConfig.from_pretrained(base, **_hub_arguments(kwargs))
+    if config.model_type == FusedLlamaConfig.model_type:
+        raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
+    if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
+        raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
+    if getattr(config, "quantization_config", None) and not kwargs.get("gguf_file"):
+        raise ValueError(f"{base!r} is quantised; fuse the original floating-point checkpoint instead.")
+    return config
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
+def _converted(config: LlamaConfig, to: type[LlamaConfig], **extra: Any) -> Any:
+    """The same architecture as a config of another class."""
+    left_out = {"model_type", "architectures", "fusion", "quantization_config", "transformers_version"}
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
+    converted = to(**values, **extra)
+    converted._attn_implementation = config._attn_implementation
+    converted._name_or_path = config._name_or_path
+    return converted
+
+
+def _tokenizer_beside(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder that a model was loaded from, if there is one."""
+    if not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(name_or_path)
+
+
+@contextmanager
+def _replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
+    replaces = folder.is_dir() and any(folder.iterdir())
+    if replaces and not (folder / REPORT_NAME).is_file():
+        raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if replaces:
+            old = folder.with_name(f"{scratch.name}.old")
+            folder.rename(old)
+            scratch.rename(folder)
+            shutil.rmtree(old)
+        else:
+            scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,207 @@
+"""The pipeline: runs the five stages on a loaded Llama, in place, and reports what it did."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lf_hf.calibration import Calibration, documentation_halves, tokenize_samples
+from lf_hf.config import FusionConfig
+from lf_hf.perplexity import pack_tokens, perplexity
+from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, PerplexityInfo
+from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.fusion import fuse_layers, fusion_ratio, remove_layer
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import layer_similarity
+
+logger = logging.getLogger(__name__)
+
+_PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+
+
+def fuse(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    calibration: Calibration | None,
+    *,
+    base: str,
+) -> FusionReport:
+    """Fuse `config.num_fusions` pairs of layers of `model`, in place.
+
+    Parameters
+    ----------
+    model : LlamaForCausalLM
+        Changed: it has `num_fusions` fewer layers afterwards.
+    tokenizer : the model's tokenizer
+    config : FusionConfig
+    calibration : Calibration or None
+        May be None only where `config.needs_similarity` is false.
+    base : str
+        Name of the model, for the report.
+
+    Raises
+    ------
+    ValueError
+        If the model has too few layers, there are too few calibration samples, or weights or activations are
+        not finite. The model is unchanged then.
+    """
+    check_model(model, config)
+    clock = _Clock()
+    notes: list[str] = []
+    layers_before, parameters_before = len(model.model.layers), model.num_parameters()
+
+    with clock("perplexity"):
+        sequences = _judging_sequences(model, tokenizer, config, notes)
+        dense = perplexity(model, sequences, "Perplexity before fusing") if sequences else None
+
+    similarity, embeddings, info = None, None, None
+    if config.needs_similarity:
+        assert calibration is not None
+        config.check_num_samples(len(calibration.texts))
+        samples = tokenize_samples(tokenizer, calibration, config.sample_length, model.config.vocab_size)
+        info = CalibrationInfo(calibration.source, len(samples), sum(map(len, samples)))
+        with clock("activations"):  # stage 1
+            distances = sample_distances(model, samples)
+        with clock("manifold"):  # stage 2
+            embeddings = np.stack(
+                [
+                    diffusion_embedding(
+                        layer,
+                        kernel_scale=config.kernel_scale,
+                        kernel_alpha=config.kernel_alpha,
+                        embedding_dim=config.embedding_dim,
+                    )
+                    for layer in distances
+                ]
+            )
+        with clock("similarity"):  # stage 3
+            similarity = layer_similarity(
+                embeddings,
+                mi_neighbors=config.mi_neighbors,
+                entropy_neighbors=config.entropy_neighbors,
+                rank_normalize=config.rank_normalize,
+                seed=config.seed,
+            )
+
+    with clock("alignment and fusion"):  # stages 4 and 5
+        steps = _fuse_from_the_end(model, config, similarity)
+
+    judged = None
+    if dense is not None:
+        with clock("perplexity"):
+            fused = perplexity(model, sequences, "Perplexity after fusing")
+        judged = PerplexityInfo(dense, fused, sum(map(len, sequences)), _judging_text())
+        if not fused <= 2 * dense:
+            notes.append(
+                f"Perplexity went from {dense:.4g} to {fused:.4g}: the fused model predicts text far worse than its "
+                "base, even where multiple-choice scores look fine."
+            )
+            logger.warning(notes[-1])
+
+    return FusionReport(
+        base=base,
+        config=config.to_dict(),
+        steps=steps,
+        layers_before=layers_before,
+        layers_after=len(model.model.layers),
+        parameters_before=parameters_before,
+        parameters_after=model.num_parameters(),
+        calibration=info,
+        perplexity=judged,
+        similarity=None if similarity is None else similarity.tolist(),
+        embeddings=None if embeddings is None else embeddings.tolist(),
+        seconds=clock.seconds,
+        versions=versions(),
+        notes=notes,
+    )
+
+
+def check_model(model: LlamaForCausalLM, config: FusionConfig) -> None:
+    """Raise ValueError if `model` can not be fused as `config` says."""
+    config.check_num_layers(len(model.model.layers))
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is offloaded, so it can not be fused in place; load the base without offloading (a "
+                "device_map that fits its devices, or none)."
+            )
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a fusion's result depends on."""
+    packages = {name: version(name) for name in ("lf_hf", "torch", "transformers", "numpy", "scipy", "scikit-learn")}
+    return packages | {"python": platform.python_version()}
+
+
+@torch.no_grad()
+def _fuse_from_the_end(
+    model: LlamaForCausalLM, config: FusionConfig, similarity: NDArray[np.float64] | None
+) -> list[FusionStep]:
+    """Fuse the two last layers, `num_fusions` times."""
+    layers = model.model.layers
+    origins = [[index] for index in range(len(layers))]  # the original layers that each layer stands for
+    steps = []
+    for _ in range(config.num_fusions):
+        j = len(layers) - 1
+        i = j - 1
+        ratio = 1.0
+        if similarity is not None:
+            ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
+        parameters = dict(layers[i].named_parameters())
+        fused, matches = fuse_layers(
+            parameters,
+            dict(layers[j].named_parameters()),
+            ratio=ratio,
+            alignment=config.alignment,
+            merge=config.merge,
+        )
+        for name, tensor in fused.items():
+            parameters[name].copy_(tensor)
+        steps.append(FusionStep(origins[i], origins[j], ratio, 1 - ratio, matches))
+        origins[i] = origins[i] + origins.pop(j)
+        remove_layer(model, j)
+    return steps
+
+
+def _judging_sequences(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: FusionConfig, notes: list[str]
+) -> list[Tensor]:
+    """Token sequences on which perplexity is measured: the second half of Python's documentation."""
+    if config.perplexity_tokens == 0:
+        return []
+    text = documentation_halves()[1]
+    if not text:
+        notes.append("No perplexity: this Python comes without pydoc_data.topics, the text that it is measured on.")
+        logger.warning(notes[-1])
+    length = min(_PERPLEXITY_LENGTH, model.config.max_position_embeddings)
+    return pack_tokens(tokenizer, text, length, config.perplexity_tokens)
+
+
+def _judging_text() -> str:
+    return f"documentation of Python {platform.python_version()}, second half"
+
+
+class _Clock:
+    """Seconds by name, added up over `with clock(name):` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

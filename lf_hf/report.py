@@ -1,0 +1,157 @@
+"""FusionReport: what was fused, how well it matched, what it cost, and what it did to the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lf_hf.stages.alignment import RowMatch
+
+REPORT_NAME = "fusion_report.json"
+
+
+@dataclass(frozen=True)
+class FusionStep:
+    """One fusion of two layers. Layers are numbered from 0 as in the original model.
+
+    `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
+    for all of them. `ratio_i` + `ratio_j` = 1. `matches` has one entry for each aligned projection.
+    """
+
+    layers_i: list[int]
+    layers_j: list[int]
+    ratio_i: float
+    ratio_j: float
+    matches: dict[str, RowMatch] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Original indices (i, j): a fused layer keeps the index of its first layer."""
+        return self.layers_i[0], self.layers_j[0]
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """Source of the calibration text, and its size in samples and tokens."""
+
+    source: str
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PerplexityInfo:
+    """Perplexity of both models on `tokens` tokens of a text that calibration did not see."""
+
+    dense: float
+    fused: float
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
+
+    `similarity` is (L, L) and `embeddings` is (L, N, d); both are None where the method does not use them.
+    `seconds` is wall time by stage. `notes` holds what a user should know, one sentence each.
+    """
+
+    base: str
+    config: dict[str, Any]
+    steps: list[FusionStep]
+    layers_before: int
+    layers_after: int
+    parameters_before: int
+    parameters_after: int
+    calibration: CalibrationInfo | None
+    perplexity: PerplexityInfo | None
+    similarity: list[list[float]] | None
+    embeddings: list[list[list[float]]] | None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    notes: list[str]
+
+    @property
+    def layers_removed_fraction(self) -> float:
+        """Layers removed over all layers."""
+        return 1 - self.layers_after / self.layers_before
+
+    @property
+    def parameters_removed_fraction(self) -> float:
+        """Parameters removed over all parameters, tied ones counted once."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"Fused {self.base} with {self.config['method']}: {self.layers_before} -> {self.layers_after} layers "
+            f"(-{self.layers_removed_fraction:.1%}), {self.parameters_before:,} -> {self.parameters_after:,} "
+            f"parameters (-{self.parameters_removed_fraction:.1%})."
+        ]
+        for step in self.steps:
+            line = f"  layer {step.pair[0]} <- {step.pair[0]} x {step.ratio_i:.4f} + {step.pair[1]} x {step.ratio_j:.4f}"
+            if step.matches:
+                before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
+                after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)
+                line += f", mean matched cosine {before:.3f} -> {after:.3f}"
+            lines.append(line)
+        if self.calibration:
+            lines.append(
+                f"  calibration: {self.calibration.source} ({self.calibration.samples} samples, "
+                f"{self.calibration.tokens} tokens)"
+            )
+        if self.perplexity:
+            lines.append(
+                f"  perplexity: {self.perplexity.dense:.4g} -> {self.perplexity.fused:.4g} "
+                f"({self.perplexity.text}, {self.perplexity.tokens} tokens)"
+            )
+        lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, plus both compression figures, JSON-ready."""
+        return dataclasses.asdict(self) | {
+            "layers_removed_fraction": self.layers_removed_fraction,
+            "parameters_removed_fraction": self.parameters_removed_fraction,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FusionReport:
+        """The report that `to_dict` wrote. Raises ValueError where fields are missing or of the wrong kind."""
+        try:
+            known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            known["steps"] = [
+                FusionStep(**step | {"matches": {k: RowMatch(**m) for k, m in step["matches"].items()}})
+                for step in known["steps"]
+            ]
+            if known["calibration"] is not None:
+                known["calibration"] = CalibrationInfo(**known["calibration"])
+            if known["perplexity"] is not None:
+                known["perplexity"] = PerplexityInfo(**known["perplexity"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This is no fusion report: {error!r}.") from None
+        return cls(**known)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `fusion_report.json` into a folder."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=True)
+        (Path(folder) / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FusionReport:
+        """Read a report from its file or from the folder of a fused checkpoint."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / REPORT_NAME
+        if not file.is_file():
+            raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{str(file)!r} is not JSON: {error}.") from None
+        return cls.from_dict(values)

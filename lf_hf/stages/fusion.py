@@ -1,0 +1,126 @@
+"""Stage 5: how much of each layer goes into the fused one, and the fused weights themselves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lf_hf.stages.alignment import RowMatch, match_rows
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The matrices of a Llama decoder layer that fusion merges; its two norms stay layer i's."""
+
+
+def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 1.0) -> float:
+    """Share alpha_i of layer i in its fusion with layer j; layer j's is 1 - alpha_i.
+
+    alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers. For
+    beta = 1 and positive similarities the result lies in 0.5 to 0.74.
+
+    Parameters
+    ----------
+    similarity : array of shape (layers L, layers L)
+    i, j : int
+        Layer indices in the original model.
+    """
+    s_i, s_j = similarity[i].mean(), similarity[j].mean()
+    if s_i + s_j == 0:
+        warnings.warn(f"Layers {i} and {j} have no similarity to any layer; both count alike.", stacklevel=2)
+        raw = 0.5
+    else:
+        raw = s_i / (s_i + s_j)
+    return 1 / (1 + math.exp(-beta * raw))
+
+
+def fuse_layers(
+    weights_i: Mapping[str, Tensor],
+    weights_j: Mapping[str, Tensor],
+    *,
+    ratio: float,
+    alignment: str,
+    merge: str,
+) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+    """Weights of the layer that replaces layers i and j.
+
+    Parameters
+    ----------
+    weights_i, weights_j : mappings from a parameter's name inside the layer ("mlp.up_proj.weight") to its tensor
+    ratio : float
+        alpha_i, the share of layer i.
+    alignment, merge : str
+        As in FusionConfig.
+
+    Returns
+    -------
+    fused : dict
+        New tensors under the names of `weights_i` that change: none for merge="keep_first", the seven
+        projections and their biases otherwise.
+    matches : dict
+        For alignment="rows", how each projection's rows were matched.
+    """
+    fused: dict[str, Tensor] = {}
+    matches: dict[str, RowMatch] = {}
+    if merge == "keep_first":
+        return fused, matches
+    for projection in PROJECTIONS:
+        permutation = None
+        if alignment == "rows":
+            weight = f"{projection}.weight"
+            permutation, matches[projection] = match_rows(weights_i[weight], weights_j[weight])
+        for name in (f"{projection}.weight", f"{projection}.bias"):
+            if name in weights_i:
+                w_j = weights_j[name] if permutation is None else weights_j[name][permutation]
+                fused[name] = weighted_sum(weights_i[name], w_j, ratio)
+    return fused, matches
+
+
+def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
+    """ratio * tensor_i + (1 - ratio) * tensor_j, computed in float64 and rounded once to their dtype."""
+    dtype = torch.float32 if tensor_i.device.type == "mps" else torch.float64  # mps has no float64
+    total = tensor_i.to(dtype) * ratio
+    total += tensor_j.to(tensor_i.device, dtype) * (1 - ratio)
+    return total.to(tensor_i.dtype)
+
+
+def remove_layer(model: LlamaForCausalLM, index: int) -> None:
+    """Take decoder layer `index` out of the model, its config and its device map.
+
+    Later layers move up by one: their `layer_idx`, which addresses the KV cache, follows.
+    """
+    num_layers = len(model.model.layers)
+    del model.model.layers[index]
+    for position, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = position
+    config = model.config
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == num_layers:  # such as layer_types
+            setattr(config, name, value[:index] + value[index + 1 :])
+    config.num_hidden_layers = num_layers - 1
+
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map:
+        prefix = "model.layers."
+        renumbered = {}
+        for name, device in device_map.items():
+            if name.startswith(prefix):
+                number, _, rest = name[len(prefix) :].partition(".")
+                if int(number) == index:
+                    continue
+                name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
+            renumbered[name] = device
+        model.hf_device_map = renumbered
