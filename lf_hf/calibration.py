@@ -67,7 +67,7 @@ def load_calibration(
         source = path.name
     else:
         samples, source = calibration, "strings given by the caller"
-    texts = []
+    texts: list[str] = []
     for sample in islice(samples, MAX_SAMPLES):
         if not isinstance(sample, str):
             raise ValueError(f"Calibration sample {len(texts)} of {source} must be a string, got {sample!r:.80}.")

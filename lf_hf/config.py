@@ -18,7 +18,7 @@ METHODS: dict[str, dict[str, str]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "selection": ("last",),
-    "alignment": ("none", "rows"),
+    "alignment": ("none", "rows", "neurons"),
     "merge": ("average", "keep_first"),
 }
 
@@ -52,9 +52,10 @@ class FusionConfig:
         Preset of `selection`, `alignment` and `merge`.
     selection : {"last"}, default from `method`
         Which pair each step fuses. "last": the two last layers of the model as it then is.
-    alignment : {"none", "rows"}, default from `method`
+    alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
-        rows of each weight matrix on its own.
+        rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
+        that the aligned layer j computes what it did.
     merge : {"average", "keep_first"}, default from `method`
         "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is.
     kernel_scale : float > 0, default=8.0

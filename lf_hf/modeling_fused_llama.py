@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from lf_hf import pipeline
 from lf_hf.calibration import load_calibration
@@ -161,13 +163,15 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             model.fusion_report = None if file is None else FusionReport.load(file)
         return loaded
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *args: Any,
         as_llama: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save the model, its report, a model card and the tokenizer into a folder, all or nothing.
@@ -180,8 +184,10 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             Write a plain Llama checkpoint that programs without lf_hf open.
         tokenizer : optional
             Default: the base's.
-        push_to_hub, **kwargs
-            As for any transformers model.
+        push_to_hub, repo_id, token
+            Also upload the folder; `repo_id` defaults to its name.
+        **kwargs
+            As for any transformers model: max_shard_size, variant, ...
 
         Raises
         ------
@@ -203,7 +209,31 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
                 card = model_card(self.fusion_report, as_llama=as_llama)
                 (folder / "README.md").write_text(card, encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), as_llama=as_llama)
+            _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return _upload(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def to_llama(self) -> LlamaForCausalLM:
         """A stock LlamaForCausalLM that shares this model's weights."""
@@ -215,6 +245,19 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         llama.tie_weights()
         llama.generation_config = self.generation_config
         return llama.train(self.training)
+
+
+def _upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    **commit: Any,
+) -> str:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
 
 
 def _base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
@@ -254,9 +297,9 @@ def _converted(config: LlamaConfig, to: type[LlamaConfig], **extra: Any) -> Any:
     return converted
 
 
-def _tokenizer_beside(name_or_path: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the folder that a model was loaded from, if there is one."""
-    if not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
+    if not name_or_path or not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
         return None
     return AutoTokenizer.from_pretrained(name_or_path)
 

@@ -21,9 +21,7 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_
     list of int64 tensors of shape (tokens <= length,)
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    prefix = [
-        token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id
-    ]
+    prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     step = length - len(prefix)
     pieces = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
     return [torch.tensor(piece) for piece in pieces if len(piece) > 1]

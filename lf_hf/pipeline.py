@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import cast
 
 import numpy as np
 import torch
@@ -167,6 +168,7 @@ def _fuse_from_the_end(
             ratio=ratio,
             alignment=config.alignment,
             merge=config.merge,
+            head_dim=cast(int, model.config.head_dim),  # LlamaConfig always fills it
         )
         for name, tensor in fused.items():
             parameters[name].copy_(tensor)

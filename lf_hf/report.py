@@ -94,7 +94,9 @@ class FusionReport:
             f"parameters (-{self.parameters_removed_fraction:.1%})."
         ]
         for step in self.steps:
-            line = f"  layer {step.pair[0]} <- {step.pair[0]} x {step.ratio_i:.4f} + {step.pair[1]} x {step.ratio_j:.4f}"
+            line = (
+                f"  layer {step.pair[0]} <- {step.pair[0]} x {step.ratio_i:.4f} + {step.pair[1]} x {step.ratio_j:.4f}"
+            )
             if step.matches:
                 before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
                 after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)

@@ -119,7 +119,5 @@ def sample_distances(model: LlamaForCausalLM, samples: Sequence[Tensor]) -> NDAr
     -------
     float64 array of shape (layers L, samples N, samples N)
     """
-    layers = logging.tqdm(
-        walk_layers(model, samples), total=len(model.model.layers), desc="Calibration", unit="layer"
-    )
+    layers = logging.tqdm(walk_layers(model, samples), total=len(model.model.layers), desc="Calibration", unit="layer")
     return np.stack([pairwise_distances(states) for states in layers])

@@ -1,14 +1,50 @@
-"""Stage 4: match the neurons of two layers by optimal assignment."""
+"""Stage 4: match the neurons of two layers by optimal assignment.
+
+Two ways: `match_rows` takes each weight matrix on its own, as the published method does; `match_neurons`
+moves whole neurons and attention heads, with all that belongs to them, so that the layer computes what it did.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """One axis of a layer's parameter, and the permutation that acts on it."""
+
+    parameter: str
+    dim: int
+    permutation: str
+
+
+SYMMETRY = (
+    Axis("mlp.gate_proj.weight", 0, "mlp"),
+    Axis("mlp.gate_proj.bias", 0, "mlp"),
+    Axis("mlp.up_proj.weight", 0, "mlp"),
+    Axis("mlp.up_proj.bias", 0, "mlp"),
+    Axis("mlp.down_proj.weight", 1, "mlp"),
+    Axis("self_attn.q_proj.weight", 0, "query"),
+    Axis("self_attn.q_proj.bias", 0, "query"),
+    Axis("self_attn.k_proj.weight", 0, "key_value"),
+    Axis("self_attn.k_proj.bias", 0, "key_value"),
+    Axis("self_attn.v_proj.weight", 0, "key_value"),
+    Axis("self_attn.v_proj.bias", 0, "key_value"),
+    Axis("self_attn.o_proj.weight", 1, "query"),
+)
+"""The permutation symmetry of a Llama decoder layer. Axes that are not named here are the residual stream's.
+
+"mlp" is any permutation of the MLP's hidden neurons. "key_value" moves whole key-value heads, and "query" moves
+whole query heads: each with its key-value head, and in any order among those that share it. Channels inside a
+head stay where they are, since rotary embeddings tie each to its place.
+"""
 
 _EPSILON = 1e-12
 _COST_BLOCK = 2048  # rows of the cost matrix that are computed at a time
@@ -19,7 +55,8 @@ class RowMatch:
     """How the rows of one weight matrix of layer j were matched to those of layer i.
 
     `cosine_before` and `cosine_after` are the mean cosines between row p of layer i and the row of layer j
-    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place.
+    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place. Where neurons are
+    matched, the rows of down_proj and o_proj are those of their transpose: one neuron's outgoing weights.
     """
 
     cosine_before: float
@@ -65,10 +102,88 @@ def match_rows(weight_i: Tensor, weight_j: Tensor) -> tuple[Tensor, RowMatch]:
     match : RowMatch
     """
     permutation = torch.from_numpy(linear_sum_assignment(row_costs(weight_i, weight_j))[1]).to(weight_j.device)
+    return permutation, _row_match(weight_i, weight_j, permutation)
+
+
+def match_neurons(
+    weights_i: Mapping[str, Tensor], weights_j: Mapping[str, Tensor], head_dim: int
+) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+    """The permutations in layer j's symmetry group that bring it closest to layer i.
+
+    Closest in the sense of `row_costs`, summed over the matrices that a permutation acts on: an MLP neuron costs
+    the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
+    plus its query heads' in their best order, each by its query and output block.
+
+    Parameters
+    ----------
+    weights_i, weights_j : mappings from a parameter's name inside the layer to its tensor
+    head_dim : int
+        Channels of an attention head.
+
+    Returns
+    -------
+    permutations : dict from SYMMETRY's permutation names to int64 tensors
+        Channel p of the aligned layer is channel permutation[p] of layer j.
+    matches : dict from projection names to RowMatch
+    """
+    mlp_costs: NDArray[np.float64] | float = 0.0
+    for axis in SYMMETRY:
+        if axis.permutation == "mlp" and axis.parameter.endswith("weight"):
+            mlp_costs = mlp_costs + row_costs(*(w[axis.parameter].movedim(axis.dim, 0) for w in (weights_i, weights_j)))
+    mlp = linear_sum_assignment(mlp_costs)[1]
+
+    def head_costs(name: str, dim: int) -> NDArray[np.float64]:  # (heads of i, heads of j)
+        blocks = [
+            w[f"self_attn.{name}.weight"].movedim(dim, 0).unflatten(0, (-1, head_dim)) for w in (weights_i, weights_j)
+        ]
+        return row_costs(*(block.flatten(1) for block in blocks))
+
+    key_value_costs = head_costs("k_proj", 0) + head_costs("v_proj", 0)  # (KV heads of i, KV heads of j)
+    query_costs = head_costs("q_proj", 0) + head_costs("o_proj", 1)  # (query heads of i, query heads of j)
+    group = len(query_costs) // len(key_value_costs)  # query heads that share a key-value head
+    orders = {}
+    for a, b in np.ndindex(key_value_costs.shape):
+        block = query_costs[a * group : (a + 1) * group, b * group : (b + 1) * group]
+        rows, orders[a, b] = linear_sum_assignment(block)
+        key_value_costs[a, b] += block[rows, orders[a, b]].sum()
+    key_value = linear_sum_assignment(key_value_costs)[1]
+    query = np.concatenate([b * group + orders[a, b] for a, b in enumerate(key_value)])
+
+    def channels(heads: NDArray[np.intp]) -> NDArray[np.intp]:
+        return (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
+
+    permutations = {
+        name: torch.from_numpy(permutation)
+        for name, permutation in (("mlp", mlp), ("query", channels(query)), ("key_value", channels(key_value)))
+    }
+    matches = {
+        axis.parameter.removesuffix(".weight"): _row_match(
+            weights_i[axis.parameter].movedim(axis.dim, 0),
+            weights_j[axis.parameter].movedim(axis.dim, 0),
+            permutations[axis.permutation],
+        )
+        for axis in SYMMETRY
+        if axis.parameter.endswith("weight")
+    }
+    return permutations, matches
+
+
+def permute_neurons(weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same layer with its neurons and heads in another order; parameters outside SYMMETRY are passed through."""
+    permuted = dict(weights)
+    for axis in SYMMETRY:
+        if axis.parameter in permuted:
+            weight = permuted[axis.parameter]
+            permuted[axis.parameter] = weight.index_select(axis.dim, permutations[axis.permutation].to(weight.device))
+    return permuted
+
+
+def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMatch:
     rows_i, rows_j = normalized_rows(weight_i), normalized_rows(weight_j)
-    match = RowMatch(
+    permutation = permutation.to(rows_j.device)
+    stays = permutation == torch.arange(len(permutation), device=permutation.device)
+    return RowMatch(
         cosine_before=float((rows_i * rows_j).sum(1).mean()),
         cosine_after=float((rows_i * rows_j[permutation]).sum(1).mean()),
-        rows_moved=float((permutation != torch.arange(len(permutation), device=permutation.device)).float().mean()),
+        rows_moved=1 - float(stays.float().mean()),
     )
-    return permutation, match

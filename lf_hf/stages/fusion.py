@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lf_hf.stages.alignment import RowMatch, match_rows
+from lf_hf.stages.alignment import RowMatch, match_neurons, match_rows, permute_neurons
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -54,6 +54,7 @@ def fuse_layers(
     ratio: float,
     alignment: str,
     merge: str,
+    head_dim: int,
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """Weights of the layer that replaces layers i and j.
 
@@ -64,6 +65,8 @@ def fuse_layers(
         alpha_i, the share of layer i.
     alignment, merge : str
         As in FusionConfig.
+    head_dim : int
+        Channels of an attention head.
 
     Returns
     -------
@@ -71,12 +74,15 @@ def fuse_layers(
         New tensors under the names of `weights_i` that change: none for merge="keep_first", the seven
         projections and their biases otherwise.
     matches : dict
-        For alignment="rows", how each projection's rows were matched.
+        How each projection's rows were matched, unless alignment="none".
     """
     fused: dict[str, Tensor] = {}
     matches: dict[str, RowMatch] = {}
     if merge == "keep_first":
         return fused, matches
+    if alignment == "neurons":
+        permutations, matches = match_neurons(weights_i, weights_j, head_dim)
+        weights_j = permute_neurons(weights_j, permutations)
     for projection in PROJECTIONS:
         permutation = None
         if alignment == "rows":
@@ -123,4 +129,4 @@ def remove_layer(model: LlamaForCausalLM, index: int) -> None:
                     continue
                 name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
             renumbered[name] = device
-        model.hf_device_map = renumbered
+        setattr(model, "hf_device_map", renumbered)  # noqa: B010  # assignment is typed as for parameters

@@ -38,8 +38,7 @@ def diffusion_embedding(
     num_samples = len(distances)
     if num_samples <= embedding_dim:
         raise ValueError(
-            f"embedding_dim={embedding_dim} needs at least {embedding_dim + 1} calibration samples, "
-            f"got {num_samples}."
+            f"embedding_dim={embedding_dim} needs at least {embedding_dim + 1} calibration samples, got {num_samples}."
         )
     if not np.isfinite(distances).all():
         raise ValueError("The distances between calibration samples contain NaN or inf.")

@@ -45,10 +45,7 @@ def mutual_information(source: Array, target: Array, neighbors: int, seed: int) 
     """Mutual information in nats between (N, d) and (N, d), averaged over all pairs of their columns."""
     return float(
         np.mean(
-            [
-                mutual_info_regression(source, column, n_neighbors=neighbors, random_state=seed)
-                for column in target.T
-            ]
+            [mutual_info_regression(source, column, n_neighbors=neighbors, random_state=seed) for column in target.T]
         )
     )
 

@@ -1,0 +1,125 @@
+"""`lm_eval --model fused_llama`: lm-eval's Hugging Face backend, with fusion while the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
+
+# Below lm-eval's own logger, so that its level and format hold here too.
+eval_logger = logging.getLogger("lm_eval.models.fused_llama")
+
+# Ways in which HFLM loads weights without passing them through from_pretrained, or changes them afterwards.
+_NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
+
+
+@register_model("fused_llama")
+class FusedLlamaLM(HFLM):
+    """A fused Llama: a base that is fused while it is loaded, or a checkpoint that was saved fused.
+
+    All else, from batching to data-parallel runs, is HFLM's.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        *,
+        num_fusions: int | str | None = None,
+        calibration: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Initialize a FusedLlamaLM instance.
+
+        Args:
+            pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a Llama checkpoint.
+                Without, a fused checkpoint that ``FusedLlamaForCausalLM.save_pretrained`` wrote, or such a model
+                itself.
+            num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
+            calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
+                are not in its test split.
+            **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
+                and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``,
+                ``kernel_scale``, ``kernel_alpha``, ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``,
+                ``rank_normalize``, ``ratio_beta``, ``sample_length``, ``samples_per_subject``,
+                ``perplexity_tokens``, ``seed``. And every argument of HFLM: ``dtype``, ``device``, ``batch_size``,
+                ``parallelize``, ``gguf_file``, ``peft``, ...
+
+        Raises:
+            ValueError: For settings out of range, a base or calibration text that cannot be used, a checkpoint
+                that is not fused although ``num_fusions`` is missing, or an HFLM argument that fusing excludes.
+        """
+        settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+        self.calibration = calibration
+        self.fusion_config: FusionConfig | None = None
+        if num_fusions is not None:
+            self.fusion_config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
+            if not isinstance(pretrained, str):
+                raise ValueError(
+                    f"num_fusions={num_fusions} needs `pretrained` to be a name or path, got a loaded "
+                    f"{type(pretrained).__name__}; fuse with FusedLlamaForCausalLM.from_pretrained_fused and pass that."
+                )
+            for name in _NOT_WHILE_FUSING:
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"{name}={kwargs[name]} cannot be combined with num_fusions; fuse and save the model first, "
+                        "then evaluate the saved one."
+                    )
+        elif settings or calibration is not None:
+            given = ", ".join([*settings, *(["calibration"] if calibration is not None else [])])
+            raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
+        # HFLM would look a model type up that stock transformers does not know, and warn.
+        super().__init__(pretrained, **{"backend": "causal"} | kwargs)
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        super()._get_config(pretrained, **kwargs)
+        if self.fusion_config is None and self._config.model_type != FusedLlamaConfig.model_type:
+            raise ValueError(
+                f"{pretrained!r} is a {self._config.model_type!r} model that is not fused; give num_fusions=N to fuse "
+                "it while loading, or evaluate it as it is with --model hf."
+            )
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        auto_class = self.AUTO_MODEL_CLASS
+        if self.fusion_config is not None:
+            # HFLM loads through whatever stands here, which keeps its device, dtype and PEFT handling.
+            self.AUTO_MODEL_CLASS = SimpleNamespace(
+                from_pretrained=partial(
+                    FusedLlamaForCausalLM.from_pretrained_fused,
+                    config=self.fusion_config,
+                    calibration=self.calibration,
+                    tokenizer=self.tokenizer,
+                )
+            )
+        super()._create_model(pretrained, **kwargs)
+        self.AUTO_MODEL_CLASS = auto_class
+        self._config = self._model.config  # until here the base's, with all its layers
+        if self.rank == 0 and (report := self._model.fusion_report) is not None:
+            eval_logger.info(report.summary())
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
+        info: dict[str, Any] = super().get_model_info()
+        report = self.model.fusion_report
+        if report is not None:
+            values = report.to_dict()
+            info["fusion"] = {
+                "config": values["config"],
+                "pairs": [list(step.pair) for step in report.steps],
+                "ratios": [[step.ratio_i, step.ratio_j] for step in report.steps],
+                "layers": [report.layers_before, report.layers_after],
+                "parameters": [report.parameters_before, report.parameters_after],
+                "layers_removed_fraction": report.layers_removed_fraction,
+                "parameters_removed_fraction": report.parameters_removed_fraction,
+                "calibration": values["calibration"],
+                "perplexity": values["perplexity"],
+                "notes": report.notes,
+                "summary": report.summary(),
+            }
+        return info

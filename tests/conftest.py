@@ -1,0 +1,140 @@
+"""Tiny real Llama models with a real tokenizer, made on the fly."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+GGUF = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+WORDS = "layer model neuron weight fuse match row column head state token train learn small large deep".split()
+
+
+def make_texts(count: int = 57, seed: int = 0) -> list[str]:
+    """Short random sentences of different lengths."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) + f" {n}." for n in range(count)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_texts(200, seed=1), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def make_llama(**overrides: Any) -> LlamaForCausalLM:
+    """A random Llama of 5 layers with grouped-query attention, weights large enough to matter."""
+    settings: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    dtype = overrides.pop("dtype", torch.float32)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved
+                parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.to(dtype)
+
+
+def shuffled_neurons(weights: dict[str, torch.Tensor], head_dim: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The same layer with its MLP neurons and heads in another order, written out parameter by parameter."""
+    random = torch.Generator().manual_seed(seed)
+    neurons = torch.randperm(len(weights["mlp.up_proj.weight"]), generator=random)
+    kv_heads = len(weights["self_attn.k_proj.weight"]) // head_dim
+    group = len(weights["self_attn.q_proj.weight"]) // head_dim // kv_heads
+    kv = torch.randperm(kv_heads, generator=random).tolist()
+    query = [b * group + n for b in kv for n in torch.randperm(group, generator=random).tolist()]
+    kv_rows = [head * head_dim + n for head in kv for n in range(head_dim)]
+    query_rows = [head * head_dim + n for head in query for n in range(head_dim)]
+    shuffled = dict(weights)
+    for name, tensor in weights.items():
+        if name.startswith(("mlp.gate", "mlp.up")):
+            shuffled[name] = tensor[neurons]
+        elif name == "mlp.down_proj.weight":
+            shuffled[name] = tensor[:, neurons]
+        elif name.startswith(("self_attn.k", "self_attn.v")):
+            shuffled[name] = tensor[kv_rows]
+        elif name.startswith("self_attn.q"):
+            shuffled[name] = tensor[query_rows]
+        elif name == "self_attn.o_proj.weight":
+            shuffled[name] = tensor[:, query_rows]
+    return shuffled
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Make a checkpoint folder: make_base(**config overrides) -> path."""
+
+    def make(**overrides: Any) -> str:
+        folder = str(tmp_path_factory.mktemp("base"))
+        make_llama(**overrides).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny checkpoint that tests only read."""
+    folder = str(tmp_path_factory.mktemp("base"))
+    make_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gguf_folder() -> str:
+    if not GGUF.is_file():
+        pytest.skip(f"{GGUF.relative_to(ROOT)} is missing; scripts/quickstart and scripts/test fetch it")
+    return str(GGUF.parent)
+
+
+@pytest.fixture(scope="session")
+def mmlu_dir() -> Path:
+    folder = SHARED_DATA / "mmlu"
+    if not folder.is_dir():
+        pytest.skip("the MMLU CSV release is not beside this checkout")
+    return folder

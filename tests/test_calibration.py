@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+
+from lf_hf.calibration import (
+    MAX_SAMPLES,
+    Calibration,
+    documentation_halves,
+    load_calibration,
+    tokenize_samples,
+)
+from lf_hf.mmlu import SUBJECTS, bundled_questions
+
+SAMPLES = ["first sample\nof two lines", "second, with a comma", "third"]
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"samples.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(SAMPLES) + "\n", encoding="utf-8")
+    elif kind == "jsonl":
+        lines = [json.dumps({"text": SAMPLES[0]}), "", json.dumps(SAMPLES[1]), json.dumps({"text": SAMPLES[2]})]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    elif kind == "csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["id", "text"], *([str(n), text] for n, text in enumerate(SAMPLES))])
+    else:
+        pyarrow = pytest.importorskip("pyarrow.parquet")
+        pyarrow.write_table(pyarrow.lib.table({"text": SAMPLES}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path, kind: str) -> None:
+    calibration = load_calibration(write(tmp_path, kind))
+    assert [text.strip() for text in calibration.texts] == SAMPLES
+    assert calibration.source == f"samples.{kind}"
+
+
+def test_strings_are_taken_as_they_are_and_blank_ones_left_out() -> None:
+    assert load_calibration(["a", " ", "b"]).texts == ["a", "b"]
+
+
+def test_a_long_set_is_cut() -> None:
+    assert len(load_calibration(["a"] * (MAX_SAMPLES + 5)).texts) == MAX_SAMPLES
+
+
+def test_default_is_the_first_question_of_each_subject_without_its_answer() -> None:
+    calibration = load_calibration()
+    assert len(calibration.texts) == 57 and "lm-eval" in calibration.source
+    for text, subject in zip(calibration.texts, SUBJECTS, strict=True):
+        assert text.startswith(bundled_questions()[subject][0].question.strip())
+        assert text.endswith("\nAnswer:")
+
+
+def test_samples_per_subject_beyond_what_is_there_is_an_error() -> None:
+    assert len(load_calibration(samples_per_subject=2).texts) == 114
+    with pytest.raises(ValueError, match=r"samples_per_subject=5, but .* only 4 questions on college_chemistry"):
+        load_calibration(samples_per_subject=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", b"", r"\(empty.txt\) is empty"),
+        ("blank.txt", b"\n \n\n", r"\(blank.txt\) is empty"),
+        ("binary.txt", b"\xff\xfe\x00\x81", "'binary.txt' is not UTF-8 text"),
+        ("samples.docx", b"x", "Calibration files are .txt, .jsonl, .csv, .parquet, got 'samples.docx'"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"', "Line 2 of 'bad.jsonl' is not JSON"),
+        ("field.jsonl", b'{"prompt": "a"}', "Line 1 of 'field.jsonl' has no field 'text'"),
+        ("number.jsonl", b'{"text": 3}', "sample 0 of number.jsonl must be a string, got 3"),
+        ("column.csv", b"question,answer\na,b\n", "'column.csv' has no column 'text'"),
+        ("empty.csv", b"", "'empty.csv' has no column 'text'"),
+        ("bad.parquet", b"PAR0", "'bad.parquet' is not Parquet"),
+    ],
+)
+def test_bad_files_get_one_sentence(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_calibration(tmp_path / name)
+
+
+@pytest.mark.parametrize(("value", "message"), [([], "is empty"), ([1, 2], "sample 0 .* must be a string, got 1")])
+def test_bad_strings_get_one_sentence(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_calibration(value)
+
+
+def test_tokenized_samples_are_cut_and_checked_against_the_model() -> None:
+    tokenizer = make_tokenizer()
+    samples = tokenize_samples(tokenizer, Calibration(["layer " * 50, "model"], "x"), 8, 320)
+    assert len(samples[0]) == 8 and len(samples[1]) < 8
+    with pytest.raises(ValueError, match="but the model has 10 embeddings"):
+        tokenize_samples(tokenizer, Calibration(["layer"], "x"), 8, 10)
+
+
+def test_documentation_halves_share_no_paragraph() -> None:
+    first, second = documentation_halves()
+    assert len(first) > 100_000 and len(second) > 100_000
+    paragraphs = [set(re.split(r"\n\n+", half)) for half in (first, second)]
+    assert not paragraphs[0] & paragraphs[1]

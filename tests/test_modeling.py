@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_texts, make_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import lf_hf
+from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
+
+IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
+
+
+def fuse(base: str, num_fusions: int = 2, **kwargs: Any) -> FusedLlamaForCausalLM:
+    return FusedLlamaForCausalLM.from_pretrained_fused(
+        base, num_fusions=num_fusions, calibration=make_texts(), **{"perplexity_tokens": 100} | kwargs
+    )
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "wide heads": {"head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fuses_generates_saves_and_loads(variant: str, make_base: Callable[..., str], tmp_path: Path) -> None:
+    model = fuse(make_base(**VARIANTS[variant]))
+    dtype = VARIANTS[variant].get("dtype", torch.float32)
+    assert type(model) is FusedLlamaForCausalLM and type(model.model) is FusedLlamaModel
+    assert model.config.num_hidden_layers == len(model.model.layers) == 3
+    assert model.dtype == dtype and not model.training
+
+    model.save_pretrained(tmp_path / "native")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    model.save_pretrained(tmp_path / "llama", as_llama=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert [type(native).__name__, type(plain).__name__] == ["FusedLlamaForCausalLM", "LlamaForCausalLM"]
+    for loaded in (native, plain):
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+        cached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=None)
+        uncached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=False, eos_token_id=None)
+        assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+
+
+def test_auto_classes_know_the_architecture(base: str, tmp_path: Path) -> None:
+    model = fuse(base)
+    model.save_pretrained(tmp_path / "out")
+    assert isinstance(AutoConfig.from_pretrained(tmp_path / "out"), FusedLlamaConfig)
+    decoder = AutoModel.from_pretrained(tmp_path / "out")
+    assert type(decoder) is FusedLlamaModel
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_computes_what_the_fused_layers_compute(base: str) -> None:
+    """Against a stock Llama with the fused weights put in by hand."""
+    model = fuse(base)
+    stock = make_llama(num_hidden_layers=3)
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(logits(stock), logits(model))
+
+
+def test_weights_did_change_where_they_should(base: str) -> None:
+    before, after = LlamaForCausalLM.from_pretrained(base).state_dict(), fuse(base, 1).state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.3.{projection}_proj.weight"
+        for projection in [*(f"self_attn.{p}" for p in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
+    }
+
+
+def test_truncation_is_the_base_without_its_last_layers(base: str) -> None:
+    before, after = LlamaForCausalLM.from_pretrained(base).state_dict(), fuse(base, method="truncate").state_dict()
+    assert set(before) - set(after) == {
+        name for name in before if name.startswith(("model.layers.3", "model.layers.4"))
+    }
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_config_and_report_say_what_was_fused(base: str, tmp_path: Path) -> None:
+    model = fuse(base)
+    model.save_pretrained(tmp_path / "out")
+    fusion = json.loads((tmp_path / "out" / "config.json").read_text())["fusion"]
+    assert fusion["base"] == base
+    assert FusionConfig(**fusion["config"]) == FusionConfig(num_fusions=2, perplexity_tokens=100)
+    assert fusion["pairs"] == [[3, 4], [2, 3]]
+    assert all(0.5 < ratio < 0.74 for ratio in fusion["ratios"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.fusion_report == model.fusion_report
+    assert lf_hf.FusionReport.load(tmp_path / "out") == model.fusion_report
+
+
+def test_two_runs_give_the_same_bytes(base: str, tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        fuse(base).save_pretrained(tmp_path / run)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_parameter_counts_are_those_of_the_saved_tensors(make_base: Callable[..., str], tmp_path: Path) -> None:
+    for tied in (False, True):
+        model = fuse(make_base(tie_word_embeddings=tied))
+        model.save_pretrained(tmp_path / str(tied))
+        count = sum(tensor.numel() for tensor in load_file(tmp_path / str(tied) / "model.safetensors").values())
+        assert model.fusion_report is not None
+        assert model.fusion_report.parameters_after == count
+
+
+def test_plain_checkpoint_opens_where_lf_hf_is_not(base: str, tmp_path: Path) -> None:
+    model = fuse(base)
+    model.save_pretrained(tmp_path / "out", as_llama=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
+    code = f"""
+import sys
+sys.modules["lf_hf"] = None  # importing it raises ImportError
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r})
+AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
+with torch.no_grad():
+    torch.save(model(torch.tensor({IDS.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
+print(type(model).__name__, model.generate(torch.tensor({IDS.tolist()}), max_new_tokens=4).shape[1])
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.startswith("LlamaForCausalLM")
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_to_llama_shares_the_weights(make_base: Callable[..., str], tied: bool) -> None:
+    model = fuse(make_base(tie_word_embeddings=tied))
+    llama = model.to_llama()
+    assert type(llama) is LlamaForCausalLM and llama.config.model_type == "llama"
+    theirs = dict(llama.named_parameters())
+    assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+    assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
+    assert torch.equal(logits(llama), logits(model))
+
+
+def test_large_models_are_sharded(base: str, tmp_path: Path) -> None:
+    model = fuse(base)
+    model.save_pretrained(tmp_path / "out", max_shard_size="50KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_tokenizer_goes_along_and_survives_a_second_save(base: str, tmp_path: Path) -> None:
+    fuse(base).save_pretrained(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for folder in ("first", "second"):
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path / folder)("layer").input_ids == make_tokenizer()("layer").input_ids
+        )
+        assert (tmp_path / folder / "fusion_report.json").is_file()
+        assert "| 3 | 4 |" in (tmp_path / folder / "README.md").read_text()
+
+
+def test_saving_replaces_a_checkpoint_but_nothing_else(base: str, tmp_path: Path) -> None:
+    fuse(base, 1).save_pretrained(tmp_path / "out")
+    fuse(base, 2).save_pretrained(tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    model = fuse(base)
+    with pytest.raises(ValueError, match="is not empty and holds no fused checkpoint"):
+        model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "out"]
+
+
+def test_an_interrupted_save_leaves_the_old_folder(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse(base, 1).save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    model = fuse(base, 2)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_settings_may_come_as_a_config_with_overrides(base: str) -> None:
+    config = FusionConfig(num_fusions=1, method="mka", perplexity_tokens=0)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
+    assert model.fusion_report is not None
+    assert model.fusion_report.config["method"] == "mka" and model.fusion_report.layers_after == 3
+
+
+def test_dtype_and_revision_reach_from_pretrained(base: str) -> None:
+    assert fuse(base, dtype=torch.bfloat16, revision="main").dtype == torch.bfloat16
+
+
+def test_device_map_is_kept_in_step(base: str) -> None:
+    model = fuse(base, device_map={"": "cpu"})
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_offloaded_weights_are_refused(base: str, tmp_path: Path) -> None:
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{n}": "disk" if n == 4 else "cpu" for n in range(5)}
+    with pytest.raises(ValueError, match=r"model.layers.4.* is offloaded, so it can not be fused in place"):
+        fuse(base, device_map=device_map, offload_folder=str(tmp_path))
+
+
+def test_copies_and_pickles_like_any_model(base: str) -> None:
+    model = fuse(base)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), logits(model))
+        assert twin.fusion_report == model.fusion_report
+
+
+def test_pushing_uploads_the_saved_folder(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id: str, folder_path: str, **_: object) -> str:
+            uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+            return "address"
+
+    monkeypatch.setattr("lf_hf.modeling_fused_llama.HfApi", Hub)
+    assert fuse(base).push_to_hub("small", as_llama=True) == "address"
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= uploaded["me/small"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers, got 5"),
+        ({"num_fusions": 1, "methd": "mka"}, "Unknown argument 'methd'; did you mean 'method'"),
+        ({"num_fusions": 1, "calibration": ["a"] * 50}, "need at least 51 calibration samples, got 50"),
+        ({"num_fusions": 1, "calibration": "nowhere.txt"}, "'nowhere.txt' does not exist"),
+        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit can not be used while fusing"),
+        ({}, "num_fusions is required"),
+    ],
+)
+def test_bad_arguments_get_one_sentence_before_loading(
+    base: str, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
+    with pytest.raises(ValueError, match=message):
+        FusedLlamaForCausalLM.from_pretrained_fused(base, **kwargs)
+
+
+def edited(base: str, folder: Path, **values: Any) -> str:
+    config = json.loads((Path(base) / "config.json").read_text()) | values
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_bad_bases_get_one_sentence(base: str, tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (edited(base, tmp_path / "mistral", model_type="mistral"), "is a 'mistral' model; only Llama models"),
+        (edited(base, tmp_path / "quantised", **quantised), "is quantised; fuse the original"),
+        (str(tmp_path / "empty"), "holds no model: config.json is missing"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fuse(path)
+    fuse(base).save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match="is fused already; fuse its base"):
+        fuse(str(tmp_path / "fused"))
+
+
+def test_nan_weights_are_named(make_base: Callable[..., str]) -> None:
+    folder = make_base()
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN or inf"):
+        fuse(folder)
+
+
+def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ValueError, match="needs the gguf package"):
+        fuse(base, gguf_file="x.gguf")
+
+
+def test_a_base_from_gguf_saves_and_loads(gguf_folder: str, tmp_path: Path) -> None:
+    model = FusedLlamaForCausalLM.from_pretrained_fused(
+        gguf_folder,
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_fusions=2,
+        method="truncate",
+        perplexity_tokens=0,
+    )
+    model.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "fused_llama" and "quantization_config" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        count = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert model.fusion_report is not None and model.fusion_report.parameters_after == count

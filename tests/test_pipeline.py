@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import logging
+import math
+import platform
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama, make_texts, make_tokenizer
+
+from lf_hf import FusionConfig, FusionReport
+from lf_hf.calibration import Calibration
+from lf_hf.perplexity import pack_tokens, perplexity
+from lf_hf.pipeline import fuse
+
+CALIBRATION = Calibration(make_texts(), "random sentences")
+
+
+def run(num_fusions: int = 3, **settings: object) -> FusionReport:
+    config = FusionConfig(num_fusions=num_fusions, **{"perplexity_tokens": 300} | settings)  # type: ignore[arg-type]
+    return fuse(make_llama(), make_tokenizer(), config, CALIBRATION, base="tiny")
+
+
+def test_fuses_from_the_end_into_layers_that_were_fused_before() -> None:
+    report = run(3)
+    assert [step.pair for step in report.steps] == [(3, 4), (2, 3), (1, 2)]
+    assert [step.layers_j for step in report.steps] == [[4], [3, 4], [2, 3, 4]]
+    assert (report.layers_before, report.layers_after) == (5, 2)
+    assert report.layers_removed_fraction == pytest.approx(3 / 5)
+
+
+def test_ratios_come_from_the_original_similarity() -> None:
+    report = run(3)
+    S = np.array(report.similarity)
+    for step in report.steps:
+        i, j = step.pair
+        raw = S[i].sum() / (S[i].sum() + S[j].sum())
+        assert step.ratio_i == pytest.approx(math.exp(raw) / (1 + math.exp(raw)))
+        assert step.ratio_i + step.ratio_j == 1
+
+
+def test_report_has_what_was_measured() -> None:
+    report = run(1)
+    assert np.array(report.similarity).shape == (5, 5)
+    assert np.array(report.embeddings).shape == (5, 57, 2)
+    assert report.calibration is not None and report.calibration.samples == 57
+    assert set(report.steps[0].matches) == {
+        *(f"self_attn.{p}_proj" for p in "qkvo"),
+        *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+    }
+    for match in report.steps[0].matches.values():
+        assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
+    assert set(report.seconds) == {"perplexity", "activations", "manifold", "similarity", "alignment and fusion"}
+    assert report.perplexity is not None and platform.python_version() in report.perplexity.text
+    assert FusionReport.from_dict(report.to_dict()) == report
+    for part in ("5 -> 4 layers", "layer 3 <- 3 x", "random sentences (57 samples", "perplexity:"):
+        assert part in report.summary()
+
+
+def test_methods_differ_where_they_should() -> None:
+    assert run(1, method="mka").steps[0].matches == {}
+    truncated = run(1, method="truncate")
+    assert truncated.similarity is None and truncated.calibration is None
+    assert truncated.steps[0].ratio_i == 1
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 240)
+    assert sum(map(len, sequences)) == 240 and max(map(len, sequences)) == 50
+    losses = []
+    for ids in sequences:
+        log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
+        losses += [-log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
+    assert perplexity(model, sequences) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 200)
+    assert all(sequence[0] == 0 for sequence in sequences) and max(map(len, sequences)) == 50
+    assert sum(len(sequence) - 1 for sequence in sequences) == 200
+
+
+def test_collapse_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    values = iter([10.0, 20.5])
+    monkeypatch.setattr("lf_hf.pipeline.perplexity", lambda *_: next(values))
+    with caplog.at_level(logging.WARNING):
+        report = run(1)
+    assert report.notes == [record.message for record in caplog.records]
+    assert report.notes[0].startswith("Perplexity went from 10 to 20.5")
+
+
+def test_no_collapse_no_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([10.0, 20.0])
+    monkeypatch.setattr("lf_hf.pipeline.perplexity", lambda *_: next(values))
+    assert run(1).notes == []
+
+
+def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.pipeline.documentation_halves", lambda: ("", ""))
+    report = run(1)
+    assert report.perplexity is None and "pydoc_data.topics" in report.notes[0]
+
+
+def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
+    report = run(1, perplexity_tokens=0)
+    assert report.perplexity is None and report.notes == []
+
+
+def test_the_model_is_unchanged_when_calibration_fails() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e38)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = FusionConfig(num_fusions=1, perplexity_tokens=0)
+    with pytest.raises(ValueError, match="activations of layer 2"):
+        fuse(model, make_tokenizer(), config, CALIBRATION, base="tiny")
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
