@@ -27,6 +27,8 @@ class FusedLlamaLM(HFLM):
     All else, from batching to data-parallel runs, is HFLM's.
     """
 
+    AUTO_MODEL_CLASS: Any
+
     def __init__(
         self,
         pretrained: str | PreTrainedModel,

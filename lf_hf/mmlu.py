@@ -102,8 +102,9 @@ def format_question(question: Question) -> str:
     str
         The stripped question, a line `A. ...` for each choice, and `Answer:`, as lm-eval's `mmlu` has it.
     """
-    options = "".join(f"\n{letter}. {text}" for letter, text in zip(string.ascii_uppercase, question.choices))
-    return f"{question.question.strip()}{options}\nAnswer:"
+    options = zip(string.ascii_uppercase, question.choices, strict=False)
+    lines = [question.question.strip(), *(f"{letter}. {text}" for letter, text in options), "Answer:"]
+    return "\n".join(lines)
 
 
 def bundled_questions() -> dict[str, list[Question]]:

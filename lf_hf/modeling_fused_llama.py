@@ -32,6 +32,7 @@ from lf_hf import pipeline
 from lf_hf.calibration import load_calibration
 from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.configuration_fused_llama import FusedLlamaConfig
+from lf_hf.decoder import ModelDecoder
 from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
 
@@ -117,7 +118,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         # Weights are read from safetensors or GGUF alone: pickled ones can run code.
         llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
         name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
-        report = pipeline.fuse(llama.eval(), tokenizer, config, texts, base=name)
+        report = pipeline.fuse(ModelDecoder(llama.eval()), tokenizer, config, texts, base=name)
         return cls._adopt(llama, report, tokenizer)
 
     @classmethod

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from lf_hf.decoder import Decoder
 
 
 def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
@@ -28,13 +30,15 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_
 
 
 @torch.inference_mode()
-def perplexity(model: LlamaForCausalLM, sequences: Sequence[Tensor], desc: str = "Perplexity") -> float:
+def perplexity(decoder: Decoder, sequences: Sequence[Tensor], desc: str = "Perplexity") -> float:
     """exp of the mean negative log-likelihood a predicted token, in nats, over sequences of token ids."""
     total, count = 0.0, 0
-    for sequence in logging.tqdm(sequences, desc=desc, unit="sequence"):
-        ids = sequence.to(model.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (tokens - 1, vocab)
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum"))
-        count += len(sequence) - 1
+    for states in logging.tqdm(decoder.walk(sequences), total=decoder.num_layers, desc=desc, unit="layer"):
+        last = states
+    for sequence, state in zip(sequences, last, strict=True):
+        logits = decoder.logits(state)[0, :-1].float()  # (tokens - 1, vocab)
+        targets = sequence[1:].to(logits.device)
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += len(targets)
     # A model that fusion broke can exceed what a float holds.
     return float(torch.tensor(total / count, dtype=torch.float64).exp())

@@ -1,48 +1,48 @@
-"""The pipeline: runs the five stages on a loaded Llama, in place, and reports what it did."""
+"""The pipeline: runs the five stages on a Llama, in place, and reports what it did."""
 
 from __future__ import annotations
 
-import logging
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lf_hf.calibration import Calibration, documentation_halves, tokenize_samples
 from lf_hf.config import FusionConfig
+from lf_hf.decoder import Decoder
 from lf_hf.perplexity import pack_tokens, perplexity
 from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, PerplexityInfo
 from lf_hf.stages.activations import sample_distances
-from lf_hf.stages.fusion import fuse_layers, fusion_ratio, remove_layer
+from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 
 
 def fuse(
-    model: LlamaForCausalLM,
+    decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
     calibration: Calibration | None,
     *,
     base: str,
 ) -> FusionReport:
-    """Fuse `config.num_fusions` pairs of layers of `model`, in place.
+    """Fuse `config.num_fusions` pairs of layers, in place.
 
     Parameters
     ----------
-    model : LlamaForCausalLM
+    decoder : Decoder
         Changed: it has `num_fusions` fewer layers afterwards.
     tokenizer : the model's tokenizer
     config : FusionConfig
@@ -57,23 +57,23 @@ def fuse(
         If the model has too few layers, there are too few calibration samples, or weights or activations are
         not finite. The model is unchanged then.
     """
-    check_model(model, config)
+    parameters_before = check_model(decoder, config)
+    layers_before = decoder.num_layers
     clock = _Clock()
     notes: list[str] = []
-    layers_before, parameters_before = len(model.model.layers), model.num_parameters()
 
     with clock("perplexity"):
-        sequences = _judging_sequences(model, tokenizer, config, notes)
-        dense = perplexity(model, sequences, "Perplexity before fusing") if sequences else None
+        sequences = _judging_sequences(decoder, tokenizer, config, notes)
+        dense = perplexity(decoder, sequences, "Perplexity before fusing") if sequences else None
 
     similarity, embeddings, info = None, None, None
     if config.needs_similarity:
         assert calibration is not None
         config.check_num_samples(len(calibration.texts))
-        samples = tokenize_samples(tokenizer, calibration, config.sample_length, model.config.vocab_size)
+        samples = tokenize_samples(tokenizer, calibration, config.sample_length, decoder.config.vocab_size)
         info = CalibrationInfo(calibration.source, len(samples), sum(map(len, samples)))
         with clock("activations"):  # stage 1
-            distances = sample_distances(model, samples)
+            distances = sample_distances(decoder, samples)
         with clock("manifold"):  # stage 2
             embeddings = np.stack(
                 [
@@ -96,12 +96,12 @@ def fuse(
             )
 
     with clock("alignment and fusion"):  # stages 4 and 5
-        steps = _fuse_from_the_end(model, config, similarity)
+        steps = _fuse_from_the_end(decoder, config, similarity)
 
     judged = None
     if dense is not None:
         with clock("perplexity"):
-            fused = perplexity(model, sequences, "Perplexity after fusing")
+            fused = perplexity(decoder, sequences, "Perplexity after fusing")
         judged = PerplexityInfo(dense, fused, sum(map(len, sequences)), _judging_text())
         if not fused <= 2 * dense:
             notes.append(
@@ -115,9 +115,9 @@ def fuse(
         config=config.to_dict(),
         steps=steps,
         layers_before=layers_before,
-        layers_after=len(model.model.layers),
+        layers_after=decoder.num_layers,
         parameters_before=parameters_before,
-        parameters_after=model.num_parameters(),
+        parameters_after=sum(parameter.numel() for _, parameter in decoder.named_parameters()),
         calibration=info,
         perplexity=judged,
         similarity=None if similarity is None else similarity.tolist(),
@@ -128,10 +128,11 @@ def fuse(
     )
 
 
-def check_model(model: LlamaForCausalLM, config: FusionConfig) -> None:
-    """Raise ValueError if `model` can not be fused as `config` says."""
-    config.check_num_layers(len(model.model.layers))
-    for name, parameter in model.named_parameters():
+def check_model(decoder: Decoder, config: FusionConfig) -> int:
+    """Raise ValueError if the model can not be fused as `config` says; else return its number of parameters."""
+    config.check_num_layers(decoder.num_layers)
+    count = 0
+    for name, parameter in decoder.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(
                 f"{name} is offloaded, so it can not be fused in place; load the base without offloading (a "
@@ -139,6 +140,8 @@ def check_model(model: LlamaForCausalLM, config: FusionConfig) -> None:
             )
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
+        count += parameter.numel()
+    return count
 
 
 def versions() -> dict[str, str]:
@@ -147,39 +150,36 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-@torch.no_grad()
 def _fuse_from_the_end(
-    model: LlamaForCausalLM, config: FusionConfig, similarity: NDArray[np.float64] | None
+    decoder: Decoder, config: FusionConfig, similarity: NDArray[np.float64] | None
 ) -> list[FusionStep]:
     """Fuse the two last layers, `num_fusions` times."""
-    layers = model.model.layers
-    origins = [[index] for index in range(len(layers))]  # the original layers that each layer stands for
+    origins = [[index] for index in range(decoder.num_layers)]  # the original layers that each layer stands for
     steps = []
-    for _ in range(config.num_fusions):
-        j = len(layers) - 1
+    for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
+        j = decoder.num_layers - 1
         i = j - 1
         ratio = 1.0
         if similarity is not None:
             ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
-        parameters = dict(layers[i].named_parameters())
-        fused, matches = fuse_layers(
-            parameters,
-            dict(layers[j].named_parameters()),
-            ratio=ratio,
-            alignment=config.alignment,
-            merge=config.merge,
-            head_dim=cast(int, model.config.head_dim),  # LlamaConfig always fills it
-        )
-        for name, tensor in fused.items():
-            parameters[name].copy_(tensor)
+        with decoder.layer(i) as layer_i, decoder.layer(j) as layer_j, torch.no_grad():
+            fused, matches = fuse_layers(
+                dict(layer_i.named_parameters()),
+                dict(layer_j.named_parameters()),
+                ratio=ratio,
+                alignment=config.alignment,
+                merge=config.merge,
+                head_dim=layer_i.self_attn.head_dim,
+            )
+        decoder.replace(i, fused)
+        decoder.remove(j)
         steps.append(FusionStep(origins[i], origins[j], ratio, 1 - ratio, matches))
         origins[i] = origins[i] + origins.pop(j)
-        remove_layer(model, j)
     return steps
 
 
 def _judging_sequences(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: FusionConfig, notes: list[str]
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, config: FusionConfig, notes: list[str]
 ) -> list[Tensor]:
     """Token sequences on which perplexity is measured: the second half of Python's documentation."""
     if config.perplexity_tokens == 0:
@@ -188,7 +188,7 @@ def _judging_sequences(
     if not text:
         notes.append("No perplexity: this Python comes without pydoc_data.topics, the text that it is measured on.")
         logger.warning(notes[-1])
-    length = min(_PERPLEXITY_LENGTH, model.config.max_position_embeddings)
+    length = min(_PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
     return pack_tokens(tokenizer, text, length, config.perplexity_tokens)
 
 

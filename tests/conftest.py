@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-GGUF = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 WORDS = "layer model neuron weight fuse match row column head state token train learn small large deep".split()
 

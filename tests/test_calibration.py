@@ -33,8 +33,8 @@ def write(folder: Path, kind: str) -> Path:
             writer = csv.writer(file)
             writer.writerows([["id", "text"], *([str(n), text] for n, text in enumerate(SAMPLES))])
     else:
-        pyarrow = pytest.importorskip("pyarrow.parquet")
-        pyarrow.write_table(pyarrow.lib.table({"text": SAMPLES}), path)
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": SAMPLES}), path)
     return path
 
 

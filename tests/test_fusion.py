@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, shuffled_neurons
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lf_hf.stages.fusion import PROJECTIONS, fuse_layers, fusion_ratio, remove_layer, weighted_sum
+from lf_hf.stages.fusion import PROJECTIONS, fuse_layers, fusion_ratio, weighted_sum
 
 Weights = dict[str, torch.Tensor]
 
@@ -108,40 +107,3 @@ def test_weighted_sum_takes_extreme_scales() -> None:
     tiny, huge = torch.full((2,), 1e-30), torch.full((2,), 1e30)
     torch.testing.assert_close(weighted_sum(tiny, tiny, 0.7), tiny)
     torch.testing.assert_close(weighted_sum(huge, huge, 0.7), huge)
-
-
-def test_removing_a_layer_renumbers_what_the_cache_and_config_need() -> None:
-    model = make_llama()
-    kept = [model.model.layers[n] for n in (0, 1, 3, 4)]
-    model.config.layer_types = ["a", "b", "c", "d", "e"]
-    model.config.eos_token_id = [1, 2, 3, 4, 5]
-    vars(model)["hf_device_map"] = {"model.embed_tokens": 0} | {f"model.layers.{n}": n for n in range(5)}
-    remove_layer(model, 2)
-    assert list(model.model.layers) == kept
-    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
-    assert model.config.num_hidden_layers == 4
-    assert model.config.layer_types == ["a", "b", "d", "e"]
-    assert model.config.eos_token_id == [1, 2, 3, 4, 5]
-    assert model.hf_device_map == {
-        "model.embed_tokens": 0,
-        "model.layers.0": 0,
-        "model.layers.1": 1,
-        "model.layers.2": 3,
-        "model.layers.3": 4,
-    }
-
-
-def test_llama_3_8b_minus_four_layers_has_the_published_parameter_count() -> None:
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for index in (31, 30, 29, 28):
-        remove_layer(model, index)
-    assert model.num_parameters() == 7_157_813_248

@@ -11,6 +11,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.calibration import Calibration
+from lf_hf.decoder import ModelDecoder
 from lf_hf.perplexity import pack_tokens, perplexity
 from lf_hf.pipeline import fuse
 
@@ -19,7 +20,7 @@ CALIBRATION = Calibration(make_texts(), "random sentences")
 
 def run(num_fusions: int = 3, **settings: object) -> FusionReport:
     config = FusionConfig(num_fusions=num_fusions, **{"perplexity_tokens": 300} | settings)  # type: ignore[arg-type]
-    return fuse(make_llama(), make_tokenizer(), config, CALIBRATION, base="tiny")
+    return fuse(ModelDecoder(make_llama()), make_tokenizer(), config, CALIBRATION, base="tiny")
 
 
 def test_fuses_from_the_end_into_layers_that_were_fused_before() -> None:
@@ -73,7 +74,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     for ids in sequences:
         log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
         losses += [-log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
-    assert perplexity(model, sequences) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert perplexity(ModelDecoder(model), sequences) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
 def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> None:
@@ -119,6 +120,6 @@ def test_the_model_is_unchanged_when_calibration_fails() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = FusionConfig(num_fusions=1, perplexity_tokens=0)
     with pytest.raises(ValueError, match="activations of layer 2"):
-        fuse(model, make_tokenizer(), config, CALIBRATION, base="tiny")
+        fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, base="tiny")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -1,74 +1,19 @@
-"""Stage 1: walk the calibration samples through the decoder, layer by layer.
+"""Stage 1: how far apart the calibration samples are at the output of each layer.
 
-All samples are at the same layer at any time, so memory is that of one layer boundary, and each sample
-passes each layer once.
+Only distances are kept: the activations themselves are those of one layer at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import Tensor
 from transformers.utils import logging
 
-# Attention implementations that are causal by themselves when they get no mask.
-_CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
-
-
-@torch.inference_mode()
-def embed(model: LlamaForCausalLM, samples: Sequence[Tensor]) -> list[Tensor]:
-    """Token embeddings of each sample: (tokens T_i,) -> (1, tokens T_i, hidden)."""
-    table = model.model.embed_tokens
-    return [table(sample.to(table.weight.device)[None]) for sample in samples]
-
-
-def layer_inputs(model: LlamaForCausalLM, hidden_states: Tensor) -> dict[str, Tensor | None]:
-    """What a decoder layer takes besides its hidden states, for one sample without padding or cache.
-
-    `hidden_states` is (1, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
-    """
-    num_tokens, device = hidden_states.shape[1], hidden_states.device
-    position_ids = torch.arange(num_tokens, device=device)[None]
-    mask = None
-    if not (model.config._attn_implementation or "").startswith(_CAUSAL_WITHOUT_MASK):
-        lowest = torch.finfo(hidden_states.dtype).min
-        mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
-        mask = mask[None, None]  # (1, 1, T, T)
-    return {
-        "attention_mask": mask,
-        "position_ids": position_ids,
-        "position_embeddings": model.model.rotary_emb(hidden_states, position_ids),
-    }
-
-
-@torch.inference_mode()
-def walk_layers(model: LlamaForCausalLM, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield, for each decoder layer in turn, the output states of all samples.
-
-    Each item is a list of (tokens T_i, hidden), before the model's final norm. The list is replaced by the
-    next layer's: use it before advancing.
-
-    Raises
-    ------
-    ValueError
-        If a layer's output contains NaN or inf; the layer is named.
-    """
-    states = embed(model, samples)
-    for index, layer in enumerate(model.model.layers):
-        for n, state in enumerate(states):
-            states[n] = _call(layer, state, **layer_inputs(model, state))
-            if not torch.isfinite(states[n]).all():
-                raise ValueError(f"The activations of layer {index} contain NaN or inf on calibration sample {n}.")
-        yield [state[0] for state in states]
-
-
-def _call(layer: nn.Module, hidden_states: Tensor, **inputs: Tensor | None) -> Tensor:
-    output = layer(hidden_states, **inputs)
-    return output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
+from lf_hf.decoder import Decoder
 
 
 def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
@@ -107,17 +52,33 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     return squared.clamp_(min=0).sqrt_().numpy()
 
 
-def sample_distances(model: LlamaForCausalLM, samples: Sequence[Tensor]) -> NDArray[np.float64]:
+def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> NDArray[np.float64]:
     """Distances between all samples at the output of every layer.
 
     Parameters
     ----------
-    model : LlamaForCausalLM
+    decoder : Decoder
     samples : N tensors of token ids of shape (tokens T_i,)
 
     Returns
     -------
     float64 array of shape (layers L, samples N, samples N)
+
+    Raises
+    ------
+    ValueError
+        If a layer's output contains NaN or inf; the layer is named.
     """
-    layers = logging.tqdm(walk_layers(model, samples), total=len(model.model.layers), desc="Calibration", unit="layer")
-    return np.stack([pairwise_distances(states) for states in layers])
+    distances = []
+    layers = logging.tqdm(decoder.walk(samples), total=decoder.num_layers, desc="Calibration", unit="layer")
+    for index, states in enumerate(layers):
+        check_finite(states, index)
+        distances.append(pairwise_distances([state[0] for state in states]))
+    return np.stack(distances)
+
+
+def check_finite(states: Sequence[Tensor], layer: int) -> None:
+    """Raise ValueError if the output states of a layer contain NaN or inf."""
+    for n, state in enumerate(states):
+        if not torch.isfinite(state).all():
+            raise ValueError(f"The activations of layer {layer} contain NaN or inf on calibration sample {n}.")

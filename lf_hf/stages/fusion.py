@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from lf_hf.stages.alignment import RowMatch, match_neurons, match_rows, permute_neurons
 
@@ -101,32 +100,3 @@ def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
     total = tensor_i.to(dtype) * ratio
     total += tensor_j.to(tensor_i.device, dtype) * (1 - ratio)
     return total.to(tensor_i.dtype)
-
-
-def remove_layer(model: LlamaForCausalLM, index: int) -> None:
-    """Take decoder layer `index` out of the model, its config and its device map.
-
-    Later layers move up by one: their `layer_idx`, which addresses the KV cache, follows.
-    """
-    num_layers = len(model.model.layers)
-    del model.model.layers[index]
-    for position, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = position
-    config = model.config
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == num_layers:  # such as layer_types
-            setattr(config, name, value[:index] + value[index + 1 :])
-    config.num_hidden_layers = num_layers - 1
-
-    device_map = getattr(model, "hf_device_map", None)
-    if device_map:
-        prefix = "model.layers."
-        renumbered = {}
-        for name, device in device_map.items():
-            if name.startswith(prefix):
-                number, _, rest = name[len(prefix) :].partition(".")
-                if int(number) == index:
-                    continue
-                name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
-            renumbered[name] = device
-        setattr(model, "hf_device_map", renumbered)  # noqa: B010  # assignment is typed as for parameters

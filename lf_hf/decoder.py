@@ -1,0 +1,173 @@
+"""A Llama as the pipeline sees it: embeddings, a list of decoder layers that can change, and a head.
+
+The pipeline asks for one layer at a time, so that the layers may as well lie on disk: see `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+# Attention implementations that are causal by themselves when they get no mask.
+_CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
+
+
+class Decoder(ABC):
+    """A Llama whose layers are used one after another and may be changed.
+
+    Attributes
+    ----------
+    config : LlamaConfig
+        Follows when layers are removed.
+    rotary_emb : LlamaRotaryEmbedding
+    """
+
+    config: LlamaConfig
+    rotary_emb: LlamaRotaryEmbedding
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Decoder layers that are there now."""
+
+    @abstractmethod
+    def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        """A layer with its weights, to be used inside a `with` block. Not to be changed."""
+
+    @abstractmethod
+    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """Give a layer new values for the named parameters."""
+
+    @abstractmethod
+    def remove(self, index: int) -> None:
+        """Take a layer out; later ones move up by one, and `config` follows."""
+
+    @abstractmethod
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters by their names in the checkpoint, tied ones once."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings: ids of shape (tokens T,) -> (1, tokens T, hidden)."""
+
+    @abstractmethod
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and head: (1, tokens T, hidden) -> (1, tokens T, vocab)."""
+
+    def layer_inputs(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
+        """What a layer takes besides its hidden states, for one sequence without padding or cache.
+
+        `hidden_states` is (1, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
+        """
+        num_tokens, device = hidden_states.shape[1], hidden_states.device
+        position_ids = torch.arange(num_tokens, device=device)[None]
+        mask = None
+        if not (self.config._attn_implementation or "").startswith(_CAUSAL_WITHOUT_MASK):
+            lowest = torch.finfo(hidden_states.dtype).min
+            mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
+            mask = mask[None, None]  # (1, 1, T, T)
+        return {
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
+        }
+
+    def run_layer(self, layer: LlamaDecoderLayer, hidden_states: Tensor) -> Tensor:
+        """A layer's output for one sequence: (1, tokens T, hidden) -> (1, tokens T, hidden)."""
+        return layer(hidden_states, **self.layer_inputs(hidden_states))
+
+    @torch.inference_mode()
+    def walk(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield, for each layer in turn, the output states of all samples.
+
+        All samples are at the same layer at any time, so memory is that of one layer boundary, and each sample
+        passes each layer once.
+
+        Parameters
+        ----------
+        samples : sequence of int64 tensors of shape (tokens T_i,)
+
+        Yields
+        ------
+        list of tensors of shape (1, tokens T_i, hidden)
+            Before the model's final norm. The list is overwritten by the next layer's: use it before advancing.
+        """
+        states = [self.embed(sample) for sample in samples]
+        for index in range(self.num_layers):
+            with self.layer(index) as layer:
+                for n, state in enumerate(states):
+                    states[n] = self.run_layer(layer, state)
+            yield states
+
+
+class ModelDecoder(Decoder):
+    """A LlamaForCausalLM in memory; changes are made in place."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.config = model.config
+        self.rotary_emb = model.model.rotary_emb
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.model.layers)
+
+    def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        layer = self.model.model.layers[index]
+        assert isinstance(layer, LlamaDecoderLayer)
+        return nullcontext(layer)
+
+    @torch.no_grad()
+    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.model.model.layers[index].named_parameters())
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+
+    def remove(self, index: int) -> None:
+        remove_config_layer(self.config, index)
+        del self.model.model.layers[index]
+        for position, layer in enumerate(self.model.model.layers):
+            layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values
+        device_map = getattr(self.model, "hf_device_map", None)
+        if device_map:
+            vars(self.model)["hf_device_map"] = _without_layer(device_map, index)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.model.named_parameters()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        table = self.model.model.embed_tokens
+        return table(ids.to(table.weight.device)[None])
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(hidden_states))
+
+
+def remove_config_layer(config: LlamaConfig, index: int) -> None:
+    """Take one layer out of `num_hidden_layers` and of lists with one entry a layer, such as `layer_types`."""
+    num_layers = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, list) and len(value) == num_layers:
+            setattr(config, name, value[:index] + value[index + 1 :])
+    config.num_hidden_layers = num_layers - 1
+
+
+def _without_layer(device_map: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """An accelerate device map with one layer taken out and later ones renumbered."""
+    prefix = "model.layers."
+    renumbered = {}
+    for name, device in device_map.items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            if int(number) == index:
+                continue
+            name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
+        renumbered[name] = device
+    return renumbered

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lf_hf.decoder import ModelDecoder
+
+SAMPLES = [torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_walking_layers_gives_the_states_of_a_whole_forward_pass(attention: str) -> None:
+    model = make_llama()
+    model.set_attn_implementation(attention)
+    decoder = ModelDecoder(model)
+    with torch.no_grad():
+        expected = [model.model(ids[None], output_hidden_states=True).hidden_states for ids in SAMPLES]
+    for index, states in enumerate(decoder.walk(SAMPLES)):
+        for n, state in enumerate(states):
+            if index == len(model.model.layers) - 1:  # transformers gives the last one after the final norm
+                state = model.model.norm(state)
+            torch.testing.assert_close(state, expected[n][index + 1], rtol=0, atol=1e-6)
+
+
+def test_embeddings_layers_and_head_are_the_whole_model() -> None:
+    model = make_llama()
+    decoder = ModelDecoder(model)
+    with torch.no_grad():
+        hidden_states = decoder.embed(SAMPLES[1])
+        for index in range(decoder.num_layers):
+            with decoder.layer(index) as layer:
+                hidden_states = decoder.run_layer(layer, hidden_states)
+        assert torch.equal(decoder.logits(hidden_states), model(SAMPLES[1][None]).logits)
+
+
+def test_replacing_changes_the_model_in_place() -> None:
+    model = make_llama()
+    before = model.model.layers[1].mlp.up_proj.weight
+    ModelDecoder(model).replace(1, {"mlp.up_proj.weight": torch.ones_like(before)})
+    assert model.model.layers[1].mlp.up_proj.weight is before and (before == 1).all()
+
+
+def test_removing_a_layer_renumbers_what_the_cache_and_config_need() -> None:
+    model = make_llama()
+    kept = [model.model.layers[n] for n in (0, 1, 3, 4)]
+    model.config.layer_types = ["a", "b", "c", "d", "e"]
+    model.config.eos_token_id = [1, 2, 3, 4, 5]
+    vars(model)["hf_device_map"] = {"model.embed_tokens": 0} | {f"model.layers.{n}": n for n in range(5)}
+    ModelDecoder(model).remove(2)
+    assert list(model.model.layers) == kept
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+    assert model.config.num_hidden_layers == 4
+    assert model.config.layer_types == ["a", "b", "d", "e"]
+    assert model.config.eos_token_id == [1, 2, 3, 4, 5]
+    assert model.hf_device_map == {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.layers.2": 3,
+        "model.layers.3": 4,
+    }
+
+
+def test_llama_3_8b_minus_four_layers_has_the_published_parameter_count() -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for index in (31, 30, 29, 28):
+        ModelDecoder(model).remove(index)
+    assert model.num_parameters() == 7_157_813_248
