@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from lf_hf.checkpoint import fuse_checkpoint
 from lf_hf.config import FusionConfig
 from lf_hf.configuration_fused_llama import FusedLlamaConfig
 from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, FusedLlamaModel
@@ -19,6 +20,7 @@ __all__ = [
     "FusedLlamaModel",
     "FusionConfig",
     "FusionReport",
+    "fuse_checkpoint",
     "tasks_path",
 ]
 

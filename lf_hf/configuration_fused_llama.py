@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import LlamaConfig
+
+from lf_hf.report import FusionReport
+
+Config = TypeVar("Config", bound=LlamaConfig)
 
 
 class FusedLlamaConfig(LlamaConfig):
@@ -20,3 +24,28 @@ class FusedLlamaConfig(LlamaConfig):
     model_type = "fused_llama"
 
     fusion: dict[str, Any] | None = None
+
+
+def fused_config(config: LlamaConfig, report: FusionReport) -> FusedLlamaConfig:
+    """The config of a fused model from that of its layers and from what was fused."""
+    return converted_config(
+        config,
+        FusedLlamaConfig,
+        fusion={
+            "base": report.base,
+            "config": report.config,
+            "pairs": [list(step.pair) for step in report.steps],
+            "ratios": [step.ratio_i for step in report.steps],
+            "versions": report.versions,
+        },
+    )
+
+
+def converted_config(config: LlamaConfig, to: type[Config], **extra: Any) -> Config:
+    """The same architecture as a config of another class."""
+    left_out = {"model_type", "architectures", "fusion", "quantization_config", "transformers_version"}
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
+    converted = to(**values, **extra)
+    converted._attn_implementation = config._attn_implementation
+    converted._name_or_path = config._name_or_path
+    return converted

@@ -6,7 +6,7 @@ The pipeline asks for one layer at a time, so that the layers may as well lie on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,12 +54,12 @@ class Decoder(ABC):
         """All parameters by their names in the checkpoint, tied ones once."""
 
     @abstractmethod
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings: ids of shape (tokens T,) -> (1, tokens T, hidden)."""
+    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        """Token embeddings of each sample: ids of shape (tokens T_i,) -> (1, tokens T_i, hidden)."""
 
     @abstractmethod
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm and head: (1, tokens T, hidden) -> (1, tokens T, vocab)."""
+    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Final norm and head, inside a `with` block: (1, tokens T, hidden) -> logits (1, tokens T, vocab)."""
 
     def layer_inputs(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
         """What a layer takes besides its hidden states, for one sequence without padding or cache.
@@ -99,7 +99,7 @@ class Decoder(ABC):
         list of tensors of shape (1, tokens T_i, hidden)
             Before the model's final norm. The list is overwritten by the next layer's: use it before advancing.
         """
-        states = [self.embed(sample) for sample in samples]
+        states = self.embed(samples)
         for index in range(self.num_layers):
             with self.layer(index) as layer:
                 for n, state in enumerate(states):
@@ -142,12 +142,12 @@ class ModelDecoder(Decoder):
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
         table = self.model.model.embed_tokens
-        return table(ids.to(table.weight.device)[None])
+        return [table(sample.to(table.weight.device)[None]) for sample in samples]
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden_states))
+    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
 
 
 def remove_config_layer(config: LlamaConfig, index: int) -> None:

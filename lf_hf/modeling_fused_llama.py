@@ -6,11 +6,8 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,10 @@ from transformers.utils.hub import cached_file
 from lf_hf import pipeline
 from lf_hf.calibration import load_calibration
 from lf_hf.config import FusionConfig, unknown_name
-from lf_hf.configuration_fused_llama import FusedLlamaConfig
+from lf_hf.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.decoder import ModelDecoder
-from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
+from lf_hf.saving import replaced_folder, write_companions
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -106,14 +103,14 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         elif settings:
             config = dataclasses.replace(config, **settings)
         base = os.fspath(base)
-        base_config = _base_config(base, kwargs)
-        config.check_num_layers(base_config.num_hidden_layers)
+        llama_config = base_config(base, kwargs)
+        config.check_num_layers(llama_config.num_hidden_layers)
         texts = None
         if config.needs_similarity:
             texts = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
             config.check_num_samples(len(texts.texts))
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(base, **_hub_arguments(kwargs))
+            tokenizer = AutoTokenizer.from_pretrained(base, **hub_arguments(kwargs))
 
         # Weights are read from safetensors or GGUF alone: pickled ones can run code.
         llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
@@ -126,17 +123,10 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         cls, llama: LlamaForCausalLM, report: FusionReport, tokenizer: PreTrainedTokenizerBase
     ) -> FusedLlamaForCausalLM:
         """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
-        fusion = {
-            "base": report.base,
-            "config": report.config,
-            "pairs": [list(step.pair) for step in report.steps],
-            "ratios": [step.ratio_i for step in report.steps],
-            "versions": report.versions,
-        }
-        config = _converted(llama.config, FusedLlamaConfig, fusion=fusion)
+        config = fused_config(llama.config, report)
         for module in llama.modules():
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                module.config = config
+                vars(module)["config"] = config
         # A base from GGUF is plain floats now, whatever the loader left behind.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             llama.__dict__.pop(name, None)
@@ -150,7 +140,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As for any transformers model; `fusion_report` is read from the checkpoint."""
-        hub = _hub_arguments(kwargs)
+        hub = hub_arguments(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -198,17 +188,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         if not kwargs.get("is_main_process", True):
             return
         tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
-        with _replaced_folder(Path(save_directory)) as folder:
+        with replaced_folder(Path(save_directory)) as folder:
             if as_llama:
                 self.to_llama().save_pretrained(folder, *args, **kwargs)
             else:
                 super().save_pretrained(folder, *args, **kwargs)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            if self.fusion_report is not None:
-                self.fusion_report.save(folder)
-                card = model_card(self.fusion_report, as_llama=as_llama)
-                (folder / "README.md").write_text(card, encoding="utf-8")
+            write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
         if push_to_hub:
             _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
 
@@ -238,7 +223,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
 
     def to_llama(self) -> LlamaForCausalLM:
         """A stock LlamaForCausalLM that shares this model's weights."""
-        config = _converted(self.config, LlamaConfig)
+        config = converted_config(self.config, LlamaConfig)
         with torch.device("meta"):
             llama = LlamaForCausalLM(config)
         llama.load_state_dict(self.state_dict(keep_vars=True), assign=True)
@@ -261,7 +246,7 @@ def _upload(
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
 
 
-def _base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
+def base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
     """Config of the model to fuse, checked to be a Llama in plain floats."""
     if os.path.isdir(base) and not kwargs.get("gguf_file"):
         subfolder = kwargs.get("subfolder", "")
@@ -274,7 +259,7 @@ def _base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
     for name in _QUANTIZATION_ARGUMENTS:
         if kwargs.get(name):
             raise ValueError(f"{name} can not be used while fusing; fuse in bfloat16, save, and quantise the result.")
-    config = AutoConfig.from_pretrained(base, **_hub_arguments(kwargs))
+    config = AutoConfig.from_pretrained(base, **hub_arguments(kwargs))
     if config.model_type == FusedLlamaConfig.model_type:
         raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
     if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
@@ -284,18 +269,9 @@ def _base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
     return config
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of from_pretrained's arguments that say where files are."""
     return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-
-
-def _converted(config: LlamaConfig, to: type[LlamaConfig], **extra: Any) -> Any:
-    """The same architecture as a config of another class."""
-    left_out = {"model_type", "architectures", "fusion", "quantization_config", "transformers_version"}
-    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
-    converted = to(**values, **extra)
-    converted._attn_implementation = config._attn_implementation
-    converted._name_or_path = config._name_or_path
-    return converted
 
 
 def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
@@ -303,28 +279,3 @@ def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | Non
     if not name_or_path or not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
         return None
     return AutoTokenizer.from_pretrained(name_or_path)
-
-
-@contextmanager
-def _replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
-    folder = folder.absolute()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
-    replaces = folder.is_dir() and any(folder.iterdir())
-    if replaces and not (folder / REPORT_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        if replaces:
-            old = folder.with_name(f"{scratch.name}.old")
-            folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

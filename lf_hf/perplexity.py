@@ -35,10 +35,11 @@ def perplexity(decoder: Decoder, sequences: Sequence[Tensor], desc: str = "Perpl
     total, count = 0.0, 0
     for states in logging.tqdm(decoder.walk(sequences), total=decoder.num_layers, desc=desc, unit="layer"):
         last = states
-    for sequence, state in zip(sequences, last, strict=True):
-        logits = decoder.logits(state)[0, :-1].float()  # (tokens - 1, vocab)
-        targets = sequence[1:].to(logits.device)
-        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        count += len(targets)
+    with decoder.head() as head:
+        for sequence, state in zip(sequences, last, strict=True):
+            logits = head(state)[0, :-1].float()  # (tokens - 1, vocab)
+            targets = sequence[1:].to(logits.device)
+            total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += len(targets)
     # A model that fusion broke can exceed what a float holds.
     return float(torch.tensor(total / count, dtype=torch.float64).exp())

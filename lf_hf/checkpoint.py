@@ -1,0 +1,301 @@
+"""Fusing from one checkpoint folder into another without holding the model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from lf_hf import pipeline
+from lf_hf.calibration import load_calibration
+from lf_hf.config import FusionConfig
+from lf_hf.configuration_fused_llama import converted_config, fused_config
+from lf_hf.decoder import Decoder, remove_config_layer
+from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, base_config, hub_arguments
+from lf_hf.report import FusionReport
+from lf_hf.saving import replaced_folder, write_companions
+
+_EMBEDDING = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
+_LAYERS = "model.layers."
+
+
+def fuse_checkpoint(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: FusionConfig | None = None,
+    *,
+    low_memory: bool = True,
+    as_llama: bool = False,
+    calibration: Sequence[str] | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_bytes: int = 500_000_000,
+    **kwargs: Any,
+) -> FusionReport:
+    """Fuse a Llama checkpoint into another folder.
+
+    Parameters
+    ----------
+    base : str
+        Folder or hub name of a Llama checkpoint in safetensors files.
+    out : path
+        Where to write; a folder that does not exist, is empty, or holds a fused checkpoint, which is replaced.
+    config, calibration, tokenizer
+        As for `FusedLlamaForCausalLM.from_pretrained_fused`.
+    low_memory : bool
+        Hold one or two layers at a time instead of the model. The tensors written are the same, bit for bit.
+    as_llama : bool
+        Write a plain Llama checkpoint that programs without lf_hf open.
+    max_shard_bytes : int
+        Size of an output file, about; also what is held in memory while writing.
+    **kwargs
+        FusionConfig fields; all others as for `from_pretrained` (revision, token, dtype, ...).
+
+    Returns
+    -------
+    FusionReport
+
+    Raises
+    ------
+    ValueError
+        For settings, a base or calibration text that can not be used.
+    """
+    base = os.fspath(base)
+    if not low_memory:
+        model = FusedLlamaForCausalLM.from_pretrained_fused(
+            base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
+        )
+        model.save_pretrained(out, as_llama=as_llama, max_shard_size=max_shard_bytes)
+        assert model.fusion_report is not None
+        return model.fusion_report
+
+    settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+    config = FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+    dtype = kwargs.pop("dtype", None)
+    unknown = set(kwargs) - set(hub_arguments(kwargs))
+    if unknown or kwargs.get("gguf_file"):
+        raise ValueError(
+            f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
+        )
+    llama_config = base_config(base, kwargs)
+    config.check_num_layers(llama_config.num_hidden_layers)
+    texts = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
+    config.check_num_samples(len(texts.texts))
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
+    with replaced_folder(Path(out)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        decoder = CheckpointDecoder(_weights_folder(base, kwargs), llama_config, Path(scratch), dtype=dtype)
+        report = pipeline.fuse(decoder, tokenizer, config, texts, base=base)
+        decoder.write(folder, max_shard_bytes)
+        written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
+        written.dtype = decoder.dtype
+        written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
+        written.save_pretrained(folder)
+        _generation_config(base, kwargs, llama_config).save_pretrained(folder)
+        write_companions(folder, report, tokenizer, as_llama=as_llama)
+    return report
+
+
+class CheckpointDecoder(Decoder):
+    """A Llama in safetensors files, read layer by layer; changed tensors go to a scratch folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds model.safetensors, or its shards and their index.
+    config : LlamaConfig
+    scratch : Path
+        A folder on a disk with room for the fused layers.
+    dtype : torch.dtype, optional
+        Default: the config's, else that of the first tensor.
+    """
+
+    def __init__(
+        self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | str | None = None
+    ) -> None:
+        self.config = config
+        if config._attn_implementation is None:
+            config._attn_implementation = "sdpa"
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._files = _tensor_files(folder)
+        self._scratch = scratch
+        self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype) if dtype != "auto" else None
+        self.dtype: torch.dtype = dtype or config.dtype or self._stored_dtype()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._sources)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(self.config, index)
+        layer.load_state_dict(self._layer_weights(index), assign=True)
+        yield layer.eval().requires_grad_(False)
+
+    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        file = self._changed(index)
+        tensors = load_file(file) if file.is_file() else {}
+        save_file(tensors | {name: tensor.contiguous() for name, tensor in weights.items()}, file)
+
+    def remove(self, index: int) -> None:
+        self._changed(index).unlink(missing_ok=True)
+        del self._sources[index]
+        remove_config_layer(self.config, index)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._outer_names():
+            yield name, self._read([name])[0]
+        for index in range(self.num_layers):
+            for name, tensor in self._layer_weights(index).items():
+                yield f"{_LAYERS}{index}.{name}", tensor
+
+    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        [table] = self._read([_EMBEDDING])
+        return [nn.functional.embedding(sample[None], table) for sample in samples]
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        gain, weight = self._read([_NORM, _HEAD if _HEAD in self._outer_names() else _EMBEDDING])
+        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight = nn.Parameter(gain, requires_grad=False)
+        yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
+
+    def write(self, folder: Path, max_shard_bytes: int) -> None:
+        """Write all tensors as shards of about `max_shard_bytes`, and their index."""
+        shards: list[list[str]] = []
+        size = max_shard_bytes
+        total = 0
+        shard: dict[str, Tensor] = {}
+
+        def flush() -> None:
+            if shard:
+                save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+                shards.append(list(shard))
+                shard.clear()
+
+        progress = logging.tqdm(self.named_parameters(), desc="Writing", unit="tensor")
+        for name, tensor in progress:
+            nbytes = tensor.numel() * tensor.element_size()
+            if size + nbytes > max_shard_bytes:
+                flush()
+                size = 0
+            shard[name] = tensor.contiguous()
+            size += nbytes
+            total += nbytes
+        flush()
+        if len(shards) == 1:
+            (folder / "shard-0").rename(folder / SAFE_WEIGHTS_NAME)
+            return
+        weight_map = {}
+        for number, names in enumerate(shards):
+            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            (folder / f"shard-{number}").rename(folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _outer_names(self) -> list[str]:
+        """Parameters outside the layers; a head that is tied to the embeddings is not one of its own."""
+        names = [name for name in (_EMBEDDING, _NORM, _HEAD) if name in self._files]
+        return [name for name in names if name != _HEAD or not self.config.tie_word_embeddings]
+
+    def _layer_weights(self, index: int) -> dict[str, Tensor]:
+        """All parameters of a layer by their names inside it."""
+        prefix = f"{_LAYERS}{self._sources[index]}."
+        changed = self._changed(index)
+        weights = load_file(changed) if changed.is_file() else {}
+        names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
+        unchanged = [name for name in names if name.removeprefix(prefix) not in weights]
+        tensors = self._read(unchanged)
+        return weights | {name.removeprefix(prefix): t for name, t in zip(unchanged, tensors, strict=True)}
+
+    def _changed(self, index: int) -> Path:
+        return self._scratch / f"layer-{self._sources[index]}.safetensors"
+
+    def _stored_dtype(self) -> torch.dtype:
+        name, file = next(iter(self._files.items()))
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name).dtype
+
+    def _read(self, names: Sequence[str]) -> list[Tensor]:
+        """Copies of tensors from the files: a copy outlives the memory map, which holds all that was read."""
+        tensors: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self._files[name] for name in names):
+            with safe_open(file, "pt") as opened:
+                for name in names:
+                    if self._files[name] == file:
+                        tensors[name] = opened.get_tensor(name).to(self.dtype, copy=True)
+        return [tensors[name] for name in names]
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """For each tensor of a checkpoint the file that holds it.
+
+    Raises
+    ------
+    ValueError
+        If there are no safetensors files, a shard is missing or damaged, or the index names files elsewhere.
+    """
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = {name: folder / file for name, file in weight_map.items()}
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index.name} is not an index of safetensors files: {error!r}.") from None
+        for file in set(shards.values()):
+            if file.parent != folder:
+                raise ValueError(f"{index.name} names {str(file)!r}, which is outside its folder.")
+    elif single.is_file():
+        shards = {}
+    else:
+        raise ValueError(
+            f"{str(folder)!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; convert the base to "
+            "safetensors, or use low_memory=False."
+        )
+    held: dict[str, Path] = {}
+    for file in sorted(set(shards.values()) or {single}):
+        if not file.is_file():
+            raise ValueError(f"The shard {file.name!r} that {index.name} names is missing.")
+        try:
+            with safe_open(file, "pt") as opened:
+                held |= dict.fromkeys(opened.keys(), file)
+        except Exception as error:  # safetensors has its own error for a damaged header
+            raise ValueError(f"{file.name!r} is not a whole safetensors file: {error}.") from None
+    missing = [name for name, file in shards.items() if held.get(name) != file]
+    if missing:
+        raise ValueError(f"{index.name} says that {missing[0]!r} is in {shards[missing[0]].name!r}, but it is not.")
+    return held
+
+
+def _weights_folder(base: str, hub: dict[str, Any]) -> Path:
+    if os.path.isdir(base):
+        return Path(base, hub.get("subfolder", ""))
+    arguments = {name: value for name, value in hub.items() if name != "subfolder"}
+    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
+    return Path(snapshot_download(base, allow_patterns=patterns, **arguments), hub.get("subfolder", ""))
+
+
+def _generation_config(base: str, hub: dict[str, Any], config: LlamaConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(base, **hub)
+    except OSError:  # the base has none
+        return GenerationConfig.from_model_config(config)

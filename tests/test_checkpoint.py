@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_texts, make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lf_hf import FusionReport, fuse_checkpoint
+
+METHODS = ("neural_alignment", "mka", "truncate")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def fuse(base: str, out: Path, **kwargs: Any) -> FusionReport:
+    settings: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 200} | kwargs
+    return fuse_checkpoint(base, out, **settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}, {"attention_bias": True, "mlp_bias": True}],
+)
+def test_both_paths_write_the_same_tensors(
+    method: str, overrides: dict[str, Any], make_base: Callable[..., str], tmp_path: Path
+) -> None:
+    base = make_base(**overrides)
+    reports = [
+        fuse(base, tmp_path / str(low_memory), method=method, low_memory=low_memory, max_shard_bytes=30_000)
+        for low_memory in (True, False)
+    ]
+    assert len(list((tmp_path / "True").glob("model-*.safetensors"))) > 1
+    low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
+    assert low.keys() == high.keys()
+    assert all(torch.equal(low[name], high[name]) and low[name].dtype == high[name].dtype for name in low)
+    a, b = (json.loads((tmp_path / str(low_memory) / "config.json").read_text()) for low_memory in (True, False))
+    assert a == b
+    a, b = (report.to_dict() | {"seconds": None} for report in reports)
+    assert a == b
+
+
+def test_result_opens_like_any_fused_checkpoint(base: str, tmp_path: Path) -> None:
+    report = fuse(base, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "FusedLlamaForCausalLM" and model.fusion_report == report
+    assert model.num_parameters() == report.parameters_after
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("layer").input_ids == make_tokenizer()("layer").input_ids
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no scratch is left
+
+
+def test_plain_result_is_a_stock_llama(base: str, tmp_path: Path) -> None:
+    fuse(base, tmp_path / "out", as_llama=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM" and len(model.model.layers) == 3
+    assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, eos_token_id=None).shape == (1, 6)
+
+
+def test_reads_a_sharded_base(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    make_llama().save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    for name in ("base", "whole"):
+        fuse(str(tmp_path / name), tmp_path / f"{name}-out")
+    a, b = tensors(tmp_path / "base-out"), tensors(tmp_path / "whole-out")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_dtype_can_be_chosen(base: str, tmp_path: Path) -> None:
+    fuse(base, tmp_path / "out", dtype="bfloat16", method="truncate")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def broken(base: str, tmp_path: Path, damage: Callable[[Path], None]) -> str:
+    make_llama().save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    damage(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    edit(index)
+    file.write_text(json.dumps(index))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a missing shard": (lambda f: next(f.glob("model-00002*")).unlink(), "shard .* is missing"),
+    "a truncated shard": (
+        lambda f: (p := next(f.glob("model-00002*"))).write_bytes(p.read_bytes()[:-100]),
+        "is not a whole safetensors file",
+    ),
+    "a shard of another kind": (
+        lambda f: next(f.glob("model-00002*")).write_bytes(b"x" * 99),
+        "not a whole safetensors",
+    ),
+    "an index that is not JSON": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        "is not an index of safetensors files",
+    ),
+    "an index without a map": (lambda f: edit_index(f, lambda i: i.clear()), "is not an index of safetensors files"),
+    "an index that points outside": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": "../secret.safetensors"})),
+        "which is outside its folder",
+    ),
+    "an index that names more": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": i["weight_map"]["lm_head.weight"]})),
+        "says that 'x' is in .*, but it is not",
+    ),
+    "no weights": (
+        lambda f: list(map(Path.unlink, f.glob("model*"))),
+        "holds neither model.safetensors nor model.safetensors.index.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_bases_get_one_sentence_and_leave_nothing(base: str, damage: str, tmp_path: Path) -> None:
+    do, message = DAMAGE[damage]
+    with pytest.raises(ValueError, match=message):
+        fuse(broken(base, tmp_path, do), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device_map can not be used with low_memory=True"):
+        fuse(base, tmp_path / "out", device_map="auto")
