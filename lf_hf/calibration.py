@@ -8,13 +8,15 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, tensor
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lf_hf.config import FusionConfig
 from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,51 @@ class Calibration:
     source: str
 
 
+def load_needed(
+    config: FusionConfig, calibration: Sequence[str] | str | Path | None
+) -> tuple[Calibration | None, Corpus | None]:
+    """What a fusion with `config` needs of samples for layer similarity and of running text.
+
+    Raises
+    ------
+    ValueError
+        If `calibration` can not be used, or has too few samples.
+    """
+    samples = None
+    if config.needs_similarity:
+        samples = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
+        config.check_num_samples(len(samples.texts))
+    return samples, load_corpus(calibration) if config.needs_text else None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Running text for calibration, one string for each kind of text, and where it is from."""
+
+    parts: list[str]
+    source: str
+
+
+def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus:
+    """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
+
+    Parameters
+    ----------
+    calibration : list of str, path, or None
+        As for `load_calibration`. None: the first half of Python's documentation, and the MMLU questions of
+        `load_calibration`.
+    """
+    if calibration is None:
+        questions = load_calibration()
+        parts = [part for part in (documentation_halves()[0], "\n\n".join(questions.texts)) if part]
+        return Corpus(parts, f"Python documentation, first half; {questions.source}")
+    samples, source = _open(calibration)
+    text = "\n\n".join(_strings(samples, source))
+    if not text:
+        raise ValueError(f"The calibration text ({source}) is empty.")
+    return Corpus([text], source)
+
+
 def load_calibration(
     calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1
 ) -> Calibration:
@@ -61,18 +108,8 @@ def load_calibration(
     """
     if calibration is None:
         return _mmlu_calibration(samples_per_subject)
-    if isinstance(calibration, (str, Path)):
-        path = Path(calibration)
-        samples: Iterable[Any] = _read(path)
-        source = path.name
-    else:
-        samples, source = calibration, "strings given by the caller"
-    texts: list[str] = []
-    for sample in islice(samples, MAX_SAMPLES):
-        if not isinstance(sample, str):
-            raise ValueError(f"Calibration sample {len(texts)} of {source} must be a string, got {sample!r:.80}.")
-        if sample.strip():
-            texts.append(sample)
+    samples, source = _open(calibration)
+    texts = list(islice(_strings(samples, source), MAX_SAMPLES))
     if not texts:
         raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
     return Calibration(texts, source)
@@ -93,13 +130,59 @@ def tokenize_samples(
         ids = tokenizer(text, truncation=True, max_length=sample_length)["input_ids"]
         if not ids:
             raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
-        if max(ids) >= vocab_size:
-            raise ValueError(
-                f"The tokenizer gives token id {max(ids)}, but the model has {vocab_size} embeddings; "
-                "use the tokenizer that belongs to the model."
-            )
-        samples.append(tensor(ids))
+        _check_ids(max(ids), vocab_size)
+        samples.append(torch.tensor(ids))
     return samples
+
+
+def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
+    """The first `max_tokens` tokens of a text as sequences of at most `length` tokens.
+
+    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. A last
+    sequence of fewer than two tokens is left out.
+
+    Returns
+    -------
+    list of int64 tensors of shape (tokens <= length,)
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    step = length - len(prefix)
+    pieces = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
+
+
+def pack_corpus(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int, vocab_size: int
+) -> list[Tensor]:
+    """Sequences of a corpus, `max_tokens` tokens in all, an equal share from each part as far as it goes.
+
+    Returns
+    -------
+    list of int64 tensors of shape (tokens <= length,)
+        The parts take turns.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer tokens than one sequence has, or ids that the model does not have.
+    """
+    packed = [pack_tokens(tokenizer, part, length, max_tokens) for part in corpus.parts]
+    sequences: list[Tensor] = []
+    left = max_tokens
+    for turn in zip_longest(*packed):
+        for sequence in turn:
+            if sequence is not None and left > 1:
+                sequences.append(sequence[:left])
+                left -= len(sequences[-1])
+    total = sum(map(len, sequences))
+    if total < length:
+        raise ValueError(
+            f"The calibration text ({corpus.source}) has only {total} tokens, which do not fill one sequence of "
+            f"calibration_length={length}; give more text."
+        )
+    _check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
+    return sequences
 
 
 def documentation_halves() -> tuple[str, str]:
@@ -121,6 +204,14 @@ def documentation_halves() -> tuple[str, str]:
     ordered = [paragraph for paragraph in paragraphs if paragraph.strip()]
     middle = len(ordered) // 2
     return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
+
+
+def _check_ids(largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token id {largest}, but the model has {vocab_size} embeddings; use the tokenizer "
+            "that belongs to the model."
+        )
 
 
 def _mmlu_calibration(samples_per_subject: int) -> Calibration:
@@ -149,6 +240,23 @@ def _hub_questions() -> dict[str, list[Question]]:
     for row in load_dataset("cais/mmlu", "all", split="validation"):
         questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
     return questions
+
+
+def _open(calibration: Sequence[str] | str | Path) -> tuple[Iterable[Any], str]:
+    """The samples that a user gave, unchecked, and what to call them."""
+    if isinstance(calibration, (str, Path)):
+        path = Path(calibration)
+        return _read(path), path.name
+    return calibration, "strings given by the caller"
+
+
+def _strings(samples: Iterable[Any], source: str) -> Iterator[str]:
+    """The samples that are not blank, checked to be strings."""
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, str):
+            raise ValueError(f"Calibration sample {number} of {source} must be a string, got {sample!r:.80}.")
+        if sample.strip():
+            yield sample
 
 
 def _read(path: Path) -> Iterator[Any]:

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lf_hf import pipeline
-from lf_hf.calibration import load_calibration
+from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig
 from lf_hf.configuration_fused_llama import converted_config, fused_config
 from lf_hf.decoder import Decoder, remove_config_layer
@@ -94,13 +94,12 @@ def fuse_checkpoint(
         )
     llama_config = base_config(base, kwargs)
     config.check_num_layers(llama_config.num_hidden_layers)
-    texts = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
-    config.check_num_samples(len(texts.texts))
+    samples, text = load_needed(config, calibration)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
     with replaced_folder(Path(out)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         decoder = CheckpointDecoder(_weights_folder(base, kwargs), llama_config, Path(scratch), dtype=dtype)
-        report = pipeline.fuse(decoder, tokenizer, config, texts, base=base)
+        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=base)
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
@@ -136,8 +135,8 @@ class CheckpointDecoder(Decoder):
         self._scratch = scratch
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype) if dtype != "auto" else None
-        self.dtype: torch.dtype = dtype or config.dtype or self._stored_dtype()
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        self.dtype: torch.dtype = dtype or cast("torch.dtype | None", config.dtype) or self._stored_dtype()
 
     @property
     def num_layers(self) -> int:
@@ -145,10 +144,11 @@ class CheckpointDecoder(Decoder):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, index)
-        layer.load_state_dict(self._layer_weights(index), assign=True)
-        yield layer.eval().requires_grad_(False)
+        yield self._built(self._layer_weights(index))
+
+    @contextmanager
+    def original(self, number: int) -> Iterator[LlamaDecoderLayer]:
+        yield self._built(self._stored_weights(number))
 
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
         file = self._changed(index)
@@ -204,7 +204,7 @@ class CheckpointDecoder(Decoder):
         if len(shards) == 1:
             (folder / "shard-0").rename(folder / SAFE_WEIGHTS_NAME)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards):
             file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             (folder / f"shard-{number}").rename(folder / file)
@@ -217,15 +217,23 @@ class CheckpointDecoder(Decoder):
         names = [name for name in (_EMBEDDING, _NORM, _HEAD) if name in self._files]
         return [name for name in names if name != _HEAD or not self.config.tie_word_embeddings]
 
+    def _built(self, weights: Mapping[str, Tensor]) -> LlamaDecoderLayer:
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(self.config, layer_idx=0)
+        layer.load_state_dict(weights, assign=True)
+        return layer.eval().requires_grad_(False)
+
     def _layer_weights(self, index: int) -> dict[str, Tensor]:
-        """All parameters of a layer by their names inside it."""
-        prefix = f"{_LAYERS}{self._sources[index]}."
-        changed = self._changed(index)
-        weights = load_file(changed) if changed.is_file() else {}
+        """All parameters of a layer as it is now, by their names inside it."""
+        changed = load_file(self._changed(index)) if self._changed(index).is_file() else {}
+        return self._stored_weights(self._sources[index], leave_out=changed) | changed
+
+    def _stored_weights(self, number: int, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+        """Parameters of a layer of the base."""
+        prefix = f"{_LAYERS}{number}."
         names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
-        unchanged = [name for name in names if name.removeprefix(prefix) not in weights]
-        tensors = self._read(unchanged)
-        return weights | {name.removeprefix(prefix): t for name, t in zip(unchanged, tensors, strict=True)}
+        names = [name for name in names if name.removeprefix(prefix) not in leave_out]
+        return {name.removeprefix(prefix): t for name, t in zip(names, self._read(names), strict=True)}
 
     def _changed(self, index: int) -> Path:
         return self._scratch / f"layer-{self._sources[index]}.safetensors"

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 METHODS: dict[str, dict[str, str]] = {
-    "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average"},
-    "mka": {"selection": "last", "alignment": "none", "merge": "average"},
-    "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first"},
+    "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
+    "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
+    "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
+    "refit": {"selection": "least_influence", "alignment": "none", "merge": "select", "refit": "projections"},
 }
 """What each preset sets. A field that the user gives overrides its preset."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "selection": ("last",),
+    "selection": ("last", "least_influence"),
     "alignment": ("none", "rows", "neurons"),
-    "merge": ("average", "keep_first"),
+    "merge": ("average", "keep_first", "select"),
+    "refit": ("none", "down_proj", "projections"),
 }
 
 # Inclusive lower bounds of the integer fields and (exclusive lower, inclusive upper) bounds of the floats.
@@ -30,6 +32,8 @@ _INT_MINIMUM = {
     "entropy_neighbors": 1,
     "sample_length": 1,
     "samples_per_subject": 1,
+    "calibration_tokens": 1024,
+    "calibration_length": 16,
     "perplexity_tokens": 0,
     "seed": 0,
 }
@@ -37,6 +41,7 @@ _FLOAT_RANGE = {
     "kernel_scale": (0.0, math.inf),
     "kernel_alpha": (-math.inf, math.inf),
     "ratio_beta": (-math.inf, math.inf),
+    "ridge": (0.0, math.inf),
 }
 
 
@@ -48,16 +53,30 @@ class FusionConfig:
     ----------
     num_fusions : int
         How many times two layers become one, 1 to L - 1 for a model of L layers.
-    method : {"neural_alignment", "mka", "truncate"}, default="neural_alignment"
-        Preset of `selection`, `alignment` and `merge`.
-    selection : {"last"}, default from `method`
-        Which pair each step fuses. "last": the two last layers of the model as it then is.
+    method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
+        Preset of `selection`, `alignment`, `merge` and `refit`.
+    selection : {"last", "least_influence"}, default from `method`
+        Which pair each step fuses. "last": the two last layers of the model as it then is. "least_influence":
+        the layer that changes the residual stream least, with the one before it; the first and the last layer
+        stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
         that the aligned layer j computes what it did.
-    merge : {"average", "keep_first"}, default from `method`
-        "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is.
+    merge : {"average", "keep_first", "select"}, default from `method`
+        "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is. "select": layer i's
+        attention, and of both MLPs' channels those that the pair's output needs most.
+    refit : {"none", "down_proj", "projections"}, default from `method`
+        "down_proj": fit the fused layers' down projections to the dense model's states, by ridge regression on
+        calibration text. "projections", for merge="select": also choose key-value groups from both layers, fit
+        o_proj, and let each layer's heads and channels read the stream through a fitted map.
+    ridge : float > 0, default=0.1
+        Strength of the refit's pull towards the weights as they were, in units of the mean diagonal of the
+        activations' Gram matrix.
+    calibration_tokens : int >= 1024, default=32768
+        Tokens of calibration text that influence, channel selection and refit use at most.
+    calibration_length : int >= 16, default=512
+        Tokens of a sequence of that text.
     kernel_scale : float > 0, default=8.0
         sigma_K of the diffusion kernel.
     kernel_alpha : float, default=0.5
@@ -93,6 +112,10 @@ class FusionConfig:
     selection: str = None  # type: ignore[assignment]  # filled from `method` in __post_init__
     alignment: str = None  # type: ignore[assignment]
     merge: str = None  # type: ignore[assignment]
+    refit: str = None  # type: ignore[assignment]
+    ridge: float = 0.1
+    calibration_tokens: int = 32768
+    calibration_length: int = 512
     kernel_scale: float = 8.0
     kernel_alpha: float = 0.5
     embedding_dim: int = 2
@@ -125,6 +148,27 @@ class FusionConfig:
         if not isinstance(self.rank_normalize, bool):
             raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r}.")
 
+        if self.refit == "projections" and self.merge != "select":
+            raise ValueError(
+                f"refit='projections' chooses heads and channels of whole layers, which merge={self.merge!r} has mixed "
+                "or dropped by then; set merge='select' or refit='down_proj'."
+            )
+        if self.alignment != "none" and self.merge != "average":
+            raise ValueError(
+                f"alignment={self.alignment!r} has no effect with merge={self.merge!r}, which takes neurons as they "
+                "are; set alignment='none' or merge='average'."
+            )
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether any step runs calibration text through the layers: for influence, selection or refit."""
+        return self.selection == "least_influence" or self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether fused layers are fitted to what they should compute: channels selected, or projections refitted."""
+        return self.merge == "select" or self.refit != "none"
+
     @property
     def needs_similarity(self) -> bool:
         """Whether any step uses the layer similarity matrix (stages 1 to 3)."""
@@ -132,12 +176,16 @@ class FusionConfig:
 
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""
-        if num_hidden_layers < 2:
-            raise ValueError(f"The model has {num_hidden_layers} layer; fusing needs at least 2.")
-        if self.num_fusions >= num_hidden_layers:
+        left = 1 if self.selection == "last" else 3  # with the first and the last layer kept, three stay
+        if num_hidden_layers <= left:
             raise ValueError(
-                f"num_fusions must be 1 to {num_hidden_layers - 1} for a model of {num_hidden_layers} layers, "
-                f"got {self.num_fusions}."
+                f"The model has {num_hidden_layers} layers; fusing with selection={self.selection!r} needs at least "
+                f"{left + 1}."
+            )
+        if self.num_fusions > num_hidden_layers - left:
+            raise ValueError(
+                f"num_fusions must be 1 to {num_hidden_layers - left} for a model of {num_hidden_layers} layers and "
+                f"selection={self.selection!r}, got {self.num_fusions}."
             )
 
     def check_num_samples(self, num_samples: int) -> None:

@@ -5,6 +5,7 @@ The pipeline asks for one layer at a time, so that the layers may as well lie on
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +41,10 @@ class Decoder(ABC):
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
         """A layer with its weights, to be used inside a `with` block. Not to be changed."""
+
+    @abstractmethod
+    def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        """A layer of the dense model, by its number there, whatever has been replaced or removed since."""
 
     @abstractmethod
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
@@ -108,10 +113,16 @@ class Decoder(ABC):
 
 
 class ModelDecoder(Decoder):
-    """A LlamaForCausalLM in memory; changes are made in place."""
+    """A LlamaForCausalLM in memory; changes are made in place.
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, *, keep_originals: bool = False) -> None:
         self.model = model
+        self._keep_originals = keep_originals
+        self._sources = list(range(len(model.model.layers)))  # of each layer, its number in the dense model
+        self._originals: dict[int, LlamaDecoderLayer] = {}
         self.config = model.config
         self.rotary_emb = model.model.rotary_emb
 
@@ -124,14 +135,25 @@ class ModelDecoder(Decoder):
         assert isinstance(layer, LlamaDecoderLayer)
         return nullcontext(layer)
 
+    def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        if number in self._originals:
+            return nullcontext(self._originals[number])
+        return self.layer(self._sources.index(number))
+
     @torch.no_grad()
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        source = self._sources[index]
+        if self._keep_originals and source not in self._originals:
+            self._originals[source] = copy.deepcopy(self.model.model.layers[index])
         parameters = dict(self.model.model.layers[index].named_parameters())
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
 
     def remove(self, index: int) -> None:
         remove_config_layer(self.config, index)
+        source, layer = self._sources.pop(index), self.model.model.layers[index]
+        if self._keep_originals:
+            self._originals.setdefault(source, layer)
         del self.model.model.layers[index]
         for position, layer in enumerate(self.model.model.layers):
             layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
+from lf_hf.modeling_fused_llama import base_config
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused_llama")
@@ -47,11 +49,11 @@ class FusedLlamaLM(HFLM):
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
                 are not in its test split.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
-                and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``,
-                ``kernel_scale``, ``kernel_alpha``, ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``,
-                ``rank_normalize``, ``ratio_beta``, ``sample_length``, ``samples_per_subject``,
-                ``perplexity_tokens``, ``seed``. And every argument of HFLM: ``dtype``, ``device``, ``batch_size``,
-                ``parallelize``, ``gguf_file``, ``peft``, ...
+                and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
+                ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
+                ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``, ``rank_normalize``, ``ratio_beta``,
+                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``seed``. And every argument
+                of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``, ``peft``, ...
 
         Raises:
             ValueError: For settings out of range, a base or calibration text that cannot be used, a checkpoint
@@ -76,16 +78,17 @@ class FusedLlamaLM(HFLM):
         elif settings or calibration is not None:
             given = ", ".join([*settings, *(["calibration"] if calibration is not None else [])])
             raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
+        elif not isinstance(pretrained, str):
+            _check_fused("`pretrained`", pretrained.config)
         # HFLM would look a model type up that stock transformers does not know, and warn.
         super().__init__(pretrained, **{"backend": "causal"} | kwargs)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        super()._get_config(pretrained, **kwargs)
-        if self.fusion_config is None and self._config.model_type != FusedLlamaConfig.model_type:
-            raise ValueError(
-                f"{pretrained!r} is a {self._config.model_type!r} model that is not fused; give num_fusions=N to fuse "
-                "it while loading, or evaluate it as it is with --model hf."
-            )
+        if self.fusion_config is not None:
+            self._config = base_config(pretrained, kwargs)  # says better than HFLM what is wrong with a base
+        else:
+            super()._get_config(pretrained, **kwargs)
+            _check_fused(repr(pretrained), self._config)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         auto_class = self.AUTO_MODEL_CLASS
@@ -102,8 +105,8 @@ class FusedLlamaLM(HFLM):
         super()._create_model(pretrained, **kwargs)
         self.AUTO_MODEL_CLASS = auto_class
         self._config = self._model.config  # until here the base's, with all its layers
-        if self.rank == 0 and (report := self._model.fusion_report) is not None:
-            eval_logger.info(report.summary())
+        if self._model.fusion_report is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            eval_logger.info(self._model.fusion_report.summary())
 
     def get_model_info(self) -> dict[str, Any]:
         """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
@@ -125,3 +128,11 @@ class FusedLlamaLM(HFLM):
                 "summary": report.summary(),
             }
         return info
+
+
+def _check_fused(name: str, config: PreTrainedConfig) -> None:
+    if config.model_type != FusedLlamaConfig.model_type:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to fuse "
+            "it while loading, or evaluate it as it is with --model hf."
+        )

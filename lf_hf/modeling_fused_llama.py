@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.hub import cached_file
 
 from lf_hf import pipeline
-from lf_hf.calibration import load_calibration
+from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.decoder import ModelDecoder
@@ -105,17 +105,15 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         base = os.fspath(base)
         llama_config = base_config(base, kwargs)
         config.check_num_layers(llama_config.num_hidden_layers)
-        texts = None
-        if config.needs_similarity:
-            texts = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
-            config.check_num_samples(len(texts.texts))
+        samples, text = load_needed(config, calibration)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(base, **hub_arguments(kwargs))
 
         # Weights are read from safetensors or GGUF alone: pickled ones can run code.
         llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
+        decoder = ModelDecoder(llama.eval(), keep_originals=config.refit != "none")
         name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
-        report = pipeline.fuse(ModelDecoder(llama.eval()), tokenizer, config, texts, base=name)
+        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=name)
         return cls._adopt(llama, report, tokenizer)
 
     @classmethod

@@ -6,27 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder import Decoder
-
-
-def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
-    """The first `max_tokens` tokens of a text as sequences of at most `length` tokens.
-
-    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. A last
-    sequence of fewer than two tokens is left out.
-
-    Returns
-    -------
-    list of int64 tensors of shape (tokens <= length,)
-    """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    step = length - len(prefix)
-    pieces = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
-    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
 
 
 @torch.inference_mode()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 
 import numpy as np
@@ -15,26 +15,31 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.calibration import Calibration, documentation_halves, tokenize_samples
+from lf_hf.boundaries import Boundaries
+from lf_hf.calibration import Calibration, Corpus, documentation_halves, pack_corpus, pack_tokens, tokenize_samples
 from lf_hf.config import FusionConfig
 from lf_hf.decoder import Decoder
-from lf_hf.perplexity import pack_tokens, perplexity
-from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, PerplexityInfo
+from lf_hf.perplexity import perplexity
+from lf_hf.refit import fit_group, refit_from_bottom, trace
+from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, LayerRefit, PerplexityInfo
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.selection import least_influential
 from lf_hf.stages.similarity import layer_similarity
 
 logger = logging.get_logger(__name__)
 
 _PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+_STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
 
 
 def fuse(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    calibration: Calibration | None,
+    samples: Calibration | None,
+    text: Corpus | None,
     *,
     base: str,
 ) -> FusionReport:
@@ -46,8 +51,9 @@ def fuse(
         Changed: it has `num_fusions` fewer layers afterwards.
     tokenizer : the model's tokenizer
     config : FusionConfig
-    calibration : Calibration or None
-        May be None only where `config.needs_similarity` is false.
+    samples, text : Calibration or None
+        Samples for the layer similarity, and running text for influence, selection and refit. Each may be None
+        only where `config.needs_similarity` or `config.needs_text` is false.
     base : str
         Name of the model, for the report.
 
@@ -66,14 +72,15 @@ def fuse(
         sequences = _judging_sequences(decoder, tokenizer, config, notes)
         dense = perplexity(decoder, sequences, "Perplexity before fusing") if sequences else None
 
-    similarity, embeddings, info = None, None, None
+    similarity, embeddings = None, None
+    calibration: list[CalibrationInfo] = []
     if config.needs_similarity:
-        assert calibration is not None
-        config.check_num_samples(len(calibration.texts))
-        samples = tokenize_samples(tokenizer, calibration, config.sample_length, decoder.config.vocab_size)
-        info = CalibrationInfo(calibration.source, len(samples), sum(map(len, samples)))
+        assert samples is not None
+        config.check_num_samples(len(samples.texts))
+        ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
+        calibration.append(CalibrationInfo(samples.source, len(ids), sum(map(len, ids))))
         with clock("activations"):  # stage 1
-            distances = sample_distances(decoder, samples)
+            distances = sample_distances(decoder, ids)
         with clock("manifold"):  # stage 2
             embeddings = np.stack(
                 [
@@ -95,8 +102,20 @@ def fuse(
                 seed=config.seed,
             )
 
+    packed: list[Tensor] = []
+    if config.needs_text:
+        assert text is not None
+        length = min(config.calibration_length, decoder.config.max_position_embeddings)
+        packed = pack_corpus(tokenizer, text, length, config.calibration_tokens, decoder.config.vocab_size)
+        calibration.append(CalibrationInfo(text.source, len(packed), sum(map(len, packed))))
     with clock("alignment and fusion"):  # stages 4 and 5
-        steps = _fuse_from_the_end(decoder, config, similarity)
+        steps, origins = _fuse_steps(decoder, config, similarity, packed)
+    refits: list[LayerRefit] = []
+    if config.refit != "none":
+        with clock("refit"):
+            refits = refit_from_bottom(
+                decoder, origins, packed, select=config.merge == "select", refit=config.refit, ridge=config.ridge
+            )
 
     judged = None
     if dense is not None:
@@ -114,11 +133,12 @@ def fuse(
         base=base,
         config=config.to_dict(),
         steps=steps,
+        refits=refits,
         layers_before=layers_before,
         layers_after=decoder.num_layers,
         parameters_before=parameters_before,
         parameters_after=sum(parameter.numel() for _, parameter in decoder.named_parameters()),
-        calibration=info,
+        calibration=calibration,
         perplexity=judged,
         similarity=None if similarity is None else similarity.tolist(),
         embeddings=None if embeddings is None else embeddings.tolist(),
@@ -150,32 +170,62 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
-def _fuse_from_the_end(
-    decoder: Decoder, config: FusionConfig, similarity: NDArray[np.float64] | None
-) -> list[FusionStep]:
-    """Fuse the two last layers, `num_fusions` times."""
-    origins = [[index] for index in range(decoder.num_layers)]  # the original layers that each layer stands for
+def _fuse_steps(
+    decoder: Decoder, config: FusionConfig, similarity: NDArray[np.float64] | None, text: Sequence[Tensor]
+) -> tuple[list[FusionStep], list[list[int]]]:
+    """Fuse one pair after another; also return the original layers that each layer then stands for."""
+    origins = [[index] for index in range(decoder.num_layers)]
     steps = []
-    for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
-        j = decoder.num_layers - 1
-        i = j - 1
-        ratio = 1.0
-        if similarity is not None:
-            ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
-        with decoder.layer(i) as layer_i, decoder.layer(j) as layer_j, torch.no_grad():
-            fused, matches = fuse_layers(
-                dict(layer_i.named_parameters()),
-                dict(layer_j.named_parameters()),
-                ratio=ratio,
-                alignment=config.alignment,
-                merge=config.merge,
-                head_dim=layer_i.self_attn.head_dim,
+    with Boundaries(decoder, text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else nullcontext() as boundaries:
+        for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
+            j = decoder.num_layers - 1
+            influence = None
+            if boundaries is not None and config.selection == "least_influence":
+                j = least_influential(boundaries.influences)
+                influence = boundaries.influences[j]
+            i = j - 1
+            ratio = 1.0
+            if similarity is not None:
+                ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
+            states = [] if boundaries is None else boundaries.before(i)
+            fit = None
+            with decoder.layer(i) as layer_i, decoder.layer(j) as layer_j, torch.no_grad():
+                pair = (layer_i, layer_j)
+                traces = [trace(decoder, pair, state) for state in states] if config.fits else []
+                fused, matches = fuse_layers(
+                    *(dict(layer.named_parameters()) for layer in pair),
+                    ratio=ratio,
+                    alignment=config.alignment,
+                    merge=config.merge,
+                    head_dim=layer_i.self_attn.head_dim,
+                )
+                if config.merge == "select":
+                    fit = fit_group(decoder, pair, traces, states, refit=config.refit, ridge=config.ridge)
+                    fused = fit.weights
+            decoder.replace(i, fused)
+            if config.fits and fit is None:
+                with decoder.layer(i) as merged:
+                    fit = fit_group(decoder, [merged], traces, states, refit=config.refit, ridge=config.ridge)
+                decoder.replace(i, fit.weights)
+            decoder.remove(j)
+            if boundaries is not None:
+                boundaries.update(i)
+            steps.append(
+                FusionStep(
+                    layers_i=origins[i],
+                    layers_j=origins[j],
+                    ratio_i=ratio,
+                    ratio_j=1 - ratio,
+                    matches=matches,
+                    influence=influence,
+                    heads_kept=fit.heads_kept if fit else None,
+                    channels_kept=fit.channels_kept if fit else None,
+                    error_before=fit.error_before if fit else None,
+                    error_after=fit.error_after if fit else None,
+                )
             )
-        decoder.replace(i, fused)
-        decoder.remove(j)
-        steps.append(FusionStep(origins[i], origins[j], ratio, 1 - ratio, matches))
-        origins[i] = origins[i] + origins.pop(j)
-    return steps
+            origins[i] = origins[i] + origins.pop(j)
+    return steps, origins
 
 
 def _judging_sequences(

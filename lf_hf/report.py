@@ -19,7 +19,10 @@ class FusionStep:
     """One fusion of two layers. Layers are numbered from 0 as in the original model.
 
     `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
-    for all of them. `ratio_i` + `ratio_j` = 1. `matches` has one entry for each aligned projection.
+    for all of them. `ratio_i` + `ratio_j` = 1. `matches` has one entry for each aligned projection. `influence` is
+    how much layer j changed the residual stream, where pairs were chosen by that. `heads_kept` and `channels_kept`
+    count the key-value groups and MLP channels from layer i and from layer j, where they were selected. The errors
+    are those of the pair's output (squared, relative, over calibration tokens) before and after the fit.
     """
 
     layers_i: list[int]
@@ -27,11 +30,32 @@ class FusionStep:
     ratio_i: float
     ratio_j: float
     matches: dict[str, RowMatch] = field(default_factory=dict)
+    influence: float | None = None
+    heads_kept: list[int] | None = None
+    channels_kept: list[int] | None = None
+    error_before: float | None = None
+    error_after: float | None = None
 
     @property
     def pair(self) -> tuple[int, int]:
         """Original indices (i, j): a fused layer keeps the index of its first layer."""
         return self.layers_i[0], self.layers_j[0]
+
+
+@dataclass(frozen=True)
+class LayerRefit:
+    """The last fit of one fused layer, to the dense model's states.
+
+    `layers` are the original layers that it stands for. `heads_kept` and `channels_kept` count the key-value groups
+    and MLP channels from each of them, where they were selected. The errors are those of what the MLP adds to the
+    stream (squared, relative), before and after.
+    """
+
+    layers: list[int]
+    heads_kept: list[int] | None
+    channels_kept: list[int] | None
+    error_before: float
+    error_after: float
 
 
 @dataclass(frozen=True)
@@ -64,11 +88,12 @@ class FusionReport:
     base: str
     config: dict[str, Any]
     steps: list[FusionStep]
+    refits: list[LayerRefit]
     layers_before: int
     layers_after: int
     parameters_before: int
     parameters_after: int
-    calibration: CalibrationInfo | None
+    calibration: list[CalibrationInfo]
     perplexity: PerplexityInfo | None
     similarity: list[list[float]] | None
     embeddings: list[list[list[float]]] | None
@@ -101,12 +126,16 @@ class FusionReport:
                 before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
                 after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)
                 line += f", mean matched cosine {before:.3f} -> {after:.3f}"
+            if step.influence is not None:
+                line += f", influence {step.influence:.4f}"
             lines.append(line)
-        if self.calibration:
+        for refit in self.refits:
+            kept = f" keeping {refit.channels_kept} channels" if refit.channels_kept else ""
             lines.append(
-                f"  calibration: {self.calibration.source} ({self.calibration.samples} samples, "
-                f"{self.calibration.tokens} tokens)"
+                f"  refit of layers {refit.layers}{kept}, error {refit.error_before:.3f} -> {refit.error_after:.3f}"
             )
+        for info in self.calibration:
+            lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
         if self.perplexity:
             lines.append(
                 f"  perplexity: {self.perplexity.dense:.4g} -> {self.perplexity.fused:.4g} "
@@ -131,8 +160,8 @@ class FusionReport:
                 FusionStep(**step | {"matches": {k: RowMatch(**m) for k, m in step["matches"].items()}})
                 for step in known["steps"]
             ]
-            if known["calibration"] is not None:
-                known["calibration"] = CalibrationInfo(**known["calibration"])
+            known["refits"] = [LayerRefit(**refit) for refit in known["refits"]]
+            known["calibration"] = [CalibrationInfo(**info) for info in known["calibration"]]
             if known["perplexity"] is not None:
                 known["perplexity"] = PerplexityInfo(**known["perplexity"])
         except (KeyError, TypeError, AttributeError) as error:

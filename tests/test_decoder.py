@@ -28,11 +28,12 @@ def test_embeddings_layers_and_head_are_the_whole_model() -> None:
     model = make_llama()
     decoder = ModelDecoder(model)
     with torch.no_grad():
-        hidden_states = decoder.embed(SAMPLES[1])
+        [hidden_states] = decoder.embed([SAMPLES[1]])
         for index in range(decoder.num_layers):
             with decoder.layer(index) as layer:
                 hidden_states = decoder.run_layer(layer, hidden_states)
-        assert torch.equal(decoder.logits(hidden_states), model(SAMPLES[1][None]).logits)
+        with decoder.head() as head:
+            assert torch.equal(head(hidden_states), model(SAMPLES[1][None]).logits)
 
 
 def test_replacing_changes_the_model_in_place() -> None:

@@ -31,6 +31,13 @@ def test_bundled_counts(bundled: dict[str, list[Question]]) -> None:
     assert odd == [("college_chemistry", 3, 5)]
 
 
+def test_bundled_copies(bundled: dict[str, list[Question]]) -> None:
+    """lm-eval ships one question twice; whoever splits questions in two must know."""
+    copies = {subject for subject, questions in bundled.items() if len(set(questions)) < len(questions)}
+    assert copies == {"college_physics"}
+    assert bundled["college_physics"][3] == bundled["college_physics"][0]
+
+
 def test_bundled_text_is_clean(bundled: dict[str, list[Question]]) -> None:
     for questions in bundled.values():
         for question in questions:

@@ -10,17 +10,18 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 
 from lf_hf import FusionConfig, FusionReport
-from lf_hf.calibration import Calibration
+from lf_hf.calibration import Calibration, Corpus, pack_tokens
 from lf_hf.decoder import ModelDecoder
-from lf_hf.perplexity import pack_tokens, perplexity
+from lf_hf.perplexity import perplexity
 from lf_hf.pipeline import fuse
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
+TEXT = Corpus([" ".join(make_texts(400))], "random text")
 
 
 def run(num_fusions: int = 3, **settings: object) -> FusionReport:
     config = FusionConfig(num_fusions=num_fusions, **{"perplexity_tokens": 300} | settings)  # type: ignore[arg-type]
-    return fuse(ModelDecoder(make_llama()), make_tokenizer(), config, CALIBRATION, base="tiny")
+    return fuse(ModelDecoder(make_llama()), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
 
 
 def test_fuses_from_the_end_into_layers_that_were_fused_before() -> None:
@@ -45,7 +46,7 @@ def test_report_has_what_was_measured() -> None:
     report = run(1)
     assert np.array(report.similarity).shape == (5, 5)
     assert np.array(report.embeddings).shape == (5, 57, 2)
-    assert report.calibration is not None and report.calibration.samples == 57
+    assert [info.samples for info in report.calibration] == [57]
     assert set(report.steps[0].matches) == {
         *(f"self_attn.{p}_proj" for p in "qkvo"),
         *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
@@ -62,7 +63,7 @@ def test_report_has_what_was_measured() -> None:
 def test_methods_differ_where_they_should() -> None:
     assert run(1, method="mka").steps[0].matches == {}
     truncated = run(1, method="truncate")
-    assert truncated.similarity is None and truncated.calibration is None
+    assert truncated.similarity is None and truncated.calibration == []
     assert truncated.steps[0].ratio_i == 1
 
 
@@ -120,6 +121,6 @@ def test_the_model_is_unchanged_when_calibration_fails() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = FusionConfig(num_fusions=1, perplexity_tokens=0)
     with pytest.raises(ValueError, match="activations of layer 2"):
-        fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, base="tiny")
+        fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

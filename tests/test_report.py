@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lf_hf import FusionReport
-from lf_hf.report import CalibrationInfo, FusionStep, PerplexityInfo
+from lf_hf.report import CalibrationInfo, FusionStep, LayerRefit, PerplexityInfo
 from lf_hf.stages.alignment import RowMatch
 
 
@@ -19,7 +19,8 @@ def make_report(**values: object) -> FusionReport:
         "layers_after": 28,
         "parameters_before": 8_030_261_248,
         "parameters_after": 7_157_813_248,
-        "calibration": CalibrationInfo("MMLU", 57, 5000),
+        "refits": [LayerRefit([30, 31], [1000, 536], 0.5, 0.2)],
+        "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexity": PerplexityInfo(6.1, 30.0, 4000, "prose"),
         "similarity": [[1.0]],
         "embeddings": [[[0.1, 0.2]]],
@@ -36,7 +37,10 @@ def test_both_compression_figures() -> None:
 
 
 def test_round_trip_through_a_folder(tmp_path: Path) -> None:
-    for report in (make_report(), make_report(calibration=None, perplexity=None, similarity=None, embeddings=None)):
+    for report in (
+        make_report(),
+        make_report(calibration=[], refits=[], perplexity=None, similarity=None, embeddings=None),
+    ):
         report.save(tmp_path)
         assert FusionReport.load(tmp_path) == report
     assert json.loads((tmp_path / "fusion_report.json").read_text())["layers_removed_fraction"] == 0.125

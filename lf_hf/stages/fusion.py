@@ -70,14 +70,14 @@ def fuse_layers(
     Returns
     -------
     fused : dict
-        New tensors under the names of `weights_i` that change: none for merge="keep_first", the seven
-        projections and their biases otherwise.
+        New tensors under the names of `weights_i` that change: the seven projections and their biases for
+        merge="average", none otherwise.
     matches : dict
         How each projection's rows were matched, unless alignment="none".
     """
     fused: dict[str, Tensor] = {}
     matches: dict[str, RowMatch] = {}
-    if merge == "keep_first":
+    if merge != "average":
         return fused, matches
     if alignment == "neurons":
         permutations, matches = match_neurons(weights_i, weights_j, head_dim)

@@ -1,0 +1,351 @@
+"""Fusing layers by what they compute: selection of heads and channels, and closed-form fits on calibration text.
+
+`fit_group` puts the layers of a group side by side as one wide layer, keeps those of its key-value groups and MLP
+channels that the group's output needs most, and fits anew what writes into the residual stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils import logging
+
+from lf_hf.decoder import Decoder
+from lf_hf.report import LayerRefit
+from lf_hf.stages.regression import Regression, expanded
+
+_MAX_CANDIDATES = 15360  # channels that are compared by regression at most; four float32 squares of them are 3.8 GB
+
+Weights = Mapping[str, Tensor]  # of a layer, by the parameters' names inside it
+
+
+@dataclass(frozen=True)
+class GroupFit:
+    """One layer for a group of layers, and how it came about.
+
+    `heads_kept` and `channels_kept` count the key-value groups and MLP channels from each layer of the group, where
+    they were selected. The errors are what is left of what the MLP should write, squared and relative, with
+    down_proj as it was and as it is.
+    """
+
+    weights: dict[str, Tensor]
+    heads_kept: list[int] | None
+    channels_kept: list[int] | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """States of one sequence on its way through a group's layers; each is (1, tokens T, hidden).
+
+    `inputs` and `residuals` have one entry a layer: before it, and between its attention and its MLP.
+    """
+
+    inputs: list[Tensor]
+    residuals: list[Tensor]
+    output: Tensor
+
+
+@torch.inference_mode()
+def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], state: Tensor) -> Trace:
+    """Run layers one after the other."""
+    inputs, residuals = [], []
+    for layer in layers:
+        inputs.append(state)
+        residuals.append(after_attention(decoder, layer, state))
+        state = after_mlp(layer, residuals[-1])
+    return Trace(inputs, residuals, state)
+
+
+@torch.inference_mode()
+def fit_group(
+    decoder: Decoder,
+    layers: Sequence[LlamaDecoderLayer],
+    traces: Sequence[Trace],
+    states: Sequence[Tensor],
+    *,
+    refit: str,
+    ridge: float,
+) -> GroupFit:
+    """One layer that does to `states` what a group of layers did to theirs.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    layers : sequence of LlamaDecoderLayer
+        The group; a single layer is only fitted anew.
+    traces : sequence of Trace
+        Calibration text on its way through the group.
+    states : sequence of tensors of shape (1, tokens T, hidden)
+        The same text before the layer that is made: equal to the traces' first inputs unless layers below were fused.
+    refit : {"none", "down_proj", "projections"}
+    ridge : float
+    """
+    parameters: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
+    weights, heads_kept = parameters[0], None
+    if refit == "projections":
+        weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge)
+    fused = build_layer(decoder, weights)
+    residuals = [after_attention(decoder, fused, state) for state in states]
+    mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge)
+    return GroupFit(weights | mlp.weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
+
+
+def _fit_attention(
+    decoder: Decoder, parameters: Sequence[Weights], traces: Sequence[Trace], states: Sequence[Tensor], ridge: float
+) -> tuple[dict[str, Tensor], list[int] | None]:
+    """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
+    config, count = decoder.config, len(parameters)
+    maps = [input_map(decoder, states, [trace.inputs[n] for trace in traces], ridge) for n in range(count)]
+    weights = stacked(parameters, {"input_layernorm": maps})
+    wide = build_layer(decoder, weights, count)
+    start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
+    regression = Regression.empty(start.shape[1], start.shape[0], start.device)
+    for state, one in zip(states, traces, strict=True):
+        target = one.inputs[0] + sum(r - i for r, i in zip(one.residuals, one.inputs, strict=True))
+        wanted = target - state if bias is None else target - state - bias
+        regression.add(_attention_heads(decoder, wide, state), wanted[0], token_weights(target))
+
+    head_dim = wide.self_attn.head_dim
+    kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // head_dim
+    block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
+    kept = torch.arange(kv_heads, device=start.device)
+    if count > 1:
+        kept = regression.select(start, kv_heads, block=block, rounds=(count - 1) * kv_heads)
+    queries, keys = expanded(kept, block), expanded(kept, head_dim)
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        for kind in ("weight", "bias"):
+            if f"self_attn.{name}.{kind}" in weights:
+                weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
+    fitted = regression.restricted(queries).ridge(start[:, queries], ridge)
+    weights["self_attn.o_proj.weight"] = fitted.to(start.dtype)
+    attention = {name: tensor for name, tensor in weights.items() if name.startswith(("input", "self_attn"))}
+    return dict(parameters[0]) | attention, _counts(kept, kv_heads, count)
+
+
+def _fit_mlp(
+    decoder: Decoder,
+    parameters: Sequence[Weights],
+    traces: Sequence[Trace],
+    residuals: Sequence[Tensor],
+    refit: str,
+    ridge: float,
+) -> GroupFit:
+    """An MLP with channels from all layers and a down_proj that brings the stream to the group's output."""
+    count, keep = len(parameters), decoder.config.intermediate_size
+    maps = None
+    if refit == "projections":
+        dense = [[trace.residuals[n] for trace in traces] for n in range(count)]
+        maps = {"post_attention_layernorm": [input_map(decoder, residuals, states, ridge) for states in dense]}
+    weights = stacked(parameters, maps)
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("post", "mlp"))}
+    down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
+
+    channels = torch.arange(down.shape[1], device=down.device)
+    if len(channels) > max(keep, _MAX_CANDIDATES):
+        energy = torch.zeros(len(channels), device=down.device)
+        for residual in residuals:
+            energy += _mlp_channels(decoder, weights, residual)[1:].float().square().sum(0)
+        size = energy.sqrt() * down.float().norm(dim=0)
+        channels = size.topk(max(keep, _MAX_CANDIDATES)).indices.sort().values
+        weights = _with_channels(weights, channels)
+    regression = Regression.empty(len(channels), len(down), down.device)
+    for residual, one in zip(residuals, traces, strict=True):
+        wanted = one.output - residual if bias is None else one.output - residual - bias
+        regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(one.output))
+    if len(channels) > keep:
+        chosen = regression.select(weights["mlp.down_proj.weight"], keep)
+        channels, regression, weights = channels[chosen], regression.restricted(chosen), _with_channels(weights, chosen)
+
+    start = weights["mlp.down_proj.weight"]
+    error_before = error_after = regression.relative_error(start)
+    if refit != "none":
+        fitted = regression.ridge(start, ridge)
+        error_after = regression.relative_error(fitted)
+        weights["mlp.down_proj.weight"] = fitted.to(start.dtype)
+    return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def stacked(parameters: Sequence[Weights], maps: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, Tensor]:
+    """The weights of a wide layer that has all heads and channels of some layers, in order.
+
+    The layers' norm gains are folded into what reads the norms, so that all of them read one norm without gains.
+
+    Parameters
+    ----------
+    parameters : the layers' weights
+    maps : from a norm's name to one tensor of shape (hidden, hidden) for each layer, optional
+        What the readers of that norm read through.
+    """
+    wide: dict[str, Tensor] = {}
+    for norm, readers, writer in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    ):
+        wide[f"{norm}.weight"] = torch.ones_like(parameters[0][f"{norm}.weight"])
+        for reader in readers:
+            rows = []
+            for n, layer in enumerate(parameters):
+                row = layer[f"{reader}.weight"].float() * layer[f"{norm}.weight"].float()
+                rows.append(row @ maps[norm][n] if maps and norm in maps else row)
+            wide[f"{reader}.weight"] = torch.cat(rows).to(parameters[0][f"{reader}.weight"].dtype)
+            if f"{reader}.bias" in parameters[0]:
+                wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
+        wide[f"{writer}.weight"] = torch.cat([layer[f"{writer}.weight"] for layer in parameters], dim=1)
+        if f"{writer}.bias" in parameters[0]:
+            wide[f"{writer}.bias"] = torch.stack([layer[f"{writer}.bias"] for layer in parameters]).sum(0)
+    return wide
+
+
+def build_layer(decoder: Decoder, weights: Weights, width: int = 1) -> LlamaDecoderLayer:
+    """A decoder layer of given weights, with `width` times the model's heads and channels."""
+    config = copy.copy(decoder.config)
+    config.num_attention_heads *= width
+    config.num_key_value_heads = (config.num_key_value_heads or 1) * width  # LlamaConfig always fills it
+    config.intermediate_size *= width
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, layer_idx=0)
+    layer.load_state_dict(weights, assign=True)
+    return layer.eval().requires_grad_(False)
+
+
+def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tensor], ridge: float) -> Tensor:
+    """The linear map, near the identity, from the normalised states to the normalised states that were wanted.
+
+    Parameters
+    ----------
+    states, wanted : sequences of tensors of shape (1, tokens T, hidden)
+
+    Returns
+    -------
+    float32 tensor of shape (hidden, hidden)
+    """
+    hidden = states[0].shape[-1]
+    identity = torch.eye(hidden, device=states[0].device)
+    if all(state is want for state, want in zip(states, wanted, strict=True)):
+        return identity
+    regression = Regression.empty(hidden, hidden, states[0].device)
+    for state, want in zip(states, wanted, strict=True):
+        weights = torch.ones(state.shape[1], device=state.device)
+        weights[0] = 0  # see token_weights
+        regression.add(normalized(decoder, state)[0], normalized(decoder, want)[0], weights)
+    return regression.ridge(identity, ridge)
+
+
+def token_weights(states: Tensor) -> Tensor:
+    """1 / mean square of each token's state (1, tokens T, hidden), which the next norm divides by; shape (T,).
+
+    The first position counts nothing: its state is huge, and the same whatever the text.
+    """
+    weights = states[0].float().square().mean(-1).reciprocal()
+    weights[0] = 0
+    return weights
+
+
+def normalized(decoder: Decoder, states: Tensor) -> Tensor:
+    """States as a norm without gains gives them."""
+    wide = states.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps)).to(states.dtype)
+
+
+@torch.inference_mode()
+def after_attention(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
+    """The residual stream between a layer's attention and its MLP: (1, tokens T, hidden)."""
+    inputs = decoder.layer_inputs(state)
+    return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
+
+
+@torch.inference_mode()
+def after_mlp(layer: LlamaDecoderLayer, residual: Tensor) -> Tensor:
+    """A layer's output from the residual stream after its attention: (1, tokens T, hidden)."""
+    return residual + layer.mlp(layer.post_attention_layernorm(residual))
+
+
+def _attention_heads(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
+    """What o_proj reads: (1, tokens T, hidden) -> (tokens T, query heads * head_dim)."""
+    heads: list[Tensor] = []
+    hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+    after_attention(decoder, layer, state)
+    hook.remove()
+    return heads[0][0]
+
+
+def _mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
+    """What down_proj reads: (1, tokens T, hidden) -> (tokens T, channels)."""
+    normed = normalized(decoder, residual)[0]
+    gate, up = (
+        nn.functional.linear(normed, weights[f"mlp.{name}.weight"], weights.get(f"mlp.{name}.bias"))
+        for name in ("gate_proj", "up_proj")
+    )
+    return ACT2FN[decoder.config.hidden_act](gate) * up
+
+
+def _with_channels(weights: Weights, channels: Tensor) -> dict[str, Tensor]:
+    """An MLP with some of its channels."""
+    kept = dict(weights)
+    for name in ("mlp.gate_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.weight", "mlp.up_proj.bias"):
+        if name in kept:
+            kept[name] = kept[name][channels]
+    kept["mlp.down_proj.weight"] = kept["mlp.down_proj.weight"][:, channels]
+    return kept
+
+
+def _counts(kept: Tensor, each: int, layers: int) -> list[int] | None:
+    """How many of `kept` are from each of some layers that had `each`; None for a single layer."""
+    return torch.bincount(kept // each, minlength=layers).tolist() if layers > 1 else None
+
+
+@torch.inference_mode()
+def refit_from_bottom(
+    decoder: Decoder,
+    origins: Sequence[list[int]],
+    sequences: Sequence[Tensor],
+    *,
+    select: bool,
+    refit: str,
+    ridge: float,
+) -> list[LayerRefit]:
+    """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its fused layers are changed.
+    origins : sequence of lists of int
+        For each layer, the original layers that it stands for.
+    sequences : sequence of int64 tensors of shape (tokens T,)
+        Calibration text.
+    select : bool
+        Make each fused layer anew from all its original layers, rather than fit what it is.
+    refit, ridge
+        As in FusionConfig.
+    """
+    dense = states = decoder.embed(sequences)
+    refits = []
+    for index, originals in enumerate(logging.tqdm(origins, desc="Refit", unit="layer")):
+        if len(originals) == 1:
+            with decoder.layer(index) as layer:
+                after = [decoder.run_layer(layer, state) for state in dense]
+                states = after if states is dense else [decoder.run_layer(layer, state) for state in states]
+                dense = after
+            continue
+        with ExitStack() as stack:
+            layers = [stack.enter_context(decoder.original(original)) for original in originals]
+            traces = [trace(decoder, layers, state) for state in dense]
+            if not select:
+                layers = [stack.enter_context(decoder.layer(index))]
+            fit = fit_group(decoder, layers, traces, states, refit=refit, ridge=ridge)
+        decoder.replace(index, fit.weights)
+        dense = [one.output for one in traces]
+        with decoder.layer(index) as layer:
+            states = [decoder.run_layer(layer, state) for state in states]
+        refits.append(LayerRefit(originals, fit.heads_kept, fit.channels_kept, fit.error_before, fit.error_after))
+    return refits

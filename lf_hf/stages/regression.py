@@ -1,0 +1,110 @@
+"""Least squares for fused layers: which MLP channels to keep, and the down projection that serves them best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SELECTION_RIDGE = 1e-2
+_EXACT_LIMIT = 4096  # up to this size systems are solved in float64
+
+
+@dataclass
+class Regression:
+    """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
+
+    Attributes
+    ----------
+    gram : tensor of shape (inputs m, inputs m)
+        Sum of weight * x x^T over tokens, float32.
+    cross : tensor of shape (outputs d, inputs m)
+        Sum of weight * y x^T.
+    energy : float
+        Sum of weight * |y|^2.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: float = 0.0
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Regression:
+        """A problem without tokens yet."""
+        return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device))
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
+        root = weights.float().sqrt()[:, None]
+        x, y = x.float() * root, y.float() * root
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(y.T, x)
+        self.energy += float(y.double().square().sum())
+
+    def restricted(self, index: Tensor) -> Regression:
+        """The same problem with some of the inputs."""
+        return Regression(self.gram[index][:, index], self.cross[:, index], self.energy)
+
+    def relative_error(self, weight: Tensor) -> float:
+        """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
+        weight = weight.to(self.gram)
+        explained = 2 * (weight * self.cross).double().sum() - ((weight @ self.gram) * weight).double().sum()
+        return float(1 - explained / self.energy)
+
+    def ridge(self, start: Tensor, strength: float) -> Tensor:
+        """The W that minimises sum |y - W x|^2 + strength * mean(diag(gram)) * |W - start|^2.
+
+        Parameters
+        ----------
+        start : tensor of shape (outputs d, inputs m)
+            Where the penalty pulls to.
+        strength : float
+        """
+        start = start.to(self.gram)
+        factor = self._factor(strength)
+        residual = (self.cross - start @ self.gram).to(factor.dtype)  # (d, m)
+        return start + torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
+
+    def select(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = 4) -> Tensor:
+        """The `keep` blocks of `block` adjacent inputs whose loss costs the regression least.
+
+        Backward elimination: in each of some rounds the blocks of smallest saliency are dropped together. For one
+        input k it is |w_k|^2 / (inverse gram)_kk, with w_k its column of the ridge solution: the increase in squared
+        error if it goes and all others adapt (the optimal brain surgeon's measure). For a block it is
+        trace(W_b (inverse gram)_bb^-1 W_b^T).
+
+        Returns
+        -------
+        int64 tensor of shape (keep,)
+            Sorted block numbers.
+        """
+        total = self.gram.shape[0] // block
+        blocks = torch.arange(total, device=self.gram.device)
+        for step in range(rounds):
+            index = expanded(blocks, block)
+            left = self.restricted(index) if len(index) < len(self.gram) else self
+            factor = left._factor(_SELECTION_RIDGE)
+            pull = _SELECTION_RIDGE * float(left.gram.diagonal().mean())
+            target = (left.cross + pull * start[:, index].to(left.cross)).to(factor.dtype)
+            weight = torch.cholesky_solve(target.T, factor).unflatten(0, (-1, block))  # (blocks left, block, d)
+            inverse = torch.cholesky_inverse(factor)
+            if block == 1:
+                saliency = weight[:, 0].square().sum(1) / inverse.diagonal()
+            else:
+                inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
+                saliency = (torch.linalg.solve(inner, weight) * weight).sum((1, 2))
+            surplus = (total - keep) * (rounds - 1 - step) // rounds
+            blocks = blocks[saliency.topk(keep + surplus).indices.sort().values]
+        return blocks
+
+    def _factor(self, strength: float) -> Tensor:
+        """Cholesky factor of the gram matrix plus the ridge."""
+        matrix = self.gram.to(torch.float64 if len(self.gram) <= _EXACT_LIMIT else torch.float32, copy=True)
+        matrix.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        return torch.linalg.cholesky(matrix)
+
+
+def expanded(blocks: Tensor, block: int) -> Tensor:
+    """Indices of all members of some blocks of `block` adjacent ones."""
+    return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()

@@ -1,0 +1,35 @@
+"""Which pair of layers to fuse next, where that is not simply the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+
+def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
+
+    Parameters
+    ----------
+    before, after : sequences of tensors of shape (1, tokens T, hidden)
+        The layer's input and output states. The first position is left out: its state is of another size than
+        all others and hardly changes.
+
+    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
+    """
+    total, count = 0.0, 0
+    for x, y in zip(before, after, strict=True):
+        cosines = cosine_similarity(x[0, 1:].double(), y[0, 1:].double(), dim=-1)  # (tokens - 1,)
+        total += float(cosines.sum())
+        count += len(cosines)
+    return 1 - total / count
+
+
+def least_influential(influences: Sequence[float]) -> int:
+    """Index j of the layer that changes the stream least; it is to join layer j - 1.
+
+    The first and the last layer of the model stay out of any pair: there must be at least four layers.
+    """
+    return min(range(2, len(influences) - 1), key=lambda j: influences[j])

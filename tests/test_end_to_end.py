@@ -1,0 +1,67 @@
+"""The main job on a real checkpoint and real MMLU questions, through the real command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GGUF, ROOT
+from lm_eval.api.instance import Instance
+from transformers import AutoTokenizer
+
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM
+from lf_hf.lm_eval_model import FusedLlamaLM
+
+# One subject of each category: real prompts of 5 shots, in a minute.
+TASKS = [f"mmlu_5shot_{subject}" for subject in ("anatomy", "sociology", "marketing", "philosophy")]
+
+
+def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path) -> None:
+    source: dict[str, Any] = {"gguf_file": GGUF.name, "num_fusions": 4, "perplexity_tokens": 512, "sample_length": 64}
+    model_args = ",".join(f"{name}={value}" for name, value in {"pretrained": gguf_folder, **source}.items())
+    command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "2"]
+    tasks = ["--tasks", ",".join(TASKS), "--include_path", str(lf_hf.tasks_path())]
+    data = ["--metadata", json.dumps({"mmlu_dir": str(mmlu_dir)})]
+    results_at = ["--output_path", str(tmp_path), "--log_samples"]
+    done = subprocess.run(
+        [*command, *tasks, *data, *results_at],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # compared below with what this process computes on its CPU
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    for task in TASKS:
+        assert f"|{task.removeprefix('mmlu_5shot_')}" in done.stdout.replace(" ", "")
+
+    [results] = tmp_path.glob("*/results_*.json")
+    config = json.loads(results.read_text())["config"]
+    fusion = config["fusion"]
+    assert fusion["pairs"] == [[28, 29], [27, 28], [26, 27], [25, 26]]
+    assert all(i + j == pytest.approx(1) and 0.5 < i < 0.74 for i, j in fusion["ratios"])
+    assert fusion["layers"] == [30, 26]
+    assert fusion["layers_removed_fraction"] == pytest.approx(4 / 30)
+    before, after = fusion["parameters"]
+    assert (before, after) == (134_515_008, 120_354_624)
+    assert fusion["parameters_removed_fraction"] == pytest.approx(1 - after / before)
+    assert config["model_num_parameters"] == after
+    assert fusion["perplexity"]["dense"] < fusion["perplexity"]["fused"]
+
+    # The same fusion in Python, saved and loaded, answers alike.
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF.name)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(gguf_folder, tokenizer=tokenizer, **source)
+    model.save_pretrained(tmp_path / "saved")
+    lm = FusedLlamaLM(str(tmp_path / "saved"), device="cpu")
+    assert len(lm.model.model.layers) == 26
+    for task in TASKS:
+        [samples] = tmp_path.glob(f"*/samples_{task}_*.jsonl")
+        first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
+        requests = [tuple(first["arguments"][f"gen_args_{n}"][f"arg_{k}"] for k in (0, 1)) for n in range(4)]
+        again = lm.loglikelihood([Instance("loglikelihood", {}, request, n) for n, request in enumerate(requests)])
+        recorded = [float(response[0][0]) for response in first["resps"]]
+        assert [value for value, _ in again] == pytest.approx(recorded, abs=1e-4)

@@ -1,0 +1,230 @@
+"""FusedLlamaLM: model args, errors, and what lm-eval records, on tiny checkpoints."""
+
+import inspect
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_texts
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM, FusionConfig
+from lf_hf.lm_eval_model import FusedLlamaLM
+
+PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("calibration") / "texts.txt"
+    path.write_text("\n\n".join(make_texts()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def saved(base: str, calibration: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint fused in Python and saved."""
+    folder = str(tmp_path_factory.mktemp("fused") / "model")
+    settings = FusionConfig(num_fusions=2, perplexity_tokens=0)
+    FusedLlamaForCausalLM.from_pretrained_fused(base, settings, calibration=calibration).save_pretrained(folder)
+    return folder
+
+
+def make_lm(pretrained: Any, **kwargs: Any) -> FusedLlamaLM:
+    return FusedLlamaLM(pretrained, device="cpu", **kwargs)
+
+
+def fuse_lm(base: str, **kwargs: Any) -> FusedLlamaLM:
+    """Fuse with values as the command line gives them."""
+    return make_lm(base, **{"num_fusions": "2", "method": "truncate", "perplexity_tokens": "0"} | kwargs)
+
+
+def loglikelihoods(lm: HFLM) -> list[float]:
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(PAIRS)]
+    return [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+
+
+def test_registered() -> None:
+    assert get_model("fused_llama") is FusedLlamaLM
+
+
+def test_documented_arguments_are_those_of_fusion_config() -> None:
+    documentation = inspect.getdoc(FusedLlamaLM.__init__) or ""
+    settings = documentation[documentation.index("**kwargs") : documentation.index("And every argument")]
+    documented = re.findall(r"``(\w+)``", settings)
+    assert documented == list(FusionConfig.field_names())
+
+
+def test_no_setting_is_called_like_an_argument_of_hflm() -> None:
+    theirs = inspect.signature(HFLM.__init__).parameters.keys()
+    assert not theirs & {*FusionConfig.field_names(), "calibration"}
+
+
+def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibration: str, saved: str) -> None:
+    fused = make_lm(base, num_fusions=2, calibration=calibration, perplexity_tokens=0)
+    loaded = make_lm(saved)
+    assert loglikelihoods(fused) == loglikelihoods(loaded)
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    for (context, continuation), value in zip(PAIRS, loglikelihoods(fused), strict=True):
+        start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + continuation)["input_ids"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        by_hand = sum(logprobs[n - 1, ids[n]].item() for n in range(start, len(ids)))
+        assert value == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_evaluated_model_is_the_fused_one(base: str) -> None:
+    lm = fuse_lm(base)
+    assert isinstance(lm.model, FusedLlamaForCausalLM)
+    assert lm.config is lm.model.config
+    assert lm.config.num_hidden_layers == len(lm.model.model.layers) == 3
+    assert lm.AUTO_MODEL_CLASS is AutoModelForCausalLM
+
+
+def test_arguments_of_hflm_pass_through(base: str) -> None:
+    lm = fuse_lm(base, dtype="bfloat16", batch_size="auto", max_batch_size=2, max_length=64, add_bos_token=True)
+    assert lm.model.dtype == torch.bfloat16
+    assert (lm.max_length, lm.add_bos_token) == (64, True)
+    assert len(loglikelihoods(lm)) == len(PAIRS)
+
+
+def test_device_map(base: str) -> None:
+    """`parallelize` lets accelerate place the layers; here on the one device that there is."""
+    lm = fuse_lm(base, parallelize=True, max_cpu_memory="4GiB")
+    assert loglikelihoods(lm) == loglikelihoods(fuse_lm(base))
+
+
+def test_tokenizer_from_elsewhere(base: str, make_base: Callable[..., str]) -> None:
+    bare = make_base()
+    for file in Path(bare).glob("tokenizer*"):
+        file.unlink()
+    lm = fuse_lm(bare, tokenizer=base, perplexity_tokens="50")
+    assert loglikelihoods(lm)
+
+
+def test_peft_adapter(base: str, saved: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = FusedLlamaForCausalLM.from_pretrained(saved)
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, adapter).save_pretrained(tmp_path)
+    plain, adapted = make_lm(saved), make_lm(saved, peft=str(tmp_path))
+    assert loglikelihoods(plain) != loglikelihoods(adapted)
+    assert adapted.get_model_info()["fusion"] == plain.get_model_info()["fusion"]
+    assert adapted.config.num_hidden_layers == 3
+
+
+def test_a_model_instead_of_a_name(saved: str) -> None:
+    model = FusedLlamaForCausalLM.from_pretrained(saved)
+    lm = FusedLlamaLM(model, tokenizer=AutoTokenizer.from_pretrained(saved))
+    assert loglikelihoods(lm) == loglikelihoods(make_lm(saved))
+    assert lm.get_model_info()["fusion"]["layers"] == [5, 3]
+
+
+def test_model_info(base: str, calibration: str, saved: str) -> None:
+    lm = make_lm(base, num_fusions=2, calibration=calibration, perplexity_tokens=100)
+    info = lm.get_model_info()["fusion"]
+    assert json.loads(json.dumps(info)) == info
+    assert info["config"] == FusionConfig(num_fusions=2, perplexity_tokens=100).to_dict()
+    assert info["pairs"] == [[3, 4], [2, 3]]
+    assert all(i + j == pytest.approx(1) and 0.5 < i < 0.74 for i, j in info["ratios"])
+    assert info["layers"] == [5, 3]
+    assert info["layers_removed_fraction"] == pytest.approx(2 / 5)
+    before, after = info["parameters"]
+    assert (before, after) == (make_llama().num_parameters(), lm.model.num_parameters())
+    assert info["parameters_removed_fraction"] == pytest.approx(1 - after / before)
+    assert "texts.txt" in json.dumps(info["calibration"])
+    assert "57" in json.dumps(info["calibration"])
+    assert info["perplexity"]["tokens"] == 100
+
+    again = make_lm(saved).get_model_info()["fusion"]
+    assert (again["pairs"], again["ratios"]) == (info["pairs"], info["ratios"])
+
+
+def test_summary_is_logged(base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    with caplog.at_level(logging.INFO, "lm_eval"):
+        lm = fuse_lm(base)
+        assert caplog.messages.count(lm.model.fusion_report.summary()) == 1
+        caplog.clear()
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        fuse_lm(base)
+        assert lm.model.fusion_report.summary() not in caplog.messages
+
+
+def test_results_carry_the_fusion(base: str) -> None:
+    results = simple_evaluate(
+        model="fused_llama",
+        model_args=f"pretrained={base},num_fusions=2,method=mka,entropy_neighbors=20,sample_length=64,perplexity_tokens=0",
+        device="cpu",
+        tasks=["mmlu_sample_anatomy"],
+        task_manager=TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    fusion = results["config"]["fusion"]
+    assert fusion["config"]["method"] == "mka"
+    assert fusion["config"]["entropy_neighbors"] == 20
+    # With neither a hub nor a file, calibration falls back to the questions that lm-eval ships.
+    assert "lm-eval ships" in json.dumps(fusion["calibration"])
+    assert results["config"]["model_num_parameters"] == fusion["parameters"][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "is a 'llama' model that is not fused; give num_fusions=N with a base's name"),
+        ({"method": "mka", "seed": 1}, "method, seed without num_fusions has no effect; add num_fusions=N"),
+        ({"calibration": "x.txt"}, "calibration without num_fusions has no effect"),
+        ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers"),
+        ({"num_fusions": 0}, "num_fusions must be an integer of at least 1, got 0"),
+        ({"num_fusions": "four"}, "num_fusions must be an integer, got 'four'"),
+        ({"num_fusions": 1, "method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
+        ({"num_fusions": 1, "kernal_scale": 4}, "Unknown argument 'kernal_scale'; did you mean 'kernel_scale'"),
+        ({"num_fusions": 1, "delta": "x"}, "delta=x cannot be combined with num_fusions; fuse and save"),
+        ({"num_fusions": 1, "tp_plan": "auto"}, "tp_plan=auto cannot be combined with num_fusions"),
+        ({"num_fusions": 1, "calibration": "x.txt"}, "x.txt"),
+        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit can not be used while fusing"),
+    ],
+)
+def test_errors(base: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_lm(base, **arguments)
+
+
+def test_a_fused_checkpoint_is_not_fused_again(saved: str) -> None:
+    with pytest.raises(ValueError, match="is fused already"):
+        make_lm(saved, num_fusions=1)
+
+
+def test_a_model_cannot_be_fused_by_argument(saved: str) -> None:
+    model = FusedLlamaForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match="num_fusions=1 needs `pretrained` to be a name or path"):
+        make_lm(model, num_fusions=1)
+
+
+def test_a_model_must_be_fused() -> None:
+    with pytest.raises(ValueError, match="`pretrained` is a 'llama' model that is not fused"):
+        make_lm(make_llama())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(None, "holds no model"), ('{"model_type": "gpt2"}', "is a 'gpt2' model; only Llama models")],
+)
+def test_bad_bases(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        fuse_lm(str(tmp_path))

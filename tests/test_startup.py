@@ -1,0 +1,238 @@
+"""The bridge to lm-eval: every way of starting lm-eval finds fused_llama, from a wheel and from a checkout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What FusedLlamaLM says at once to these arguments; no other model class does.
+ARGUMENTS = ["--model", "fused_llama", "--model_args", "pretrained=base,method=mka", "--tasks", "mmlu_sample_anatomy"]
+ANSWER = "ValueError: method without num_fusions has no effect"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return kept | {"HF_HUB_OFFLINE": "1"} | extra
+
+
+def script(package: str, name: str) -> str:
+    """Path of a command that a package installs."""
+    files = distribution(package).files or []
+    return str(next(file.locate() for file in files if file.parts[-2:] in {("bin", name), ("Scripts", f"{name}.exe")}))
+
+
+@pytest.fixture(scope="module")
+def python_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make an interpreter that sees this one's packages, and has lf_hf installed in the way asked for.
+
+    Start-up files work only from an environment's own folder, so those of this environment do not count there.
+    """
+
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        venv.create(folder, with_pip=False, symlinks=True)
+        python = folder / "bin" / "python"
+        [site] = folder.glob("lib/python*/site-packages")
+        shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (site / "shared.pth").write_text("\n".join(shared) + "\n")
+        if kind != "nothing":
+            install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index"]
+            source = ["--editable", str(ROOT)] if kind == "editable" else [str(ROOT)]
+            command = [*install, "--no-deps", "--no-build-isolation", *source]
+            subprocess.run(command, check=True, env=environment(), timeout=300)
+        return python
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def wheel_python(python_with: Callable[[str], Path]) -> Path:
+    return python_with("wheel")
+
+
+@pytest.fixture(scope="module")
+def editable_python(python_with: Callable[[str], Path]) -> Path:
+    return python_with("editable")
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def python(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(f"{request.param}_python")
+    return found
+
+
+def run(python: Path | str, code: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(**extra), timeout=300)
+
+
+def output(python: Path | str, code: str, folder: Path, **extra: str) -> str:
+    done = run(python, code, folder, **extra)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_command_finds_the_model(python: Path, tmp_path: Path) -> None:
+    tasks = output(python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
+    lm_eval = [*ARGUMENTS, "--include_path", tasks]
+    commands = [
+        [script("lm_eval", "lm_eval"), *lm_eval],
+        [script("lm_eval", "lm-eval"), "run", *lm_eval],
+        ["-m", "lm_eval", *lm_eval],
+    ]
+    running = [
+        subprocess.Popen(
+            [str(python), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=environment(),
+        )
+        for command in commands
+    ]
+    for process in running:
+        text, _ = process.communicate(timeout=600)
+        assert ANSWER in text, f"{process.args!r}\n{text}"
+
+
+def test_data_parallel_run(python: Path, base: str, tmp_path: Path) -> None:
+    """Two processes fuse, evaluate, and write one results file."""
+    launch = [script("accelerate", "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
+    model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
+    tasks = output(python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
+    lm_eval = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]
+    command = [str(python), *launch, *lm_eval, "--include_path", tasks, "--output_path", "results"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=600)
+    assert done.returncode == 0, done.stderr
+    [results] = tmp_path.glob("results/*/*.json")
+    assert json.loads(results.read_text())["config"]["fusion"]["layers"] == [5, 3]
+
+
+def test_installed_files(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
+    code = "import lf_hf; print(lf_hf.__file__); print(lf_hf.tasks_path())"
+    package, tasks = map(Path, output(wheel_python, code, tmp_path).splitlines())
+    assert wheel_python.parent.parent in package.parents
+    assert tasks == package.parent / "lm_eval_tasks"
+    names = {str(path.relative_to(ROOT / "lm_eval_tasks")) for path in (ROOT / "lm_eval_tasks").rglob("*.*")}
+    shipped = {str(path.relative_to(tasks)) for path in tasks.rglob("*.*")}
+    assert {n for n in shipped if not n.endswith(".pyc")} == {n for n in names if not n.endswith(".pyc")}
+
+    package, tasks = map(Path, output(editable_python, code, tmp_path).splitlines())
+    assert package == ROOT / "lf_hf" / "__init__.py"
+    assert tasks == ROOT / "lm_eval_tasks"
+
+
+def test_registers_a_name_and_imports_nothing(python: Path, tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        assert not {"lf_hf", "lm_eval", "torch", "typing"} & set(sys.modules)
+        import inspect, lm_eval.models
+        from lm_eval.api.registry import model_registry
+        assert dict(model_registry.items())["fused_llama"] == "lf_hf.lm_eval_model:FusedLlamaLM"
+        assert "MODEL_MAPPING" in inspect.getsource(lm_eval.models)
+        assert not {"lf_hf", "torch"} & set(sys.modules)
+        assert not [f for f in sys.meta_path if type(f).__module__ == "lf_hf_startup"]
+        """
+    output(python, code, tmp_path)
+
+
+def test_nothing_without_installation(python_with: Callable[[str], Path], tmp_path: Path) -> None:
+    """The control: in such an environment the name comes from lf_hf's start-up file alone."""
+    code = "import lm_eval.models as m; from lm_eval.api.registry import model_registry as r; print('fused_llama' in r)"
+    assert output(python_with("nothing"), code, tmp_path) == "False"
+
+
+def test_start_up_costs_little(wheel_python: Path, tmp_path: Path) -> None:
+    """A fraction of a small standard module's import, and no import of anything else."""
+    code = "import argparse"
+    ratios = []
+    for _ in range(5):
+        command = [str(wheel_python), "-X", "importtime", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=60)
+        taken = {
+            name: int(cumulative)
+            for cumulative, name in re.findall(r"\| +(\d+) \| +(lf_hf_startup|argparse)$", done.stderr, re.M)
+        }
+        ratios.append(taken["lf_hf_startup"] / taken["argparse"])
+    assert min(ratios) < 0.25
+    code = (
+        "import sys, builtins\n"
+        "sys.modules.pop('lf_hf_startup'); before = set(sys.modules)\n"
+        "import lf_hf_startup; print(set(sys.modules) - before)"
+    )
+    assert output(wheel_python, code, tmp_path) == "{'lf_hf_startup'}"
+
+
+REGISTRY = """
+class Registry(dict):
+    def register(self, name, target):
+        self[name] = target
+
+model_registry = Registry()
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Import lm_eval.models of a made-up lm-eval, with the bridge armed, and print its registry."""
+
+    def run_fake(registry: str = REGISTRY, models: str | None = "") -> subprocess.CompletedProcess[str]:
+        for name, text in {"__init__": "", "api/__init__": "", "api/registry": registry, "models": models}.items():
+            if text is not None:
+                file = tmp_path / "lm_eval" / f"{name}.py"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+        code = (
+            "import lf_hf_startup, lm_eval.models\n"
+            "import lm_eval.api.registry as r; print(getattr(r, 'model_registry', None))"
+        )
+        return run(sys.executable, code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+
+    return run_fake
+
+
+def test_fake_lm_eval(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert fake().stdout.strip() == "{'fused_llama': 'lf_hf.lm_eval_model:FusedLlamaLM'}"
+
+
+def test_leaves_releases_with_plugins_alone(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert fake(REGISTRY + "def load_plugins(): ...\n").stdout.strip() == "{}"
+
+
+def test_keeps_a_name_that_is_there(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    models = "from lm_eval.api.registry import model_registry as r\nr['fused_llama'] = 'mine'\n"
+    assert fake(models=models).stdout.strip() == "{'fused_llama': 'mine'}"
+
+
+@pytest.mark.parametrize("registry", ["", "model_registry = None\n", "raise OSError('broken')\n"])
+def test_never_raises(fake: Callable[..., subprocess.CompletedProcess[str]], registry: str) -> None:
+    done = fake(registry)
+    assert "lf_hf could not add fused_llama to lm-eval: " in done.stderr
+    assert "lm_eval.models" not in done.stderr
+
+
+def test_errors_of_lm_eval_stay_its_own(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    assert fake(models=None).stderr.endswith("ModuleNotFoundError: No module named 'lm_eval.models'\n")
+    assert fake(models="1 / 0\n").stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_without_lm_eval(tmp_path: Path) -> None:
+    code = """if True:
+        import sys
+        sys.path = [path for path in sys.path if not path.endswith("site-packages")]
+        import lf_hf_startup
+        try:
+            import lm_eval.models
+        except ModuleNotFoundError as error:
+            print(error)
+        """
+    assert output(sys.executable, code, tmp_path, PYTHONPATH=str(ROOT)) == "No module named 'lm_eval'"
