@@ -57,7 +57,7 @@ class Boundaries:
         loaded = load_file(self._file(index))
         return [loaded[str(n)] for n in range(len(loaded))]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def update(self, index: int) -> None:
         """Take note that layers from `index` on have changed."""
         del self.influences[index:]

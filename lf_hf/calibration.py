@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lf_hf.config import FusionConfig
 from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question
 
 logger = logging.getLogger(__name__)
+
+_GENERATED_SHARE = 0.5  # of the default corpus
 
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file the first ones count."""
@@ -60,10 +63,21 @@ def load_needed(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Running text for calibration, one string for each kind of text, and where it is from."""
+    """Running text for calibration.
+
+    Attributes
+    ----------
+    parts : list of str
+        One string for each kind of text.
+    source : str
+        For people: where the text is from.
+    generated_share : float
+        Share of the tokens that the dense model itself is to write.
+    """
 
     parts: list[str]
     source: str
+    generated_share: float = 0.0
 
 
 def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus:
@@ -72,17 +86,20 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus
     Parameters
     ----------
     calibration : list of str, path, or None
-        As for `load_calibration`. None: the first half of Python's documentation, and the MMLU questions of
-        `load_calibration`.
+        As for `load_calibration`. None: text that the model writes itself, the first half of Python's
+        documentation, and one MMLU development question a subject, with its answer.
     """
     if calibration is None:
-        questions = load_calibration()
-        parts = [part for part in (documentation_halves()[0], "\n\n".join(questions.texts)) if part]
-        return Corpus(parts, f"Python documentation, first half; {questions.source}")
+        questions = [questions[0] for questions in bundled_questions().values()]
+        quiz = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
+        quiz += [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
+        parts = [part for part in (documentation_halves()[0], "\n\n".join(quiz)) if part]
+        source = "text by the model itself, Python documentation (first half), MMLU development questions"
+        return Corpus(parts, source, _GENERATED_SHARE)
     samples, source = _open(calibration)
     text = "\n\n".join(_strings(samples, source))
     if not text:
-        raise ValueError(f"The calibration text ({source}) is empty.")
+        raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
     return Corpus([text], source)
 
 
@@ -170,11 +187,10 @@ def pack_corpus(
     packed = [pack_tokens(tokenizer, part, length, max_tokens) for part in corpus.parts]
     sequences: list[Tensor] = []
     left = max_tokens
-    for turn in zip_longest(*packed):
-        for sequence in turn:
-            if sequence is not None and left > 1:
-                sequences.append(sequence[:left])
-                left -= len(sequences[-1])
+    for sequence in alternated(*packed):
+        if left > 1:
+            sequences.append(sequence[:left])
+            left -= len(sequences[-1])
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(
@@ -183,6 +199,11 @@ def pack_corpus(
         )
     _check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
     return sequences
+
+
+def alternated(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The items of some lists by turns; a list that is used up drops out."""
+    return [item for turn in zip_longest(*lists) for item in turn if item is not None]
 
 
 def documentation_halves() -> tuple[str, str]:

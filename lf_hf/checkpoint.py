@@ -34,6 +34,11 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 
+_NO_TEXT = (
+    "Without calibration text the model has to write some, which needs all layers at once; give calibration=FILE or "
+    "use low_memory=False."
+)
+
 
 def fuse_checkpoint(
     base: str | os.PathLike[str],
@@ -94,6 +99,8 @@ def fuse_checkpoint(
         )
     llama_config = base_config(base, kwargs)
     config.check_num_layers(llama_config.num_hidden_layers)
+    if config.needs_text and calibration is None:
+        raise ValueError(_NO_TEXT)
     samples, text = load_needed(config, calibration)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
@@ -177,6 +184,9 @@ class CheckpointDecoder(Decoder):
         norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
+
+    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+        raise ValueError(_NO_TEXT)
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""

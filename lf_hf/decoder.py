@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.utils import logging
 
 # Attention implementations that are causal by themselves when they get no mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
+
+_GENERATED_TOGETHER = 32  # sequences in a batch of generated text
 
 
 class Decoder(ABC):
@@ -66,6 +69,10 @@ class Decoder(ABC):
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Final norm and head, inside a `with` block: (1, tokens T, hidden) -> logits (1, tokens T, vocab)."""
 
+    @abstractmethod
+    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+        """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1."""
+
     def layer_inputs(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
         """What a layer takes besides its hidden states, for one sequence without padding or cache.
 
@@ -88,7 +95,7 @@ class Decoder(ABC):
         """A layer's output for one sequence: (1, tokens T, hidden) -> (1, tokens T, hidden)."""
         return layer(hidden_states, **self.layer_inputs(hidden_states))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def walk(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield, for each layer in turn, the output states of all samples.
 
@@ -170,6 +177,25 @@ class ModelDecoder(Decoder):
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
+
+    @torch.no_grad()
+    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+        vocab_size, device = self.config.vocab_size, self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
+            starts = torch.randint(vocab_size, (count, 1))
+            if self.config.bos_token_id is not None:
+                starts[::2] = self.config.bos_token_id
+            sampling = GenerationConfig(
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length - 1, pad_token_id=0
+            )
+            written: list[Tensor] = []
+            for start in logging.tqdm(starts.split(_GENERATED_TOGETHER), desc="Writing calibration text", unit="batch"):
+                start = start.to(device)
+                ids = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=sampling)
+                written += ids.cpu().unbind()
+        return written
 
 
 def remove_config_layer(config: LlamaConfig, index: int) -> None:

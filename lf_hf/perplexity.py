@@ -11,7 +11,7 @@ from transformers.utils import logging
 from lf_hf.decoder import Decoder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity(decoder: Decoder, sequences: Sequence[Tensor], desc: str = "Perplexity") -> float:
     """exp of the mean negative log-likelihood a predicted token, in nats, over sequences of token ids."""
     total, count = 0.0, 0

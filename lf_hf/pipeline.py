@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.boundaries import Boundaries
-from lf_hf.calibration import Calibration, Corpus, documentation_halves, pack_corpus, pack_tokens, tokenize_samples
+from lf_hf.calibration import (
+    Calibration,
+    Corpus,
+    alternated,
+    documentation_halves,
+    pack_corpus,
+    pack_tokens,
+    tokenize_samples,
+)
 from lf_hf.config import FusionConfig
 from lf_hf.decoder import Decoder
 from lf_hf.perplexity import perplexity
@@ -105,8 +113,8 @@ def fuse(
     packed: list[Tensor] = []
     if config.needs_text:
         assert text is not None
-        length = min(config.calibration_length, decoder.config.max_position_embeddings)
-        packed = pack_corpus(tokenizer, text, length, config.calibration_tokens, decoder.config.vocab_size)
+        with clock("calibration text"):
+            packed = calibration_sequences(decoder, tokenizer, text, config)
         calibration.append(CalibrationInfo(text.source, len(packed), sum(map(len, packed))))
     with clock("alignment and fusion"):  # stages 4 and 5
         steps, origins = _fuse_steps(decoder, config, similarity, packed)
@@ -146,6 +154,17 @@ def fuse(
         versions=versions(),
         notes=notes,
     )
+
+
+def calibration_sequences(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
+) -> list[Tensor]:
+    """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
+    length = min(config.calibration_length, decoder.config.max_position_embeddings)
+    written = int(config.calibration_tokens * text.generated_share) // length
+    tokens = config.calibration_tokens - written * length
+    packed = pack_corpus(tokenizer, text, length, tokens, decoder.config.vocab_size)
+    return alternated(packed, decoder.generate(written, length, config.seed)) if written else packed
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:

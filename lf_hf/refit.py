@@ -54,7 +54,7 @@ class Trace:
     output: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], state: Tensor) -> Trace:
     """Run layers one after the other."""
     inputs, residuals = [], []
@@ -65,7 +65,7 @@ def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], state: Tensor) 
     return Trace(inputs, residuals, state)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit_group(
     decoder: Decoder,
     layers: Sequence[LlamaDecoderLayer],
@@ -194,8 +194,9 @@ def stacked(parameters: Sequence[Weights], maps: Mapping[str, Sequence[Tensor]] 
         for reader in readers:
             rows = []
             for n, layer in enumerate(parameters):
-                row = layer[f"{reader}.weight"].float() * layer[f"{norm}.weight"].float()
-                rows.append(row @ maps[norm][n] if maps and norm in maps else row)
+                weight = layer[f"{reader}.weight"]
+                row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{norm}.weight"]
+                rows.append(row @ maps[norm][n].to(row) if maps and norm in maps else row)
             wide[f"{reader}.weight"] = torch.cat(rows).to(parameters[0][f"{reader}.weight"].dtype)
             if f"{reader}.bias" in parameters[0]:
                 wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
@@ -235,7 +236,6 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
     regression = Regression.empty(hidden, hidden, states[0].device)
     for state, want in zip(states, wanted, strict=True):
         weights = torch.ones(state.shape[1], device=state.device)
-        weights[0] = 0  # see token_weights
         regression.add(normalized(decoder, state)[0], normalized(decoder, want)[0], weights)
     return regression.ridge(identity, ridge)
 
@@ -243,27 +243,25 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
 def token_weights(states: Tensor) -> Tensor:
     """1 / mean square of each token's state (1, tokens T, hidden), which the next norm divides by; shape (T,).
 
-    The first position counts nothing: its state is huge, and the same whatever the text.
+    So all tokens count alike, the first one too: its state is huge, and later layers rely on it as an attention sink.
     """
-    weights = states[0].float().square().mean(-1).reciprocal()
-    weights[0] = 0
-    return weights
+    return states[0].float().square().mean(-1).reciprocal()
 
 
 def normalized(decoder: Decoder, states: Tensor) -> Tensor:
     """States as a norm without gains gives them."""
-    wide = states.float()
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps)).to(states.dtype)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def after_attention(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
     """The residual stream between a layer's attention and its MLP: (1, tokens T, hidden)."""
     inputs = decoder.layer_inputs(state)
     return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def after_mlp(layer: LlamaDecoderLayer, residual: Tensor) -> Tensor:
     """A layer's output from the residual stream after its attention: (1, tokens T, hidden)."""
     return residual + layer.mlp(layer.post_attention_layernorm(residual))
@@ -303,7 +301,7 @@ def _counts(kept: Tensor, each: int, layers: int) -> list[int] | None:
     return torch.bincount(kept // each, minlength=layers).tolist() if layers > 1 else None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def refit_from_bottom(
     decoder: Decoder,
     origins: Sequence[list[int]],

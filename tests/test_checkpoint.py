@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusionReport, fuse_checkpoint
 
-METHODS = ("neural_alignment", "mka", "truncate")
+METHODS = ("neural_alignment", "mka", "truncate", "refit")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -21,7 +21,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fuse(base: str, out: Path, **kwargs: Any) -> FusionReport:
-    settings: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 200} | kwargs
+    settings: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 200}
+    settings |= {"calibration_length": 64} | kwargs
     return fuse_checkpoint(base, out, **settings)
 
 
@@ -137,3 +138,8 @@ def test_damaged_bases_get_one_sentence_and_leave_nothing(base: str, damage: str
 def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device_map can not be used with low_memory=True"):
         fuse(base, tmp_path / "out", device_map="auto")
+
+
+def test_text_that_the_model_must_write_needs_the_whole_model(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give calibration=FILE or use low_memory=False"):
+        fuse(base, tmp_path / "out", method="refit", calibration=None)

@@ -21,7 +21,8 @@ def test_defaults_are_the_published_hyper_parameters() -> None:
 def test_presets_fill_the_stage_fields_and_can_be_overridden(method: str) -> None:
     config = FusionConfig(num_fusions=1, method=method)
     assert {name: getattr(config, name) for name in METHODS[method]} == METHODS[method]
-    assert FusionConfig(num_fusions=1, method=method, merge="keep_first").merge == "keep_first"
+    overridden = FusionConfig(num_fusions=1, method=method, merge="average", refit="none", alignment="neurons")
+    assert (overridden.merge, overridden.alignment) == ("average", "neurons")
 
 
 def test_choices_cover_what_presets_use() -> None:
@@ -52,6 +53,13 @@ def test_strings_are_read_as_the_fields_types() -> None:
         ({"num_fusions": 1, "method": "neural_aligment"}, "Unknown method 'neural_aligment'; did you mean"),
         ({"num_fusions": 1, "method": 3}, "method must be one of neural_alignment, mka"),
         ({"num_fusions": 1, "alignment": "columns"}, "Unknown alignment 'columns'; known are none, rows, neurons"),
+        ({"num_fusions": 1, "merge": "keep_first"}, "alignment='rows' has no effect with merge='keep_first'"),
+        (
+            {"num_fusions": 1, "method": "refit", "alignment": "neurons"},
+            "alignment='neurons' has no effect with merge='sel",
+        ),
+        ({"num_fusions": 1, "refit": "projections"}, "refit='projections' chooses heads and channels of whole layers"),
+        ({"num_fusions": 1, "ridge": 0}, "ridge must be greater than 0, got 0"),
         ({"num_fusions": 1, "kernel_scale": 0}, "kernel_scale must be greater than 0, got 0"),
         ({"num_fusions": 1, "kernel_scale": "wide"}, "kernel_scale must be a number, got 'wide'"),
         ({"num_fusions": 1, "kernel_alpha": float("nan")}, "kernel_alpha must be a finite number"),
@@ -68,11 +76,13 @@ def test_bad_settings_get_one_sentence(values: dict[str, Any], message: str) -> 
 
 def test_limits_that_depend_on_the_model_and_the_data() -> None:
     config = FusionConfig(num_fusions=32)
-    with pytest.raises(ValueError, match="num_fusions must be 1 to 31 for a model of 32 layers, got 32"):
+    with pytest.raises(ValueError, match="num_fusions must be 1 to 31 for a model of 32 layers"):
         config.check_num_layers(32)
     config.check_num_layers(33)
-    with pytest.raises(ValueError, match="1 layer; fusing needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 layers; fusing with selection='last' needs at least 2"):
         config.check_num_layers(1)
+    with pytest.raises(ValueError, match=r"num_fusions must be 1 to 30 .* selection='least_influence', got 32"):
+        FusionConfig(num_fusions=32, method="refit").check_num_layers(33)
     with pytest.raises(ValueError, match=r"entropy_neighbors=50.* need at least 51 calibration samples, got 50"):
         config.check_num_samples(50)
     config.check_num_samples(51)

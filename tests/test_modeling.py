@@ -209,6 +209,26 @@ def test_an_interrupted_save_leaves_the_old_folder(base: str, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
+    """With the default calibration text, half of which the model writes."""
+    settings: dict[str, Any] = {"method": "refit", "calibration": None, "calibration_tokens": 2048}
+    for run in ("b", "a"):
+        model = fuse(base, calibration_length=128, **settings)
+        model.save_pretrained(tmp_path / run)
+    report = model.fusion_report
+    assert report is not None and report.layers_after == 3
+    assert report.calibration[0].tokens <= 2048 and "by the model itself" in report.calibration[0].source
+    for step in report.steps:
+        assert step.influence is not None and step.pair[0] > 0 and step.pair[1] < 4
+        assert step.error_after is not None and step.error_before is not None and step.error_after < step.error_before
+        assert sum(step.channels_kept or []) == 48 and sum(step.heads_kept or []) == 2
+    assert [refit.layers for refit in report.refits] in ([[1, 2, 3]], [[1, 2], [2, 3]])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert loaded.fusion_report == report
+    assert torch.equal(logits(loaded), logits(model))
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
 def test_settings_may_come_as_a_config_with_overrides(base: str) -> None:
     config = FusionConfig(num_fusions=1, method="mka", perplexity_tokens=0)
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
@@ -260,7 +280,7 @@ def test_pushing_uploads_the_saved_folder(base: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers, got 5"),
+        ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers"),
         ({"num_fusions": 1, "methd": "mka"}, "Unknown argument 'methd'; did you mean 'method'"),
         ({"num_fusions": 1, "calibration": ["a"] * 50}, "need at least 51 calibration samples, got 50"),
         ({"num_fusions": 1, "calibration": "nowhere.txt"}, "'nowhere.txt' does not exist"),

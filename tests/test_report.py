@@ -19,7 +19,7 @@ def make_report(**values: object) -> FusionReport:
         "layers_after": 28,
         "parameters_before": 8_030_261_248,
         "parameters_after": 7_157_813_248,
-        "refits": [LayerRefit([30, 31], [1000, 536], 0.5, 0.2)],
+        "refits": [LayerRefit([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexity": PerplexityInfo(6.1, 30.0, 4000, "prose"),
         "similarity": [[1.0]],

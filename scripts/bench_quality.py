@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+"""Compare ways of making a Llama shallower: one run, one table of perplexity ratios and accuracies.
+
+    .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
+
+All ways get the same model and the same calibration text, and are judged on text that it does not contain:
+  text  the second half of --text, a file of prose; with --calibrate text its first half is what is calibrated on
+  docs  the second half of Python's documentation
+  quiz  MMLU questions (the original CSV release, --mmlu) as cloze: choices are scored as text by log-likelihood a
+        character. `diff` is against the dense model, question by question, with its standard error.
+Perplexities are ratios to the dense model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lf_hf import FusionConfig
+from lf_hf.calibration import (
+    Calibration,
+    Corpus,
+    documentation_halves,
+    load_calibration,
+    load_corpus,
+    pack_tokens,
+)
+from lf_hf.decoder import ModelDecoder
+from lf_hf.mmlu import SUBJECTS, Question, read_csv_questions
+from lf_hf.perplexity import perplexity
+from lf_hf.pipeline import calibration_sequences, fuse
+from lf_hf.refit import after_attention, token_weights
+from lf_hf.stages.regression import Regression
+
+ROOT = Path(__file__).parent.parent
+LENGTH = 512
+
+Way = Callable[[LlamaForCausalLM, int], LlamaForCausalLM]
+
+
+class Ways:
+    """The methods of the package and simple forms of their rivals; each changes the model that it is given."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: Calibration,
+        sequences: Sequence[Tensor],
+        corpus: Corpus,
+        tokens: int,
+    ) -> None:
+        self.tokenizer, self.samples, self.sequences = tokenizer, samples, sequences
+        self.corpus, self.tokens = corpus, tokens
+        self.dropped: list[int] = []  # by greedy_drop, in order
+
+    def fusion(self, **settings: str) -> Way:
+        """A method of the package."""
+
+        def run(model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+            config = FusionConfig(
+                num_fusions=count,
+                perplexity_tokens=0,
+                calibration_tokens=self.tokens,
+                **settings,  # type: ignore[arg-type]
+            )
+            fuse(GivenText(model), self.tokenizer, config, self.samples, self.corpus, base="bench")
+            return model
+
+        return run
+
+    def greedy_drop(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+        """Drop, one by one, the layer without which calibration text is predicted best (SLEB, arXiv:2402.09025)."""
+        decoder, judged = ModelDecoder(model), self.sequences[:4]
+        for step in range(count):
+            if step == len(self.dropped):
+                losses = {}
+                for index in range(decoder.num_layers):
+                    layer = model.model.layers.pop(index)
+                    losses[index] = perplexity(decoder, judged)
+                    model.model.layers.insert(index, layer)
+                self.dropped.append(min(losses, key=lambda index: losses[index]))
+            decoder.remove(self.dropped[step])
+        return model
+
+    @torch.inference_mode()
+    def linear_map(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+        """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
+        decoder, sequences = ModelDecoder(model), self.sequences
+        states = [decoder.embed(sequences), *(list(states) for states in decoder.walk(sequences))]
+
+        def distance(start: int) -> float:  # between the states before and after the run that starts there
+            return statistics.mean(
+                1 - float(torch.cosine_similarity(a[0, 1:].float(), b[0, 1:].float(), dim=-1).mean())
+                for a, b in zip(states[start], states[start + count], strict=True)
+            )
+
+        start = min(range(1, decoder.num_layers - count + 1), key=distance)
+        with decoder.layer(start - 1) as layer:
+            regression = Regression.empty(model.config.hidden_size, model.config.hidden_size, model.device)
+            for before, target in zip(states[start - 1], states[start + count], strict=True):
+                residual = after_attention(decoder, layer, before)
+                written = layer.mlp(layer.post_attention_layernorm(residual))
+                regression.add(written[0], (target - residual)[0], token_weights(target))
+            through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
+            down = layer.mlp.down_proj.weight
+            decoder.replace(start - 1, {"mlp.down_proj.weight": (through @ down.float()).to(down.dtype)})
+        for _ in range(count):
+            decoder.remove(start)
+        return model
+
+    def all(self) -> dict[str, Way]:
+        return {
+            "truncate": self.fusion(method="truncate"),
+            "mka": self.fusion(method="mka"),
+            "neural_alignment": self.fusion(),
+            "mka, least_influence": self.fusion(method="mka", selection="least_influence"),
+            "neural_alignment, least_influence": self.fusion(selection="least_influence"),
+            "drop by influence": self.fusion(method="truncate", selection="least_influence"),
+            "drop by loss": self.greedy_drop,
+            "cut and linear map": self.linear_map,
+            "neurons, average, refit": self.fusion(
+                selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
+            ),
+            "refit": self.fusion(method="refit"),
+        }
+
+
+class GivenText(ModelDecoder):
+    """Has the calibration text that the model writes written once, for all ways."""
+
+    written: ClassVar[dict[tuple[int, int, int], list[Tensor]]] = {}
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__(model, keep_originals=True)
+
+    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+        key = (count, length, seed)
+        if key not in self.written:
+            self.written[key] = super().generate(count, length, seed)
+        return self.written[key]
+
+
+class Judge:
+    """Perplexity on texts, and cloze accuracy, of a model."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int, questions: Sequence[Question]
+    ) -> None:
+        self.texts = {name: pack_tokens(tokenizer, text, LENGTH, tokens) for name, text in texts.items()}
+        self.questions = [self._packed(tokenizer, question) for question in questions]
+
+    def perplexities(self, model: LlamaForCausalLM) -> dict[str, float]:
+        return {name: perplexity(ModelDecoder(model), sequences) for name, sequences in self.texts.items()}
+
+    @torch.inference_mode()
+    def correct(self, model: LlamaForCausalLM) -> list[bool]:
+        """For each question whether the right choice is the likeliest a character."""
+        right = []
+        for ids, positions, mask, spans, answer in self.questions:
+            additive = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+            logits = model(input_ids=ids, position_ids=positions, attention_mask=additive, use_cache=False).logits[0]
+            scores = []
+            for rows, targets, characters in spans:
+                log_probabilities = logits[rows].float().log_softmax(-1)
+                scores.append(float(log_probabilities.gather(1, targets[:, None]).sum()) / characters)
+            right.append(scores.index(max(scores)) == answer)
+        return right
+
+    @staticmethod
+    def _packed(
+        tokenizer: PreTrainedTokenizerBase, question: Question
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, int]], int]:
+        """One sequence with the question and, side by side after it, all choices, none of which sees another."""
+        prompt = tokenizer(f"Question: {question.question.strip()}\nAnswer:")["input_ids"]
+        choices = [
+            tokenizer(f" {choice.strip()}", add_special_tokens=False)["input_ids"] for choice in question.choices
+        ]
+        ids, positions = list(prompt), list(range(len(prompt)))
+        spans, blocks = [], []
+        for choice, text in zip(choices, question.choices, strict=True):
+            rows = [len(prompt) - 1, *range(len(ids), len(ids) + len(choice) - 1)]
+            spans.append((torch.tensor(rows), torch.tensor(choice), max(1, len(text.strip()))))
+            blocks.append(range(len(ids), len(ids) + len(choice) - 1))
+            ids += choice[:-1]
+            positions += range(len(prompt), len(prompt) + len(choice) - 1)
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        for block in blocks:
+            mask[block.start : block.stop, len(prompt) : block.start] = False
+        return torch.tensor([ids]), torch.tensor([positions]), mask[None, None], spans, question.answer
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> LlamaForCausalLM:
+    """A small Llama of another layout (untied embeddings, a key-value head a query head), trained on text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=16,
+        num_attention_heads=6,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    sequences = torch.stack([s for s in pack_tokens(tokenizer, text, 128, 10**9) if len(s) == 128])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    end, losses = time.monotonic() + 60 * minutes, [0.0]
+    while time.monotonic() < end:
+        batch = sequences[torch.randint(len(sequences), (8,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    print(f"Trained a model of {model.num_parameters():,} parameters: {len(losses)} steps, last loss {losses[-1]:.2f}.")
+    return model.eval()
+
+
+def row(name: str, count: int, ratios: dict[str, float], quiz: str, seconds: float) -> None:
+    figures = " | ".join(f"{ratio:.4g}" for ratio in ratios.values())
+    print(f"| {name} | {count} | {figures} | {quiz} | {seconds:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder or hub name")
+    parser.add_argument("--gguf-file", help="default: the embedded base's")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--text", type=Path, help="a file of prose")
+    parser.add_argument("--mmlu", type=Path, help="folder of the MMLU CSV release")
+    parser.add_argument("--calibrate", default="default", choices=["default", "text"])
+    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
+    parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
+    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 12, 15])
+    parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--ways", nargs="+", help="only these rows")
+    parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny Llama on --text, and use that")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+    gguf = options.gguf_file or next((file.name for file in Path(options.base).glob("*.gguf")), None)
+    tokenizer = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
+    halves: tuple[str, str] | None = None
+    if options.text:
+        text = options.text.read_text(encoding="utf-8")
+        middle = text.index("\n", len(text) // 2)
+        halves = text[:middle], text[middle:]
+    if (options.calibrate == "text" or options.tiny) and halves is None:
+        parser.error("--calibrate text and --tiny need --text FILE.")
+    if options.tiny and halves:
+        base = tiny_llama(tokenizer, halves[0] + documentation_halves()[0], options.tiny)
+    else:
+        base = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
+    base = base.to(getattr(torch, options.dtype))
+
+    corpus = Corpus([halves[0]], "first half") if options.calibrate == "text" and halves else load_corpus()
+    sequences = calibration_sequences(
+        GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
+    )
+    ways = Ways(tokenizer, load_calibration(), sequences, corpus, options.tokens).all()
+    questions = []
+    if options.mmlu:
+        questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
+        questions = [q for q in questions if len(q.question) < 500 and max(map(len, q.choices)) < 160]
+        questions = random.Random(0).sample(questions, options.questions)
+    judge = Judge(
+        tokenizer,
+        ({"text": halves[1]} if halves else {}) | {"docs": documentation_halves()[1]},
+        options.judge_tokens,
+        questions,
+    )
+
+    dense = judge.perplexities(base)
+    dense_correct = judge.correct(base)
+    accuracy = f", quiz {statistics.mean(dense_correct):.3f}" if questions else ""
+    print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.source}.")
+    print(f"Dense: {', '.join(f'{name} {value:.4g}' for name, value in dense.items())}{accuracy}.\n")
+    print(f"| way | fused | {' | '.join(dense)} | quiz (diff) | seconds |")
+    print("|---" * (4 + len(dense)) + "|")
+    for count in options.fusions:
+        for name, way in ways.items():
+            if options.ways and name not in options.ways:
+                continue
+            start = time.monotonic()
+            model = way(copy.deepcopy(base), count)
+            seconds = time.monotonic() - start
+            ratios = {text: value / dense[text] for text, value in judge.perplexities(model).items()}
+            quiz = ""
+            if questions and count in options.quiz_fusions:
+                correct = judge.correct(model)
+                changes = [float(a) - float(b) for a, b in zip(correct, dense_correct, strict=True)]
+                error = statistics.stdev(changes) / len(changes) ** 0.5
+                quiz = f"{statistics.mean(correct):.3f} ({statistics.mean(changes):+.3f} +- {error:.3f})"
+            row(name, count, ratios, quiz, seconds)
+
+
+if __name__ == "__main__":
+    main()

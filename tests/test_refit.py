@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+
+from lf_hf.boundaries import Boundaries
+from lf_hf.decoder import ModelDecoder
+from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, trace
+from lf_hf.stages.selection import influence, least_influential
+
+SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "grouped queries": {},
+    "a key-value head a query head": {"num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "eager attention": {"attn_implementation": "eager"},
+}
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_side_by_side_write_the_sum_of_what_each_writes(layout: str) -> None:
+    model = make_llama(**LAYOUTS[layout], dtype=torch.float64)
+    decoder = ModelDecoder(model)
+    layers = [model.model.layers[n] for n in (1, 2, 3)]
+    wide = build_layer(decoder, stacked([dict(layer.named_parameters()) for layer in layers]), 3)
+    [state] = decoder.embed(SEQUENCES[:1])
+    inputs = decoder.layer_inputs(state)
+
+    def attention(layer: Any) -> torch.Tensor:
+        return layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
+
+    def mlp(layer: Any) -> torch.Tensor:
+        return layer.mlp(layer.post_attention_layernorm(state))
+
+    for part in (attention, mlp):
+        torch.testing.assert_close(
+            part(wide), torch.stack([part(layer) for layer in layers]).sum(0), rtol=0, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("refit", ["none", "down_proj", "projections"])
+def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, refit: str) -> None:
+    model = make_llama(**LAYOUTS[layout])
+    with torch.no_grad():
+        for name, parameter in model.model.layers[2].named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+    decoder = ModelDecoder(model)
+    layers = [model.model.layers[n] for n in (1, 2)]
+    states = decoder.embed(SEQUENCES)
+    traces = [trace(decoder, layers, state) for state in states]
+    fit = fit_group(decoder, layers, traces, states, refit=refit, ridge=1e-3)
+    assert fit.channels_kept == [48, 0]
+    assert fit.heads_kept in (None, [model.config.num_key_value_heads, 0])
+    fused = build_layer(decoder, fit.weights)
+    assert relative(decoder.run_layer(fused, states[0]), traces[0].output) < 1e-4
+
+
+@pytest.mark.parametrize("refit", ["down_proj", "projections"])
+def test_fitting_brings_the_group_closer_on_text_that_it_has_not_seen(refit: str) -> None:
+    model = make_llama()
+    decoder = ModelDecoder(model)
+    layers = [model.model.layers[n] for n in (1, 2)]
+    states = decoder.embed(SEQUENCES)
+    traces = [trace(decoder, layers, state) for state in states]
+    errors = {}
+    for kind in ("none", refit):
+        fit = fit_group(decoder, layers, traces[:20], states[:20], refit=kind, ridge=1e-2)
+        fused = build_layer(decoder, fit.weights)
+        errors[kind] = sum(
+            relative(decoder.run_layer(fused, state), one.output)
+            for state, one in zip(states[20:], traces[20:], strict=True)
+        )
+        assert sum(fit.channels_kept or []) == 48
+    assert fit.error_after < fit.error_before
+    assert errors[refit] < errors["none"]
+
+
+def test_a_single_layer_that_needs_no_change_gets_none() -> None:
+    model = make_llama(dtype=torch.float64)
+    decoder = ModelDecoder(model)
+    layers = [model.model.layers[1]]
+    states = decoder.embed(SEQUENCES)
+    traces = [trace(decoder, layers, state) for state in states]
+    fit = fit_group(decoder, layers, traces, states, refit="down_proj", ridge=1e-2)
+    assert fit.error_before < 1e-6 and fit.channels_kept is None
+    assert relative(decoder.run_layer(build_layer(decoder, fit.weights), states[0]), traces[0].output) < 1e-6
+
+
+def test_an_input_map_undoes_a_rotation() -> None:
+    decoder = ModelDecoder(make_llama())
+    states = [torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(n)) for n in range(20)]
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99))).Q
+    found = input_map(decoder, states, [state @ rotation.T for state in states], ridge=1e-6)
+    torch.testing.assert_close(found, rotation, rtol=0, atol=1e-3)
+    assert torch.equal(input_map(decoder, states, states, ridge=0.1), torch.eye(32))
+
+
+def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
+    with torch.no_grad():
+        dense = make_llama().model(SEQUENCES[0][None], output_hidden_states=True).hidden_states[4]
+    model = make_llama()
+    decoder = ModelDecoder(model, keep_originals=True)
+    decoder.remove(3)
+    decoder.remove(1)
+    origins = [[0, 1], [2, 3], [4]]
+
+    def error() -> float:  # at the output of original layer 3
+        with torch.no_grad():
+            hidden_states = model.model(SEQUENCES[0][None], output_hidden_states=True).hidden_states[2]
+        return relative(hidden_states, dense)
+
+    before = error()
+    refits = refit_from_bottom(decoder, origins, SEQUENCES, select=True, refit="projections", ridge=0.01)
+    assert [refit.layers for refit in refits] == [[0, 1], [2, 3]]
+    assert error() < before
+    assert model.num_parameters() == make_llama(num_hidden_layers=3).num_parameters()
+
+
+def test_originals_outlive_changes() -> None:
+    model = make_llama()
+    weights = [layer.mlp.up_proj.weight.clone() for layer in model.model.layers]
+    decoder = ModelDecoder(model, keep_originals=True)
+    decoder.replace(3, {"mlp.up_proj.weight": torch.zeros(48, 32)})
+    decoder.remove(4)
+    decoder.replace(2, {"mlp.up_proj.weight": torch.zeros(48, 32)})
+    decoder.remove(2)
+    for number, weight in enumerate(weights):
+        with decoder.original(number) as layer:
+            assert torch.equal(layer.mlp.up_proj.weight, weight)
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_boundaries_follow_a_change_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.boundaries._MEMORY_LIMIT", limit)
+    model = make_llama()
+    decoder = ModelDecoder(model)
+    with Boundaries(decoder, SEQUENCES[:3]) as boundaries:
+        decoder.replace(2, {"mlp.down_proj.weight": torch.zeros(32, 48)})
+        decoder.remove(3)
+        boundaries.update(2)
+        with Boundaries(decoder, SEQUENCES[:3]) as fresh:
+            assert boundaries.influences == fresh.influences and len(fresh.influences) == 4
+            for index in range(5):
+                for a, b in zip(boundaries.before(index), fresh.before(index), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_influence_is_the_mean_angle_without_the_first_token() -> None:
+    x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]]])
+    y = torch.tensor([[[-9.0, 9.0], [2.0, 0.0], [3.0, 0.0]]])
+    assert influence([x], [y]) == pytest.approx(1 - (1 + 0) / 2)
+    assert influence([x], [3 * x]) == pytest.approx(0)
+
+
+def test_the_first_and_the_last_layer_stay_out() -> None:
+    assert least_influential([0.0, 0.0, 0.3, 0.2, 0.0]) == 3
