@@ -57,4 +57,4 @@ def register() -> None:
         logging.getLogger(__name__).warning("lf_hf could not add %s to lm-eval: %r", MODEL_NAME, error)
 
 
-sys.meta_path.insert(0, LmEvalFinder())  # type: ignore[arg-type]  # finders are looked up by method alone
+sys.meta_path.insert(0, LmEvalFinder())

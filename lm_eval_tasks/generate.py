@@ -10,7 +10,7 @@ from lf_hf.mmlu import SUBJECTS
 CATEGORIES = ("stem", "other", "social_sciences", "humanities")
 ALIASES = {"mmlu_5shot": "mmlu_5shot", "mmlu_sample": "mmlu_sample (smoke test, not MMLU)"}
 # Subjects of which lm-eval ships too few questions for mmlu_sample's usual three shots.
-FEWER_SHOTS = {"college_chemistry": 1, "formal_logic": 2, "human_aging": 2}
+FEWER_SHOTS = {"college_chemistry": 1, "college_physics": 2, "formal_logic": 2, "human_aging": 2}
 
 
 def subject_yaml(group: str, subject: str) -> str:

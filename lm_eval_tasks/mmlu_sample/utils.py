@@ -12,9 +12,11 @@ def load_sample(subject: str, **_: Any) -> dict[str, datasets.Dataset]:
     """Give a subject's splits out of the development questions that lm-eval ships; nothing is downloaded.
 
     `test` is the last question with four choices, `dev` (the shots) the others with four choices. The first
-    question belongs to calibration and is in neither. Other arguments are lm-eval's metadata.
+    question belongs to calibration and is in neither, nor is its copy in college_physics. Other arguments are
+    lm-eval's metadata.
     """
-    questions = [asdict(q) for q in bundled_questions()[subject][1:] if len(q.choices) == 4]
+    first, *others = bundled_questions()[subject]
+    questions = [asdict(q) for q in others if q != first and len(q.choices) == 4]
     return {
         "dev": datasets.Dataset.from_list(questions[:-1]),
         "test": datasets.Dataset.from_list(questions[-1:]),
