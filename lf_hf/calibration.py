@@ -153,26 +153,31 @@ def tokenize_samples(
 
 
 def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
-    """The first `max_tokens` tokens of a text as sequences of at most `length` tokens.
+    """Sequences of `length` tokens, spread evenly over a text, that have at most `max_tokens` tokens together.
 
-    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. A last
-    sequence of fewer than two tokens is left out.
+    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of
+    more than 64 * `max_tokens` characters only those are looked at.
 
     Returns
     -------
     list of int64 tensors of shape (tokens <= length,)
+        Only the last one may be shorter, and none has fewer than two tokens.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
     prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     step = length - len(prefix)
-    pieces = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
-    return [torch.tensor(piece) for piece in pieces if len(piece) > 1]
+    pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if sum(map(len, pieces)) <= max_tokens:
+        return pieces
+    count = max(1, max_tokens // length)
+    return [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
 
 
 def pack_corpus(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int, vocab_size: int
 ) -> list[Tensor]:
-    """Sequences of a corpus, `max_tokens` tokens in all, an equal share from each part as far as it goes.
+    """Sequences of a corpus, at most `max_tokens` tokens in all, an equal share from each part as far as it goes.
 
     Returns
     -------
@@ -184,13 +189,12 @@ def pack_corpus(
     ValueError
         If there are fewer tokens than one sequence has, or ids that the model does not have.
     """
-    packed = [pack_tokens(tokenizer, part, length, max_tokens) for part in corpus.parts]
-    sequences: list[Tensor] = []
+    packed: dict[str, list[Tensor]] = {}
     left = max_tokens
-    for sequence in alternated(*packed):
-        if left > 1:
-            sequences.append(sequence[:left])
-            left -= len(sequences[-1])
+    for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
+        packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
+        left -= sum(map(len, packed[part]))
+    sequences = alternated(*(packed[part] for part in corpus.parts))
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_tokenizer
+import torch
+from conftest import make_texts, make_tokenizer
 
 from lf_hf.calibration import (
     MAX_SAMPLES,
     Calibration,
+    Corpus,
     documentation_halves,
     load_calibration,
+    pack_corpus,
+    pack_tokens,
     tokenize_samples,
 )
 from lf_hf.mmlu import SUBJECTS, bundled_questions
@@ -102,6 +106,27 @@ def test_tokenized_samples_are_cut_and_checked_against_the_model() -> None:
     assert len(samples[0]) == 8 and len(samples[1]) < 8
     with pytest.raises(ValueError, match="but the model has 10 embeddings"):
         tokenize_samples(tokenizer, Calibration(["layer"], "x"), 8, 10)
+
+
+def test_sequences_are_spread_over_the_text() -> None:
+    tokenizer = make_tokenizer()
+    text = " ".join(make_texts(100))
+    everything = pack_tokens(tokenizer, text, 20, 10**6)
+    ids = tokenizer(text)["input_ids"]
+    assert torch.cat(everything).tolist() == ids[: 20 * len(everything)]
+    some = pack_tokens(tokenizer, text, 20, 200)
+    places = [next(n for n, piece in enumerate(everything) if torch.equal(piece, one)) for one in some]
+    assert places == [n * len(everything) // 10 for n in range(10)] and places[-1] > len(everything) / 2
+
+
+def test_parts_of_a_corpus_share_the_budget_and_take_turns() -> None:
+    tokenizer = make_tokenizer()
+    corpus = Corpus([" ".join(make_texts(100)), "layer"], "x")
+    sequences = pack_corpus(tokenizer, corpus, 20, 200, 320)
+    assert 150 < sum(map(len, sequences)) <= 200
+    assert sequences[1].tolist() == tokenizer("layer")["input_ids"]
+    with pytest.raises(ValueError, match=r"\(x\) has only \d tokens, which do not fill one sequence"):
+        pack_corpus(tokenizer, Corpus(["layer"], "x"), 20, 200, 320)
 
 
 def test_documentation_halves_share_no_paragraph() -> None:
