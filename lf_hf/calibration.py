@@ -246,6 +246,8 @@ def _mmlu_calibration(samples_per_subject: int) -> Calibration:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.info("No MMLU validation questions from the hub (%s).", reason)
         questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
+        if samples_per_subject > 1:
+            logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
     texts = []
     for subject in SUBJECTS:
         if len(questions[subject]) < samples_per_subject:

@@ -19,7 +19,8 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
     )
     load_import = "" if as_llama else "import lf_hf  # registers the architecture\n"
     rows = "\n".join(
-        f"| {step.pair[0]} | {step.pair[1]} | {step.ratio_i:.4f} | {step.ratio_j:.4f} |" for step in report.steps
+        f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
+        for step in report.steps
     )
     perplexity = ""
     if report.perplexity is not None:
@@ -53,8 +54,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
 
-| layer i | layer j | share of i | share of j |
-|---|---|---|---|
+| layer i | layer j | averaged |
+|---|---|---|
 {rows}
 
 ## Settings

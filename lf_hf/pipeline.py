@@ -116,6 +116,8 @@ def fuse(
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
         calibration.append(CalibrationInfo(text.source, len(packed), sum(map(len, packed))))
+        if text.generated_share:
+            notes.append("Calibrated on text that is there offline; text of your own domain gives a better model.")
     with clock("alignment and fusion"):  # stages 4 and 5
         steps, origins = _fuse_steps(decoder, config, similarity, packed)
     refits: list[LayerRefit] = []

@@ -19,10 +19,11 @@ class FusionStep:
     """One fusion of two layers. Layers are numbered from 0 as in the original model.
 
     `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
-    for all of them. `ratio_i` + `ratio_j` = 1. `matches` has one entry for each aligned projection. `influence` is
-    how much layer j changed the residual stream, where pairs were chosen by that. `heads_kept` and `channels_kept`
-    count the key-value groups and MLP channels from layer i and from layer j, where they were selected. The errors
-    are those of the pair's output (squared, relative, over calibration tokens) before and after the fit.
+    for all of them. `ratio_i` + `ratio_j` = 1, and `ratio_j` is 0 where weights are not averaged. `matches` has one
+    entry for each aligned projection. `influence` is how much layer j changed the residual stream, where pairs were
+    chosen by that. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
+    layer j, where they were selected. The errors are those of the pair's output (squared, relative, over calibration
+    tokens) before and after the fit.
     """
 
     layers_i: list[int]
@@ -119,9 +120,10 @@ class FusionReport:
             f"parameters (-{self.parameters_removed_fraction:.1%})."
         ]
         for step in self.steps:
-            line = (
-                f"  layer {step.pair[0]} <- {step.pair[0]} x {step.ratio_i:.4f} + {step.pair[1]} x {step.ratio_j:.4f}"
-            )
+            i, j = step.pair
+            line = f"  layer {i} <- {i}, {j}"
+            if step.ratio_j > 0:
+                line = f"  layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
             if step.matches:
                 before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
                 after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)
