@@ -23,9 +23,8 @@ IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
 
 
 def fuse(base: str, num_fusions: int = 2, **kwargs: Any) -> FusedLlamaForCausalLM:
-    return FusedLlamaForCausalLM.from_pretrained_fused(
-        base, num_fusions=num_fusions, calibration=make_texts(), **{"perplexity_tokens": 100} | kwargs
-    )
+    settings: dict[str, Any] = {"calibration": make_texts(), "perplexity_tokens": 100} | kwargs
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=num_fusions, **settings)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
