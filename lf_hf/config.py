@@ -52,7 +52,8 @@ class FusionConfig:
     Parameters
     ----------
     num_fusions : int
-        How many times two layers become one, 1 to L - 1 for a model of L layers.
+        How many times two layers become one: 1 to L - 1 for a model of L layers, to L - 3 with
+        selection="least_influence".
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
     selection : {"last", "least_influence"}, default from `method`

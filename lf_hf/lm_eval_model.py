@@ -47,7 +47,7 @@ class FusedLlamaLM(HFLM):
                 itself.
             num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
-                are not in its test split.
+                are not in its test split; for ``refit`` a mixture of text that is there offline.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
                 and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
                 ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,

@@ -83,7 +83,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         config : FusionConfig, optional
             Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` is required.
         calibration : list of str or path, optional
-            Calibration text, as `lf_hf.calibration.load_calibration` takes it. Default: MMLU questions.
+            Calibration text, as `lf_hf.calibration.load_calibration` takes it. Default: MMLU questions, or
+            for `refit` the mixture of `lf_hf.calibration.load_corpus`.
         tokenizer : optional
             The base's tokenizer, if it is not beside the base.
         **kwargs
