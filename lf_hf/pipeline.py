@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -35,6 +35,7 @@ from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.selection import least_influential
 from lf_hf.stages.similarity import layer_similarity
+from lf_hf.states import StateStore
 
 logger = logging.get_logger(__name__)
 
@@ -197,7 +198,10 @@ def _fuse_steps(
     """Fuse one pair after another; also return the original layers that each layer then stands for."""
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
-    with Boundaries(decoder, text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else nullcontext() as boundaries:
+    embedded = decoder.embed(text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else []
+    # Besides the states at all boundaries, those inside a pair and inside what it becomes.
+    with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
+        boundaries = Boundaries(decoder, embedded, store) if embedded else None
         for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
             j = decoder.num_layers - 1
             influence = None
@@ -212,7 +216,7 @@ def _fuse_steps(
             fit = None
             with decoder.layer(i) as layer_i, decoder.layer(j) as layer_j, torch.no_grad():
                 pair = (layer_i, layer_j)
-                traces = [trace(decoder, pair, state) for state in states] if config.fits else []
+                traces = trace(decoder, pair, states if config.fits else [], store)
                 fused, matches = fuse_layers(
                     *(dict(layer.named_parameters()) for layer in pair),
                     ratio=ratio,
@@ -221,12 +225,12 @@ def _fuse_steps(
                     head_dim=layer_i.self_attn.head_dim,
                 )
                 if config.merge == "select":
-                    fit = fit_group(decoder, pair, traces, states, refit=config.refit, ridge=config.ridge)
+                    fit = fit_group(decoder, pair, traces, states, store, refit=config.refit, ridge=config.ridge)
                     fused = fit.weights
             decoder.replace(i, fused)
             if config.fits and fit is None:
                 with decoder.layer(i) as merged:
-                    fit = fit_group(decoder, [merged], traces, states, refit=config.refit, ridge=config.ridge)
+                    fit = fit_group(decoder, [merged], traces, states, store, refit=config.refit, ridge=config.ridge)
                 decoder.replace(i, fit.weights)
             decoder.remove(j)
             if boundaries is not None:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from lf_hf.decoder import Decoder
 from lf_hf.report import LayerRefit
 from lf_hf.stages.regression import Regression, expanded
+from lf_hf.states import StateStore
 
 _MAX_CANDIDATES = 15360  # channels that are compared by regression at most; four float32 squares of them are 3.8 GB
 
@@ -43,34 +44,34 @@ class GroupFit:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """States of one sequence on its way through a group's layers; each is (1, tokens T, hidden).
+class Traces:
+    """States of sequences on their way through a group's layers; each is (1, tokens T, hidden).
 
-    `inputs` and `residuals` have one entry a layer: before it, and between its attention and its MLP.
+    `inputs` and `residuals` have one list a layer: before it, and between its attention and its MLP.
     """
 
-    inputs: list[Tensor]
-    residuals: list[Tensor]
-    output: Tensor
+    inputs: list[Sequence[Tensor]]
+    residuals: list[Sequence[Tensor]]
+    output: Sequence[Tensor]
 
 
 @torch.no_grad()
-def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], state: Tensor) -> Trace:
+def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], states: Sequence[Tensor], store: StateStore) -> Traces:
     """Run layers one after the other."""
-    inputs, residuals = [], []
+    inputs, residuals = [states], []
     for layer in layers:
-        inputs.append(state)
-        residuals.append(after_attention(decoder, layer, state))
-        state = after_mlp(layer, residuals[-1])
-    return Trace(inputs, residuals, state)
+        residuals.append(store.keep(after_attention(decoder, layer, state) for state in inputs[-1]))
+        inputs.append(store.keep(after_mlp(layer, residual) for residual in residuals[-1]))
+    return Traces(inputs[:-1], list(residuals), inputs[-1])
 
 
 @torch.no_grad()
 def fit_group(
     decoder: Decoder,
     layers: Sequence[LlamaDecoderLayer],
-    traces: Sequence[Trace],
+    traces: Traces,
     states: Sequence[Tensor],
+    store: StateStore,
     *,
     refit: str,
     ridge: float,
@@ -82,10 +83,11 @@ def fit_group(
     decoder : Decoder
     layers : sequence of LlamaDecoderLayer
         The group; a single layer is only fitted anew.
-    traces : sequence of Trace
+    traces : Traces
         Calibration text on its way through the group.
     states : sequence of tensors of shape (1, tokens T, hidden)
-        The same text before the layer that is made: equal to the traces' first inputs unless layers below were fused.
+        The same text before the layer that is made: the traces' first inputs unless layers below were fused.
+    store : StateStore
     refit : {"none", "down_proj", "projections"}
     ridge : float
     """
@@ -94,23 +96,23 @@ def fit_group(
     if refit == "projections":
         weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge)
     fused = build_layer(decoder, weights)
-    residuals = [after_attention(decoder, fused, state) for state in states]
+    residuals = store.keep(after_attention(decoder, fused, state) for state in states)
     mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge)
     return GroupFit(weights | mlp.weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
 
 
 def _fit_attention(
-    decoder: Decoder, parameters: Sequence[Weights], traces: Sequence[Trace], states: Sequence[Tensor], ridge: float
+    decoder: Decoder, parameters: Sequence[Weights], traces: Traces, states: Sequence[Tensor], ridge: float
 ) -> tuple[dict[str, Tensor], list[int] | None]:
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
     config, count = decoder.config, len(parameters)
-    maps = [input_map(decoder, states, [trace.inputs[n] for trace in traces], ridge) for n in range(count)]
+    maps = [input_map(decoder, states, inputs, ridge) for inputs in traces.inputs]
     weights = stacked(parameters, {"input_layernorm": maps})
     wide = build_layer(decoder, weights, count)
     start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
     regression = Regression.empty(start.shape[1], start.shape[0], start.device)
-    for state, one in zip(states, traces, strict=True):
-        target = one.inputs[0] + sum(r - i for r, i in zip(one.residuals, one.inputs, strict=True))
+    for n, state in enumerate(states):
+        target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
         wanted = target - state if bias is None else target - state - bias
         regression.add(_attention_heads(decoder, wide, state), wanted[0], token_weights(target))
 
@@ -119,13 +121,13 @@ def _fit_attention(
     block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
     kept = torch.arange(kv_heads, device=start.device)
     if count > 1:
-        kept = regression.select(start, kv_heads, block=block, rounds=(count - 1) * kv_heads)
+        kept = regression.prune(start, kv_heads, block=block, rounds=(count - 1) * kv_heads)
     queries, keys = expanded(kept, block), expanded(kept, head_dim)
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         for kind in ("weight", "bias"):
             if f"self_attn.{name}.{kind}" in weights:
                 weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
-    fitted = regression.restricted(queries).ridge(start[:, queries], ridge)
+    fitted = regression.ridge(start[:, queries], ridge)
     weights["self_attn.o_proj.weight"] = fitted.to(start.dtype)
     attention = {name: tensor for name, tensor in weights.items() if name.startswith(("input", "self_attn"))}
     return dict(parameters[0]) | attention, _counts(kept, kv_heads, count)
@@ -134,7 +136,7 @@ def _fit_attention(
 def _fit_mlp(
     decoder: Decoder,
     parameters: Sequence[Weights],
-    traces: Sequence[Trace],
+    traces: Traces,
     residuals: Sequence[Tensor],
     refit: str,
     ridge: float,
@@ -143,8 +145,7 @@ def _fit_mlp(
     count, keep = len(parameters), decoder.config.intermediate_size
     maps = None
     if refit == "projections":
-        dense = [[trace.residuals[n] for trace in traces] for n in range(count)]
-        maps = {"post_attention_layernorm": [input_map(decoder, residuals, states, ridge) for states in dense]}
+        maps = {"post_attention_layernorm": [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]}
     weights = stacked(parameters, maps)
     weights = {name: tensor for name, tensor in weights.items() if name.startswith(("post", "mlp"))}
     down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
@@ -158,12 +159,12 @@ def _fit_mlp(
         channels = size.topk(max(keep, _MAX_CANDIDATES)).indices.sort().values
         weights = _with_channels(weights, channels)
     regression = Regression.empty(len(channels), len(down), down.device)
-    for residual, one in zip(residuals, traces, strict=True):
-        wanted = one.output - residual if bias is None else one.output - residual - bias
-        regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(one.output))
+    for residual, output in zip(residuals, traces.output, strict=True):
+        wanted = output - residual if bias is None else output - residual - bias
+        regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(output))
     if len(channels) > keep:
-        chosen = regression.select(weights["mlp.down_proj.weight"], keep)
-        channels, regression, weights = channels[chosen], regression.restricted(chosen), _with_channels(weights, chosen)
+        chosen = regression.prune(weights["mlp.down_proj.weight"], keep)
+        channels, weights = channels[chosen], _with_channels(weights, chosen)
 
     start = weights["mlp.down_proj.weight"]
     error_before = error_after = regression.relative_error(start)
@@ -231,7 +232,7 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
     """
     hidden = states[0].shape[-1]
     identity = torch.eye(hidden, device=states[0].device)
-    if all(state is want for state, want in zip(states, wanted, strict=True)):
+    if states is wanted:
         return identity
     regression = Regression.empty(hidden, hidden, states[0].device)
     for state, want in zip(states, wanted, strict=True):
@@ -326,24 +327,34 @@ def refit_from_bottom(
     refit, ridge
         As in FusionConfig.
     """
-    dense = states = decoder.embed(sequences)
-    refits = []
-    for index, originals in enumerate(logging.tqdm(origins, desc="Refit", unit="layer")):
-        if len(originals) == 1:
+    widest = max(map(len, origins))
+    embedded = decoder.embed(sequences)
+    # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
+    with StateStore(sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
+        dense: Sequence[Tensor] = store.keep(embedded)
+        states = dense
+        del embedded
+        refits = []
+        for index, originals in enumerate(logging.tqdm(origins, desc="Refit", unit="layer")):
+            if len(originals) == 1:
+                with decoder.layer(index) as layer:
+                    after = store.keep(decoder.run_layer(layer, state) for state in dense)
+                    if states is not dense:
+                        states = store.keep(decoder.run_layer(layer, state) for state in states)
+                    else:
+                        states = after
+                    dense = after
+                continue
+            with ExitStack() as stack:
+                layers = [stack.enter_context(decoder.original(original)) for original in originals]
+                traces = trace(decoder, layers, dense, store)
+                if not select:
+                    layers = [stack.enter_context(decoder.layer(index))]
+                fit = fit_group(decoder, layers, traces, states, store, refit=refit, ridge=ridge)
+            decoder.replace(index, fit.weights)
+            dense = traces.output
+            del traces
             with decoder.layer(index) as layer:
-                after = [decoder.run_layer(layer, state) for state in dense]
-                states = after if states is dense else [decoder.run_layer(layer, state) for state in states]
-                dense = after
-            continue
-        with ExitStack() as stack:
-            layers = [stack.enter_context(decoder.original(original)) for original in originals]
-            traces = [trace(decoder, layers, state) for state in dense]
-            if not select:
-                layers = [stack.enter_context(decoder.layer(index))]
-            fit = fit_group(decoder, layers, traces, states, refit=refit, ridge=ridge)
-        decoder.replace(index, fit.weights)
-        dense = [one.output for one in traces]
-        with decoder.layer(index) as layer:
-            states = [decoder.run_layer(layer, state) for state in states]
-        refits.append(LayerRefit(originals, fit.heads_kept, fit.channels_kept, fit.error_before, fit.error_after))
+                states = store.keep(decoder.run_layer(layer, state) for state in states)
+            refits.append(LayerRefit(originals, fit.heads_kept, fit.channels_kept, fit.error_before, fit.error_after))
     return refits

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from lf_hf.boundaries import Boundaries
 from lf_hf.decoder import ModelDecoder
 from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, trace
 from lf_hf.stages.selection import influence, least_influential
+from lf_hf.states import StateStore
 
 SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -56,12 +58,12 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, refit: str) -> N
     decoder = ModelDecoder(model)
     layers = [model.model.layers[n] for n in (1, 2)]
     states = decoder.embed(SEQUENCES)
-    traces = [trace(decoder, layers, state) for state in states]
-    fit = fit_group(decoder, layers, traces, states, refit=refit, ridge=1e-3)
+    traces = trace(decoder, layers, states, StateStore(0))
+    fit = fit_group(decoder, layers, traces, states, StateStore(0), refit=refit, ridge=1e-3)
     assert fit.channels_kept == [48, 0]
     assert fit.heads_kept in (None, [model.config.num_key_value_heads, 0])
     fused = build_layer(decoder, fit.weights)
-    assert relative(decoder.run_layer(fused, states[0]), traces[0].output) < 1e-4
+    assert relative(decoder.run_layer(fused, states[0]), traces.output[0]) < 1e-4
 
 
 @pytest.mark.parametrize("refit", ["down_proj", "projections"])
@@ -69,15 +71,15 @@ def test_fitting_brings_the_group_closer_on_text_that_it_has_not_seen(refit: str
     model = make_llama()
     decoder = ModelDecoder(model)
     layers = [model.model.layers[n] for n in (1, 2)]
-    states = decoder.embed(SEQUENCES)
-    traces = [trace(decoder, layers, state) for state in states]
+    states, unseen = decoder.embed(SEQUENCES[:20]), decoder.embed(SEQUENCES[20:])
+    traces, wanted = (trace(decoder, layers, some, StateStore(0)) for some in (states, unseen))
     errors = {}
     for kind in ("none", refit):
-        fit = fit_group(decoder, layers, traces[:20], states[:20], refit=kind, ridge=1e-2)
+        fit = fit_group(decoder, layers, traces, states, StateStore(0), refit=kind, ridge=1e-2)
         fused = build_layer(decoder, fit.weights)
         errors[kind] = sum(
-            relative(decoder.run_layer(fused, state), one.output)
-            for state, one in zip(states[20:], traces[20:], strict=True)
+            relative(decoder.run_layer(fused, state), output)
+            for state, output in zip(unseen, wanted.output, strict=True)
         )
         assert sum(fit.channels_kept or []) == 48
     assert fit.error_after < fit.error_before
@@ -89,10 +91,10 @@ def test_a_single_layer_that_needs_no_change_gets_none() -> None:
     decoder = ModelDecoder(model)
     layers = [model.model.layers[1]]
     states = decoder.embed(SEQUENCES)
-    traces = [trace(decoder, layers, state) for state in states]
-    fit = fit_group(decoder, layers, traces, states, refit="down_proj", ridge=1e-2)
+    traces = trace(decoder, layers, states, StateStore(0))
+    fit = fit_group(decoder, layers, traces, states, StateStore(0), refit="down_proj", ridge=1e-2)
     assert fit.error_before < 1e-6 and fit.channels_kept is None
-    assert relative(decoder.run_layer(build_layer(decoder, fit.weights), states[0]), traces[0].output) < 1e-6
+    assert relative(decoder.run_layer(build_layer(decoder, fit.weights), states[0]), traces.output[0]) < 1e-6
 
 
 def test_an_input_map_undoes_a_rotation() -> None:
@@ -140,18 +142,34 @@ def test_originals_outlive_changes() -> None:
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_boundaries_follow_a_change_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.boundaries._MEMORY_LIMIT", limit)
+    monkeypatch.setattr("lf_hf.states._MEMORY_LIMIT", limit)
     model = make_llama()
     decoder = ModelDecoder(model)
-    with Boundaries(decoder, SEQUENCES[:3]) as boundaries:
+    embedded = decoder.embed(SEQUENCES[:3])
+    with StateStore(1) as store:
+        boundaries = Boundaries(decoder, embedded, store)
         decoder.replace(2, {"mlp.down_proj.weight": torch.zeros(32, 48)})
         decoder.remove(3)
         boundaries.update(2)
-        with Boundaries(decoder, SEQUENCES[:3]) as fresh:
-            assert boundaries.influences == fresh.influences and len(fresh.influences) == 4
-            for index in range(5):
-                for a, b in zip(boundaries.before(index), fresh.before(index), strict=True):
-                    assert torch.equal(a, b)
+        fresh = Boundaries(decoder, embedded, store)
+        assert boundaries.influences == fresh.influences and len(fresh.influences) == 4
+        for index in range(5):
+            for a, b in zip(boundaries.before(index), fresh.before(index), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path: Path) -> None:
+    states = [torch.randn(1, 5, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path))
+        with StateStore(1 << 40) as store:
+            kept, other = store.keep(states), store.keep(states)
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
+            assert len(kept[1:]) == 1
+            files = len(list(tmp_path.rglob("*.safetensors")))
+            del kept
+            assert len(list(tmp_path.rglob("*.safetensors"))) == files // 2 == len(other)
+    assert not list(tmp_path.iterdir())
 
 
 def test_influence_is_the_mean_angle_without_the_first_token() -> None:

@@ -70,7 +70,7 @@ def test_selection_finds_the_best_single_removal(block: int) -> None:
             inputs, wanted = ((weights.sqrt()[:, None] * part).numpy() for part in (x[:, index], y))
             best = torch.from_numpy(np.linalg.lstsq(inputs, wanted, rcond=None)[0].T)
             errors[kept] = squared_error(x[:, index], y, weights, best)
-        chosen = regression.select(torch.zeros(3, 6), count - 1, block=block, rounds=1)
+        chosen = regression.prune(torch.zeros(3, 6), count - 1, block=block, rounds=1)
         assert errors[tuple(chosen.tolist())] <= min(errors.values()) * 1.1  # a small ridge is in the selection
 
 
@@ -78,7 +78,16 @@ def test_inputs_without_use_go_first() -> None:
     x, y, weights = problem(inputs=8)
     x[:, [1, 4, 6]] = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(3))
     y = x[:, [0, 2, 3, 5, 7]] @ torch.randn(5, 3, generator=torch.Generator().manual_seed(4))
-    assert accumulated(x, y, weights).select(torch.zeros(3, 8), 5).tolist() == [0, 2, 3, 5, 7]
+    assert accumulated(x, y, weights).prune(torch.zeros(3, 8), 5).tolist() == [0, 2, 3, 5, 7]
+
+
+def test_pruning_leaves_the_problem_of_what_is_kept() -> None:
+    x, y, weights = problem(tokens=900, inputs=600)
+    regression, whole = accumulated(x, y, weights), accumulated(x, y, weights)
+    kept = regression.prune(torch.zeros(3, 600), 400)
+    assert torch.equal(regression.gram, whole.gram[kept][:, kept])
+    assert torch.equal(regression.cross, whole.cross[:, kept])
+    assert regression.energy == whole.energy
 
 
 def test_constant_and_missing_inputs_stay_finite() -> None:
@@ -87,4 +96,4 @@ def test_constant_and_missing_inputs_stay_finite() -> None:
     x[:, 3] = x[:, 4]
     regression = accumulated(x, y, weights)
     assert torch.isfinite(regression.ridge(torch.zeros(3, 6), 1e-2)).all()
-    assert len(regression.select(torch.zeros(3, 6), 4)) == 4
+    assert len(regression.prune(torch.zeros(3, 6), 4)) == 4

@@ -42,9 +42,10 @@ class Regression:
         self.cross.addmm_(y.T, x)
         self.energy += float(y.double().square().sum())
 
-    def restricted(self, index: Tensor) -> Regression:
-        """The same problem with some of the inputs."""
-        return Regression(self.gram[index][:, index], self.cross[:, index], self.energy)
+    def restrict(self, index: Tensor) -> None:
+        """Leave only some of the inputs, sorted ones, in the memory that the problem has."""
+        self.gram = _compacted(self.gram, index)
+        self.cross = self.cross[:, index]
 
     def relative_error(self, weight: Tensor) -> float:
         """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
@@ -66,13 +67,18 @@ class Regression:
         residual = (self.cross - start @ self.gram).to(factor.dtype)  # (d, m)
         return start + torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
 
-    def select(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = 4) -> Tensor:
-        """The `keep` blocks of `block` adjacent inputs whose loss costs the regression least.
+    def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = 4) -> Tensor:
+        """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
 
         Backward elimination: in each of some rounds the blocks of smallest saliency are dropped together. For one
         input k it is |w_k|^2 / (inverse gram)_kk, with w_k its column of the ridge solution: the increase in squared
         error if it goes and all others adapt (the optimal brain surgeon's measure). For a block it is
-        trace(W_b (inverse gram)_bb^-1 W_b^T).
+        trace(W_b (inverse gram)_bb^-1 W_b^T). Memory: the gram matrix and one more of its size.
+
+        Parameters
+        ----------
+        start : tensor of shape (outputs d, inputs m)
+            Where the ridge penalty pulls to.
 
         Returns
         -------
@@ -82,29 +88,50 @@ class Regression:
         total = self.gram.shape[0] // block
         blocks = torch.arange(total, device=self.gram.device)
         for step in range(rounds):
-            index = expanded(blocks, block)
-            left = self.restricted(index) if len(index) < len(self.gram) else self
-            factor = left._factor(_SELECTION_RIDGE)
-            pull = _SELECTION_RIDGE * float(left.gram.diagonal().mean())
-            target = (left.cross + pull * start[:, index].to(left.cross)).to(factor.dtype)
-            weight = torch.cholesky_solve(target.T, factor).unflatten(0, (-1, block))  # (blocks left, block, d)
-            inverse = torch.cholesky_inverse(factor)
-            if block == 1:
-                saliency = weight[:, 0].square().sum(1) / inverse.diagonal()
-            else:
-                inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
-                saliency = (torch.linalg.solve(inner, weight) * weight).sum((1, 2))
             surplus = (total - keep) * (rounds - 1 - step) // rounds
-            blocks = blocks[saliency.topk(keep + surplus).indices.sort().values]
+            saliency = self._saliency(start[:, expanded(blocks, block)], block)
+            left = saliency.topk(keep + surplus).indices.sort().values
+            self.restrict(expanded(left, block))
+            blocks = blocks[left]
         return blocks
+
+    def _saliency(self, start: Tensor, block: int) -> Tensor:
+        """What each block of inputs is worth; shape (blocks,)."""
+        factor = self._factor(_SELECTION_RIDGE)
+        pull = _SELECTION_RIDGE * float(self.gram.diagonal().mean())
+        target = (self.cross + pull * start.to(self.cross)).to(factor.dtype)
+        weight = torch.cholesky_solve(target.T, factor).unflatten(0, (-1, block))  # (blocks left, block, d)
+        del target
+        inverse = torch.cholesky_inverse(factor, out=factor)
+        if block == 1:
+            return weight[:, 0].square().sum(1) / inverse.diagonal()
+        inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
+        return (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
 
     def _factor(self, strength: float) -> Tensor:
         """Cholesky factor of the gram matrix plus the ridge."""
         matrix = self.gram.to(torch.float64 if len(self.gram) <= _EXACT_LIMIT else torch.float32, copy=True)
         matrix.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        return torch.linalg.cholesky(matrix)
+        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
+        factor, info = torch.linalg.cholesky_ex(
+            matrix.mT, out=(matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device))
+        )
+        if info.item():
+            raise RuntimeError(f"The gram matrix is not positive definite (leading minor {info.item()}).")
+        return factor
 
 
 def expanded(blocks: Tensor, block: int) -> Tensor:
     """Indices of all members of some blocks of `block` adjacent ones."""
     return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()
+
+
+def _compacted(matrix: Tensor, index: Tensor) -> Tensor:
+    """Some rows and the same columns of a square matrix, in ascending order, moved to the front of its memory."""
+    size, rows = len(index), 256
+    flat = matrix.view(-1)
+    for first in range(0, size, rows):
+        # A row moves to where no row is that is still to be read, as index[n] >= n.
+        block = matrix[index[first : first + rows]][:, index]
+        flat[first * size : first * size + block.numel()] = block.flatten()
+    return flat[: size * size].view(size, size)
