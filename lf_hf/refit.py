@@ -24,6 +24,11 @@ from lf_hf.states import StateStore
 
 _MAX_CANDIDATES = 15360  # channels that are compared by regression at most; four float32 squares of them are 3.8 GB
 
+_READERS_AND_WRITER = {  # of each norm
+    "input_layernorm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+    "post_attention_layernorm": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+}
+
 Weights = Mapping[str, Tensor]  # of a layer, by the parameters' names inside it
 
 
@@ -107,8 +112,8 @@ def _fit_attention(
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
     config, count = decoder.config, len(parameters)
     maps = [input_map(decoder, states, inputs, ridge) for inputs in traces.inputs]
-    weights = stacked(parameters, {"input_layernorm": maps})
-    wide = build_layer(decoder, weights, count)
+    weights = dict(parameters[0]) | stacked(parameters, "input_layernorm", maps)
+    wide = build_layer(decoder, weights)
     start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
     regression = Regression.empty(start.shape[1], start.shape[0], start.device)
     for n, state in enumerate(states):
@@ -129,8 +134,7 @@ def _fit_attention(
                 weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
     fitted = regression.ridge(start[:, queries], ridge)
     weights["self_attn.o_proj.weight"] = fitted.to(start.dtype)
-    attention = {name: tensor for name, tensor in weights.items() if name.startswith(("input", "self_attn"))}
-    return dict(parameters[0]) | attention, _counts(kept, kv_heads, count)
+    return weights, _counts(kept, kv_heads, count)
 
 
 def _fit_mlp(
@@ -145,9 +149,8 @@ def _fit_mlp(
     count, keep = len(parameters), decoder.config.intermediate_size
     maps = None
     if refit == "projections":
-        maps = {"post_attention_layernorm": [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]}
-    weights = stacked(parameters, maps)
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith(("post", "mlp"))}
+        maps = [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]
+    weights = stacked(parameters, "post_attention_layernorm", maps)
     down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
 
     channels = torch.arange(down.shape[1], device=down.device)
@@ -175,44 +178,44 @@ def _fit_mlp(
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
 
 
-def stacked(parameters: Sequence[Weights], maps: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, Tensor]:
-    """The weights of a wide layer that has all heads and channels of some layers, in order.
+def stacked(parameters: Sequence[Weights], norm: str, maps: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """One half of a wide layer that has all heads or all channels of some layers, in order.
 
     The layers' norm gains are folded into what reads the norms, so that all of them read one norm without gains.
 
     Parameters
     ----------
     parameters : the layers' weights
-    maps : from a norm's name to one tensor of shape (hidden, hidden) for each layer, optional
-        What the readers of that norm read through.
+    norm : {"input_layernorm", "post_attention_layernorm"}
+        The half that reads it: attention or MLP.
+    maps : a tensor of shape (hidden, hidden) for each layer, optional
+        What the readers of the norm read through.
     """
-    wide: dict[str, Tensor] = {}
-    for norm, readers, writer in (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    ):
-        wide[f"{norm}.weight"] = torch.ones_like(parameters[0][f"{norm}.weight"])
-        for reader in readers:
-            rows = []
-            for n, layer in enumerate(parameters):
-                weight = layer[f"{reader}.weight"]
-                row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{norm}.weight"]
-                rows.append(row @ maps[norm][n].to(row) if maps and norm in maps else row)
-            wide[f"{reader}.weight"] = torch.cat(rows).to(parameters[0][f"{reader}.weight"].dtype)
-            if f"{reader}.bias" in parameters[0]:
-                wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
-        wide[f"{writer}.weight"] = torch.cat([layer[f"{writer}.weight"] for layer in parameters], dim=1)
-        if f"{writer}.bias" in parameters[0]:
-            wide[f"{writer}.bias"] = torch.stack([layer[f"{writer}.bias"] for layer in parameters]).sum(0)
+    readers, writer = _READERS_AND_WRITER[norm]
+    wide = {f"{norm}.weight": torch.ones_like(parameters[0][f"{norm}.weight"])}
+    for reader in readers:
+        rows = []
+        for n, layer in enumerate(parameters):
+            weight = layer[f"{reader}.weight"]
+            row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{norm}.weight"]
+            rows.append((row if maps is None else row @ maps[n].to(row)).to(weight.dtype))
+        wide[f"{reader}.weight"] = torch.cat(rows)
+        if f"{reader}.bias" in parameters[0]:
+            wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
+    wide[f"{writer}.weight"] = torch.cat([layer[f"{writer}.weight"] for layer in parameters], dim=1)
+    if f"{writer}.bias" in parameters[0]:
+        wide[f"{writer}.bias"] = torch.stack([layer[f"{writer}.bias"] for layer in parameters]).sum(0)
     return wide
 
 
-def build_layer(decoder: Decoder, weights: Weights, width: int = 1) -> LlamaDecoderLayer:
-    """A decoder layer of given weights, with `width` times the model's heads and channels."""
+def build_layer(decoder: Decoder, weights: Weights) -> LlamaDecoderLayer:
+    """A decoder layer of given weights; it has as many heads and channels as they have."""
     config = copy.copy(decoder.config)
-    config.num_attention_heads *= width
-    config.num_key_value_heads = (config.num_key_value_heads or 1) * width  # LlamaConfig always fills it
-    config.intermediate_size *= width
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads  # LlamaConfig always fills it
+    queries, keys = (len(weights[f"self_attn.{name}_proj.weight"]) for name in "qk")
+    config.num_attention_heads = queries // head_dim
+    config.num_key_value_heads = keys // head_dim
+    config.intermediate_size = len(weights["mlp.gate_proj.weight"])
     with torch.device("meta"):
         layer = LlamaDecoderLayer(config, layer_idx=0)
     layer.load_state_dict(weights, assign=True)

@@ -31,7 +31,10 @@ def test_layers_side_by_side_write_the_sum_of_what_each_writes(layout: str) -> N
     model = make_llama(**LAYOUTS[layout], dtype=torch.float64)
     decoder = ModelDecoder(model)
     layers = [model.model.layers[n] for n in (1, 2, 3)]
-    wide = build_layer(decoder, stacked([dict(layer.named_parameters()) for layer in layers]), 3)
+    parameters = [dict(layer.named_parameters()) for layer in layers]
+    wide = build_layer(
+        decoder, stacked(parameters, "input_layernorm") | stacked(parameters, "post_attention_layernorm")
+    )
     [state] = decoder.embed(SEQUENCES[:1])
     inputs = decoder.layer_inputs(state)
 
