@@ -22,7 +22,10 @@ from lf_hf.report import LayerRefit
 from lf_hf.stages.regression import Regression, expanded
 from lf_hf.states import StateStore
 
-_MAX_CANDIDATES = 15360  # channels that are compared by regression at most; four float32 squares of them are 3.8 GB
+# Channels that are compared by regression at most, the largest: so many at any width, or so many for one that is
+# kept. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
+_MAX_CANDIDATES = 8192
+_CANDIDATES_PER_KEPT = 1.25
 
 _READERS_AND_WRITER = {  # of each norm
     "input_layernorm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
@@ -154,12 +157,13 @@ def _fit_mlp(
     down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
 
     channels = torch.arange(down.shape[1], device=down.device)
-    if len(channels) > max(keep, _MAX_CANDIDATES):
+    limit = max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep))
+    if len(channels) > limit:
         energy = torch.zeros(len(channels), device=down.device)
         for residual in residuals:
             energy += _mlp_channels(decoder, weights, residual)[1:].float().square().sum(0)
         size = energy.sqrt() * down.float().norm(dim=0)
-        channels = size.topk(max(keep, _MAX_CANDIDATES)).indices.sort().values
+        channels = size.topk(limit).indices.sort().values
         weights = _with_channels(weights, channels)
     regression = Regression.empty(len(channels), len(down), down.device)
     for residual, output in zip(residuals, traces.output, strict=True):
