@@ -258,7 +258,10 @@ def base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
     for name in _QUANTIZATION_ARGUMENTS:
         if kwargs.get(name):
             raise ValueError(f"{name} can not be used while fusing; fuse in bfloat16, save, and quantise the result.")
-    config = AutoConfig.from_pretrained(base, **hub_arguments(kwargs))
+    try:
+        config = AutoConfig.from_pretrained(base, **hub_arguments(kwargs))
+    except OSError as error:
+        raise ValueError(f"No config of a model can be read for {base!r}: {' '.join(str(error).split())}") from None
     if config.model_type == FusedLlamaConfig.model_type:
         raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
     if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
