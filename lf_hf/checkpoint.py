@@ -119,22 +119,26 @@ def fuse_checkpoint(
     return report
 
 
-def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
-    """Bytes of a checkpoint's weights on disk. `hub` holds from_pretrained's arguments that say where files are.
+def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
+    """A checkpoint's files of weights on this machine. `hub` holds from_pretrained's arguments on where files are.
 
     Raises
     ------
     ValueError
-        If the weights are not on this machine.
+        If there are none.
     """
     base = os.fspath(base)
     hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
     if hub.get("gguf_file"):
         file = cached_file(base, hub.pop("gguf_file"), **hub)
         assert file is not None  # cached_file raises for a file that is not there
-        return os.path.getsize(file)
-    files = set(_tensor_files(_weights_folder(base, hub)).values())
-    return sum(file.stat().st_size for file in files)
+        return [Path(file)]
+    return sorted(set(_tensor_files(_weights_folder(base, hub)).values()))
+
+
+def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
+    """Bytes of a checkpoint's weights on disk; see `weight_files`."""
+    return sum(file.stat().st_size for file in weight_files(base, hub))
 
 
 class CheckpointDecoder(Decoder):

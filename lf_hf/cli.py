@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
+import json
+import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +19,16 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lf_hf import tasks_path
 from lf_hf.checkpoint import fuse_checkpoint, weights_size
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.modeling_fused_llama import base_config
+from lf_hf.plotting import missing_packages
+from lf_hf.results import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
+from lf_hf.sweep import sweep as run_sweep
 
 app = typer.Typer(
     help="Make a Llama shallower by fusing decoder layers.",
@@ -31,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_WIDTH = 160  # columns of a table that goes to a file
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
@@ -188,18 +196,89 @@ def fuse(
         **hub,
         **_given(dtype=dtype, device_map=device),
     )
-    table = _table(str(out), "", "before", "after", "change")
     counts = {
         "layers": (report.layers_before, report.layers_after),
         "parameters": (report.parameters_before, report.parameters_after),
         "bytes on disk": (weights_size(base, hub), weights_size(out, {})),
     }
-    for name, (before, after) in counts.items():
-        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}")
+    rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
     if report.perplexity is not None:
         dense, fused = report.perplexity.dense, report.perplexity.fused
-        table.add_row("perplexity", f"{dense:.4g}", f"{fused:.4g}", f"x {fused / dense:.3g}")
-    _print(table, *report.notes)
+        rows.append(["perplexity", f"{dense:.4g}", f"{fused:.4g}", f"x {fused / dense:.3g}"])
+    _print(_table(str(out), ["", "before", "after", "change"], rows), *report.notes)
+
+
+@app.command(
+    epilog=_examples(
+        "sweep meta-llama/Meta-Llama-3-8B results --num-fusions 1,4,11,13,15 --methods neural_alignment,mka,refit \\\n"
+        "      --tasks mmlu_5shot --dtype bfloat16 --device cuda",
+        "sweep path/to/model results --num-fusions 1,4 --methods mka,truncate --tasks mmlu_sample --limit 1",
+    )
+)
+@_fusion_options(leave_out=["num_fusions", "method"])
+def sweep(
+    base: Base,
+    out: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Folder for the results; what it has is not repeated.")],
+    *,
+    settings: dict[str, Any],
+    num_fusions: Annotated[str, typer.Option(metavar="N,N,...", help="Levels: how many times two layers become one.")],
+    methods: Annotated[
+        str, typer.Option(metavar="METHOD,...", help=f"Of {', '.join(CHOICES['method'])}.")
+    ] = "neural_alignment,mka",
+    tasks: Annotated[
+        str, typer.Option(metavar="TASK,...", help="lm-eval tasks; mmlu_5shot and mmlu_sample are known too.")
+    ] = "mmlu_5shot",
+    limit: Annotated[
+        float | None, typer.Option(help="Questions of each task, or their share below 1.", show_default="all")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question.", show_default="the task's own")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Questions that are run together.")] = "1",
+    metadata: Annotated[
+        str | None, typer.Option(metavar="JSON", help='For tasks, such as {"mmlu_dir": "DIR"}.')
+    ] = None,
+    calibration: CalibrationFile = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Fuse BASE at several levels with several methods, and evaluate them all.
+
+    Writes results.jsonl (each result as it comes; run the command again to go on where it stopped), results.csv,
+    results.md and the curve as curve.png and curve.svg. Ends with two tables: the results, and how stable each
+    method is.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it tells how it builds each task
+    try:
+        levels = [int(level) for level in num_fusions.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
+    try:
+        values = None if metadata is None else dict(json.loads(metadata))
+    except (ValueError, TypeError):
+        raise typer.BadParameter(f"--metadata must be a JSON object, got {metadata!r}.") from None
+    with _usage_errors():
+        for level, method in itertools.product(levels, methods.split(",")):
+            FusionConfig(level, method, **settings)
+    points = run_sweep(
+        base,
+        out,
+        num_fusions=levels,
+        methods=methods.split(","),
+        tasks=tasks.split(","),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        metadata=values,
+        calibration=calibration,
+        settings=settings,
+        **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
+    )
+    head, *rows = results_rows(points)
+    steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
+    _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_packages()]))
 
 
 @app.command()
@@ -221,15 +300,18 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 
-def _print(table: Table, *notes: str) -> None:
+def _print(*parts: Table | str) -> None:
     console = Console(highlight=False)
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    for part in parts:
+        console.print(part, markup=False)
