@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file
 
 from lf_hf import pipeline
 from lf_hf.calibration import load_needed
@@ -27,7 +28,7 @@ from lf_hf.configuration_fused_llama import converted_config, fused_config
 from lf_hf.decoder import Decoder, remove_config_layer
 from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, base_config, hub_arguments
 from lf_hf.report import FusionReport
-from lf_hf.saving import replaced_folder, write_companions
+from lf_hf.saving import check_replaceable, replaced_folder, write_companions
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
@@ -78,9 +79,10 @@ def fuse_checkpoint(
     Raises
     ------
     ValueError
-        For settings, a base or calibration text that can not be used.
+        For settings, a base, calibration text or a folder that can not be used.
     """
     base = os.fspath(base)
+    check_replaceable(Path(out))
     if not low_memory:
         model = FusedLlamaForCausalLM.from_pretrained_fused(
             base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
@@ -115,6 +117,28 @@ def fuse_checkpoint(
         _generation_config(base, kwargs, llama_config).save_pretrained(folder)
         write_companions(folder, report, tokenizer, as_llama=as_llama)
     return report
+
+
+def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
+    """A checkpoint's files of weights on this machine. `hub` holds from_pretrained's arguments on where files are.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    base = os.fspath(base)
+    hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
+    if hub.get("gguf_file"):
+        file = cached_file(base, hub.pop("gguf_file"), **hub)
+        assert file is not None  # cached_file raises for a file that is not there
+        return [Path(file)]
+    return sorted(set(_tensor_files(_weights_folder(base, hub)).values()))
+
+
+def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
+    """Bytes of a checkpoint's weights on disk; see `weight_files`."""
+    return sum(file.stat().st_size for file in weight_files(base, hub))
 
 
 class CheckpointDecoder(Decoder):

@@ -72,6 +72,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         *,
         calibration: Sequence[str] | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        measurements: pipeline.Measurements | None = None,
         **kwargs: Any,
     ) -> FusedLlamaForCausalLM:
         """Load a Llama and fuse its layers.
@@ -87,6 +88,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             for `refit` the mixture of `lf_hf.calibration.load_corpus`.
         tokenizer : optional
             The base's tokenizer, if it is not beside the base.
+        measurements : Measurements, optional
+            What `lf_hf.pipeline.measure` found on the same base, to fuse it several times; by default it is measured.
         **kwargs
             FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
@@ -106,7 +109,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         base = os.fspath(base)
         llama_config = base_config(base, kwargs)
         config.check_num_layers(llama_config.num_hidden_layers)
-        samples, text = load_needed(config, calibration)
+        samples, text = (None, None) if measurements else load_needed(config, calibration)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(base, **hub_arguments(kwargs))
 
@@ -114,7 +117,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
         decoder = ModelDecoder(llama.eval(), keep_originals=config.refit != "none")
         name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
-        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=name)
+        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=name, measurements=measurements)
         return cls._adopt(llama, report, tokenizer)
 
     @classmethod
@@ -258,7 +261,10 @@ def base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
     for name in _QUANTIZATION_ARGUMENTS:
         if kwargs.get(name):
             raise ValueError(f"{name} can not be used while fusing; fuse in bfloat16, save, and quantise the result.")
-    config = AutoConfig.from_pretrained(base, **hub_arguments(kwargs))
+    try:
+        config = AutoConfig.from_pretrained(base, **hub_arguments(kwargs))
+    except OSError as error:
+        raise ValueError(f"No config of a model can be read for {base!r}: {' '.join(str(error).split())}") from None
     if config.model_type == FusedLlamaConfig.model_type:
         raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
     if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:

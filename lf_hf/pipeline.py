@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,51 +45,79 @@ _PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 _STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
 
 
-def fuse(
+# Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
+_OF_FUSING = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured on the dense model before it is fused; serves any number of fusions of it.
+
+    Attributes
+    ----------
+    settings : dict
+        The FusionConfig fields that it depends on.
+    judging, perplexity : list of int64 tensors of shape (tokens T,), and float or None
+        The text that perplexity is measured on, and the dense model's; none where no tokens were asked for.
+    similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
+    text : list of int64 tensors of shape (tokens T,)
+        Calibration text for influence, selection and refit.
+    offline_text : bool
+        Whether that is the mixture that is there offline, which the model writes part of, and not a user's.
+    of_samples, of_text : CalibrationInfo or None
+        Where the samples behind `similarity`, and `text`, came from.
+    seconds : dict of float
+    notes : list of str
+    """
+
+    settings: dict[str, Any]
+    judging: list[Tensor]
+    perplexity: float | None
+    similarity: NDArray[np.float64] | None
+    embeddings: NDArray[np.float64] | None
+    text: list[Tensor]
+    offline_text: bool
+    of_samples: CalibrationInfo | None
+    of_text: CalibrationInfo | None
+    seconds: dict[str, float]
+    notes: list[str]
+
+    def check_serves(self, config: FusionConfig) -> None:
+        """Raise ValueError unless a fusion with `config` would measure the same."""
+        for name, value in self.settings.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"The measurements were made with {name}={value!r}, not {getattr(config, name)!r}; measure again."
+                )
+        if (config.needs_similarity and self.similarity is None) or (config.needs_text and self.of_text is None):
+            raise ValueError(f"The measurements lack what method={config.method!r} needs; measure again.")
+
+
+def measure(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
     samples: Calibration | None,
     text: Corpus | None,
-    *,
-    base: str,
-) -> FusionReport:
-    """Fuse `config.num_fusions` pairs of layers, in place.
-
-    Parameters
-    ----------
-    decoder : Decoder
-        Changed: it has `num_fusions` fewer layers afterwards.
-    tokenizer : the model's tokenizer
-    config : FusionConfig
-    samples, text : Calibration or None
-        Samples for the layer similarity, and running text for influence, selection and refit. Each may be None
-        only where `config.needs_similarity` or `config.needs_text` is false.
-    base : str
-        Name of the model, for the report.
+) -> Measurements:
+    """Measure perplexity, layer similarity (stages 1 to 3) where there are samples, and take calibration text.
 
     Raises
     ------
     ValueError
-        If the model has too few layers, there are too few calibration samples, or weights or activations are
-        not finite. The model is unchanged then.
+        If there are too few samples or too little text, or activations are not finite.
     """
-    parameters_before = check_model(decoder, config)
-    layers_before = decoder.num_layers
     clock = _Clock()
     notes: list[str] = []
-
     with clock("perplexity"):
-        sequences = _judging_sequences(decoder, tokenizer, config, notes)
-        dense = perplexity(decoder, sequences, "Perplexity before fusing") if sequences else None
+        judging = _judging_sequences(decoder, tokenizer, config, notes)
+        dense = perplexity(decoder, judging, "Perplexity before fusing") if judging else None
 
-    similarity, embeddings = None, None
-    calibration: list[CalibrationInfo] = []
-    if config.needs_similarity:
-        assert samples is not None
+    similarity, embeddings, of_samples = None, None, None
+    if samples is not None:
         config.check_num_samples(len(samples.texts))
         ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
-        calibration.append(CalibrationInfo(samples.source, len(ids), sum(map(len, ids))))
+        of_samples = CalibrationInfo(samples.source, len(ids), sum(map(len, ids)))
         with clock("activations"):  # stage 1
             distances = sample_distances(decoder, ids)
         with clock("manifold"):  # stage 2
@@ -112,13 +142,78 @@ def fuse(
             )
 
     packed: list[Tensor] = []
-    if config.needs_text:
-        assert text is not None
+    of_text = None
+    if text is not None:
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
-        calibration.append(CalibrationInfo(text.source, len(packed), sum(map(len, packed))))
-        if text.generated_share:
-            notes.append("Calibrated on text that is there offline; text of your own domain gives a better model.")
+        of_text = CalibrationInfo(text.source, len(packed), sum(map(len, packed)))
+    return Measurements(
+        settings={name: value for name, value in config.to_dict().items() if name not in _OF_FUSING},
+        judging=judging,
+        perplexity=dense,
+        similarity=similarity,
+        embeddings=embeddings,
+        text=packed,
+        offline_text=text is not None and text.generated_share > 0,
+        of_samples=of_samples,
+        of_text=of_text,
+        seconds=clock.seconds,
+        notes=notes,
+    )
+
+
+def fuse(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: Calibration | None,
+    text: Corpus | None,
+    *,
+    base: str,
+    measurements: Measurements | None = None,
+) -> FusionReport:
+    """Fuse `config.num_fusions` pairs of layers, in place.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Changed: it has `num_fusions` fewer layers afterwards.
+    tokenizer : the model's tokenizer
+    config : FusionConfig
+    samples, text : Calibration or None
+        Samples for the layer similarity, and running text for influence, selection and refit. Each may be None
+        only where `config.needs_similarity` or `config.needs_text` is false, or there are measurements.
+    base : str
+        Name of the model, for the report.
+    measurements : Measurements, optional
+        What `measure` found on the same dense model; by default it is measured here.
+
+    Raises
+    ------
+    ValueError
+        If the model has too few layers, there are too few calibration samples, weights or activations are
+        not finite, or the measurements are of other settings. The model is unchanged then.
+    """
+    parameters_before = check_model(decoder, config)
+    layers_before = decoder.num_layers
+    if measurements is None:
+        measurements = measure(
+            decoder,
+            tokenizer,
+            config,
+            samples if config.needs_similarity else None,
+            text if config.needs_text else None,
+        )
+    measurements.check_serves(config)
+    similarity = measurements.similarity if config.needs_similarity else None
+    embeddings = measurements.embeddings if config.needs_similarity else None
+    packed = measurements.text if config.needs_text else []
+    sources = [(config.needs_similarity, measurements.of_samples), (config.needs_text, measurements.of_text)]
+    notes = list(measurements.notes)
+    if config.needs_text and measurements.offline_text:
+        notes.append("Calibrated on text that is there offline; text of your own domain gives a better model.")
+    clock = _Clock(measurements.seconds)
+
     with clock("alignment and fusion"):  # stages 4 and 5
         steps, origins = _fuse_steps(decoder, config, similarity, packed)
     refits: list[LayerRefit] = []
@@ -129,10 +224,11 @@ def fuse(
             )
 
     judged = None
+    dense = measurements.perplexity
     if dense is not None:
         with clock("perplexity"):
-            fused = perplexity(decoder, sequences, "Perplexity after fusing")
-        judged = PerplexityInfo(dense, fused, sum(map(len, sequences)), _judging_text())
+            fused = perplexity(decoder, measurements.judging, "Perplexity after fusing")
+        judged = PerplexityInfo(dense, fused, sum(map(len, measurements.judging)), _judging_text())
         if not fused <= 2 * dense:
             notes.append(
                 f"Perplexity went from {dense:.4g} to {fused:.4g}: the fused model predicts text far worse than its "
@@ -149,7 +245,7 @@ def fuse(
         layers_after=decoder.num_layers,
         parameters_before=parameters_before,
         parameters_after=sum(parameter.numel() for _, parameter in decoder.named_parameters()),
-        calibration=calibration,
+        calibration=[info for needed, info in sources if needed and info is not None],
         perplexity=judged,
         similarity=None if similarity is None else similarity.tolist(),
         embeddings=None if embeddings is None else embeddings.tolist(),
@@ -274,8 +370,8 @@ def _judging_text() -> str:
 class _Clock:
     """Seconds by name, added up over `with clock(name):` blocks."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

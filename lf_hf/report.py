@@ -105,12 +105,12 @@ class FusionReport:
     @property
     def layers_removed_fraction(self) -> float:
         """Layers removed over all layers."""
-        return 1 - self.layers_after / self.layers_before
+        return (self.layers_before - self.layers_after) / self.layers_before
 
     @property
     def parameters_removed_fraction(self) -> float:
         """Parameters removed over all parameters, tied ones counted once."""
-        return 1 - self.parameters_after / self.parameters_before
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
 
     def summary(self) -> str:
         """A few lines for people."""

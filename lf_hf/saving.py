@@ -14,15 +14,28 @@ from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
 
 
+def check_replaceable(folder: Path) -> bool:
+    """Whether a folder holds a fused checkpoint that saving would replace.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if not (folder / REPORT_NAME).is_file():
+        raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
+    return True
+
+
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
     folder = folder.absolute()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
-    replaces = folder.is_dir() and any(folder.iterdir())
-    if replaces and not (folder / REPORT_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
+    replaces = check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     scratch.mkdir()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from conftest import make_llama, make_texts, make_tokenizer
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.calibration import Calibration, Corpus, pack_tokens
+from lf_hf.config import METHODS
 from lf_hf.decoder import ModelDecoder
 from lf_hf.perplexity import perplexity
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline import fuse, measure
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(400))], "random text")
@@ -124,3 +126,33 @@ def test_the_model_is_unchanged_when_calibration_fails() -> None:
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_measurements_serve_every_fusion_that_would_measure_the_same() -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    settings: dict[str, Any] = {"perplexity_tokens": 300, "calibration_tokens": 1024}
+    measured = measure(ModelDecoder(model), tokenizer, FusionConfig(1, **settings), CALIBRATION, TEXT)
+    for method in METHODS:
+        config = FusionConfig(2, method, **settings)
+        reports = [
+            fuse(ModelDecoder(make_llama(), keep_originals=True), tokenizer, config, CALIBRATION, TEXT, base="tiny"),
+            fuse(
+                ModelDecoder(make_llama(), keep_originals=True),
+                *(tokenizer, config, None, None),
+                base="tiny",
+                measurements=measured,
+            ),
+        ]
+        assert {**vars(reports[0]), "seconds": None} == {**vars(reports[1]), "seconds": None}
+
+
+def test_measurements_of_other_settings_are_refused() -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    measured = measure(ModelDecoder(model), tokenizer, FusionConfig(1, perplexity_tokens=0), CALIBRATION, None)
+    for config, message in (
+        (FusionConfig(1, perplexity_tokens=0, kernel_scale=4.0), "kernel_scale=8.0, not 4.0"),
+        (FusionConfig(1, "refit", perplexity_tokens=0), "lack what method='refit' needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fuse(ModelDecoder(model), tokenizer, config, None, None, base="tiny", measurements=measured)
+    assert len(model.model.layers) == 5

@@ -1,0 +1,317 @@
+"""The command line, `lf-hf`: each command is a thin shell over one function of the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lf_hf import tasks_path
+from lf_hf.checkpoint import fuse_checkpoint, weights_size
+from lf_hf.config import CHOICES, FusionConfig
+from lf_hf.modeling_fused_llama import base_config
+from lf_hf.plotting import missing_packages
+from lf_hf.results import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
+from lf_hf.sweep import sweep as run_sweep
+
+app = typer.Typer(
+    help="Make a Llama shallower by fusing decoder layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # boxes would cut long option names off
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_WIDTH = 160  # columns of a table that goes to a file
+_INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="FILE", help="Calibration text: .txt, .jsonl, .csv or .parquet."),
+]
+GgufFile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="GGUF file in BASE; it is dequantised while it is read.")
+]
+Revision = Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit of BASE on the hub.")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="as BASE has it")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all there are.", show_default="cpu")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `lf-hf`. Returns 0, 1 after a failure, 2 for a wrong command line, or 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    code = 0
+    try:
+        code = app(args=arguments, prog_name="lf-hf", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        if "--traceback" in arguments:
+            raise
+        # Of a command line that does not parse typer says itself how to put it.
+        formatted: Callable[[], str] | None = getattr(error, "format_message", None)
+        message = formatted() if formatted else str(error)
+        if not isinstance(error, (ValueError, OSError)) and not formatted:
+            message = f"{type(error).__name__}: {message} (run again with --traceback to see where)"
+        print(f"lf-hf: {' '.join(message.split())}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    if code == _INTERRUPTED:
+        print("lf-hf: interrupted.", file=sys.stderr)
+    return int(code)
+
+
+def _examples(*commands: str) -> str:
+    # The first character keeps typer from joining the lines.
+    return "\n".join(["\b", "Examples:", *(f"  lf-hf {command}" for command in commands)])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lf-hf {version('lf_hf')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    _traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    pass
+
+
+def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of FusionConfig; it gets those that were used as `settings`.
+
+    Names, types, defaults and help texts are FusionConfig's own.
+    """
+    entries = re.findall(r"^(\w+) : (.+)\n((?:    .+\n?)+)", inspect.getdoc(FusionConfig) or "", re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, _, text in entries}
+    kinds = {"int": int, "float": float, "bool": bool, "str": str}
+    options = []
+    for field in dataclasses.fields(FusionConfig):
+        if field.name in leave_out:
+            continue
+        required = field.default is dataclasses.MISSING
+        default = "from --method" if field.default is None else "required" if required else str(field.default)
+        option = typer.Option(
+            help=texts.get(field.name, ""),
+            show_default=default,
+            metavar="|".join(CHOICES[field.name]) if field.name in CHOICES else None,
+        )
+        annotation = Annotated[kinds[str(field.type)] | None, option]  # type: ignore[valid-type]
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {option.name: arguments.pop(option.name) for option in options}
+            command(**arguments, settings={name: value for name, value in given.items() if value is not None})
+
+        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        vars(run)["__signature__"] = inspect.Signature(parameters)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return with_options
+
+
+@app.command(
+    epilog=_examples(
+        "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method refit --calibration my_text.txt",
+        "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --as-llama",
+    )
+)
+@_fusion_options(leave_out=["num_fusions"])
+def fuse(
+    base: Base,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the fused checkpoint.")],
+    *,
+    settings: dict[str, Any],
+    num_fusions: Annotated[
+        int | None,
+        typer.Option(help="How many times two layers become one; or give --target-layers."),
+    ] = None,
+    target_layers: Annotated[int | None, typer.Option(help="How many layers are to be left.")] = None,
+    calibration: CalibrationFile = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_llama: Annotated[
+        bool, typer.Option("--as-llama", help="Write a plain Llama checkpoint, which opens without lf_hf.")
+    ] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Hold a layer or two in memory instead of the model.")
+    ] = False,
+) -> None:
+    """Fuse layers of BASE and write the smaller model to OUT.
+
+    Ends with a table: layers, parameters, size on disk, and perplexity before and after.
+    """
+    hub = _given(gguf_file=gguf_file, revision=revision)
+    if (num_fusions is None) == (target_layers is None):
+        raise typer.BadParameter("give either --num-fusions or --target-layers.")
+    if target_layers is not None:
+        num_layers = base_config(base, hub).num_hidden_layers
+        if not 1 <= target_layers < num_layers:
+            raise typer.BadParameter(
+                f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
+            )
+        num_fusions = num_layers - target_layers
+    with _usage_errors():
+        config = FusionConfig(num_fusions=num_fusions, **settings)  # type: ignore[arg-type]  # checked above
+    report = fuse_checkpoint(
+        base,
+        out,
+        config,
+        low_memory=low_memory,
+        as_llama=as_llama,
+        calibration=calibration,
+        **hub,
+        **_given(dtype=dtype, device_map=device),
+    )
+    counts = {
+        "layers": (report.layers_before, report.layers_after),
+        "parameters": (report.parameters_before, report.parameters_after),
+        "bytes on disk": (weights_size(base, hub), weights_size(out, {})),
+    }
+    rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
+    if report.perplexity is not None:
+        dense, fused = report.perplexity.dense, report.perplexity.fused
+        rows.append(["perplexity", f"{dense:.4g}", f"{fused:.4g}", f"x {fused / dense:.3g}"])
+    _print(_table(str(out), ["", "before", "after", "change"], rows), *report.notes)
+
+
+@app.command(
+    epilog=_examples(
+        "sweep meta-llama/Meta-Llama-3-8B results --num-fusions 1,4,11,13,15 --methods neural_alignment,mka,refit \\\n"
+        "      --tasks mmlu_5shot --dtype bfloat16 --device cuda",
+        "sweep path/to/model results --num-fusions 1,4 --methods mka,truncate --tasks mmlu_sample --limit 1",
+    )
+)
+@_fusion_options(leave_out=["num_fusions", "method"])
+def sweep(
+    base: Base,
+    out: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Folder for the results; what it has is not repeated.")],
+    *,
+    settings: dict[str, Any],
+    num_fusions: Annotated[str, typer.Option(metavar="N,N,...", help="Levels: how many times two layers become one.")],
+    methods: Annotated[
+        str, typer.Option(metavar="METHOD,...", help=f"Of {', '.join(CHOICES['method'])}.")
+    ] = "neural_alignment,mka",
+    tasks: Annotated[
+        str, typer.Option(metavar="TASK,...", help="lm-eval tasks; mmlu_5shot and mmlu_sample are known too.")
+    ] = "mmlu_5shot",
+    limit: Annotated[
+        float | None, typer.Option(help="Questions of each task, or their share below 1.", show_default="all")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question.", show_default="the task's own")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Questions that are run together.")] = "1",
+    metadata: Annotated[
+        str | None, typer.Option(metavar="JSON", help='For tasks, such as {"mmlu_dir": "DIR"}.')
+    ] = None,
+    calibration: CalibrationFile = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Fuse BASE at several levels with several methods, and evaluate them all.
+
+    Writes results.jsonl (each result as it comes; run the command again to go on where it stopped), results.csv,
+    results.md and the curve as curve.png and curve.svg. Ends with two tables: the results, and how stable each
+    method is.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it tells how it builds each task
+    try:
+        levels = [int(level) for level in num_fusions.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
+    try:
+        values = None if metadata is None else dict(json.loads(metadata))
+    except (ValueError, TypeError):
+        raise typer.BadParameter(f"--metadata must be a JSON object, got {metadata!r}.") from None
+    with _usage_errors():
+        for level, method in itertools.product(levels, methods.split(",")):
+            FusionConfig(level, method, **settings)
+    points = run_sweep(
+        base,
+        out,
+        num_fusions=levels,
+        methods=methods.split(","),
+        tasks=tasks.split(","),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        metadata=values,
+        calibration=calibration,
+        settings=settings,
+        **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
+    )
+    head, *rows = results_rows(points)
+    steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
+    _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_packages()]))
+
+
+@app.command()
+def tasks() -> None:
+    """Print the folder of lf_hf's lm-eval tasks, for `lm_eval --include_path`."""
+    print(tasks_path())
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Settings that FusionConfig refuses are a wrong command line, not a failure."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _print(*parts: Table | str) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    for part in parts:
+        console.print(part, markup=False)

@@ -1,0 +1,212 @@
+"""Many fusions of one base, each evaluated, in one go that may be interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lf_hf import pipeline
+from lf_hf.calibration import load_needed
+from lf_hf.checkpoint import weight_files
+from lf_hf.config import FusionConfig
+from lf_hf.decoder import ModelDecoder
+from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, base_config, hub_arguments
+from lf_hf.results import DENSE, RESULTS, Point, append_point, read_points, write_tables
+
+_LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+_FINGERPRINT_BYTES = 1 << 20  # of each end of a weights file
+
+
+def sweep(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    num_fusions: Sequence[int],
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 1,
+    metadata: dict[str, Any] | None = None,
+    calibration: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[Point]:
+    """Fuse a base at several levels with several methods, and evaluate the base and each fusion.
+
+    What is measured on the dense model is measured once. Each point is added to `results.jsonl` in `out` as soon as
+    it is there, and a sweep that is run again goes on where it stopped. The tables `results.csv` and `results.md`
+    and, with matplotlib, the pictures `curve.png` and `curve.svg` hold all points that were asked for.
+
+    Parameters
+    ----------
+    base : str
+        Folder or hub name of a Llama checkpoint.
+    out : path
+        Folder of the results.
+    num_fusions : sequence of int
+        Levels: how many times two layers become one.
+    methods : sequence of str
+    tasks : sequence of str
+        lm-eval tasks, groups or tags; this project's own are known.
+    limit : float, optional
+        As for lm-eval: questions of a task, or their share below 1.
+    num_fewshot, batch_size, metadata
+        As for lm-eval.
+    calibration : path, optional
+        As for `FusedLlamaForCausalLM.from_pretrained_fused`.
+    settings : dict, optional
+        FusionConfig fields for every fusion.
+    **kwargs
+        As for `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+
+    Returns
+    -------
+    list of Point
+        The dense model first, then by level.
+
+    Raises
+    ------
+    ValueError
+        Before any long work, for settings, a base, calibration text or tasks that can not be used.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError('A sweep evaluates with lm-eval, which is not installed; run `pip install "lf_hf[lm-eval]"`.')
+    from lf_hf.evaluation import Evaluation
+
+    base, folder = os.fspath(base), Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder for the results.")
+    for name, values in (("num_fusions", num_fusions), ("methods", methods), ("tasks", tasks)):
+        if not values:
+            raise ValueError(f"{name} is empty; give at least one.")
+    levels = sorted(set(num_fusions))
+    configs = [FusionConfig(level, method, **settings or {}) for level in levels for method in dict.fromkeys(methods)]
+    hub = hub_arguments(kwargs)
+    dense_config = base_config(base, hub)
+    for config in configs:
+        config.check_num_layers(dense_config.num_hidden_layers)
+    asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
+    identity = {
+        "base": _fingerprint(base, hub, dense_config),
+        "dtype": str(kwargs.get("dtype")),
+        "calibration": None if calibration is None else _digest([Path(calibration)]),
+        "evaluation": {"tasks": sorted(tasks), **asked},
+    }
+    dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
+    keys = [_key(identity, of_point) for of_point in (dense_settings, *(config.to_dict() for config in configs))]
+    evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_points(folder / RESULTS)
+    name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
+
+    published = is_llama_3_8b(base, dense_config)
+
+    def points() -> list[Point]:
+        return [done[key] for key in keys if key in done]
+
+    def add(point: Point) -> None:
+        done[point.key] = point
+        append_point(folder / RESULTS, point)
+        write_tables(folder, points(), name, published=published)
+
+    missing = [(key, config) for key, config in zip(keys[1:], configs, strict=True) if key not in done]
+    if missing or keys[0] not in done:
+        tokenizer = AutoTokenizer.from_pretrained(base, **hub)
+        needs = [config for _, config in missing]
+        samples = next((load_needed(config, calibration)[0] for config in needs if config.needs_similarity), None)
+        text = next((load_needed(config, calibration)[1] for config in needs if config.needs_text), None)
+        llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs).eval()
+        measurements = pipeline.measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
+        if keys[0] not in done:
+            start = time.perf_counter()
+            scores = evaluation.scores(llama, tokenizer)
+            add(
+                Point(
+                    key=keys[0],
+                    method=DENSE,
+                    num_fusions=0,
+                    layers=dense_config.num_hidden_layers,
+                    parameters=llama.num_parameters(),
+                    layers_removed_fraction=0.0,
+                    parameters_removed_fraction=0.0,
+                    perplexity=measurements.perplexity,
+                    scores=scores,
+                    config=None,
+                    notes=[],
+                    seconds={"evaluating": time.perf_counter() - start},
+                    versions=pipeline.versions(),
+                )
+            )
+        del llama  # each fusion reads the base anew, so that one model is in memory at a time
+    for key, config in missing:
+        start = time.perf_counter()
+        model = FusedLlamaForCausalLM.from_pretrained_fused(
+            base, config, tokenizer=tokenizer, measurements=measurements, **kwargs
+        )
+        fused = time.perf_counter()
+        scores = evaluation.scores(model, tokenizer)
+        report = model.fusion_report
+        assert report is not None
+        add(
+            Point(
+                key=key,
+                method=config.method,
+                num_fusions=config.num_fusions,
+                layers=report.layers_after,
+                parameters=report.parameters_after,
+                layers_removed_fraction=report.layers_removed_fraction,
+                parameters_removed_fraction=report.parameters_removed_fraction,
+                perplexity=None if report.perplexity is None else report.perplexity.fused,
+                scores=scores,
+                config=config.to_dict(),
+                notes=report.notes,
+                seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
+                versions=report.versions,
+            )
+        )
+        del model
+    write_tables(folder, points(), name, published=published)
+    return points()
+
+
+def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
+    """Whether a base is the model that `PUBLISHED` is about: its shape, and not tuned for instructions."""
+    shape = all(getattr(config, name) == value for name, value in _LLAMA_3_8B.items())
+    return shape and "instruct" not in base.lower()
+
+
+def _key(identity: dict[str, Any], settings: dict[str, Any]) -> str:
+    text = json.dumps(identity | {"settings": settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint(base: str, hub: dict[str, Any], config: LlamaConfig) -> str:
+    """A base's commit on the hub, or a digest of its files."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    if commit is not None and not os.path.isdir(base):
+        return f"{base}@{commit}"
+    return _digest([*([] if hub.get("gguf_file") else [Path(base, "config.json")]), *weight_files(base, hub)])
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of the files' sizes and of both ends of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"The file {str(path)!r} does not exist.")
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{size} ".encode())
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""The command line: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_texts
+from transformers import AutoModelForCausalLM
+
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
+from lf_hf.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run lf-hf: exit code, stdout, stderr without progress bars."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, "\n".join(line for line in err.splitlines() if line.startswith("lf-hf"))
+
+    return run_main
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    return path
+
+
+def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
+    run: Run, base: str, text: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(
+        *("fuse", base, tmp_path / "out", "--target-layers", 3, "--calibration", text),
+        *("--method", "mka", "--ratio-beta", 0.5, "--no-rank-normalize", "--perplexity-tokens", 300),
+    )
+    assert code == 0 and err == ""
+    config = FusionConfig(2, "mka", ratio_beta=0.5, rank_normalize=False, perplexity_tokens=300)
+    wanted = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tensors = written.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in wanted.state_dict().items())
+    report = FusionReport.load(tmp_path / "out")
+    assert report.config == config.to_dict()
+    rows = {line.split("  ")[1].strip(): line for line in out.splitlines() if line.startswith("  ")}
+    assert rows["layers"].split()[1:3] == ["5", "3"]
+    assert rows["parameters"].split()[1:3] == [f"{report.parameters_before:,}", f"{report.parameters_after:,}"]
+    [weights] = (tmp_path / "out").glob("*.safetensors")
+    assert rows["bytes on disk"].split()[4] == f"{weights.stat().st_size:,}"
+    assert report.perplexity is not None
+    assert rows["perplexity"].split()[1:3] == [f"{p:.4g}" for p in (report.perplexity.dense, report.perplexity.fused)]
+
+
+def test_low_memory_and_plain_llama(run: Run, base: str, text: Path, tmp_path: Path) -> None:
+    code, _, _ = run(
+        *("fuse", base, tmp_path / "out", "--num-fusions", 1, "--method", "truncate"), "--low-memory", "--as-llama"
+    )
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM" and len(model.model.layers) == 4
+
+
+def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
+    code, out, _ = run("fuse", "--help")
+    assert code == 0 and "Examples:\n    lf-hf fuse " in out
+    words = " ".join(out.split())
+    for field in dataclasses.fields(FusionConfig):
+        assert f"--{field.name.replace('_', '-')} " in words
+        if field.default not in (dataclasses.MISSING, None):
+            assert f"[default: ({field.default})]" in words
+    assert "sigma_K of the diffusion kernel." in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--num-fusions or --target-layers"),
+        (["--num-fusions", 1, "--target-layers", 3], "--num-fusions or --target-layers"),
+        (["--num-fusions", "two"], "'--num-fusions': "),
+        (["--num-fusions", 1, "--method", "mkaa"], "did you mean 'mka'?"),
+        (["--num-fusions", 1, "--kernel-scale", -1], "kernel_scale must be greater than 0"),
+        (["--num-fusion", 1], "--num-fusions"),
+        (["--target-layers", 5], "1 to 4 for a base of 5 layers, got 5"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_sentence_and_2(
+    run: Run, base: str, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    code, out, err = run("fuse", base, tmp_path / "out", *arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{base}", "{out}", "--num-fusions", 9], "num_fusions must be 1 to 4"),
+        (["{out}", "{out}", "--num-fusions", 1], "config.json is missing"),
+        (["no/such-model", "{out}", "--num-fusions", 1], "no/such-model"),
+        (["{base}", "{taken}", "--num-fusions", 1], "holds no fused checkpoint"),
+        (["{base}", "{out}", "--num-fusions", 1, "--calibration", "none.txt"], "'none.txt' does not exist"),
+        (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--gguf-file", "x.gguf"], "low_memory"),
+    ],
+)
+def test_a_failure_gets_one_sentence_and_1(
+    run: Run, base: str, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    places = {"base": base, "out": tmp_path / "out", "taken": tmp_path / "taken"}
+    code, out, err = run("fuse", *(a.format(**places) if isinstance(a, str) else a for a in arguments))
+    assert code == 1 and out == "" and message in err and err.count("\n") == 0
+    assert (tmp_path / "taken" / "thesis.txt").is_file() and not any((tmp_path / "out").iterdir())
+
+
+def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
+    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("lf_hf.cli.fuse_checkpoint", fail)
+    arguments = ["fuse", base, tmp_path / "out", "--num-fusions", 1]
+    code, _, err = run(*arguments)
+    assert code == 1 and err.startswith("lf-hf: RuntimeError: out of memory")
+    with pytest.raises(RuntimeError):
+        run("--traceback", *arguments)
+
+
+def lf_hf_process(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; from lf_hf.cli import main; sys.exit(main())", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_ctrl_c_gets_one_line_and_leaves_nothing(base: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = lf_hf_process("fuse", base, out, "--num-fusions", 1, "--perplexity-tokens", 10_000_000)
+    assert process.stderr is not None
+    seen = ""
+    while "Perplexity before fusing" not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert rest.endswith("lf-hf: interrupted.\n") and "Traceback" not in seen + rest
+    assert not out.exists()
+
+
+def test_version_and_tasks(run: Run) -> None:
+    assert run("--version") == (0, f"lf-hf {version('lf_hf')}\n", "")
+    assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
+
+
+def test_the_installed_command_is_this_one() -> None:
+    [entry] = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("lf-hf =")]
+    module, name = entry.split('"')[1].split(":")
+    assert getattr(sys.modules[module], name) is main

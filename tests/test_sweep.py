@@ -1,0 +1,247 @@
+"""Sweeps: what they measure, that they go on where they stopped, and what they make of the results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_texts, make_tokenizer
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig
+
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline, tasks_path
+from lf_hf.cli import main
+from lf_hf.evaluation import Evaluation
+from lf_hf.figures import sweep_curve
+from lf_hf.results import DENSE, PUBLISHED, Point, Score, markdown, read_points, stability
+from lf_hf.sweep import is_llama_3_8b, sweep
+
+TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
+SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_task_index() -> Iterator[None]:
+    """lm-eval takes seconds to look through all its tasks; here it does so once."""
+    index = TaskManager(include_path=str(tasks_path()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lf_hf.evaluation.TaskManager", lambda **_: index)
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.results.missing_packages", lambda: "none wanted")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(base: str, text: Path) -> Callable[..., list[Point]]:
+    def run_sweep(out: Path, **arguments: Any) -> list[Point]:
+        given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "refit"], "tasks": TASKS}
+        given |= {"calibration": text, "settings": SETTINGS}
+        return sweep(base, out, **given | arguments)
+
+    return run_sweep
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., list[Point]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Point]]:
+    """A sweep that nothing interrupted, and its folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, run(folder)
+
+
+def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
+    return [{**vars(point), "seconds": None} for point in points]
+
+
+def make_point(method: str, num_fusions: int, accuracy: float, perplexity: float | None = 10.0) -> Point:
+    return Point(
+        key=f"{method}{num_fusions}",
+        method=method,
+        num_fusions=num_fusions,
+        layers=32 - num_fusions,
+        parameters=1000,
+        layers_removed_fraction=num_fusions / 32,
+        parameters_removed_fraction=num_fusions / 40,
+        perplexity=perplexity,
+        scores={"mmlu_5shot": Score("acc", accuracy, 0.01)},
+        config=None,
+        notes=[],
+        seconds={},
+        versions={},
+    )
+
+
+def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base: str, text: Path) -> None:
+    points = whole[1]
+    assert [(p.method, p.num_fusions) for p in points] == [
+        (DENSE, 0),
+        *(("mka", 1), ("refit", 1), ("mka", 2), ("refit", 2)),
+    ]
+    for point in points[1:]:
+        config = FusionConfig(point.num_fusions, point.method, perplexity_tokens=300, calibration_tokens=1024)
+        model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
+        report = model.fusion_report
+        assert report is not None and report.perplexity is not None
+        assert point.perplexity == report.perplexity.fused and points[0].perplexity == report.perplexity.dense
+        assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
+        assert point.config == config.to_dict()
+    assert Evaluation(TASKS).scores(model, make_tokenizer()) == points[-1].scores
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    whole: tuple[Path, list[Point]], run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, calls = Evaluation.scores, []
+
+    def counted(self: Evaluation, *arguments: Any) -> dict[str, Score]:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return scores(self, *arguments)
+
+    monkeypatch.setattr(Evaluation, "scores", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert len(read_points(tmp_path / "results.jsonl")) == 2
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"key": "cut sho')
+    points = run(tmp_path)
+    assert len(calls) == 3 + 3
+    assert without_seconds(points) == without_seconds(whole[1])
+    run(tmp_path)
+    assert len(calls) == 6
+    run(tmp_path, methods=["mka"], num_fusions=[1], limit=1)  # another question, so another answer
+    assert len(calls) == 8
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_dense_model_is_measured_once(
+    run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def count(name: str) -> None:
+        original = getattr(pipeline, name)
+
+        def counted(*arguments: Any) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(pipeline, name, counted)
+
+    count("sample_distances")
+    count("calibration_sequences")
+    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
+    run(tmp_path)
+    assert calls == ["sample_distances", "calibration_sequences"]
+
+
+def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
+    folder, points = whole
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["perplexity"]) for row in rows] == [point.perplexity for point in points]
+    assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
+    document = (folder / "results.md").read_text(encoding="utf-8")
+    assert document.count("\n| mka | ") == 2 + 3 and "| refit | 2 | 3 | 40.0% |" in document
+    assert "Published" not in document
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
+
+
+def test_stability_follows_from_the_table() -> None:
+    levels = PUBLISHED["mka"]
+    points = [make_point(DENSE, 0, 0.66), *(make_point("mka", n, value, math.exp(n)) for n, value in levels.items())]
+    accuracy, perplexity = stability(points)
+    values = np.array(list(levels.values()))
+    assert accuracy.quantity == "mmlu_5shot"
+    assert accuracy.deviation == pytest.approx(values.std(ddof=1)) and accuracy.range == pytest.approx(np.ptp(values))
+    assert accuracy.worst_step == pytest.approx(0.6342 - 0.3)
+    assert (accuracy.worst_from, accuracy.worst_to) == (13, 15)
+    assert perplexity.quantity == "log perplexity"
+    assert perplexity.deviation == pytest.approx(np.std([1, 4, 11, 13, 15], ddof=1))
+    assert perplexity.worst_step == pytest.approx(7)
+    assert (perplexity.worst_from, perplexity.worst_to) == (4, 11)
+
+
+def test_what_never_gets_worse_has_no_worst_step() -> None:
+    points = [make_point("mka", 1, 0.5, None), make_point("mka", 4, 0.6, 3.0)]
+    [accuracy] = stability(points)  # of perplexity one level is missing
+    assert (accuracy.worst_step, accuracy.worst_from) == (0, None)
+    assert stability(points[:1]) == []
+
+
+def test_published_numbers_stand_beside_llama_3_8b_alone() -> None:
+    shape = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    assert is_llama_3_8b("meta-llama/Meta-Llama-3-8B", shape) and is_llama_3_8b("/models/base", shape)
+    assert not is_llama_3_8b("meta-llama/Meta-Llama-3-8B-Instruct", shape)
+    assert not is_llama_3_8b("meta-llama/Llama-2-7b-hf", LlamaConfig())
+    points = [make_point(DENSE, 0, 0.66), make_point("mka", 4, 0.6)]
+    points[0] = Point(**{**vars(points[0]), "layers": 32})
+    assert "| mka | 4 | 0.5470 |" in markdown(points, "base", published=True)
+    axis = sweep_curve(points, PUBLISHED).axes[0]
+    lines: dict[str, Any] = {str(line.get_label()): line for line in axis.get_lines()}
+    assert list(lines["mka, published"].get_xdata()) == pytest.approx([100 * n / 32 for n in PUBLISHED["mka"]])
+    assert list(lines["mka, published"].get_ydata()) == list(PUBLISHED["mka"].values())
+    assert not any("published" in str(line.get_label()) for line in sweep_curve(points, {}).axes[0].get_lines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ["mmlu_sampel"]}, "did you mean 'mmlu_sample'"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"num_fusions": [1, 9]}, "num_fusions must be 1 to 4"),
+        ({"methods": ["mka", "mkaa"]}, "did you mean 'mka'"),
+        ({"settings": {"ratio_beta": "x"}}, "ratio_beta must be"),
+        ({"calibration": "none.txt"}, "'none.txt' does not exist"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    run: Callable[..., list[Point]], tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_something_else_is_named(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps({"accuracy": 1}) + "\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep"):
+        run(tmp_path)
+
+
+def test_command(
+    whole: tuple[Path, list[Point]], base: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    options = ["--methods", "mka,refit", "--tasks", ",".join(TASKS), "--calibration", text]
+    for name, value in SETTINGS.items():
+        options += [f"--{name.replace('_', '-')}", value]
+    before = (out / "results.jsonl").read_bytes()
+    assert main([str(a) for a in ("sweep", base, out, "--num-fusions", "1,2", *options)]) == 0
+    assert (out / "results.jsonl").read_bytes() == before  # all of it was there
+    printed = capsys.readouterr().out
+    for point in whole[1]:
+        assert f"{point.perplexity:.4g}" in printed
+    assert "standard deviation" in printed and "log perplexity" in printed
+    for wrong in (["--num-fusions", "1,x"], ["--num-fusions", "1", "--metadata", "[1]"], ["--num-fusions", "0"]):
+        assert main(["sweep", base, str(out), *wrong]) == 2
