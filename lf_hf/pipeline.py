@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -187,7 +188,16 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what a fusion's result depends on."""
-    packages = {name: version(name) for name in ("lf_hf", "torch", "transformers", "numpy", "scipy", "scikit-learn")}
+    names = [
+        "lf_hf",
+        "torch",
+        "transformers",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        *(["lapx"] if find_spec("lap") else []),
+    ]
+    packages = {name: version(name) for name in names}
     return packages | {"python": platform.python_version()}
 
 
