@@ -8,7 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+<<<<<<< HEAD
 from typing import Any
+=======
+from importlib.util import find_spec
+>>>>>>> a878e7e39e704d0037a59606b90a51a74ab90882
 
 import numpy as np
 import torch
@@ -284,7 +288,16 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what a fusion's result depends on."""
-    packages = {name: version(name) for name in ("lf_hf", "torch", "transformers", "numpy", "scipy", "scikit-learn")}
+    names = [
+        "lf_hf",
+        "torch",
+        "transformers",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        *(["lapx"] if find_spec("lap") else []),
+    ]
+    packages = {name: version(name) for name in names}
     return packages | {"python": platform.python_version()}
 
 

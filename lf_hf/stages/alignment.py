@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lf_hf.stages.assignment import Costs, Pair, assign, row_costs
+
 
 class Axis(NamedTuple):
     """One axis of a layer's parameter, and the permutation that acts on it."""
@@ -47,7 +49,6 @@ head stay where they are, since rotary embeddings tie each to its place.
 """
 
 _EPSILON = 1e-12
-_COST_BLOCK = 2048  # rows of the cost matrix that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -70,39 +71,28 @@ def normalized_rows(weight: Tensor) -> Tensor:
     return weight / (weight.norm(dim=1, keepdim=True) + _EPSILON)
 
 
-def row_costs(weight_i: Tensor, weight_j: Tensor) -> NDArray[np.float64]:
-    """L2 distances between the normalised rows of two (rows n, columns m) matrices.
-
-    The result (rows of i, rows of j) is the only n x n array: it is filled block by block from float32
-    products, and is float64 since the solver would otherwise copy it.
-    """
-    rows_i, rows_j = normalized_rows(weight_i), normalized_rows(weight_j)
-    squares_i, squares_j = rows_i.square().sum(1), rows_j.square().sum(1)
-    costs = np.empty((len(rows_i), len(rows_j)))
-    for start in range(0, len(rows_i), _COST_BLOCK):
-        block = slice(start, start + _COST_BLOCK)
-        squared = squares_i[block, None] + squares_j[None, :] - 2 * (rows_i[block] @ rows_j.T)
-        costs[block] = squared.clamp_(min=0).sqrt_().cpu().numpy()
-    return costs
-
-
-def match_rows(weight_i: Tensor, weight_j: Tensor) -> tuple[Tensor, RowMatch]:
-    """The permutation of layer j's rows that lies closest to layer i's, row by row.
+def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
+    """For each pair of matrices the permutation of layer j's rows that lies closest to layer i's, row by row.
 
     Minimises the sum over p of || w_i[p] - w_j[permutation[p]] || with rows normalised.
 
     Parameters
     ----------
-    weight_i, weight_j : tensors of shape (rows n, columns m)
+    pairs : mapping from a name to tensors of shape (rows n, columns m), of layer i and of layer j
 
     Returns
     -------
-    permutation : int64 tensor of shape (rows n,)
-        Row p of the aligned matrix is row permutation[p] of `weight_j`.
-    match : RowMatch
+    dict from the same names to
+        permutation : int64 tensor of shape (rows n,)
+            Row p of the aligned matrix is row permutation[p] of layer j's.
+        match : RowMatch
     """
-    permutation = torch.from_numpy(linear_sum_assignment(row_costs(weight_i, weight_j))[1]).to(weight_j.device)
-    return permutation, _row_match(weight_i, weight_j, permutation)
+    matched = {}
+    for name, permutation in assign({name: [pair] for name, pair in pairs.items()}).items():
+        weight_i, weight_j = pairs[name]
+        order = torch.from_numpy(permutation).to(weight_j.device)
+        matched[name] = order, _row_match(weight_i, weight_j, order)
+    return matched
 
 
 def match_neurons(
@@ -110,8 +100,8 @@ def match_neurons(
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """The permutations in layer j's symmetry group that bring it closest to layer i.
 
-    Closest in the sense of `row_costs`, summed over the matrices that a permutation acts on: an MLP neuron costs
-    the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
+    Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
+    costs the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
     plus its query heads' in their best order, each by its query and output block.
 
     Parameters
@@ -126,17 +116,18 @@ def match_neurons(
         Channel p of the aligned layer is channel permutation[p] of layer j.
     matches : dict from projection names to RowMatch
     """
-    mlp_costs: NDArray[np.float64] | float = 0.0
-    for axis in SYMMETRY:
-        if axis.permutation == "mlp" and axis.parameter.endswith("weight"):
-            mlp_costs = mlp_costs + row_costs(*(w[axis.parameter].movedim(axis.dim, 0) for w in (weights_i, weights_j)))
-    mlp = linear_sum_assignment(mlp_costs)[1]
+    mlp = [
+        (weights_i[axis.parameter].movedim(axis.dim, 0), weights_j[axis.parameter].movedim(axis.dim, 0))
+        for axis in SYMMETRY
+        if axis.permutation == "mlp" and axis.parameter.endswith("weight")
+    ]
+    neurons = assign({"mlp": mlp})["mlp"]
 
-    def head_costs(name: str, dim: int) -> NDArray[np.float64]:  # (heads of i, heads of j)
+    def head_costs(name: str, dim: int) -> Costs:  # (heads of i, heads of j)
         blocks = [
             w[f"self_attn.{name}.weight"].movedim(dim, 0).unflatten(0, (-1, head_dim)) for w in (weights_i, weights_j)
         ]
-        return row_costs(*(block.flatten(1) for block in blocks))
+        return row_costs((blocks[0].flatten(1), blocks[1].flatten(1)), dtype=np.float64)
 
     key_value_costs = head_costs("k_proj", 0) + head_costs("v_proj", 0)  # (KV heads of i, KV heads of j)
     query_costs = head_costs("q_proj", 0) + head_costs("o_proj", 1)  # (query heads of i, query heads of j)
@@ -154,7 +145,7 @@ def match_neurons(
 
     permutations = {
         name: torch.from_numpy(permutation)
-        for name, permutation in (("mlp", mlp), ("query", channels(query)), ("key_value", channels(key_value)))
+        for name, permutation in (("mlp", neurons), ("query", channels(query)), ("key_value", channels(key_value)))
     }
     matches = {
         axis.parameter.removesuffix(".weight"): _row_match(

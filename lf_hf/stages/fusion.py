@@ -82,14 +82,15 @@ def fuse_layers(
     if alignment == "neurons":
         permutations, matches = match_neurons(weights_i, weights_j, head_dim)
         weights_j = permute_neurons(weights_j, permutations)
+    matched: dict[str, tuple[Tensor, RowMatch]] = {}
+    if alignment == "rows":
+        weights = {projection: f"{projection}.weight" for projection in PROJECTIONS}
+        matched = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
+        matches = {projection: match for projection, (_, match) in matched.items()}
     for projection in PROJECTIONS:
-        permutation = None
-        if alignment == "rows":
-            weight = f"{projection}.weight"
-            permutation, matches[projection] = match_rows(weights_i[weight], weights_j[weight])
         for name in (f"{projection}.weight", f"{projection}.bias"):
             if name in weights_i:
-                w_j = weights_j[name] if permutation is None else weights_j[name][permutation]
+                w_j = weights_j[name][matched[projection][0]] if matched else weights_j[name]
                 fused[name] = weighted_sum(weights_i[name], w_j, ratio)
     return fused, matches
 

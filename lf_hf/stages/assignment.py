@@ -1,0 +1,134 @@
+"""Optimal assignments between the rows of weight matrices, several at a time and within bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from lf_hf.progress import progress
+
+try:
+    from lap import lapjvs
+except ImportError:  # the extra "fast"
+    lapjvs = None
+
+Costs = NDArray[np.floating]
+Pair = tuple[Tensor, Tensor]
+
+_EPSILON = 1e-12
+_BLOCK = 1 << 24  # entries of a cost matrix that are computed at a time
+_ALIVE_BYTES = 7 << 29  # 3.5 GiB of cost matrices at a time, or a single larger one
+
+
+def solver() -> tuple[type[np.floating], Callable[[Costs], NDArray[np.int64]]]:
+    """Type of number and function of the solver: lapx's where it is installed, else scipy's.
+
+    Both find an optimum and release the GIL. lapx works in float32, which halves the memory, and is about three times
+    as fast on large matrices.
+    """
+    if lapjvs is None:
+        return np.float64, lambda costs: linear_sum_assignment(costs)[1]
+    return np.float32, lambda costs: lapjvs(costs, return_cost=False)[1]
+
+
+def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
+    """L2 distances between normalised rows, w / (norm(w) + 1e-12), summed over some pairs of matrices.
+
+    Parameters
+    ----------
+    *pairs : pairs of tensors of shape (rows n, columns m)
+        m may differ from pair to pair.
+    dtype : numpy float type
+        Of the result; distances are computed in float32.
+
+    Returns
+    -------
+    array of shape (rows n of the first, rows n of the second)
+
+    Products are made where the weights are, block by block, so this is the only n x n array.
+    """
+    costs = np.zeros((len(pairs[0][0]), len(pairs[0][1])), dtype)
+    for pair in pairs:
+        (rows_i, factors_i, squares_i), (rows_j, factors_j, squares_j) = map(_scaled_rows, pair)
+        step = max(1, _BLOCK // len(rows_j))
+        with _exact_bfloat16(all(weight.dtype == torch.bfloat16 for weight in pair)):
+            for start in range(0, len(rows_i), step):
+                block = slice(start, start + step)
+                squared = rows_i[block] @ rows_j.T  # (block, n)
+                squared.mul_(factors_i[block, None] * -2).mul_(factors_j).add_(squares_i[block, None]).add_(squares_j)
+                costs[block] += squared.clamp_(min=0).sqrt_().cpu().numpy()
+    return costs
+
+
+def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> dict[str, NDArray[np.int64]]:
+    """For each problem the permutation of the second matrices' rows that lies closest to the first ones'.
+
+    Minimises the sum over p of row_costs(*pairs)[p, permutation[p]]. Problems are independent: costs are computed one
+    after the other, largest first, and solved meanwhile in as many threads as torch uses.
+
+    Parameters
+    ----------
+    problems : mapping from a name to pairs of tensors of shape (rows n, columns m)
+
+    Returns
+    -------
+    dict from the same names to int64 arrays of shape (rows n,)
+    """
+    dtype, solve = solver()
+    nbytes = {name: pairs[0][0].shape[0] ** 2 * np.dtype(dtype).itemsize for name, pairs in problems.items()}
+    solved: dict[str, NDArray[np.int64]] = {}
+    running: dict[Future[NDArray[np.int64]], str] = {}
+    bar = progress(total=len(problems), desc=desc, unit="matrix", leave=False)
+
+    def collect() -> None:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            solved[running.pop(future)] = future.result()
+            bar.update()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, bar:
+        for name in sorted(problems, key=lambda name: -nbytes[name]):
+            while running and sum(nbytes[other] for other in running.values()) + nbytes[name] > _ALIVE_BYTES:
+                collect()
+            running[pool.submit(solve, row_costs(*problems[name], dtype=dtype))] = name
+        while running:
+            collect()
+    return {name: solved[name] for name in problems}
+
+
+def _scaled_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in float32 up to a factor each, these factors, and the squared norms of the normalised rows.
+
+    A row times its factor is normalised. Rows are scaled by powers of two alone, to norms of 0.5..1: that keeps
+    products in range, and the digits of bfloat16 weights as they are.
+    """
+    rows = weight.to(torch.float32, copy=True)
+    norms, exponents = torch.frexp(rows.norm(dim=1).clamp(max=torch.finfo(torch.float32).max).cpu())  # no frexp on mps
+    powers = torch.ldexp(torch.ones_like(norms), -exponents)
+    rows *= powers.to(rows.device)[:, None]
+    factors = 1 / (norms + _EPSILON * powers)
+    return rows, factors.to(rows.device), (norms * factors).square().to(rows.device)
+
+
+@contextmanager
+def _exact_bfloat16(exact: bool) -> Iterator[None]:
+    """Let the CPU take float32 factors as bfloat16 where that changes nothing, since it may be several times as fast.
+
+    Sums are in float32 all the same.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
+    if matmul is None or not exact:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
