@@ -8,11 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-<<<<<<< HEAD
-from typing import Any
-=======
 from importlib.util import find_spec
->>>>>>> a878e7e39e704d0037a59606b90a51a74ab90882
+from typing import Any
 
 import numpy as np
 import torch
