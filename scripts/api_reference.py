@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Write docs/api.md: what `import lf_hf` offers, from the docstrings.
+
+.venv/bin/python scripts/api_reference.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import griffe
+from griffe2md import render_object_docs
+
+import lf_hf
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "api.md"
+
+HEAD = """# API reference
+
+All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings.
+
+"""
+
+# Methods shown with their class; all that a class inherits is as in transformers.
+_METHODS = {
+    "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub", "to_llama"],
+    "FusionReport": ["layers_removed_fraction", "parameters_removed_fraction", "summary", "save", "load"],
+}
+
+
+def reference() -> str:
+    """The page's text."""
+    package = griffe.load("lf_hf", search_paths=[str(ROOT)], docstring_parser="numpy", resolve_aliases=True)
+    parts = []
+    for name in sorted(lf_hf.__all__):
+        shown = package[name]
+        parts.append(_rendered(shown, 2))
+        parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
+    text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
+    text = re.sub(r"(\n- [^\n]+)\n(?=[^\n-])", r"\1 ", text)
+    return HEAD + text.rstrip() + "\n"
+
+
+def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
+    options = {
+        "heading_level": level,
+        "docstring_section_style": "list",
+        "members": False,
+        "show_bases": False,
+        "show_root_full_path": level > 2,
+        "show_object_full_path": False,
+    }
+    return render_object_docs(shown, options)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference(), encoding="utf-8")
+    print(f"Wrote {PAGE.relative_to(ROOT)}.")
