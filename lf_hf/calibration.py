@@ -38,10 +38,13 @@ class Calibration:
         One calibration sample each.
     source : str
         For people: where the texts are from.
+    labels : list of str or None
+        MMLU subject of each text, where they are MMLU questions.
     """
 
     texts: list[str]
     source: str
+    labels: list[str] | None = None
 
 
 def load_needed(
@@ -257,7 +260,7 @@ def _mmlu_calibration(samples_per_subject: int) -> Calibration:
             )
         texts += [format_question(question) for question in questions[subject][:samples_per_subject]]
     logger.info("Calibrating on %d questions: %s.", len(texts), source)
-    return Calibration(texts, source)
+    return Calibration(texts, source, [subject for subject in SUBJECTS for _ in range(samples_per_subject)])
 
 
 def _hub_questions() -> dict[str, list[Question]]:

@@ -27,6 +27,8 @@ from lf_hf.checkpoint import fuse_checkpoint, weights_size
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.modeling_fused_llama import base_config
 from lf_hf.plotting import missing_packages
+from lf_hf.report import FusionReport
+from lf_hf.report_page import write_page, write_pictures
 from lf_hf.results import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
 from lf_hf.sweep import sweep as run_sweep
 
@@ -186,7 +188,7 @@ def fuse(
         num_fusions = num_layers - target_layers
     with _usage_errors():
         config = FusionConfig(num_fusions=num_fusions, **settings)  # type: ignore[arg-type]  # checked above
-    report = fuse_checkpoint(
+    done = fuse_checkpoint(
         base,
         out,
         config,
@@ -197,15 +199,15 @@ def fuse(
         **_given(dtype=dtype, device_map=device),
     )
     counts = {
-        "layers": (report.layers_before, report.layers_after),
-        "parameters": (report.parameters_before, report.parameters_after),
+        "layers": (done.layers_before, done.layers_after),
+        "parameters": (done.parameters_before, done.parameters_after),
         "bytes on disk": (weights_size(base, hub), weights_size(out, {})),
     }
     rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
-    if report.perplexity is not None:
-        dense, fused = report.perplexity.dense, report.perplexity.fused
+    if done.perplexity is not None:
+        dense, fused = done.perplexity.dense, done.perplexity.fused
         rows.append(["perplexity", f"{dense:.4g}", f"{fused:.4g}", f"x {fused / dense:.3g}"])
-    _print(_table(str(out), ["", "before", "after", "change"], rows), *report.notes)
+    _print(_table(str(out), ["", "before", "after", "change"], rows), *done.notes)
 
 
 @app.command(
@@ -279,6 +281,30 @@ def sweep(
     head, *rows = results_rows(points)
     steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
     _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_packages()]))
+
+
+@app.command(epilog=_examples("report out --html out.html", "report out --png pictures"))
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a fused checkpoint, or its report file.")],
+    *,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write the page.", show_default="DIR/fusion_report.html"),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the pictures into this folder, too.", show_default="no")
+    ] = None,
+) -> None:
+    """Make a page of pictures and explanations about a fused checkpoint.
+
+    The page is one file that loads nothing from elsewhere.
+    """
+    found = FusionReport.load(folder)
+    page = html or (folder if folder.is_dir() else folder.parent) / "fusion_report.html"
+    write_page(found, page)
+    pictures = write_pictures(found, png) if png is not None else []
+    for file in (page, *pictures):
+        print(file)
 
 
 @app.command()

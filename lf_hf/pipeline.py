@@ -65,6 +65,10 @@ class Measurements:
         Calibration text for influence, selection and refit.
     offline_text : bool
         Whether that is the mixture that is there offline, which the model writes part of, and not a user's.
+    sample_labels : list of str or None
+        MMLU subject of each sample.
+    influences : list of float or None
+        How much each layer changes the residual stream, on the samples.
     of_samples, of_text : CalibrationInfo or None
         Where the samples behind `similarity`, and `text`, came from.
     seconds : dict of float
@@ -78,6 +82,8 @@ class Measurements:
     embeddings: NDArray[np.float64] | None
     text: list[Tensor]
     offline_text: bool
+    sample_labels: list[str] | None
+    influences: list[float] | None
     of_samples: CalibrationInfo | None
     of_text: CalibrationInfo | None
     seconds: dict[str, float]
@@ -115,12 +121,14 @@ def measure(
         dense = perplexity(decoder, judging, "Perplexity before fusing") if judging else None
 
     similarity, embeddings, of_samples = None, None, None
+    influences: list[float] | None = None
     if samples is not None:
         config.check_num_samples(len(samples.texts))
         ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
         of_samples = CalibrationInfo(samples.source, len(ids), sum(map(len, ids)))
         with clock("activations"):  # stage 1
-            distances = sample_distances(decoder, ids)
+            influences = []
+            distances = sample_distances(decoder, ids, influences)
         with clock("manifold"):  # stage 2
             embeddings = np.stack(
                 [
@@ -156,6 +164,8 @@ def measure(
         embeddings=embeddings,
         text=packed,
         offline_text=text is not None and text.generated_share > 0,
+        sample_labels=None if samples is None else samples.labels,
+        influences=influences,
         of_samples=of_samples,
         of_text=of_text,
         seconds=clock.seconds,
@@ -216,7 +226,7 @@ def fuse(
     clock = _Clock(measurements.seconds)
 
     with clock("alignment and fusion"):  # stages 4 and 5
-        steps, origins = _fuse_steps(decoder, config, similarity, packed)
+        steps, origins, influences = _fuse_steps(decoder, config, similarity, packed)
     refits: list[LayerRefit] = []
     if config.refit != "none":
         with clock("refit"):
@@ -253,6 +263,8 @@ def fuse(
         seconds=clock.seconds,
         versions=versions(),
         notes=notes,
+        sample_labels=measurements.sample_labels if config.needs_similarity else None,
+        influences=influences or (measurements.influences if config.needs_similarity else None),
     )
 
 
@@ -300,14 +312,19 @@ def versions() -> dict[str, str]:
 
 def _fuse_steps(
     decoder: Decoder, config: FusionConfig, similarity: NDArray[np.float64] | None, text: Sequence[Tensor]
-) -> tuple[list[FusionStep], list[list[int]]]:
-    """Fuse one pair after another; also return the original layers that each layer then stands for."""
+) -> tuple[list[FusionStep], list[list[int]], list[float]]:
+    """Fuse one pair after another.
+
+    Also returns the original layers that each layer then stands for, and the dense layers' influences on `text`, if
+    there is any.
+    """
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
     embedded = decoder.embed(text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else []
     # Besides the states at all boundaries, those inside a pair and inside what it becomes.
     with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
+        influences = list(boundaries.influences) if boundaries is not None else []
         for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
             j = decoder.num_layers - 1
             influence = None
@@ -356,7 +373,7 @@ def _fuse_steps(
                 )
             )
             origins[i] = origins[i] + origins.pop(j)
-    return steps, origins
+    return steps, origins, influences
 
 
 def _judging_sequences(

@@ -82,8 +82,10 @@ class PerplexityInfo:
 class FusionReport:
     """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
 
-    `similarity` is (L, L) and `embeddings` is (L, N, d); both are None where the method does not use them.
-    `seconds` is wall time by stage. `notes` holds what a user should know, one sentence each.
+    `similarity` is (L, L) and `embeddings` is (L, N, d), for N samples whose MMLU subjects are `sample_labels` where
+    they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
+    model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
+    what a user should know, one sentence each.
     """
 
     base: str
@@ -101,6 +103,30 @@ class FusionReport:
     seconds: dict[str, float]
     versions: dict[str, str]
     notes: list[str]
+    sample_labels: list[str] | None = None
+    influences: list[float] | None = None
+
+    @property
+    def groups(self) -> list[dict[int, float]]:
+        """For each layer of the fused model the original layers that it stands for, each with its share.
+
+        A share is an original layer's weight in the average, or its part of the MLP channels where channels were
+        selected. Shares add up to 1.
+        """
+        groups = [{number: 1.0} for number in range(self.layers_before)]
+        for step in self.steps:
+            i, j = (next(group for group in groups if min(group) == number) for number in step.pair)
+            kept_i, kept_j = step.channels_kept or (step.ratio_i, step.ratio_j)
+            for group, kept in ((i, kept_i), (j, kept_j)):
+                for number in group:
+                    group[number] *= kept / (kept_i + kept_j)
+            i.update(j)
+            groups.remove(j)
+        refitted = {tuple(refit.layers): refit.channels_kept for refit in self.refits if refit.channels_kept}
+        for group in groups:
+            if channels := refitted.get(tuple(group)):
+                group.update((number, n / sum(channels)) for number, n in zip(group, channels, strict=True))
+        return groups
 
     @property
     def layers_removed_fraction(self) -> float:
@@ -157,7 +183,8 @@ class FusionReport:
     def from_dict(cls, values: dict[str, Any]) -> FusionReport:
         """The report that `to_dict` wrote. Raises ValueError where fields are missing or of the wrong kind."""
         try:
-            known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
+            optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+            known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name not in optional - values.keys()}
             known["steps"] = [
                 FusionStep(**step | {"matches": {k: RowMatch(**m) for k, m in step["matches"].items()}})
                 for step in known["steps"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lf_hf.decoder import Decoder
+from lf_hf.stages.selection import influence
 
 
 def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
@@ -52,13 +53,18 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     return squared.clamp_(min=0).sqrt_().numpy()
 
 
-def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> NDArray[np.float64]:
+@torch.no_grad()
+def sample_distances(
+    decoder: Decoder, samples: Sequence[Tensor], influences: list[float] | None = None
+) -> NDArray[np.float64]:
     """Distances between all samples at the output of every layer.
 
     Parameters
     ----------
     decoder : Decoder
     samples : N tensors of token ids of shape (tokens T_i,)
+    influences : list of float, optional
+        How much each layer changes the residual stream is appended to it.
 
     Returns
     -------
@@ -70,10 +76,14 @@ def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> NDArray[np.
         If a layer's output contains NaN or inf; the layer is named.
     """
     distances = []
+    before = decoder.embed(samples)
     layers = logging.tqdm(decoder.walk(samples), total=decoder.num_layers, desc="Calibration", unit="layer")
     for index, states in enumerate(layers):
         check_finite(states, index)
         distances.append(pairwise_distances([state[0] for state in states]))
+        if influences is not None:
+            influences.append(influence(before, states))
+            before = list(states)
     return np.stack(distances)
 
 

@@ -15,7 +15,7 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     ----------
     before, after : sequences of tensors of shape (1, tokens T, hidden)
         The layer's input and output states. The first position is left out: its state is of another size than
-        all others and hardly changes.
+        all others and hardly changes. NaN where there is no other.
 
     Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
     """
@@ -24,7 +24,7 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         cosines = cosine_similarity(x[0, 1:].double(), y[0, 1:].double(), dim=-1)  # (tokens - 1,)
         total += float(cosines.sum())
         count += len(cosines)
-    return 1 - total / count
+    return 1 - total / count if count else float("nan")
 
 
 def least_influential(influences: Sequence[float]) -> int:

@@ -1,0 +1,175 @@
+"""The page about a fusion: it holds what the report holds, loads nothing, and escapes what it shows."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib.util
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from conftest import make_texts
+from test_report import make_report
+
+from lf_hf import FusedLlamaForCausalLM, FusionReport, figures
+from lf_hf.cli import main
+from lf_hf.mmlu import SUBJECTS
+from lf_hf.report import FusionStep, LayerRefit
+from lf_hf.report_page import report_sections, write_page
+
+HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FusionReport]:
+    """A real report of each method."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    settings: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 300, "calibration_tokens": 1024}
+    made = {}
+    for method in ("neural_alignment", "mka", "truncate", "refit"):
+        calibration = None if method == "neural_alignment" else text
+        model = FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, calibration=calibration, **settings)
+        assert model.fusion_report is not None
+        made[method] = model.fusion_report
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("neural_alignment", ["similarity_heatmap", "manifolds", "along_depth", "matched_cosines"]),
+        ("mka", ["similarity_heatmap", "manifolds", "along_depth"]),
+        ("truncate", []),
+        ("refit", ["along_depth", "fit_errors"]),
+    ],
+)
+def test_a_page_shows_what_its_method_measured(
+    reports: dict[str, FusionReport], method: str, names: list[str], tmp_path: Path
+) -> None:
+    report = reports[method]
+    write_page(report, tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    shown = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert shown == ["cost_and_gain", "layer_map", *names, "steps", "settings"]
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == len(names) + 2
+    for picture in pictures:
+        assert picture["alt"]
+        source = str(picture["src"]).removeprefix("data:image/svg+xml;base64,")
+        assert ElementTree.fromstring(base64.b64decode(source)).tag.endswith("svg")
+    assert report.perplexity is not None
+    text = " ".join(page.text.split())
+    for part in ("5 → 3", f"{report.perplexity.dense:.4g} → {report.perplexity.fused:.4g}", *report.notes):
+        assert part in text
+
+
+def test_a_page_loads_nothing_and_runs_nothing(reports: dict[str, FusionReport], tmp_path: Path) -> None:
+    hostile = dataclasses.replace(reports["neural_alignment"], base=HOSTILE, notes=[HOSTILE])
+    write_page(hostile, tmp_path / "page.html")
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(content)
+    assert page.text.count(HOSTILE) == 3  # title, heading and note
+    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"} == set()
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert str(attributes.get("src", "data:")).startswith("data:") and "href" not in attributes
+    assert not re.search(r"url\(|@import|https?://", content)
+
+
+def test_the_same_report_gives_the_same_page(reports: dict[str, FusionReport], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_page(reports["mka"], tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_reports_hold_what_the_pictures_need(reports: dict[str, FusionReport], tmp_path: Path) -> None:
+    aligned, refitted = reports["neural_alignment"], reports["refit"]
+    assert aligned.sample_labels == list(SUBJECTS) and reports["mka"].sample_labels is None
+    for report in (aligned, refitted):
+        assert report.influences is not None and len(report.influences) == 5 and min(report.influences) > 0
+    assert refitted.influences is not None
+    step = refitted.steps[0]
+    assert step.influence == refitted.influences[step.pair[1]] == min(refitted.influences[2:-1])
+    assert reports["truncate"].influences is None
+    aligned.save(tmp_path)
+    assert FusionReport.load(tmp_path) == aligned
+
+
+def test_reports_that_lack_later_fields_are_read(reports: dict[str, FusionReport]) -> None:
+    values = reports["mka"].to_dict()
+    del values["influences"], values["sample_labels"]
+    assert FusionReport.from_dict(values) == dataclasses.replace(reports["mka"], influences=None)
+
+
+def test_groups_say_how_much_of_each_layer_is_where() -> None:
+    steps = [FusionStep([2], [3], 0.75, 0.25), FusionStep([1], [2, 3], 0.6, 0.4)]
+    report = make_report(steps=steps, refits=[], layers_before=5, layers_after=3)
+    assert report.groups == [{0: 1}, {1: 0.6, 2: pytest.approx(0.3), 3: pytest.approx(0.1)}, {4: 1}]
+    dropped = make_report(steps=[FusionStep([3], [4], 1.0, 0.0)], refits=[], layers_before=5, layers_after=4)
+    assert dropped.groups[-1] == {3: 1, 4: 0}
+    selected = make_report(
+        steps=[FusionStep([1], [2], 1.0, 0.0, channels_kept=[10, 30])],
+        refits=[LayerRefit([1, 2], None, [8, 32], 0.5, 0.1)],
+        layers_before=4,
+        layers_after=3,
+    )
+    assert selected.groups[1] == {1: 0.2, 2: 0.8}
+    refitted_less = dataclasses.replace(selected, refits=[])
+    assert refitted_less.groups[1] == {1: 0.25, 2: 0.75}
+
+
+def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport]) -> None:
+    report = reports["neural_alignment"]
+    [image] = figures.similarity_heatmap(report).axes[0].get_images()
+    np.testing.assert_allclose(np.asarray(image.get_array()), np.array(report.similarity))
+    panels = figures.manifolds(report).axes
+    assert [panel.get_title() for panel in panels[:5]] == [f"layer {n}" for n in range(5)]
+    offsets = np.asarray(panels[2].collections[0].get_offsets())  # (N, 2)
+    assert report.embeddings is not None
+    for axis in range(2):
+        assert list(offsets[:, axis].argsort()) == list(np.array(report.embeddings)[2, :, axis].argsort())
+    numbers = [text.get_text() for text in figures.layer_map(report).axes[0].texts]
+    assert sorted(int(number) for number in numbers if number.isdigit()) == sorted([*range(5), *range(3)])
+
+
+def test_command(reports: dict[str, FusionReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports["refit"].save(tmp_path)
+    assert main(["report", str(tmp_path), "--png", str(tmp_path / "png")]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed[0] == str(tmp_path / "fusion_report.html")
+    assert len(printed) == 5 and all(Path(file).read_bytes().startswith(b"\x89PNG") for file in printed[1:])
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "fusion_report.html").read_bytes()
+    assert main(["report", str(tmp_path / "png")]) == 1
+    assert "holds no fusion_report.json" in capsys.readouterr().err
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(
+    reports: dict[str, FusionReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(ValueError, match=r'^Pictures and pages need matplotlib; run `pip install "lf_hf\[plot\]"`\.$'):
+        report_sections(reports["mka"])
