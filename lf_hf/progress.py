@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 from transformers.utils import logging
+
+from lf_hf.processes import local_rank
 
 
 def progress(iterable: Iterable[Any] | None = None, **kwargs: Any) -> Any:
@@ -14,5 +15,4 @@ def progress(iterable: Iterable[Any] | None = None, **kwargs: Any) -> Any:
 
     Of several processes on a machine only the first one has it. Arguments are tqdm's.
     """
-    silent = os.environ.get("LOCAL_RANK", "0") != "0"
-    return logging.tqdm(iterable, disable=silent, **kwargs)
+    return logging.tqdm(iterable, disable=local_rank() != 0, **kwargs)

@@ -83,7 +83,8 @@ class FusionReport:
     """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
 
     `similarity` is (L, L) and `embeddings` is (L, N, d); both are None where the method does not use them.
-    `seconds` is wall time by stage. `notes` holds what a user should know, one sentence each.
+    `seconds` is wall time by stage. `notes` holds what a user should know, one sentence each. `fingerprints` says by
+    content what the model was made of, see `lf_hf.fused_cache.fingerprints`; it is None where nobody asked for it.
     """
 
     base: str
@@ -101,6 +102,7 @@ class FusionReport:
     seconds: dict[str, float]
     versions: dict[str, str]
     notes: list[str]
+    fingerprints: dict[str, str] | None = None
 
     @property
     def layers_removed_fraction(self) -> float:
@@ -157,6 +159,7 @@ class FusionReport:
     def from_dict(cls, values: dict[str, Any]) -> FusionReport:
         """The report that `to_dict` wrote. Raises ValueError where fields are missing or of the wrong kind."""
         try:
+            values = {"fingerprints": None} | values
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             known["steps"] = [
                 FusionStep(**step | {"matches": {k: RowMatch(**m) for k, m in step["matches"].items()}})

@@ -14,15 +14,21 @@ from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
 
 
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
-    folder = folder.absolute()
+def check_replaceable(folder: Path) -> bool:
+    """Whether there is a fused checkpoint in a folder; raise ValueError if there is anything else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
     replaces = folder.is_dir() and any(folder.iterdir())
     if replaces and not (folder / REPORT_NAME).is_file():
         raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
+    return replaces
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
+    folder = folder.absolute()
+    replaces = check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     scratch.mkdir()
