@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.calibration import Calibration, Corpus, pack_tokens
@@ -124,3 +125,16 @@ def test_the_model_is_unchanged_when_calibration_fails() -> None:
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bars_show_the_long_parts_and_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
+    run(1)
+    shown = capsys.readouterr().err
+    assert all(bar in shown for bar in bars)
+    disable_progress_bar()
+    try:
+        run(1)
+    finally:
+        enable_progress_bar()
+    assert capsys.readouterr().err == ""
