@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
 from lf_hf.modeling_fused_llama import base_config
+from lf_hf.processes import local_rank
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused_llama")
@@ -37,6 +37,7 @@ class FusedLlamaLM(HFLM):
         *,
         num_fusions: int | str | None = None,
         calibration: str | None = None,
+        fused_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Initialize a FusedLlamaLM instance.
@@ -48,6 +49,8 @@ class FusedLlamaLM(HFLM):
             num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
                 are not in its test split; for ``refit`` a mixture of text that is there offline.
+            fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
+                settings, else fused and saved there.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
                 and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
                 ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
@@ -60,7 +63,7 @@ class FusedLlamaLM(HFLM):
                 that is not fused although ``num_fusions`` is missing, or an HFLM argument that fusing excludes.
         """
         settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
-        self.calibration = calibration
+        self.calibration, self.fused_dir = calibration, fused_dir
         self.fusion_config: FusionConfig | None = None
         if num_fusions is not None:
             self.fusion_config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
@@ -75,8 +78,9 @@ class FusedLlamaLM(HFLM):
                         f"{name}={kwargs[name]} cannot be combined with num_fusions; fuse and save the model first, "
                         "then evaluate the saved one."
                     )
-        elif settings or calibration is not None:
-            given = ", ".join([*settings, *(["calibration"] if calibration is not None else [])])
+        elif settings or calibration is not None or fused_dir is not None:
+            others = {"calibration": calibration, "fused_dir": fused_dir}
+            given = ", ".join([*settings, *(name for name, value in others.items() if value is not None)])
             raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
         elif not isinstance(pretrained, str):
             _check_fused("`pretrained`", pretrained.config)
@@ -100,12 +104,13 @@ class FusedLlamaLM(HFLM):
                     config=self.fusion_config,
                     calibration=self.calibration,
                     tokenizer=self.tokenizer,
+                    fused_dir=self.fused_dir,
                 )
             )
         super()._create_model(pretrained, **kwargs)
         self.AUTO_MODEL_CLASS = auto_class
         self._config = self._model.config  # until here the base's, with all its layers
-        if self._model.fusion_report is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        if self._model.fusion_report is not None and local_rank() == 0:
             eval_logger.info(self._model.fusion_report.summary())
 
     def get_model_info(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from lf_hf import pipeline
@@ -30,8 +31,12 @@ from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.decoder import ModelDecoder
+from lf_hf.fused_cache import fingerprints, folder_of_launch, locked, seen, why_not_reused
+from lf_hf.processes import local_processes
 from lf_hf.report import REPORT_NAME, FusionReport
-from lf_hf.saving import replaced_folder, write_companions
+from lf_hf.saving import check_replaceable, replaced_folder, write_companions
+
+logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -73,9 +78,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         calibration: Sequence[str] | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         measurements: pipeline.Measurements | None = None,
+        fused_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> FusedLlamaForCausalLM:
         """Load a Llama and fuse its layers.
+
+        Of several processes that a launcher started on a machine, one fuses and the others load its result.
 
         Parameters
         ----------
@@ -90,6 +98,9 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             The base's tokenizer, if it is not beside the base.
         measurements : Measurements, optional
             What `lf_hf.pipeline.measure` found on the same base, to fuse it several times; by default it is measured.
+        fused_dir : path, optional
+            Where to keep the fused model. If one is there that was made of the same base (by content), calibration
+            text and settings, it is loaded; else the base is fused and saved there.
         **kwargs
             FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
@@ -113,12 +124,41 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(base, **hub_arguments(kwargs))
 
-        # Weights are read from safetensors or GGUF alone: pickled ones can run code.
-        llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs)
-        decoder = ModelDecoder(llama.eval(), keep_originals=config.refit != "none")
         name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
-        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=name, measurements=measurements)
-        return cls._adopt(llama, report, tokenizer)
+        # Weights are read from safetensors or GGUF alone: pickled ones can run code.
+        kwargs = {"use_safetensors": True} | kwargs
+
+        def fused() -> FusedLlamaForCausalLM:
+            llama = LlamaForCausalLM.from_pretrained(base, **kwargs)
+            decoder = ModelDecoder(llama.eval(), keep_originals=config.refit != "none")
+            report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=name, measurements=measurements)
+            return cls._adopt(llama, report, tokenizer)
+
+        if fused_dir is None and local_processes() == 1:
+            return fused()
+        folder = folder_of_launch(name, config) if fused_dir is None else Path(fused_dir).absolute()
+        dtype = kwargs.get("dtype") or "auto"
+        if dtype == "auto":
+            dtype = llama_config.dtype
+        made_of = fingerprints(base, hub_arguments(kwargs), tokenizer, samples, text, dtype)
+        with locked(folder):
+            check_replaceable(folder)
+            reason = why_not_reused(folder, config, made_of)
+            if reason is None:
+                logger.info(f"Loading what was fused before from {str(folder)!r}.")
+                elsewhere = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+                model: FusedLlamaForCausalLM = cls.from_pretrained(folder, **elsewhere)
+                model.tokenizer = tokenizer
+            else:
+                if folder.is_dir():
+                    logger.warning(f"{reason} Fusing, to replace it.")
+                model = fused()
+                assert model.fusion_report is not None
+                model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
+                model.save_pretrained(folder)
+            if fused_dir is None:
+                seen(folder)
+        return model
 
     @classmethod
     def _adopt(

@@ -85,7 +85,8 @@ class FusionReport:
     `similarity` is (L, L) and `embeddings` is (L, N, d), for N samples whose MMLU subjects are `sample_labels` where
     they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
     model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
-    what a user should know, one sentence each.
+    what a user should know, one sentence each. `fingerprints` says by content what the model was made of, see
+    `lf_hf.fused_cache.fingerprints`; it is None where nobody asked for it.
     """
 
     base: str
@@ -127,6 +128,8 @@ class FusionReport:
             if channels := refitted.get(tuple(group)):
                 group.update((number, n / sum(channels)) for number, n in zip(group, channels, strict=True))
         return groups
+
+    fingerprints: dict[str, str] | None = None
 
     @property
     def layers_removed_fraction(self) -> float:

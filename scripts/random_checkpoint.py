@@ -72,6 +72,19 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `llama_config` reads."""
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--tie", action="store_true", help="tie the head to the embeddings")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+
+
 def llama_config(options: argparse.Namespace) -> LlamaConfig:
     """The config of a shape given on the command line."""
     return LlamaConfig(
@@ -105,15 +118,7 @@ def _split(parameters: dict[str, nn.Parameter], max_numbers: int) -> list[list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder; files of the same names are replaced")
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--mlp", type=int, default=5632)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--positions", type=int, default=2048)
-    parser.add_argument("--tie", action="store_true", help="tie the head to the embeddings")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add_shape(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=500_000_000)
     options = parser.parse_args()

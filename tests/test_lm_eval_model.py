@@ -68,7 +68,7 @@ def test_documented_arguments_are_those_of_fusion_config() -> None:
 
 def test_no_setting_is_called_like_an_argument_of_hflm() -> None:
     theirs = inspect.signature(HFLM.__init__).parameters.keys()
-    assert not theirs & {*FusionConfig.field_names(), "calibration"}
+    assert not theirs & {*FusionConfig.field_names(), "calibration", "fused_dir"}
 
 
 def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibration: str, saved: str) -> None:
@@ -83,6 +83,14 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibr
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         by_hand = sum(logprobs[n - 1, ids[n]].item() for n in range(start, len(ids)))
         assert value == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_what_was_fused_is_kept(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = fuse_lm(base, fused_dir=str(tmp_path / "fused"))
+    monkeypatch.setattr("lf_hf.pipeline.fuse", None)
+    kept = fuse_lm(base, fused_dir=str(tmp_path / "fused"))
+    assert loglikelihoods(fused) == loglikelihoods(kept)
+    assert fused.get_model_info() == kept.get_model_info()
 
 
 def test_the_evaluated_model_is_the_fused_one(base: str) -> None:
@@ -187,6 +195,7 @@ def test_results_carry_the_fusion(base: str) -> None:
         ({}, "is a 'llama' model that is not fused; give num_fusions=N with a base's name"),
         ({"method": "mka", "seed": 1}, "method, seed without num_fusions has no effect; add num_fusions=N"),
         ({"calibration": "x.txt"}, "calibration without num_fusions has no effect"),
+        ({"fused_dir": "x"}, "fused_dir without num_fusions has no effect"),
         ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers"),
         ({"num_fusions": 0}, "num_fusions must be an integer of at least 1, got 0"),
         ({"num_fusions": "four"}, "num_fusions must be an integer, got 'four'"),

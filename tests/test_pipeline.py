@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.calibration import Calibration, Corpus, pack_tokens
@@ -156,3 +157,16 @@ def test_measurements_of_other_settings_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fuse(ModelDecoder(model), tokenizer, config, None, None, base="tiny", measurements=measured)
     assert len(model.model.layers) == 5
+
+
+def test_bars_show_the_long_parts_and_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
+    run(1)
+    shown = capsys.readouterr().err
+    assert all(bar in shown for bar in bars)
+    disable_progress_bar()
+    try:
+        run(1)
+    finally:
+        enable_progress_bar()
+    assert capsys.readouterr().err == ""

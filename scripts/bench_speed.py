@@ -1,0 +1,451 @@
+#!/usr/bin/env python3
+"""What fusing costs, and what a fused model saves: tables of times, memory and their ratios.
+
+    .venv/bin/python scripts/bench_speed.py                     # everything, on .cache/smollm2
+    .venv/bin/python scripts/bench_speed.py --random --layers 22 --hidden 2048 --mlp 5632 --tables fusing
+    .venv/bin/python scripts/bench_speed.py --tables assignment pair --sizes 14336 --pair 4096 14336 1024
+
+  stages      stages 1 to 3 against a reference that does what the published programs do: a whole forward pass for each
+              layer and sample, all activations kept, every pair of layers compared twice
+  assignment  solvers, by size and by how alike the layers are
+  pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
+  fusing      time and peak memory of fusing from folder to folder, against copying the folder
+  tokens      tokens a second and bytes of fused models, against the dense one
+  growth      how the cost of each stage grows with layers, hidden size and samples
+
+What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
+of all threads, which other programs on the machine disturb less than the wall clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from random_checkpoint import add_shape, llama_config, write_checkpoint
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf.calibration import documentation_halves, load_calibration, tokenize_samples
+from lf_hf.decoder import ModelDecoder
+from lf_hf.stages import assignment
+from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.alignment import match_rows, normalized_rows
+from lf_hf.stages.assignment import Pair, assign, row_costs
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = FusionConfig(num_fusions=1)
+Array = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cost(Generic[T]):
+    """What a run gave, and what it took: seconds, and bytes that the process grew by at its peak and in all."""
+
+    result: T
+    wall: float
+    cpu: float
+    grown: int
+    peak: int
+
+
+def timed(run: Callable[[], T]) -> Cost[T]:
+    """Run something here. Memory is that of Linux's resident set."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, wall, cpu = _resident("VmRSS"), time.perf_counter(), time.process_time()
+    result = run()
+    wall, cpu, peak = time.perf_counter() - wall, time.process_time() - cpu, _resident("VmHWM")
+    return Cost(result, wall, cpu, peak - before, peak)
+
+
+def timed_apart(prepare: Callable[..., Callable[[], T]], *arguments: Any) -> Cost[T]:
+    """Run what `prepare(*arguments)` returns in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_prepared, prepare, *arguments).result()
+
+
+def _prepared(prepare: Callable[..., Callable[[], T]], *arguments: Any) -> Cost[T]:
+    quiet()
+    with torch.inference_mode():
+        return timed(prepare(*arguments))
+
+
+def _resident(field: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def quiet() -> None:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def table(title: str, *columns: str) -> None:
+    print(f"\n## {title}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+
+
+def row(*cells: object) -> None:
+    print(
+        "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.3f}"
+
+
+# Stages 1 to 3
+
+
+def load(base: str) -> tuple[LlamaForCausalLM, list[Tensor]]:
+    """A base in float32 and the default calibration samples as token ids."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    length = min(DEFAULTS.sample_length, model.config.max_position_embeddings)
+    return model, tokenize_samples(tokenizer, load_calibration(), length, model.config.vocab_size)
+
+
+def one_pass(base: str) -> Callable[[], Array]:
+    """The package's stages 1 to 3."""
+    model, samples = load(base)
+
+    def run() -> Array:
+        distances = sample_distances(ModelDecoder(model), samples)
+        return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
+
+    return run
+
+
+def pass_by_pass(base: str) -> Callable[[], Array]:
+    """The reference."""
+    model, samples = load(base)
+
+    def run() -> Array:
+        embeddings = []
+        kept = []
+        for layer in range(model.config.num_hidden_layers):
+            states = torch.zeros(len(samples), DEFAULTS.sample_length, model.config.hidden_size)  # (N, T, hidden)
+            for n, sample in enumerate(samples):
+                caught: list[Tensor] = []
+                hook = model.model.layers[layer].register_forward_hook(lambda *args, to=caught: to.append(args[2]))
+                model(sample[None], use_cache=False)
+                hook.remove()
+                states[n, : len(sample)] = caught[0][0]
+            kept.append(states)
+        for states in kept:
+            flat = states.flatten(1)
+            distances = np.zeros((len(flat), len(flat)))
+            for n in range(len(flat)):
+                for m in range(len(flat)):
+                    distances[n, m] = (flat[n].double() - flat[m].double()).norm()
+            embeddings.append(rank_normalized(diffusion_embedding(distances)))
+        similarity = np.empty((len(embeddings), len(embeddings)))
+        for i, source in enumerate(embeddings):
+            for j, target in enumerate(embeddings):
+                information = mutual_information(source, target, DEFAULTS.mi_neighbors, DEFAULTS.seed)
+                entropies = [entropy(embedding, DEFAULTS.entropy_neighbors) for embedding in (source, target)]
+                similarity[i, j] = information / math.sqrt(math.prod(entropies))
+        return similarity
+
+    return run
+
+
+def stages(base: str) -> None:
+    ours, reference = timed_apart(one_pass, base), timed_apart(pass_by_pass, base)
+    columns = ("", "CPU seconds", "seconds", "activation memory, GiB", "largest difference of the similarity matrix")
+    table("Stages 1 to 3", *columns)
+    row("reference", reference.cpu, reference.wall, gib(reference.grown), "")
+    row("lf_hf", ours.cpu, ours.wall, gib(ours.grown), "")
+    difference = float(np.abs(ours.result - reference.result).max())
+    row("ratio", reference.cpu / ours.cpu, reference.wall / ours.wall, reference.grown / ours.grown, difference)
+
+
+# Assignment
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alike(size: int) -> Iterator[tuple[str, Pair]]:
+    """Pairs of matrices of some rows, from unlike to nearly equal."""
+    weight, other = random(size, size // 4, seed=0), random(size, size // 4, seed=1)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(2))
+    yield "unlike", (weight, other)
+    yield "permuted, cosine 0.1", (weight, (weight + 10 * other)[order])
+    yield "permuted, cosine 0.7", (weight, (weight + other)[order])
+    yield "nearly equal", (weight, weight + 0.1 * other)
+
+
+def solvers(sizes: Sequence[int]) -> None:
+    columns = (
+        "rows",
+        "layers",
+        "scipy, CPU seconds",
+        "lapx, CPU seconds",
+        "ratio",
+        "relative difference of total cost",
+    )
+    table("Assignment of one matrix, costs given", *columns)
+    for size in sizes:
+        for name, pair in alike(size):
+            costs = row_costs(pair)
+            scipy = timed(partial(linear_sum_assignment, costs))
+            if assignment.lapjvs is None:
+                row(size, name, scipy.cpu, "not installed", "", "")
+                continue
+            lapx = timed(partial(assignment.lapjvs, costs, return_cost=False))
+            totals = [costs[run.result].astype(np.float64).sum() for run in (scipy, lapx)]
+            row(size, name, scipy.cpu, lapx.cpu, scipy.cpu / lapx.cpu, float(totals[1] / totals[0] - 1))
+
+
+def layer_pair(hidden: int, mlp: int, kv: int) -> dict[str, list[Pair]]:
+    shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+    shapes |= {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
+    return {
+        name: [(random(*shape, seed=2 * n).bfloat16(), random(*shape, seed=2 * n + 1).bfloat16())]
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def one_after_another(*shape: int) -> Callable[[], dict[str, NDArray[np.int64]]]:
+    """The reference."""
+    problems = layer_pair(*shape)
+
+    def run() -> dict[str, NDArray[np.int64]]:
+        found = {}
+        for name, [(weight_i, weight_j)] in problems.items():
+            costs = torch.cdist(normalized_rows(weight_i), normalized_rows(weight_j))
+            found[name] = linear_sum_assignment(costs.numpy())[1]
+        return found
+
+    return run
+
+
+def together(solver: str, *shape: int) -> Callable[[], dict[str, NDArray[np.int64]]]:
+    """The package's way."""
+    if solver == "scipy":
+        assignment.lapjvs = None
+    problems = layer_pair(*shape)
+    return lambda: assign(problems)
+
+
+def pairs(shape: Sequence[int]) -> None:
+    columns = ("", "seconds", "CPU seconds", "GiB above the weights", "ratio of seconds", "relative difference of cost")
+    table(f"Assignment of a pair of layers: hidden {shape[0]}, MLP {shape[1]}, KV {shape[2]}, bfloat16", *columns)
+    problems = layer_pair(*shape)
+    reference = timed_apart(one_after_another, *shape)
+
+    def total(found: dict[str, NDArray[np.int64]]) -> float:
+        """In float64, from the weights themselves."""
+        cost = 0.0
+        for name, [(weight_i, weight_j)] in problems.items():
+            a, b = normalized_rows(weight_i), normalized_rows(weight_j[torch.from_numpy(found[name])])
+            for x, y in zip(a.split(512), b.split(512), strict=True):
+                cost += float((x.double() - y.double()).norm(dim=1).sum())
+        return cost
+
+    expected = total(reference.result)
+    row("one after another, scipy", reference.wall, reference.cpu, gib(reference.grown), "", "")
+    for solver in ("scipy", *(["lapx"] if assignment.lapjvs else [])):
+        ours = timed_apart(together, solver, *shape)
+        ratio, difference = reference.wall / ours.wall, total(ours.result) / expected - 1
+        row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)
+
+
+# Fusing
+
+
+def copying(base: str, out: str) -> Callable[[], Any]:
+    return lambda: shutil.copytree(base, out)
+
+
+def fusing(base: str, out: str, method: str, num_fusions: int, low_memory: bool) -> Callable[[], dict[str, float]]:
+    text = [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:512]
+    settings: dict[str, Any] = {"num_fusions": num_fusions, "method": method, "perplexity_tokens": 0}
+    return lambda: fuse_checkpoint(base, out, low_memory=low_memory, calibration=text, **settings).seconds
+
+
+def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
+    size = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
+    columns = ("", "seconds", "over copying", "CPU seconds", "peak memory, GiB", "over checkpoint", "stages")
+    table(f"Fusing {num_fusions} pairs of a checkpoint of {gib(size)} GiB, folder to folder", *columns)
+    with tempfile.TemporaryDirectory() as scratch:
+        floor = timed_apart(copying, base, f"{scratch}/copy")
+        row("copying", floor.wall, 1, floor.cpu, gib(floor.peak), floor.peak / size, "")
+        for method in methods:
+            for low_memory in (False, True):
+                run = timed_apart(fusing, base, f"{scratch}/{method}", method, num_fusions, low_memory)
+                name = f"{method}, {'low memory' if low_memory else 'in memory'}"
+                parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.result.items())
+                row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
+
+
+# Tokens
+
+
+@torch.inference_mode()
+def tokens(base: str, counts: Sequence[int], prompt: int, generated: int, device: str, dtype: str) -> None:
+    dense = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval().to(device)
+    columns = ("fused", "prefill, tokens/s", "over dense", "decode, tokens/s", "over dense", "GiB", "over dense")
+    table(f"Running, {dtype} on {device}: prefill {prompt} tokens, decode {generated}", *columns)
+    ids = torch.randint(dense.config.vocab_size, (1, prompt), device=device)
+    limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 0}
+
+    def speeds(*models: LlamaForCausalLM) -> list[tuple[float, float]]:
+        """Prefill and decode speed of each, the best of three rounds in turn."""
+        seconds: list[list[tuple[float, float]]] = [[] for _ in models]
+        for _ in range(4):
+            for model, taken in zip(models, seconds, strict=True):
+                start = _clock(device)
+                model(ids, logits_to_keep=1)
+                middle = _clock(device)
+                model.generate(ids, **limits)
+                end = _clock(device)
+                taken.append((middle - start, end - middle - (middle - start)))
+        return [
+            (prompt / min(p for p, _ in taken[1:]), (generated - 1) / min(d for _, d in taken[1:])) for taken in seconds
+        ]
+
+    for count in counts:
+        if count >= dense.config.num_hidden_layers:
+            continue
+        fused = copy.deepcopy(dense)
+        decoder = ModelDecoder(fused)
+        for _ in range(count):
+            decoder.remove(decoder.num_layers - 1)  # what is fused does not matter here
+        (p, d), (fused_p, fused_d) = speeds(dense, fused)
+        size, fused_size = (sum(w.nbytes for w in model.parameters()) for model in (dense, fused))
+        row(count, fused_p, fused_p / p, fused_d, fused_d / d, gib(fused_size), fused_size / size)
+
+
+def _clock(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# Growth
+
+
+@torch.inference_mode()
+def growth(layers: Sequence[int], hidden: Sequence[int], samples: Sequence[int]) -> None:
+    columns = ("layers", "hidden", "samples", "activations", "manifold", "similarity", "assignment of a pair")
+    table("How the cost grows: CPU seconds", *columns)
+    for name, values in (("layers", layers), ("hidden", hidden), ("samples", samples)):
+        measured = []
+        for value in values:
+            shape = {"layers": layers[0], "hidden": hidden[0], "samples": samples[0], name: value}
+            measured.append(stage_costs(**shape))
+            row(*shape.values(), *measured[-1])
+        slopes = [np.polyfit(np.log(values), np.log(stage), 1)[0] for stage in zip(*measured, strict=True)]
+        exponents = [f"{slope:.2f}" for slope in slopes]
+        row(*("exponent" if key == name else "" for key in ("layers", "hidden", "samples")), *exponents)
+
+
+def stage_costs(layers: int, hidden: int, samples: int) -> list[float]:
+    """CPU seconds of each stage on a random model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_attention_heads=hidden // 64,
+        vocab_size=1000,
+    )
+    decoder = ModelDecoder(LlamaForCausalLM(config).eval())
+    ids = [torch.randint(1000, (32 + n % 64,)) for n in range(samples)]
+    distances = timed(lambda: sample_distances(decoder, ids))
+    embeddings = timed(lambda: np.stack([diffusion_embedding(layer) for layer in distances.result]))
+    similarity = timed(lambda: layer_similarity(embeddings.result))
+    with decoder.layer(layers - 2) as i, decoder.layer(layers - 1) as j:
+        weights = [{n: p for n, p in layer.named_parameters() if "proj" in n} for layer in (i, j)]
+        aligned = timed(lambda: match_rows({name: (weights[0][name], weights[1][name]) for name in weights[0]}))
+    return [distances.cpu, embeddings.cpu, similarity.cpu, aligned.cpu]
+
+
+@contextmanager
+def checkpoint(options: argparse.Namespace) -> Iterator[str]:
+    """A folder with a base in safetensors: the given one, one made of a GGUF file, or a random one."""
+    gguf = next(Path(options.base).glob("*.gguf"), None)
+    if not options.random and gguf is None:
+        yield options.base
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.random:
+            write_checkpoint(Path(folder), llama_config(options))
+        elif gguf:
+            model = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf.name, dtype=torch.bfloat16)
+            for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # what it was read from
+                vars(model).pop(name, None)
+            vars(model.config).pop("quantization_config", None)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(options.base, gguf_file=gguf.name).save_pretrained(folder)
+        yield folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("stages", "assignment", "pair", "fusing", "tokens", "growth")
+    parser.add_argument("--tables", nargs="+", choices=names, default=names)
+    parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
+    parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
+    add_shape(parser)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="rows, for assignment")
+    shape = ("HIDDEN", "MLP", "KV")
+    parser.add_argument("--pair", type=int, nargs=3, default=[1024, 3584, 256], metavar=shape, help="for pair")
+    parser.add_argument("--methods", nargs="+", default=["truncate", "mka", "neural_alignment", "refit"])
+    parser.add_argument("--num-fusions", type=int, default=4, help="for fusing")
+    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for tokens")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--generated", type=int, default=32, help="tokens written after it")
+    parser.add_argument("--device", default="cpu", help="for tokens")
+    parser.add_argument("--run-dtype", default="bfloat16", help="for tokens")
+    parser.add_argument("--growth-layers", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--growth-hidden", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--growth-samples", type=int, nargs="+", default=[57, 256, 1024])
+    options = parser.parse_args()
+    quiet()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; base: ", end="")
+    print("random weights" if options.random else Path(options.base).name)
+    if "assignment" in options.tables:
+        solvers(options.sizes)
+    if "pair" in options.tables:
+        pairs(options.pair)
+    if "growth" in options.tables:
+        growth(options.growth_layers, options.growth_hidden, options.growth_samples)
+    if {"stages", "fusing", "tokens"} & set(options.tables):
+        with checkpoint(options) as base:
+            if "stages" in options.tables:
+                stages(base)
+            if "fusing" in options.tables:
+                fusions(base, options.methods, options.num_fusions)
+            if "tokens" in options.tables:
+                tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from lm_eval.api.instance import Instance
+from tokenizers import normalizers
+
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, fused_cache, pipeline
+from lf_hf.lm_eval_model import FusedLlamaLM
+
+SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
+
+# Leaves a file for each fusion that is run, and one with what the process ends up with.
+COUNTED = """
+import json, os, pathlib, sys
+from lf_hf import FusedLlamaForCausalLM, pipeline
+
+out, base, arguments = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+fuse = pipeline.fuse
+
+def counted(*args, **kwargs):
+    (out / f"fused-{os.getpid()}").touch()
+    return fuse(*args, **kwargs)
+
+pipeline.fuse = counted
+"""
+LOADS = """
+model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
+result = [parameter.double().sum().item() for parameter in model.parameters()]
+(out / f"result-{os.getpid()}").write_text(json.dumps(result))
+"""
+EVALUATES = """
+from lm_eval.api.instance import Instance
+from lf_hf.lm_eval_model import FusedLlamaLM
+
+lm = FusedLlamaLM(base, **arguments, device="cpu")
+pairs = [("layer model neuron", " weight"), ("token state", " train small")]
+requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+result = [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+(out / f"result-{os.getpid()}").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def fusions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with each fusion."""
+    fuse, names = pipeline.fuse, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        names.append(kwargs["base"])
+        return fuse(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "fuse", counted)
+    return names
+
+
+def load(base: str, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausalLM:
+    arguments: dict[str, Any] = {"calibration": make_texts()} | SETTINGS | kwargs
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=fused_dir, **arguments)
+
+
+def same(a: FusedLlamaForCausalLM, b: FusedLlamaForCausalLM) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_what_was_fused_is_loaded(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    first = load(base, tmp_path / "fused")
+    second = load(base, tmp_path / "fused")
+    assert fusions == [base]
+    assert same(first, second) and first.dtype == second.dtype and not second.training
+    assert first.fusion_report == second.fusion_report and second.tokenizer is not None
+    assert first.config.to_diff_dict() == second.config.to_diff_dict()
+    assert same(first, FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"))
+
+
+def test_a_base_is_known_by_content(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    load(base, tmp_path / "fused")
+    shutil.copytree(base, tmp_path / "of another name")
+    load(str(tmp_path / "of another name"), tmp_path / "fused")
+    assert fusions == [base]
+
+
+def with_other_weights(base: Path) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-3
+    model.save_pretrained(base)
+
+
+def with_other_config(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any] | None, dict[str, Any], str]] = {
+    "weights": (with_other_weights, {}, "was made with another base"),
+    "config": (with_other_config, {}, "was made with another base"),
+    "settings": (None, {"num_fusions": 1, "seed": 3}, "num_fusions=2 instead of 1, seed=0 instead of 3"),
+    "calibration": (None, {"calibration": make_texts(seed=5)}, "was made with other calibration text"),
+    "dtype": (None, {"dtype": "bfloat16"}, "was made with another dtype"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_differs_is_said_and_fused_again(
+    change: str,
+    base: str,
+    tmp_path: Path,
+    fusions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    edit, arguments, message = CHANGES[change]
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    shutil.copytree(base, tmp_path / "base")
+    load(str(tmp_path / "base"), tmp_path / "fused")
+    assert caplog.messages == []
+    if edit:
+        edit(tmp_path / "base")
+    again = load(str(tmp_path / "base"), tmp_path / "fused", **arguments)
+    assert len(fusions) == 2
+    assert [text for text in caplog.messages if message in text and text.endswith("Fusing, to replace it.")]
+    assert same(again, load(str(tmp_path / "base"), tmp_path / "fused", **arguments)) and len(fusions) == 2
+
+
+def test_another_tokenizer_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    load(base, tmp_path / "fused")
+    other = make_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Replace("layer", "laier")
+    load(base, tmp_path / "fused", tokenizer=other)
+    assert len(fusions) == 2
+
+
+def test_a_checkpoint_of_unknown_making_is_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    plain = FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=make_texts(), **SETTINGS)
+    plain.save_pretrained(tmp_path / "fused")
+    model = load(base, tmp_path / "fused")
+    assert len(fusions) == 2 and same(plain, model)
+
+
+def test_a_folder_with_anything_else_is_left_alone(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no fused checkpoint; choose another folder"):
+        load(base, tmp_path)
+    assert fusions == [] and (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_fusion_that_fails_leaves_the_folder_to_the_next(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "fuse", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            load(base, tmp_path / "fused")
+    assert load(base, tmp_path / "fused").num_parameters()
+
+
+def test_what_a_launch_left_behind_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = FusionConfig(num_fusions=1)
+    monkeypatch.setattr(fused_cache, "HF_HOME", str(tmp_path))
+    mine = fused_cache.folder_of_launch("base", config)
+    monkeypatch.setattr(os, "getppid", lambda: 2**22 + 1)  # Linux has no such process
+    gone = fused_cache.folder_of_launch("base", config)
+    assert mine != gone
+    for folder in (mine, gone):
+        folder.mkdir(parents=True)
+    fused_cache.folder_of_launch("base", config)
+    assert mine.is_dir() and not gone.exists()
+
+
+@pytest.fixture
+def started(base: str, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a program behind some command words, with a home of its own: started(program, *words, **arguments)."""
+    (tmp_path / "texts.txt").write_text("\n\n".join(make_texts()))
+
+    def start(program: str, *words: str, **arguments: Any) -> subprocess.Popen[str]:
+        arguments = {"calibration": str(tmp_path / "texts.txt")} | SETTINGS | arguments
+        (tmp_path / "program.py").write_text(COUNTED + program)
+        return subprocess.Popen(
+            [*words, str(tmp_path / "program.py"), str(tmp_path), base, json.dumps(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "HF_HOME": str(tmp_path / "home"),
+                "CUDA_VISIBLE_DEVICES": "",
+                "ACCELERATE_USE_CPU": "true",  # `accelerate launch --cpu` starts a single process, unless through MPI
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
+    return start
+
+
+def outcome(folder: Path) -> tuple[int, list[list[float]]]:
+    """How many fusions were run, and what each process ended up with."""
+    results = [json.loads(file.read_text()) for file in folder.glob("result-*")]
+    return len(list(folder.glob("fused-*"))), results
+
+
+def test_of_launched_processes_one_fuses(
+    base: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    launch = f"{Path(sys.executable).parent}/accelerate launch --multi_gpu --num_processes 2 --main_process_port 0"
+    process = started(EVALUATES, *launch.split())
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    count, results = outcome(tmp_path)
+    assert (count, len(results)) == (1, 2)
+    assert output.count("Fusing: 100%") == 1  # the other one has nothing to show
+    assert list((tmp_path / "home" / "lf_hf").iterdir()) == []  # nothing is left behind
+
+    alone = FusedLlamaLM(base, calibration=str(tmp_path / "texts.txt"), device="cpu", **SETTINGS)
+    pairs = [("layer model neuron", " weight"), ("token state", " train small")]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    expected = [value for value, _ in alone.loglikelihood(requests, disable_tqdm=True)]
+    assert results[0] == results[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_processes_that_start_at_once_both_end_well(
+    started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    both = [started(LOADS, sys.executable, fused_dir=str(tmp_path / "fused")) for _ in range(2)]
+    for process in both:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    count, results = outcome(tmp_path)
+    assert (count, len(results)) == (1, 2) and results[0] == results[1]
