@@ -80,14 +80,17 @@ def fuse_checkpoint(
     ------
     ValueError
         For settings, a base, calibration text or a folder that can not be used.
+    OSError
+        If another process is saving there, or if files can not be written.
     """
     base = os.fspath(base)
     check_replaceable(Path(out))
     if not low_memory:
-        model = FusedLlamaForCausalLM.from_pretrained_fused(
-            base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
-        )
-        model.save_pretrained(out, as_llama=as_llama, max_shard_size=max_shard_bytes)
+        with replaced_folder(Path(out)) as folder:
+            model = FusedLlamaForCausalLM.from_pretrained_fused(
+                base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
+            )
+            model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
         assert model.fusion_report is not None
         return model.fusion_report
 

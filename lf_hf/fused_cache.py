@@ -105,9 +105,9 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which need not exist; a file beside it is the lock."""
+    """Keep others that would fuse into a folder, which need not exist, waiting; a file beside it is the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(folder.with_name(f".{folder.name}.fusing"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -116,6 +116,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
         lock.release()
 
 

@@ -226,18 +226,31 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         ------
         ValueError
             If the folder holds anything else.
+        OSError
+            If another process is saving there, or if files can not be written.
         """
         if not kwargs.get("is_main_process", True):
             return
-        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
         with replaced_folder(Path(save_directory)) as folder:
-            if as_llama:
-                self.to_llama().save_pretrained(folder, *args, **kwargs)
-            else:
-                super().save_pretrained(folder, *args, **kwargs)
-            write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
+            self.write_files(folder, *args, as_llama=as_llama, tokenizer=tokenizer, **kwargs)
         if push_to_hub:
             _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+
+    def write_files(
+        self,
+        folder: Path,
+        *args: Any,
+        as_llama: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write what `save_pretrained` saves into a folder that the caller looks after."""
+        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
+        if as_llama:
+            self.to_llama().save_pretrained(folder, *args, **kwargs)
+        else:
+            super().save_pretrained(folder, *args, **kwargs)
+        write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
 
     def push_to_hub(  # type: ignore[override]
         self,

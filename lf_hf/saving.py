@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
+
+_LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 
 
 def check_replaceable(folder: Path) -> bool:
@@ -33,23 +38,88 @@ def check_replaceable(folder: Path) -> bool:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well and vanishes when it does not."""
-    folder = folder.absolute()
-    replaces = check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    scratch.mkdir()
+    """A new folder that takes the place of `folder` when the block ends well and vanishes when it does not.
+
+    Whenever the process is killed, `folder` is what it was, or the new one, whole. (Where the system can not exchange
+    two folders in one step, which Linux can, there may be none: the next save brings the old one back.) What a killed
+    process left beside `folder` goes with the next save.
+
+    Raises
+    ------
+    ValueError
+        If `folder` is a file or holds anything but a fused checkpoint.
+    OSError
+        If another process is saving there, or if files can not be written.
+    """
+    folder = folder.resolve()
+    check_replaceable(folder)
+    scratch = folder.with_name(f".{folder.name}.saving")
+    new = scratch / "new"
     try:
-        yield scratch
-        if replaces:
-            old = folder.with_name(f"{scratch.name}.old")
-            folder.rename(old)
-            scratch.rename(folder)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(folder):
+            _clear(scratch, folder)
+            check_replaceable(folder)
+            new.mkdir(parents=True)
+            try:
+                yield new
+                _swap(new, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except BlockingIOError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{str(folder)!r} was not written ({error}); what was there before is as it was.") from error
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Keep others from saving into `folder` meanwhile; a killed process keeps nobody out."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"Another process is saving into {str(folder)!r}; wait until it is done, or choose another folder."
+        ) from None
+    try:
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        lock.release()
+
+
+def _clear(scratch: Path, folder: Path) -> None:
+    """Remove what a killed process left, and finish or undo its exchange."""
+    old = scratch / "old"
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`; what was there is at `new` afterwards."""
+    if not folder.exists() or not any(folder.iterdir()):
+        new.replace(folder)
+    elif not _exchange(new, folder):
+        old = new.with_name("old")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        old.rename(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, by Linux's renameat2; false where the system or the disk can not."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an older C library
+        return False
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def write_companions(
@@ -57,7 +127,10 @@ def write_companions(
 ) -> None:
     """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library has no error of its own for a full disk
+            raise OSError(f"tokenizer: {error}") from error
     if report is not None:
         report.save(folder)
         (folder / "README.md").write_text(model_card(report, as_llama=as_llama), encoding="utf-8")

@@ -1,0 +1,192 @@
+"""Nothing is lost: whatever goes wrong while saving, a folder is what it was or what it is to be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_texts
+from transformers import AutoModelForCausalLM
+
+from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint, saving
+from lf_hf.saving import replaced_folder
+
+
+@pytest.fixture(scope="module")
+def model(base: str) -> FusedLlamaForCausalLM:
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=2, method="truncate", perplexity_tokens=0)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """At 25 random moments of many saves, and before every single line of saving.py, there also by SIGINT."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "saving_faults.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    for name, states in outcome["found"].items():
+        assert set(states) == {"old", "new"}, name
+        assert len(states) >= 25
+    # What the very last one left goes with the next save; of all the others there is nothing.
+    left = {name for name in outcome["left"] if not name.startswith(".")}
+    assert left == {"base", "out", "whole0", "whole1", *outcome["found"]} - {"kill"}
+    assert set(outcome["left"]) <= left | {".out.lock", ".out.saving"}
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_full_disk(model: FusedLlamaForCausalLM, exists: bool, tmp_path: Path) -> None:
+    """Whichever file it is that does not fit."""
+    model.save_pretrained(tmp_path / "out", max_shard_size="5KB")
+    before = files(tmp_path / "out")
+    sizes = {name: len(content) for name, content in before.items()}
+    target = tmp_path / ("out" if exists else "new")
+    for size in sorted({min(sizes.values()) - 1, sizes["tokenizer.json"] - 1, max(sizes.values()) - 1}):
+        with file_size_limit(size), pytest.raises(OSError, match=r"was not written \(.*File too large") as error:
+            model.save_pretrained(target, max_shard_size="5KB")
+        assert str(target) in str(error.value) and "\n" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert files(tmp_path / "out") == before
+
+
+def test_full_disk_while_fusing_from_folder_to_folder(base: str, tmp_path: Path) -> None:
+    with file_size_limit(20_000), pytest.raises(OSError, match=r"was not written .*File too large"):
+        fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="mka", calibration=make_texts())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    assert model.tokenizer is not None
+
+    def save() -> None:
+        with replaced_folder(tmp_path / "out") as folder:
+            saving.write_companions(folder, None, model.tokenizer, as_llama=False)
+
+    with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
+        save()
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def no_privileges() -> Iterator[None]:
+    """Root may write everywhere, so for a moment it is somebody else."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+def test_read_only_folder(model: FusedLlamaForCausalLM) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        model.save_pretrained(parent / "out")
+        before = files(parent / "out")
+        for path in (parent / "out", parent):
+            path.chmod(0o555)
+        for target in ("out", "new", "new/deeper"):
+            with no_privileges(), pytest.raises(OSError, match=r"was not written .*Permission denied"):
+                model.save_pretrained(parent / target)
+        parent.chmod(0o755)
+        assert [path.name for path in parent.iterdir()] == ["out"] and files(parent / "out") == before
+
+
+def test_a_folder_that_vanishes(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+
+    def save_while_it_vanishes(out: Path, vanishing: Path) -> None:
+        with replaced_folder(out) as folder:
+            model.write_files(folder)
+            shutil.rmtree(vanishing)
+
+    model.save_pretrained(tmp_path / "parent" / "out")
+    with pytest.raises(OSError, match=r"was not written .*No such file"):
+        save_while_it_vanishes(tmp_path / "parent" / "out", tmp_path / "parent")
+    assert list(tmp_path.iterdir()) == []
+
+    model.save_pretrained(tmp_path / "out")
+    save_while_it_vanishes(tmp_path / "out", tmp_path / "out")  # what is replaced may go
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
+    message = f"Another process is saving into '{tmp_path / 'out'}'; wait until it is done, or choose another folder"
+    with replaced_folder(tmp_path / "out") as folder:
+        model.write_files(folder)
+        with pytest.raises(BlockingIOError, match=message):
+            model.save_pretrained(tmp_path / "out")
+        for low_memory in (True, False):  # before the work, not after it
+            with pytest.raises(BlockingIOError, match=message):
+                fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="truncate", low_memory=low_memory)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_writers_at_once_leave_one_whole_checkpoint(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "whole")
+    outcomes: list[str] = []
+
+    def save() -> None:
+        try:
+            for _ in range(3):
+                model.save_pretrained(tmp_path / "out")
+            outcomes.append("saved")
+        except BlockingIOError:
+            outcomes.append("told")
+
+    threads = [threading.Thread(target=save) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 4 and "saved" in outcomes
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_model_can_be_saved_where_it_was_loaded_from(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    """Its weights may still be mapped from the file that is replaced."""
+    model.save_pretrained(tmp_path / "out")
+    before = files(tmp_path / "out")
+    for _ in range(2):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
+    assert files(tmp_path / "out")["model.safetensors"] == before["model.safetensors"]
+    assert files(tmp_path / "out").keys() == before.keys()
+
+
+def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
