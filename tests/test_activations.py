@@ -28,6 +28,13 @@ def test_distances_survive_a_huge_shared_component() -> None:
     np.testing.assert_allclose(pairwise_distances(shifted), expected, rtol=1e-10)
 
 
+def test_equal_samples_are_exactly_zero_apart() -> None:
+    """Also where a matrix product of the samples would round alike terms differently."""
+    states = [torch.randn(40, 33, generator=torch.Generator().manual_seed(n % 19)) for n in range(57)]
+    distances = pairwise_distances(states)
+    np.testing.assert_array_equal(distances == 0, np.arange(57)[:, None] % 19 == np.arange(57) % 19)
+
+
 def test_sample_distances_has_one_matrix_a_layer_and_zero_between_equal_samples() -> None:
     distances = sample_distances(ModelDecoder(make_llama()), [*SAMPLES, SAMPLES[1]])
     assert distances.shape == (5, 4, 4) and distances.dtype == np.float64
