@@ -35,6 +35,9 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 
+MAX_SHARD_BYTES = 500_000_000
+"""Size of an output file, about."""
+
 _NO_TEXT = (
     "Without calibration text the model has to write some, which needs all layers at once; give calibration=FILE or "
     "use low_memory=False."
@@ -50,7 +53,7 @@ def fuse_checkpoint(
     as_llama: bool = False,
     calibration: Sequence[str] | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_bytes: int = 500_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,
 ) -> FusionReport:
     """Fuse a Llama checkpoint into another folder.
@@ -96,16 +99,10 @@ def fuse_checkpoint(
 
     settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
     config = FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+    check_low_memory(config, calibration, kwargs)
     dtype = kwargs.pop("dtype", None)
-    unknown = set(kwargs) - set(hub_arguments(kwargs))
-    if unknown or kwargs.get("gguf_file"):
-        raise ValueError(
-            f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
-        )
     llama_config = base_config(base, kwargs)
     config.check_num_layers(llama_config.num_hidden_layers)
-    if config.needs_text and calibration is None:
-        raise ValueError(_NO_TEXT)
     samples, text = load_needed(config, calibration)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
@@ -120,6 +117,19 @@ def fuse_checkpoint(
         _generation_config(base, kwargs, llama_config).save_pretrained(folder)
         write_companions(folder, report, tokenizer, as_llama=as_llama)
     return report
+
+
+def check_low_memory(
+    config: FusionConfig, calibration: Sequence[str] | str | Path | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError where only fusing in memory can do what is asked; `kwargs` are from_pretrained's."""
+    unknown = set(kwargs) - set(hub_arguments(kwargs)) - {"dtype"}
+    if unknown or kwargs.get("gguf_file"):
+        raise ValueError(
+            f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
+        )
+    if config.needs_text and calibration is None:
+        raise ValueError(_NO_TEXT)
 
 
 def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 # Attention implementations that are causal by themselves when they get no mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
 
-_GENERATED_TOGETHER = 32  # sequences in a batch of generated text
+GENERATED_TOGETHER = 32  # sequences in a batch of generated text
 
 
 class Decoder(ABC):
@@ -191,7 +191,7 @@ class ModelDecoder(Decoder):
                 do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length - 1, pad_token_id=0
             )
             written: list[Tensor] = []
-            for start in logging.tqdm(starts.split(_GENERATED_TOGETHER), desc="Writing calibration text", unit="batch"):
+            for start in logging.tqdm(starts.split(GENERATED_TOGETHER), desc="Writing calibration text", unit="batch"):
                 start = start.to(device)
                 ids = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=sampling)
                 written += ids.cpu().unbind()

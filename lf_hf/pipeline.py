@@ -42,8 +42,8 @@ from lf_hf.states import StateStore
 
 logger = logging.get_logger(__name__)
 
-_PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
-_STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
+PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
 
 
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
@@ -320,7 +320,7 @@ def _fuse_steps(
     """
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
-    embedded = decoder.embed(text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else []
+    embedded = decoder.embed(text[: max(1, STEP_TOKENS // len(text[0]))]) if text else []
     # Besides the states at all boundaries, those inside a pair and inside what it becomes.
     with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
@@ -386,7 +386,7 @@ def _judging_sequences(
     if not text:
         notes.append("No perplexity: this Python comes without pydoc_data.topics, the text that it is measured on.")
         logger.warning(notes[-1])
-    length = min(_PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
+    length = min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
     return pack_tokens(tokenizer, text, length, config.perplexity_tokens)
 
 
