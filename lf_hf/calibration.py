@@ -22,7 +22,10 @@ from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question
 
 logger = logging.getLogger(__name__)
 
-_GENERATED_SHARE = 0.5  # of the default corpus
+# What the model writes itself keeps what no other text touches: a share of the tokens of the default corpus, and of
+# a user's.
+_GENERATED_SHARE = 0.5
+_GENERATED_SHARE_OF_USERS = 1 / 3
 
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file the first ones count."""
@@ -76,15 +79,20 @@ class Corpus:
         For people: where the text is from.
     generated_share : float
         Share of the tokens that the dense model itself is to write.
+    by_default : bool
+        Whether it is the mixture that is there offline, and not a user's text.
     """
 
     parts: list[str]
     source: str
     generated_share: float = 0.0
+    by_default: bool = False
 
 
 def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
+
+    The model writes half of the mixture, and a third beside a user's text: what narrow text does not touch is lost.
 
     Parameters
     ----------
@@ -98,12 +106,12 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus
         quiz += [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
         parts = [part for part in (documentation_halves()[0], "\n\n".join(quiz)) if part]
         source = "text by the model itself, Python documentation (first half), MMLU development questions"
-        return Corpus(parts, source, _GENERATED_SHARE)
+        return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = _open(calibration)
     text = "\n\n".join(_strings(samples, source))
     if not text:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
-    return Corpus([text], source)
+    return Corpus([text], f"{source}, text by the model itself", _GENERATED_SHARE_OF_USERS)
 
 
 def load_calibration(

@@ -35,10 +35,8 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 
-_NO_TEXT = (
-    "Without calibration text the model has to write some, which needs all layers at once; give calibration=FILE or "
-    "use low_memory=False."
-)
+MAX_SHARD_BYTES = 500_000_000
+"""Size of an output file, about."""
 
 
 def fuse_checkpoint(
@@ -50,7 +48,7 @@ def fuse_checkpoint(
     as_llama: bool = False,
     calibration: Sequence[str] | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_bytes: int = 500_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,
 ) -> FusionReport:
     """Fuse a Llama checkpoint into another folder.
@@ -96,16 +94,10 @@ def fuse_checkpoint(
 
     settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
     config = FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+    check_low_memory(kwargs)
     dtype = kwargs.pop("dtype", None)
-    unknown = set(kwargs) - set(hub_arguments(kwargs))
-    if unknown or kwargs.get("gguf_file"):
-        raise ValueError(
-            f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
-        )
     llama_config = base_config(base, kwargs)
     config.check_num_layers(llama_config.num_hidden_layers)
-    if config.needs_text and calibration is None:
-        raise ValueError(_NO_TEXT)
     samples, text = load_needed(config, calibration)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
@@ -120,6 +112,15 @@ def fuse_checkpoint(
         _generation_config(base, kwargs, llama_config).save_pretrained(folder)
         write_companions(folder, report, tokenizer, as_llama=as_llama)
     return report
+
+
+def check_low_memory(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where only fusing in memory can do what is asked; `kwargs` are from_pretrained's."""
+    unknown = set(kwargs) - set(hub_arguments(kwargs)) - {"dtype"}
+    if unknown or kwargs.get("gguf_file"):
+        raise ValueError(
+            f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
+        )
 
 
 def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
@@ -178,11 +179,11 @@ class CheckpointDecoder(Decoder):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
-        yield self._built(self._layer_weights(index))
+        yield self._built(self._layer_weights(index), index)
 
     @contextmanager
     def original(self, number: int) -> Iterator[LlamaDecoderLayer]:
-        yield self._built(self._stored_weights(number))
+        yield self._built(self._stored_weights(number), number)
 
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
         file = self._changed(index)
@@ -211,9 +212,6 @@ class CheckpointDecoder(Decoder):
         norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
-
-    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
-        raise ValueError(_NO_TEXT)
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""
@@ -254,9 +252,9 @@ class CheckpointDecoder(Decoder):
         names = [name for name in (_EMBEDDING, _NORM, _HEAD) if name in self._files]
         return [name for name in names if name != _HEAD or not self.config.tie_word_embeddings]
 
-    def _built(self, weights: Mapping[str, Tensor]) -> LlamaDecoderLayer:
+    def _built(self, weights: Mapping[str, Tensor], index: int) -> LlamaDecoderLayer:
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, layer_idx=0)
+            layer = LlamaDecoderLayer(self.config, layer_idx=index)
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 

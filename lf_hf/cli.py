@@ -26,6 +26,7 @@ from lf_hf import tasks_path
 from lf_hf.checkpoint import fuse_checkpoint, weights_size
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.modeling_fused_llama import base_config
+from lf_hf.plan import plan_fusion
 from lf_hf.plotting import missing_packages
 from lf_hf.report import FusionReport
 from lf_hf.report_page import write_page, write_pictures
@@ -147,6 +148,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
     epilog=_examples(
         "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method refit --calibration my_text.txt",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --as-llama",
+        "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --dry-run",
     )
 )
 @_fusion_options(leave_out=["num_fusions"])
@@ -171,6 +173,9 @@ def fuse(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Hold a layer or two in memory instead of the model.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done: layers, sizes, memory and time.")
+    ] = False,
 ) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
@@ -188,15 +193,13 @@ def fuse(
         num_fusions = num_layers - target_layers
     with _usage_errors():
         config = FusionConfig(num_fusions=num_fusions, **settings)  # type: ignore[arg-type]  # checked above
+    loading = hub | _given(dtype=dtype, device_map=device)
+    if dry_run:
+        plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
+        print(plan.summary())
+        return
     done = fuse_checkpoint(
-        base,
-        out,
-        config,
-        low_memory=low_memory,
-        as_llama=as_llama,
-        calibration=calibration,
-        **hub,
-        **_given(dtype=dtype, device_map=device),
+        base, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration, **loading
     )
     counts = {
         "layers": (done.layers_before, done.layers_after),

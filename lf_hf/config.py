@@ -74,8 +74,9 @@ class FusionConfig:
     ridge : float > 0, default=0.1
         Strength of the refit's pull towards the weights as they were, in units of the mean diagonal of the
         activations' Gram matrix.
-    calibration_tokens : int >= 1024, default=32768
-        Tokens of calibration text that influence, channel selection and refit use at most.
+    calibration_tokens : int >= 1024, default=49152
+        Tokens of calibration text that influence, channel selection and refit use at most. The model writes a third
+        of them itself, or half where no text is given.
     calibration_length : int >= 16, default=512
         Tokens of a sequence of that text.
     kernel_scale : float > 0, default=8.0
@@ -115,7 +116,7 @@ class FusionConfig:
     merge: str = None  # type: ignore[assignment]
     refit: str = None  # type: ignore[assignment]
     ridge: float = 0.1
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 49152
     calibration_length: int = 512
     kernel_scale: float = 8.0
     kernel_alpha: float = 0.5

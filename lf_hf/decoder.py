@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils import logging
 
 # Attention implementations that are causal by themselves when they get no mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
-
-_GENERATED_TOGETHER = 32  # sequences in a batch of generated text
 
 
 class Decoder(ABC):
@@ -69,9 +67,33 @@ class Decoder(ABC):
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Final norm and head, inside a `with` block: (1, tokens T, hidden) -> logits (1, tokens T, vocab)."""
 
-    @abstractmethod
+    @torch.no_grad()
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
-        """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1."""
+        """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
+
+        All sequences take a step together, so that each layer is used once a step.
+        """
+        random = torch.Generator().manual_seed(seed)
+        # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
+        tokens = torch.randint(self.config.vocab_size, (count,), generator=random)
+        if self.config.bos_token_id is not None:
+            tokens[::2] = self.config.bos_token_id
+        written, cache = [tokens], DynamicCache()
+        with self.head() as head:
+            for position in logging.tqdm(range(length - 1), desc="Writing calibration text", unit="token"):
+                hidden_states = self.embed([tokens])[0].transpose(0, 1)  # (count, 1, hidden)
+                position_ids = torch.full((count, 1), position, device=hidden_states.device)
+                position_embeddings = self.rotary_emb(hidden_states, position_ids)
+                for index in range(self.num_layers):
+                    with self.layer(index) as layer:
+                        # By position, as the name of the cache's parameter depends on the version of transformers.
+                        hidden_states = layer(
+                            hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
+                        )
+                probabilities = head(hidden_states)[:, 0].float().softmax(-1).cpu()  # (count, vocab)
+                tokens = torch.multinomial(probabilities, 1, generator=random)[:, 0]
+                written.append(tokens)
+        return list(torch.stack(written, dim=1))
 
     def layer_inputs(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
         """What a layer takes besides its hidden states, for one sequence without padding or cache.
@@ -177,25 +199,6 @@ class ModelDecoder(Decoder):
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
-
-    @torch.no_grad()
-    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
-        vocab_size, device = self.config.vocab_size, self.model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
-            starts = torch.randint(vocab_size, (count, 1))
-            if self.config.bos_token_id is not None:
-                starts[::2] = self.config.bos_token_id
-            sampling = GenerationConfig(
-                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length - 1, pad_token_id=0
-            )
-            written: list[Tensor] = []
-            for start in logging.tqdm(starts.split(_GENERATED_TOGETHER), desc="Writing calibration text", unit="batch"):
-                start = start.to(device)
-                ids = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=sampling)
-                written += ids.cpu().unbind()
-        return written
 
 
 def remove_config_layer(config: LlamaConfig, index: int) -> None:

@@ -42,8 +42,8 @@ from lf_hf.states import StateStore
 
 logger = logging.get_logger(__name__)
 
-_PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
-_STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
+PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
 
 
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
@@ -163,7 +163,7 @@ def measure(
         similarity=similarity,
         embeddings=embeddings,
         text=packed,
-        offline_text=text is not None and text.generated_share > 0,
+        offline_text=text is not None and text.by_default,
         sample_labels=None if samples is None else samples.labels,
         influences=influences,
         of_samples=of_samples,
@@ -272,10 +272,11 @@ def calibration_sequences(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
 ) -> list[Tensor]:
     """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
-    length = min(config.calibration_length, decoder.config.max_position_embeddings)
-    written = int(config.calibration_tokens * text.generated_share) // length
+    length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
+    written = int(config.calibration_tokens * share) // length
     tokens = config.calibration_tokens - written * length
     packed = pack_corpus(tokenizer, text, length, tokens, decoder.config.vocab_size)
+    written = min(written, round(sum(map(len, packed)) * share / (1 - share) / length))  # short text keeps its share
     return alternated(packed, decoder.generate(written, length, config.seed)) if written else packed
 
 
@@ -320,7 +321,7 @@ def _fuse_steps(
     """
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
-    embedded = decoder.embed(text[: max(1, _STEP_TOKENS // len(text[0]))]) if text else []
+    embedded = decoder.embed(text[: max(1, STEP_TOKENS // len(text[0]))]) if text else []
     # Besides the states at all boundaries, those inside a pair and inside what it becomes.
     with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
@@ -386,7 +387,7 @@ def _judging_sequences(
     if not text:
         notes.append("No perplexity: this Python comes without pydoc_data.topics, the text that it is measured on.")
         logger.warning(notes[-1])
-    length = min(_PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
+    length = min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
     return pack_tokens(tokenizer, text, length, config.perplexity_tokens)
 
 

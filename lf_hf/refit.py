@@ -157,8 +157,8 @@ def _fit_mlp(
     down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
 
     channels = torch.arange(down.shape[1], device=down.device)
-    limit = max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep))
-    if len(channels) > limit:
+    limit = num_candidates(len(channels), keep)
+    if limit < len(channels):
         energy = torch.zeros(len(channels), device=down.device)
         for residual in residuals:
             energy += _mlp_channels(decoder, weights, residual)[1:].float().square().sum(0)
@@ -180,6 +180,11 @@ def _fit_mlp(
         error_after = regression.relative_error(fitted)
         weights["mlp.down_proj.weight"] = fitted.to(start.dtype)
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def num_candidates(channels: int, keep: int) -> int:
+    """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
+    return min(channels, max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
 
 
 def stacked(parameters: Sequence[Weights], norm: str, maps: Sequence[Tensor] | None = None) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             new.mkdir(parents=True)
             try:
                 yield new
+                _follow_umask(new)
                 _swap(new, folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -95,6 +96,14 @@ def _clear(scratch: Path, folder: Path) -> None:
     if old.is_dir() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give the files in a folder the mode of any new file: safetensors keeps those that it writes to the user alone."""
+    probe = folder.with_name("mode")
+    probe.touch()
+    for file in folder.iterdir():
+        file.chmod(probe.stat().st_mode)
 
 
 def _swap(new: Path, folder: Path) -> None:

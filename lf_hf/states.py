@@ -13,7 +13,7 @@ from typing import overload
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_MEMORY_LIMIT = 1 << 28  # bytes that one store keeps in memory
+MEMORY_LIMIT = 1 << 28  # bytes that one store keeps in memory
 
 
 class StateStore:
@@ -26,7 +26,7 @@ class StateStore:
     """
 
     def __init__(self, expected_bytes: int) -> None:
-        self._folder = tempfile.TemporaryDirectory() if expected_bytes > _MEMORY_LIMIT else None
+        self._folder = tempfile.TemporaryDirectory() if expected_bytes > MEMORY_LIMIT else None
 
     def __enter__(self) -> StateStore:
         return self

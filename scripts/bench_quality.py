@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a file of prose")
     parser.add_argument("--mmlu", type=Path, help="folder of the MMLU CSV release")
     parser.add_argument("--calibrate", default="default", choices=["default", "text"])
-    parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, default=49152, help="calibration tokens")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
     parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 12, 15])
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
@@ -267,7 +267,7 @@ def main() -> None:
         base = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
     base = base.to(getattr(torch, options.dtype))
 
-    corpus = Corpus([halves[0]], "first half") if options.calibrate == "text" and halves else load_corpus()
+    corpus = load_corpus([halves[0]] if options.calibrate == "text" and halves else None)
     sequences = calibration_sequences(
         GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     )

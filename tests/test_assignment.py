@@ -68,7 +68,7 @@ def test_costs_add_up_over_pairs() -> None:
 
 def test_costs_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = row_costs(PAIRS["unlike"])
-    monkeypatch.setattr(assignment, "_BLOCK", 7 * 300)
+    monkeypatch.setattr(assignment, "BLOCK", 7 * 300)
     np.testing.assert_allclose(row_costs(PAIRS["unlike"]), whole, rtol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_no_costs_are_made_while_others_fill_the_memory(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(assignment, "row_costs", logged("costs", make))
     monkeypatch.setattr(assignment, "solver", lambda: (dtype, logged("solved", solve)))
-    monkeypatch.setattr(assignment, "_ALIVE_BYTES", 300 * 300 * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(assignment, "ALIVE_BYTES", 300 * 300 * np.dtype(dtype).itemsize)
     assign({name: [PAIRS["unlike"]] for name in "abc"})
     assert events == ["costs", "solved"] * 3
 

@@ -140,6 +140,10 @@ def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Pa
         fuse(base, tmp_path / "out", device_map="auto")
 
 
-def test_text_that_the_model_must_write_needs_the_whole_model(base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give calibration=FILE or use low_memory=False"):
-        fuse(base, tmp_path / "out", method="refit", calibration=None)
+def test_text_that_the_model_writes_is_the_same_layer_by_layer(base: str, tmp_path: Path) -> None:
+    for low_memory in (True, False):
+        out = tmp_path / str(low_memory)
+        report = fuse(base, out, method="refit", calibration=None, calibration_tokens=1024, low_memory=low_memory)
+        assert report.calibration[0].source.startswith("text by the model itself")
+    low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
+    assert all(torch.equal(low[name], high[name]) for name in low)

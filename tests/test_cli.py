@@ -76,6 +76,13 @@ def test_low_memory_and_plain_llama(run: Run, base: str, text: Path, tmp_path: P
     assert type(model).__name__ == "LlamaForCausalLM" and len(model.model.layers) == 4
 
 
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run: Run, base: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run("fuse", base, tmp_path / "out", "--target-layers", 3, "--dry-run")
+    assert code == 0 and err == "" and sorted(tmp_path.iterdir()) == before
+    assert "layers: 5 -> 3 (-40.0%)" in out and "4 into 3, then 3 into 2; layer 2 then stands for 2 to 4" in out
+
+
 def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
     code, out, _ = run("fuse", "--help")
     assert code == 0 and "Examples:\n    lf-hf fuse " in out
@@ -172,7 +179,26 @@ def test_version_and_tasks(run: Run) -> None:
     assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
 
 
-def test_the_installed_command_is_this_one() -> None:
+def installed_command(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run what pip makes of the entry point in pyproject.toml, after some code of a test."""
     [entry] = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("lf-hf =")]
     module, name = entry.split('"')[1].split(":")
-    assert getattr(sys.modules[module], name) is main
+    code = f"import sys\n{before}\nfrom {module} import {name} as command\nsys.exit(command())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_the_installed_command_is_this_one() -> None:
+    done = installed_command("tasks", "unexpected")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("lf-hf: ")
+
+
+def test_ctrl_c_while_importing_gets_one_line() -> None:
+    interrupt = """
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "transformers":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())"""
+    done = installed_command("tasks", before=interrupt)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lf-hf: interrupted.\n")

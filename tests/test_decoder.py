@@ -36,6 +36,18 @@ def test_embeddings_layers_and_head_are_the_whole_model() -> None:
             assert torch.equal(head(hidden_states), model(SAMPLES[1][None]).logits)
 
 
+def test_text_that_a_model_writes_is_its_own() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 1000  # so that one token has all the probability
+    written = ModelDecoder(model).generate(3, 9, seed=0)
+    again = ModelDecoder(model).generate(3, 9, seed=1)
+    starts = torch.stack(written)[:, :1]
+    assert starts[0] == model.config.bos_token_id and not torch.equal(starts, torch.stack(again)[:, :1])
+    expected = model.generate(starts, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(torch.stack(written), expected)
+
+
 def test_replacing_changes_the_model_in_place() -> None:
     model = make_llama()
     before = model.model.layers[1].mlp.up_proj.weight

@@ -145,7 +145,7 @@ def test_originals_outlive_changes() -> None:
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_boundaries_follow_a_change_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.states._MEMORY_LIMIT", limit)
+    monkeypatch.setattr("lf_hf.states.MEMORY_LIMIT", limit)
     model = make_llama()
     decoder = ModelDecoder(model)
     embedded = decoder.embed(SEQUENCES[:3])

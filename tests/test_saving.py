@@ -184,6 +184,20 @@ def test_a_model_can_be_saved_where_it_was_loaded_from(model: FusedLlamaForCausa
     assert files(tmp_path / "out").keys() == before.keys()
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        model.save_pretrained(tmp_path / "saved")
+        fuse_checkpoint(base, tmp_path / "fused", num_fusions=1, method="truncate", perplexity_tokens=0)
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "saved", tmp_path / "fused"):
+        modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+        assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~mask}
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
 def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")

@@ -16,6 +16,9 @@ from transformers.utils import logging
 from lf_hf.decoder import Decoder
 from lf_hf.stages.selection import influence
 
+PADDED = 1 << 22
+"""Numbers of all samples, padded to one length, that are in float64 at a time."""
+
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # relative error of sums of products, with a margin
 
 
@@ -37,7 +40,7 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     lengths = torch.tensor([len(state) for state in states])
     dtype = torch.float32 if states[0].device.type == "mps" else torch.float64  # mps has no float64
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
-    block = max(1, (1 << 22) // (len(states) * states[0].shape[1]))  # positions at a time: 32 MB
+    block = max(1, PADDED // (len(states) * states[0].shape[1]))  # positions at a time
     for start in range(0, int(lengths.max()), block):
         stop = min(start + block, int(lengths.max()))
         padded = torch.zeros(

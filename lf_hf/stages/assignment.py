@@ -22,8 +22,8 @@ Costs = NDArray[np.floating]
 Pair = tuple[Tensor, Tensor]
 
 _EPSILON = 1e-12
-_BLOCK = 1 << 24  # entries of a cost matrix that are computed at a time
-_ALIVE_BYTES = 7 << 29  # 3.5 GiB of cost matrices at a time, or a single larger one
+BLOCK = 1 << 24  # entries of a cost matrix that are computed at a time
+ALIVE_BYTES = 7 << 29  # 3.5 GiB of cost matrices at a time, or a single larger one
 
 
 def solver() -> tuple[type[np.floating], Callable[[Costs], NDArray[np.int64]]]:
@@ -56,7 +56,7 @@ def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
     costs = np.zeros((len(pairs[0][0]), len(pairs[0][1])), dtype)
     for pair in pairs:
         (rows_i, factors_i, squares_i), (rows_j, factors_j, squares_j) = map(_scaled_rows, pair)
-        step = max(1, _BLOCK // len(rows_j))
+        step = max(1, BLOCK // len(rows_j))
         with _exact_bfloat16(all(weight.dtype == torch.bfloat16 for weight in pair)):
             for start in range(0, len(rows_i), step):
                 block = slice(start, start + step)
@@ -93,7 +93,7 @@ def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> 
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, bar:
         for name in sorted(problems, key=lambda name: -nbytes[name]):
-            while running and sum(nbytes[other] for other in running.values()) + nbytes[name] > _ALIVE_BYTES:
+            while running and sum(nbytes[other] for other in running.values()) + nbytes[name] > ALIVE_BYTES:
                 collect()
             running[pool.submit(solve, row_costs(*problems[name], dtype=dtype))] = name
         while running:

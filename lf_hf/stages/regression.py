@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 _SELECTION_RIDGE = 1e-2
-_EXACT_LIMIT = 4096  # up to this size systems are solved in float64
+PRUNING_ROUNDS = 4
+EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Regression:
         residual = (self.cross - start @ self.gram).to(factor.dtype)  # (d, m)
         return start + torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
 
-    def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = 4) -> Tensor:
+    def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
 
         Backward elimination: in each of some rounds the blocks of smallest saliency are dropped together. For one
@@ -110,7 +111,7 @@ class Regression:
 
     def _factor(self, strength: float) -> Tensor:
         """Cholesky factor of the gram matrix plus the ridge."""
-        matrix = self.gram.to(torch.float64 if len(self.gram) <= _EXACT_LIMIT else torch.float32, copy=True)
+        matrix = self.gram.to(torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32, copy=True)
         matrix.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
         # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
         factor, info = torch.linalg.cholesky_ex(
