@@ -36,7 +36,7 @@ from lf_hf.stages.regression import EXACT_LIMIT, PRUNING_ROUNDS
 from lf_hf.stages.similarity import mutual_information
 from lf_hf.states import MEMORY_LIMIT
 
-_PROCESS_BYTES = 1 << 29  # Python with torch and transformers, before any model
+_PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
 _TOKENS_PER_QUESTION = 100  # of MMLU
 
@@ -370,8 +370,10 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         if config.refit != "none":
             widest = max(sizes.groups)
             yield min(MEMORY_LIMIT, sizes.text * state * (2 * widest + 5)) + _fitting(sizes, config, widest, layer)
-    largest = max(MAX_SHARD_BYTES, table)
-    yield 2 * largest if low_memory else min(MAX_SHARD_BYTES, sizes.parameters * sizes.itemsize)
+    if low_memory:
+        yield (
+            min(MAX_SHARD_BYTES, sizes.parameters * sizes.itemsize) + 2 * table
+        )  # a shard to write, and what comes next
 
 
 def _costs_alive(sizes: _Sizes, alignment: str) -> int:
