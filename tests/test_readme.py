@@ -38,7 +38,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for block in blocks("bash", page):
             for line in block.replace("\\\n", " ").splitlines():
-                for command in (line, *re.findall(r"\$\((.*?)\)", line)):
+                for command in (line, *re.findall(r'"\$\((.*?)\)"', line)):
                     words = shlex.split(command, comments=True)
                     while words and re.match(r"\w+=", words[0]):
                         del words[0]
