@@ -15,7 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from lf_hf.mmlu import SUBJECTS
 from lf_hf.report import FusionReport
@@ -50,7 +50,7 @@ def layer_map(report: FusionReport) -> Figure:
             ink = "white" if len(group) > 1 and not gone else "black"
             axis.text(number, 1.8, str(number), ha="center", va="center", size=size, color=ink)
             if len(group) > 1 and not gone:
-                axis.text(number, 2.12, f"{share:.0%}", ha="center", size=size - 1, color=color)
+                axis.text(number, 2.12, f"{share:.0%}", ha="center", size=size - 2, color=color)
             axis.plot(
                 *([number, x], [1.58, 0.44]),
                 color=color if len(group) > 1 else "#a0aec0",
@@ -126,6 +126,8 @@ def along_depth(report: FusionReport) -> Figure:
             heights = [report.influences[number] for number in numbers]
             axes[0].scatter(numbers, heights, s=26, color=_COLORS[1] if fused else _BEFORE, label=label, zorder=2)
         axes[0].set(yscale="log", ylabel="influence (log scale)")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes[0].grid(alpha=0.25)
         axes[0].legend(fontsize=8)
     if averaged:

@@ -36,11 +36,11 @@ from lf_hf.stages.regression import EXACT_LIMIT, PRUNING_ROUNDS
 from lf_hf.stages.similarity import mutual_information
 from lf_hf.states import MEMORY_LIMIT
 
-_PROCESS_BYTES = 1 << 29  # Python with torch and transformers, before any model
+_PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
 _TOKENS_PER_QUESTION = 100  # of MMLU
 
-_LAYER_EFFICIENCY = 0.6  # of a layer on one sequence, against a plain matrix product
+_LAYER_EFFICIENCY = 0.5  # of a layer on one sequence, against a plain matrix product
 _WRITING_EFFICIENCY = 0.1  # of writing text token by token, which reads all weights for each
 _DISK_BYTES_PER_SECOND = 500e6
 _PROBE = 1024  # rows and columns of the problems that are timed
@@ -59,10 +59,12 @@ class FusionPlan:
         Layers i and j of each step, numbered from 0 as in the original model; None where they are chosen while fusing.
     layers_before, layers_after, parameters_before, parameters_after : int
         Tied parameters count once.
+    calibration : list of str
+        Where the samples and the running text will come from.
     dtype : torch.dtype
         Of the result.
     bytes_before, bytes_after : int
-        Of the weights on disk.
+        Of the weights on disk; estimated where the base is not on this machine yet.
     memory : int
         Bytes at the peak, fusing in memory.
     low_memory : int or None
@@ -82,6 +84,7 @@ class FusionPlan:
     layers_after: int
     parameters_before: int
     parameters_after: int
+    calibration: list[str]
     dtype: torch.dtype
     bytes_before: int
     bytes_after: int
@@ -121,7 +124,8 @@ class FusionPlan:
             f"  parameters: {self.parameters_before:,} -> {self.parameters_after:,} "
             f"(-{self.parameters_removed_fraction:.1%})",
             f"  bytes on disk: {self.bytes_before:,} -> {self.bytes_after:,} ({_name(self.dtype)})",
-            f"  peak memory, about: {_gib(self.memory)} GiB; with --low-memory: {low_memory}",
+            *(f"  calibration: {source}" for source in self.calibration),
+            f"  peak memory, about: {_gib(self.memory)} GiB; with low memory: {low_memory}",
             f"  time, a rough estimate: {_duration(total)} ({parts})",
             f"    counted operations at {self.speed / 1e9:.3g} GFLOP/s, which a short matrix product just reached; "
             "half or twice of it is possible.",
@@ -169,15 +173,15 @@ def plan_fusion(
     if not hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         AutoTokenizer.from_pretrained(base, **hub)
 
-    files = weight_files(base, hub)
-    stored = torch.float32 if hub.get("gguf_file") else _stored_dtype(files[0])
+    files = _files(base, hub)
+    stored = torch.float32 if hub.get("gguf_file") or not files else _stored_dtype(files[0])
     dtype = kwargs.get("dtype") or "auto"
     if dtype == "auto":
         dtype = llama_config.dtype or stored
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
-    bytes_before = sum(file.stat().st_size for file in files)
+    bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
     parameters_after = sizes.parameters - config.num_fusions * sizes.layer
     speeds = _Speeds.measure(dtype, _device(kwargs.get("device_map")))
     seconds = _seconds(sizes, config, speeds)
@@ -194,6 +198,7 @@ def plan_fusion(
         layers_after=layers - config.num_fusions,
         parameters_before=sizes.parameters,
         parameters_after=parameters_after,
+        calibration=[source.source for source in (samples, text) if source is not None],
         dtype=dtype,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
@@ -203,8 +208,20 @@ def plan_fusion(
         speed=speeds.of_layers,
         notes=[],
     )
+    if not files:
+        plan.notes.append(f"The base is not on this machine yet; about {_gib(bytes_before)} GiB will be downloaded.")
     plan.notes.extend(_shortages(plan, low_memory, out))
     return plan
+
+
+def _files(base: str, hub: dict[str, Any]) -> list[Path]:
+    """The base's files of weights; none if they are on the hub and not on this machine."""
+    try:
+        return weight_files(base, hub)
+    except (ValueError, OSError):
+        if os.path.isdir(base):
+            raise
+        return []
 
 
 def _shortages(plan: FusionPlan, low_memory: bool, out: str | os.PathLike[str] | None) -> Iterator[str]:
@@ -229,7 +246,8 @@ def _calibration(
     if config.needs_similarity:
         config.check_num_samples(len(SUBJECTS) * config.samples_per_subject)
         question = "x" * _TOKENS_PER_QUESTION * _CHARACTERS_PER_TOKEN
-        samples = Calibration([question] * len(SUBJECTS) * config.samples_per_subject, "MMLU questions")
+        count = len(SUBJECTS) * config.samples_per_subject
+        samples = Calibration([question] * count, f"{count} MMLU questions, from the hub or from lm-eval")
     return samples, load_corpus() if config.needs_text else None
 
 
@@ -370,8 +388,10 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         if config.refit != "none":
             widest = max(sizes.groups)
             yield min(MEMORY_LIMIT, sizes.text * state * (2 * widest + 5)) + _fitting(sizes, config, widest, layer)
-    largest = max(MAX_SHARD_BYTES, table)
-    yield 2 * largest if low_memory else min(MAX_SHARD_BYTES, sizes.parameters * sizes.itemsize)
+    if low_memory:
+        yield (
+            min(MAX_SHARD_BYTES, sizes.parameters * sizes.itemsize) + 2 * table
+        )  # a shard to write, and what comes next
 
 
 def _costs_alive(sizes: _Sizes, alignment: str) -> int:
@@ -466,9 +486,9 @@ def _seconds(sizes: _Sizes, config: FusionConfig, speeds: _Speeds) -> dict[str, 
 def _similarity_seconds(samples: int, config: FusionConfig) -> float:
     """Of one pair of layers, measured."""
     random = np.random.default_rng(0)
-    embeddings = random.random((2, samples, config.embedding_dim))
+    one, other = random.random((2, samples, config.embedding_dim))
     start = time.perf_counter()
-    mutual_information(embeddings[0], embeddings[1], config.mi_neighbors, config.seed)
+    mutual_information(one, other, config.mi_neighbors, config.seed)
     return time.perf_counter() - start
 
 

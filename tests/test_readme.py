@@ -1,22 +1,49 @@
-"""The README's code runs: on a tiny checkpoint in place of the 8B one."""
+"""What README.md and docs/ tell people to type works: on a tiny checkpoint in place of the 8B one."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT, make_texts
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ("./scripts/quickstart", "./scripts/test")
+from lf_hf import FusionConfig
+from lf_hf.cli import app
+from lf_hf.lm_eval_model import FusedLlamaLM
+
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+README = PAGES[0].read_text(encoding="utf-8")
+OTHER_PROGRAMS = ("hf", "pip")  # of which nothing is checked
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each command line of each page, and those inside others, in words: without variables before and comments."""
+    for page in PAGES:
+        for block in blocks("bash", page):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in (line, *re.findall(r'"\$\((.*?)\)"', line)):
+                    words = shlex.split(command, comments=True)
+                    while words and re.match(r"\w+=", words[0]):
+                        del words[0]
+                    if words:
+                        yield page.name, words
 
 
 def adapted(code: str, base: str) -> str:
@@ -26,20 +53,36 @@ def adapted(code: str, base: str) -> str:
     return code.replace("mmlu_5shot --batch_size 4", "mmlu_sample_anatomy,mmlu_sample_virology --batch_size 1")
 
 
+def write_text(folder: Path) -> None:
+    (folder / "my_text.txt").write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)], ids=lambda page: page.name)
 def test_python_blocks_run_one_after_the_other(
+    page: Path, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python", page):
+        imported = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+        if all(importlib.util.find_spec(str(node.module).split(".")[0]) for node in imported):
+            exec(adapted(block, base), names)
+    for saved in re.findall(r'save_pretrained\("(.*?)"', "".join(blocks("python", page))):
+        assert (tmp_path / saved / "config.json").is_file()
+
+
+def test_the_readme_prints_what_was_fused(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(adapted(block, base), names)
+    exec(adapted(blocks("python")[0], base), {})
     assert "5 -> 3 layers" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"llama3-8b-fused4", "llama3-8b-fused4-plain"}
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if block.startswith("lm_eval")])
 def test_lm_eval_blocks_run(block: str, base: str, tmp_path: Path) -> None:
-    (tmp_path / "my_text.txt").write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    write_text(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", adapted(block, base)],
@@ -52,18 +95,58 @@ def test_lm_eval_blocks_run(block: str, base: str, tmp_path: Path) -> None:
     assert "|anatomy" in done.stdout.replace(" ", "")
 
 
-def test_every_other_command_is_a_script_of_this_project() -> None:
-    for block in blocks("bash"):
-        if not block.startswith("lm_eval"):
-            for line in block.splitlines():
-                command = line.split()[-1]
-                assert command in SCRIPTS and os.access(ROOT / command, os.X_OK)
+@pytest.mark.parametrize(
+    ("page", "words"), [pytest.param(page, words, id=f"{page}-{n}") for n, (page, words) in enumerate(commands())]
+)
+def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None:
+    program, *arguments = words
+    if program == "lf-hf":
+        check_lf_hf(arguments)
+    elif "lm_eval" in words[:8]:  # by itself, or by a launcher
+        check_lm_eval(arguments)
+    elif program.endswith("python"):
+        assert arguments[0] == "-c" or (ROOT / arguments[0]).is_file()
+        if arguments[0] == "-c":
+            exec(arguments[1])
+    elif program not in OTHER_PROGRAMS:
+        assert os.access(ROOT / program, os.X_OK)
+
+
+def check_lf_hf(arguments: list[str]) -> None:
+    """The options parse, and FusionConfig takes those that are its own."""
+    group = typer.main.get_command(app)
+    with group.make_context("lf-hf", list(arguments)) as outer:
+        name, command, rest = group.resolve_command(outer, arguments)  # type: ignore[attr-defined]
+        if command is None:
+            return
+        params = command.make_context(name, rest, parent=outer).params
+    settings = {name: params[name] for name in FusionConfig.field_names() if params.get(name) is not None}
+    levels = str(settings.pop("num_fusions", 1)).split(",")
+    for method in params.get("methods", params.get("method") or "mka").split(","):
+        for level in levels:
+            FusionConfig(int(level), **settings | {"method": method})
+
+
+def check_lm_eval(arguments: list[str]) -> None:
+    """Each model arg is one of the model's, and FusionConfig takes those that are its own."""
+    args = simple_parse_args_string(arguments[arguments.index("--model_args") + 1])
+    known = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(FusedLlamaLM.__init__).parameters}
+    assert set(args) <= known | set(FusionConfig.field_names())
+    FusionConfig.from_kwargs(**{name: args[name] for name in FusionConfig.field_names() if name in args})
 
 
 def test_links_lead_somewhere() -> None:
-    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists()
+    headings = {
+        page: {
+            re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+        }
+        for page in PAGES
+    }
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                file, _, heading = target.partition("#")
+                there = (page.parent / file).resolve() if file else page
+                assert there.exists(), f"{page.name}: {target}"
+                assert not heading or heading in headings[there], f"{page.name}: {target}"

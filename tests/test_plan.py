@@ -1,0 +1,180 @@
+"""The plan of a fusion says what the fusion then does, refuses what it refuses, and reads no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import GGUF, make_texts, make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf.checkpoint import weights_size
+from lf_hf.plan import FusionPlan, plan_fusion
+
+TEXTS = make_texts(100)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "neural_alignment"},
+        {"method": "truncate"},
+        {"method": "refit"},
+        {"method": "mka", "selection": "least_influence", "alignment": "neurons", "refit": "down_proj"},
+    ],
+)
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}])
+def test_a_fusion_does_what_its_plan_says(
+    make_base: Callable[..., str], settings: dict[str, Any], shape: dict[str, Any], tmp_path: Path
+) -> None:
+    base = make_base(**shape)
+    config = FusionConfig(2, **settings, calibration_tokens=1024, perplexity_tokens=512)
+    plan = plan_fusion(base, config, calibration=TEXTS)
+    report = fuse_checkpoint(base, tmp_path / "out", config, calibration=TEXTS)
+    for name in ("layers_before", "layers_after", "parameters_before", "parameters_after"):
+        assert getattr(plan, name) == getattr(report, name)
+    for name in ("layers_removed_fraction", "parameters_removed_fraction"):
+        assert getattr(plan, name) == pytest.approx(getattr(report, name))
+    assert plan.pairs in (None, [step.pair for step in report.steps])
+    assert (plan.pairs is None) == (config.selection == "least_influence")
+    assert set(plan.seconds) == {*report.seconds, "reading and writing"}
+    assert plan.bytes_before == weights_size(base, {})
+    assert 0 <= weights_size(tmp_path / "out", {}) - plan.bytes_after < 20_000  # the header
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_fusions": 9},
+        {"num_fusions": 3, "method": "refit"},
+        {"base": "{tmp}/none"},
+        {"out": "{tmp}/taken"},
+        {"calibration": "{tmp}/none.txt"},
+        {"calibration": ["too", "few"]},
+        {"samples_per_subject": 1, "entropy_neighbors": 57},
+        {"gguf_file": "x.gguf", "low_memory": True},
+        {"device_map": "auto", "low_memory": True},
+        {"load_in_8bit": True, "low_memory": False},
+    ],
+)
+def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").touch()
+    arguments = {
+        name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in arguments.items()
+    }
+    names = FusionConfig.field_names()
+    config = FusionConfig(**{"num_fusions": 1} | {name: arguments.pop(name) for name in names if name in arguments})
+    base = arguments.pop("base", base)
+    defaults: dict[str, Any] = {"out": str(tmp_path / "out"), "low_memory": False}
+    arguments = defaults | arguments
+    with pytest.raises(ValueError, match=r"\.$") as planning:
+        plan_fusion(base, config, **arguments)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(planning.value))}$"):
+        fuse_checkpoint(base, config=config, **arguments)
+
+
+def empty_checkpoint(folder: Path, **shape: Any) -> LlamaConfig:
+    """A checkpoint that is all header: its weights are a hole in the file."""
+    config = LlamaConfig(**shape, dtype="bfloat16")
+    with torch.device("meta"):
+        parameters = dict(LlamaForCausalLM(config).named_parameters())
+    header, size = {}, 0
+    for name, parameter in parameters.items():
+        end = size + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return config
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("8b")
+    empty_checkpoint(
+        folder,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+    return str(folder)
+
+
+def gib(size: int | None) -> float:
+    assert size is not None
+    return size / 2**30
+
+
+def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None:
+    plan = plan_fusion(eight_billion, FusionConfig(4))
+    assert plan.parameters_before == 8_030_261_248
+    assert plan.layers_removed_fraction == 0.125 and round(plan.parameters_removed_fraction, 3) == 0.109
+    assert plan.pairs == [(30, 31), (29, 30), (28, 29), (27, 28)]
+    assert 15 < gib(plan.memory) < 20 and 3 < gib(plan.low_memory) < 8
+    assert "31 into 30, then 30 into 29" in plan.summary() and "layer 27 then stands for 27 to 31" in plan.summary()
+
+
+def test_memory_follows_the_squares_of_a_refit(eight_billion: str) -> None:
+    """Two float32 squares of 17920 channels, beside the pair of layers that they are of."""
+    plan = plan_fusion(eight_billion, FusionConfig(1, method="refit"), calibration=TEXTS)
+    squares = 2 * 4 * 17920**2 / 2**30
+    assert squares + 0.8 < gib(plan.low_memory) < 3 * squares
+    assert "chosen while fusing, on the calibration text" in plan.summary()
+
+
+def test_more_work_takes_longer_and_larger_numbers_take_more_memory(eight_billion: str) -> None:
+    def plan(dtype: str = "bfloat16", **settings: Any) -> FusionPlan:
+        return plan_fusion(eight_billion, FusionConfig(**{"num_fusions": 1} | settings), dtype=dtype)
+
+    one = plan()
+    assert plan("float32").memory > 1.8 * one.memory
+    assert plan("float32").bytes_after == 2 * one.bytes_after
+    # Each estimate measures the machine anew, so only large differences say anything.
+    assert plan(num_fusions=20).seconds["alignment and fusion"] > 2 * one.seconds["alignment and fusion"]
+    assert plan(perplexity_tokens=400_000).seconds["perplexity"] > 5 * one.seconds["perplexity"]
+
+
+def test_too_little_memory_or_disk_is_said(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FusionConfig(1, "truncate")
+    assert plan_fusion(base, config, out=tmp_path / "out").notes == []
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    memory, disk = plan_fusion(base, config, out=tmp_path / "new" / "out").notes
+    assert "0.0 GiB of memory are free now" in memory and str(tmp_path / "new" / "out") in disk
+
+
+def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--you--model" / "snapshots" / "0"
+    shutil.copytree(base, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "models--you--model" / "refs").mkdir()
+    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
+    here, there = (
+        plan_fusion(name, FusionConfig(1, "truncate"), cache_dir=str(tmp_path)) for name in (base, "you/model")
+    )
+    assert (there.memory, there.bytes_after) == (here.memory, here.bytes_after)
+    assert here.notes == [] and "not on this machine yet" in there.notes[0]
+
+
+def test_a_base_in_a_gguf_file(gguf_folder: str) -> None:
+    plan = plan_fusion(gguf_folder, FusionConfig(1), gguf_file=GGUF.name)
+    assert (plan.layers_before, plan.parameters_before) == (30, 134_515_008)
+    assert plan.low_memory is None and plan.bytes_before == GGUF.stat().st_size
+    assert plan.dtype == torch.float32 and plan.bytes_after == 4 * 130_974_912
