@@ -28,6 +28,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
             f"| perplexity ({report.perplexity.text}, {report.perplexity.tokens} tokens) "
             f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |\n"
         )
+    notes = "".join(f"> {note}\n\n" for note in report.notes)
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in report.config.items())
     return f"""---
 {data.to_yaml()}
@@ -43,7 +44,7 @@ Made from `{os.path.basename(report.base) if os.path.exists(report.base) else re
 | decoder layers | {report.layers_before} | {report.layers_after} |
 | parameters | {report.parameters_before:,} | {report.parameters_after:,} |
 {perplexity}
-```python
+{notes}```python
 {load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")

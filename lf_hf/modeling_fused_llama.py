@@ -324,6 +324,8 @@ def base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
     if getattr(config, "quantization_config", None) and not kwargs.get("gguf_file"):
         raise ValueError(f"{base!r} is quantised; fuse the original floating-point checkpoint instead.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(f"{base!r} has layers of different kinds (per_layer_config); only layers of one kind fuse.")
     return config
 
 

@@ -308,6 +308,7 @@ def test_bad_bases_get_one_sentence(base: str, tmp_path: Path) -> None:
     for path, message in [
         (edited(base, tmp_path / "mistral", model_type="mistral"), "is a 'mistral' model; only Llama models"),
         (edited(base, tmp_path / "quantised", **quantised), "is quantised; fuse the original"),
+        (edited(base, tmp_path / "mixed", per_layer_config={"1": {"intermediate_size": 24}}), "of different kinds"),
         (str(tmp_path / "empty"), "holds no model: config.json is missing"),
     ]:
         with pytest.raises(ValueError, match=message):
