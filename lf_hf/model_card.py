@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
 from lf_hf.report import FusionReport
 
 
 def model_card(report: FusionReport, *, as_llama: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
+    repository = _repository(report.base)
     data = ModelCardData(
-        base_model=None if os.path.exists(report.base) else report.base,
+        base_model=repository,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llama", "layer-fusion", "compressed"],
@@ -36,7 +39,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
 
 # A Llama with {report.layers_after} layers, fused from {report.layers_before}
 
-Made from `{os.path.basename(report.base) if os.path.exists(report.base) else report.base}` by layer fusion
+Made from `{report.base if repository else os.path.basename(report.base)}` by layer fusion
 (`{report.config["method"]}`).
 
 | | base | fused |
@@ -67,3 +70,16 @@ Layers are numbered from 0 as in the base; a fused layer keeps the number of its
 
 `fusion_report.json` beside this file has the details.
 """
+
+
+def _repository(base: str) -> str | None:
+    """The hub's repository that a base is from, None for a folder: the hub refuses a card that names no repository."""
+    if os.path.exists(base):
+        return None
+    if base.endswith(".gguf"):  # the repository and a file in it
+        base = "/".join(base.split("/")[:-1][:2])
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base

@@ -131,11 +131,11 @@ def test_no_weight_is_made_up_while_loading(fused: Fused, model: FusedLlamaForCa
 
 
 def test_what_was_saved_scores_what_was_measured(fused: Fused, model: FusedLlamaForCausalLM) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(fused.folder)
+    loaded = LlamaForCausalLM.from_pretrained(fused.folder)
     assert torch.equal(logits(loaded), logits(model))
     text = documentation_halves()[1]
     sequences = pack_tokens(make_tokenizer(), text, model.config.max_position_embeddings, SETTINGS["perplexity_tokens"])
-    measured = [perplexity(ModelDecoder(either), sequences) for either in (model, loaded)]
+    measured = [perplexity(ModelDecoder(either), sequences) for either in [model, loaded]]
     assert measured[0] == measured[1]
     assert fused.report.perplexity is not None and measured[1] == fused.report.perplexity.fused
 
@@ -174,7 +174,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     for _ in range(200):
         loss = torch.nn.functional.cross_entropy(model.lm_head(states), ids[:, 1:].reshape(-1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
