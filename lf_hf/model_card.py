@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
 from lf_hf.report import FusionReport
 
 
 def model_card(report: FusionReport, *, as_llama: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
+    repository = _repository(report.base)
     data = ModelCardData(
-        base_model=None if os.path.exists(report.base) else report.base,
+        base_model=repository,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llama", "layer-fusion", "compressed"],
@@ -28,6 +31,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
             f"| perplexity ({report.perplexity.text}, {report.perplexity.tokens} tokens) "
             f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |\n"
         )
+    notes = "".join(f"> {note}\n\n" for note in report.notes)
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in report.config.items())
     return f"""---
 {data.to_yaml()}
@@ -35,7 +39,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
 
 # A Llama with {report.layers_after} layers, fused from {report.layers_before}
 
-Made from `{os.path.basename(report.base) if os.path.exists(report.base) else report.base}` by layer fusion
+Made from `{report.base if repository else os.path.basename(report.base)}` by layer fusion
 (`{report.config["method"]}`).
 
 | | base | fused |
@@ -43,7 +47,7 @@ Made from `{os.path.basename(report.base) if os.path.exists(report.base) else re
 | decoder layers | {report.layers_before} | {report.layers_after} |
 | parameters | {report.parameters_before:,} | {report.parameters_after:,} |
 {perplexity}
-```python
+{notes}```python
 {load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -66,3 +70,16 @@ Layers are numbered from 0 as in the base; a fused layer keeps the number of its
 
 `fusion_report.json` beside this file has the details.
 """
+
+
+def _repository(base: str) -> str | None:
+    """The hub's repository that a base is from, None for a folder: the hub refuses a card that names no repository."""
+    if os.path.exists(base):
+        return None
+    if base.endswith(".gguf"):  # the repository and a file in it
+        base = "/".join(base.split("/")[:-1][:2])
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base

@@ -172,7 +172,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         # A base from GGUF is plain floats now, whatever the loader left behind.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             llama.__dict__.pop(name, None)
-        llama.model.__class__ = FusedLlamaModel
+        # The decoder stays a LlamaModel, as in a model that was loaded: transformers knows what else a class can
+        # return, such as hidden states, only once one of it was built.
         llama.__class__ = cls
         assert isinstance(llama, cls)
         llama.fusion_report = report
@@ -246,10 +247,11 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
         tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
+        super().save_pretrained(folder, *args, **kwargs)
         if as_llama:
-            self.to_llama().save_pretrained(folder, *args, **kwargs)
-        else:
-            super().save_pretrained(folder, *args, **kwargs)
+            config = converted_config(self.config, LlamaConfig)
+            config.architectures = [LlamaForCausalLM.__name__]
+            config.save_pretrained(folder)
         write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
 
     def push_to_hub(  # type: ignore[override]
@@ -277,7 +279,16 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             )
 
     def to_llama(self) -> LlamaForCausalLM:
-        """A stock LlamaForCausalLM that shares this model's weights."""
+        """A stock LlamaForCausalLM that shares this model's weights.
+
+        Raises
+        ------
+        ValueError
+            If weights are offloaded: there is nothing in memory to share.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.device.type == "meta":
+                raise ValueError(f"{name} is offloaded; use save_pretrained(as_llama=True) and load what it writes.")
         config = converted_config(self.config, LlamaConfig)
         with torch.device("meta"):
             llama = LlamaForCausalLM(config)
@@ -324,6 +335,8 @@ def base_config(base: str, kwargs: dict[str, Any]) -> LlamaConfig:
         raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
     if getattr(config, "quantization_config", None) and not kwargs.get("gguf_file"):
         raise ValueError(f"{base!r} is quantised; fuse the original floating-point checkpoint instead.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(f"{base!r} has layers of different kinds (per_layer_config); only layers of one kind fuse.")
     return config
 
 

@@ -1,0 +1,320 @@
+"""What is saved opens elsewhere: stock transformers, readers of Llama configs, peft, quantisation, the hub."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import make_llama, make_texts, make_tokenizer
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.model_card import model_card
+
+IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44] * 20])  # longer than what the scaled rope was made for
+SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 300}
+
+# A config as transformers 4 wrote it and as most Llamas on the hub have it. What vLLM and llama.cpp's converter read of
+# it, and transformers 4 under them, is all here.
+OLD_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": [1, 3],
+    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "pad_token_id": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.0",
+    "use_cache": True,
+    "vocab_size": 320,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "scaled rope": {},
+    "plain rope, tied": {"rope_scaling": None, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+def in_memory(base: str, out: Path) -> None:
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS).save_pretrained(out, as_llama=True)
+
+
+def from_folder_to_folder(base: str, out: Path) -> None:
+    fuse_checkpoint(base, out, as_llama=True, max_shard_bytes=30_000, **SETTINGS)
+
+
+WAYS = [in_memory, from_folder_to_folder]
+
+
+def old_llama(config: dict[str, Any]) -> LlamaForCausalLM:
+    left_out = ("dtype", "torch_dtype", "model_type", "rope_parameters")
+    return make_llama(**{name: value for name, value in copy.deepcopy(config).items() if name not in left_out})
+
+
+class Plain(NamedTuple):
+    base: Path
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def all_plain(tmp_path_factory: pytest.TempPathFactory) -> list[Plain]:
+    """Bases in the old format, and what was fused of them as plain Llamas."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    made = []
+    for variant in VARIANTS.values():
+        folder = tmp_path_factory.mktemp("plain")
+        config = OLD_CONFIG | variant
+        old_llama(config).bfloat16().save_pretrained(folder / "base")
+        (folder / "base" / "config.json").write_text(json.dumps(config))
+        tokenizer.save_pretrained(folder / "base")
+        for way in WAYS:
+            way(str(folder / "base"), folder / way.__name__)
+            made.append(Plain(folder / "base", folder / way.__name__))
+    return made
+
+
+@pytest.fixture(params=range(len(VARIANTS) * len(WAYS)), ids=[f"{v}-{w.__name__}" for v in VARIANTS for w in WAYS])
+def plain(request: pytest.FixtureRequest, all_plain: list[Plain]) -> Plain:
+    return all_plain[request.param]
+
+
+def test_the_config_is_the_bases_with_fewer_layers_in_old_words_and_new(plain: Plain) -> None:
+    """transformers 4 would take a missing rope_theta for 10000 without a word; so do programs that build on it."""
+    base = json.loads((plain.base / "config.json").read_text())
+    config = json.loads((plain.folder / "config.json").read_text())
+    for name in base.keys() - {"num_hidden_layers", "transformers_version"}:
+        assert config[name] == base[name], name
+    assert config["num_hidden_layers"] == 3
+    # The new words for the same, which vLLM from 0.24 and transformers 5 read.
+    assert config["dtype"] == base["torch_dtype"]
+    assert config["rope_parameters"] == {
+        "rope_theta": base["rope_theta"],
+        **(base["rope_scaling"] or {"rope_type": "default"}),
+    }
+    assert not {"fusion", "quantization_config"} & config.keys()
+
+
+def test_the_weights_have_the_names_and_dtype_of_a_llama(plain: Plain) -> None:
+    """llama.cpp and vLLM take files that are named model*.safetensors, and a tied head from the embeddings."""
+    config = json.loads((plain.folder / "config.json").read_text())
+    wanted = old_llama(config).state_dict()
+    if config["tie_word_embeddings"]:
+        del wanted["lm_head.weight"]
+    found: dict[str, tuple[list[int], str]] = {}
+    for file in plain.folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                found[name] = (part.get_shape(), part.get_dtype())
+    assert found == {name: (list(tensor.shape), "BF16") for name, tensor in wanted.items()}
+
+
+def test_the_tokenizer_is_one_that_transformers_4_knows(plain: Plain) -> None:
+    config = json.loads((plain.folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<x>"]
+    assert not isinstance(config.get("extra_special_tokens"), list)  # transformers 4 wants a dict there
+    ours, theirs = AutoTokenizer.from_pretrained(plain.folder), AutoTokenizer.from_pretrained(plain.base)
+    for text in ["<x> layer model<s>", *make_texts(5)]:
+        assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.all_special_ids == theirs.all_special_ids and ours.chat_template == theirs.chat_template
+
+
+def test_generation_settings_go_along(plain: Plain) -> None:
+    generation = json.loads((plain.folder / "generation_config.json").read_text())
+    assert generation["bos_token_id"] == 0 and generation["eos_token_id"] == [1, 3]
+
+
+def test_stock_transformers_opens_it_where_lf_hf_can_not_be_imported(all_plain: list[Plain], tmp_path: Path) -> None:
+    """And computes what the fused model computes, which is what is left of the dense one."""
+    code = """
+import json, sys, torch
+class NoLfHf:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lf_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoLfHf())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids, out, *folders = sys.argv[1:]
+computed = []
+for folder in folders:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "LlamaForCausalLM" and not any(map(len, info.values())), info
+    prompt = AutoTokenizer.from_pretrained(folder)("layer model", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4)
+    assert generated.shape[1] == prompt.input_ids.shape[1] + 4
+    with torch.no_grad():
+        computed.append(model(torch.load(ids)).logits)
+assert "lf_hf" not in sys.modules
+torch.save(computed, out)
+"""
+    torch.save(IDS, tmp_path / "ids.pt")
+    arguments = [tmp_path / "ids.pt", tmp_path / "out.pt", *(plain.folder for plain in all_plain)]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for plain, logits in zip(all_plain, torch.load(tmp_path / "out.pt"), strict=True):
+        left = AutoModelForCausalLM.from_pretrained(plain.base)
+        del left.model.layers[3:]
+        with torch.no_grad():
+            assert torch.equal(logits, left(IDS).logits)
+
+
+@pytest.fixture(scope="module")
+def saved(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    fuse_checkpoint(base, folder, **SETTINGS)
+    return folder
+
+
+def test_lora_trains_only_itself_and_loads_again(saved: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(model, config)
+    trainable = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 3 * 3 * 2 and all("lora_" in name for name in trainable)
+
+    adapters = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = tuned(input_ids=IDS, labels=IDS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(map(math.isfinite, losses)) and losses[1] < losses[0]
+    assert any(not torch.equal(parameter, adapters[name]) for name, parameter in trainable.items())
+    after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+    assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved), tmp_path / "adapter")
+    merged = copy.deepcopy(again).merge_and_unload()
+    with torch.no_grad():
+        wanted = tuned.eval()(IDS).logits
+        assert torch.equal(again(IDS).logits, wanted)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(saved)(IDS).logits, wanted)
+        torch.testing.assert_close(merged(IDS).logits, wanted, rtol=0, atol=1e-4)
+    # What was merged is a fused model still, with its report.
+    merged.save_pretrained(tmp_path / "merged")
+    assert FusionReport.load(tmp_path / "merged") == FusionReport.load(saved)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_dynamic_int8_on_a_cpu(saved: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        assert not any(type(module) is nn.Linear for module in quantised.modules())
+        error = (quantised(IDS).logits - wanted).norm() / wanted.norm()
+    assert 0 < error < 0.1
+    assert quantised.generate(IDS, max_new_tokens=4, min_new_tokens=4).shape[1] == IDS.shape[1] + 4
+
+
+class Hub:
+    """What would go to the hub stays here."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+
+    def __call__(self, token: object = None) -> Hub:
+        return self
+
+    def create_repo(self, repo_id: str, **_: object) -> Any:
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, repo_id: str, folder_path: str | Path, **_: object) -> str:
+        texts = (path for path in Path(folder_path).iterdir() if path.suffix != ".safetensors")
+        weights = dict.fromkeys((path.name for path in Path(folder_path).glob("*.safetensors")), "")
+        self.files = {path.name: path.read_text(encoding="utf-8") for path in texts} | weights
+        return f"https://huggingface.co/{repo_id}/commit/1"
+
+
+@pytest.mark.parametrize("as_llama", [False, True])
+@pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_explains_itself(
+    saved: Path, as_llama: bool, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("lf_hf.modeling_fused_llama.HfApi", hub)
+    model = FusedLlamaForCausalLM.from_pretrained(saved)
+    report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
+    if push == "push_to_hub":
+        assert model.push_to_hub("me/small", as_llama=as_llama).startswith("https://huggingface.co/me/small")
+    else:
+        model.save_pretrained(tmp_path / "out", as_llama=as_llama, push_to_hub=True, repo_id="me/small")
+
+    assert {"config.json", "generation_config.json", "model.safetensors", "fusion_report.json"} <= hub.files.keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "README.md"} <= hub.files.keys()
+    assert json.loads(hub.files["config.json"])["model_type"] == ("llama" if as_llama else "fused_llama")
+
+    _, head, text = hub.files["README.md"].split("---\n", 2)
+    data = yaml.safe_load(head)
+    assert data["base_model"] == "meta-llama/Meta-Llama-3-8B" and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation" and "layer-fusion" in data["tags"]
+    assert "AutoModelForCausalLM.from_pretrained(" in text
+    assert ("import lf_hf" in text) != as_llama
+    assert f"| decoder layers | {report.layers_before} | {report.layers_after} |" in text
+    assert f"| {report.parameters_before:,} | {report.parameters_after:,} |" in text
+    assert f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |" in text
+    for name, value in report.config.items():
+        assert f"| `{name}` | `{value}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "base_model"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("gpt2", "gpt2"),
+        ("QuantFactory/SmolLM2-GGUF/SmolLM2.Q4_1.gguf", "QuantFactory/SmolLM2-GGUF"),  # a GGUF file on the hub
+        ("/home/me/models/llama", None),  # a folder, maybe of another machine
+        ("models/of/mine/llama", None),
+        ("C:\\models\\llama", None),
+    ],
+)
+def test_the_card_names_a_base_only_where_the_hub_can_have_it(name: str, base_model: str | None, saved: Path) -> None:
+    """The hub refuses a card whose base_model is no name of a repository."""
+    report = dataclasses.replace(FusionReport.load(saved), base=name)
+    card = model_card(report, as_llama=False)
+    assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base_model

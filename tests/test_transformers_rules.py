@@ -1,0 +1,308 @@
+"""A fused model behaves as transformers expects of a Llama: the behaviours that its common model tests check."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from conftest import make_llama, make_texts, make_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lf_hf import FusedLlamaForCausalLM
+
+IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44], [0, 8, 150, 3, 3, 260, 12]])
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("base"))
+    make_llama(tie_word_embeddings=request.param).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def fuse(base: str, **kwargs: Any) -> FusedLlamaForCausalLM:
+    settings: dict[str, Any] = {"num_fusions": 2, "method": "mka", "perplexity_tokens": 0}
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=make_texts(), **settings, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model(base: str) -> FusedLlamaForCausalLM:
+    return fuse(base)
+
+
+@pytest.fixture(scope="module")
+def saved(model: FusedLlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fresh(saved: Path) -> FusedLlamaForCausalLM:
+    """A model that a test may change."""
+    return FusedLlamaForCausalLM.from_pretrained(saved)
+
+
+def logits(model: torch.nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def is_tied(model: LlamaForCausalLM) -> bool:
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("opener", [FusedLlamaForCausalLM, AutoModelForCausalLM])
+def test_missing_unexpected_and_misshapen_weights_are_reported(
+    model: FusedLlamaForCausalLM, opener: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    others = {name: tensor for name, tensor in tensors.items() if name != UP}
+    save_file(others | {"model.layers.7.extra.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    loaded, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert set(info["missing_keys"]) == {UP} and set(info["unexpected_keys"]) == {"model.layers.7.extra.weight"}
+    assert loaded.fusion_report == model.fusion_report
+
+    save_file(others | {UP: tensors[UP][:40].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatch"):
+        opener.from_pretrained(tmp_path / "out")
+    _, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True, ignore_mismatched_sizes=True)
+    assert [key for key, *_ in info["mismatched_keys"]] == [UP]
+
+
+def test_a_tied_head_stays_tied_and_an_untied_one_does_not(
+    model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM
+) -> None:
+    tied = model.config.tie_word_embeddings
+    assert ("lm_head.weight" not in load_file(saved / "model.safetensors")) == tied
+    for twin in (model, fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh.to_llama()):
+        assert is_tied(twin) == tied
+    with torch.no_grad():
+        fresh.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight) != tied
+
+
+def test_copies_pickles_and_a_new_model_of_the_same_config(
+    model: FusedLlamaForCausalLM, fresh: FusedLlamaForCausalLM, tmp_path: Path
+) -> None:
+    for original in (model, fresh):
+        for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert torch.equal(logits(twin), logits(original))
+            assert twin.fusion_report == model.fusion_report and twin.config == original.config
+            twin.save_pretrained(tmp_path / "out")
+            assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    new = AutoModelForCausalLM.from_config(model.config)
+    assert type(new) is FusedLlamaForCausalLM and new.fusion_report is None
+    new.load_state_dict(model.state_dict())
+    assert torch.equal(logits(new.eval()), logits(model))
+
+
+@pytest.mark.parametrize("as_llama", [False, True])
+def test_embeddings_can_be_resized_and_saved(
+    model: FusedLlamaForCausalLM, fresh: FusedLlamaForCausalLM, as_llama: bool, tmp_path: Path
+) -> None:
+    fresh.resize_token_embeddings(330, mean_resizing=False)
+    assert fresh.config.vocab_size == 330 and is_tied(fresh) == model.config.tie_word_embeddings
+    assert fresh.get_input_embeddings().weight.shape == fresh.get_output_embeddings().weight.shape == (330, 32)
+    assert torch.equal(logits(fresh)[..., :320], logits(model))
+    fresh.save_pretrained(tmp_path / "out", as_llama=as_llama)
+    opener: Any = AutoModelForCausalLM
+    loaded, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(map(len, info.values())) and loaded.config.vocab_size == 330
+    new_token = torch.tensor([[0, 329]])
+    assert torch.equal(logits(loaded, new_token), logits(fresh, new_token))
+
+
+# Computing
+
+
+def test_embeddings_as_input_and_hidden_states_as_output(model: FusedLlamaForCausalLM) -> None:
+    with torch.no_grad():
+        out = model(inputs_embeds=model.get_input_embeddings()(IDS), output_hidden_states=True)
+    assert torch.equal(out.logits, logits(model))
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1 == 4
+
+
+def test_hidden_states_of_a_model_that_is_the_first_of_its_class(make_base: Callable[..., str]) -> None:
+    """transformers registers what a class can return when one is built, so a process of its own is needed."""
+    code = """
+import sys, torch
+from lf_hf import FusedLlamaForCausalLM
+settings = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0, "attn_implementation": "eager"}
+model = FusedLlamaForCausalLM.from_pretrained_fused(sys.argv[1], **settings)
+out = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
+assert len(out.hidden_states) == 4 and len(out.attentions) == 3, out
+"""
+    done = subprocess.run([sys.executable, "-c", code, make_base()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(fresh: FusedLlamaForCausalLM) -> None:
+    gradients = []
+    calls: list[int] = []
+    fresh.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    fresh.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            fresh.gradient_checkpointing_enable()
+        calls.clear()
+        fresh(IDS, labels=IDS, use_cache=False).loss.backward()
+        assert len(calls) == 1 + checkpointing  # it was computed again
+        gradients.append({name: parameter.grad for name, parameter in fresh.named_parameters()})
+        fresh.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_eager_and_sdpa_attention_agree(base: str, model: FusedLlamaForCausalLM, saved: Path) -> None:
+    assert model.config._attn_implementation == "sdpa"
+    fused, loaded = (
+        fuse(base, attn_implementation="eager"),
+        FusedLlamaForCausalLM.from_pretrained(saved, attn_implementation="eager"),
+    )
+    switched = copy.deepcopy(model)
+    switched.set_attn_implementation("eager")
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    for eager in (fused, loaded, switched, switched.to_llama()):
+        assert {layer.self_attn.config._attn_implementation for layer in eager.model.layers} == {"eager"}
+        for kwargs in ({}, {"attention_mask": mask}):
+            wanted = logits(model, **kwargs)
+            torch.testing.assert_close(logits(eager, **kwargs)[mask == 1], wanted[mask == 1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        attentions = loaded(IDS, output_attentions=True).attentions
+    assert len(attentions) == 3 and all(attention.shape == (2, 4, 7, 7) for attention in attentions)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_does_not_change_what_real_tokens_get(fresh: FusedLlamaForCausalLM, side: str, attention: str) -> None:
+    fresh.set_attn_implementation(attention)
+    short, long = IDS[:1, :4], IDS[1:]
+    padding = torch.full((1, long.shape[1] - short.shape[1]), 1)
+    parts = [padding, short] if side == "left" else [short, padding]
+    ids = torch.cat([torch.cat(parts, dim=1), long])
+    mask = torch.cat(
+        [
+            torch.cat([torch.zeros_like(p) if p is padding else torch.ones_like(p) for p in parts], 1),
+            torch.ones_like(long),
+        ]
+    )
+    batch = logits(fresh, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    torch.testing.assert_close(batch[0][mask[0] == 1], logits(fresh, short)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch[1], logits(fresh, long)[0], rtol=1e-4, atol=1e-4)
+    if side == "left":
+        together = fresh.generate(ids, attention_mask=mask, **GREEDY)[:, -6:]
+        alone = [fresh.generate(one, attention_mask=torch.ones_like(one), **GREEDY)[0, -6:] for one in (short, long)]
+        assert torch.equal(together, torch.stack(alone))
+
+
+# Generating
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "beam search": GREEDY | {"num_beams": 3, "num_return_sequences": 2},
+    "static cache": GREEDY | {"cache_implementation": "static"},
+    "sampling": GREEDY | {"do_sample": True, "top_k": 20},
+    "prompt lookup": GREEDY | {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+def test_generates_what_a_stock_llama_with_its_weights_generates(model: FusedLlamaForCausalLM, kind: str) -> None:
+    stock = make_llama(num_hidden_layers=3, tie_word_embeddings=model.config.tie_word_embeddings)
+    stock.load_state_dict(model.state_dict())
+    ids = IDS[:1] if kind == "prompt lookup" else IDS
+    written = []
+    for either in (model, stock):
+        torch.manual_seed(0)
+        written.append(either.generate(ids, attention_mask=torch.ones_like(ids), **GENERATION[kind]))
+    assert torch.equal(*written) and written[0].shape[1] == IDS.shape[1] + 6
+    if kind in ("static cache", "prompt lookup"):
+        assert torch.equal(written[0], model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
+
+
+def test_assisted_generation_in_both_directions(base: str, model: FusedLlamaForCausalLM) -> None:
+    """A fused model is the natural drafter for the model that it was made of."""
+    dense = LlamaForCausalLM.from_pretrained(base)
+    settings = GREEDY | {"attention_mask": torch.ones_like(IDS[:1])}
+    for target, assistant in ((dense, model), (model, dense)):
+        alone = target.generate(IDS[:1], **settings)
+        assert torch.equal(target.generate(IDS[:1], assistant_model=assistant, **settings), alone)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles(fresh: FusedLlamaForCausalLM, backend: str) -> None:
+    wanted = logits(fresh)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(fresh, backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(compiled), wanted, rtol=1e-4, atol=1e-4)
+
+
+# Offloading
+
+
+def device_map(layers: int, on_disk: set[int]) -> dict[str, str]:
+    outside = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return outside | {f"model.layers.{n}": "disk" if n in on_disk else "cpu" for n in range(layers)}
+
+
+def test_loads_with_layers_on_disk(model: FusedLlamaForCausalLM, saved: Path, tmp_path: Path) -> None:
+    loaded = FusedLlamaForCausalLM.from_pretrained(
+        saved, device_map=device_map(3, {1}), offload_folder=tmp_path / "disk"
+    )
+    assert loaded.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded; use save_pretrained"):
+        loaded.to_llama()
+    for as_llama in (False, True):
+        loaded.save_pretrained(tmp_path / "out", as_llama=as_llama)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_fusing_with_layers_on_disk_is_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded, so it can not be fused in place"):
+        fuse(base, device_map=device_map(5, {1}), offload_folder=tmp_path / "disk")
+
+
+def test_fusing_over_several_devices_leaves_no_stale_hooks(
+    base: str, model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With accelerate's hooks on every layer, as where layers lie on several GPUs."""
+    load = LlamaForCausalLM.from_pretrained
+
+    def load_dispatched(*args: Any, **kwargs: Any) -> LlamaForCausalLM:
+        return dispatch_model(load(*args, **kwargs), device_map(5, set()), force_hooks=True)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load_dispatched)
+    mapped = fuse(base)
+    monkeypatch.undo()
+    tensors = mapped.state_dict()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert mapped.hf_device_map == device_map(3, set())
+    assert all(hasattr(layer, "_hf_hook") for layer in mapped.model.layers)
+    assert torch.equal(logits(mapped), logits(model))
+    assert torch.equal(mapped.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+    mapped.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
