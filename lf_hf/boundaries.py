@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lf_hf.decoder import Decoder
+from lf_hf.stages.activations import check_finite
 from lf_hf.stages.selection import influence
 from lf_hf.states import StateStore
 
@@ -42,11 +44,19 @@ class Boundaries:
 
     @torch.no_grad()
     def update(self, index: int) -> None:
-        """Take note that layers from `index` on have changed."""
+        """Take note that layers from `index` on have changed.
+
+        Raises
+        ------
+        ValueError
+            If a layer's output contains NaN or inf; the layer is named.
+        """
         del self.influences[index:], self._states[index + 1 :]
         for position in range(index, self._decoder.num_layers):
             states = self._states[position]
             with self._decoder.layer(position) as layer:
                 after = self._store.keep(self._decoder.run_layer(layer, state) for state in states)
             self.influences.append(influence(states, after))
+            if math.isnan(self.influences[-1]):
+                check_finite(after, position)
             self._states.append(after)

@@ -201,6 +201,11 @@ class ModelDecoder(Decoder):
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf, looked at in parts: the temporaries of isfinite are large."""
+    return all(bool(torch.isfinite(rows).all()) for rows in tensor.split(1024))
+
+
 def remove_config_layer(config: LlamaConfig, index: int) -> None:
     """Take one layer out of `num_hidden_layers` and of lists with one entry a layer, such as `layer_types`."""
     num_layers = config.num_hidden_layers

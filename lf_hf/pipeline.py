@@ -29,7 +29,7 @@ from lf_hf.calibration import (
     tokenize_samples,
 )
 from lf_hf.config import FusionConfig
-from lf_hf.decoder import Decoder
+from lf_hf.decoder import Decoder, all_finite
 from lf_hf.perplexity import perplexity
 from lf_hf.refit import fit_group, refit_from_bottom, trace
 from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, LayerRefit, PerplexityInfo
@@ -288,9 +288,9 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
         if parameter.device.type == "meta":
             raise ValueError(
                 f"{name} is offloaded, so it can not be fused in place; load the base without offloading (a "
-                "device_map that fits its devices, or none)."
+                "device_map that fits its devices, or none), or use fuse_checkpoint, which holds two layers at a time."
             )
-        if not all(torch.isfinite(rows).all() for rows in parameter.split(8192)):  # its temporaries are large
+        if not all_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         count += parameter.numel()
     return count

@@ -374,9 +374,9 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         yield 2 * sizes.sample_tokens * state + layer + max(layer, padded, running)
     if config.merge == "average":
         rows = _costs_alive(sizes, config.alignment) + 8 * sizes.matrix + 4 * BLOCK  # both matrices in float32
-        matched = 16 * sizes.matrix
-        averaged = sizes.layer * sizes.itemsize + 24 * sizes.matrix  # the result, and three in float64
-        yield 2 * layer + max(averaged, *([rows, matched] if config.alignment != "none" else []))
+        aligned = {"none": 0, "rows": sizes.matrix, "neurons": sizes.layer}[config.alignment]
+        averaged = (sizes.layer + aligned) * sizes.itemsize  # the result, and what layer j is in another order
+        yield 2 * layer + max(averaged, rows if config.alignment != "none" else 0)
     if config.needs_text:
         kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * (sizes.layers + 7))
         yield kept + 2 * layer + running

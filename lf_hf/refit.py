@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
-from lf_hf.decoder import Decoder
+from lf_hf.decoder import Decoder, all_finite
 from lf_hf.report import LayerRefit
 from lf_hf.stages.regression import Regression, expanded
 from lf_hf.states import StateStore
@@ -65,8 +65,8 @@ class Traces:
 
 @torch.no_grad()
 def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], states: Sequence[Tensor], store: StateStore) -> Traces:
-    """Run layers one after the other."""
-    inputs, residuals = [states], []
+    """Run layers one after the other; all states are kept where the first one's weights are."""
+    inputs, residuals = [_on_device(states, layers[0], store)], []
     for layer in layers:
         residuals.append(store.keep(after_attention(decoder, layer, state) for state in inputs[-1]))
         inputs.append(store.keep(after_mlp(layer, residual) for residual in residuals[-1]))
@@ -99,14 +99,21 @@ def fit_group(
     refit : {"none", "down_proj", "projections"}
     ridge : float
     """
-    parameters: list[dict[str, Tensor]] = [dict(layer.named_parameters()) for layer in layers]
+    # Layers of a model that is spread over devices come together on the first one's.
+    states = _on_device(states, layers[0], store)
+    device = layers[0].mlp.down_proj.weight.device
+    parameters = [{name: weight.to(device) for name, weight in layer.named_parameters()} for layer in layers]
     weights, heads_kept = parameters[0], None
     if refit == "projections":
         weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge)
     fused = build_layer(decoder, weights)
     residuals = store.keep(after_attention(decoder, fused, state) for state in states)
     mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge)
-    return GroupFit(weights | mlp.weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
+    weights = weights | mlp.weights
+    for name, weight in weights.items():
+        if not all_finite(weight):
+            raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
+    return GroupFit(weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
 
 
 def _fit_attention(
@@ -122,7 +129,7 @@ def _fit_attention(
     for n, state in enumerate(states):
         target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
         wanted = target - state if bias is None else target - state - bias
-        regression.add(_attention_heads(decoder, wide, state), wanted[0], token_weights(target))
+        regression.add(_attention_heads(decoder, wide, state), wanted[0], token_weights(decoder, target))
 
     head_dim = wide.self_attn.head_dim
     kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // head_dim
@@ -159,16 +166,17 @@ def _fit_mlp(
     channels = torch.arange(down.shape[1], device=down.device)
     limit = num_candidates(len(channels), keep)
     if limit < len(channels):
-        energy = torch.zeros(len(channels), device=down.device)
+        # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
+        norms = torch.cat([part.double().norm(dim=0) for part in down.split(256, dim=1)]).float()
+        size = torch.zeros(len(channels), device=down.device)
         for residual in residuals:
-            energy += _mlp_channels(decoder, weights, residual)[1:].float().square().sum(0)
-        size = energy.sqrt() * down.float().norm(dim=0)
+            size += (_mlp_channels(decoder, weights, residual)[1:].float() * norms).square().sum(0)
         channels = size.topk(limit).indices.sort().values
         weights = _with_channels(weights, channels)
     regression = Regression.empty(len(channels), len(down), down.device)
     for residual, output in zip(residuals, traces.output, strict=True):
         wanted = output - residual if bias is None else output - residual - bias
-        regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(output))
+        regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(decoder, output))
     if len(channels) > keep:
         chosen = regression.prune(weights["mlp.down_proj.weight"], keep)
         channels, weights = channels[chosen], _with_channels(weights, chosen)
@@ -253,12 +261,12 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
     return regression.ridge(identity, ridge)
 
 
-def token_weights(states: Tensor) -> Tensor:
-    """1 / mean square of each token's state (1, tokens T, hidden), which the next norm divides by; shape (T,).
+def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
+    """1 / mean square of each token's state (1, tokens T, hidden), as the next norm divides by it; shape (T,).
 
     So all tokens count alike, the first one too: its state is huge, and later layers rely on it as an attention sink.
     """
-    return states[0].float().square().mean(-1).reciprocal()
+    return (states[0].float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal()
 
 
 def normalized(decoder: Decoder, states: Tensor) -> Tensor:
@@ -271,13 +279,19 @@ def normalized(decoder: Decoder, states: Tensor) -> Tensor:
 def after_attention(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
     """The residual stream between a layer's attention and its MLP: (1, tokens T, hidden)."""
     inputs = decoder.layer_inputs(state)
-    return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
+    return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0].to(state.device)
 
 
 @torch.no_grad()
 def after_mlp(layer: LlamaDecoderLayer, residual: Tensor) -> Tensor:
     """A layer's output from the residual stream after its attention: (1, tokens T, hidden)."""
-    return residual + layer.mlp(layer.post_attention_layernorm(residual))
+    return residual + layer.mlp(layer.post_attention_layernorm(residual)).to(residual.device)
+
+
+def _on_device(states: Sequence[Tensor], layer: LlamaDecoderLayer, store: StateStore) -> Sequence[Tensor]:
+    """The same states where a layer's weights are."""
+    device = layer.mlp.down_proj.weight.device
+    return states if not states or states[0].device == device else store.keep(state.to(device) for state in states)
 
 
 def _attention_heads(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Ways:
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = after_attention(decoder, layer, before)
                 written = layer.mlp(layer.post_attention_layernorm(residual))
-                regression.add(written[0], (target - residual)[0], token_weights(target))
+                regression.add(written[0], (target - residual)[0], token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
             down = layer.mlp.down_proj.weight
             decoder.replace(start - 1, {"mlp.down_proj.weight": (through @ down.float()).to(down.dtype)})

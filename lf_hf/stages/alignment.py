@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lf_hf.stages.assignment import Costs, Pair, assign, row_costs
+from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
 
 class Axis(NamedTuple):
@@ -48,7 +48,7 @@ whole query heads: each with its key-value head, and in any order among those th
 head stay where they are, since rotary embeddings tie each to its place.
 """
 
-_EPSILON = 1e-12
+_ROWS = 256  # that are compared at a time, in float32
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class RowMatch:
 
 def normalized_rows(weight: Tensor) -> Tensor:
     """Rows of (rows n, columns m) in float32, divided by their norm + 1e-12."""
-    weight = weight.to(torch.float32)
-    return weight / (weight.norm(dim=1, keepdim=True) + _EPSILON)
+    rows, factors, _ = scaled_rows(weight)
+    return rows * factors[:, None]
 
 
 def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
@@ -170,11 +170,12 @@ def permute_neurons(weights: Mapping[str, Tensor], permutations: Mapping[str, Te
 
 
 def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMatch:
-    rows_i, rows_j = normalized_rows(weight_i), normalized_rows(weight_j)
-    permutation = permutation.to(rows_j.device)
-    stays = permutation == torch.arange(len(permutation), device=permutation.device)
-    return RowMatch(
-        cosine_before=float((rows_i * rows_j).sum(1).mean()),
-        cosine_after=float((rows_i * rows_j[permutation]).sum(1).mean()),
-        rows_moved=1 - float(stays.float().mean()),
-    )
+    permutation = permutation.to(weight_j.device)
+    place = torch.arange(len(permutation), device=permutation.device)
+    before = after = 0.0
+    for rows, here, there in zip(weight_i.split(_ROWS), place.split(_ROWS), permutation.split(_ROWS), strict=True):
+        unit = normalized_rows(rows)
+        before += float((unit * normalized_rows(weight_j[here]).to(unit.device)).sum())
+        after += float((unit * normalized_rows(weight_j[there]).to(unit.device)).sum())
+    count = len(permutation)
+    return RowMatch(before / count, after / count, float((permutation != place).double().mean()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -51,11 +52,12 @@ def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
     -------
     array of shape (rows n of the first, rows n of the second)
 
-    Products are made where the weights are, block by block, so this is the only n x n array.
+    Products are made where the first weights are, block by block, so this is the only n x n array.
     """
     costs = np.zeros((len(pairs[0][0]), len(pairs[0][1])), dtype)
     for pair in pairs:
-        (rows_i, factors_i, squares_i), (rows_j, factors_j, squares_j) = map(_scaled_rows, pair)
+        rows_i, factors_i, squares_i = scaled_rows(pair[0])
+        rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in scaled_rows(pair[1]))
         step = max(1, BLOCK // len(rows_j))
         with _exact_bfloat16(all(weight.dtype == torch.bfloat16 for weight in pair)):
             for start in range(0, len(rows_i), step):
@@ -101,18 +103,20 @@ def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> 
     return {name: solved[name] for name in problems}
 
 
-def _scaled_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scaled_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in float32 up to a factor each, these factors, and the squared norms of the normalised rows.
 
-    A row times its factor is normalised. Rows are scaled by powers of two alone, to norms of 0.5..1: that keeps
-    products in range, and the digits of bfloat16 weights as they are.
+    A row times its factor is normalised. Rows are scaled by powers of two alone, to largest entries of 1..2: that
+    keeps squares in range, and the digits of bfloat16 weights as they are.
     """
+    largest = torch.linalg.vector_norm(weight, math.inf, dim=1).float().cpu()
+    exponents = torch.frexp(largest).exponent  # no frexp on mps
+    powers = torch.ldexp(torch.ones_like(largest), 1 - exponents.clamp(min=-126))  # not above what float32 holds
     rows = weight.to(torch.float32, copy=True)
-    norms, exponents = torch.frexp(rows.norm(dim=1).clamp(max=torch.finfo(torch.float32).max).cpu())  # no frexp on mps
-    powers = torch.ldexp(torch.ones_like(norms), -exponents)
     rows *= powers.to(rows.device)[:, None]
-    factors = 1 / (norms + _EPSILON * powers)
-    return rows, factors.to(rows.device), (norms * factors).square().to(rows.device)
+    norms = rows.norm(dim=1)
+    factors = 1 / (norms + _EPSILON * powers.to(rows.device))
+    return rows, factors, (norms * factors).square()
 
 
 @contextmanager

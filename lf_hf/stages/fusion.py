@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.stages.alignment import RowMatch, match_neurons, match_rows, permute_neurons
@@ -23,6 +23,8 @@ PROJECTIONS = (
     "mlp.down_proj",
 )
 """The matrices of a Llama decoder layer that fusion merges; its two norms stay layer i's."""
+
+_ROWS = 256  # of a matrix that are merged at a time, in a wider type
 
 
 def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 1.0) -> float:
@@ -43,7 +45,7 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
         raw = 0.5
     else:
         raw = s_i / (s_i + s_j)
-    return 1 / (1 + math.exp(-beta * raw))
+    return float(expit(beta * raw))
 
 
 def fuse_layers(
@@ -98,6 +100,7 @@ def fuse_layers(
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
     """ratio * tensor_i + (1 - ratio) * tensor_j, computed in float64 and rounded once to their dtype."""
     dtype = torch.float32 if tensor_i.device.type == "mps" else torch.float64  # mps has no float64
-    total = tensor_i.to(dtype) * ratio
-    total += tensor_j.to(tensor_i.device, dtype) * (1 - ratio)
-    return total.to(tensor_i.dtype)
+    fused = torch.empty_like(tensor_i)
+    for rows, rows_i, rows_j in zip(*(tensor.split(_ROWS) for tensor in (fused, tensor_i, tensor_j)), strict=True):
+        rows.copy_(rows_i.to(dtype) * ratio + rows_j.to(rows_i.device, dtype) * (1 - ratio))
+    return fused

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _SELECTION_RIDGE = 1e-2
+_ROWS = 256  # of a weight that an error is summed over at a time, in float64
 PRUNING_ROUNDS = 4
 EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 
@@ -19,16 +21,19 @@ class Regression:
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, float32.
+        Sum of weight * x x^T over tokens, float32, with x in units of `unit`.
     cross : tensor of shape (outputs d, inputs m)
-        Sum of weight * y x^T.
+        Sum of weight * y x^T, likewise.
     energy : float
         Sum of weight * |y|^2.
+    unit : float
+        A power of two near the largest of the first x, so that squares are in range; 0 before the first token.
     """
 
     gram: Tensor
     cross: Tensor
     energy: float = 0.0
+    unit: float = 0.0
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> Regression:
@@ -39,6 +44,9 @@ class Regression:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
         root = weights.float().sqrt()[:, None]
         x, y = x.float() * root, y.float() * root
+        if not self.unit:
+            self.unit = _power_of_two(float(x.abs().max()))
+        x *= 1 / (self.unit or 1)
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(y.T, x)
         self.energy += float(y.double().square().sum())
@@ -50,9 +58,13 @@ class Regression:
 
     def relative_error(self, weight: Tensor) -> float:
         """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
-        weight = weight.to(self.gram)
-        explained = 2 * (weight * self.cross).double().sum() - ((weight @ self.gram) * weight).double().sum()
-        return float(1 - explained / self.energy)
+        left = self.energy
+        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+            rows = self._in_units(rows)
+            left += float(((rows @ self.gram).double() - 2 * cross.double()).mul_(rows).sum())
+        if self.energy == 0:
+            return math.inf if left else 0.0
+        return left / self.energy
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
         """The W that minimises sum |y - W x|^2 + strength * mean(diag(gram)) * |W - start|^2.
@@ -63,10 +75,11 @@ class Regression:
             Where the penalty pulls to.
         strength : float
         """
-        start = start.to(self.gram)
+        start = self._in_units(start)
         factor = self._factor(strength)
         residual = (self.cross - start @ self.gram).to(factor.dtype)  # (d, m)
-        return start + torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
+        start += torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
+        return start.div_(self.unit or 1)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -96,11 +109,15 @@ class Regression:
             blocks = blocks[left]
         return blocks
 
+    def _in_units(self, weight: Tensor) -> Tensor:
+        """A weight that is for x, as one for x in units of `unit`."""
+        return weight.to(self.gram, copy=True).mul_(self.unit or 1)
+
     def _saliency(self, start: Tensor, block: int) -> Tensor:
         """What each block of inputs is worth; shape (blocks,)."""
         factor = self._factor(_SELECTION_RIDGE)
         pull = _SELECTION_RIDGE * float(self.gram.diagonal().mean())
-        target = (self.cross + pull * start.to(self.cross)).to(factor.dtype)
+        target = (self.cross + pull * self._in_units(start)).to(factor.dtype)
         weight = torch.cholesky_solve(target.T, factor).unflatten(0, (-1, block))  # (blocks left, block, d)
         del target
         inverse = torch.cholesky_inverse(factor, out=factor)
@@ -118,8 +135,15 @@ class Regression:
             matrix.mT, out=(matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device))
         )
         if info.item():
-            raise RuntimeError(f"The gram matrix is not positive definite (leading minor {info.item()}).")
+            if not torch.isfinite(self.gram.diagonal()).all():
+                raise ValueError("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+            raise ValueError(f"ridge={strength:g} is too small for a stable fit to this calibration text; raise it.")
         return factor
+
+
+def _power_of_two(size: float) -> float:
+    """The nearest one that is not above `size` and has a reciprocal in float32; 0 for 0."""
+    return math.ldexp(1, min(max(math.frexp(size)[1] - 1, -126), 126)) if size and math.isfinite(size) else 0.0
 
 
 def expanded(blocks: Tensor, block: int) -> Tensor:

@@ -21,7 +21,8 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """
     total, count = 0.0, 0
     for x, y in zip(before, after, strict=True):
-        cosines = cosine_similarity(x[0, 1:].double(), y[0, 1:].double(), dim=-1)  # (tokens - 1,)
+        x, y = x[0, 1:].to(y.device).double(), y[0, 1:].double()
+        cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (tokens - 1,)
         total += float(cosines.sum())
         count += len(cosines)
     return 1 - total / count if count else float("nan")

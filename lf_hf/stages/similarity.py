@@ -77,9 +77,9 @@ def layer_similarity(
         embeddings = np.stack([rank_normalized(embedding) for embedding in embeddings])
     entropies = np.array([entropy(embedding, entropy_neighbors) for embedding in embeddings])
     if entropies.min() <= 0 < entropies.max():
+        remedy = "more samples or fewer entropy_neighbors avoid" if rank_normalize else "rank_normalize=True avoids"
         warnings.warn(
-            "Layer entropies have mixed signs, so NPIB is normalised by their magnitudes; "
-            "rank_normalize=True avoids this.",
+            f"Layer entropies have mixed signs, so NPIB is normalised by their magnitudes; {remedy} this.",
             stacklevel=2,
         )
     similarity = np.empty((num_layers, num_layers))
