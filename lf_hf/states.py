@@ -75,6 +75,7 @@ class States(Sequence[Tensor]):
             return [self[n] for n in range(*index.indices(len(self)))]
         if self._folder is None:
             return self._tensors[index]
+        index = range(len(self))[index]
         return load_file(self._file(index), device=self._devices[index])["state"]
 
     def _file(self, index: int) -> Path:

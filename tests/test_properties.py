@@ -434,8 +434,10 @@ def fitted_pair(model: Any, refit: str) -> tuple[dict[str, torch.Tensor], torch.
     ("reader", "writer"), [("mlp.up_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")]
 )
 def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
-    reader: str, writer: str, power: int, refit: str
+    reader: str, writer: str, power: int, refit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where a share of the channels is compared by regression only."""
+    monkeypatch.setattr("lf_hf.refit._MAX_CANDIDATES", 0)
     weights, output = fitted_pair(make_llama(), refit)
     model = make_llama()
     with torch.no_grad():

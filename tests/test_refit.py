@@ -168,7 +168,7 @@ def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path
         with StateStore(1 << 40) as store:
             kept, other = store.keep(states), store.keep(states)
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, states, strict=True))
-            assert len(kept[1:]) == 1
+            assert len(kept[1:]) == 1 and torch.equal(kept[-1], states[-1])
             files = len(list(tmp_path.rglob("*.safetensors")))
             del kept
             assert len(list(tmp_path.rglob("*.safetensors"))) == files // 2 == len(other)
