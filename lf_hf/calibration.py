@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.config import FusionConfig
 from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question
+from lf_hf.records import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 # a user's.
 _GENERATED_SHARE = 0.5
 _GENERATED_SHARE_OF_USERS = 1 / 3
+_TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
+_PARQUET_ROWS = 256  # that are in memory together
+_MAX_LINE = 1 << 24  # characters, of a calibration file
 
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file the first ones count."""
@@ -62,9 +66,12 @@ def load_needed(
     """
     samples = None
     if config.needs_similarity:
-        samples = load_calibration(calibration, samples_per_subject=config.samples_per_subject)
+        samples = load_calibration(
+            calibration, samples_per_subject=config.samples_per_subject, sample_length=config.sample_length
+        )
         config.check_num_samples(len(samples.texts))
-    return samples, load_corpus(calibration) if config.needs_text else None
+    text = load_corpus(calibration, max_tokens=config.calibration_tokens) if config.needs_text else None
+    return samples, text
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Corpus:
     by_default: bool = False
 
 
-def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus:
+def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 32768) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
 
     The model writes half of the mixture, and a third beside a user's text: what narrow text does not touch is lost.
@@ -99,6 +106,13 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus
     calibration : list of str, path, or None
         As for `load_calibration`. None: text that the model writes itself, the first half of Python's
         documentation, and one MMLU development question a subject, with its answer.
+    max_tokens : int
+        How many tokens are to be used at most; 64 characters are read for each, and no more.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
     """
     if calibration is None:
         questions = [questions[0] for questions in bundled_questions().values()]
@@ -108,14 +122,20 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None) -> Corpus
         source = "text by the model itself, Python documentation (first half), MMLU development questions"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = _open(calibration)
-    text = "\n\n".join(_strings(samples, source))
+    parts, left = [], max_tokens * _TOKEN_CHARACTERS
+    for part in _strings(samples, source):
+        parts.append(part[:left])
+        left -= len(parts[-1])
+        if left == 0:
+            break
+    text = "\n\n".join(parts)
     if not text:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
     return Corpus([text], f"{source}, text by the model itself", _GENERATED_SHARE_OF_USERS)
 
 
 def load_calibration(
-    calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1
+    calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1, sample_length: int = 512
 ) -> Calibration:
     """Calibration texts from a user's strings or file, or, with None, one MMLU question a subject.
 
@@ -128,6 +148,8 @@ def load_calibration(
         split.
     samples_per_subject : int
         Questions a subject where `calibration` is None.
+    sample_length : int
+        How many tokens of a sample are to be used; 64 characters are kept for each, and no more.
 
     Raises
     ------
@@ -137,7 +159,8 @@ def load_calibration(
     if calibration is None:
         return _mmlu_calibration(samples_per_subject)
     samples, source = _open(calibration)
-    texts = list(islice(_strings(samples, source), MAX_SAMPLES))
+    longest = sample_length * _TOKEN_CHARACTERS
+    texts = [sample[:longest] for sample in islice(_strings(samples, source), MAX_SAMPLES)]
     if not texts:
         raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
     return Calibration(texts, source)
@@ -158,7 +181,7 @@ def tokenize_samples(
         ids = tokenizer(text, truncation=True, max_length=sample_length)["input_ids"]
         if not ids:
             raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
-        _check_ids(max(ids), vocab_size)
+        check_ids(max(ids), vocab_size)
         samples.append(torch.tensor(ids))
     return samples
 
@@ -174,7 +197,7 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_
     list of int64 tensors of shape (tokens <= length,)
         Only the last one may be shorter, and none has fewer than two tokens.
     """
-    ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text[: max_tokens * _TOKEN_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
     prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     step = length - len(prefix)
     pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
@@ -212,7 +235,7 @@ def pack_corpus(
             f"The calibration text ({corpus.source}) has only {total} tokens, which do not fill one sequence of "
             f"calibration_length={length}; give more text."
         )
-    _check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
+    check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
     return sequences
 
 
@@ -242,7 +265,8 @@ def documentation_halves() -> tuple[str, str]:
     return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
 
 
-def _check_ids(largest: int, vocab_size: int) -> None:
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raise ValueError if a token id is beyond the model's embeddings."""
     if largest >= vocab_size:
         raise ValueError(
             f"The tokenizer gives token id {largest}, but the model has {vocab_size} embeddings; use the tokenizer "
@@ -282,9 +306,11 @@ def _hub_questions() -> dict[str, list[Question]]:
 
 def _open(calibration: Sequence[str] | str | Path) -> tuple[Iterable[Any], str]:
     """The samples that a user gave, unchecked, and what to call them."""
-    if isinstance(calibration, (str, Path)):
+    if isinstance(calibration, (str, os.PathLike)):
         path = Path(calibration)
         return _read(path), path.name
+    if not isinstance(calibration, Sequence) or isinstance(calibration, bytes):
+        raise ValueError(f"calibration must be a list of strings or the path of a file, got {calibration!r:.80}.")
     return calibration, "strings given by the caller"
 
 
@@ -293,57 +319,75 @@ def _strings(samples: Iterable[Any], source: str) -> Iterator[str]:
     for number, sample in enumerate(samples):
         if not isinstance(sample, str):
             raise ValueError(f"Calibration sample {number} of {source} must be a string, got {sample!r:.80}.")
+        if any("\ud800" <= character <= "\udfff" for character in sample):
+            raise ValueError(f"Calibration sample {number} of {source} holds half a character; write it as UTF-8.")
         if sample.strip():
             yield sample
 
 
 def _read(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise ValueError(f"The calibration file {str(path)!r} does not exist.")
+        found = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"The calibration file {str(path)!r} {found}; give a file with text.")
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise ValueError(f"Calibration files are {', '.join(readers)}, got {path.name!r}.")
     try:
         yield from readers[path.suffix](path)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"The calibration file {path.name!r} is not UTF-8 text: {error}.") from None
+    except csv.Error as error:
+        raise ValueError(f"The calibration file {path.name!r} is not CSV: {error}.") from None
+
+
+def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark; none is too long for memory."""
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        number = 1
+        while line := file.readline(_MAX_LINE + 1):
+            if len(line) > _MAX_LINE:
+                raise ValueError(
+                    f"Line {number} of {path.name!r} has more than {_MAX_LINE:,} characters; break it into several."
+                )
+            yield line
+            number += 1
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        paragraph: list[str] = []
-        for line in lines:
-            if line.strip():
-                paragraph.append(line)
-            elif paragraph:
-                yield "".join(paragraph)
-                paragraph = []
-        yield "".join(paragraph)
+    paragraph: list[str] = []
+    size = 0
+    for line in _lines(path):
+        if line.strip():
+            paragraph.append(line)
+            size += len(line)
+        if paragraph and (not line.strip() or size > _MAX_LINE):
+            yield "".join(paragraph)
+            paragraph, size = [], 0
+    yield "".join(paragraph)
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path.name!r} is not JSON: {error.msg}.") from None
-            if isinstance(record, dict):
-                if "text" not in record:
-                    raise ValueError(f"Line {number} of {path.name!r} has no field 'text'.")
-                record = record["text"]
-            yield record
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        sample = parse_json(line, f"Line {number} of {path.name!r}")
+        if isinstance(sample, dict):
+            if "text" not in sample:
+                raise ValueError(f"Line {number} of {path.name!r} has no field 'text'.")
+            sample = sample["text"]
+        yield sample
 
 
 def _read_csv(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = csv.DictReader(lines)
+    limit = csv.field_size_limit(_MAX_LINE)  # for all of this process; the usual one is less than a long document
+    try:
+        rows = csv.DictReader(_lines(path, newline=""))
         if "text" not in (rows.fieldnames or []):
-            raise ValueError(f"{path.name!r} has no column 'text' in its first line, but {rows.fieldnames}.")
+            raise ValueError(f"{path.name!r} has no column 'text' in its first line, but {rows.fieldnames!s:.200}.")
         for row in rows:
             yield row["text"] or ""
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -355,8 +399,8 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if "text" not in table.schema_arrow.names:
-                raise ValueError(f"{path.name!r} has no column 'text', but {table.schema_arrow.names}.")
-            for batch in table.iter_batches(columns=["text"]):
+                raise ValueError(f"{path.name!r} has no column 'text', but {table.schema_arrow.names!s:.200}.")
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=["text"]):
                 yield from batch.column(0).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"The calibration file {path.name!r} is not Parquet: {error}.") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -12,23 +11,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
-from transformers.utils.hub import cached_file
 
 from lf_hf import pipeline
 from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig
 from lf_hf.configuration_fused_llama import converted_config, fused_config
 from lf_hf.decoder import Decoder, remove_config_layer
-from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, base_config, hub_arguments
+from lf_hf.modeling_fused_llama import (
+    FusedLlamaForCausalLM,
+    base_config,
+    checked_base,
+    checked_dtype,
+    fusion_settings,
+    hub_arguments,
+    load_tokenizer,
+)
 from lf_hf.report import FusionReport
 from lf_hf.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.weights import check_complete, tensor_files, tensor_shapes, weights_folder
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
@@ -81,7 +87,9 @@ def fuse_checkpoint(
     OSError
         If another process is saving there, or if files can not be written.
     """
-    base = os.fspath(base)
+    base = checked_base(base)
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
     check_replaceable(Path(out))
     if not low_memory:
         with replaced_folder(Path(out)) as folder:
@@ -92,57 +100,36 @@ def fuse_checkpoint(
         assert model.fusion_report is not None
         return model.fusion_report
 
-    settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
-    config = FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+    config = fusion_settings(config, kwargs)
     check_low_memory(kwargs)
-    dtype = kwargs.pop("dtype", None)
+    dtype = checked_dtype(kwargs.get("dtype"))
+    hub = hub_arguments(kwargs)
     llama_config = base_config(base, kwargs)
     config.check_num_layers(llama_config.num_hidden_layers)
     samples, text = load_needed(config, calibration)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(base, **kwargs)
+        tokenizer = load_tokenizer(base, kwargs)
     with replaced_folder(Path(out)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        decoder = CheckpointDecoder(_weights_folder(base, kwargs), llama_config, Path(scratch), dtype=dtype)
+        decoder = CheckpointDecoder(weights_folder(base, hub), llama_config, Path(scratch), dtype=dtype)
         report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=base)
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
         written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
         written.save_pretrained(folder)
-        _generation_config(base, kwargs, llama_config).save_pretrained(folder)
+        _generation_config(base, hub, llama_config).save_pretrained(folder)
         write_companions(folder, report, tokenizer, as_llama=as_llama)
     return report
 
 
 def check_low_memory(kwargs: dict[str, Any]) -> None:
     """Raise ValueError where only fusing in memory can do what is asked; `kwargs` are from_pretrained's."""
-    unknown = set(kwargs) - set(hub_arguments(kwargs)) - {"dtype"}
+    given = {name for name, value in kwargs.items() if value is not None}
+    unknown = given - hub_arguments(kwargs).keys() - {"dtype", "trust_remote_code"}
     if unknown or kwargs.get("gguf_file"):
         raise ValueError(
             f"{', '.join(sorted(unknown)) or 'gguf_file'} can not be used with low_memory=True; use low_memory=False."
         )
-
-
-def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
-    """A checkpoint's files of weights on this machine. `hub` holds from_pretrained's arguments on where files are.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    base = os.fspath(base)
-    hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
-    if hub.get("gguf_file"):
-        file = cached_file(base, hub.pop("gguf_file"), **hub)
-        assert file is not None  # cached_file raises for a file that is not there
-        return [Path(file)]
-    return sorted(set(_tensor_files(_weights_folder(base, hub)).values()))
-
-
-def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
-    """Bytes of a checkpoint's weights on disk; see `weight_files`."""
-    return sum(file.stat().st_size for file in weight_files(base, hub))
 
 
 class CheckpointDecoder(Decoder):
@@ -159,18 +146,15 @@ class CheckpointDecoder(Decoder):
         Default: the config's, else that of the first tensor.
     """
 
-    def __init__(
-        self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | str | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | None = None) -> None:
         self.config = config
         if config._attn_implementation is None:
             config._attn_implementation = "sdpa"
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self._files = _tensor_files(folder)
+        self._files = tensor_files(folder)
+        self._check_complete(str(folder))
         self._scratch = scratch
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
-        if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.dtype: torch.dtype = dtype or cast("torch.dtype | None", config.dtype) or self._stored_dtype()
 
     @property
@@ -247,6 +231,19 @@ class CheckpointDecoder(Decoder):
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def _check_complete(self, name: str) -> None:
+        """Raise ValueError if the files do not hold the tensors that the config describes."""
+        held = {tensor: shape for file in set(self._files.values()) for tensor, shape in tensor_shapes(file).items()}
+        with torch.device("meta"):
+            wanted = {
+                tensor: tuple(value.shape) for tensor, value in LlamaForCausalLM(self.config).state_dict().items()
+            }
+        missing = wanted.keys() - held.keys() - ({_HEAD} if self.config.tie_word_embeddings else set())
+        mismatched = {
+            tensor: (held[tensor], shape) for tensor, shape in wanted.items() if held.get(tensor, shape) != shape
+        }
+        check_complete(name, missing, mismatched, held.keys() - wanted.keys())
+
     def _outer_names(self) -> list[str]:
         """Parameters outside the layers; a head that is tied to the embeddings is not one of its own."""
         names = [name for name in (_EMBEDDING, _NORM, _HEAD) if name in self._files]
@@ -287,54 +284,6 @@ class CheckpointDecoder(Decoder):
                     if self._files[name] == file:
                         tensors[name] = opened.get_tensor(name).to(self.dtype, copy=True)
         return [tensors[name] for name in names]
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """For each tensor of a checkpoint the file that holds it.
-
-    Raises
-    ------
-    ValueError
-        If there are no safetensors files, a shard is missing or damaged, or the index names files elsewhere.
-    """
-    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = {name: folder / file for name, file in weight_map.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index.name} is not an index of safetensors files: {error!r}.") from None
-        for file in set(shards.values()):
-            if file.parent != folder:
-                raise ValueError(f"{index.name} names {str(file)!r}, which is outside its folder.")
-    elif single.is_file():
-        shards = {}
-    else:
-        raise ValueError(
-            f"{str(folder)!r} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; convert the base to "
-            "safetensors, or use low_memory=False."
-        )
-    held: dict[str, Path] = {}
-    for file in sorted(set(shards.values()) or {single}):
-        if not file.is_file():
-            raise ValueError(f"The shard {file.name!r} that {index.name} names is missing.")
-        try:
-            with safe_open(file, "pt") as opened:
-                held |= dict.fromkeys(opened.keys(), file)
-        except Exception as error:  # safetensors has its own error for a damaged header
-            raise ValueError(f"{file.name!r} is not a whole safetensors file: {error}.") from None
-    missing = [name for name, file in shards.items() if held.get(name) != file]
-    if missing:
-        raise ValueError(f"{index.name} says that {missing[0]!r} is in {shards[missing[0]].name!r}, but it is not.")
-    return held
-
-
-def _weights_folder(base: str, hub: dict[str, Any]) -> Path:
-    if os.path.isdir(base):
-        return Path(base, hub.get("subfolder", ""))
-    arguments = {name: value for name, value in hub.items() if name != "subfolder"}
-    patterns = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME]
-    return Path(snapshot_download(base, allow_patterns=patterns, **arguments), hub.get("subfolder", ""))
 
 
 def _generation_config(base: str, hub: dict[str, Any], config: LlamaConfig) -> GenerationConfig:

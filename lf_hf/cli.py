@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import logging
 import re
 import sys
@@ -23,15 +22,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from lf_hf import tasks_path
-from lf_hf.checkpoint import fuse_checkpoint, weights_size
+from lf_hf.checkpoint import fuse_checkpoint
 from lf_hf.config import CHOICES, FusionConfig
-from lf_hf.modeling_fused_llama import base_config
+from lf_hf.modeling_fused_llama import base_config, checked_dtype
 from lf_hf.plan import plan_fusion
 from lf_hf.plotting import missing_packages
+from lf_hf.records import parse_json
 from lf_hf.report import FusionReport
 from lf_hf.report_page import write_page, write_pictures
 from lf_hf.results import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
+from lf_hf.sweep import check_evaluation
 from lf_hf.sweep import sweep as run_sweep
+from lf_hf.weights import weights_size
 
 app = typer.Typer(
     help="Make a Llama shallower by fusing decoder layers.",
@@ -112,7 +114,8 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
     """
     entries = re.findall(r"^(\w+) : (.+)\n((?:    .+\n?)+)", inspect.getdoc(FusionConfig) or "", re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, _, text in entries}
-    kinds = {"int": int, "float": float, "bool": bool, "str": str}
+    # FusionConfig reads numbers itself, and says better what is wrong with one.
+    metavars = {"int": "INTEGER", "float": "FLOAT"} | {name: "|".join(choices) for name, choices in CHOICES.items()}
     options = []
     for field in dataclasses.fields(FusionConfig):
         if field.name in leave_out:
@@ -122,9 +125,10 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
         option = typer.Option(
             help=texts.get(field.name, ""),
             show_default=default,
-            metavar="|".join(CHOICES[field.name]) if field.name in CHOICES else None,
+            metavar=metavars.get(field.name, metavars.get(str(field.type))),
         )
-        annotation = Annotated[kinds[str(field.type)] | None, option]  # type: ignore[valid-type]
+        kind = bool if field.type == "bool" else str
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         options.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -158,8 +162,8 @@ def fuse(
     *,
     settings: dict[str, Any],
     num_fusions: Annotated[
-        int | None,
-        typer.Option(help="How many times two layers become one; or give --target-layers."),
+        str | None,
+        typer.Option(metavar="INTEGER", help="How many times two layers become one; or give --target-layers."),
     ] = None,
     target_layers: Annotated[int | None, typer.Option(help="How many layers are to be left.")] = None,
     calibration: CalibrationFile = None,
@@ -190,9 +194,10 @@ def fuse(
             raise typer.BadParameter(
                 f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
             )
-        num_fusions = num_layers - target_layers
+        num_fusions = str(num_layers - target_layers)
     with _usage_errors():
-        config = FusionConfig(num_fusions=num_fusions, **settings)  # type: ignore[arg-type]  # checked above
+        checked_dtype(dtype)
+        config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
     loading = hub | _given(dtype=dtype, device_map=device)
     if dry_run:
         plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
@@ -260,13 +265,12 @@ def sweep(
         levels = [int(level) for level in num_fusions.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
-    try:
-        values = None if metadata is None else dict(json.loads(metadata))
-    except (ValueError, TypeError):
-        raise typer.BadParameter(f"--metadata must be a JSON object, got {metadata!r}.") from None
     with _usage_errors():
+        values = None if metadata is None else parse_json(metadata, "--metadata")
+        check_evaluation(limit, num_fewshot, batch_size, values)
+        checked_dtype(dtype)
         for level, method in itertools.product(levels, methods.split(",")):
-            FusionConfig(level, method, **settings)
+            FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
     points = run_sweep(
         base,
         out,

@@ -37,6 +37,7 @@ _INT_MINIMUM = {
     "perplexity_tokens": 0,
     "seed": 0,
 }
+_INT_MAXIMUM = 2**32 - 1  # what every library below takes, as a seed too
 _FLOAT_RANGE = {
     "kernel_scale": (0.0, math.inf),
     "kernel_alpha": (-math.inf, math.inf),
@@ -139,16 +140,18 @@ class FusionConfig:
         for name, minimum in _INT_MINIMUM.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
+            if value > _INT_MAXIMUM:
+                raise ValueError(f"{name} must be at most {_INT_MAXIMUM}, got {value!r:.80}.")
         for name, (lower, upper) in _FLOAT_RANGE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r:.80}.")
             if not lower < value <= upper:
                 raise ValueError(f"{name} must be greater than {lower:g}, got {value!r}.")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.rank_normalize, bool):
-            raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r}.")
+            raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r:.80}.")
 
         if self.refit == "projections" and self.merge != "select":
             raise ValueError(
@@ -230,14 +233,21 @@ def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
     """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}."
-    return f"Unknown {kind} {name!r}; {hint}"
+    return f"Unknown {kind} {name!r:.80}; {hint}"
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float comes near
+        return False
 
 
 def _check_choice(name: str, value: Any) -> None:
     if value not in CHOICES[name]:
         if isinstance(value, str):
             raise ValueError(unknown_name(name, value, CHOICES[name]))
-        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r:.80}.")
 
 
 def _parse(name: str, value: Any) -> Any:
@@ -251,8 +261,8 @@ def _parse(name: str, value: Any) -> Any:
             return float(value)
     except ValueError:
         wanted = "an integer" if name in _INT_MINIMUM else "a number"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.") from None
+        raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.") from None
     lowered = value.strip().lower()
     if lowered not in ("true", "false"):
-        raise ValueError(f"{name} must be true or false, got {value!r}.")
+        raise ValueError(f"{name} must be true or false, got {value!r:.80}.")
     return lowered == "true"

@@ -89,12 +89,12 @@ def manifolds(report: FusionReport) -> Figure:
     """
     assert report.embeddings is not None
     embeddings = np.array(report.embeddings)  # (L, N, d)
-    if report.config["rank_normalize"]:
+    if report.config.get("rank_normalize", True):
         embeddings = embeddings.argsort(axis=1).argsort(axis=1)
     columns = min(8, math.ceil(math.sqrt(len(embeddings))))
     rows = math.ceil(len(embeddings) / columns)
     figure = _figure(1.55 * columns, 1.55 * rows + 0.5)
-    names = [SUBJECTS[label] for label in report.sample_labels or []]
+    names = [SUBJECTS.get(label, "other") for label in report.sample_labels or []]
     colors = dict(zip(_CATEGORIES, _COLORS, strict=False))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for number, axis in enumerate(axes):
@@ -146,7 +146,7 @@ def along_depth(report: FusionReport) -> Figure:
 def matched_cosines(report: FusionReport) -> Figure:
     """Mean cosine of matched rows before and after alignment, for each matrix of each fused pair."""
     steps = [step for step in report.steps if step.matches]
-    names = [name for name in _MATRICES if any(key.endswith(name) for key in steps[0].matches)]
+    names = [name for name in _MATRICES if all(any(key.endswith(name) for key in step.matches) for step in steps)]
     figure = _figure(7.5, 3.4)
     axis = figure.subplots()
     for n, step in enumerate(steps):
@@ -191,9 +191,10 @@ def cost_and_gain(report: FusionReport) -> Figure:
     axes[0].set(xlim=(0, 130), xticks=range(0, 101, 25), xlabel="left of the base (%)")
     if report.perplexity is not None:
         values = [report.perplexity.fused, report.perplexity.dense]
+        finite = [value for value in values if math.isfinite(value)]
         _bars(axes[1], ["fused", "base"], values, "{:.4g}")
         axes[1].set_xscale("log")
-        axes[1].set(xlim=(1, max(10.0, *values) ** 1.5), xlabel="perplexity (log scale)")
+        axes[1].set(xlim=(1, max(10.0, *finite) ** 1.5), xlabel="perplexity (log scale)")
     return figure
 
 
@@ -210,10 +211,12 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     dense = [point for point in points if point.method == DENSE]
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
     colors = dict(zip([*methods, *(method for method in published if method not in methods)], _COLORS, strict=False))
-    tasks = list(points[0].scores)
-    figure = _figure(7, 3.2 * (len(tasks) + 1))
-    axes: list[Axes] = list(figure.subplots(len(tasks) + 1, 1, sharex=True))
-    for axis, task in zip(axes, [*tasks, None], strict=True):
+    panels: list[str | None] = [*points[0].scores]
+    if any(point.perplexity is not None for point in points):
+        panels.append(None)
+    figure = _figure(7, 3.2 * len(panels))
+    axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False).flat)
+    for axis, task in zip(axes, panels, strict=True):
         for method in methods:
             line = [(100 * p.layers_removed_fraction, _height(p, task)) for p in points if p.method in (DENSE, method)]
             axis.plot(*zip(*line, strict=True), color=colors[method], marker="o", markersize=4, label=method)

@@ -27,11 +27,10 @@ from lf_hf.calibration import Calibration, Corpus
 from lf_hf.config import FusionConfig
 from lf_hf.processes import local_processes, local_rank
 from lf_hf.report import REPORT_NAME, FusionReport
+from lf_hf.weights import CHECKPOINT_FILES
 
 logger = logging.get_logger(__name__)
 
-# Kinds of files beside each other in a checkpoint that decide what a model computes, or how it reads text.
-_BASE_FILES = ("*.safetensors", "*.json", "*.model")
 _READ_BYTES = 1 << 22
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
 
@@ -141,7 +140,7 @@ def seen(folder: Path) -> None:
 
 
 def _base_files(base: str, hub: dict[str, Any]) -> list[Path]:
-    patterns = [str(hub["gguf_file"])] if "gguf_file" in hub else list(_BASE_FILES)
+    patterns = [str(hub["gguf_file"])] if "gguf_file" in hub else [*CHECKPOINT_FILES, "*.bin"]
     if os.path.isdir(base):
         folder = Path(base)
     else:

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
-from lf_hf.modeling_fused_llama import base_config
+from lf_hf.modeling_fused_llama import base_config, checked_base, checked_dtype, reading_tokenizer
 from lf_hf.processes import local_rank
 
 # Below lm-eval's own logger, so that its level and format hold here too.
@@ -62,6 +62,7 @@ class FusedLlamaLM(HFLM):
             ValueError: For settings out of range, a base or calibration text that cannot be used, a checkpoint
                 that is not fused although ``num_fusions`` is missing, or an HFLM argument that fusing excludes.
         """
+        checked_dtype(kwargs.get("dtype"))
         settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
         self.calibration, self.fused_dir = calibration, fused_dir
         self.fusion_config: FusionConfig | None = None
@@ -89,10 +90,14 @@ class FusedLlamaLM(HFLM):
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is not None:
-            self._config = base_config(pretrained, kwargs)  # says better than HFLM what is wrong with a base
+            self._config = base_config(checked_base(pretrained), kwargs)  # says better than HFLM what is wrong
         else:
             super()._get_config(pretrained, **kwargs)
             _check_fused(repr(pretrained), self._config)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        with reading_tokenizer(str(tokenizer or pretrained)):
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         auto_class = self.AUTO_MODEL_CLASS

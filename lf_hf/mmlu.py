@@ -171,6 +171,8 @@ def read_csv_questions(directory: str | Path, split: str, subject: str) -> list[
     ValueError
         If the file is missing, is empty, or has a row of another form.
     """
+    if not isinstance(directory, (str, Path)):
+        raise ValueError(f"mmlu_dir must be the folder of the original MMLU release, got {directory!r:.80}.")
     path = Path(directory) / split / f"{subject}_{split}.csv"
     if not path.is_file():
         raise ValueError(
@@ -179,14 +181,17 @@ def read_csv_questions(directory: str | Path, split: str, subject: str) -> list[
         )
     questions = []
     with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 6:
-                raise ValueError(
-                    f"{path}, row {number} has {len(row)} columns; MMLU has 6: question, A, B, C, D, answer."
-                )
-            if row[5] not in ("A", "B", "C", "D"):
-                raise ValueError(f"{path}, row {number} has the answer {row[5]!r}; it must be A, B, C or D.")
-            questions.append(Question(row[0], tuple(row[1:5]), "ABCD".index(row[5])))
+        try:
+            for number, row in enumerate(csv.reader(file), 1):
+                if len(row) != 6:
+                    raise ValueError(
+                        f"{path}, row {number} has {len(row)} columns; MMLU has 6: question, A, B, C, D, answer."
+                    )
+                if row[5] not in ("A", "B", "C", "D"):
+                    raise ValueError(f"{path}, row {number} has the answer {row[5]!r:.80}; it must be A, B, C or D.")
+                questions.append(Question(row[0], tuple(row[1:5]), "ABCD".index(row[5])))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a CSV file of UTF-8 text: {error}.") from None
     if not questions:
         raise ValueError(f"{path} holds no question.")
     return questions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -28,19 +29,19 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
     perplexity = ""
     if report.perplexity is not None:
         perplexity = (
-            f"| perplexity ({report.perplexity.text}, {report.perplexity.tokens} tokens) "
+            f"| perplexity ({as_code(report.perplexity.text)}, {report.perplexity.tokens} tokens) "
             f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |\n"
         )
-    notes = "".join(f"> {note}\n\n" for note in report.notes)
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in report.config.items())
+    notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
+    settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.config.items())
     return f"""---
 {data.to_yaml()}
 ---
 
 # A Llama with {report.layers_after} layers, fused from {report.layers_before}
 
-Made from `{report.base if repository else os.path.basename(report.base)}` by layer fusion
-(`{report.config["method"]}`).
+Made from {as_code(report.base if repository else os.path.basename(report.base))} by layer fusion
+({as_code(report.config["method"])}).
 
 | | base | fused |
 |---|---|---|
@@ -83,3 +84,14 @@ def _repository(base: str) -> str | None:
     except HFValidationError:
         return None
     return base
+
+
+def as_code(value: object) -> str:
+    """A value as inline code on one line of Markdown, where nothing in it means anything, in a table's cell either."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text or ' '}`"
+
+
+def _as_text(value: object) -> str:
+    """A value as plain text on one line of Markdown, where nothing in it means anything."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

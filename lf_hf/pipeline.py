@@ -23,6 +23,7 @@ from lf_hf.calibration import (
     Calibration,
     Corpus,
     alternated,
+    check_ids,
     documentation_halves,
     pack_corpus,
     pack_tokens,
@@ -388,7 +389,9 @@ def _judging_sequences(
         notes.append("No perplexity: this Python comes without pydoc_data.topics, the text that it is measured on.")
         logger.warning(notes[-1])
     length = min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
-    return pack_tokens(tokenizer, text, length, config.perplexity_tokens)
+    sequences = pack_tokens(tokenizer, text, length, config.perplexity_tokens)
+    check_ids(max((int(sequence.max()) for sequence in sequences), default=0), decoder.config.vocab_size)
+    return sequences
 
 
 def _judging_text() -> str:

@@ -19,14 +19,21 @@ import numpy as np
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.calibration import Calibration, Corpus, load_corpus, load_needed
-from lf_hf.checkpoint import MAX_SHARD_BYTES, check_low_memory, weight_files
+from lf_hf.checkpoint import MAX_SHARD_BYTES, check_low_memory
 from lf_hf.config import FusionConfig
 from lf_hf.mmlu import SUBJECTS
-from lf_hf.modeling_fused_llama import base_config, hub_arguments
+from lf_hf.modeling_fused_llama import (
+    base_config,
+    check_device,
+    checked_base,
+    checked_dtype,
+    hub_arguments,
+    load_tokenizer,
+)
 from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS
 from lf_hf.refit import num_candidates
 from lf_hf.saving import check_replaceable
@@ -35,6 +42,7 @@ from lf_hf.stages.assignment import ALIVE_BYTES, BLOCK, row_costs, solver
 from lf_hf.stages.regression import EXACT_LIMIT, PRUNING_ROUNDS
 from lf_hf.stages.similarity import mutual_information
 from lf_hf.states import MEMORY_LIMIT
+from lf_hf.weights import weight_files
 
 _PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
@@ -156,7 +164,9 @@ def plan_fusion(
     ValueError
         For settings, a base, calibration text or a folder that `fuse_checkpoint` would refuse before long work.
     """
-    base = os.fspath(base)
+    base = checked_base(base)
+    given_dtype = checked_dtype(kwargs.get("dtype"))
+    check_device(kwargs.get("device_map"))
     if out is not None:
         check_replaceable(Path(out))
     low_memory_fits = True
@@ -171,15 +181,11 @@ def plan_fusion(
     config.check_num_layers(llama_config.num_hidden_layers)
     samples, text = _calibration(config, calibration)
     if not hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
-        AutoTokenizer.from_pretrained(base, **hub)
+        load_tokenizer(base, kwargs)
 
     files = _files(base, hub)
     stored = torch.float32 if hub.get("gguf_file") or not files else _stored_dtype(files[0])
-    dtype = kwargs.get("dtype") or "auto"
-    if dtype == "auto":
-        dtype = llama_config.dtype or stored
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    dtype = given_dtype or llama_config.dtype or stored
     sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
     bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
     parameters_after = sizes.parameters - config.num_fusions * sizes.layer

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lf_hf.records import parse_json, record
 from lf_hf.stages.alignment import RowMatch
 
 REPORT_NAME = "fusion_report.json"
+_MOST_LAYERS = 10_000  # of a model that anybody would believe in
 
 
 @dataclass(frozen=True)
@@ -184,21 +186,52 @@ class FusionReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FusionReport:
-        """The report that `to_dict` wrote. Raises ValueError where fields are missing or of the wrong kind."""
+        """The report that `to_dict` wrote. Raises ValueError for anything else."""
+        return cls._from_json(values, "This")
+
+    @classmethod
+    def _from_json(cls, values: Any, name: str) -> FusionReport:
         try:
-            optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-            known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name not in optional - values.keys()}
-            known["steps"] = [
-                FusionStep(**step | {"matches": {k: RowMatch(**m) for k, m in step["matches"].items()}})
-                for step in known["steps"]
-            ]
-            known["refits"] = [LayerRefit(**refit) for refit in known["refits"]]
-            known["calibration"] = [CalibrationInfo(**info) for info in known["calibration"]]
-            if known["perplexity"] is not None:
-                known["perplexity"] = PerplexityInfo(**known["perplexity"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"This is no fusion report: {error!r}.") from None
-        return cls(**known)
+            report = record(cls, values, "it")
+            report._check()
+        except ValueError as error:
+            raise ValueError(f"{name} is no fusion report: {error}") from None
+        return report
+
+    def _check(self) -> None:
+        """Raise ValueError where the parts of a report do not fit together, as after editing it by hand."""
+        count = self.layers_before
+        standing = {number: [number] for number in range(min(count, _MOST_LAYERS))}
+        layers = len(standing)
+        checks = {
+            f"layers_before={count} is not 2 to {_MOST_LAYERS}": not 2 <= count <= _MOST_LAYERS,
+            f"parameters_before={self.parameters_before} is not positive": self.parameters_before < 1,
+            "config has no method": not isinstance(self.config.get("method"), str),
+            "influences has not one entry a layer": len(self.influences or range(layers)) != layers,
+            "similarity has not one row and column a layer": {*map(len, self.similarity or ())} - {layers}
+            or len(self.similarity or range(layers)) != layers,
+            "embeddings has not one entry a layer": len(self.embeddings or range(layers)) != layers,
+        }
+        samples = {len(layer) for layer in self.embeddings or ()}
+        sizes = {len(sample) for layer in self.embeddings or () for sample in layer}
+        checks["embeddings is not rectangular"] = len(samples) > 1 or len(sizes) > 1 or 0 in samples | sizes
+        labelled = samples if self.sample_labels is None else {len(self.sample_labels)}
+        checks["sample_labels has not one entry a sample"] = samples != labelled
+        for number, step in enumerate(self.steps, 1):
+            i, j = (group[0] if group else -1 for group in (step.layers_i, step.layers_j))
+            there = i != j and standing.get(i) == step.layers_i and standing.get(j) == step.layers_j
+            checks[f"step {number} fuses layers that are not there"] = not there
+            shares = 0 <= step.ratio_i <= 1 and abs(step.ratio_i + step.ratio_j - 1) < 1e-6
+            checks[f"step {number} has ratios that do not add up to 1"] = not shares
+            checks[f"step {number} keeps impossible numbers of channels"] = not _are_counts(step.channels_kept, 2)
+            standing[i] = step.layers_i + standing.pop(j, [])
+        for refit in self.refits:
+            kept = _are_counts(refit.channels_kept, len(refit.layers))
+            checks[f"the refit of layers {refit.layers} keeps impossible numbers of channels"] = not kept
+        checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        for problem, found in checks.items():
+            if found:
+                raise ValueError(f"{problem:.200}; save the model again.")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `fusion_report.json` into a folder."""
@@ -213,8 +246,9 @@ class FusionReport:
             file = file / REPORT_NAME
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(file)!r} is not JSON: {error}.") from None
-        return cls.from_dict(values)
+        return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
+
+
+def _are_counts(counts: list[int] | None, length: int) -> bool:
+    """Whether there is one count for each of `length` layers, not all zero; or none at all."""
+    return counts is None or (len(counts) == length and min(counts) >= 0 and sum(counts) > 0)

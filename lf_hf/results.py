@@ -15,10 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lf_hf.model_card import as_code
 from lf_hf.plotting import missing_packages
+from lf_hf.records import parse_json, record
 
 DENSE = "dense"
 RESULTS = "results.jsonl"
+_BEGINNING = b'{"key": "'  # of each line of it
 
 PUBLISHED: dict[str, dict[int, float]] = {
     "neural_alignment": {1: 0.6478, 4: 0.6334, 11: 0.6124, 13: 0.6392, 15: 0.2631},
@@ -120,7 +123,7 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
 def markdown(points: Sequence[Point], base: str, *, published: bool) -> str:
     """The results as a document: one row a point, then how stable each method is."""
     head, *rows = results_rows(points)
-    text = f"# Fusions of `{base}`\n\n{_markdown_table(head, rows)}"
+    text = f"# Fusions of {as_code(base)}\n\n{_markdown_table(head, rows)}"
     steps = stability_rows(stability(points))
     if steps:
         text += f"\n## Stability\n\n{STABILITY_NOTE}\n\n{_markdown_table(STABILITY_HEAD, steps)}"
@@ -168,31 +171,45 @@ def _stability(method: str, quantity: str, levels: Sequence[int], values: Sequen
 
 
 def read_points(path: Path) -> dict[str, Point]:
-    """The points of a results file by their keys; a last line that an interruption cut short is dropped."""
+    """The points of a results file by their keys, without a last line that an interruption cut short.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else.
+    """
     if not path.is_file():
         return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
+    *lines, rest = path.read_bytes().split(b"\n")
+    if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+        lines.append(rest)
     points = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        name = f"Line {number} of {str(path)!r}"
         try:
-            values = json.loads(line)
-            values["scores"] = {task: Score(**score) for task, score in values["scores"].items()}
-            points[values["key"]] = Point(**values)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Line {number} of {str(path)!r} is no result of a sweep: {error!r}.") from None
+            point = record(Point, parse_json(line, "it"), "it")
+        except ValueError as error:
+            raise ValueError(f"{name} is no result of a sweep, so choose another folder: {error}") from None
+        points[point.key] = point
     return points
 
 
 def append_point(path: Path, point: Point) -> None:
-    """Add a point to a results file; it is on the disk when this returns."""
-    line = json.dumps(dataclasses.asdict(point)) + "\n"
+    """Add a point to a results file, whole or not at all; it is on the disk when this returns.
+
+    A last line that an interruption cut short goes.
+    """
+    left = memoryview((json.dumps(dataclasses.asdict(point)) + "\n").encode())
+    size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
-        os.fsync(file.fileno())
+        os.truncate(path, size)
+        try:
+            while left:  # a disk that gets full takes a part
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def write_tables(folder: Path, points: Sequence[Point], base: str, *, published: bool) -> None:
@@ -229,5 +246,8 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _replace(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     new = scratch / "new"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
+        with only_writer(folder, folder.with_name(f".{folder.name}.lock")):
             _clear(scratch, folder)
             check_replaceable(folder)
             new.mkdir(parents=True)
@@ -76,9 +76,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Keep others from saving into `folder` meanwhile; a killed process keeps nobody out."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS)
+def only_writer(folder: Path, file: Path) -> Iterator[None]:
+    """Keep others from saving into `folder` meanwhile, by a lock on `file`; a killed process keeps nobody out."""
+    lock = FileLock(file, timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout:

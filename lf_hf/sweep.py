@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from lf_hf import pipeline
 from lf_hf.calibration import load_needed
-from lf_hf.checkpoint import weight_files
 from lf_hf.config import FusionConfig
 from lf_hf.decoder import ModelDecoder
-from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, base_config, hub_arguments
+from lf_hf.modeling_fused_llama import (
+    FusedLlamaForCausalLM,
+    base_config,
+    checked_base,
+    checked_dtype,
+    hub_arguments,
+    load_llama,
+    load_tokenizer,
+)
 from lf_hf.results import DENSE, RESULTS, Point, append_point, read_points, write_tables
+from lf_hf.saving import only_writer
+from lf_hf.weights import weight_files
 
 _LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 _FINGERPRINT_BYTES = 1 << 20  # of each end of a weights file
@@ -77,34 +89,46 @@ def sweep(
     ------
     ValueError
         Before any long work, for settings, a base, calibration text or tasks that can not be used.
+    OSError
+        If another process is at work in that folder, or it can not be written.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError('A sweep evaluates with lm-eval, which is not installed; run `pip install "lf_hf[lm-eval]"`.')
     from lf_hf.evaluation import Evaluation
 
-    base, folder = os.fspath(base), Path(out)
+    base, folder = checked_base(base), Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder for the results.")
+    check_evaluation(limit, num_fewshot, batch_size, metadata)
     for name, values in (("num_fusions", num_fusions), ("methods", methods), ("tasks", tasks)):
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError(f"{name} must be a list, got {values!r:.80}.")
         if not values:
             raise ValueError(f"{name} is empty; give at least one.")
-    levels = sorted(set(num_fusions))
-    configs = [FusionConfig(level, method, **settings or {}) for level in levels for method in dict.fromkeys(methods)]
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"settings must be a dict of FusionConfig fields, got {settings!r:.80}.")
+    if not isinstance(calibration, str | os.PathLike | None):
+        raise ValueError(f"calibration must be the path of a file, got {calibration!r:.80}.")
+    configs = [
+        FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
+        for level in num_fusions
+        for method in methods
+    ]
+    configs = sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
     hub = hub_arguments(kwargs)
-    dense_config = base_config(base, hub)
+    dense_config = base_config(base, kwargs)
     for config in configs:
         config.check_num_layers(dense_config.num_hidden_layers)
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     identity = {
         "base": _fingerprint(base, hub, dense_config),
-        "dtype": str(kwargs.get("dtype")),
+        "dtype": str(checked_dtype(kwargs.get("dtype"))).removeprefix("torch."),
         "calibration": None if calibration is None else _digest([Path(calibration)]),
         "evaluation": {"tasks": sorted(tasks), **asked},
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
     keys = [_key(identity, of_point) for of_point in (dense_settings, *(config.to_dict() for config in configs))]
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
-    folder.mkdir(parents=True, exist_ok=True)
     done = read_points(folder / RESULTS)
     name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
 
@@ -115,67 +139,101 @@ def sweep(
 
     def add(point: Point) -> None:
         done[point.key] = point
-        append_point(folder / RESULTS, point)
-        write_tables(folder, points(), name, published=published)
+        with _writing(folder):
+            append_point(folder / RESULTS, point)
+            write_tables(folder, points(), name, published=published)
 
     missing = [(key, config) for key, config in zip(keys[1:], configs, strict=True) if key not in done]
     if missing or keys[0] not in done:
-        tokenizer = AutoTokenizer.from_pretrained(base, **hub)
+        tokenizer = load_tokenizer(base, kwargs)
         needs = [config for _, config in missing]
         samples = next((load_needed(config, calibration)[0] for config in needs if config.needs_similarity), None)
         text = next((load_needed(config, calibration)[1] for config in needs if config.needs_text), None)
-        llama = LlamaForCausalLM.from_pretrained(base, **{"use_safetensors": True} | kwargs).eval()
-        measurements = pipeline.measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
-        if keys[0] not in done:
+    with contextlib.ExitStack() as stack:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_writer(folder, folder / ".lock"))
+        if missing or keys[0] not in done:
+            llama = load_llama(base, kwargs)
+            pipeline.check_model(ModelDecoder(llama), configs[-1])
+            measurements = pipeline.measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
+            if keys[0] not in done:
+                start = time.perf_counter()
+                scores = evaluation.scores(llama, tokenizer)
+                add(
+                    Point(
+                        key=keys[0],
+                        method=DENSE,
+                        num_fusions=0,
+                        layers=dense_config.num_hidden_layers,
+                        parameters=llama.num_parameters(),
+                        layers_removed_fraction=0.0,
+                        parameters_removed_fraction=0.0,
+                        perplexity=measurements.perplexity,
+                        scores=scores,
+                        config=None,
+                        notes=[],
+                        seconds={"evaluating": time.perf_counter() - start},
+                        versions=pipeline.versions(),
+                    )
+                )
+            del llama  # each fusion reads the base anew, so that one model is in memory at a time
+        for key, config in missing:
             start = time.perf_counter()
-            scores = evaluation.scores(llama, tokenizer)
+            model = FusedLlamaForCausalLM.from_pretrained_fused(
+                base, config, tokenizer=tokenizer, measurements=measurements, **kwargs
+            )
+            fused = time.perf_counter()
+            scores = evaluation.scores(model, tokenizer)
+            report = model.fusion_report
+            assert report is not None
             add(
                 Point(
-                    key=keys[0],
-                    method=DENSE,
-                    num_fusions=0,
-                    layers=dense_config.num_hidden_layers,
-                    parameters=llama.num_parameters(),
-                    layers_removed_fraction=0.0,
-                    parameters_removed_fraction=0.0,
-                    perplexity=measurements.perplexity,
+                    key=key,
+                    method=config.method,
+                    num_fusions=config.num_fusions,
+                    layers=report.layers_after,
+                    parameters=report.parameters_after,
+                    layers_removed_fraction=report.layers_removed_fraction,
+                    parameters_removed_fraction=report.parameters_removed_fraction,
+                    perplexity=None if report.perplexity is None else report.perplexity.fused,
                     scores=scores,
-                    config=None,
-                    notes=[],
-                    seconds={"evaluating": time.perf_counter() - start},
-                    versions=pipeline.versions(),
+                    config=config.to_dict(),
+                    notes=report.notes,
+                    seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
+                    versions=report.versions,
                 )
             )
-        del llama  # each fusion reads the base anew, so that one model is in memory at a time
-    for key, config in missing:
-        start = time.perf_counter()
-        model = FusedLlamaForCausalLM.from_pretrained_fused(
-            base, config, tokenizer=tokenizer, measurements=measurements, **kwargs
-        )
-        fused = time.perf_counter()
-        scores = evaluation.scores(model, tokenizer)
-        report = model.fusion_report
-        assert report is not None
-        add(
-            Point(
-                key=key,
-                method=config.method,
-                num_fusions=config.num_fusions,
-                layers=report.layers_after,
-                parameters=report.parameters_after,
-                layers_removed_fraction=report.layers_removed_fraction,
-                parameters_removed_fraction=report.parameters_removed_fraction,
-                perplexity=None if report.perplexity is None else report.perplexity.fused,
-                scores=scores,
-                config=config.to_dict(),
-                notes=report.notes,
-                seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
-                versions=report.versions,
-            )
-        )
-        del model
-    write_tables(folder, points(), name, published=published)
+            del model
+        with _writing(folder):
+            write_tables(folder, points(), name, published=published)
     return points()
+
+
+def check_evaluation(limit: object, num_fewshot: object, batch_size: object, metadata: object) -> None:
+    """Raise ValueError unless these are what `sweep` takes."""
+    if limit is not None and (not isinstance(limit, int | float) or not 0 < limit < math.inf):
+        raise ValueError(f"limit must be a number of questions, or their share below 1, got {limit!r:.80}.")
+    if num_fewshot is not None and (not isinstance(num_fewshot, int) or num_fewshot < 0):
+        raise ValueError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r:.80}.")
+    if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(batch_size)):
+        raise ValueError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r:.80}.")
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"metadata must be a dict, such as {{'mmlu_dir': 'DIR'}}, got {metadata!r:.80}.")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say of what can not be written where it was, and what to do."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"The results in {str(folder)!r} can not be written ({error}); mend that and run the sweep again, which "
+            "goes on where it stopped."
+        ) from error
 
 
 def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:

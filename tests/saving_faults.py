@@ -6,12 +6,14 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,24 +22,29 @@ from typing import Any
 
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
+from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, saving
 
 State = dict[str, bytes]
+
+# The usual lock of progress bars is shared with forked processes: one that is killed while it holds it stops them all.
+tqdm.set_lock(threading.RLock())
 
 
 def files(folder: Path) -> State:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
 
 
-def killed(work: Callable[[], Any], seconds: float) -> None:
-    """Run `work` in a process that is killed after `seconds`."""
+def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:
+    """Run `work` in a process that gets a signal after `seconds`."""
     pid = os.fork()
     if not pid:
-        work()
+        with contextlib.suppress(KeyboardInterrupt):
+            work()
         os._exit(0)
     time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     os.waitpid(pid, 0)
 
 

@@ -109,12 +109,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index that is not JSON": (
         lambda f: (f / "model.safetensors.index.json").write_text("{"),
-        "is not an index of safetensors files",
+        "json is not JSON",
     ),
     "an index without a map": (lambda f: edit_index(f, lambda i: i.clear()), "is not an index of safetensors files"),
     "an index that points outside": (
         lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": "../secret.safetensors"})),
-        "which is outside its folder",
+        "only safetensors files in its own folder are read",
     ),
     "an index that names more": (
         lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": i["weight_map"]["lm_head.weight"]})),

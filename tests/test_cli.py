@@ -99,7 +99,7 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
     [
         ([], "--num-fusions or --target-layers"),
         (["--num-fusions", 1, "--target-layers", 3], "--num-fusions or --target-layers"),
-        (["--num-fusions", "two"], "'--num-fusions': "),
+        (["--num-fusions", "two"], "num_fusions must be an integer, got 'two'"),
         (["--num-fusions", 1, "--method", "mkaa"], "did you mean 'mka'?"),
         (["--num-fusions", 1, "--kernel-scale", -1], "kernel_scale must be greater than 0"),
         (["--num-fusion", 1], "--num-fusions"),

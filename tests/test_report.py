@@ -14,7 +14,10 @@ def make_report(**values: object) -> FusionReport:
     fields: dict[str, object] = {
         "base": "meta-llama/Meta-Llama-3-8B",
         "config": {"method": "neural_alignment", "num_fusions": 1},
-        "steps": [FusionStep([30], [31], 0.62, 0.38, {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)})],
+        "steps": [
+            FusionStep([30], [31], 0.62, 0.38, {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}),
+            *(FusionStep([n], list(range(n + 1, 32)), 0.62, 0.38) for n in (29, 28, 27)),
+        ],
         "layers_before": 32,
         "layers_after": 28,
         "parameters_before": 8_030_261_248,
@@ -22,8 +25,8 @@ def make_report(**values: object) -> FusionReport:
         "refits": [LayerRefit([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexity": PerplexityInfo(6.1, 30.0, 4000, "prose"),
-        "similarity": [[1.0]],
-        "embeddings": [[[0.1, 0.2]]],
+        "similarity": [[1.0] * 32] * 32,
+        "embeddings": [[[0.1, 0.2]]] * 32,
         "seconds": {"activations": 1.5},
         "versions": {"torch": "2"},
         "notes": ["Mind the gap."],

@@ -1,0 +1,122 @@
+"""Nothing is lost while fusing and sweeping: killed, interrupted, full disks, folders that can not be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, make_texts
+from run_faults import Answers
+from test_saving import file_size_limit, no_privileges
+
+from lf_hf import pipeline
+from lf_hf.cli import main
+from lf_hf.decoder import Decoder
+from lf_hf.results import RESULTS, read_points
+from lf_hf.saving import only_writer
+from lf_hf.sweep import sweep
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "run_faults.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    for name in ("fuse", "fused_dir"):
+        assert set(outcome["found"][name]) <= {"1", "2"}
+    for name in ("sweep SIGKILL", "sweep SIGINT"):
+        counts = list(map(int, outcome["found"][name]))
+        assert counts == sorted(counts) and counts[-1] > 0  # no point is lost
+    left = {name for name in outcome["left"] if not name.startswith(".")}
+    assert left == {"base", "whole", *outcome["found"]}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("lf_hf.evaluation.Evaluation", Answers)
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
+    given: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate", "mka"], "tasks": ["task"]}
+    return given | {"calibration": tmp_path / "text.txt", "settings": {"perplexity_tokens": 0}}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep(base, out, **arguments)
+    before = files(out)
+    size = len(before[RESULTS])
+    for limit, more in ((size + 50, [2]), (2 * size + 5000, [2, 3, 4])):  # within a point, and a picture
+        with (
+            file_size_limit(limit),
+            pytest.raises(OSError, match=r"results in .*out' can not be written .*File too") as e,
+        ):
+            sweep(base, out, **arguments | {"num_fusions": more})
+        assert "\n" not in str(e.value) and "run the sweep again" in str(e.value)
+        assert files(out)[RESULTS].startswith(before[RESULTS]) and read_points(out / RESULTS)
+        assert files(out).keys() == before.keys()
+    assert files(out)[RESULTS].endswith(b"\n")
+
+
+def test_a_sweep_into_a_folder_that_can_not_be_written_does_no_work(
+    base: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name)
+        shutil.copytree(base, parent / "base")
+        (parent / "there").mkdir()
+        for path in (parent / "base").iterdir():
+            path.chmod(0o444)
+        for path in (parent / "base", parent / "there", parent):
+            path.chmod(0o555)
+        for out in ("there", "new", "new/deeper"):
+            with no_privileges(), pytest.raises(OSError, match=r"can not be written .*Permission denied"):
+                sweep(parent / "base", parent / out, **arguments | {"methods": ["truncate"], "calibration": None})
+        parent.chmod(0o755)
+        assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())
+
+
+def test_of_two_sweeps_into_one_folder_one_says_so(
+    base: str, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_writer(out, out / ".lock"), pytest.raises(BlockingIOError, match="Another process is saving into"):
+        sweep(base, out, **arguments)
+    assert not any(out.iterdir())
+
+
+def test_results_of_something_else_are_left_alone(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    for content in (b"years of work", b'{"accuracy": 1}\n', b'{"key": "a"}\n', b"\xff\n"):
+        (tmp_path / RESULTS).write_bytes(content)
+        with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
+            sweep(base, tmp_path, **arguments)
+        assert (tmp_path / RESULTS).read_bytes() == content
+
+
+def test_an_interrupted_command_says_so_in_one_line(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lf_hf.evaluation.Evaluation", Answers)
+    monkeypatch.setattr(pipeline, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ["sweep", base, str(tmp_path / "out"), "--num-fusions", "1", "--methods", "truncate"]
+    assert main(words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "lf-hf: interrupted."
+    assert not any((tmp_path / "out").iterdir())

@@ -1,0 +1,230 @@
+"""Parsers get files that nobody meant to write: they end with a ValueError or OSError, in little memory."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_texts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from test_report import make_report
+from test_sweep import make_point
+
+from lf_hf import FusionConfig, FusionReport, calibration
+from lf_hf.calibration import load_calibration, load_corpus
+from lf_hf.mmlu import read_csv_questions
+from lf_hf.model_card import model_card
+from lf_hf.results import append_point, read_points
+from lf_hf.weights import shard_names, tensor_files
+
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+
+
+@st.composite
+def edited(draw: st.DrawFn, whole: Any) -> Any:
+    """A JSON value with one to three of its parts replaced, removed or doubled."""
+    root = [copy.deepcopy(whole)]
+    for _ in range(draw(st.integers(1, 3))):
+        parent: Any = root
+        key: Any = 0
+        while isinstance(parent[key], (dict, list)) and parent[key] and draw(st.integers(0, 4)):
+            parent = parent[key]
+            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+        action = draw(st.sampled_from(["replace", "remove", "double"])) if parent is not root else "replace"
+        if action == "replace":
+            parent[key] = draw(values)
+        elif action == "remove":
+            del parent[key]
+        elif isinstance(parent, list):
+            parent.append(parent[key])
+        else:
+            parent[f"{key}2"] = parent[key]
+    return root[0]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Bytes of a file with some of them cut out, overwritten or put in; or any others."""
+    if not draw(st.integers(0, 5)):
+        return draw(st.binary(max_size=200))
+    content = whole
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        end = draw(st.integers(start, min(len(content), start + 20)))
+        content = content[:start] + draw(st.binary(max_size=20)) + content[end:]
+    return content
+
+
+def only_our_errors(read: Callable[[], Any]) -> None:
+    with suppress(ValueError, OSError):
+        read()
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+REPORT = json.loads(json.dumps(make_report().to_dict()))
+REPORT |= {name: REPORT[name][:5] for name in ("embeddings", "similarity")} | {"similarity": None}
+POINT = make_point("mka", 1, 0.5)
+
+
+@quick
+@given(edited(make_report(similarity=None, embeddings=None).to_dict()).map(json_bytes) | damaged(json_bytes(REPORT)))
+def test_reports(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fusion_report.json").write_bytes(content)
+
+    try:
+        report = FusionReport.load(tmp_path)
+    except (ValueError, OSError):
+        return
+    assert report.summary() and model_card(report, as_llama=False)  # whatever loads can be shown and saved
+    assert len(report.groups) == report.layers_after
+    report.save(tmp_path)
+
+
+@quick
+@given(edited([vars(POINT) | {"scores": {"task": vars(POINT.scores["mmlu_5shot"])}}]), st.binary(max_size=20))
+def test_results_of_sweeps(tmp_path: Path, lines: Any, rest: bytes) -> None:
+    file = tmp_path / "results.jsonl"
+    shown = lines if isinstance(lines, list) else [lines]
+    file.write_bytes(b"".join(json_bytes(line) + b"\n" for line in shown) + rest)
+    before = file.read_bytes()
+    only_our_errors(lambda: read_points(file))
+    assert file.read_bytes() == before
+
+
+INDEX = {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+SHARDS = {f"model-{n}.safetensors": save({name: torch.ones(2, 3)}) for n, name in ((1, "a"), (2, "b"))}
+
+
+@quick
+@given(edited(INDEX).map(json_bytes) | damaged(json_bytes(INDEX)), damaged(SHARDS["model-1.safetensors"]) | st.none())
+def test_indexes_and_shards(tmp_path: Path, index: bytes, shard: bytes | None) -> None:
+    for name, content in SHARDS.items():
+        (tmp_path / name).write_bytes(content)
+    if shard is not None:
+        (tmp_path / "model-1.safetensors").write_bytes(shard)
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_bytes(index)
+    only_our_errors(lambda: tensor_files(tmp_path))
+    with suppress(ValueError):
+        assert {(tmp_path / name).parent for name in shard_names(file).values()} == {tmp_path}
+
+
+@quick
+@given(edited(FusionConfig(2).to_dict()) | edited({name: str(value) for name, value in vars(FusionConfig(2)).items()}))
+def test_fusion_configs(content: Any) -> None:
+    if isinstance(content, dict):
+        only_our_errors(lambda: FusionConfig.from_kwargs(**content))
+
+
+def parquet(texts: list[str]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"n": list(range(len(texts))), "text": texts}), content)
+    return content.getvalue()
+
+
+def table(texts: list[str]) -> bytes:
+    content = io.StringIO()
+    csv.writer(content).writerows([["n", "text"], *([n, text] for n, text in enumerate(texts))])
+    return content.getvalue().encode()
+
+
+TEXTS = ["one\ntwo", 'a "b", c', *make_texts(3)]
+FILES = {
+    "a.txt": "\n\n".join(TEXTS).encode(),
+    "a.jsonl": b"\n".join(json_bytes({"text": text}) for text in TEXTS),
+    "a.csv": table(TEXTS),
+    "a.parquet": parquet(TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@quick
+@given(data=st.data())
+def test_calibration_files(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    (tmp_path / name).write_bytes(data.draw(damaged(FILES[name])))
+    for load in (load_calibration, load_corpus):
+
+        def read() -> None:
+            texts = [*getattr(load(tmp_path / name), "texts", [])]  # noqa: B023
+            assert all(isinstance(text, str) and text.encode() for text in texts)
+
+        only_our_errors(read)
+
+
+@quick
+@given(damaged(b'"Which, of\n""these""?",1,2,3,"4,5",D\nNone?,a,b,c,d,A\n'))
+def test_mmlu_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "dev").mkdir(exist_ok=True)
+    (tmp_path / "dev" / "anatomy_dev.csv").write_bytes(content)
+    only_our_errors(lambda: read_csv_questions(tmp_path, "dev", "anatomy"))
+
+
+def peak(read: Callable[[], Any]) -> int:
+    """Bytes that Python holds at most meanwhile."""
+    tracemalloc.start()
+    try:
+        only_our_errors(read)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_line_without_end_does_not_fill_the_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_MAX_LINE", 1 << 16)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 34)  # of zeros, which take no room on the disk
+    for load in (load_calibration, load_corpus):
+        assert peak(lambda: load(tmp_path / name)) < 1 << 21  # noqa: B023
+        with pytest.raises(ValueError, match=r"Line 1 of .* has more than 65,536 characters; break it into several"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "line"), [("a.txt", "", "word\n"), ("a.csv", 'text\n"', "word\n"), ("a.jsonl", "", '"word"\n')]
+)
+def test_a_text_without_end_does_not_fill_the_memory(
+    name: str, start: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_MAX_LINE", 1 << 14)
+    (tmp_path / name).write_text(start + line * 200_000)
+    for load in (
+        lambda path: load_calibration(path, sample_length=16),
+        lambda path: load_corpus(path, max_tokens=1024),
+    ):
+        assert peak(lambda: load(tmp_path / name)) < 1 << 21  # noqa: B023
+
+
+def test_a_point_is_added_whole_after_one_that_was_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    append_point(file, POINT)
+    whole = file.read_bytes()
+    for size in range(0, len(whole), 7):
+        file.write_bytes(whole + whole[:size])
+        assert list(read_points(file)) == [POINT.key]
+        append_point(file, POINT)
+        assert file.read_bytes() == whole * 2
