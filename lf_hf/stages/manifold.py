@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import svd
+from scipy.linalg import eigh, qr
 
 Array = NDArray[np.float64]
-
-_EPSILON = np.finfo(np.float64).eps
 
 
 def diffusion_embedding(
@@ -49,7 +47,7 @@ def diffusion_embedding(
     distances = np.asarray(distances, dtype=np.float64)
     kernel = np.exp(-np.sqrt(distances) / np.sqrt(kernel_scale))  # K (N, N)
     others = ~np.eye(num_samples, dtype=bool)
-    if kernel[others].max() < _EPSILON:
+    if kernel[others].max() < np.finfo(np.float64).tiny:
         raise ValueError(
             f"kernel_scale={kernel_scale:g} is too small: the nearest two calibration samples are "
             f"{distances[others].min():.3g} apart; set kernel_scale to about {np.median(distances[others]):.2g}."
@@ -58,16 +56,21 @@ def diffusion_embedding(
     with np.errstate(all="ignore"):
         kernel /= np.outer(density, density) ** kernel_alpha  # K_1
         degree = np.sqrt(kernel.sum(axis=1))  # v (N,)
-        kernel /= np.outer(degree, degree)  # A
-        # A v = v, and no singular value of A is above 1. So v is vector 0, and is taken out: where groups of samples
-        # lie far apart 1 is a multiple singular value, of which vector 0 could be any vector, with zeros in it.
+        # Samples that lie far apart make A the identity but for its last digits. So A - I is decomposed, which has the
+        # same vectors. Its diagonal is what makes (A - I) v = 0.
+        shifted = kernel / np.outer(degree, degree)  # A
+        np.fill_diagonal(shifted, 0)
+        np.fill_diagonal(shifted, -(shifted @ degree) / degree)  # A - I
         first = degree / np.linalg.norm(degree)  # (N,)
-        kernel -= np.outer(first, first)
-    if not (np.isfinite(kernel).all() and first.min() > 0):
+    if not (np.isfinite(shifted).all() and first.min() > 0):
         raise ValueError(f"kernel_alpha={kernel_alpha:g} is too far from 0 for these samples; use 0 to 1.")
 
-    vectors, values, _ = svd(kernel)
-    vectors = vectors[:, :embedding_dim]  # (N, d)
+    # No singular value of A is above 1, so vector 0 is v. The others are orthogonal to it.
+    basis = qr(first[:, None])[0][:, 1:]  # (N, N - 1)
+    values, vectors = eigh(basis.T @ shifted @ basis)  # of A - I: 0 down to -2
+    below_one = np.minimum(-values, 2 + values)  # what the singular values |1 + value| lack
+    order = np.argsort(below_one, kind="stable")[:embedding_dim]
+    vectors = basis @ vectors[:, order]  # (N, d)
     vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(embedding_dim)])
-    vectors[:, values[:embedding_dim] < num_samples * _EPSILON] = 0  # rounding noise
+    vectors[:, 1 - below_one[order] < num_samples * np.finfo(np.float64).eps] = 0  # rounding noise
     return vectors / first[:, None]
