@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -185,7 +185,7 @@ def plan_fusion(
 
     files = _files(base, hub)
     stored = torch.float32 if hub.get("gguf_file") or not files else _stored_dtype(files[0])
-    dtype = given_dtype or llama_config.dtype or stored
+    dtype = given_dtype or cast("torch.dtype | None", llama_config.dtype) or stored
     sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
     bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
     parameters_after = sizes.parameters - config.num_fusions * sizes.layer
