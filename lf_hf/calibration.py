@@ -95,6 +95,11 @@ class Corpus:
     generated_share: float = 0.0
     by_default: bool = False
 
+    @property
+    def full_source(self) -> str:
+        """Where all of the text is from."""
+        return f"{self.source}, text by the model itself" if self.generated_share else self.source
+
 
 def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 32768) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
@@ -119,7 +124,7 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         quiz = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
         quiz += [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
         parts = [part for part in (documentation_halves()[0], "\n\n".join(quiz)) if part]
-        source = "text by the model itself, Python documentation (first half), MMLU development questions"
+        source = "Python documentation (first half), MMLU development questions"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = _open(calibration)
     parts, left = [], max_tokens * _TOKEN_CHARACTERS
@@ -131,7 +136,7 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
     text = "\n\n".join(parts)
     if not text:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
-    return Corpus([text], f"{source}, text by the model itself", _GENERATED_SHARE_OF_USERS)
+    return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
 
 
 def load_calibration(

@@ -156,7 +156,7 @@ def measure(
     if text is not None:
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
-        of_text = CalibrationInfo(text.source, len(packed), sum(map(len, packed)))
+        of_text = CalibrationInfo(text.full_source, len(packed), sum(map(len, packed)))
     return Measurements(
         settings={name: value for name, value in config.to_dict().items() if name not in _OF_FUSING},
         judging=judging,

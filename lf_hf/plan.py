@@ -204,7 +204,7 @@ def plan_fusion(
         layers_after=layers - config.num_fusions,
         parameters_before=sizes.parameters,
         parameters_after=parameters_after,
-        calibration=[source.source for source in (samples, text) if source is not None],
+        calibration=[part for part in (samples and samples.source, text and text.full_source) if part],
         dtype=dtype,
         bytes_before=bytes_before,
         bytes_after=bytes_after,

@@ -287,7 +287,7 @@ def main() -> None:
     dense = judge.perplexities(base)
     dense_correct = judge.correct(base)
     accuracy = f", quiz {statistics.mean(dense_correct):.3f}" if questions else ""
-    print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.source}.")
+    print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.full_source}.")
     print(f"Dense: {', '.join(f'{name} {value:.4g}' for name, value in dense.items())}{accuracy}.\n")
     print(f"| way | fused | {' | '.join(dense)} | quiz (diff) | seconds |")
     print("|---" * (4 + len(dense)) + "|")

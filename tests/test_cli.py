@@ -160,7 +160,8 @@ def lf_hf_process(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_gets_one_line_and_leaves_nothing(base: str, tmp_path: Path) -> None:
+def test_ctrl_c_gets_one_line_and_leaves_nothing(make_base: Callable[..., str], tmp_path: Path) -> None:
+    base = make_base(num_hidden_layers=40)  # so that it takes some seconds
     out = tmp_path / "out"
     process = lf_hf_process("fuse", base, out, "--num-fusions", 1, "--perplexity-tokens", 10_000_000)
     assert process.stderr is not None

@@ -292,8 +292,9 @@ def test_fusing_over_several_devices_leaves_no_stale_hooks(
     """With accelerate's hooks on every layer, as where layers lie on several GPUs."""
     load = LlamaForCausalLM.from_pretrained
 
-    def load_dispatched(*args: Any, **kwargs: Any) -> LlamaForCausalLM:
-        return dispatch_model(load(*args, **kwargs), device_map(5, set()), force_hooks=True)
+    def load_dispatched(*args: Any, **kwargs: Any) -> Any:
+        loaded: Any = load(*args, **kwargs)
+        return dispatch_model(loaded[0], device_map(5, set()), force_hooks=True), loaded[1]
 
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load_dispatched)
     mapped = fuse(base)
