@@ -268,7 +268,7 @@ PYTHON: dict[str, Row] = {
     "little text": (
         calibrate,
         {"content": b"layer", "method": "refit"},
-        r"\(text.txt\) has only \d tokens, .* calibration_length=256; give more text",
+        r"\(text.txt, .*\) has only \d tokens, .* calibration_length=256; give more text",
     ),
     "an unknown kind": (calibrate, {"name": "a.docx"}, "Calibration files are .txt, .jsonl, .csv, .parquet, got 'a.d"),
     "broken lines": (calibrate, {"content": b'"a"\n{', "name": "a.jsonl"}, "Line 2 of 'a.jsonl' is not JSON: "),
@@ -380,6 +380,8 @@ COMMANDS: dict[str, tuple[tuple[Any, ...], int, str] | tuple[tuple[Any, ...], in
     "no folder": (("fuse", "{base}"), 2, "OUT"),
     "base nowhere": (("fuse", "/no/where", "{out}", "--num-fusions", 1), 1, "No config of a Llama can be read"),
     "cut-off weights": (ONE, 1, "is not a whole safetensors file", cut("model.safetensors", 9000)),
+    "a plan with cut-off weights": ((*ONE, "--dry-run"), 1, "is not a whole", cut("model.safetensors", 9000)),
+    "a plan with no tokenizer": ((*ONE, "--dry-run"), 1, "No tokenizer can be read", remove("token*")),
     "NaN weights": ((*ONE, "--low-memory"), 1, "contains NaN or inf", weight(UP, NAN)),
     "pickled weights": (ONE, 1, "pickled weights can run code", pickled),
     "mixtral": (ONE, 1, "'mixtral' model", config(model_type="mixtral")),
