@@ -72,6 +72,7 @@ def stopped_at_line(work: Callable[[], Any], line: int, number: signal.Signals =
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     make_llama().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     models: list[FusedLlamaForCausalLM] = []

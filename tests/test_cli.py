@@ -150,9 +150,13 @@ def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
         run("--traceback", *arguments)
 
 
+# A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+HEEDS_SIGINT = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def lf_hf_process(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", "import sys; from lf_hf.cli import main; sys.exit(main())", *map(str, arguments)],
+        [sys.executable, "-c", f"{HEEDS_SIGINT}; from lf_hf.cli import main; sys.exit(main())", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -115,6 +115,8 @@ def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None
 def check_lf_hf(arguments: list[str]) -> None:
     """The options parse, and FusionConfig takes those that are its own."""
     group = typer.main.get_command(app)
+    if "--help" in arguments:
+        return
     with group.make_context("lf-hf", list(arguments)) as outer:
         name, command, rest = group.resolve_command(outer, arguments)  # type: ignore[attr-defined]
         if command is None:
