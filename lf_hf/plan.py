@@ -51,6 +51,7 @@ _TOKENS_PER_QUESTION = 100  # of MMLU
 _LAYER_EFFICIENCY = 0.5  # of a layer on one sequence, against a plain matrix product
 _WRITING_EFFICIENCY = 0.1  # of writing text token by token, which reads all weights for each
 _DISK_BYTES_PER_SECOND = 500e6
+_PASSES = 5  # that low memory makes: checking, perplexity twice, calibrating, writing
 _PROBE = 1024  # rows and columns of the problems that are timed
 _ASSIGNMENT_EXPONENT = 2.2  # of how solving grows with the number of rows, measured on random rows
 
@@ -192,7 +193,10 @@ def plan_fusion(
     speeds = _Speeds.measure(dtype, _device(kwargs.get("device_map")))
     seconds = _seconds(sizes, config, speeds)
     bytes_after = parameters_after * dtype.itemsize
-    seconds["reading and writing"] = (bytes_before + bytes_after) / _DISK_BYTES_PER_SECOND
+    readings = 1
+    if low_memory:  # for each pass, and for each token that is written, anew
+        readings = _PASSES + (sizes.length if sizes.written else 0)
+    seconds["reading and writing"] = (readings * bytes_before + bytes_after) / _DISK_BYTES_PER_SECOND
     layers = llama_config.num_hidden_layers
     plan = FusionPlan(
         base=f"{base}/{hub['gguf_file']}" if hub.get("gguf_file") else base,
@@ -345,7 +349,7 @@ def _groups(config: FusionConfig) -> tuple[int, ...]:
     """How many original layers each fused layer stands for; where they are chosen while fusing, a guess."""
     if config.selection == "last":
         return (config.num_fusions + 1,)
-    widest = 1 + math.ceil(config.num_fusions / 2)
+    widest = 1 + math.ceil(config.num_fusions / 3)  # 3 of 10 were seen at one place
     full, rest = divmod(config.num_fusions, widest - 1)
     return (widest,) * full + ((rest + 1,) if rest else ())
 

@@ -115,13 +115,12 @@ def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None
 def check_lf_hf(arguments: list[str]) -> None:
     """The options parse, and FusionConfig takes those that are its own."""
     group = typer.main.get_command(app)
-    if "--help" in arguments:
+    try:
+        with group.make_context("lf-hf", list(arguments)) as outer:
+            name, command, rest = group.resolve_command(outer, arguments)  # type: ignore[attr-defined]
+            params = command.make_context(name, rest, parent=outer).params
+    except typer.Exit:  # --help has no more to say
         return
-    with group.make_context("lf-hf", list(arguments)) as outer:
-        name, command, rest = group.resolve_command(outer, arguments)  # type: ignore[attr-defined]
-        if command is None:
-            return
-        params = command.make_context(name, rest, parent=outer).params
     settings = {name: params[name] for name in FusionConfig.field_names() if params.get(name) is not None}
     levels = str(settings.pop("num_fusions", 1)).split(",")
     for method in params.get("methods", params.get("method") or "mka").split(","):
