@@ -136,6 +136,7 @@ def seen(folder: Path) -> None:
     """Note, with the folder of a launch locked, that this process is done with it; the last one removes it."""
     (folder.parent / f"seen-{local_rank()}").touch()
     if len(list(folder.parent.glob("seen-*"))) >= local_processes():
+        shutil.rmtree(folder, ignore_errors=True)  # first, as with the lock's file the lock is gone
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
