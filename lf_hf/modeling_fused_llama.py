@@ -162,7 +162,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
                 model = fused()
                 assert model.fusion_report is not None
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                model.save_pretrained(folder)
+                with replaced_folder(folder) as written:
+                    model.write_files(written)  # whichever rank this is
             if fused_dir is None:
                 seen(folder)
         return model
@@ -245,12 +246,17 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         OSError
             If another process is saving there, or if files can not be written.
         """
-        if not kwargs.get("is_main_process", True):
+        others = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not kwargs.get("is_main_process", True) or (others and torch.distributed.get_rank() > 0):
             return
         with replaced_folder(Path(save_directory)) as folder:
             self.write_files(folder, *args, as_llama=as_llama, tokenizer=tokenizer, **kwargs)
         if push_to_hub:
             _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """What transformers asks before it writes weights; `save_pretrained` has decided before."""
+        return is_main_process
 
     def write_files(
         self,

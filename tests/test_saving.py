@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, make_texts
@@ -204,3 +205,16 @@ def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, t
     for _ in range(2):
         model.save_pretrained(tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
+
+
+def test_whichever_rank_fuses_first_writes_the_weights(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself writes them on rank 0 alone; `save_pretrained`, called on all ranks, does so, too."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
+    settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
+    fused = FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=tmp_path / "fused", **settings)
+    assert (tmp_path / "fused" / "model.safetensors").is_file()
+    fused.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
