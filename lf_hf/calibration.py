@@ -8,7 +8,8 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -221,7 +222,7 @@ def pack_corpus(
     Returns
     -------
     list of int64 tensors of shape (tokens <= length,)
-        The parts take turns.
+        Each part is spread evenly over the list.
 
     Raises
     ------
@@ -233,7 +234,7 @@ def pack_corpus(
     for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
         packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
         left -= sum(map(len, packed[part]))
-    sequences = alternated(*(packed[part] for part in corpus.parts))
+    sequences = mixed(*(packed[part] for part in corpus.parts))
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(
@@ -244,9 +245,10 @@ def pack_corpus(
     return sequences
 
 
-def alternated(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """The items of some lists by turns; a list that is used up drops out."""
-    return [item for turn in zip_longest(*lists) for item in turn if item is not None]
+def mixed(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The items of some lists in one, in which each list is spread evenly."""
+    placed = [((n + 0.5) / len(items), item) for items in lists for n, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=itemgetter(0))]
 
 
 def documentation_halves() -> tuple[str, str]:

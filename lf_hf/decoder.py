@@ -71,13 +71,14 @@ class Decoder(ABC):
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
         """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
 
-        All sequences take a step together, so that each layer is used once a step.
+        All sequences take a step together, so that each layer is used once a step. None of them ends or begins anew.
         """
         random = torch.Generator().manual_seed(seed)
         # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
         tokens = torch.randint(self.config.vocab_size, (count,), generator=random)
         if self.config.bos_token_id is not None:
             tokens[::2] = self.config.bos_token_id
+        barred = _special_tokens(self.config)
         written, cache = [tokens], DynamicCache()
         with self.head() as head:
             for position in logging.tqdm(range(length - 1), desc="Writing calibration text", unit="token"):
@@ -90,8 +91,9 @@ class Decoder(ABC):
                         hidden_states = layer(
                             hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
                         )
-                probabilities = head(hidden_states)[:, 0].float().softmax(-1).cpu()  # (count, vocab)
-                tokens = torch.multinomial(probabilities, 1, generator=random)[:, 0]
+                logits = head(hidden_states)[:, 0].float().cpu()  # (count, vocab)
+                logits[:, barred] = -torch.inf
+                tokens = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
                 written.append(tokens)
         return list(torch.stack(written, dim=1))
 
@@ -199,6 +201,14 @@ class ModelDecoder(Decoder):
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
+
+
+def _special_tokens(config: LlamaConfig) -> list[int]:
+    """Token ids that begin, end or fill up texts, as far as the config names them."""
+    named = [config.bos_token_id, config.pad_token_id]
+    ends = config.eos_token_id
+    named += ends if isinstance(ends, list) else [ends]
+    return sorted({token for token in named if token is not None and 0 <= token < config.vocab_size})
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -12,12 +12,12 @@ import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from lf_hf.calibration import Calibration, Corpus
 from lf_hf.config import FusionConfig
+from lf_hf.locks import locked
 from lf_hf.processes import local_processes, local_rank
 from lf_hf.report import REPORT_NAME, FusionReport
 from lf_hf.weights import CHECKPOINT_FILES
@@ -103,20 +104,17 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def only_fuser(folder: Path) -> Iterator[None]:
     """Keep others that would fuse into a folder, which need not exist, waiting; a file beside it is the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.fusing"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-        lock.acquire()
-    try:
+    file = folder.with_name(f".{folder.name}.fusing")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, timeout=0))
+        except Timeout:
+            logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
+            stack.enter_context(locked(file))
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        lock.release()
 
 
 def folder_of_launch(base: str, config: FusionConfig) -> Path:

@@ -33,7 +33,7 @@ from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.decoder import ModelDecoder
-from lf_hf.fused_cache import fingerprints, folder_of_launch, locked, seen, why_not_reused
+from lf_hf.fused_cache import fingerprints, folder_of_launch, only_fuser, seen, why_not_reused
 from lf_hf.processes import local_processes
 from lf_hf.report import REPORT_NAME, FusionReport
 from lf_hf.saving import check_replaceable, replaced_folder, write_companions
@@ -148,7 +148,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         folder = folder_of_launch(name, config) if fused_dir is None else Path(fused_dir).absolute()
         dtype = llama_config.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
         made_of = fingerprints(base, hub_arguments(kwargs), tokenizer, samples, text, dtype)
-        with locked(folder):
+        with only_fuser(folder):
             check_replaceable(folder)
             reason = why_not_reused(folder, config, made_of)
             if reason is None:

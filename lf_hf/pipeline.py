@@ -22,9 +22,9 @@ from lf_hf.boundaries import Boundaries
 from lf_hf.calibration import (
     Calibration,
     Corpus,
-    alternated,
     check_ids,
     documentation_halves,
+    mixed,
     pack_corpus,
     pack_tokens,
     tokenize_samples,
@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the refit at the end runs all of it
-
+WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
 _OF_FUSING = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
@@ -274,11 +274,11 @@ def calibration_sequences(
 ) -> list[Tensor]:
     """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
     length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
-    written = int(config.calibration_tokens * share) // length
-    tokens = config.calibration_tokens - written * length
-    packed = pack_corpus(tokenizer, text, length, tokens, decoder.config.vocab_size)
-    written = min(written, round(sum(map(len, packed)) * share / (1 - share) / length))  # short text keeps its share
-    return alternated(packed, decoder.generate(written, length, config.seed)) if written else packed
+    short = min(WRITTEN_LENGTH, length)
+    count = int(config.calibration_tokens * share) // short
+    packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, decoder.config.vocab_size)
+    count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
+    return mixed(packed, decoder.generate(count, short, config.seed)) if count else packed
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:
@@ -322,7 +322,7 @@ def _fuse_steps(
     """
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
-    embedded = decoder.embed(text[: max(1, STEP_TOKENS // len(text[0]))]) if text else []
+    embedded = decoder.embed(_beginning(text, STEP_TOKENS)) if text else []
     # Besides the states at all boundaries, those inside a pair and inside what it becomes.
     with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
@@ -376,6 +376,12 @@ def _fuse_steps(
             )
             origins[i] = origins[i] + origins.pop(j)
     return steps, origins, influences
+
+
+def _beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
+    """As many of the first sequences as have `tokens` tokens together, but one at least."""
+    ends = np.cumsum([len(sequence) for sequence in text])
+    return text[: max(1, int((ends <= tokens).sum()))]
 
 
 def _judging_sequences(

@@ -34,7 +34,7 @@ from lf_hf.modeling_fused_llama import (
     hub_arguments,
     load_tokenizer,
 )
-from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS
+from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS, WRITTEN_LENGTH
 from lf_hf.refit import num_candidates
 from lf_hf.saving import check_replaceable
 from lf_hf.stages.activations import PADDED
@@ -195,7 +195,7 @@ def plan_fusion(
     bytes_after = parameters_after * dtype.itemsize
     readings = 1
     if low_memory:  # for each pass, and for each token that is written, anew
-        readings = _PASSES + (sizes.length if sizes.written else 0)
+        readings = _PASSES + (sizes.short if sizes.written else 0)
     seconds["reading and writing"] = (readings * bytes_before + bytes_after) / _DISK_BYTES_PER_SECOND
     layers = llama_config.num_hidden_layers
     plan = FusionPlan(
@@ -288,6 +288,7 @@ class _Sizes:
     text: int
     written: int
     length: int
+    short: int  # tokens of a text that the model writes
     groups: tuple[int, ...]  # original layers in each fused layer
 
     @classmethod
@@ -307,11 +308,12 @@ class _Sizes:
         tables = llama.vocab_size * llama.hidden_size * (1 if llama.tie_word_embeddings else 2)
         lengths = [min(_num_tokens(sample), config.sample_length) for sample in samples.texts] if samples else [0]
         length = min(config.calibration_length, llama.max_position_embeddings)
+        short = min(WRITTEN_LENGTH, length)
         tokens = written = 0
         if text is not None:
             share = text.generated_share
             given = min(sum(map(_num_tokens, text.parts)), int(config.calibration_tokens * (1 - share)))
-            written = int(given * share / (1 - share)) // length * length
+            written = int(given * share / (1 - share)) // short * short
             tokens = given + written
         return cls(
             layers=llama.num_hidden_layers,
@@ -332,6 +334,7 @@ class _Sizes:
             text=tokens,
             written=written,
             length=length,
+            short=short,
             groups=_groups(config),
         )
 
@@ -392,7 +395,7 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         yield kept + 2 * layer + running
         if sizes.written:
             cache = 2 * sizes.layers * sizes.key_value * sizes.itemsize  # of a token
-            yield sizes.written * cache + sizes.written // sizes.length * 16 * sizes.vocab + 2 * table + layer
+            yield sizes.written * cache + sizes.written // sizes.short * 16 * sizes.vocab + 2 * table + layer
         if config.fits:
             yield kept + _fitting(sizes, config, 2, layer)
         if config.refit != "none":

@@ -24,7 +24,7 @@ from lf_hf.states import StateStore
 
 # Channels that are compared by regression at most, the largest: so many at any width, or so many for one that is
 # kept. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
-_MAX_CANDIDATES = 8192
+_MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 
 _READERS_AND_WRITER = {  # of each norm
@@ -161,19 +161,12 @@ def _fit_mlp(
     if refit == "projections":
         maps = [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]
     weights = stacked(parameters, "post_attention_layernorm", maps)
-    down, bias = weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias")
-
-    channels = torch.arange(down.shape[1], device=down.device)
-    limit = num_candidates(len(channels), keep)
-    if limit < len(channels):
-        # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
-        norms = torch.cat([part.double().norm(dim=0) for part in down.split(256, dim=1)]).float()
-        size = torch.zeros(len(channels), device=down.device)
-        for residual in residuals:
-            size += (_mlp_channels(decoder, weights, residual)[1:].float() * norms).square().sum(0)
-        channels = size.topk(limit).indices.sort().values
+    del maps
+    channels = _candidates(decoder, weights, residuals, keep)
+    if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = _with_channels(weights, channels)
-    regression = Regression.empty(len(channels), len(down), down.device)
+    bias = weights.get("mlp.down_proj.bias")
+    regression = Regression.empty(len(channels), decoder.config.hidden_size, channels.device)
     for residual, output in zip(residuals, traces.output, strict=True):
         wanted = output - residual if bias is None else output - residual - bias
         regression.add(_mlp_channels(decoder, weights, residual), wanted[0], token_weights(decoder, output))
@@ -188,6 +181,20 @@ def _fit_mlp(
         error_after = regression.relative_error(fitted)
         weights["mlp.down_proj.weight"] = fitted.to(start.dtype)
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def _candidates(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], keep: int) -> Tensor:
+    """Sorted numbers of the channels of an MLP that write most, as many as stand for election."""
+    down = weights["mlp.down_proj.weight"]
+    limit = num_candidates(down.shape[1], keep)
+    if limit == down.shape[1]:
+        return torch.arange(limit, device=down.device)
+    # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
+    norms = torch.cat([part.double().norm(dim=0) for part in down.split(256, dim=1)]).float()
+    size = torch.zeros(down.shape[1], device=down.device)
+    for residual in residuals:
+        size += (_mlp_channels(decoder, weights, residual)[1:].float() * norms).square().sum(0)
+    return size.topk(limit).indices.sort().values
 
 
 def num_candidates(channels: int, keep: int) -> int:

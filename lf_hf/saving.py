@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
+from lf_hf.locks import locked
 from lf_hf.model_card import model_card
 from lf_hf.report import REPORT_NAME, FusionReport
 
@@ -77,19 +78,15 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(folder: Path, file: Path) -> Iterator[None]:
-    """Keep others from saving into `folder` meanwhile, by a lock on `file`; a killed process keeps nobody out."""
-    lock = FileLock(file, timeout=_LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"Another process is saving into {str(folder)!r}; wait until it is done, or choose another folder."
-        ) from None
-    try:
+    """Keep others from saving into `folder` meanwhile, by a lock on `file`."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, timeout=_LOCK_SECONDS))
+        except Timeout:
+            raise BlockingIOError(
+                f"Another process is saving into {str(folder)!r}; wait until it is done, or choose another folder."
+            ) from None
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        lock.release()
 
 
 def _clear(scratch: Path, folder: Path) -> None:

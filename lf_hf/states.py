@@ -13,7 +13,7 @@ from typing import overload
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-MEMORY_LIMIT = 1 << 28  # bytes that one store keeps in memory
+MEMORY_LIMIT = 1 << 27  # bytes that one store keeps in memory
 
 
 class StateStore:
@@ -22,7 +22,7 @@ class StateStore:
     Parameters
     ----------
     expected_bytes : int
-        How much the lists that exist at a time will hold together; above 256 MiB they lie in a temporary folder.
+        How much the lists that exist at a time will hold together; above 128 MiB they lie in a temporary folder.
     """
 
     def __init__(self, expected_bytes: int) -> None:

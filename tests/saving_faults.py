@@ -24,7 +24,7 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from tqdm import tqdm
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, saving
+from lf_hf import FusedLlamaForCausalLM, FusionReport, locks, saving
 
 State = dict[str, bytes]
 
@@ -49,13 +49,13 @@ def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = sig
 
 
 def stopped_at_line(work: Callable[[], Any], line: int, number: signal.Signals = signal.SIGKILL) -> bool:
-    """Run `work` in a process that gets a signal before the `line`-th line of saving.py; false if it ended before."""
+    """Run `work` in a process that gets a signal before the `line`-th line of saving; false if it ended before."""
     pid = os.fork()
     if not pid:
         count = itertools.count(1)
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
-            if frame.f_code.co_filename != saving.__file__:
+            if frame.f_code.co_filename not in (saving.__file__, locks.__file__):
                 return None
             if event == "line" and next(count) == line:
                 os.kill(os.getpid(), number)

@@ -16,6 +16,7 @@ from lf_hf.calibration import (
     Corpus,
     documentation_halves,
     load_calibration,
+    mixed,
     pack_corpus,
     pack_tokens,
     tokenize_samples,
@@ -119,14 +120,22 @@ def test_sequences_are_spread_over_the_text() -> None:
     assert places == [n * len(everything) // 10 for n in range(10)] and places[-1] > len(everything) / 2
 
 
-def test_parts_of_a_corpus_share_the_budget_and_take_turns() -> None:
+def test_parts_of_a_corpus_share_the_budget() -> None:
     tokenizer = make_tokenizer()
     corpus = Corpus([" ".join(make_texts(100)), "layer"], "x")
     sequences = pack_corpus(tokenizer, corpus, 20, 200, 320)
     assert 150 < sum(map(len, sequences)) <= 200
-    assert sequences[1].tolist() == tokenizer("layer")["input_ids"]
+    assert tokenizer("layer")["input_ids"] in [sequence.tolist() for sequence in sequences]
     with pytest.raises(ValueError, match=r"\(x\) has only \d tokens, which do not fill one sequence"):
         pack_corpus(tokenizer, Corpus(["layer"], "x"), 20, 200, 320)
+
+
+def test_lists_are_mixed_evenly() -> None:
+    one, other = torch.arange(30).split(1), torch.arange(100, 110).split(1)
+    both = torch.cat(mixed(one, [], other))
+    assert both[both < 100].tolist() == list(range(30)) and both[both >= 100].tolist() == list(range(100, 110))
+    for end in range(1, 41):  # whatever beginning is taken has its share of both
+        assert abs(int((both[:end] >= 100).sum()) - end / 4) <= 1
 
 
 def test_documentation_halves_share_no_paragraph() -> None:

@@ -44,8 +44,19 @@ def test_text_that_a_model_writes_is_its_own() -> None:
     again = ModelDecoder(model).generate(3, 9, seed=1)
     starts = torch.stack(written)[:, :1]
     assert starts[0] == model.config.bos_token_id and not torch.equal(starts, torch.stack(again)[:, :1])
-    expected = model.generate(starts, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = model.generate(
+        starts, max_new_tokens=8, do_sample=False, eos_token_id=None, suppress_tokens=[0, 1], use_cache=False
+    )
     assert torch.equal(torch.stack(written), expected)
+
+
+def test_text_that_a_model_writes_goes_on_without_special_tokens() -> None:
+    model = make_llama(eos_token_id=[1, 7], pad_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight *= 0  # so that all tokens are alike
+    written = torch.stack(ModelDecoder(model).generate(10, 200, seed=0))[:, 1:]
+    assert not torch.isin(written, torch.tensor([0, 1, 7])).any()
+    assert torch.isin(torch.arange(2, 320), written).sum() > 300
 
 
 def test_replacing_changes_the_model_in_place() -> None:

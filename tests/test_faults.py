@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, make_texts
+from conftest import make_texts, outcome_of
 from run_faults import Answers
 from test_saving import file_size_limit, no_privileges
 
@@ -25,16 +21,7 @@ from lf_hf.sweep import sweep
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_faults.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = outcome_of("run_faults.py", tmp_path)
     for name in ("fuse", "fused_dir"):
         assert set(outcome["found"][name]) <= {"1", "2"}
     for name in ("sweep SIGKILL", "sweep SIGINT"):

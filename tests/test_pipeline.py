@@ -11,12 +11,12 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusionConfig, FusionReport
+from lf_hf import FusionConfig, FusionReport, pipeline
 from lf_hf.calibration import Calibration, Corpus, pack_tokens
 from lf_hf.config import METHODS
 from lf_hf.decoder import ModelDecoder
 from lf_hf.perplexity import perplexity
-from lf_hf.pipeline import fuse, measure
+from lf_hf.pipeline import WRITTEN_LENGTH, calibration_sequences, fuse, measure
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(400))], "random text")
@@ -157,6 +157,23 @@ def test_measurements_of_other_settings_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fuse(ModelDecoder(model), tokenizer, config, None, None, base="tiny", measurements=measured)
     assert len(model.model.layers) == 5
+
+
+@pytest.mark.parametrize("length", [200, 64])
+def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: int) -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    config = FusionConfig(1, "refit", calibration_tokens=2048, calibration_length=length)
+    short = min(WRITTEN_LENGTH, length)
+    brief = "deep layer " * 75
+    for text, given in ((TEXT.parts[0], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
+        sequences = calibration_sequences(ModelDecoder(model), tokenizer, Corpus([text], "x", 0.5), config)
+        known = " ".join(map(str, tokenizer(text)["input_ids"]))
+        written = [s for s in sequences if " ".join(map(str, s.tolist())) not in known]
+        assert {len(sequence) for sequence in written} == {short}
+        assert sum(map(len, written)) == pytest.approx(given, abs=short)
+        assert sum(map(len, sequences)) - sum(map(len, written)) == given
+    some = [torch.arange(n) for n in (5, 6, 7)]
+    assert [len(pipeline._beginning(some, tokens)) for tokens in (1, 10, 11, 17, 18, 99)] == [1, 1, 2, 2, 3, 3]
 
 
 def test_bars_show_the_long_parts_and_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, make_texts
+from conftest import make_texts, outcome_of
 from transformers import AutoModelForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint, saving
@@ -33,17 +30,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """At 25 random moments of many saves, and before every single line of saving.py, there also by SIGINT."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "saving_faults.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    """At 25 random moments of many saves, and before every line of saving.py and locks.py, there also by SIGINT."""
+    outcome = outcome_of("saving_faults.py", tmp_path)
     for name, states in outcome["found"].items():
         assert set(states) == {"old", "new"}, name
         assert len(states) >= 25

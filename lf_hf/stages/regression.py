@@ -77,8 +77,8 @@ class Regression:
         """
         start = self._in_units(start)
         factor = self._factor(strength)
-        residual = (self.cross - start @ self.gram).to(factor.dtype)  # (d, m)
-        start += torch.cholesky_solve(residual.T, factor).T.to(start.dtype)
+        residual = torch.addmm(self.cross, start, self.gram, alpha=-1).to(factor.dtype)  # (d, m)
+        start += _solved(factor, residual.T).T.to(start.dtype)
         return start.div_(self.unit or 1)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
@@ -117,9 +117,8 @@ class Regression:
         """What each block of inputs is worth; shape (blocks,)."""
         factor = self._factor(_SELECTION_RIDGE)
         pull = _SELECTION_RIDGE * float(self.gram.diagonal().mean())
-        target = (self.cross + pull * self._in_units(start)).to(factor.dtype)
-        weight = torch.cholesky_solve(target.T, factor).unflatten(0, (-1, block))  # (blocks left, block, d)
-        del target
+        target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
+        weight = _solved(factor, target.T).unflatten(0, (-1, block))  # (blocks left, block, d)
         inverse = torch.cholesky_inverse(factor, out=factor)
         if block == 1:
             return weight[:, 0].square().sum(1) / inverse.diagonal()
@@ -139,6 +138,15 @@ class Regression:
                 raise ValueError("The activations of a layer that is refitted overflow; use a dtype of wider range.")
             raise ValueError(f"ridge={strength:g} is too small for a stable fit to this calibration text; raise it.")
         return factor
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """Solution x of L L^T x = right, in the memory of `right`, for a lower Cholesky factor L.
+
+    `torch.cholesky_solve` would copy both.
+    """
+    torch.linalg.solve_triangular(factor, right, upper=False, out=right)
+    return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
 
 
 def _power_of_two(size: float) -> float:
