@@ -404,10 +404,12 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     except ImportError:
         raise ValueError(f"Reading {path.name!r} needs pyarrow; run `pip install pyarrow`.") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        # As a dictionary, in which a text that many rows have is there once.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as table:
             if "text" not in table.schema_arrow.names:
                 raise ValueError(f"{path.name!r} has no column 'text', but {table.schema_arrow.names!s:.200}.")
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=["text"]):
-                yield from batch.column(0).to_pylist()
+                for value in batch.column(0):
+                    yield value.as_py()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"The calibration file {path.name!r} is not Parquet: {error}.") from None

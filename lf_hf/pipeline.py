@@ -128,7 +128,7 @@ def measure(
         ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
         of_samples = CalibrationInfo(samples.source, len(ids), sum(map(len, ids)))
         with clock("activations"):  # stage 1
-            influences = []
+            influences = [] if max(map(len, ids)) > 1 else None  # which leave each sample's first token out
             distances = sample_distances(decoder, ids, influences)
         with clock("manifold"):  # stage 2
             embeddings = np.stack(

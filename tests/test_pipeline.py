@@ -159,6 +159,12 @@ def test_measurements_of_other_settings_are_refused() -> None:
     assert len(model.model.layers) == 5
 
 
+def test_samples_of_one_token_have_no_influences() -> None:
+    assert run(1, sample_length=1).influences is None
+    influences = run(1, sample_length=2).influences
+    assert influences is not None and np.isfinite(influences).all()
+
+
 @pytest.mark.parametrize("length", [200, 64])
 def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: int) -> None:
     model, tokenizer = make_llama(), make_tokenizer()
