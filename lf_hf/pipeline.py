@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -339,15 +339,15 @@ def _fuse_steps(
                 ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
             states = [] if boundaries is None else boundaries.before(i)
             fit = None
-            with decoder.layer(i) as layer_i, decoder.layer(j) as layer_j, torch.no_grad():
-                pair = (layer_i, layer_j)
+            with ExitStack() as stack, torch.no_grad():
+                pair = [stack.enter_context(decoder.layer(index)) for index in (i, j)]
                 traces = trace(decoder, pair, states if config.fits else [], store)
                 fused, matches = fuse_layers(
                     *(dict(layer.named_parameters()) for layer in pair),
                     ratio=ratio,
                     alignment=config.alignment,
                     merge=config.merge,
-                    head_dim=layer_i.self_attn.head_dim,
+                    head_dim=pair[0].self_attn.head_dim,
                 )
                 if config.merge == "select":
                     fit = fit_group(decoder, pair, traces, states, store, refit=config.refit, ridge=config.ridge)

@@ -76,7 +76,7 @@ def trace(decoder: Decoder, layers: Sequence[LlamaDecoderLayer], states: Sequenc
 @torch.no_grad()
 def fit_group(
     decoder: Decoder,
-    layers: Sequence[LlamaDecoderLayer],
+    layers: list[LlamaDecoderLayer],
     traces: Traces,
     states: Sequence[Tensor],
     store: StateStore,
@@ -89,8 +89,8 @@ def fit_group(
     Parameters
     ----------
     decoder : Decoder
-    layers : sequence of LlamaDecoderLayer
-        The group; a single layer is only fitted anew.
+    layers : list of LlamaDecoderLayer
+        The group; a single layer is only fitted anew. The list is emptied: layers that nobody else holds make room.
     traces : Traces
         Calibration text on its way through the group.
     states : sequence of tensors of shape (1, tokens T, hidden)
@@ -102,14 +102,18 @@ def fit_group(
     # Layers of a model that is spread over devices come together on the first one's.
     states = _on_device(states, layers[0], store)
     device = layers[0].mlp.down_proj.weight.device
-    parameters = [{name: weight.to(device) for name, weight in layer.named_parameters()} for layer in layers]
+    parameters = [
+        {name: weight.to(device) for name, weight in layers.pop(0).named_parameters()} for _ in range(len(layers))
+    ]
     weights, heads_kept = parameters[0], None
     if refit == "projections":
         weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge)
     fused = build_layer(decoder, weights)
     residuals = store.keep(after_attention(decoder, fused, state) for state in states)
+    del fused
+    weights = {name: weight for name, weight in weights.items() if "attn" in name or "input_layernorm" in name}
     mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge)
-    weights = weights | mlp.weights
+    weights |= mlp.weights
     for name, weight in weights.items():
         if not all_finite(weight):
             raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
@@ -149,19 +153,23 @@ def _fit_attention(
 
 def _fit_mlp(
     decoder: Decoder,
-    parameters: Sequence[Weights],
+    parameters: list[dict[str, Tensor]],
     traces: Traces,
     residuals: Sequence[Tensor],
     refit: str,
     ridge: float,
 ) -> GroupFit:
-    """An MLP with channels from all layers and a down_proj that brings the stream to the group's output."""
+    """An MLP with channels from all layers and a down_proj that brings the stream to the group's output.
+
+    Empties `parameters`.
+    """
     count, keep = len(parameters), decoder.config.intermediate_size
     maps = None
     if refit == "projections":
         maps = [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]
     weights = stacked(parameters, "post_attention_layernorm", maps)
     del maps
+    parameters.clear()
     channels = _candidates(decoder, weights, residuals, keep)
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = _with_channels(weights, channels)

@@ -424,7 +424,7 @@ def fitted_pair(model: Any, refit: str) -> tuple[dict[str, torch.Tensor], torch.
     states = decoder.embed(SEQUENCES)
     with torch.no_grad():
         traces = trace(decoder, layers, states, StateStore(0))
-        fit = fit_group(decoder, layers, traces, states, StateStore(0), refit=refit, ridge=0.1)
+        fit = fit_group(decoder, [*layers], traces, states, StateStore(0), refit=refit, ridge=0.1)
         return fit.weights, decoder.run_layer(build_layer(decoder, fit.weights), states[0])
 
 

@@ -62,7 +62,7 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, refit: str) -> N
     layers = [model.model.layers[n] for n in (1, 2)]
     states = decoder.embed(SEQUENCES)
     traces = trace(decoder, layers, states, StateStore(0))
-    fit = fit_group(decoder, layers, traces, states, StateStore(0), refit=refit, ridge=1e-3)
+    fit = fit_group(decoder, [*layers], traces, states, StateStore(0), refit=refit, ridge=1e-3)
     assert fit.channels_kept == [48, 0]
     assert fit.heads_kept in (None, [model.config.num_key_value_heads, 0])
     fused = build_layer(decoder, fit.weights)
@@ -78,7 +78,7 @@ def test_fitting_brings_the_group_closer_on_text_that_it_has_not_seen(refit: str
     traces, wanted = (trace(decoder, layers, some, StateStore(0)) for some in (states, unseen))
     errors = {}
     for kind in ("none", refit):
-        fit = fit_group(decoder, layers, traces, states, StateStore(0), refit=kind, ridge=1e-2)
+        fit = fit_group(decoder, [*layers], traces, states, StateStore(0), refit=kind, ridge=1e-2)
         fused = build_layer(decoder, fit.weights)
         errors[kind] = sum(
             relative(decoder.run_layer(fused, state), output)
@@ -95,7 +95,7 @@ def test_a_single_layer_that_needs_no_change_gets_none() -> None:
     layers = [model.model.layers[1]]
     states = decoder.embed(SEQUENCES)
     traces = trace(decoder, layers, states, StateStore(0))
-    fit = fit_group(decoder, layers, traces, states, StateStore(0), refit="down_proj", ridge=1e-2)
+    fit = fit_group(decoder, [*layers], traces, states, StateStore(0), refit="down_proj", ridge=1e-2)
     assert fit.error_before < 1e-6 and fit.channels_kept is None
     assert relative(decoder.run_layer(build_layer(decoder, fit.weights), states[0]), traces.output[0]) < 1e-6
 

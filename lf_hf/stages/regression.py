@@ -118,10 +118,11 @@ class Regression:
         factor = self._factor(_SELECTION_RIDGE)
         pull = _SELECTION_RIDGE * float(self.gram.diagonal().mean())
         target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
+        del start
         weight = _solved(factor, target.T).unflatten(0, (-1, block))  # (blocks left, block, d)
         inverse = torch.cholesky_inverse(factor, out=factor)
         if block == 1:
-            return weight[:, 0].square().sum(1) / inverse.diagonal()
+            return torch.linalg.vector_norm(weight[:, 0], dim=1).square() / inverse.diagonal()
         inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
         return (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
 
