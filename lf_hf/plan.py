@@ -425,16 +425,18 @@ def _fitting(sizes: _Sizes, config: FusionConfig, count: int, layer: int) -> int
     """Bytes that fitting one layer to a group of `count` holds, the group's own layers of `layer` bytes included."""
     members = count if config.merge == "select" else 1
     attention = _regression(sizes, members * sizes.query) if config.refit == "projections" else 0
-    wide = 3 * members * sizes.mlp * sizes.hidden * sizes.itemsize
+    channel = 3 * sizes.hidden * sizes.itemsize
     inputs = num_candidates(members * sizes.mlp, sizes.mlp)
     maps = 4 * members * sizes.hidden**2 if config.refit == "projections" else 0
-    return count * layer + maps + max(attention, wide + 8 * sizes.matrix, wide + _regression(sizes, inputs))
+    stacking = count * layer + maps + members * sizes.mlp * channel + 8 * sizes.matrix
+    kept = 0 if config.merge == "select" else count * layer
+    return max(count * layer + maps + attention, stacking, kept + inputs * channel + _regression(sizes, inputs))
 
 
 def _regression(sizes: _Sizes, inputs: int) -> int:
     """Bytes of a regression with so many inputs, while some are eliminated."""
     exact = 8 if inputs <= EXACT_LIMIT else 4
-    return (4 + exact) * inputs**2 + sizes.hidden * inputs * (8 + sizes.itemsize + 3 * exact)
+    return (4 + exact) * inputs**2 + sizes.hidden * inputs * (4 + sizes.itemsize + exact)
 
 
 # Time

@@ -169,10 +169,12 @@ class Judge:
         right = []
         for ids, positions, mask, spans, answer in self.questions:
             additive = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-            logits = model(input_ids=ids, position_ids=positions, attention_mask=additive, use_cache=False).logits[0]
+            states = model.model(
+                input_ids=ids, position_ids=positions, attention_mask=additive, use_cache=False
+            ).last_hidden_state[0]
             scores = []
             for rows, targets, characters in spans:
-                log_probabilities = logits[rows].float().log_softmax(-1)
+                log_probabilities = model.lm_head(states[rows]).float().log_softmax(-1)
                 scores.append(float(log_probabilities.gather(1, targets[:, None]).sum()) / characters)
             right.append(scores.index(max(scores)) == answer)
         return right
@@ -245,7 +247,7 @@ def main() -> None:
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
     parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 12, 15])
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
-    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--ways", nargs="+", help="only these rows")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny Llama on --text, and use that")
     options = parser.parse_args()
@@ -275,7 +277,7 @@ def main() -> None:
     questions = []
     if options.mmlu:
         questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
-        questions = [q for q in questions if len(q.question) < 500 and max(map(len, q.choices)) < 160]
+        questions = [q for q in questions if len(q.question) < 200 and max(map(len, q.choices)) < 80]
         questions = random.Random(0).sample(questions, options.questions)
     judge = Judge(
         tokenizer,
