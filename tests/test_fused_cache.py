@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -218,7 +219,10 @@ def outcome(folder: Path) -> tuple[int, list[list[float]]]:
 def test_of_launched_processes_one_fuses(
     base: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    launch = f"{Path(sys.executable).parent}/accelerate launch --multi_gpu --num_processes 2 --main_process_port 0"
+    with socket.socket() as free:  # older versions of accelerate do not choose a port
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = f"{Path(sys.executable).parent}/accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}"
     process = started(EVALUATES, *launch.split())
     output = process.communicate()[0]
     assert process.returncode == 0, output
