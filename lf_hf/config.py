@@ -102,7 +102,7 @@ class FusionConfig:
     perplexity_tokens : int >= 0, default=4000
         Tokens on which perplexity is measured before and after fusing; 0 leaves it out.
     seed : int >= 0, default=0
-        Seed of the mutual information estimate.
+        Seed of the mutual information estimate, and of the calibration text that the model writes.
 
     Raises
     ------

@@ -82,7 +82,8 @@ class Decoder(ABC):
         written, cache = [tokens], DynamicCache()
         with self.head() as head:
             for position in logging.tqdm(range(length - 1), desc="Writing calibration text", unit="token"):
-                hidden_states = self.embed([tokens])[0].transpose(0, 1)  # (count, 1, hidden)
+                # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
+                hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
                 position_ids = torch.full((count, 1), position, device=hidden_states.device)
                 position_embeddings = self.rotary_emb(hidden_states, position_ids)
                 for index in range(self.num_layers):
