@@ -12,7 +12,7 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lf_hf
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
@@ -282,10 +282,12 @@ def edited(base: str, folder: Path, **values: Any) -> str:
 def test_bad_bases_get_one_sentence(base: str, tmp_path: Path) -> None:
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "empty").mkdir()
+    mixed = edited(base, tmp_path / "mixed", per_layer_config={"1": {"intermediate_size": 24}})
+    known = hasattr(LlamaConfig(), "is_heterogeneous")  # since transformers 5.14
     for path, message in [
         (edited(base, tmp_path / "mistral", model_type="mistral"), "is a 'mistral' model; only Llama models"),
         (edited(base, tmp_path / "quantised", **quantised), "is quantised; fuse the original"),
-        (edited(base, tmp_path / "mixed", per_layer_config={"1": {"intermediate_size": 24}}), "of different kinds"),
+        *([(mixed, "of different kinds")] if known else []),
         (str(tmp_path / "empty"), "holds no model: config.json is missing"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import make_texts, outcome_of
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint, saving
 from lf_hf.saving import replaced_folder
@@ -43,13 +44,15 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a full disk."""
+    """No file may grow beyond `size` bytes, as on a full disk. Without bars, as pytest has them in a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        enable_progress_bar()
 
 
 @pytest.mark.parametrize("exists", [False, True])
