@@ -125,7 +125,7 @@ def check_lf_hf(arguments: list[str]) -> None:
     levels = str(settings.pop("num_fusions", 1)).split(",")
     for method in params.get("methods", params.get("method") or "mka").split(","):
         for level in levels:
-            FusionConfig(int(level), **settings | {"method": method})
+            FusionConfig.from_kwargs(num_fusions=level, **settings | {"method": method})
 
 
 def check_lm_eval(arguments: list[str]) -> None:
