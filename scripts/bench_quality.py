@@ -225,7 +225,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) ->
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     print(f"Trained a model of {model.num_parameters():,} parameters: {len(losses)} steps, last loss {losses[-1]:.2f}.")
     return model.eval()
 
