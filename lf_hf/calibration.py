@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # a user's.
 _GENERATED_SHARE = 0.5
 _GENERATED_SHARE_OF_USERS = 1 / 3
+# Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
+_QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
+_QUESTIONS_SOURCE = "MMLU development questions"
 _TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 _PARQUET_ROWS = 256  # that are in memory together
 _MAX_LINE = 1 << 24  # characters, of a calibration file
@@ -105,7 +108,8 @@ class Corpus:
 def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 32768) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
 
-    The model writes half of the mixture, and a third beside a user's text: what narrow text does not touch is lost.
+    The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
+    fifth: what narrow text does not touch is lost.
 
     Parameters
     ----------
@@ -121,11 +125,8 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
     """
     if calibration is None:
-        questions = [questions[0] for questions in bundled_questions().values()]
-        quiz = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
-        quiz += [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
-        parts = [part for part in (documentation_halves()[0], "\n\n".join(quiz)) if part]
-        source = "Python documentation (first half), MMLU development questions"
+        parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
+        source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = _open(calibration)
     parts, left = [], max_tokens * _TOKEN_CHARACTERS
@@ -137,7 +138,17 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
     text = "\n\n".join(parts)
     if not text:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
-    return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
+    questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+    return Corpus([text, questions], f"{source}, {_QUESTIONS_SOURCE}", _GENERATED_SHARE_OF_USERS)
+
+
+def _answered_questions() -> str:
+    """One MMLU development question a subject, with its answer, each in two formats that are far from each other."""
+    questions = [questions[0] for questions in bundled_questions().values()]
+    lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
+    plain = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
+    pairs = list(zip(lettered, plain, strict=True))
+    return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
 
 
 def load_calibration(

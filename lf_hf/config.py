@@ -77,7 +77,7 @@ class FusionConfig:
         activations' Gram matrix.
     calibration_tokens : int >= 1024, default=49152
         Tokens of calibration text that influence, channel selection and refit use at most. The model writes a third
-        of them itself, or half where no text is given.
+        of them itself and answered questions are a fifth; where no text is given it writes half.
     calibration_length : int >= 16, default=512
         Tokens of a sequence of that text.
     kernel_scale : float > 0, default=8.0

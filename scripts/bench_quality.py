@@ -269,7 +269,8 @@ def main() -> None:
         base = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
     base = base.to(getattr(torch, options.dtype))
 
-    corpus = load_corpus([halves[0]] if options.calibrate == "text" and halves else None)
+    given = [halves[0]] if options.calibrate == "text" and halves else None
+    corpus = load_corpus(given, max_tokens=options.tokens)
     sequences = calibration_sequences(
         GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     )

@@ -16,6 +16,7 @@ from lf_hf.calibration import (
     Corpus,
     documentation_halves,
     load_calibration,
+    load_corpus,
     mixed,
     pack_corpus,
     pack_tokens,
@@ -128,6 +129,16 @@ def test_parts_of_a_corpus_share_the_budget() -> None:
     assert tokenizer("layer")["input_ids"] in [sequence.tolist() for sequence in sequences]
     with pytest.raises(ValueError, match=r"\(x\) has only \d tokens, which do not fill one sequence"):
         pack_corpus(tokenizer, Corpus(["layer"], "x"), 20, 200, 320)
+
+
+@pytest.mark.parametrize(("length", "max_tokens"), [(500_000, 49152), (500_000, 8192), (6000, 49152)])
+def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: int, max_tokens: int) -> None:
+    corpus = load_corpus(["a" * length], max_tokens=max_tokens)
+    text, questions = corpus.parts
+    assert text == "a" * length
+    assert len(questions) == int(min(length / 2, max_tokens * 4 / 5))
+    assert "Answer: " in questions
+    assert "MMLU development questions, text by the model itself" in corpus.full_source
 
 
 def test_lists_are_mixed_evenly() -> None:
