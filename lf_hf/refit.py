@@ -27,6 +27,10 @@ from lf_hf.states import StateStore
 _MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 
+# Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
+# its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
+_FIRST_SHARE = 1 / 32
+
 _READERS_AND_WRITER = {  # of each norm
     "input_layernorm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
     "post_attention_layernorm": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
@@ -201,7 +205,7 @@ def _candidates(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor],
     norms = torch.cat([part.double().norm(dim=0) for part in down.split(256, dim=1)]).float()
     size = torch.zeros(down.shape[1], device=down.device)
     for residual in residuals:
-        size += (_mlp_channels(decoder, weights, residual)[1:].float() * norms).square().sum(0)
+        size += token_weights(decoder, residual) @ (_mlp_channels(decoder, weights, residual).float() * norms).square()
     return size.topk(limit).indices.sort().values
 
 
@@ -271,7 +275,7 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
         return identity
     regression = Regression.empty(hidden, hidden, states[0].device)
     for state, want in zip(states, wanted, strict=True):
-        weights = torch.ones(state.shape[1], device=state.device)
+        weights = _with_first_share(torch.ones(state.shape[1], device=state.device))
         regression.add(normalized(decoder, state)[0], normalized(decoder, want)[0], weights)
     return regression.ridge(identity, ridge)
 
@@ -279,9 +283,15 @@ def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tenso
 def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
     """1 / mean square of each token's state (1, tokens T, hidden), as the next norm divides by it; shape (T,).
 
-    So all tokens count alike, the first one too: its state is huge, and later layers rely on it as an attention sink.
+    So all tokens count alike, however large their states are, but the first one, which counts as T / 32 tokens.
     """
-    return (states[0].float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal()
+    return _with_first_share((states[0].float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
+
+
+def _with_first_share(weights: Tensor) -> Tensor:
+    """Token weights of a sequence, of shape (tokens T,), with more of it on the first; in place."""
+    weights[0] *= max(1, _FIRST_SHARE * len(weights))
+    return weights
 
 
 def normalized(decoder: Decoder, states: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from conftest import make_llama
 
 from lf_hf.boundaries import Boundaries
 from lf_hf.decoder import ModelDecoder
-from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, trace
+from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, token_weights, trace
 from lf_hf.stages.selection import influence, least_influential
 from lf_hf.states import StateStore
 
@@ -107,6 +107,39 @@ def test_an_input_map_undoes_a_rotation() -> None:
     found = input_map(decoder, states, [state @ rotation.T for state in states], ridge=1e-6)
     torch.testing.assert_close(found, rotation, rtol=0, atol=1e-3)
     assert torch.equal(input_map(decoder, states, states, ridge=0.1), torch.eye(32))
+
+
+def test_tokens_count_alike_whatever_their_size_but_the_first_counts_for_what_attends_to_it() -> None:
+    decoder = ModelDecoder(make_llama())
+    states = torch.randn(1, 128, 32) * torch.logspace(-1, 3, 128)[:, None]
+    shares = token_weights(decoder, states) * states[0].square().mean(-1)
+    torch.testing.assert_close(shares, torch.tensor([4.0, *[1.0] * 127]), rtol=1e-3, atol=1e-3)
+    assert token_weights(decoder, states[:, -8:])[0] * states[0, -8].square().mean() == pytest.approx(1)
+
+
+def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.refit._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
+    model = make_llama()
+    decoder, layers = ModelDecoder(model), list(model.model.layers[1:3])
+    mlp = layers[1].mlp
+    for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
+        weight.data[7] = 0
+        weight.data[7, 0] = 3
+    states = [torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(n)) for n in range(8)]
+    for state in states:
+        state[..., 0] = -9  # the gate is shut
+        state[0, 0] = 0
+        state[0, 0, 0] = 99
+    layers[1].post_attention_layernorm.weight.data[0] = 1
+    mlp.down_proj.weight.data[:, 7] = torch.randn(32, generator=torch.Generator().manual_seed(99)) * 3
+    mlp.down_proj.weight.data[0, 7] = 0
+    store = StateStore(0)
+    traces = trace(decoder, layers, states, store)
+    fit = fit_group(decoder, [*layers], traces, states, store, refit="projections", ridge=0.1)
+    fused = build_layer(decoder, fit.weights)
+    for state, output in zip(states, traces.output, strict=True):
+        assert output[0, 0].norm() > 10 * output[0, 1:].norm(dim=-1).max()
+        assert relative(decoder.run_layer(fused, state)[0, 0], output[0, 0]) < 0.2
 
 
 def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
