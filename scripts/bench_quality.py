@@ -276,7 +276,7 @@ def main() -> None:
     )
     ways = Ways(tokenizer, load_calibration(), sequences, corpus, options.tokens).all()
     questions = []
-    if options.mmlu:
+    if options.mmlu and set(options.quiz_fusions) & set(options.fusions):
         questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
         questions = [q for q in questions if len(q.question) < 200 and max(map(len, q.choices)) < 80]
         questions = random.Random(0).sample(questions, options.questions)
