@@ -268,7 +268,7 @@ PYTHON: dict[str, Row] = {
     "little text": (
         calibrate,
         {"content": b"layer", "method": "refit"},
-        r"\(text.txt\) has only \d tokens, .* calibration_length=256; give more text",
+        r"\(text.txt, MMLU development questions\) has only \d tokens, .* calibration_length=256; give more text",
     ),
     "an unknown kind": (calibrate, {"name": "a.docx"}, "Calibration files are .txt, .jsonl, .csv, .parquet, got 'a.d"),
     "broken lines": (calibrate, {"content": b'"a"\n{', "name": "a.jsonl"}, "Line 2 of 'a.jsonl' is not JSON: "),
