@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -34,7 +33,7 @@ from lf_hf.modeling_fused_llama import (
 )
 from lf_hf.report import FusionReport
 from lf_hf.saving import check_replaceable, replaced_folder, write_companions
-from lf_hf.weights import check_complete, tensor_files, tensor_shapes, weights_folder
+from lf_hf.weights import check_complete, open_tensors, stored_dtype, tensor_files, tensor_shapes, weights_folder
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
@@ -155,7 +154,9 @@ class CheckpointDecoder(Decoder):
         self._check_complete(str(folder))
         self._scratch = scratch
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
-        self.dtype: torch.dtype = dtype or cast("torch.dtype | None", config.dtype) or self._stored_dtype()
+        self.dtype: torch.dtype = (
+            dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
+        )
 
     @property
     def num_layers(self) -> int:
@@ -270,19 +271,13 @@ class CheckpointDecoder(Decoder):
     def _changed(self, index: int) -> Path:
         return self._scratch / f"layer-{self._sources[index]}.safetensors"
 
-    def _stored_dtype(self) -> torch.dtype:
-        name, file = next(iter(self._files.items()))
-        with safe_open(file, "pt") as opened:
-            return opened.get_tensor(name).dtype
-
     def _read(self, names: Sequence[str]) -> list[Tensor]:
-        """Copies of tensors from the files: a copy outlives the memory map, which holds all that was read."""
         tensors: dict[str, Tensor] = {}
         for file in dict.fromkeys(self._files[name] for name in names):
-            with safe_open(file, "pt") as opened:
+            with open_tensors(file) as opened:
                 for name in names:
                     if self._files[name] == file:
-                        tensors[name] = opened.get_tensor(name).to(self.dtype, copy=True)
+                        tensors[name] = opened.get_tensor(name).to(self.dtype)
         return [tensors[name] for name in names]
 
 

@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import torch
-from safetensors import safe_open
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -42,7 +41,7 @@ from lf_hf.stages.assignment import ALIVE_BYTES, BLOCK, row_costs, solver
 from lf_hf.stages.regression import EXACT_LIMIT, PRUNING_ROUNDS
 from lf_hf.stages.similarity import mutual_information
 from lf_hf.states import MEMORY_LIMIT
-from lf_hf.weights import weight_files
+from lf_hf.weights import stored_dtype, weight_files
 
 _PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
@@ -185,7 +184,7 @@ def plan_fusion(
         load_tokenizer(base, kwargs)
 
     files = _files(base, hub)
-    stored = torch.float32 if hub.get("gguf_file") or not files else _stored_dtype(files[0])
+    stored = torch.float32 if hub.get("gguf_file") or not files else stored_dtype(files[0])
     dtype = given_dtype or cast("torch.dtype | None", llama_config.dtype) or stored
     sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
     bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
@@ -259,11 +258,6 @@ def _calibration(
         count = len(SUBJECTS) * config.samples_per_subject
         samples = Calibration([question] * count, f"{count} MMLU questions, from the hub or from lm-eval")
     return samples, load_corpus() if config.needs_text else None
-
-
-def _stored_dtype(file: Path) -> torch.dtype:
-    with safe_open(file, "pt") as opened:
-        return opened.get_slice(next(iter(opened.keys())))[:0].dtype  # of no rows, so nothing is read
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -97,10 +99,30 @@ def shard_names(index: Path) -> dict[str, str]:
     return names
 
 
+def open_tensors(file: Path) -> safe_open:
+    """A safetensors file, to be read tensor by tensor; it may be larger than memory, where it could not be mapped."""
+    return safe_open(file, "pt", backend="pread")
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """The type of the first tensor in a safetensors file, from its header.
+
+    Raises
+    ------
+    ValueError
+        If it is none of torch's.
+    """
+    with open_tensors(file) as opened:
+        dtype: str = opened.get_slice(next(iter(opened.keys()))).get_dtype()
+    if dtype not in str_to_torch_dtype:
+        raise ValueError(f"{file.name!r} holds numbers of type {dtype}; convert them to bfloat16 or float32.")
+    return str_to_torch_dtype[dtype]
+
+
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header."""
     try:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except OSError:
         raise
