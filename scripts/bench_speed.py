@@ -163,8 +163,9 @@ def pass_by_pass(base: str) -> Callable[[], Array]:
                     distances[n, m] = (flat[n].double() - flat[m].double()).norm()
             embeddings.append(rank_normalized(diffusion_embedding(distances)))
         similarity = np.empty((len(embeddings), len(embeddings)))
-        for i, source in enumerate(embeddings):
-            for j, target in enumerate(embeddings):
+        for i in range(len(embeddings)):
+            for j in range(len(embeddings)):
+                source, target = embeddings[min(i, j)], embeddings[max(i, j)]  # the same number for both orders
                 information = mutual_information(source, target, DEFAULTS.mi_neighbors, DEFAULTS.seed)
                 entropies = [entropy(embedding, DEFAULTS.entropy_neighbors) for embedding in (source, target)]
                 similarity[i, j] = information / math.sqrt(math.prod(entropies))
