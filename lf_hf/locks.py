@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -28,5 +28,6 @@ def locked(file: Path, *, timeout: float = -1) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        with suppress(PermissionError):  # Windows removes no file that is open
+            file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
         lock.release()

@@ -229,7 +229,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         Parameters
         ----------
         save_directory : path
-            A folder that does not exist, is empty, or holds a fused checkpoint, which is replaced.
+            A folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced. Other files beside
+            that, and folders, stay.
         as_llama : bool
             Write a plain Llama checkpoint that programs without lf_hf open.
         tokenizer : optional

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import fnmatch
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,30 @@ from lf_hf.report import REPORT_NAME, FusionReport
 
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 
+# What a checkpoint is made of, and so goes when another one takes its place.
+_OF_A_CHECKPOINT = re.compile(
+    "|".join(
+        map(
+            fnmatch.translate,
+            (
+                "*.safetensors",
+                "*.safetensors.index.json",
+                CONFIG_NAME,
+                "generation_config.json",
+                "tokenizer*",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "vocab.json",
+                "merges.txt",
+                "chat_template*",
+                "additional_chat_templates",
+                f"{Path(REPORT_NAME).stem}.*",  # also pages made of it
+                "README.md",
+            ),
+        )
+    )
+)
+
 
 def check_replaceable(folder: Path) -> bool:
     """Whether a folder holds a fused checkpoint that saving would replace.
@@ -28,20 +54,27 @@ def check_replaceable(folder: Path) -> bool:
     Raises
     ------
     ValueError
-        If it holds anything else, or is a file.
+        If it holds other files and no fused checkpoint, or is a file or a mount point.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
-    if not (folder / REPORT_NAME).is_file():
+    if os.path.ismount(folder):
+        raise ValueError(
+            f"{str(folder)!r} is a mount point, which no new folder can take the place of; give a folder inside it, "
+            f"such as {str(folder / 'fused')!r}."
+        )
+    if (folder / REPORT_NAME).is_file():
+        return True
+    if folder.is_dir() and any(not entry.is_dir() for entry in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
-    return True
+    return False
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well and vanishes when it does not.
+
+    What is in `folder` besides a checkpoint's own files, such as a training's checkpoints, moves to the new one.
 
     Whenever the process is killed, `folder` is what it was, or the new one, whole. (Where the system can not exchange
     two folders in one step, which Linux can, there may be none: the next save brings the old one back.) What a killed
@@ -50,7 +83,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     Raises
     ------
     ValueError
-        If `folder` is a file or holds anything but a fused checkpoint.
+        If `folder` is a file or a mount point, or holds other files and no fused checkpoint.
     OSError
         If another process is saving there, or if files can not be written.
     """
@@ -67,9 +100,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             try:
                 yield new
                 _follow_umask(new)
-                _swap(new, folder)
+                done = new.rename(scratch / "done")
+                _swap(done, folder)
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _clear(scratch, folder)
     except BlockingIOError:
         raise
     except (OSError, SafetensorError) as error:
@@ -90,11 +124,21 @@ def only_writer(folder: Path, file: Path) -> Iterator[None]:
 
 
 def _clear(scratch: Path, folder: Path) -> None:
-    """Remove what a killed process left, and finish or undo its exchange."""
-    old = scratch / "old"
+    """Finish an exchange, or undo it where a killed process left it between its steps, and remove what is left."""
+    old, done = scratch / "old", scratch / "done"
     if old.is_dir() and not folder.exists():
         old.rename(folder)
+    for place in (old, done):  # after an exchange `done` is what was there before
+        if place.is_dir() and folder.is_dir():
+            _keep_others(place, folder)
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_others(before: Path, folder: Path) -> None:
+    """Move what is no part of a checkpoint from the folder that was there before into the one in its place."""
+    for entry in before.iterdir():
+        if not _OF_A_CHECKPOINT.match(entry.name) and not (folder / entry.name).exists():
+            entry.rename(folder / entry.name)
 
 
 def _follow_umask(folder: Path) -> None:
@@ -106,7 +150,7 @@ def _follow_umask(folder: Path) -> None:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; what was there is at `new` afterwards."""
+    """Put `new` in the place of `folder`; what was there is at `new`, or beside it as "old", afterwards."""
     if not folder.exists() or not any(folder.iterdir()):
         new.replace(folder)
     elif not _exchange(new, folder):
@@ -117,7 +161,6 @@ def _swap(new: Path, folder: Path) -> None:
         except BaseException:
             old.rename(folder)
             raise
-        old.rename(new)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -33,7 +33,21 @@ tqdm.set_lock(threading.RLock())
 
 
 def files(folder: Path) -> State:
-    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
+    """A checkpoint's files; `others` are not among them."""
+    if not folder.exists():
+        return {}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in ("notes.txt", "runs")}
+
+
+def put_others(folder: Path) -> None:
+    """Something of the user's beside a checkpoint."""
+    (folder / "runs").mkdir()
+    for file in others(folder):
+        file.write_text("mine")
+
+
+def others(folder: Path) -> list[Path]:
+    return [folder / "notes.txt", folder / "runs" / "log"]
 
 
 def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:
@@ -93,12 +107,20 @@ def main(folder: Path) -> None:
         for model in itertools.cycle(models):
             model.save_pretrained(out, max_shard_size="50KB")
 
+    def save_first(out: Path) -> None:
+        """Also shows that the user's files are there again, wherever a killed process has left them."""
+        models[0].save_pretrained(out, max_shard_size="50KB")
+        kept.append(all(file.read_text() == "mine" for file in others(out)))
+
+    kept: list[bool] = []
     out = folder / "out"
     models[0].save_pretrained(out, max_shard_size="50KB")
+    put_others(out)
     rng = random.Random(0)
     for _ in range(25):
         killed(lambda: save_again_and_again(out), rng.uniform(0.01, 0.15))
         found["kill"].append(state(out))
+    save_first(out)
 
     for name, number in (
         ("kill at a line", signal.SIGKILL),
@@ -108,8 +130,10 @@ def main(folder: Path) -> None:
         if name.endswith("without exchange"):
             saving._exchange = lambda *_: False
         out = folder / name
+        models[0].save_pretrained(out)
+        put_others(out)
         for line in itertools.count(1):
-            models[0].save_pretrained(out, max_shard_size="50KB")
+            save_first(out)
 
             def save() -> None:
                 models[1].save_pretrained(out, max_shard_size="50KB")  # noqa: B023
@@ -120,9 +144,9 @@ def main(folder: Path) -> None:
             found[name].append(state(out))
             if not stopped:
                 break
-        models[0].save_pretrained(out)
+        save_first(out)
         FusionReport.load(out)
-    print(json.dumps({"found": found, "left": sorted(path.name for path in folder.iterdir())}))
+    print(json.dumps({"found": found, "kept": kept, "left": sorted(path.name for path in folder.iterdir())}))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,43 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     for name, states in outcome["found"].items():
         assert set(states) == {"old", "new"}, name
         assert len(states) >= 25
+    assert len(outcome["kept"]) > 75 and all(outcome["kept"])
     # What the very last one left goes with the next save; of all the others there is nothing.
     left = {name for name in outcome["left"] if not name.startswith(".")}
     assert left == {"base", "out", "whole0", "whole1", *outcome["found"]} - {"kill"}
     assert set(outcome["left"]) <= left | {".out.lock", ".out.saving"}
+
+
+def test_what_else_is_in_the_folder_stays(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
+    """As with a trainer, which has its checkpoints and logs where it saves the model."""
+    out = tmp_path / "out"
+    for name in ("checkpoint-1", "runs"):
+        (out / name).mkdir(parents=True)
+        (out / name / "state.json").write_text("mine")
+    model.save_pretrained(out, max_shard_size="5KB")
+    for name in ("training_args.bin", "trainer_state.json", ".gitattributes"):
+        (out / name).write_text("mine")
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    model.save_pretrained(out)
+    fuse_checkpoint(base, out, num_fusions=1, method="truncate", perplexity_tokens=0)
+    mine = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.read_bytes() == b"mine"}
+    assert mine == {
+        "checkpoint-1/state.json",
+        "runs/state.json",
+        "training_args.bin",
+        "trainer_state.json",
+        ".gitattributes",
+    }
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ValueError, match=f"is a mount point.*such as '{tmp_path}/fused'"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "fused")
 
 
 @contextlib.contextmanager
