@@ -138,7 +138,11 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
     text = "\n\n".join(parts)
     if not text:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
-    questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+    try:
+        questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+    except ValueError as error:
+        logger.warning("Without questions beside the calibration text: %s", error)
+        return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
     return Corpus([text, questions], f"{source}, {_QUESTIONS_SOURCE}", _GENERATED_SHARE_OF_USERS)
 
 
@@ -195,7 +199,8 @@ def tokenize_samples(
     """
     samples = []
     for text in calibration.texts:
-        ids = tokenizer(text, truncation=True, max_length=sample_length)["input_ids"]
+        # Cut here: a tokenizer that truncates would do so ever after, and be saved so.
+        ids = tokenizer(text, verbose=False)["input_ids"][:sample_length]
         if not ids:
             raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
         check_ids(max(ids), vocab_size)
@@ -222,7 +227,8 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_
     if sum(map(len, pieces)) <= max_tokens:
         return pieces
     count = max(1, max_tokens // length)
-    return [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
+    pieces = [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
+    return [piece for piece in pieces if len(piece) > 1]
 
 
 def pack_corpus(

@@ -157,6 +157,7 @@ class CheckpointDecoder(Decoder):
         self.dtype: torch.dtype = (
             dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
         )
+        self._own_head = self._has_own_head()
 
     @property
     def num_layers(self) -> int:
@@ -181,7 +182,7 @@ class CheckpointDecoder(Decoder):
         remove_config_layer(self.config, index)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._outer_names():
+        for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else [])):
             yield name, self._read([name])[0]
         for index in range(self.num_layers):
             for name, tensor in self._layer_weights(index).items():
@@ -193,7 +194,7 @@ class CheckpointDecoder(Decoder):
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        gain, weight = self._read([_NORM, _HEAD if _HEAD in self._outer_names() else _EMBEDDING])
+        gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING])
         norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
@@ -245,10 +246,11 @@ class CheckpointDecoder(Decoder):
         }
         check_complete(name, missing, mismatched, held.keys() - wanted.keys())
 
-    def _outer_names(self) -> list[str]:
-        """Parameters outside the layers; a head that is tied to the embeddings is not one of its own."""
-        names = [name for name in (_EMBEDDING, _NORM, _HEAD) if name in self._files]
-        return [name for name in names if name != _HEAD or not self.config.tie_word_embeddings]
+    def _has_own_head(self) -> bool:
+        """Whether there is a head that is not the embeddings; as with transformers, no config ties what differs."""
+        if _HEAD not in self._files or not self.config.tie_word_embeddings:
+            return _HEAD in self._files
+        return not torch.equal(*self._read([_EMBEDDING, _HEAD]))
 
     def _built(self, weights: Mapping[str, Tensor], index: int) -> LlamaDecoderLayer:
         with torch.device("meta"):

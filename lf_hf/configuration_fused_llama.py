@@ -27,8 +27,11 @@ class FusedLlamaConfig(LlamaConfig):
 
 
 def fused_config(config: LlamaConfig, report: FusionReport) -> FusedLlamaConfig:
-    """The config of a fused model from that of its layers and from what was fused."""
-    return converted_config(
+    """The config of a fused model from that of its layers and from what was fused.
+
+    The model is another one than its base now, and in plain floats: the base's name and the GGUF file's type go.
+    """
+    converted = converted_config(
         config,
         FusedLlamaConfig,
         fusion={
@@ -39,11 +42,14 @@ def fused_config(config: LlamaConfig, report: FusionReport) -> FusedLlamaConfig:
             "versions": report.versions,
         },
     )
+    converted._name_or_path = ""
+    vars(converted).pop("quantization_config", None)
+    return converted
 
 
 def converted_config(config: LlamaConfig, to: type[Config], **extra: Any) -> Config:
     """The same architecture as a config of another class."""
-    left_out = {"model_type", "architectures", "fusion", "quantization_config", "transformers_version"}
+    left_out = {"model_type", "architectures", "fusion", "transformers_version"}
     values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
     converted = to(**values, **extra)
     converted._attn_implementation = config._attn_implementation

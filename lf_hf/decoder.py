@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils import logging
-
-# Attention implementations that are causal by themselves when they get no mask.
-_CAUSAL_WITHOUT_MASK = ("sdpa", "flash")
+from transformers.utils.generic import is_flash_attention_requested
 
 
 class Decoder(ABC):
@@ -93,6 +91,11 @@ class Decoder(ABC):
                             hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
                         )
                 logits = head(hidden_states)[:, 0].float().cpu()  # (count, vocab)
+                if not all_finite(logits):
+                    raise ValueError(
+                        "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a "
+                        "dtype of wider range."
+                    )
                 logits[:, barred] = -torch.inf
                 tokens = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
                 written.append(tokens)
@@ -106,7 +109,8 @@ class Decoder(ABC):
         num_tokens, device = hidden_states.shape[1], hidden_states.device
         position_ids = torch.arange(num_tokens, device=device)[None]
         mask = None
-        if not (self.config._attn_implementation or "").startswith(_CAUSAL_WITHOUT_MASK):
+        # These are causal by themselves.
+        if not (self.config._attn_implementation == "sdpa" or is_flash_attention_requested(self.config)):
             lowest = torch.finfo(hidden_states.dtype).min
             mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
             mask = mask[None, None]  # (1, 1, T, T)

@@ -65,13 +65,15 @@ class Evaluation:
         )
         results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
         asked = [task for task in self._tasks if task in results]
-        return {task: _score(results[task]) for task in (asked or results)}
+        better = evaluated.get("higher_is_better", {})
+        return {task: _score(results[task], better.get(task, {})) for task in (asked or results)}
 
 
-def _score(values: Mapping[str, Any]) -> Score:
+def _score(values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> Score:
     """The main metric of one task's results, which lm-eval names `metric,filter`."""
     metrics = [name for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
     name = min(metrics, key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
     metric, _, filtered = name.partition(",")
     stderr = values.get(f"{metric}_stderr,{filtered}")
-    return Score(metric, values[name], stderr if isinstance(stderr, float) else None)
+    better = higher_is_better.get(metric) is not False  # None for a group whose tasks do not agree
+    return Score(metric, values[name], stderr if isinstance(stderr, float) else None, better)

@@ -229,6 +229,8 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
             axis.set_ylabel("perplexity (log scale)")
         else:
             axis.set_ylabel(f"{points[0].scores[task].metric}, {task}")
+            if points[0].scores[task].is_perplexity:
+                axis.set_yscale("log")
             if "mmlu" in task and dense:
                 for method, numbers in published.items():
                     shares = [100 * number / dense[0].layers for number in numbers]

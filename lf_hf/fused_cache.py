@@ -49,6 +49,8 @@ def fingerprints(
     samples: Calibration | None,
     text: Corpus | None,
     dtype: object,
+    *,
+    pickled: bool = False,
 ) -> dict[str, str]:
     """What a fusion is made of besides its FusionConfig: by content, not by name.
 
@@ -62,6 +64,8 @@ def fingerprints(
         What the fusion gets.
     dtype
         The dtype that the base is loaded in.
+    pickled : bool
+        Whether the base's weights may be in pickled files.
 
     Returns
     -------
@@ -76,7 +80,7 @@ def fingerprints(
         calibration.update(hashlib.sha256(part.encode()).digest())
         calibration.update(str(tokenizer(part[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
     return {
-        "base": _digest(_base_files(base, hub)),
+        "base": digest(_base_files(base, hub, pickled)),
         "calibration": calibration.hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -138,8 +142,8 @@ def seen(folder: Path) -> None:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def _base_files(base: str, hub: dict[str, Any]) -> list[Path]:
-    patterns = [str(hub["gguf_file"])] if "gguf_file" in hub else [*CHECKPOINT_FILES, "*.bin"]
+def _base_files(base: str, hub: dict[str, Any], pickled: bool) -> list[Path]:
+    patterns = [str(hub["gguf_file"])] if "gguf_file" in hub else [*CHECKPOINT_FILES, *(["*.bin"] if pickled else [])]
     if os.path.isdir(base):
         folder = Path(base)
     else:
@@ -149,7 +153,7 @@ def _base_files(base: str, hub: dict[str, Any]) -> list[Path]:
     return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
-def _digest(files: Iterable[Path]) -> str:
+def digest(files: Iterable[Path]) -> str:
     """SHA-256 over the names and contents of some files, several at a time."""
     files = list(files)
     with ThreadPoolExecutor() as pool:

@@ -40,7 +40,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
 
 # A Llama with {report.layers_after} layers, fused from {report.layers_before}
 
-Made from {as_code(report.base if repository else os.path.basename(report.base))} by layer fusion
+Made from {as_code(report.base if repository else os.path.basename(os.path.normpath(report.base)))} by layer fusion
 ({as_code(report.config["method"])}).
 
 | | base | fused |

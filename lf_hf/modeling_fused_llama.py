@@ -50,6 +50,8 @@ logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+# Those, and what else is true of a base only, and not of what it is fused to.
+_OF_THE_BASE = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
@@ -147,13 +149,14 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             return fused()
         folder = folder_of_launch(name, config) if fused_dir is None else Path(fused_dir).absolute()
         dtype = llama_config.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"]
-        made_of = fingerprints(base, hub_arguments(kwargs), tokenizer, samples, text, dtype)
+        pickled = kwargs.get("use_safetensors") is False
+        made_of = fingerprints(base, hub_arguments(kwargs), tokenizer, samples, text, dtype, pickled=pickled)
         with only_fuser(folder):
             check_replaceable(folder)
             reason = why_not_reused(folder, config, made_of)
             if reason is None:
                 logger.info(f"Loading what was fused before from {str(folder)!r}.")
-                elsewhere = {name: value for name, value in kwargs.items() if name not in _HUB_ARGUMENTS}
+                elsewhere = {name: value for name, value in kwargs.items() if name not in _OF_THE_BASE}
                 model: FusedLlamaForCausalLM = cls.from_pretrained(folder, **elsewhere)
                 model.tokenizer = tokenizer
             else:
@@ -177,6 +180,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         for module in llama.modules():
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 vars(module)["config"] = config
+        llama.name_or_path = config._name_or_path
         # A base from GGUF is plain floats now, whatever the loader left behind.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             llama.__dict__.pop(name, None)
@@ -229,8 +233,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         Parameters
         ----------
         save_directory : path
-            A folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced. Other files beside
-            that, and folders, stay.
+            A folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced. What else
+            is beside that stays.
         as_llama : bool
             Write a plain Llama checkpoint that programs without lf_hf open.
         tokenizer : optional
@@ -252,6 +256,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
             return
         with replaced_folder(Path(save_directory)) as folder:
             self.write_files(folder, *args, as_llama=as_llama, tokenizer=tokenizer, **kwargs)
+        if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
+            self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
         if push_to_hub:
             _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
 
@@ -289,7 +295,9 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
     ) -> str:
         """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
+            name = self.name_or_path or repo_id
             self.save_pretrained(folder, **kwargs)
+            self.name_or_path = self.config._name_or_path = name
             return _upload(
                 folder,
                 repo_id,

@@ -446,7 +446,9 @@ class _Speeds:
 
     @classmethod
     def measure(cls, dtype: torch.dtype, device: torch.device) -> _Speeds:
-        return cls(*(_product_speed(dtype, device) for dtype in (dtype, torch.float32, torch.float64)))
+        fitting = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        double = _product_speed(torch.float64, fitting)
+        return cls(_product_speed(dtype, device), _product_speed(torch.float32, fitting), double)
 
 
 def _product_speed(dtype: torch.dtype, device: torch.device) -> float:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from lf_hf.decoder import Decoder, all_finite
 from lf_hf.report import LayerRefit
+from lf_hf.stages.precision import in_float64
 from lf_hf.stages.regression import Regression, expanded
 from lf_hf.states import StateStore
 
@@ -151,7 +152,7 @@ def _fit_attention(
             if f"self_attn.{name}.{kind}" in weights:
                 weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
     fitted = regression.ridge(start[:, queries], ridge)
-    weights["self_attn.o_proj.weight"] = fitted.to(start.dtype)
+    weights["self_attn.o_proj.weight"] = fitted.to(start)
     return weights, _counts(kept, kv_heads, count)
 
 
@@ -191,7 +192,7 @@ def _fit_mlp(
     if refit != "none":
         fitted = regression.ridge(start, ridge)
         error_after = regression.relative_error(fitted)
-        weights["mlp.down_proj.weight"] = fitted.to(start.dtype)
+        weights["mlp.down_proj.weight"] = fitted.to(start)
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
 
 
@@ -202,7 +203,7 @@ def _candidates(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor],
     if limit == down.shape[1]:
         return torch.arange(limit, device=down.device)
     # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
-    norms = torch.cat([part.double().norm(dim=0) for part in down.split(256, dim=1)]).float()
+    norms = torch.cat([in_float64(part).norm(dim=0) for part in down.split(256, dim=1)]).float().to(down.device)
     size = torch.zeros(down.shape[1], device=down.device)
     for residual in residuals:
         size += token_weights(decoder, residual) @ (_mlp_channels(decoder, weights, residual).float() * norms).square()

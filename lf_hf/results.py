@@ -37,6 +37,12 @@ class Score:
     metric: str
     value: float
     stderr: float | None
+    higher_is_better: bool = True
+
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether it is a perplexity of some kind, which is looked at on a logarithmic scale."""
+        return "perplexity" in self.metric
 
 
 @dataclass(frozen=True)
@@ -81,22 +87,23 @@ class Stability:
 def stability(points: Sequence[Point]) -> list[Stability]:
     """Standard deviation, range and largest change for the worse of each method with two levels or more.
 
-    Accuracies are taken as they are; of perplexity the natural logarithm, which is nats a token.
+    Scores are taken as they are; of perplexities the natural logarithm, which for ours is nats a token.
     """
     found = []
     for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
         of_method = sorted((point for point in points if point.method == method), key=lambda point: point.num_fusions)
         levels = [point.num_fusions for point in of_method]
-        series: dict[str, list[float]] = {
-            task: [point.scores[task].value for point in of_method] for task in of_method[0].scores
-        }
+        if len(of_method) < 2:
+            continue
+        for task, score in of_method[0].scores.items():
+            values = [point.scores[task].value for point in of_method]
+            if not score.is_perplexity:
+                found.append(_stability(method, task, levels, values, 1 if score.higher_is_better else -1))
+            elif all(map(math.isfinite, values)):
+                found.append(_stability(method, f"log {score.metric}, {task}", levels, list(map(math.log, values)), -1))
         perplexities = [point.perplexity for point in of_method if point.perplexity is not None]
         if len(perplexities) == len(of_method) and all(map(math.isfinite, perplexities)):
-            series["log perplexity"] = [math.log(perplexity) for perplexity in perplexities]
-        for quantity, values in series.items():
-            if len(values) > 1:
-                sign = -1 if quantity == "log perplexity" else 1
-                found.append(_stability(method, quantity, levels, values, sign))
+            found.append(_stability(method, "log perplexity", levels, list(map(math.log, perplexities)), -1))
     return found
 
 

@@ -20,6 +20,7 @@ from lf_hf import pipeline
 from lf_hf.calibration import load_needed
 from lf_hf.config import FusionConfig
 from lf_hf.decoder import ModelDecoder
+from lf_hf.fused_cache import digest
 from lf_hf.modeling_fused_llama import (
     FusedLlamaForCausalLM,
     base_config,
@@ -34,7 +35,6 @@ from lf_hf.saving import only_writer
 from lf_hf.weights import weight_files
 
 _LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
-_FINGERPRINT_BYTES = 1 << 20  # of each end of a weights file
 
 
 def sweep(
@@ -109,6 +109,8 @@ def sweep(
         raise ValueError(f"settings must be a dict of FusionConfig fields, got {settings!r:.80}.")
     if not isinstance(calibration, str | os.PathLike | None):
         raise ValueError(f"calibration must be the path of a file, got {calibration!r:.80}.")
+    if calibration is not None and not Path(calibration).is_file():
+        raise ValueError(f"The calibration file {str(calibration)!r} does not exist; give a file with text.")
     configs = [
         FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
         for level in num_fusions
@@ -120,15 +122,15 @@ def sweep(
     for config in configs:
         config.check_num_layers(dense_config.num_hidden_layers)
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
+    evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     identity = {
         "base": _fingerprint(base, hub, dense_config),
         "dtype": str(checked_dtype(kwargs.get("dtype"))).removeprefix("torch."),
-        "calibration": None if calibration is None else _digest([Path(calibration)]),
+        "calibration": None if calibration is None else digest([Path(calibration)]),
         "evaluation": {"tasks": sorted(tasks), **asked},
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
     keys = [_key(identity, of_point) for of_point in (dense_settings, *(config.to_dict() for config in configs))]
-    evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     done = read_points(folder / RESULTS)
     name = f"{base}/{kwargs['gguf_file']}" if kwargs.get("gguf_file") else base
 
@@ -252,19 +254,4 @@ def _fingerprint(base: str, hub: dict[str, Any], config: LlamaConfig) -> str:
     commit: str | None = getattr(config, "_commit_hash", None)
     if commit is not None and not os.path.isdir(base):
         return f"{base}@{commit}"
-    return _digest([*([] if hub.get("gguf_file") else [Path(base, "config.json")]), *weight_files(base, hub)])
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """Of the files' sizes and of both ends of each."""
-    digest = hashlib.sha256()
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"The file {str(path)!r} does not exist.")
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{size} ".encode())
-            digest.update(file.read(_FINGERPRINT_BYTES))
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return digest([*([] if hub.get("gguf_file") else [Path(base, "config.json")]), *weight_files(base, hub)])

@@ -121,6 +121,10 @@ def test_sequences_are_spread_over_the_text() -> None:
     assert places == [n * len(everything) // 10 for n in range(10)] and places[-1] > len(everything) / 2
 
 
+def test_no_sequence_has_a_single_token() -> None:
+    assert pack_tokens(make_tokenizer(), "layer " * 100, 16, 1) == []
+
+
 def test_parts_of_a_corpus_share_the_budget() -> None:
     tokenizer = make_tokenizer()
     corpus = Corpus([" ".join(make_texts(100)), "layer"], "x")
@@ -139,6 +143,24 @@ def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: 
     assert len(questions) == int(min(length / 2, max_tokens * 4 / 5))
     assert "Answer: " in questions
     assert "MMLU development questions, text by the model itself" in corpus.full_source
+
+
+def test_a_users_text_serves_without_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ValueError("they come with lm-eval, which is not installed")
+
+    monkeypatch.setattr("lf_hf.calibration.bundled_questions", missing)
+    corpus = load_corpus(make_texts())
+    assert len(corpus.parts) == 1 and "MMLU" not in corpus.full_source
+    with pytest.raises(ValueError, match="they come with lm-eval"):
+        load_corpus()
+
+
+def test_tokenizing_leaves_the_tokenizer_as_it_was() -> None:
+    tokenizer = make_tokenizer()
+    before = tokenizer.backend_tokenizer.to_str()
+    [sample] = tokenize_samples(tokenizer, Calibration(["layer " * 100], "here"), 16, 320)
+    assert len(sample) == 16 and tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_lists_are_mixed_evenly() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusionReport, fuse_checkpoint
@@ -93,6 +93,29 @@ def test_reads_a_file_larger_than_memory(make_base: Callable[..., str], tmp_path
     fuse(base, tmp_path / "large")
     a, b = tensors(tmp_path / "plain"), tensors(tmp_path / "large")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callable[..., str], tmp_path: Path) -> None:
+    base = make_base(tie_word_embeddings=False)
+    config = json.loads(Path(base, "config.json").read_text())
+    Path(base, "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    reports = [fuse(base, tmp_path / str(low_memory), low_memory=low_memory) for low_memory in (True, False)]
+    low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
+    assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
+    assert "lm_head.weight" in low
+    assert reports[0].perplexity == reports[1].perplexity
+
+
+def test_a_head_that_is_stored_beside_equal_embeddings_is_one(make_base: Callable[..., str], tmp_path: Path) -> None:
+    base = make_base(tie_word_embeddings=True)
+    held = load_file(Path(base, "model.safetensors"))
+    head = held["model.embed_tokens.weight"].clone()
+    save_file(held | {"lm_head.weight": head}, Path(base, "model.safetensors"), metadata={"format": "pt"})
+    for low_memory in (True, False):
+        fuse(base, tmp_path / str(low_memory), low_memory=low_memory)
+    low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
+    assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
+    assert "lm_head.weight" not in low
 
 
 def test_dtype_can_be_chosen(base: str, tmp_path: Path) -> None:

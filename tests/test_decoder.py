@@ -59,6 +59,25 @@ def test_text_that_a_model_writes_goes_on_without_special_tokens() -> None:
     assert torch.isin(torch.arange(2, 320), written).sum() > 300
 
 
+def test_predictions_that_overflow_are_named() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    with pytest.raises(ValueError, match=r"predictions contain NaN or inf.*use a dtype of wider range"):
+        ModelDecoder(model).generate(2, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "mask"), [("eager", True), ("sdpa", False), ("kernels-community/flash-attn2", False)]
+)
+def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str, mask: bool) -> None:
+    model = make_llama()
+    model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
+    decoder = ModelDecoder(model)
+    [hidden_states] = decoder.embed(SAMPLES[:1])
+    assert (decoder.layer_inputs(hidden_states)["attention_mask"] is not None) == mask
+
+
 def test_replacing_changes_the_model_in_place() -> None:
     model = make_llama()
     before = model.model.layers[1].mlp.up_proj.weight

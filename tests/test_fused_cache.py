@@ -93,6 +93,20 @@ def test_a_base_is_known_by_content(base: str, tmp_path: Path, fusions: list[str
     assert fusions == [base]
 
 
+@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}])
+def test_what_is_true_of_the_base_alone_does_not_matter_for_the_result(
+    arguments: dict[str, Any], tmp_path: Path, fusions: list[str]
+) -> None:
+    base = tmp_path / "base"
+    make_llama().save_pretrained(base, variant=arguments.get("variant"))
+    make_tokenizer().save_pretrained(base)
+    if "use_safetensors" in arguments:
+        torch.save(make_llama().state_dict(), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    first, second = (load(str(base), tmp_path / "fused", **arguments) for _ in range(2))
+    assert len(fusions) == 1 and same(first, second)
+
+
 def with_other_weights(base: Path) -> None:
     model = make_llama()
     with torch.no_grad():

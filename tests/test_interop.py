@@ -240,6 +240,19 @@ def test_lora_trains_only_itself_and_loads_again(saved: Path, tmp_path: Path) ->
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, merged(IDS).logits)
 
 
+def test_an_adapter_names_the_fused_model_as_its_base(base: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS)
+    assert model.name_or_path == model.config._name_or_path == ""  # it is nowhere yet, and it is not its base
+    model.save_pretrained(tmp_path / "fused")
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert again.config.num_hidden_layers == model.config.num_hidden_layers
+    assert again.peft_config["default"].base_model_name_or_path == str(tmp_path / "fused")
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 def test_dynamic_int8_on_a_cpu(saved: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved)
@@ -285,6 +298,7 @@ def test_what_is_pushed_explains_itself(
     else:
         model.save_pretrained(tmp_path / "out", as_llama=as_llama, push_to_hub=True, repo_id="me/small")
 
+    assert model.name_or_path == str(saved)
     assert {"config.json", "generation_config.json", "model.safetensors", "fusion_report.json"} <= hub.files.keys()
     assert {"tokenizer.json", "tokenizer_config.json", "README.md"} <= hub.files.keys()
     assert json.loads(hub.files["config.json"])["model_type"] == ("llama" if as_llama else "fused_llama")
@@ -310,6 +324,7 @@ def test_what_is_pushed_explains_itself(
         ("QuantFactory/SmolLM2-GGUF/SmolLM2.Q4_1.gguf", "QuantFactory/SmolLM2-GGUF"),  # a GGUF file on the hub
         ("/home/me/models/llama", None),  # a folder, maybe of another machine
         ("models/of/mine/llama", None),
+        ("models/of/mine/llama/", None),  # as a shell completes it
         ("C:\\models\\llama", None),
     ],
 )
@@ -318,3 +333,4 @@ def test_the_card_names_a_base_only_where_the_hub_can_have_it(name: str, base_mo
     report = dataclasses.replace(FusionReport.load(saved), base=name)
     card = model_card(report, as_llama=False)
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base_model
+    assert "`llama`" in card or base_model or "C:" in name

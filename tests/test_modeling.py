@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lf_hf
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
+from lf_hf.configuration_fused_llama import converted_config, fused_config
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
 
@@ -134,6 +135,16 @@ def test_to_llama_shares_the_weights(make_base: Callable[..., str], tied: bool) 
     assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
     assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
     assert torch.equal(logits(llama), logits(model))
+
+
+def test_what_was_quantised_after_fusing_is_saved_as_such(base: str) -> None:
+    model = fuse(base, 1)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    plain = converted_config(model.config, LlamaConfig)
+    assert plain.quantization_config == model.config.quantization_config
+    # A base has it from a GGUF file alone, whose numbers are plain floats once they are loaded.
+    assert model.fusion_report is not None
+    assert not hasattr(fused_config(plain, model.fusion_report), "quantization_config")
 
 
 def test_large_models_are_sharded(base: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -165,6 +166,54 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
     assert "Published" not in document
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
+
+
+def test_of_a_perplexity_task_less_is_better() -> None:
+    levels = {1: 20.0, 4: 400.0, 15: 100.0}
+    points = [
+        dataclasses.replace(make_point("mka", n, 0.0, None), scores={"wikitext": Score("word_perplexity", value, None)})
+        for n, value in levels.items()
+    ]
+    [found] = stability(points)
+    assert found.quantity == "log word_perplexity, wikitext"
+    assert found.worst_step == pytest.approx(math.log(20)) and (found.worst_from, found.worst_to) == (1, 4)
+    assert found.range == pytest.approx(math.log(20))
+    [axis] = sweep_curve(points, {}).axes
+    assert axis.get_yscale() == "log"
+
+
+def test_of_a_task_whose_metric_is_to_be_low_less_is_better() -> None:
+    points = [
+        dataclasses.replace(
+            make_point("mka", n, 0.0, None), scores={"task": Score("bits_per_byte", value, None, False)}
+        )
+        for n, value in ((1, 1.0), (2, 3.0))
+    ]
+    [found] = stability(points)
+    assert found.quantity == "task" and found.worst_step == 2.0
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_base_that_differs_in_its_middle_is_another_one(
+    make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+
+    def scores(*_: Any) -> dict[str, Score]:
+        judged.append(1)
+        return {"task": Score("acc", 0.5, None)}
+
+    monkeypatch.setattr(Evaluation, "scores", scores)
+    base = make_base(vocab_size=40_000)  # some megabytes
+    settings: dict[str, Any] = {"methods": ["truncate"], "num_fusions": [1], "tasks": TASKS}
+    settings["settings"] = {"perplexity_tokens": 0}
+    sweep(base, tmp_path, **settings)
+    file = Path(base, "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    sweep(base, tmp_path, **settings)
+    assert len(judged) == 4
 
 
 def test_stability_follows_from_the_table() -> None:

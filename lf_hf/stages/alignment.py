@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
+from lf_hf.stages.precision import in_float64
 
 
 class Axis(NamedTuple):
@@ -178,4 +179,4 @@ def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMa
         before += float((unit * normalized_rows(weight_j[here]).to(unit.device)).sum())
         after += float((unit * normalized_rows(weight_j[there]).to(unit.device)).sum())
     count = len(permutation)
-    return RowMatch(before / count, after / count, float((permutation != place).double().mean()))
+    return RowMatch(before / count, after / count, float(in_float64(permutation != place).mean()))

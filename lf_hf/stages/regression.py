@@ -37,13 +37,15 @@ class Regression:
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> Regression:
-        """A problem without tokens yet."""
+        """A problem without tokens yet; on the CPU where the device, Apple's mps, has no float64 to solve it in."""
+        device = torch.device("cpu") if device.type == "mps" else device
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device))
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
-        root = weights.float().sqrt()[:, None]
-        x, y = x.float() * root, y.float() * root
+        x, y, weights = x.to(self.gram), y.to(self.gram), weights.to(self.gram)
+        root = weights.sqrt()[:, None]
+        x, y = x * root, y * root
         if not self.unit:
             self.unit = _power_of_two(float(x.abs().max()))
         x *= 1 / (self.unit or 1)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lf_hf.stages.precision import in_float64
+
 
 def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
@@ -21,7 +23,7 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """
     total, count = 0.0, 0
     for x, y in zip(before, after, strict=True):
-        x, y = x[0, 1:].to(y.device).double(), y[0, 1:].double()
+        x, y = in_float64(x[0, 1:].to(y.device)), in_float64(y[0, 1:])
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (tokens - 1,)
         total += float(cosines.sum())
         count += len(cosines)
