@@ -23,8 +23,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from lf_hf import FusionConfig
@@ -202,6 +209,18 @@ class Judge:
         return torch.tensor([ids]), torch.tensor([positions]), mask[None, None], spans, question.answer
 
 
+def tiny_tokenizer(text: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of few tokens, so that a model of it learns in minutes what large heads take hours for."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        text.splitlines(keepends=True),
+        trainers.BpeTrainer(vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> LlamaForCausalLM:
     """A small Llama of another layout (untied embeddings, a key-value head a query head), trained on text."""
     torch.manual_seed(0)
@@ -264,7 +283,9 @@ def main() -> None:
     if (options.calibrate == "text" or options.tiny) and halves is None:
         parser.error("--calibrate text and --tiny need --text FILE.")
     if options.tiny and halves:
-        base = tiny_llama(tokenizer, halves[0] + documentation_halves()[0], options.tiny)
+        training_text = halves[0] + documentation_halves()[0]
+        tokenizer = tiny_tokenizer(training_text)
+        base = tiny_llama(tokenizer, training_text, options.tiny)
     else:
         base = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
     base = base.to(getattr(torch, options.dtype))
