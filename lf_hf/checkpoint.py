@@ -63,7 +63,7 @@ def fuse_checkpoint(
     base : str
         Folder or hub name of a Llama checkpoint in safetensors files.
     out : path
-        Where to write; a folder that does not exist, is empty, or holds a fused checkpoint, which is replaced.
+        Where to write; a folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced.
     config, calibration, tokenizer
         As for `FusedLlamaForCausalLM.from_pretrained_fused`.
     low_memory : bool
