@@ -91,6 +91,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     check_replaceable(folder)
     scratch = folder.with_name(f".{folder.name}.saving")
     new = scratch / "new"
+    in_place = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(folder, folder.with_name(f".{folder.name}.lock")):
@@ -102,11 +103,17 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                 _follow_umask(new)
                 done = new.rename(scratch / "done")
                 _swap(done, folder)
+                in_place = True
             finally:
                 _clear(scratch, folder)
     except BlockingIOError:
         raise
     except (OSError, SafetensorError) as error:
+        if in_place:
+            raise OSError(
+                f"{str(folder)!r} was written, but other files that were there could not move to it ({error}); "
+                f"move them from {str(scratch)!r} by hand."
+            ) from error
         raise OSError(f"{str(folder)!r} was not written ({error}); what was there before is as it was.") from error
 
 

@@ -66,6 +66,36 @@ def test_what_else_is_in_the_folder_stays(model: FusedLlamaForCausalLM, base: st
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_a_folder_that_can_not_be_moved_is_named_and_kept(
+    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where somebody else owns it."""
+    out, aside = tmp_path / "out", tmp_path / ".out.saving" / "done" / "runs"
+    model.save_pretrained(out)
+    (out / "runs").mkdir()
+    (out / "runs" / "state.json").write_text("mine")
+    (out / "config.json").write_text("{}")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "runs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match=r"'.*out' was written, but other files.*runs.*move them from '.*out.saving'"):
+        model.save_pretrained(out)
+    FusedLlamaForCausalLM.from_pretrained(out)
+    assert (aside / "state.json").read_text() == "mine"
+    with pytest.raises(OSError, match=r"'.*out' was not written.*runs"):
+        model.save_pretrained(out)
+    assert (aside / "state.json").read_text() == "mine"
+    monkeypatch.undo()
+    model.save_pretrained(out)
+    assert (out / "runs" / "state.json").read_text() == "mine"
+    assert not aside.exists()
+
+
 def test_a_mount_point_is_refused_before_the_work(
     model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
