@@ -18,7 +18,7 @@ METHODS: dict[str, dict[str, str]] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "selection": ("last", "least_influence"),
+    "selection": ("last", "least_influence", "least_divergence"),
     "alignment": ("none", "rows", "neurons"),
     "merge": ("average", "keep_first", "select"),
     "refit": ("none", "down_proj", "projections"),
@@ -53,14 +53,15 @@ class FusionConfig:
     Parameters
     ----------
     num_fusions : int
-        How many times two layers become one: 1 to L - 1 for a model of L layers, to L - 3 with
-        selection="least_influence".
+        How many times two layers become one: 1 to L - 1 for a model of L layers, to L - 3 unless
+        selection="last".
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
-    selection : {"last", "least_influence"}, default from `method`
+    selection : {"last", "least_influence", "least_divergence"}, default from `method`
         Which pair each step fuses. "last": the two last layers of the model as it then is. "least_influence":
-        the layer that changes the residual stream least, with the one before it; the first and the last layer
-        stay.
+        the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
+        whose fusion, tried on calibration text, moves the model's predictions least. In the latter two the
+        first and the last layer stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
@@ -167,7 +168,7 @@ class FusionConfig:
     @property
     def needs_text(self) -> bool:
         """Whether any step runs calibration text through the layers: for influence, selection or refit."""
-        return self.selection == "least_influence" or self.fits
+        return self.selection != "last" or self.fits
 
     @property
     def fits(self) -> bool:

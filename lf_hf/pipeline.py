@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +30,14 @@ from lf_hf.calibration import (
     pack_tokens,
     tokenize_samples,
 )
+from lf_hf.candidates import JUDGED, Candidates
 from lf_hf.config import FusionConfig
 from lf_hf.decoder import Decoder, all_finite
 from lf_hf.perplexity import perplexity
-from lf_hf.refit import fit_group, refit_from_bottom, trace
+from lf_hf.refit import GroupFit, build_layer, fit_group, refit_from_bottom, trace
 from lf_hf.report import CalibrationInfo, FusionReport, FusionStep, LayerRefit, PerplexityInfo
 from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.alignment import RowMatch
 from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.selection import least_influential
@@ -323,59 +326,104 @@ def _fuse_steps(
     origins = [[index] for index in range(decoder.num_layers)]
     steps = []
     embedded = decoder.embed(_beginning(text, STEP_TOKENS)) if text else []
-    # Besides the states at all boundaries, those inside a pair and inside what it becomes.
-    with StateStore(sum(state.nbytes for state in embedded) * (decoder.num_layers + 7)) as store:
+
+    def fuse_pair(i: int, states: Sequence[Tensor], *, by_size: bool = False) -> _FusedPair:
+        ratio = 1.0
+        if similarity is not None:
+            ratio = fusion_ratio(similarity, origins[i][0], origins[i + 1][0], config.ratio_beta)
+        return _fused_pair(decoder, config, i, ratio, states, store, by_size=by_size)
+
+    # Besides the states at all boundaries, those inside a pair and inside what it becomes, and of candidate pairs.
+    copies = decoder.num_layers + 7
+    if config.selection == "least_divergence":
+        copies += decoder.num_layers // JUDGED
+    with StateStore(sum(state.nbytes for state in embedded) * copies) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
         influences = list(boundaries.influences) if boundaries is not None else []
+        candidates = None
+        if boundaries is not None and config.selection == "least_divergence":
+            candidates = Candidates(
+                decoder, boundaries, lambda i, states: fuse_pair(i, states, by_size=True).weights, store
+            )
         for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
             j = decoder.num_layers - 1
-            influence = None
-            if boundaries is not None and config.selection == "least_influence":
+            if candidates is not None:
+                j = candidates.least
+            elif boundaries is not None and config.selection == "least_influence":
                 j = least_influential(boundaries.influences)
-                influence = boundaries.influences[j]
             i = j - 1
-            ratio = 1.0
-            if similarity is not None:
-                ratio = fusion_ratio(similarity, origins[i][0], origins[j][0], config.ratio_beta)
-            states = [] if boundaries is None else boundaries.before(i)
-            fit = None
-            with ExitStack() as stack, torch.no_grad():
-                pair = [stack.enter_context(decoder.layer(index)) for index in (i, j)]
-                traces = trace(decoder, pair, states if config.fits else [], store)
-                fused, matches = fuse_layers(
-                    *(dict(layer.named_parameters()) for layer in pair),
-                    ratio=ratio,
-                    alignment=config.alignment,
-                    merge=config.merge,
-                    head_dim=pair[0].self_attn.head_dim,
-                )
-                if config.merge == "select":
-                    fit = fit_group(decoder, pair, traces, states, store, refit=config.refit, ridge=config.ridge)
-                    fused = fit.weights
-            decoder.replace(i, fused)
-            if config.fits and fit is None:
-                with decoder.layer(i) as merged:
-                    fit = fit_group(decoder, [merged], traces, states, store, refit=config.refit, ridge=config.ridge)
-                decoder.replace(i, fit.weights)
-            decoder.remove(j)
-            if boundaries is not None:
-                boundaries.update(i)
+            cost = candidates.costs[j] if candidates is not None else None
+            pair = fuse_pair(i, [] if boundaries is None else boundaries.before(i))
             steps.append(
                 FusionStep(
                     layers_i=origins[i],
                     layers_j=origins[j],
-                    ratio_i=ratio,
-                    ratio_j=1 - ratio,
-                    matches=matches,
-                    influence=influence,
-                    heads_kept=fit.heads_kept if fit else None,
-                    channels_kept=fit.channels_kept if fit else None,
-                    error_before=fit.error_before if fit else None,
-                    error_after=fit.error_after if fit else None,
+                    ratio_i=pair.ratio,
+                    ratio_j=1 - pair.ratio,
+                    matches=pair.matches,
+                    influence=boundaries.influences[j]
+                    if boundaries is not None and config.selection != "last"
+                    else None,
+                    divergence=cost if cost is not None and math.isfinite(cost) else None,
+                    heads_kept=pair.fit.heads_kept if pair.fit else None,
+                    channels_kept=pair.fit.channels_kept if pair.fit else None,
+                    error_before=pair.fit.error_before if pair.fit else None,
+                    error_after=pair.fit.error_after if pair.fit else None,
                 )
             )
+            decoder.replace(i, pair.changed)
+            decoder.remove(j)
             origins[i] = origins[i] + origins.pop(j)
+            if boundaries is not None:
+                boundaries.update(i)
+            if candidates is not None and len(steps) < config.num_fusions:
+                candidates.update(i)
     return steps, origins, influences
+
+
+@dataclass(frozen=True)
+class _FusedPair:
+    """What two layers become: the weights that differ from layer i's, all weights, and how they came about."""
+
+    changed: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    ratio: float
+    matches: dict[str, RowMatch]
+    fit: GroupFit | None
+
+
+@torch.no_grad()
+def _fused_pair(
+    decoder: Decoder,
+    config: FusionConfig,
+    i: int,
+    ratio: float,
+    states: Sequence[Tensor],
+    store: StateStore,
+    *,
+    by_size: bool,
+) -> _FusedPair:
+    """Layers i and i + 1 as one, fitted to what they do to `states` where the config says so."""
+    with ExitStack() as stack:
+        pair = [stack.enter_context(decoder.layer(index)) for index in (i, i + 1)]
+        traces = trace(decoder, pair, states if config.fits else [], store)
+        first, second = (dict(layer.named_parameters()) for layer in pair)
+        changed, matches = fuse_layers(
+            first,
+            second,
+            ratio=ratio,
+            alignment=config.alignment,
+            merge=config.merge,
+            head_dim=pair[0].self_attn.head_dim,
+        )
+        weights = first | changed
+        if not config.fits:
+            return _FusedPair(changed, weights, ratio, matches, None)
+        if config.merge != "select":
+            pair = [build_layer(decoder, weights)]
+        del first, second, weights
+        fit = fit_group(decoder, pair, traces, states, store, refit=config.refit, ridge=config.ridge, by_size=by_size)
+        return _FusedPair(fit.weights, fit.weights, ratio, matches, fit)
 
 
 def _beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:

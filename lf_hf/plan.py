@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.calibration import Calibration, Corpus, load_corpus, load_needed
+from lf_hf.candidates import JUDGED
 from lf_hf.checkpoint import MAX_SHARD_BYTES, check_low_memory
 from lf_hf.config import FusionConfig
 from lf_hf.mmlu import SUBJECTS
@@ -53,6 +54,10 @@ _DISK_BYTES_PER_SECOND = 500e6
 _PASSES = 5  # that low memory makes: checking, perplexity twice, calibrating, writing
 _PROBE = 1024  # rows and columns of the problems that are timed
 _ASSIGNMENT_EXPONENT = 2.2  # of how solving grows with the number of rows, measured on random rows
+_CHOSEN = {
+    "least_influence": "the layer of least influence joins the one before it",
+    "least_divergence": "the pair whose fusion moves predictions least",
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,7 @@ class FusionPlan:
     def summary(self) -> str:
         """A few lines for people."""
         if self.pairs is None:
-            layers = (
-                "chosen while fusing, on the calibration text: the layer of least influence joins the one before it"
-            )
+            layers = "chosen while fusing, on calibration text: " + _CHOSEN[self.config.selection]
         else:
             layers = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
             first, last = self.pairs[-1][0], self.pairs[0][1]
@@ -385,7 +388,10 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         averaged = (sizes.layer + aligned) * sizes.itemsize  # the result, and what layer j is in another order
         yield 2 * layer + max(averaged, rows if config.alignment != "none" else 0)
     if config.needs_text:
-        kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * (sizes.layers + 7))
+        copies = sizes.layers + 7
+        if config.selection == "least_divergence":
+            copies += sizes.layers // JUDGED
+        kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * copies)
         yield kept + 2 * layer + running
         if sizes.written:
             cache = 2 * sizes.layers * sizes.key_value * sizes.itemsize  # of a token
@@ -487,6 +493,14 @@ def _seconds(sizes: _Sizes, config: FusionConfig, speeds: _Speeds) -> dict[str, 
         steps += passes(tokens, sizes.layers + config.num_fusions * again)
         if config.fits:
             steps += config.num_fusions * (passes(tokens, 2) + _fit_seconds(sizes, config, speeds, tokens, 2))
+        if config.selection == "least_divergence":
+            tried = sizes.layers - 3 + 2 * (config.num_fusions - 1)
+            judging = tokens // JUDGED
+            fitting = tokens - judging // 2
+            steps += tried * (passes(judging, sizes.layers / 2) + 2 * judging * sizes.vocab * sizes.hidden / running)
+            if config.fits:
+                fit = _fit_seconds(sizes, config, speeds, fitting, 2, by_size=True)
+                steps += tried * (passes(fitting, 2) + fit)
     seconds["alignment and fusion"] = steps
     if config.refit != "none":
         fits = sum(_fit_seconds(sizes, config, speeds, sizes.text, group) for group in sizes.groups)
@@ -522,14 +536,16 @@ def _assignment_seconds(sizes: _Sizes, alignment: str, speeds: _Speeds) -> float
     return max(max(solving), sum(solving) / threads) + products
 
 
-def _fit_seconds(sizes: _Sizes, config: FusionConfig, speeds: _Speeds, tokens: int, group: int) -> float:
+def _fit_seconds(
+    sizes: _Sizes, config: FusionConfig, speeds: _Speeds, tokens: int, group: int, *, by_size: bool = False
+) -> float:
     """Of fitting one layer to a group of layers on so many tokens."""
     count = group if config.merge == "select" else 1
-    inputs = num_candidates(count * sizes.mlp, sizes.mlp)
+    inputs = sizes.mlp if by_size else num_candidates(count * sizes.mlp, sizes.mlp)
     seconds = _regression_seconds(sizes, speeds, tokens, inputs, sizes.mlp, PRUNING_ROUNDS if inputs > sizes.mlp else 0)
     seconds += 4 * tokens * count * sizes.mlp * sizes.hidden * 2 / (speeds.of_layers * _LAYER_EFFICIENCY)
     if config.refit == "projections":
-        rounds = (count - 1) * sizes.kv_heads
+        rounds = count - 1 if by_size else (count - 1) * sizes.kv_heads
         seconds += _regression_seconds(sizes, speeds, tokens, count * sizes.query, sizes.query, rounds)
         seconds += 2 * count * _regression_seconds(sizes, speeds, tokens, sizes.hidden, sizes.hidden, 0)
     return seconds

@@ -88,6 +88,7 @@ def fit_group(
     *,
     refit: str,
     ridge: float,
+    by_size: bool = False,
 ) -> GroupFit:
     """One layer that does to `states` what a group of layers did to theirs.
 
@@ -103,6 +104,9 @@ def fit_group(
     store : StateStore
     refit : {"none", "down_proj", "projections"}
     ridge : float
+    by_size : bool
+        Keep the largest channels, and choose key-value groups in one round: many times faster, and good enough to
+        compare groups by.
     """
     # Layers of a model that is spread over devices come together on the first one's.
     states = _on_device(states, layers[0], store)
@@ -112,12 +116,12 @@ def fit_group(
     ]
     weights, heads_kept = parameters[0], None
     if refit == "projections":
-        weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge)
+        weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge, by_size)
     fused = build_layer(decoder, weights)
     residuals = store.keep(after_attention(decoder, fused, state) for state in states)
     del fused
     weights = {name: weight for name, weight in weights.items() if "attn" in name or "input_layernorm" in name}
-    mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge)
+    mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge, by_size)
     weights |= mlp.weights
     for name, weight in weights.items():
         if not all_finite(weight):
@@ -126,7 +130,12 @@ def fit_group(
 
 
 def _fit_attention(
-    decoder: Decoder, parameters: Sequence[Weights], traces: Traces, states: Sequence[Tensor], ridge: float
+    decoder: Decoder,
+    parameters: Sequence[Weights],
+    traces: Traces,
+    states: Sequence[Tensor],
+    ridge: float,
+    by_size: bool,
 ) -> tuple[dict[str, Tensor], list[int] | None]:
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
     config, count = decoder.config, len(parameters)
@@ -145,7 +154,7 @@ def _fit_attention(
     block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
     kept = torch.arange(kv_heads, device=start.device)
     if count > 1:
-        kept = regression.prune(start, kv_heads, block=block, rounds=(count - 1) * kv_heads)
+        kept = regression.prune(start, kv_heads, block=block, rounds=1 if by_size else (count - 1) * kv_heads)
     queries, keys = expanded(kept, block), expanded(kept, head_dim)
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         for kind in ("weight", "bias"):
@@ -163,6 +172,7 @@ def _fit_mlp(
     residuals: Sequence[Tensor],
     refit: str,
     ridge: float,
+    by_size: bool,
 ) -> GroupFit:
     """An MLP with channels from all layers and a down_proj that brings the stream to the group's output.
 
@@ -175,7 +185,8 @@ def _fit_mlp(
     weights = stacked(parameters, "post_attention_layernorm", maps)
     del maps
     parameters.clear()
-    channels = _candidates(decoder, weights, residuals, keep)
+    limit = keep if by_size else num_candidates(weights["mlp.down_proj.weight"].shape[1], keep)
+    channels = _largest(decoder, weights, residuals, limit)
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = _with_channels(weights, channels)
     bias = weights.get("mlp.down_proj.bias")
@@ -196,10 +207,9 @@ def _fit_mlp(
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
 
 
-def _candidates(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], keep: int) -> Tensor:
-    """Sorted numbers of the channels of an MLP that write most, as many as stand for election."""
+def _largest(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], limit: int) -> Tensor:
+    """Sorted numbers of the channels of an MLP that write most, `limit` of them."""
     down = weights["mlp.down_proj.weight"]
-    limit = num_candidates(down.shape[1], keep)
     if limit == down.shape[1]:
         return torch.arange(limit, device=down.device)
     # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.

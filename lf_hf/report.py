@@ -22,8 +22,9 @@ class FusionStep:
 
     `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
     for all of them. `ratio_i` + `ratio_j` = 1, and `ratio_j` is 0 where weights are not averaged. `matches` has one
-    entry for each aligned projection. `influence` is how much layer j changed the residual stream, where pairs were
-    chosen by that. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
+    entry for each aligned projection. `influence` is how much layer j changed the residual stream, and `divergence` how
+    far the model's predictions were expected to move with this fusion, in nats per token, where pairs were chosen by
+    such figures. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
     layer j, where they were selected. The errors are those of the pair's output (squared, relative, over calibration
     tokens) before and after the fit.
     """
@@ -34,6 +35,7 @@ class FusionStep:
     ratio_j: float
     matches: dict[str, RowMatch] = field(default_factory=dict)
     influence: float | None = None
+    divergence: float | None = None
     heads_kept: list[int] | None = None
     channels_kept: list[int] | None = None
     error_before: float | None = None
@@ -161,6 +163,8 @@ class FusionReport:
                 line += f", mean matched cosine {before:.3f} -> {after:.3f}"
             if step.influence is not None:
                 line += f", influence {step.influence:.4f}"
+            if step.divergence is not None:
+                line += f", divergence {step.divergence:.4f}"
             lines.append(line)
         for refit in self.refits:
             kept = f" keeping {refit.channels_kept} channels" if refit.channels_kept else ""

@@ -140,6 +140,7 @@ class Ways:
                 selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
             ),
             "refit": self.fusion(method="refit"),
+            "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
         }
 
 

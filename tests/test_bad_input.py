@@ -198,7 +198,7 @@ PYTHON: dict[str, Row] = {
     "a long value": (settings, {"method": "m" * 5000}, "^Unknown method 'm{79}; known are neural_align"),
     # from_pretrained_fused and fuse_checkpoint: arguments
     "for this model too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 .*, got 1000000000"),
-    "too many for least_influence": (
+    "too many for the pairs": (
         python,
         {"num_fusions": 3, "method": "refit"},
         "must be 1 to 2 for a model of 5 layers and selection='least_influence', got 3",

@@ -29,6 +29,7 @@ TEXTS = make_texts(100)
         {"method": "truncate"},
         {"method": "refit"},
         {"method": "mka", "selection": "least_influence", "alignment": "neurons", "refit": "down_proj"},
+        {"method": "refit", "selection": "least_divergence"},
     ],
 )
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}])
@@ -44,7 +45,7 @@ def test_a_fusion_does_what_its_plan_says(
     for name in ("layers_removed_fraction", "parameters_removed_fraction"):
         assert getattr(plan, name) == pytest.approx(getattr(report, name))
     assert plan.pairs in (None, [step.pair for step in report.steps])
-    assert (plan.pairs is None) == (config.selection == "least_influence")
+    assert (plan.pairs is None) == (config.selection != "last")
     assert set(plan.seconds) == {*report.seconds, "reading and writing"}
     assert plan.bytes_before == weights_size(base, {})
     assert 0 <= weights_size(tmp_path / "out", {}) - plan.bytes_after < 20_000  # the header
@@ -137,7 +138,7 @@ def test_memory_follows_the_squares_of_a_refit(eight_billion: str) -> None:
     plan = plan_fusion(eight_billion, FusionConfig(1, method="refit"), calibration=TEXTS)
     squares = 2 * 4 * 17920**2 / 2**30
     assert squares + 0.8 < gib(plan.low_memory) < 3 * squares
-    assert "chosen while fusing, on the calibration text" in plan.summary()
+    assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in plan.summary()
 
 
 def test_more_work_takes_longer_and_larger_numbers_take_more_memory(eight_billion: str) -> None:

@@ -36,3 +36,17 @@ def least_influential(influences: Sequence[float]) -> int:
     The first and the last layer of the model stay out of any pair: there must be at least four layers.
     """
     return min(range(2, len(influences) - 1), key=lambda j: influences[j])
+
+
+def divergence(expected: Tensor, logits: Tensor) -> float:
+    """Kullback-Leibler divergence, in nats, of predictions from the expected ones, summed over tokens.
+
+    Parameters
+    ----------
+    expected : float32 tensor of shape (tokens T, vocab)
+        Log-probabilities.
+    logits : tensor of the same shape
+        Before the softmax.
+    """
+    probabilities, logits = expected.exp(), logits.float()
+    return float(probabilities.mul_(expected - logits).sum() + logits.logsumexp(-1).sum())
