@@ -59,11 +59,6 @@ class Candidates:
         self.costs = [math.inf] * decoder.num_layers
         self._measure(range(2, decoder.num_layers - 1), current=0.0)
 
-    @property
-    def least(self) -> int:
-        """The layer j whose fusion with layer j - 1 costs least."""
-        return min(range(2, len(self.costs) - 1), key=lambda j: self.costs[j])
-
     def update(self, i: int) -> None:
         """Take note that layers i and i + 1 have become layer i, and that the boundaries know."""
         del self.costs[i + 1]

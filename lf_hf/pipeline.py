@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import RowMatch
 from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
-from lf_hf.stages.selection import least_influential
+from lf_hf.stages.selection import least_costly
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.states import StateStore
 
@@ -315,6 +316,12 @@ def versions() -> dict[str, str]:
     return packages | {"python": platform.python_version()}
 
 
+def state_copies(config: FusionConfig, num_layers: int) -> int:
+    """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
+    tried = num_layers // JUDGED if config.selection == "least_divergence" else 0
+    return num_layers + 7 + tried
+
+
 def _fuse_steps(
     decoder: Decoder, config: FusionConfig, similarity: NDArray[np.float64] | None, text: Sequence[Tensor]
 ) -> tuple[list[FusionStep], list[list[int]], list[float]]:
@@ -333,24 +340,23 @@ def _fuse_steps(
             ratio = fusion_ratio(similarity, origins[i][0], origins[i + 1][0], config.ratio_beta)
         return _fused_pair(decoder, config, i, ratio, states, store, by_size=by_size)
 
-    # Besides the states at all boundaries, those inside a pair and inside what it becomes, and of candidate pairs.
-    copies = decoder.num_layers + 7
-    if config.selection == "least_divergence":
-        copies += decoder.num_layers // JUDGED
-    with StateStore(sum(state.nbytes for state in embedded) * copies) as store:
+    def try_pair(i: int, states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        with warnings.catch_warnings():  # about pairs that may never be fused
+            warnings.filterwarnings("ignore", "Layers .* have no similarity")
+            return fuse_pair(i, states, by_size=True).weights
+
+    with StateStore(sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)) as store:
         boundaries = Boundaries(decoder, embedded, store) if embedded else None
         influences = list(boundaries.influences) if boundaries is not None else []
         candidates = None
         if boundaries is not None and config.selection == "least_divergence":
-            candidates = Candidates(
-                decoder, boundaries, lambda i, states: fuse_pair(i, states, by_size=True).weights, store
-            )
+            candidates = Candidates(decoder, boundaries, try_pair, store)
         for _ in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
             j = decoder.num_layers - 1
             if candidates is not None:
-                j = candidates.least
+                j = least_costly(candidates.costs)
             elif boundaries is not None and config.selection == "least_influence":
-                j = least_influential(boundaries.influences)
+                j = least_costly(boundaries.influences)
             i = j - 1
             cost = candidates.costs[j] if candidates is not None else None
             pair = fuse_pair(i, [] if boundaries is None else boundaries.before(i))

@@ -34,7 +34,7 @@ from lf_hf.modeling_fused_llama import (
     hub_arguments,
     load_tokenizer,
 )
-from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS, WRITTEN_LENGTH
+from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS, WRITTEN_LENGTH, state_copies
 from lf_hf.refit import num_candidates
 from lf_hf.saving import check_replaceable
 from lf_hf.stages.activations import PADDED
@@ -388,10 +388,7 @@ def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[i
         averaged = (sizes.layer + aligned) * sizes.itemsize  # the result, and what layer j is in another order
         yield 2 * layer + max(averaged, rows if config.alignment != "none" else 0)
     if config.needs_text:
-        copies = sizes.layers + 7
-        if config.selection == "least_divergence":
-            copies += sizes.layers // JUDGED
-        kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * copies)
+        kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * state_copies(config, sizes.layers))
         yield kept + 2 * layer + running
         if sizes.written:
             cache = 2 * sizes.layers * sizes.key_value * sizes.itemsize  # of a token

@@ -525,7 +525,7 @@ def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[
         report = run(model, samples=samples, **{"method": kind} | SETTINGS[kind])
     messages = [str(warning.message) for warning in caught]
     assert all("have no similarity" in message or "mixed signs" in message for message in messages), messages
-    assert len(set(messages)) <= 4  # one a pair
+    assert len(messages) <= 3
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     json.dumps(report.to_dict(), allow_nan=False)
 

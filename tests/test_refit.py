@@ -10,7 +10,7 @@ from conftest import make_llama
 from lf_hf.boundaries import Boundaries
 from lf_hf.decoder import ModelDecoder
 from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, token_weights, trace
-from lf_hf.stages.selection import influence, least_influential
+from lf_hf.stages.selection import influence, least_costly
 from lf_hf.states import StateStore
 
 SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
@@ -216,4 +216,4 @@ def test_influence_is_the_mean_angle_without_the_first_token() -> None:
 
 
 def test_the_first_and_the_last_layer_stay_out() -> None:
-    assert least_influential([0.0, 0.0, 0.3, 0.2, 0.0]) == 3
+    assert least_costly([0.0, 0.0, 0.3, 0.2, 0.0]) == 3

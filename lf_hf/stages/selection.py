@@ -30,12 +30,12 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return 1 - total / count if count else float("nan")
 
 
-def least_influential(influences: Sequence[float]) -> int:
-    """Index j of the layer that changes the stream least; it is to join layer j - 1.
+def least_costly(costs: Sequence[float]) -> int:
+    """Index j of the layer of least cost, such as its influence; it is to join layer j - 1.
 
     The first and the last layer of the model stay out of any pair: there must be at least four layers.
     """
-    return min(range(2, len(influences) - 1), key=lambda j: influences[j])
+    return min(range(2, len(costs) - 1), key=lambda j: costs[j])
 
 
 def divergence(expected: Tensor, logits: Tensor) -> float:
