@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MODEL_NAME = "fused_llama"
-MODEL_CLASS = "lf_hf.lm_eval_model:FusedLlamaLM"
+MODEL_CLASS = "lf_hf.evaluate.lm_eval_model:FusedLlamaLM"
 
 
 class LmEvalFinder:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lf_hf.checkpoint import fuse_checkpoint
 from lf_hf.config import FusionConfig
-from lf_hf.configuration_fused_llama import FusedLlamaConfig
-from lf_hf.modeling_fused_llama import FusedLlamaForCausalLM, FusedLlamaModel
-from lf_hf.report import FusionReport
+from lf_hf.model.configuration_fused_llama import FusedLlamaConfig
+from lf_hf.model.fuse_checkpoint import fuse_checkpoint
+from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusedLlamaModel
+from lf_hf.report.report import FusionReport
 
 AutoConfig.register(FusedLlamaConfig.model_type, FusedLlamaConfig)
 AutoModel.register(FusedLlamaConfig, FusedLlamaModel)

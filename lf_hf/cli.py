@@ -21,19 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lf_hf import tasks_path
-from lf_hf.checkpoint import fuse_checkpoint
+from lf_hf import fuse_checkpoint, tasks_path
+from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
-from lf_hf.modeling_fused_llama import base_config, checked_dtype
-from lf_hf.plan import plan_fusion
-from lf_hf.plotting import missing_packages
-from lf_hf.records import parse_json
-from lf_hf.report import FusionReport
-from lf_hf.report_page import write_page, write_pictures
-from lf_hf.results import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
-from lf_hf.sweep import check_evaluation
-from lf_hf.sweep import sweep as run_sweep
-from lf_hf.weights import weights_size
+from lf_hf.files.base import Base, checked_dtype
+from lf_hf.files.weights import weights_size
+from lf_hf.report.report import FusionReport
 
 app = typer.Typer(
     help="Make a Llama shallower by fusing decoder layers.",
@@ -46,7 +39,7 @@ app = typer.Typer(
 _WIDTH = 160  # columns of a table that goes to a file
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
+BaseName = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
 CalibrationFile = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE", help="Calibration text: .txt, .jsonl, .csv or .parquet."),
@@ -157,7 +150,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
 )
 @_fusion_options(leave_out=["num_fusions"])
 def fuse(
-    base: Base,
+    base: BaseName,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the fused checkpoint.")],
     *,
     settings: dict[str, Any],
@@ -189,7 +182,7 @@ def fuse(
     if (num_fusions is None) == (target_layers is None):
         raise typer.BadParameter("give either --num-fusions or --target-layers.")
     if target_layers is not None:
-        num_layers = base_config(base, hub).num_hidden_layers
+        num_layers = Base.open(base, hub).config.num_hidden_layers
         if not 1 <= target_layers < num_layers:
             raise typer.BadParameter(
                 f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
@@ -200,6 +193,8 @@ def fuse(
         config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
     loading = hub | _given(dtype=dtype, device_map=device)
     if dry_run:
+        from lf_hf.plan import plan_fusion
+
         plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
         print(plan.summary())
         return
@@ -212,9 +207,9 @@ def fuse(
         "bytes on disk": (weights_size(base, hub), weights_size(out, {})),
     }
     rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
-    if done.perplexity is not None:
-        dense, fused = done.perplexity.dense, done.perplexity.fused
-        rows.append(["perplexity", f"{dense:.4g}", f"{fused:.4g}", f"x {fused / dense:.3g}"])
+    for judged in done.perplexities:
+        figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
+        rows.append([f"perplexity, {judged.name}", *figures])
     _print(_table(str(out), ["", "before", "after", "change"], rows), *done.notes)
 
 
@@ -227,7 +222,7 @@ def fuse(
 )
 @_fusion_options(leave_out=["num_fusions", "method"])
 def sweep(
-    base: Base,
+    base: BaseName,
     out: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Folder for the results; what it has is not repeated.")],
     *,
     settings: dict[str, Any],
@@ -260,6 +255,11 @@ def sweep(
     results.md and the curve as curve.png and curve.svg. Ends with two tables: the results, and how stable each
     method is.
     """
+    from lf_hf.evaluate.sweep import check_evaluation
+    from lf_hf.evaluate.sweep import sweep as run_sweep
+    from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
+    from lf_hf.report.page import missing_plot_packages
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it tells how it builds each task
     try:
         levels = [int(level) for level in num_fusions.split(",")]
@@ -287,7 +287,7 @@ def sweep(
     )
     head, *rows = results_rows(points)
     steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
-    _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_packages()]))
+    _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_plot_packages()]))
 
 
 @app.command(epilog=_examples("report out --html out.html", "report out --png pictures"))
@@ -306,6 +306,8 @@ def report(
 
     The page is one file that loads nothing from elsewhere.
     """
+    from lf_hf.report.page import write_page, write_pictures
+
     found = FusionReport.load(folder)
     page = html or (folder if folder.is_dir() else folder.parent) / "fusion_report.html"
     write_page(found, page)

@@ -230,6 +230,23 @@ class FusionConfig:
         return cls(**{name: _parse(name, value) for name, value in kwargs.items()})
 
 
+def fusion_settings(config: FusionConfig | None, kwargs: dict[str, Any]) -> FusionConfig:
+    """A config with the FusionConfig fields among `kwargs`, which are taken out there, in place of its own.
+
+    Raises
+    ------
+    ValueError
+        For values that are not allowed, and for other names in `kwargs` that look like a misspelt field.
+    """
+    if not isinstance(config, FusionConfig | None):
+        raise ValueError(f"config must be a FusionConfig, got {config!r:.80}; give its fields as keyword arguments.")
+    settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+    for name in kwargs:
+        if difflib.get_close_matches(name, FusionConfig.field_names(), n=1, cutoff=0.85):
+            raise ValueError(unknown_name("argument", name, FusionConfig.field_names()))
+    return FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+
+
 def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
     """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
     nearest = difflib.get_close_matches(name, known, n=1)

@@ -21,28 +21,22 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lf_hf.calibration import Calibration, Corpus, load_corpus, load_needed
-from lf_hf.candidates import JUDGED
-from lf_hf.checkpoint import MAX_SHARD_BYTES, check_low_memory
 from lf_hf.config import FusionConfig
-from lf_hf.mmlu import SUBJECTS
-from lf_hf.modeling_fused_llama import (
-    base_config,
-    check_device,
-    checked_base,
-    checked_dtype,
-    hub_arguments,
-    load_tokenizer,
-)
-from lf_hf.pipeline import PERPLEXITY_LENGTH, STEP_TOKENS, WRITTEN_LENGTH, state_copies
-from lf_hf.refit import num_candidates
-from lf_hf.saving import check_replaceable
+from lf_hf.files.base import Base
+from lf_hf.files.saving import check_replaceable
+from lf_hf.files.weights import stored_dtype
+from lf_hf.measure import PERPLEXITY_LENGTH, WRITTEN_LENGTH
+from lf_hf.model.fuse_checkpoint import MAX_SHARD_BYTES, check_low_memory
+from lf_hf.pipeline import STEP_TOKENS, state_copies
+from lf_hf.refit.group import num_candidates
+from lf_hf.refit.pair_costs import JUDGING_STRIDE
+from lf_hf.refit.regression import EXACT_LIMIT, PRUNING_ROUNDS
+from lf_hf.refit.states import MEMORY_LIMIT
 from lf_hf.stages.activations import PADDED
 from lf_hf.stages.assignment import ALIVE_BYTES, BLOCK, row_costs, solver
-from lf_hf.stages.regression import EXACT_LIMIT, PRUNING_ROUNDS
 from lf_hf.stages.similarity import mutual_information
-from lf_hf.states import MEMORY_LIMIT
-from lf_hf.weights import stored_dtype, weight_files
+from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
+from lf_hf.text.mmlu import SUBJECTS
 
 _PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
@@ -81,7 +75,7 @@ class FusionPlan:
     memory : int
         Bytes at the peak, fusing in memory.
     low_memory : int or None
-        The same with low_memory=True; None where that can not be used.
+        The same with low_memory=True; None where that cannot be used.
     seconds : dict of float
         By stage.
     speed : float
@@ -125,7 +119,7 @@ class FusionPlan:
             layers = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
             first, last = self.pairs[-1][0], self.pairs[0][1]
             layers += f"; layer {first} then stands for {first} to {last}"
-        low_memory = "can not be used here" if self.low_memory is None else f"{_gib(self.low_memory)} GiB"
+        low_memory = "cannot be used here" if self.low_memory is None else f"{_gib(self.low_memory)} GiB"
         total = sum(self.seconds.values())
         parts = ", ".join(f"{stage} {_duration(taken)}" for stage, taken in self.seconds.items() if taken >= 0.5)
         lines = [
@@ -167,9 +161,7 @@ def plan_fusion(
     ValueError
         For settings, a base, calibration text or a folder that `fuse_checkpoint` would refuse before long work.
     """
-    base = checked_base(base)
-    given_dtype = checked_dtype(kwargs.get("dtype"))
-    check_device(kwargs.get("device_map"))
+    opened = Base.open(base, kwargs)
     if out is not None:
         check_replaceable(Path(out))
     low_memory_fits = True
@@ -179,16 +171,15 @@ def plan_fusion(
         if low_memory:
             raise
         low_memory_fits = False
-    hub = hub_arguments(kwargs)
-    llama_config = base_config(base, kwargs)
+    hub, llama_config, base = opened.hub, opened.config, opened.name
     config.check_num_layers(llama_config.num_hidden_layers)
     samples, text = _calibration(config, calibration)
     if not hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
-        load_tokenizer(base, kwargs)
+        opened.tokenizer()
 
-    files = _files(base, hub)
+    files = opened.files()
     stored = torch.float32 if hub.get("gguf_file") or not files else stored_dtype(files[0])
-    dtype = given_dtype or cast("torch.dtype | None", llama_config.dtype) or stored
+    dtype = opened.dtype or cast("torch.dtype | None", llama_config.dtype) or stored
     sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
     bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
     parameters_after = sizes.parameters - config.num_fusions * sizes.layer
@@ -224,16 +215,6 @@ def plan_fusion(
         plan.notes.append(f"The base is not on this machine yet; about {_gib(bytes_before)} GiB will be downloaded.")
     plan.notes.extend(_shortages(plan, low_memory, out))
     return plan
-
-
-def _files(base: str, hub: dict[str, Any]) -> list[Path]:
-    """The base's files of weights; none if they are on the hub and not on this machine."""
-    try:
-        return weight_files(base, hub)
-    except (ValueError, OSError):
-        if os.path.isdir(base):
-            raise
-        return []
 
 
 def _shortages(plan: FusionPlan, low_memory: bool, out: str | os.PathLike[str] | None) -> Iterator[str]:
@@ -492,7 +473,7 @@ def _seconds(sizes: _Sizes, config: FusionConfig, speeds: _Speeds) -> dict[str, 
             steps += config.num_fusions * (passes(tokens, 2) + _fit_seconds(sizes, config, speeds, tokens, 2))
         if config.selection == "least_divergence":
             tried = sizes.layers - 3 + 2 * (config.num_fusions - 1)
-            judging = tokens // JUDGED
+            judging = tokens // JUDGING_STRIDE
             fitting = tokens - judging // 2
             steps += tried * (passes(judging, sizes.layers / 2) + 2 * judging * sizes.vocab * sizes.hidden / running)
             if config.fits:

@@ -35,20 +35,16 @@ from transformers import (
 from transformers.utils import logging
 
 from lf_hf import FusionConfig
-from lf_hf.calibration import (
-    Calibration,
-    Corpus,
-    documentation_halves,
-    load_calibration,
-    load_corpus,
-    pack_tokens,
-)
-from lf_hf.decoder import ModelDecoder
-from lf_hf.mmlu import SUBJECTS, Question, read_csv_questions
-from lf_hf.perplexity import perplexity
-from lf_hf.pipeline import calibration_sequences, fuse
-from lf_hf.refit import after_attention, token_weights
-from lf_hf.stages.regression import Regression
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.perplexity import perplexity
+from lf_hf.measure import calibration_sequences
+from lf_hf.pipeline import fuse
+from lf_hf.refit.group import token_weights
+from lf_hf.refit.layer_parts import after_attention
+from lf_hf.refit.regression import Regression
+from lf_hf.text.calibration import Calibration, Corpus, documentation_halves, load_calibration, load_corpus
+from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
+from lf_hf.text.packing import pack_tokens
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512

@@ -45,14 +45,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.calibration import documentation_halves, load_calibration, tokenize_samples
-from lf_hf.decoder import ModelDecoder
+from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import match_rows, normalized_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
+from lf_hf.text.calibration import documentation_halves, load_calibration
+from lf_hf.text.packing import tokenize_samples
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from lf_hf.calibration import documentation_halves
+from lf_hf.text.calibration import documentation_halves
 
 _MAX_LEARNED_TOKENS = 8192  # more take long to train, and no text here needs them
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from saving_faults import killed
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, evaluation, fuse_checkpoint, results
-from lf_hf.results import RESULTS, Score, read_points
-from lf_hf.sweep import sweep
+from lf_hf.evaluate.points import RESULTS, Score, read_points
+from lf_hf.evaluate.sweep import sweep
 
 KILLS = 8
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_llama
 
-from lf_hf.decoder import ModelDecoder
+from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.stages.activations import pairwise_distances, sample_distances
 
 SAMPLES = [torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]

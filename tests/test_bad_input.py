@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint, tasks_path
 from lf_hf.cli import main
-from lf_hf.decoder import Decoder
-from lf_hf.sweep import sweep
+from lf_hf.decoder.interface import Decoder
+from lf_hf.evaluate.sweep import sweep
 
 Edit = Callable[[Path], Any]
 NAN, INF = float("nan"), float("inf")
@@ -210,10 +210,10 @@ PYTHON: dict[str, Row] = {
     "a base nowhere": (python, {"base": "/no/where"}, "No config of a Llama can be read for '/no/where': "),
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),
     "a dtype of integers": (from_folder_to_folder, {"dtype": torch.int8}, "dtype must be auto, .*, got torch.int8"),
-    "a device that torch lacks": (python, {"device_map": "banana"}, r"The device 'banana' can not be used \(.*; take"),
+    "a device that torch lacks": (python, {"device_map": "banana"}, r"The device 'banana' cannot be used \(.*; take"),
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "no shard size": (from_folder_to_folder, {"max_shard_bytes": 0}, "max_shard_bytes must be .* at least 1, got 0"),
-    "quantising on the way": (python, {"load_in_8bit": True}, "load_in_8bit can not be used while fusing; fuse in"),
+    "quantising on the way": (python, {"load_in_8bit": True}, "load_in_8bit cannot be used while fusing; fuse in"),
     # The base: its config
     "gpt2": (python, {}, "is a 'gpt2' model; only Llama models", write("config.json", '{"model_type": "gpt2"}')),
     "mixtral": (from_folder_to_folder, {}, "is a 'mixtral' model; only Llama", config(model_type="mixtral")),
@@ -375,7 +375,7 @@ COMMANDS: dict[str, tuple[tuple[Any, ...], int, str] | tuple[tuple[Any, ...], in
     "huge": ((*FUSE, "--num-fusions", 10**9), 1, "num_fusions must be 1 to 4 .*, got 1000000000"),
     "not a number": ((*ONE, "--ridge", "nan"), 2, "ridge must be a finite number, got nan"),
     "dtype": ((*ONE, "--dtype", "int8"), 2, "dtype must be auto, float32, bfloat16, .*, got 'int8'"),
-    "device": ((*ONE, "--device", "banana"), 1, "The device 'banana' can not be used"),
+    "device": ((*ONE, "--device", "banana"), 1, "The device 'banana' cannot be used"),
     "nothing": (("melt", "{base}"), 2, "melt"),
     "no folder": (("fuse", "{base}"), 2, "OUT"),
     "base nowhere": (("fuse", "/no/where", "{out}", "--num-fusions", 1), 1, "No config of a Llama can be read"),

@@ -10,19 +10,9 @@ import pytest
 import torch
 from conftest import make_texts, make_tokenizer
 
-from lf_hf.calibration import (
-    MAX_SAMPLES,
-    Calibration,
-    Corpus,
-    documentation_halves,
-    load_calibration,
-    load_corpus,
-    mixed,
-    pack_corpus,
-    pack_tokens,
-    tokenize_samples,
-)
-from lf_hf.mmlu import SUBJECTS, bundled_questions
+from lf_hf.text.calibration import MAX_SAMPLES, Calibration, Corpus, documentation_halves, load_calibration, load_corpus
+from lf_hf.text.mmlu import SUBJECTS, bundled_questions
+from lf_hf.text.packing import interleaved, pack_corpus, pack_tokens, tokenize_samples
 
 SAMPLES = ["first sample\nof two lines", "second, with a comma", "third"]
 
@@ -165,7 +155,7 @@ def test_tokenizing_leaves_the_tokenizer_as_it_was() -> None:
 
 def test_lists_are_mixed_evenly() -> None:
     one, other = torch.arange(30).split(1), torch.arange(100, 110).split(1)
-    both = torch.cat(mixed(one, [], other))
+    both = torch.cat(interleaved(one, [], other))
     assert both[both < 100].tolist() == list(range(30)) and both[both >= 100].tolist() == list(range(100, 110))
     for end in range(1, 41):  # whatever beginning is taken has its share of both
         assert abs(int((both[:end] >= 100).sum()) - end / 4) <= 1

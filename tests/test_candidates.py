@@ -11,17 +11,17 @@ import pytest
 import scipy.stats
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
+from lf_hf.refit.candidates import Candidates
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lf_hf import FusionConfig
-from lf_hf.boundaries import Boundaries
-from lf_hf.calibration import Calibration, Corpus
-from lf_hf.candidates import Candidates
-from lf_hf.decoder import ModelDecoder
-from lf_hf.pipeline import fuse
-from lf_hf.stages.selection import divergence, least_costly
-from lf_hf.states import StateStore
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.influence import divergence
+from lf_hf.pipeline import fuse, least_costly
+from lf_hf.refit.boundaries import Boundaries
+from lf_hf.refit.states import StateStore
+from lf_hf.text.calibration import Calibration, Corpus
 
 SEQUENCES = [torch.randint(0, 64, (300,), generator=torch.Generator().manual_seed(n)) for n in range(17)]
 JUDGING = SEQUENCES[3::4]

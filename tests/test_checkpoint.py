@@ -177,7 +177,7 @@ def test_damaged_bases_get_one_sentence_and_leave_nothing(base: str, damage: str
 
 
 def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device_map can not be used with low_memory=True"):
+    with pytest.raises(ValueError, match="device_map cannot be used with low_memory=True"):
         fuse(base, tmp_path / "out", device_map="auto")
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lf_hf.decoder import ModelDecoder
+from lf_hf.decoder.in_memory import ModelDecoder
 
 SAMPLES = [torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]
 

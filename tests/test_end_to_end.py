@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM
-from lf_hf.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 # One subject of each category: real prompts of 5 shots, in a minute.
 TASKS = [f"mmlu_5shot_{subject}" for subject in ("anatomy", "sociology", "marketing", "philosophy")]

@@ -1,4 +1,4 @@
-"""Nothing is lost while fusing and sweeping: killed, interrupted, full disks, folders that can not be written."""
+"""Nothing is lost while fusing and sweeping: killed, interrupted, full disks, folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from test_saving import file_size_limit, no_privileges
 
 from lf_hf import pipeline
 from lf_hf.cli import main
-from lf_hf.decoder import Decoder
-from lf_hf.results import RESULTS, read_points
-from lf_hf.saving import only_writer
-from lf_hf.sweep import sweep
+from lf_hf.decoder.interface import Decoder
+from lf_hf.evaluate.points import RESULTS, read_points
+from lf_hf.evaluate.sweep import sweep
+from lf_hf.files.saving import only_writer
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str
     for limit, more in ((size + 50, [2]), (2 * size + 5000, [2, 3, 4])):  # within a point, and a picture
         with (
             file_size_limit(limit),
-            pytest.raises(OSError, match=r"results in .*out' can not be written .*File too") as e,
+            pytest.raises(OSError, match=r"results in .*out' cannot be written .*File too") as e,
         ):
             sweep(base, out, **arguments | {"num_fusions": more})
         assert "\n" not in str(e.value) and "run the sweep again" in str(e.value)
@@ -73,7 +73,7 @@ def test_a_sweep_into_a_folder_that_can_not_be_written_does_no_work(
         for path in (parent / "base", parent / "there", parent):
             path.chmod(0o555)
         for out in ("there", "new", "new/deeper"):
-            with no_privileges(), pytest.raises(OSError, match=r"can not be written .*Permission denied"):
+            with no_privileges(), pytest.raises(OSError, match=r"cannot be written .*Permission denied"):
                 sweep(parent / "base", parent / out, **arguments | {"methods": ["truncate"], "calibration": None})
         parent.chmod(0o755)
         assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())

@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from tokenizers import normalizers
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, fused_cache, pipeline
-from lf_hf.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 

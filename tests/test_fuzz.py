@@ -22,11 +22,11 @@ from test_report import make_report
 from test_sweep import make_point
 
 from lf_hf import FusionConfig, FusionReport, calibration
-from lf_hf.calibration import load_calibration, load_corpus
-from lf_hf.mmlu import read_csv_questions
-from lf_hf.model_card import model_card
-from lf_hf.results import append_point, read_points
-from lf_hf.weights import shard_names, tensor_files
+from lf_hf.evaluate.points import append_point, read_points
+from lf_hf.files.model_card import model_card
+from lf_hf.files.weights import shard_names, tensor_files
+from lf_hf.text.calibration import load_calibration, load_corpus
+from lf_hf.text.mmlu import read_csv_questions
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -22,11 +22,11 @@ from test_report_page import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
-from lf_hf.calibration import load_corpus
-from lf_hf.model_card import model_card
-from lf_hf.report import CalibrationInfo, PerplexityInfo
-from lf_hf.report_page import write_page
-from lf_hf.results import markdown
+from lf_hf.evaluate.tables import markdown
+from lf_hf.files.model_card import model_card
+from lf_hf.report.page import write_page
+from lf_hf.report.report import CalibrationInfo, PerplexityInfo
+from lf_hf.text.calibration import load_corpus
 
 HOSTILE = (
     "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.model_card import model_card
+from lf_hf.files.model_card import model_card
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44] * 20])  # longer than what the scaled rope was made for
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 300}

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
-from lf_hf.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
 
@@ -204,7 +204,7 @@ def test_results_carry_the_fusion(base: str) -> None:
         ({"num_fusions": 1, "delta": "x"}, "delta=x cannot be combined with num_fusions; fuse and save"),
         ({"num_fusions": 1, "tp_plan": "auto"}, "tp_plan=auto cannot be combined with num_fusions"),
         ({"num_fusions": 1, "calibration": "x.txt"}, "x.txt"),
-        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit can not be used while fusing"),
+        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit cannot be used while fusing"),
     ],
 )
 def test_errors(base: str, arguments: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lf_hf.mmlu import SUBJECTS, Question, bundled_questions, format_question, read_csv_questions
+from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question, read_csv_questions
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lf_hf
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
-from lf_hf.configuration_fused_llama import converted_config, fused_config
+from lf_hf.model.configuration_fused_llama import converted_config, fused_config
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
 
@@ -235,7 +235,7 @@ def test_device_map_is_kept_in_step(base: str) -> None:
 def test_offloaded_weights_are_refused(base: str, tmp_path: Path) -> None:
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{n}": "disk" if n == 4 else "cpu" for n in range(5)}
-    with pytest.raises(ValueError, match=r"model.layers.4.* is offloaded, so it can not be fused in place"):
+    with pytest.raises(ValueError, match=r"model.layers.4.* is offloaded, so it cannot be fused in place"):
         fuse(base, device_map=device_map, offload_folder=str(tmp_path))
 
 
@@ -271,7 +271,7 @@ def test_pushing_uploads_the_saved_folder(base: str, monkeypatch: pytest.MonkeyP
         ({"num_fusions": 1, "methd": "mka"}, "Unknown argument 'methd'; did you mean 'method'"),
         ({"num_fusions": 1, "calibration": ["a"] * 50}, "need at least 51 calibration samples, got 50"),
         ({"num_fusions": 1, "calibration": "nowhere.txt"}, "'nowhere.txt' does not exist"),
-        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit can not be used while fusing"),
+        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit cannot be used while fusing"),
         ({}, "num_fusions is required"),
     ],
 )

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.calibration import documentation_halves, pack_tokens
 from lf_hf.cli import main
-from lf_hf.decoder import ModelDecoder
-from lf_hf.perplexity import perplexity
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.perplexity import perplexity
+from lf_hf.text.calibration import documentation_halves
+from lf_hf.text.packing import pack_tokens
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
 LAYERS = 6

@@ -12,11 +12,13 @@ from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport, pipeline
-from lf_hf.calibration import Calibration, Corpus, pack_tokens
 from lf_hf.config import METHODS
-from lf_hf.decoder import ModelDecoder
-from lf_hf.perplexity import perplexity
-from lf_hf.pipeline import WRITTEN_LENGTH, calibration_sequences, fuse, measure
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.perplexity import perplexity
+from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
+from lf_hf.pipeline import fuse
+from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.packing import pack_tokens
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(400))], "random text")

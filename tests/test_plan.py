@@ -16,8 +16,8 @@ from conftest import GGUF, make_texts, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf.files.weights import weights_size
 from lf_hf.plan import FusionPlan, plan_fusion
-from lf_hf.weights import weights_size
 
 TEXTS = make_texts(100)
 

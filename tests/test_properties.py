@@ -28,19 +28,20 @@ from scipy.spatial.distance import cdist
 from two_devices import TwoDevices, spread
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.calibration import Calibration, Corpus
-from lf_hf.decoder import ModelDecoder
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.influence import influence
 from lf_hf.pipeline import fuse
-from lf_hf.refit import build_layer, fit_group, trace
-from lf_hf.report import FusionReport
+from lf_hf.refit.group import fit_group, trace
+from lf_hf.refit.layer_parts import build_layer
+from lf_hf.refit.regression import Regression
+from lf_hf.refit.states import StateStore
+from lf_hf.report.report import FusionReport
 from lf_hf.stages.activations import pairwise_distances
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
 from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
-from lf_hf.stages.regression import Regression
-from lf_hf.stages.selection import influence
 from lf_hf.stages.similarity import layer_similarity
-from lf_hf.states import StateStore
+from lf_hf.text.calibration import Calibration, Corpus
 
 SEED = st.integers(0, 1000)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -634,7 +635,7 @@ def test_offloaded_models_are_refused_and_left_as_they_are(
 ) -> None:
     base = make_base()
     before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
-    with pytest.raises(ValueError, match=r"is offloaded, so it can not be fused in place; .* or use fuse_checkpoint"):
+    with pytest.raises(ValueError, match=r"is offloaded, so it cannot be fused in place; .* or use fuse_checkpoint"):
         write(
             *(base, tmp_path / "out", method),
             low_memory=False,

@@ -7,11 +7,14 @@ import pytest
 import torch
 from conftest import make_llama
 
-from lf_hf.boundaries import Boundaries
-from lf_hf.decoder import ModelDecoder
-from lf_hf.refit import build_layer, fit_group, input_map, refit_from_bottom, stacked, token_weights, trace
-from lf_hf.stages.selection import influence, least_costly
-from lf_hf.states import StateStore
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.influence import influence
+from lf_hf.pipeline import least_costly
+from lf_hf.refit.bottom_up import refit_from_bottom
+from lf_hf.refit.boundaries import Boundaries
+from lf_hf.refit.group import fit_group, input_map, token_weights, trace
+from lf_hf.refit.layer_parts import build_layer, stacked
+from lf_hf.refit.states import StateStore
 
 SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 LAYOUTS: dict[str, dict[str, Any]] = {

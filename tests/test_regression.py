@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lf_hf.stages.regression import Regression, expanded
+from lf_hf.refit.regression import Regression, expanded
 
 
 def problem(tokens: int = 200, inputs: int = 6, outputs: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:

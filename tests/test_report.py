@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lf_hf import FusionReport
-from lf_hf.report import CalibrationInfo, FusionStep, LayerRefit, PerplexityInfo
+from lf_hf.report.report import CalibrationInfo, FusionStep, LayerRefit, PerplexityInfo
 from lf_hf.stages.alignment import RowMatch
 
 

@@ -18,9 +18,9 @@ from test_report import make_report
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, figures
 from lf_hf.cli import main
-from lf_hf.mmlu import SUBJECTS
-from lf_hf.report import FusionStep, LayerRefit
-from lf_hf.report_page import report_sections, write_page
+from lf_hf.report.page import report_sections, write_page
+from lf_hf.report.report import FusionStep, LayerRefit
+from lf_hf.text.mmlu import SUBJECTS
 
 HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
 

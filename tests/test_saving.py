@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint, saving
-from lf_hf.saving import replaced_folder
+from lf_hf.files.saving import replaced_folder
 
 
 @pytest.fixture(scope="module")

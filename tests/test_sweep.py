@@ -19,10 +19,11 @@ from transformers import LlamaConfig
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline, tasks_path
 from lf_hf.cli import main
-from lf_hf.evaluation import Evaluation
-from lf_hf.figures import sweep_curve
-from lf_hf.results import DENSE, PUBLISHED, Point, Score, markdown, read_points, stability
-from lf_hf.sweep import is_llama_3_8b, sweep
+from lf_hf.evaluate.curve import sweep_curve
+from lf_hf.evaluate.evaluation import Evaluation
+from lf_hf.evaluate.points import DENSE, Point, Score, read_points
+from lf_hf.evaluate.sweep import is_llama_3_8b, sweep
+from lf_hf.evaluate.tables import PUBLISHED, markdown, stability
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}

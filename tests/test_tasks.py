@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 import lf_hf
-from lf_hf.mmlu import SUBJECTS, bundled_questions, format_question, read_csv_questions
+from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question, read_csv_questions
 
 RESULTS = Path(__file__).parents[2] / "shared" / "results"
 CATEGORIES = {"stem", "other", "social_sciences", "humanities"}

@@ -282,7 +282,7 @@ def test_loads_with_layers_on_disk(model: FusedLlamaForCausalLM, saved: Path, tm
 
 
 def test_fusing_with_layers_on_disk_is_refused(base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded, so it can not be fused in place"):
+    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded, so it cannot be fused in place"):
         fuse(base, device_map=device_map(5, {1}), offload_folder=tmp_path / "disk")
 
 

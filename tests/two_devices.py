@@ -41,7 +41,7 @@ class TwoDevices(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if name == "Tensor.device.__get__":
             return self.place(args[0])
-        # Numbers mix with any tensor, and where an empty tensor is can not be told.
+        # Numbers mix with any tensor, and where an empty tensor is cannot be told.
         places = {
             self.place(tensor) for tensor in tensors if tensor.numel() and (tensor.dim() or self.place(tensor) != CPU)
         }

@@ -1,2 +1,1 @@
-"""The five stages of layer fusion, one module each, in running order:
-activations, manifold, similarity, alignment, fusion."""
+"""The published method, one stage a module, in running order: activations, manifold, similarity, alignment, fusion."""

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.utils import logging
 
-from lf_hf.decoder import Decoder
-from lf_hf.stages.selection import influence
+from lf_hf.decoder.influence import influence
+from lf_hf.decoder.interface import Decoder, check_finite
 
 PADDED = 1 << 22
 """Numbers of all samples, padded to one length, that are in float64 at a time."""
-
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # relative error of sums of products, with a margin
 
 
@@ -90,10 +89,3 @@ def sample_distances(
             influences.append(influence(before, states))
             before = list(states)
     return np.stack(distances)
-
-
-def check_finite(states: Sequence[Tensor], layer: int) -> None:
-    """Raise ValueError if the output states of a layer contain NaN or inf."""
-    for n, state in enumerate(states):
-        if not torch.isfinite(state).all():
-            raise ValueError(f"The activations of layer {layer} contain NaN or inf on calibration sample {n}.")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lf_hf.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
-from lf_hf.stages.precision import in_float64
 
 
 class Axis(NamedTuple):
@@ -117,27 +117,28 @@ def match_neurons(
         Channel p of the aligned layer is channel permutation[p] of layer j.
     matches : dict from projection names to RowMatch
     """
-    mlp = [
-        (weights_i[axis.parameter].movedim(axis.dim, 0), weights_j[axis.parameter].movedim(axis.dim, 0))
-        for axis in SYMMETRY
-        if axis.permutation == "mlp" and axis.parameter.endswith("weight")
-    ]
-    neurons = assign({"mlp": mlp})["mlp"]
 
-    def head_costs(name: str, dim: int) -> Costs:  # (heads of i, heads of j)
-        blocks = [
-            w[f"self_attn.{name}.weight"].movedim(dim, 0).unflatten(0, (-1, head_dim)) for w in (weights_i, weights_j)
+    def rows(permutation: str) -> list[Pair]:
+        """The matrices that a permutation acts on, of both layers, with its axis first."""
+        axes = [axis for axis in SYMMETRY if axis.permutation == permutation and axis.parameter.endswith("weight")]
+        return [(weights_i[a.parameter].movedim(a.dim, 0), weights_j[a.parameter].movedim(a.dim, 0)) for a in axes]
+
+    def head_costs(permutation: str) -> Costs:  # (heads of i, heads of j)
+        costs = [
+            row_costs(tuple(w.unflatten(0, (-1, head_dim)).flatten(1) for w in pair), dtype=np.float64)
+            for pair in rows(permutation)
         ]
-        return row_costs((blocks[0].flatten(1), blocks[1].flatten(1)), dtype=np.float64)
+        return np.sum(costs, axis=0)
 
-    key_value_costs = head_costs("k_proj", 0) + head_costs("v_proj", 0)  # (KV heads of i, KV heads of j)
-    query_costs = head_costs("q_proj", 0) + head_costs("o_proj", 1)  # (query heads of i, query heads of j)
+    neurons = assign({"mlp": rows("mlp")})["mlp"]
+    key_value_costs = head_costs("key_value")  # (KV heads of i, KV heads of j)
+    query_costs = head_costs("query")  # (query heads of i, query heads of j)
     group = len(query_costs) // len(key_value_costs)  # query heads that share a key-value head
     orders = {}
     for a, b in np.ndindex(key_value_costs.shape):
         block = query_costs[a * group : (a + 1) * group, b * group : (b + 1) * group]
-        rows, orders[a, b] = linear_sum_assignment(block)
-        key_value_costs[a, b] += block[rows, orders[a, b]].sum()
+        places, orders[a, b] = linear_sum_assignment(block)
+        key_value_costs[a, b] += block[places, orders[a, b]].sum()
     key_value = linear_sum_assignment(key_value_costs)[1]
     query = np.concatenate([b * group + orders[a, b] for a, b in enumerate(key_value)])
 

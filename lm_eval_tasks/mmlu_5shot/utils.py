@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from lf_hf.mmlu import read_csv_questions
+from lf_hf.text.mmlu import read_csv_questions
 
 
 def load_mmlu(subject: str, mmlu_dir: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from lf_hf.mmlu import bundled_questions
+from lf_hf.text.mmlu import bundled_questions
 
 
 def load_sample(subject: str, **_: Any) -> dict[str, datasets.Dataset]:

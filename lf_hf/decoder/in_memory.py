@@ -1,0 +1,89 @@
+"""A model in memory as the pipeline sees it; layers are changed in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lf_hf.decoder.interface import Decoder, remove_config_layer
+
+
+class ModelDecoder(Decoder):
+    """A LlamaForCausalLM in memory; changes are made in place.
+
+    With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, *, keep_originals: bool = False) -> None:
+        self.model = model
+        self._keep_originals = keep_originals
+        self._sources = list(range(len(model.model.layers)))  # of each layer, its number in the dense model
+        self._originals: dict[int, LlamaDecoderLayer] = {}
+        self.config = model.config
+        self.rotary_emb = model.model.rotary_emb
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.model.layers)
+
+    def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        layer = self.model.model.layers[index]
+        assert isinstance(layer, LlamaDecoderLayer)
+        return nullcontext(layer)
+
+    def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
+        if number in self._originals:
+            return nullcontext(self._originals[number])
+        return self.layer(self._sources.index(number))
+
+    @torch.no_grad()
+    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        source = self._sources[index]
+        if self._keep_originals and source not in self._originals:
+            self._originals[source] = copy.deepcopy(self.model.model.layers[index])
+        parameters = dict(self.model.model.layers[index].named_parameters())
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+
+    def remove(self, index: int) -> None:
+        remove_config_layer(self.config, index)
+        source, layer = self._sources.pop(index), self.model.model.layers[index]
+        if self._keep_originals:
+            self._originals.setdefault(source, layer)
+        del self.model.model.layers[index]
+        for position, layer in enumerate(self.model.model.layers):
+            layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values
+        device_map = getattr(self.model, "hf_device_map", None)
+        if device_map:
+            vars(self.model)["hf_device_map"] = _without_layer(device_map, index)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.model.named_parameters()
+
+    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        table = self.model.model.embed_tokens
+        return [table(sample.to(table.weight.device)[None]) for sample in samples]
+
+    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
+
+
+def _without_layer(device_map: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """An accelerate device map with one layer taken out and later ones renumbered."""
+    prefix = "model.layers."
+    renumbered = {}
+    for name, device in device_map.items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            if int(number) == index:
+                continue
+            name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
+        renumbered[name] = device
+    return renumbered

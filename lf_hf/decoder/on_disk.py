@@ -1,0 +1,176 @@
+"""A checkpoint on disk as the pipeline sees it: one layer is in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from lf_hf.decoder.interface import Decoder, remove_config_layer
+from lf_hf.files.weights import check_complete, open_tensors, stored_dtype, tensor_files, tensor_shapes
+
+_EMBEDDING = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
+_LAYERS = "model.layers."
+
+
+class CheckpointDecoder(Decoder):
+    """A Llama in safetensors files, read layer by layer; changed tensors go to a scratch folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds model.safetensors, or its shards and their index.
+    config : LlamaConfig
+    scratch : Path
+        A folder on a disk with room for the fused layers.
+    dtype : torch.dtype, optional
+        Default: the config's, else that of the first tensor.
+    """
+
+    def __init__(self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | None = None) -> None:
+        self.config = config
+        if config._attn_implementation is None:
+            config._attn_implementation = "sdpa"
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self._files = tensor_files(folder)
+        self._check_complete(str(folder))
+        self._scratch = scratch
+        self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
+        self.dtype: torch.dtype = (
+            dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
+        )
+        self._own_head = self._has_own_head()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._sources)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
+        yield self._built(self._layer_weights(index), index)
+
+    @contextmanager
+    def original(self, number: int) -> Iterator[LlamaDecoderLayer]:
+        yield self._built(self._stored_weights(number), number)
+
+    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        file = self._changed(index)
+        tensors = load_file(file) if file.is_file() else {}
+        save_file(tensors | {name: tensor.contiguous() for name, tensor in weights.items()}, file)
+
+    def remove(self, index: int) -> None:
+        self._changed(index).unlink(missing_ok=True)
+        del self._sources[index]
+        remove_config_layer(self.config, index)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else [])):
+            yield name, self._read([name])[0]
+        for index in range(self.num_layers):
+            for name, tensor in self._layer_weights(index).items():
+                yield f"{_LAYERS}{index}.{name}", tensor
+
+    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        [table] = self._read([_EMBEDDING])
+        return [nn.functional.embedding(sample[None], table) for sample in samples]
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING])
+        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight = nn.Parameter(gain, requires_grad=False)
+        yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
+
+    def write(self, folder: Path, max_shard_bytes: int) -> None:
+        """Write all tensors as shards of about `max_shard_bytes`, and their index."""
+        shards: list[list[str]] = []
+        size = max_shard_bytes
+        total = 0
+        shard: dict[str, Tensor] = {}
+
+        def flush() -> None:
+            if shard:
+                save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+                shards.append(list(shard))
+                shard.clear()
+
+        progress = logging.tqdm(self.named_parameters(), desc="Writing", unit="tensor")
+        for name, tensor in progress:
+            nbytes = tensor.numel() * tensor.element_size()
+            if size + nbytes > max_shard_bytes:
+                flush()
+                size = 0
+            shard[name] = tensor.contiguous()
+            size += nbytes
+            total += nbytes
+        flush()
+        if len(shards) == 1:
+            (folder / "shard-0").rename(folder / SAFE_WEIGHTS_NAME)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards):
+            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            (folder / f"shard-{number}").rename(folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _check_complete(self, name: str) -> None:
+        """Raise ValueError if the files do not hold the tensors that the config describes."""
+        held = {tensor: shape for file in set(self._files.values()) for tensor, shape in tensor_shapes(file).items()}
+        with torch.device("meta"):
+            wanted = {
+                tensor: tuple(value.shape) for tensor, value in LlamaForCausalLM(self.config).state_dict().items()
+            }
+        missing = wanted.keys() - held.keys() - ({_HEAD} if self.config.tie_word_embeddings else set())
+        mismatched = {
+            tensor: (held[tensor], shape) for tensor, shape in wanted.items() if held.get(tensor, shape) != shape
+        }
+        check_complete(name, missing, mismatched, held.keys() - wanted.keys())
+
+    def _has_own_head(self) -> bool:
+        """Whether there is a head that is not the embeddings; as with transformers, no config ties what differs."""
+        if _HEAD not in self._files or not self.config.tie_word_embeddings:
+            return _HEAD in self._files
+        return not torch.equal(*self._read([_EMBEDDING, _HEAD]))
+
+    def _built(self, weights: Mapping[str, Tensor], index: int) -> LlamaDecoderLayer:
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(self.config, layer_idx=index)
+        layer.load_state_dict(weights, assign=True)
+        return layer.eval().requires_grad_(False)
+
+    def _layer_weights(self, index: int) -> dict[str, Tensor]:
+        """All parameters of a layer as it is now, by their names inside it."""
+        changed = load_file(self._changed(index)) if self._changed(index).is_file() else {}
+        return self._stored_weights(self._sources[index], leave_out=changed) | changed
+
+    def _stored_weights(self, number: int, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+        """Parameters of a layer of the base."""
+        prefix = f"{_LAYERS}{number}."
+        names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
+        names = [name for name in names if name.removeprefix(prefix) not in leave_out]
+        return {name.removeprefix(prefix): t for name, t in zip(names, self._read(names), strict=True)}
+
+    def _changed(self, index: int) -> Path:
+        return self._scratch / f"layer-{self._sources[index]}.safetensors"
+
+    def _read(self, names: Sequence[str]) -> list[Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self._files[name] for name in names):
+            with open_tensors(file) as opened:
+                for name in names:
+                    if self._files[name] == file:
+                        tensors[name] = opened.get_tensor(name).to(self.dtype)
+        return [tensors[name] for name in names]

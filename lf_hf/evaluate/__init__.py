@@ -1,0 +1,1 @@
+"""Fused models in lm-eval: the backend, and sweeps over levels and methods."""

@@ -1,0 +1,79 @@
+"""Evaluating a model in memory through lm-eval's Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lf_hf import FusedLlamaForCausalLM, tasks_path
+from lf_hf.config import unknown_name
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.points import Score
+
+_METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it
+
+
+class Evaluation:
+    """lm-eval tasks that were found and whose data is there.
+
+    Parameters
+    ----------
+    tasks : sequence of str
+        Tasks, groups or tags of lm-eval, or of this project.
+    limit, num_fewshot, batch_size, metadata
+        As for lm-eval.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        limit: float | None = None,
+        num_fewshot: int | None = None,
+        batch_size: int | str = 1,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._tasks = list(dict.fromkeys(tasks))
+        self._limit, self._num_fewshot, self._batch_size = limit, num_fewshot, batch_size
+        self._manager = TaskManager(include_path=str(tasks_path()), metadata=dict(metadata or {}))
+        for task in self._tasks:
+            if task not in self._manager.all_tasks:
+                raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
+        self._manager.load(self._tasks)  # a data set that cannot be had is found out here
+
+    def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
+        """Main metric of each task; for a tag, of each of its tasks."""
+        wrapper = FusedLlamaLM if isinstance(model, FusedLlamaForCausalLM) else HFLM
+        lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
+        evaluated = simple_evaluate(
+            lm,
+            tasks=self._tasks,
+            task_manager=self._manager,
+            limit=self._limit,
+            num_fewshot=self._num_fewshot,
+            log_samples=False,
+        )
+        results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
+        asked = [task for task in self._tasks if task in results]
+        better = evaluated.get("higher_is_better", {})
+        return {task: _score(results[task], better.get(task, {})) for task in (asked or results)}
+
+
+def _score(values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> Score:
+    """The main metric of one task's results, which lm-eval names `metric,filter`."""
+    metrics = [name for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
+    name = min(metrics, key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
+    metric, _, filtered = name.partition(",")
+    stderr = values.get(f"{metric}_stderr,{filtered}")
+    better = higher_is_better.get(metric) is not False  # None for a group whose tasks do not agree
+    return Score(metric, values[name], stderr if isinstance(stderr, float) else None, better)

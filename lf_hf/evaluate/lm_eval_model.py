@@ -1,0 +1,178 @@
+"""`lm_eval --model fused_llama`: lm-eval's Hugging Face backend, with fusion while the model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import replace
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
+from lf_hf.files.base import Base, checked_dtype, reading_tokenizer
+from lf_hf.files.processes import local_rank
+
+# Below lm-eval's own logger, so that its level and format hold here too.
+eval_logger = logging.getLogger("lm_eval.models.fused_llama")
+# Ways in which HFLM loads weights without passing them through from_pretrained, or changes them afterwards.
+_NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
+
+# HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
+_OF_HFLM = inspect.signature(HFLM.__init__).parameters
+_ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
+
+
+@register_model("fused_llama")
+class FusedLlamaLM(HFLM):
+    """A fused Llama: a base that is fused while it is loaded, or a checkpoint that was saved fused.
+
+    All else, from batching to data-parallel runs, is HFLM's.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        *,
+        num_fusions: int | str | None = None,
+        calibration: str | None = None,
+        fused_dir: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Initialize a FusedLlamaLM instance.
+
+        Args:
+            pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a Llama checkpoint.
+                Without, a fused checkpoint that ``FusedLlamaForCausalLM.save_pretrained`` wrote, or such a model
+                itself.
+            num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
+            calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
+                are not in its test split; for ``refit`` a mixture of text that is there offline.
+            fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
+                settings, else fused and saved there.
+            **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
+                and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
+                ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
+                ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``, ``rank_normalize``, ``ratio_beta``,
+                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``seed``. And every argument
+                of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``, ``peft``, ...
+
+        Raises:
+            ValueError: For settings out of range, a base or calibration text that cannot be used, a checkpoint
+                that is not fused although ``num_fusions`` is missing, or an HFLM argument that fusing excludes.
+        """
+        checked_dtype(kwargs.get("dtype"))
+        settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+        self.calibration, self.fused_dir = calibration, fused_dir
+        self.fusion_config: FusionConfig | None = None
+        if num_fusions is not None:
+            self.fusion_config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
+            if not isinstance(pretrained, str):
+                raise ValueError(
+                    f"num_fusions={num_fusions} needs `pretrained` to be a name or path, got a loaded "
+                    f"{type(pretrained).__name__}; fuse with FusedLlamaForCausalLM.from_pretrained_fused and pass that."
+                )
+            for name in _NOT_WHILE_FUSING:
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"{name}={kwargs[name]} cannot be combined with num_fusions; fuse and save the model first, "
+                        "then evaluate the saved one."
+                    )
+            loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _OF_HFLM}
+            self._base = Base.open(pretrained, loading)
+        elif settings or calibration is not None or fused_dir is not None:
+            others = {"calibration": calibration, "fused_dir": fused_dir}
+            given = ", ".join([*settings, *(name for name, value in others.items() if value is not None)])
+            raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
+        elif not isinstance(pretrained, str):
+            _check_fused("`pretrained`", pretrained.config)
+        # HFLM would look up a model type that stock transformers does not know, and warn.
+        super().__init__(pretrained, **{"backend": "causal"} | kwargs)
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        if self.fusion_config is not None:
+            self._config = self._base.config
+        else:
+            super()._get_config(pretrained, **kwargs)
+            _check_fused(repr(pretrained), self._config)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        with reading_tokenizer(str(tokenizer or pretrained)):
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        if self.fusion_config is None:
+            super()._create_model(pretrained, **kwargs)
+        else:
+            self._model = self._fused(self.fusion_config, **kwargs)
+        report = self._model.fusion_report
+        self._config = self._model.config  # until here the base's, with all its layers
+        if report is not None and local_rank() == 0:
+            eval_logger.info(report.summary())
+
+    def _fused(
+        self,
+        config: FusionConfig,
+        *,
+        parallelize: bool = False,
+        gpus: int | None = None,
+        max_memory_per_gpu: int | str | None = None,
+        max_cpu_memory: int | str | None = None,
+        offload_folder: str | None = "./offload",
+        peft: str | None = None,
+        **loading: Any,
+    ) -> Any:
+        """The base, loaded where HFLM would load it, and fused; with an adapter around it where one is given."""
+        placing = self._get_accelerate_args(
+            parallelize=parallelize,
+            device_map=loading.get("device_map"),
+            max_memory_per_gpu=max_memory_per_gpu,
+            max_cpu_memory=max_cpu_memory,
+            offload_folder=offload_folder,
+            gpus=gpus,
+        )
+        model = FusedLlamaForCausalLM.from_pretrained_fused(
+            replace(self._base, loading={**self._base.loading, **placing}),
+            config,
+            calibration=self.calibration,
+            tokenizer=self.tokenizer,
+            fused_dir=self.fused_dir,
+        )
+        if peft is None:
+            return model
+        from peft import PeftModel
+
+        if len(self.tokenizer) != model.config.vocab_size:  # as HFLM does, for adapters with added tokens
+            model.resize_token_embeddings(len(self.tokenizer))
+        return PeftModel.from_pretrained(model, peft, revision=loading.get("revision"))
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
+        info: dict[str, Any] = super().get_model_info()
+        report = self.model.fusion_report
+        if report is not None:
+            values = report.to_dict()
+            info["fusion"] = {
+                "config": values["config"],
+                "pairs": [list(step.pair) for step in report.steps],
+                "ratios": [[step.ratio_i, step.ratio_j] for step in report.steps],
+                "layers": [report.layers_before, report.layers_after],
+                "parameters": [report.parameters_before, report.parameters_after],
+                "layers_removed_fraction": report.layers_removed_fraction,
+                "parameters_removed_fraction": report.parameters_removed_fraction,
+                "calibration": values["calibration"],
+                "perplexities": values["perplexities"],
+                "notes": report.notes,
+                "summary": report.summary(),
+            }
+        return info
+
+
+def _check_fused(name: str, config: PreTrainedConfig) -> None:
+    if config.model_type != FusedLlamaConfig.model_type:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to fuse "
+            "it while loading, or evaluate it as it is with --model hf."
+        )

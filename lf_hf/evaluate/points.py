@@ -1,0 +1,96 @@
+"""The points of a sweep, and the file that keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lf_hf.checked_json import dataclass_from_json, parse_json
+
+DENSE = "dense"
+RESULTS = "results.jsonl"
+_BEGINNING = b'{"key": "'  # of each line of it
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's main metric, with its standard error where lm-eval gives one."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool = True
+
+    @property
+    def is_perplexity(self) -> bool:
+        """Whether it is a perplexity of some kind, which is looked at on a logarithmic scale."""
+        return "perplexity" in self.metric
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a sweep: the base (`method` "dense") or a fusion of it.
+
+    `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one
+    entry a judging text, by its name. `seconds` is wall time, fusing and evaluating.
+    """
+
+    key: str
+    method: str
+    num_fusions: int
+    layers: int
+    parameters: int
+    layers_removed_fraction: float
+    parameters_removed_fraction: float
+    perplexities: dict[str, float]
+    scores: dict[str, Score]
+    config: dict[str, Any] | None
+    notes: list[str]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+def read_points(path: Path) -> dict[str, Point]:
+    """The points of a results file by their keys, without a last line that an interruption cut short.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    *lines, rest = path.read_bytes().split(b"\n")
+    if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+        lines.append(rest)
+    points = {}
+    for number, line in enumerate(lines, 1):
+        name = f"Line {number} of {str(path)!r}"
+        try:
+            point = dataclass_from_json(Point, parse_json(line, "it"), "it")
+        except ValueError as error:
+            raise ValueError(f"{name} is no result of a sweep, so choose another folder: {error}") from None
+        points[point.key] = point
+    return points
+
+
+def append_point(path: Path, point: Point) -> None:
+    """Add a point to a results file, whole or not at all; it is on the disk when this returns.
+
+    A last line that an interruption cut short goes.
+    """
+    left = memoryview((json.dumps(dataclasses.asdict(point)) + "\n").encode())
+    size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    with path.open("ab", buffering=0) as file:
+        os.truncate(path, size)
+        try:
+            while left:  # a disk that gets full takes a part
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise

@@ -1,0 +1,257 @@
+"""The checkpoint that is fused: its name, where it is, its config, tokenizer, files and model."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from lf_hf.files.weights import (
+    check_complete,
+    check_inside,
+    shard_names,
+    tensor_files,
+    weight_files,
+    weights_folder,
+    with_variant,
+)
+
+# Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+# Those, and what else is true of a base only, and not of what it is fused to.
+_OF_THE_BASE = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
+_SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A Llama checkpoint that can be fused. Its config was read; its weights are not.
+
+    Attributes
+    ----------
+    name : str
+        Folder or hub name.
+    config : LlamaConfig
+    loading : dict
+        `from_pretrained`'s arguments: where files are, dtype, device_map, ...
+    """
+
+    name: str
+    config: LlamaConfig
+    loading: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, name: str | os.PathLike[str], loading: Mapping[str, Any]) -> Base:
+        """Read the config of a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            If there is no Llama in plain floats, or `loading` has a dtype or device that cannot be used.
+        """
+        loading = dict(loading)
+        if "torch_dtype" in loading:  # its older name
+            loading.setdefault("dtype", loading.pop("torch_dtype"))
+        loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
+        name = _checked_name(name)
+        check_device(loading.get("device_map"))
+        return cls(name, _llama_config(name, loading), loading)
+
+    @property
+    def full_name(self) -> str:
+        """The name, with that of the GGUF file in it, for people."""
+        return f"{self.name}/{self.loading['gguf_file']}" if self.loading.get("gguf_file") else self.name
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Those of the arguments that say where files are."""
+        return hub_arguments(self.loading)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that was asked for, None for the checkpoint's own."""
+        dtype: torch.dtype | str = self.loading["dtype"]
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the weights. Raises ValueError if there is none that can be read."""
+        return load_tokenizer(self.name, self.loading)
+
+    def files(self) -> list[Path]:
+        """The files of weights on this machine; none if they are on the hub only.
+
+        Raises
+        ------
+        ValueError
+            If a folder holds none.
+        """
+        try:
+            return weight_files(self.name, self.hub)
+        except (ValueError, OSError):
+            if os.path.isdir(self.name):
+                raise
+            return []
+
+    def weights_folder(self) -> Path:
+        """The folder of the safetensors files; those of the hub are downloaded."""
+        return weights_folder(self.name, self.hub)
+
+    def load(self) -> LlamaForCausalLM:
+        """The model, checked to be whole.
+
+        Raises
+        ------
+        ValueError
+            If the files of weights are not whole or not what the config describes, or if they are pickled, which can
+            run code, and the user did not ask for it with use_safetensors=False.
+        """
+        variant = self.loading.get("variant")
+        loading = {k: v for k, v in self.loading.items() if k not in ("state_dict", "ignore_mismatched_sizes")}
+        if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
+            loading["use_safetensors"] = True
+            tensor_files(weights_folder(self.name, self.hub, variant), variant)
+        loaded: Any = LlamaForCausalLM.from_pretrained(
+            self.name, **loading | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        )
+        llama, info = loaded
+        mismatched = {name: (stored, wanted) for name, stored, wanted in info["mismatched_keys"]}
+        check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"])
+        return llama.eval()
+
+    def new_config(self) -> LlamaConfig:
+        """A copy of the config, to be changed."""
+        return copy.deepcopy(self.config)
+
+    def loading_fused(self) -> dict[str, Any]:
+        """Those of the arguments that are true of a fused model in another folder, too."""
+        return {name: value for name, value in self.loading.items() if name not in _OF_THE_BASE}
+
+
+def _checked_name(base: str | os.PathLike[str]) -> str:
+    """A base's name as a string. Raises ValueError if it cannot be one."""
+    if not isinstance(base, (str, os.PathLike)) or not os.fspath(base):
+        raise ValueError(f"base must be the folder or hub name of a Llama checkpoint, got {base!r:.80}.")
+    return os.fspath(base)
+
+
+def checked_dtype(dtype: object) -> torch.dtype | None:
+    """The dtype that a user means, None for the base's own. Raises ValueError for one that layers do not compute in."""
+    if dtype is None or dtype == "auto":
+        return None
+    for known in _DTYPES:
+        if dtype in (known, str(known), str(known).removeprefix("torch.")):
+            return known
+    names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+    raise ValueError(f"dtype must be auto, {names}, got {dtype!r:.80}.")
+
+
+def check_device(device_map: object) -> None:
+    """Raise ValueError if a device map is a string that names no device of this machine."""
+    if not isinstance(device_map, str) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The device {device_map!r} cannot be used ({reason:.200}); take cpu or auto.") from None
+
+
+def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
+    """Config of the model to fuse, checked to be a Llama in plain floats."""
+    gguf_file = kwargs.get("gguf_file")
+    hub = hub_arguments(kwargs)
+    if os.path.isdir(base) and not gguf_file:
+        folder = Path(base, kwargs.get("subfolder") or "")
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
+            )
+        check_inside(folder)
+    if gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
+    for name in _QUANTIZATION_ARGUMENTS:
+        if kwargs.get(name):
+            raise ValueError(f"{name} cannot be used while fusing; fuse in bfloat16, save, and quantise the result.")
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=bool(kwargs.get("trust_remote_code")), **hub)
+    except Exception as error:  # of any kind, where a config holds what it should not
+        reason = " ".join(str(error).split())
+        raise ValueError(f"No config of a Llama can be read for {base!r}: {reason:.400}") from None
+    if config.model_type == "fused_llama":
+        raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
+    if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
+        raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
+    if getattr(config, "quantization_config", None) and not gguf_file:
+        raise ValueError(f"{base!r} is quantised; fuse the original floating-point checkpoint instead.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ValueError(f"{base!r} has layers of different kinds (per_layer_config); only layers of one kind fuse.")
+    if getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"The config of {base!r} names its file of weights, {config.transformers_weights!r:.80} "
+            f"(transformers_weights); rename that to {SAFE_WEIGHTS_NAME} and remove the entry."
+        )
+    if config.max_position_embeddings < _SHORTEST_CONTEXT:
+        raise ValueError(
+            f"The config of {base!r} has max_position_embeddings={config.max_position_embeddings}, but a Llama takes "
+            f"{_SHORTEST_CONTEXT} tokens or more; repair the config."
+        )
+    if not gguf_file and optional_file(base, "adapter_config.json", hub):
+        raise ValueError(f"{base!r} is an adapter, not a model; merge it into its base, and fuse that.")
+    return config
+
+
+def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a base. Raises ValueError if there is none that can be read."""
+    remote_code = bool(kwargs.get("trust_remote_code"))
+    with reading_tokenizer(base):
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=remote_code, **hub_arguments(kwargs))
+
+
+@contextmanager
+def reading_tokenizer(base: str) -> Iterator[None]:
+    """Say in one sentence that there is no tokenizer that can be read, whatever the error."""
+    try:
+        yield
+    except Exception as error:  # the tokenizers library has no class of its own for some
+        reason = " ".join(str(error).split())
+        raise ValueError(f"No tokenizer can be read for {base!r} ({reason:.300}); put the base's own there.") from None
+
+
+def check_names(base: str, hub: dict[str, Any], variant: str | None) -> None:
+    """Raise ValueError if the weights of a checkpoint are elsewhere, or, in a folder, not whole or not safetensors."""
+    if os.path.isdir(base):
+        folder = Path(base, hub.get("subfolder", ""))
+        check_inside(folder)
+        tensor_files(folder, variant)
+        return
+    index = optional_file(base, with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), hub)
+    if index is not None:
+        shard_names(Path(index))
+
+
+def optional_file(base: str, name: str, hub: dict[str, Any]) -> str | None:
+    """Path of a checkpoint's file on this machine, None if there is no such file, or it cannot be had."""
+    return cached_file(
+        base,
+        name,
+        **{key: value for key, value in hub.items() if key != "gguf_file"},
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of from_pretrained's arguments that say where files are."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}

@@ -1,0 +1,95 @@
+"""The model card that goes with a fused checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
+
+from lf_hf.report.report import FusionReport
+
+
+def model_card(report: FusionReport, *, as_llama: bool) -> str:
+    """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
+    repository = _repository(report.base)
+    data = ModelCardData(
+        base_model=repository,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llama", "layer-fusion", "compressed"],
+    )
+    load_import = "" if as_llama else "import lf_hf  # registers the architecture\n"
+    rows = "\n".join(
+        f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
+        for step in report.steps
+    )
+    perplexity = "".join(
+        f"| perplexity ({as_code(judged.label)}, {judged.tokens} tokens) | {judged.dense:.4g} | {judged.fused:.4g} |\n"
+        for judged in report.perplexities
+    )
+    notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
+    settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.config.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# A Llama with {report.layers_after} layers, fused from {report.layers_before}
+
+Made from {as_code(report.base if repository else os.path.basename(os.path.normpath(report.base)))} by layer fusion
+({as_code(report.config["method"])}).
+
+| | base | fused |
+|---|---|---|
+| decoder layers | {report.layers_before} | {report.layers_after} |
+| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
+{perplexity}
+{notes}```python
+{load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Fused layers
+
+Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
+
+| layer i | layer j | averaged |
+|---|---|---|
+{rows}
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+`fusion_report.json` beside this file has the details.
+"""
+
+
+def _repository(base: str) -> str | None:
+    """The hub's repository that a base is from, None for a folder: the hub refuses a card that names no repository."""
+    if os.path.exists(base):
+        return None
+    if base.endswith(".gguf"):  # the repository and a file in it
+        base = "/".join(base.split("/")[:-1][:2])
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base
+
+
+def as_code(value: object) -> str:
+    """A value as inline code on one line of Markdown, where nothing in it means anything, in a table's cell either."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text or ' '}`"
+
+
+def _as_text(value: object) -> str:
+    """A value as plain text on one line of Markdown, where nothing in it means anything."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

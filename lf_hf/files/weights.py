@@ -1,0 +1,174 @@
+"""A checkpoint's files of weights: where they are, and that they are whole, complete and in their own folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from lf_hf.checked_json import parse_json
+
+# Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model")
+Shape = Sequence[int]
+
+
+def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
+    """A checkpoint's files of weights on this machine. `hub` holds from_pretrained's arguments on where files are.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    base = os.fspath(base)
+    hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
+    if hub.get("gguf_file"):
+        file = cached_file(base, hub.pop("gguf_file"), **hub)
+        assert file is not None  # cached_file raises for a file that is not there
+        return [Path(file)]
+    return sorted(set(tensor_files(weights_folder(base, hub)).values()))
+
+
+def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
+    """Bytes of a checkpoint's weights on disk; see `weight_files`."""
+    return sum(file.stat().st_size for file in weight_files(base, hub))
+
+
+def weights_folder(base: str, hub: dict[str, Any], variant: str | None = None) -> Path:
+    """The folder of a checkpoint's safetensors files; those of the hub are downloaded."""
+    if os.path.isdir(base):
+        return Path(base, hub.get("subfolder", ""))
+    arguments = {name: value for name, value in hub.items() if name != "subfolder"}
+    patterns = ["*.safetensors", with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)]
+    return Path(snapshot_download(base, allow_patterns=patterns, **arguments), hub.get("subfolder", ""))
+
+
+def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
+    """For each tensor of a checkpoint the file that holds it.
+
+    Raises
+    ------
+    ValueError
+        If there are no safetensors files, a shard is missing or damaged, or the index names files elsewhere.
+    """
+    index, single = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    shards: dict[str, Path] = {}
+    if not single.is_file():  # else transformers does not look at an index either
+        if not index.is_file():
+            raise ValueError(
+                f"{str(folder)!r} holds neither {single.name} nor {index.name}, and pickled weights can run code when "
+                "they are read; convert them to safetensors, or if you trust them pass use_safetensors=False (with "
+                "low_memory=False)."
+            )
+        shards = {name: folder / file for name, file in shard_names(index).items()}
+    held: dict[str, Path] = {}
+    for file in sorted(set(shards.values()) or {single}):
+        if not file.is_file():
+            raise ValueError(f"The shard {file.name!r} that {index.name} names is missing; download it again.")
+        held |= dict.fromkeys(tensor_shapes(file), file)
+    missing = [name for name, file in shards.items() if held.get(name) != file]
+    if missing:
+        raise ValueError(
+            f"{index.name} says that {missing[0]!r} is in {shards[missing[0]].name!r}, but it is not; repair the base."
+        )
+    return held
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
+    content = parse_json(index.read_bytes(), index.name)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index.name} is not an index of safetensors files: its weight_map does not name any.")
+    for file in set(names.values()):
+        if not file.endswith(".safetensors") or any(mark in file for mark in ("/", "\\", "\0", ":")):
+            raise ValueError(
+                f"{index.name} names {file!r:.80} as a file of weights; only safetensors files in its own folder are "
+                "read, so repair the index."
+            )
+    return names
+
+
+def open_tensors(file: Path) -> safe_open:
+    """A safetensors file, to be read tensor by tensor; it may be larger than memory, where it could not be mapped."""
+    return safe_open(file, "pt", backend="pread")
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """The type of the first tensor in a safetensors file, from its header.
+
+    Raises
+    ------
+    ValueError
+        If it is none of torch's.
+    """
+    with open_tensors(file) as opened:
+        dtype: str = opened.get_slice(next(iter(opened.keys()))).get_dtype()
+    if dtype not in str_to_torch_dtype:
+        raise ValueError(f"{file.name!r} holds numbers of type {dtype}; convert them to bfloat16 or float32.")
+    return str_to_torch_dtype[dtype]
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, from its header."""
+    try:
+        with open_tensors(file) as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except OSError:
+        raise
+    except Exception as error:  # safetensors has its own error for a damaged header
+        raise ValueError(f"{file.name!r} is not a whole safetensors file ({error}); download it again.") from None
+
+
+def check_inside(folder: Path) -> None:
+    """Raise ValueError if a link in a checkpoint's folder leads out of it, unless the folder is the hub cache's."""
+    home = folder.resolve()
+    allowed = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+    for file in sorted(file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern)):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{file.name!r} in {str(folder)!r} is a link to {str(target)!r}, outside its folder; put the file "
+                "itself there."
+            )
+
+
+def check_complete(
+    base: str,
+    missing: Collection[str],
+    mismatched: Mapping[str, tuple[Shape, Shape]],
+    unexpected: Collection[str],
+) -> None:
+    """Raise ValueError if a base's weights are not those that its config describes.
+
+    Parameters
+    ----------
+    base : its name
+    missing : tensors that the config has and the files do not
+    mismatched : for tensors of other shapes (shape in the files, shape by the config)
+    unexpected : tensors that only the files have; those outside the layers do no harm
+    """
+    for name in sorted(missing):
+        raise ValueError(f"{base!r} has no tensor {name!r}, which its config.json asks for; repair the base.")
+    for name, (stored, wanted) in sorted(mismatched.items()):
+        raise ValueError(
+            f"{name!r} in {base!r} has shape {list(stored)}, but by its config.json {list(wanted)}; repair the base."
+        )
+    for name in sorted(unexpected):
+        if name.startswith("model.layers.") and "rotary_emb" not in name:  # which old checkpoints hold
+            raise ValueError(f"{base!r} holds {name!r}, which its config.json does not know; repair the base.")
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """A file's name with from_pretrained's `variant` in it, where transformers puts it."""
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"

@@ -1,0 +1,256 @@
+"""What is measured on the dense model, once for any number of fusions of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lf_hf.config import FusionConfig
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.perplexity import perplexity
+from lf_hf.report.report import CalibrationInfo, PerplexityInfo
+from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import layer_similarity
+from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.judging import Relation, judging_texts, relation
+from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_tokens, tokenize_samples
+
+logger = logging.get_logger(__name__)
+
+PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
+# Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
+_OF_FUSING = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A text that perplexity is measured on: sequences of shape (tokens T,), and the dense model's perplexity.
+
+    `to_samples` and `to_text` say how it relates to the calibration samples and to the calibration text.
+    """
+
+    name: str
+    source: str
+    sequences: list[Tensor]
+    dense: float
+    to_samples: Relation
+    to_text: Relation
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured on the dense model before it is fused; serves any number of fusions of it.
+
+    Attributes
+    ----------
+    settings : dict
+        The FusionConfig fields that it depends on.
+    judged : list of Judged
+        None where no tokens were asked for.
+    similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
+    text : list of int64 tensors of shape (tokens T,)
+        Calibration text for influence, selection and fits.
+    offline_text : bool
+        Whether that is the mixture that is there offline, which the model writes part of, and not a user's.
+    sample_labels : list of str or None
+        MMLU subject of each sample.
+    influences : list of float or None
+        How much each layer changes the residual stream, on the samples.
+    of_samples, of_text : CalibrationInfo or None
+        Where the samples behind `similarity`, and `text`, came from.
+    seconds : dict of float
+    notes : list of str
+    """
+
+    settings: dict[str, Any]
+    judged: list[Judged]
+    seconds: dict[str, float]
+    similarity: NDArray[np.float64] | None = None
+    embeddings: NDArray[np.float64] | None = None
+    sample_labels: list[str] | None = None
+    influences: list[float] | None = None
+    of_samples: CalibrationInfo | None = None
+    text: list[Tensor] = field(default_factory=list)
+    offline_text: bool = False
+    of_text: CalibrationInfo | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
+        """Where the calibration text that a fusion with `config` uses came from."""
+        found = [(config.needs_similarity, self.of_samples), (config.needs_text, self.of_text)]
+        return [info for needed, info in found if needed and info is not None]
+
+    def check_serves(self, config: FusionConfig) -> None:
+        """Raise ValueError unless a fusion with `config` would measure the same."""
+        for name, value in self.settings.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"The measurements were made with {name}={value!r}, not {getattr(config, name)!r}; measure again."
+                )
+        if (config.needs_similarity and self.similarity is None) or (config.needs_text and self.of_text is None):
+            raise ValueError(f"The measurements lack what method={config.method!r} needs; measure again.")
+
+
+def measure(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: Calibration | None,
+    text: Corpus | None,
+) -> Measurements:
+    """Measure perplexity, layer similarity where there are samples, and take calibration text.
+
+    Raises
+    ------
+    ValueError
+        If there are too few samples or too little text, or activations are not finite.
+    """
+    clock = Clock()
+    with clock("perplexity"):
+        judged = _judged(decoder, tokenizer, config, samples, text)
+    found: dict[str, Any] = {}
+    if config.perplexity_tokens and not judged:
+        found["notes"] = ["No perplexity: this Python comes without the texts that it is measured on."]
+        logger.warning(found["notes"][0])
+    if samples is not None:
+        found |= _similarity(decoder, tokenizer, config, samples, clock)
+    if text is not None:
+        with clock("calibration text"):
+            packed = calibration_sequences(decoder, tokenizer, text, config)
+        found |= {
+            "text": packed,
+            "offline_text": text.by_default,
+            "of_text": CalibrationInfo(text.full_source, len(packed), sum(map(len, packed))),
+        }
+    settings = {name: value for name, value in config.to_dict().items() if name not in _OF_FUSING}
+    return Measurements(settings, judged, clock.seconds, **found)
+
+
+def _similarity(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, config: FusionConfig, samples: Calibration, clock: Clock
+) -> dict[str, Any]:
+    """Stages 1 to 3, on the samples."""
+    config.check_num_samples(len(samples.texts))
+    ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
+    influences: list[float] | None = [] if max(map(len, ids)) > 1 else None  # each sample's first token is left out
+    with clock("activations"):  # stage 1
+        distances = sample_distances(decoder, ids, influences)
+    with clock("manifold"):  # stage 2
+        embeddings = np.stack(
+            [
+                diffusion_embedding(
+                    layer,
+                    kernel_scale=config.kernel_scale,
+                    kernel_alpha=config.kernel_alpha,
+                    embedding_dim=config.embedding_dim,
+                )
+                for layer in distances
+            ]
+        )
+    with clock("similarity"):  # stage 3
+        similarity = layer_similarity(
+            embeddings,
+            mi_neighbors=config.mi_neighbors,
+            entropy_neighbors=config.entropy_neighbors,
+            rank_normalize=config.rank_normalize,
+            seed=config.seed,
+        )
+    return {
+        "similarity": similarity,
+        "embeddings": embeddings,
+        "sample_labels": samples.labels,
+        "influences": influences,
+        "of_samples": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+    }
+
+
+def calibration_sequences(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
+) -> list[Tensor]:
+    """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
+    length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
+    short = min(WRITTEN_LENGTH, length)
+    count = int(config.calibration_tokens * share) // short
+    packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, decoder.config.vocab_size)
+    count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
+    return interleaved(packed, decoder.generate(count, short, config.seed)) if count else packed
+
+
+def _judged(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: Calibration | None,
+    text: Corpus | None,
+) -> list[Judged]:
+    """The judging texts as sequences, with the dense model's perplexity on each."""
+    if config.perplexity_tokens == 0:
+        return []
+    texts, length = judging_texts(), min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings)
+    sequences = {
+        judging.name: pack_tokens(tokenizer, judging.text, length, config.perplexity_tokens) for judging in texts
+    }
+    for sequence in [sequence for of_text in sequences.values() for sequence in of_text]:
+        check_ids(int(sequence.max()), decoder.config.vocab_size)
+    dense = perplexity(decoder, sequences, "Perplexity before fusing")
+    compared = samples.texts if samples is not None else []
+    fitted, by_default = (text.parts, text.by_default) if text is not None else ([], False)
+    return [
+        Judged(
+            name=judging.name,
+            source=judging.source,
+            sequences=sequences[judging.name],
+            dense=dense[judging.name],
+            to_samples=relation(judging, ["\n\n".join(compared)], by_default=False),
+            to_text=relation(judging, fitted, by_default=by_default),
+        )
+        for judging in texts
+        if judging.name in dense
+    ]
+
+
+def perplexities(decoder: Decoder, measured: Measurements, config: FusionConfig) -> list[PerplexityInfo]:
+    """Perplexity of the fused model beside that of the dense one, on each judging text."""
+    fused = perplexity(decoder, {text.name: text.sequences for text in measured.judged}, "Perplexity after fusing")
+    return [
+        PerplexityInfo(
+            name=text.name,
+            text=text.source,
+            tokens=sum(map(len, text.sequences)),
+            dense=text.dense,
+            fused=fused[text.name],
+            relation=_nearer(text, config),
+        )
+        for text in measured.judged
+    ]
+
+
+def _nearer(text: Judged, config: FusionConfig) -> Relation:
+    """How a judging text relates to all calibration text that a fusion with `config` uses."""
+    relations: Sequence[Relation] = ("seen", "kin", "unseen")
+    used = [text.to_samples] * config.needs_similarity + [text.to_text] * config.needs_text
+    return min(used, key=relations.index, default="unseen")
+
+
+class Clock:
+    """Seconds by name, added up over `with clock(name):` blocks."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,115 @@
+"""Fusing from one checkpoint folder into another, in memory or layer by layer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from lf_hf.config import FusionConfig, fusion_settings
+from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.files.base import Base, hub_arguments
+from lf_hf.files.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.model.configuration_fused_llama import converted_config, fused_config
+from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, checked_tokenizer
+from lf_hf.report.report import FusionReport
+from lf_hf.text.calibration import load_needed
+
+MAX_SHARD_BYTES = 500_000_000
+"""Size of an output file, about."""
+
+
+def fuse_checkpoint(
+    base: str | os.PathLike[str] | Base,
+    out: str | os.PathLike[str],
+    config: FusionConfig | None = None,
+    *,
+    low_memory: bool = True,
+    as_llama: bool = False,
+    calibration: Sequence[str] | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **kwargs: Any,
+) -> FusionReport:
+    """Fuse a Llama checkpoint into another folder.
+
+    Parameters
+    ----------
+    base : str or Base
+        Folder or hub name of a Llama checkpoint in safetensors files, or one that is open.
+    out : path
+        Where to write; a folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced.
+    config, calibration, tokenizer
+        As for `FusedLlamaForCausalLM.from_pretrained_fused`.
+    low_memory : bool
+        Hold one or two layers at a time instead of the model. The tensors written are the same, bit for bit.
+    as_llama : bool
+        Write a plain Llama checkpoint that programs without lf_hf open.
+    max_shard_bytes : int
+        Size of an output file, about; also what is held in memory while writing.
+    **kwargs
+        FusionConfig fields; all others as for `from_pretrained` (revision, token, dtype, ...).
+
+    Returns
+    -------
+    FusionReport
+
+    Raises
+    ------
+    ValueError
+        For settings, a base, calibration text or a folder that cannot be used.
+    OSError
+        If another process is saving there, or if files cannot be written.
+    """
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
+    check_replaceable(Path(out))
+    if not low_memory:
+        with replaced_folder(Path(out)) as folder:
+            model = FusedLlamaForCausalLM.from_pretrained_fused(
+                base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
+            )
+            model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
+        assert model.fusion_report is not None
+        return model.fusion_report
+
+    from lf_hf import pipeline  # with it come scipy and scikit-learn, which loading a fused model does without
+
+    config = fusion_settings(config, kwargs)
+    check_low_memory(kwargs)
+    opened = base if isinstance(base, Base) else Base.open(base, kwargs)
+    config.check_num_layers(opened.config.num_hidden_layers)
+    samples, text = load_needed(config, calibration)
+    tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
+    with replaced_folder(Path(out)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        decoder = CheckpointDecoder(opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype)
+        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=opened.name)
+        decoder.write(folder, max_shard_bytes)
+        written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
+        written.dtype = decoder.dtype
+        written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
+        written.save_pretrained(folder)
+        _generation_config(opened).save_pretrained(folder)
+        write_companions(folder, report, tokenizer, as_llama=as_llama)
+    return report
+
+
+def check_low_memory(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where only fusing in memory can do what is asked; `kwargs` are from_pretrained's."""
+    given = {name for name, value in kwargs.items() if value is not None}
+    unknown = given - hub_arguments(kwargs).keys() - {"dtype", "trust_remote_code"}
+    if unknown or kwargs.get("gguf_file"):
+        raise ValueError(
+            f"{', '.join(sorted(unknown)) or 'gguf_file'} cannot be used with low_memory=True; use low_memory=False."
+        )
+
+
+def _generation_config(base: Base) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(base.name, **base.hub)
+    except OSError:  # the base has none
+        return GenerationConfig.from_model_config(base.config)

@@ -1,0 +1,355 @@
+"""Fused Llama models: a Llama with fewer decoder layers that can make, save and explain itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
+
+from lf_hf.config import FusionConfig, fusion_settings
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.files.base import Base, check_names, hub_arguments, load_tokenizer, optional_file
+from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, only_fuser, why_not_reused
+from lf_hf.files.processes import local_processes
+from lf_hf.files.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
+from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.text.calibration import Calibration, Corpus, load_needed
+
+if TYPE_CHECKING:
+    from lf_hf.measure import Measurements
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class FusionInputs:
+    """All that a fusion is made of. `samples` and `text` may be None where there are measurements."""
+
+    base: Base
+    config: FusionConfig
+    tokenizer: PreTrainedTokenizerBase
+    samples: Calibration | None
+    text: Corpus | None
+    measurements: Measurements | None = None
+
+
+class FusedLlamaModel(LlamaModel):
+    """The decoder of a fused Llama, without a head. Computes what LlamaModel computes."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+
+class FusedLlamaForCausalLM(LlamaForCausalLM):
+    """A Llama whose layers were fused. Computes what LlamaForCausalLM computes.
+
+    Attributes
+    ----------
+    fusion_report : FusionReport or None
+        What was fused and how well it went; read from the checkpoint where the model was loaded from one.
+    tokenizer : PreTrainedTokenizerBase or None
+        The base's tokenizer where the model was fused in this process; saved with the model.
+    """
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+    def __init__(self, config: FusedLlamaConfig) -> None:
+        super().__init__(config)
+        self.fusion_report: FusionReport | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def from_pretrained_fused(
+        cls,
+        base: str | os.PathLike[str] | Base,
+        config: FusionConfig | None = None,
+        *,
+        calibration: Sequence[str] | str | Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        measurements: Measurements | None = None,
+        fused_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> FusedLlamaForCausalLM:
+        """Load a Llama and fuse its layers.
+
+        Of several processes that a launcher started on a machine, one fuses and the others load its result.
+
+        Parameters
+        ----------
+        base : str or Base
+            Hub name or folder of a Llama checkpoint, or one that `lf_hf.files.base.Base.open` has opened.
+        config : FusionConfig, optional
+            Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` is required.
+        calibration : list of str or path, optional
+            Calibration text, as `lf_hf.text.calibration.load_calibration` takes it. Default: MMLU questions, or
+            for `refit` the mixture of `lf_hf.text.calibration.load_corpus`.
+        tokenizer : optional
+            The base's tokenizer, if it is not beside the base.
+        measurements : Measurements, optional
+            What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
+        fused_dir : path, optional
+            Where to keep the fused model. If one is there that was made of the same base (by content), calibration
+            text and settings, it is loaded; else the base is fused and saved there.
+        **kwargs
+            FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+
+        Raises
+        ------
+        ValueError
+            Before any long work, for settings, a base or calibration text that cannot be used.
+        """
+        config = fusion_settings(config, kwargs)
+        base = base if isinstance(base, Base) else Base.open(base, kwargs)
+        config.check_num_layers(base.config.num_hidden_layers)
+        samples, text = (None, None) if measurements else load_needed(config, calibration)
+        tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
+        inputs = FusionInputs(base, config, tokenizer, samples, text, measurements)
+        if fused_dir is None and local_processes() == 1:
+            return cls._fuse(inputs)
+        return cls._fuse_once(inputs, None if fused_dir is None else Path(fused_dir).absolute())
+
+    @classmethod
+    def _fuse(cls, inputs: FusionInputs) -> FusedLlamaForCausalLM:
+        """Load the base and fuse it in memory."""
+        from lf_hf import pipeline  # with it come scipy and scikit-learn, which loading a fused model does without
+
+        llama = inputs.base.load()
+        decoder = ModelDecoder(llama, keep_originals=inputs.config.refit != "none")
+        report = pipeline.fuse(
+            decoder,
+            inputs.tokenizer,
+            inputs.config,
+            inputs.samples,
+            inputs.text,
+            base=inputs.base.full_name,
+            measurements=inputs.measurements,
+        )
+        return cls._adopt(llama, report, inputs.tokenizer)
+
+    @classmethod
+    def _fuse_once(cls, inputs: FusionInputs, fused_dir: Path | None) -> FusedLlamaForCausalLM:
+        """Fuse in one of several processes or runs that share a folder, and load the result in all others."""
+        base, config = inputs.base, inputs.config
+        folder = fused_dir or folder_of_launch(base.full_name, config)
+        made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text)
+        with only_fuser(folder):
+            check_replaceable(folder)
+            reason = why_not_reused(folder, config, made_of)
+            if reason is None:
+                logger.info(f"Loading what was fused before from {str(folder)!r}.")
+                model: FusedLlamaForCausalLM = cls.from_pretrained(folder, **base.loading_fused())
+                model.tokenizer = inputs.tokenizer
+            else:
+                if folder.is_dir():
+                    logger.warning(f"{reason} Fusing, to replace it.")
+                model = cls._fuse(inputs)
+                assert model.fusion_report is not None
+                model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
+                with replaced_folder(folder) as written:
+                    model.write_files(written)  # whichever rank this is
+            if fused_dir is None:
+                note_loaded(folder)
+        return model
+
+    @classmethod
+    def _adopt(
+        cls, llama: LlamaForCausalLM, report: FusionReport, tokenizer: PreTrainedTokenizerBase
+    ) -> FusedLlamaForCausalLM:
+        """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
+        config = fused_config(llama.config, report)
+        for module in llama.modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                vars(module)["config"] = config
+        llama.name_or_path = config._name_or_path
+        # A base from GGUF is plain floats now, whatever the loader left behind.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            llama.__dict__.pop(name, None)
+        # The decoder stays a LlamaModel, as in a model that was loaded: transformers knows what else a class can
+        # return, such as hidden states, only once one of it was built.
+        llama.__class__ = cls
+        assert isinstance(llama, cls)
+        llama.fusion_report = report
+        llama.tokenizer = tokenizer
+        return llama
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for any transformers model; `fusion_report` is read from the checkpoint."""
+        hub = hub_arguments(kwargs)
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True  # pickled weights can run code
+        own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
+        if own_files and kwargs["use_safetensors"] and not hub.get("gguf_file"):
+            check_names(os.fspath(pretrained_model_name_or_path), hub, kwargs.get("variant"))
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except StrictDataclassError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The config of {pretrained_model_name_or_path!r} is of no Llama: {reason:.300}") from None
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not isinstance(model.config.fusion, dict | None):
+            raise ValueError(
+                f"fusion in the config of {pretrained_model_name_or_path!r} must be an object or null, got "
+                f"{model.config.fusion!r:.80}; save the model again."
+            )
+        if pretrained_model_name_or_path is not None:
+            file = optional_file(os.fspath(pretrained_model_name_or_path), REPORT_NAME, hub)
+            model.fusion_report = None if file is None else FusionReport.load(file)
+        return loaded
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        as_llama: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model, its report, a model card and the tokenizer into a folder, all or nothing.
+
+        Parameters
+        ----------
+        save_directory : path
+            A folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced. What else
+            is beside that stays.
+        as_llama : bool
+            Write a plain Llama checkpoint that programs without lf_hf open.
+        tokenizer : optional
+            Default: the base's.
+        push_to_hub, repo_id, token
+            Also upload the folder; `repo_id` defaults to its name.
+        **kwargs
+            As for any transformers model: max_shard_size, variant, ...
+
+        Raises
+        ------
+        ValueError
+            If the folder holds anything else.
+        OSError
+            If another process is saving there, or if files cannot be written.
+        """
+        others = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not kwargs.get("is_main_process", True) or (others and torch.distributed.get_rank() > 0):
+            return
+        with replaced_folder(Path(save_directory)) as folder:
+            self.write_files(folder, *args, as_llama=as_llama, tokenizer=tokenizer, **kwargs)
+        if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
+            self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
+        if push_to_hub:
+            _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """What transformers asks before it writes weights; `save_pretrained` has decided before."""
+        return is_main_process
+
+    def write_files(
+        self,
+        folder: Path,
+        *args: Any,
+        as_llama: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write what `save_pretrained` saves into a folder that the caller looks after."""
+        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
+        super().save_pretrained(folder, *args, **kwargs)
+        if as_llama:
+            config = converted_config(self.config, LlamaConfig)
+            config.architectures = [LlamaForCausalLM.__name__]
+            config.save_pretrained(folder)
+        write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            name = self.name_or_path or repo_id
+            self.save_pretrained(folder, **kwargs)
+            self.name_or_path = self.config._name_or_path = name
+            return _upload(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def to_llama(self) -> LlamaForCausalLM:
+        """A stock LlamaForCausalLM that shares this model's weights.
+
+        Raises
+        ------
+        ValueError
+            If weights are offloaded: there is nothing in memory to share.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.device.type == "meta":
+                raise ValueError(f"{name} is offloaded; use save_pretrained(as_llama=True) and load what it writes.")
+        config = converted_config(self.config, LlamaConfig)
+        with torch.device("meta"):
+            llama = LlamaForCausalLM(config)
+        llama.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        llama.model.rotary_emb = LlamaRotaryEmbedding(config).to(self.device)
+        llama.tie_weights()
+        llama.generation_config = self.generation_config
+        return llama.train(self.training)
+
+
+def _upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    **commit: Any,
+) -> str:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
+
+
+def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder that a model was loaded from, if there is one."""
+    if not name_or_path or not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
+        return None
+    return load_tokenizer(name_or_path, {})
+
+
+def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
+    """A tokenizer that a user gave, if any. Raises ValueError if it is none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise ValueError(f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.80}.")
+    return tokenizer

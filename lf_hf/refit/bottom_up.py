@@ -1,0 +1,70 @@
+"""The last pass: every fused layer is fitted, from the bottom up, to what the dense model computes there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from lf_hf.config import FusionConfig
+from lf_hf.decoder.interface import Decoder
+from lf_hf.refit.group import fit_group
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
+from lf_hf.report.report import FittedLayer
+
+
+@torch.no_grad()
+def fit_from_bottom(
+    decoder: Decoder,
+    groups: Sequence[list[int]],
+    sequences: Sequence[Tensor],
+    config: FusionConfig,
+) -> list[FittedLayer]:
+    """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its fused layers are changed.
+    groups : sequence of lists of int
+        For each layer, the layers of the dense model that it stands for.
+    sequences : sequence of int64 tensors of shape (tokens T,)
+        Calibration text.
+    config : FusionConfig
+        With merge="select" each fused layer is made anew from all layers of its group, else it is fitted as it is.
+    """
+    widest = max(map(len, groups))
+    embedded = decoder.embed(sequences)
+    # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
+    with StateStore(sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
+        dense: Sequence[Tensor] = store.keep(embedded)
+        states = dense
+        del embedded
+        fitted = []
+        for index, group in enumerate(logging.tqdm(groups, desc="Last pass", unit="layer")):
+            if len(group) == 1:
+                with decoder.layer(index) as layer:
+                    after = store.keep(decoder.run_layer(layer, state) for state in dense)
+                    if states is not dense:
+                        states = store.keep(decoder.run_layer(layer, state) for state in states)
+                    else:
+                        states = after
+                    dense = after
+                continue
+            with ExitStack() as stack:
+                layers = [stack.enter_context(decoder.original(number)) for number in group]
+                traces = trace(decoder, layers, dense, store)
+                if config.merge != "select":
+                    layers = [stack.enter_context(decoder.layer(index))]
+                fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
+            decoder.replace(index, fit.weights)
+            dense = traces.output
+            del traces
+            with decoder.layer(index) as layer:
+                states = store.keep(decoder.run_layer(layer, state) for state in states)
+            fitted.append(FittedLayer(group, fit.heads_kept, fit.channels_kept, fit.error_before, fit.error_after))
+    return fitted

@@ -1,0 +1,242 @@
+"""Fusing layers by what they compute: selection of heads and channels, and closed-form fits on calibration text.
+
+`fit_group` puts the layers of a group side by side as one wide layer, keeps those of its key-value groups and MLP
+channels that the group's output needs most, and fits anew what writes into the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.numerics import all_finite, in_float64
+from lf_hf.refit.layer_parts import (
+    Weights,
+    after_attention,
+    attention_heads,
+    build_layer,
+    mlp_channels,
+    normalized,
+    stacked,
+    with_channels,
+)
+from lf_hf.refit.regression import Regression, expanded
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import Traces, on_device
+
+# Channels that are compared by regression at most, the largest: so many at any width, or so many for one that is
+# kept. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
+_MAX_CANDIDATES = 6144
+_CANDIDATES_PER_KEPT = 1.25
+# Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
+# its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
+_FIRST_SHARE = 1 / 32
+
+
+@dataclass(frozen=True)
+class GroupFit:
+    """One layer for a group of layers, and how it came about.
+
+    `heads_kept` and `channels_kept` count the key-value groups and MLP channels from each layer of the group, where
+    they were selected. The errors are what is left of what the MLP should write, squared and relative, with
+    down_proj as it was and as it is.
+    """
+
+    weights: dict[str, Tensor]
+    heads_kept: list[int] | None
+    channels_kept: list[int] | None
+    error_before: float
+    error_after: float
+
+
+@torch.no_grad()
+def fit_group(
+    decoder: Decoder,
+    layers: list[LlamaDecoderLayer],
+    traces: Traces,
+    states: Sequence[Tensor],
+    store: StateStore,
+    *,
+    refit: str,
+    ridge: float,
+    quick: bool = False,
+) -> GroupFit:
+    """One layer that does to `states` what a group of layers did to theirs.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    layers : list of LlamaDecoderLayer
+        The group; a single layer is only fitted anew. The list is emptied: layers that nobody else holds make room.
+    traces : Traces
+        Calibration text on its way through the group.
+    states : sequence of tensors of shape (1, tokens T, hidden)
+        The same text before the layer that is made: the traces' first inputs unless layers below were fused.
+    store : StateStore
+    refit : {"none", "down_proj", "projections"}
+    ridge : float
+    quick : bool
+        Keep the largest channels, and choose key-value groups in one round: many times faster, and good enough to
+        compare groups.
+    """
+    # Layers of a model that is spread over devices come together on the first one's.
+    states = on_device(states, layers[0], store)
+    device = layers[0].mlp.down_proj.weight.device
+    parameters = [
+        {name: weight.to(device) for name, weight in layers.pop(0).named_parameters()} for _ in range(len(layers))
+    ]
+    weights, heads_kept = parameters[0], None
+    if refit == "projections":
+        weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge, quick)
+    fused = build_layer(decoder, weights)
+    residuals = store.keep(after_attention(decoder, fused, state) for state in states)
+    del fused
+    weights = {name: weight for name, weight in weights.items() if "attn" in name or "input_layernorm" in name}
+    mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge, quick)
+    weights |= mlp.weights
+    for name, weight in weights.items():
+        if not all_finite(weight):
+            raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
+    return GroupFit(weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
+
+
+def _fit_attention(
+    decoder: Decoder,
+    parameters: Sequence[Weights],
+    traces: Traces,
+    states: Sequence[Tensor],
+    ridge: float,
+    quick: bool,
+) -> tuple[dict[str, Tensor], list[int] | None]:
+    """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
+    config, count = decoder.config, len(parameters)
+    maps = [input_map(decoder, states, inputs, ridge) for inputs in traces.inputs]
+    weights = dict(parameters[0]) | stacked(parameters, "input_layernorm", maps)
+    wide = build_layer(decoder, weights)
+    start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
+    regression = Regression.empty(start.shape[1], start.shape[0], start.device)
+    for n, state in enumerate(states):
+        target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
+        wanted = target - state if bias is None else target - state - bias
+        regression.add(attention_heads(decoder, wide, state), wanted[0], token_weights(decoder, target))
+
+    head_dim = wide.self_attn.head_dim
+    kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // head_dim
+    block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
+    kept = torch.arange(kv_heads, device=start.device)
+    if count > 1:
+        kept = regression.prune(start, kv_heads, block=block, rounds=1 if quick else (count - 1) * kv_heads)
+    queries, keys = expanded(kept, block), expanded(kept, head_dim)
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        for kind in ("weight", "bias"):
+            if f"self_attn.{name}.{kind}" in weights:
+                weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
+    fitted = regression.ridge(start[:, queries], ridge)
+    weights["self_attn.o_proj.weight"] = fitted.to(start)
+    return weights, _counts(kept, kv_heads, count)
+
+
+def _fit_mlp(
+    decoder: Decoder,
+    parameters: list[dict[str, Tensor]],
+    traces: Traces,
+    residuals: Sequence[Tensor],
+    refit: str,
+    ridge: float,
+    quick: bool,
+) -> GroupFit:
+    """An MLP with channels from all layers and a down_proj that brings the stream to the group's output.
+
+    Empties `parameters`.
+    """
+    count, keep = len(parameters), decoder.config.intermediate_size
+    maps = None
+    if refit == "projections":
+        maps = [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]
+    weights = stacked(parameters, "post_attention_layernorm", maps)
+    del maps
+    parameters.clear()
+    limit = keep if quick else num_candidates(weights["mlp.down_proj.weight"].shape[1], keep)
+    channels = _largest(decoder, weights, residuals, limit)
+    if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
+        weights = with_channels(weights, channels)
+    bias = weights.get("mlp.down_proj.bias")
+    regression = Regression.empty(len(channels), decoder.config.hidden_size, channels.device)
+    for residual, output in zip(residuals, traces.output, strict=True):
+        wanted = output - residual if bias is None else output - residual - bias
+        regression.add(mlp_channels(decoder, weights, residual), wanted[0], token_weights(decoder, output))
+    if len(channels) > keep:
+        chosen = regression.prune(weights["mlp.down_proj.weight"], keep)
+        channels, weights = channels[chosen], with_channels(weights, chosen)
+
+    start = weights["mlp.down_proj.weight"]
+    error_before = error_after = regression.relative_error(start)
+    if refit != "none":
+        fitted = regression.ridge(start, ridge)
+        error_after = regression.relative_error(fitted)
+        weights["mlp.down_proj.weight"] = fitted.to(start)
+    return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def _largest(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], limit: int) -> Tensor:
+    """Sorted numbers of the channels of an MLP that write most, `limit` of them."""
+    down = weights["mlp.down_proj.weight"]
+    if limit == down.shape[1]:
+        return torch.arange(limit, device=down.device)
+    # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
+    norms = torch.cat([in_float64(part).norm(dim=0) for part in down.split(256, dim=1)]).float().to(down.device)
+    size = torch.zeros(down.shape[1], device=down.device)
+    for residual in residuals:
+        size += token_weights(decoder, residual) @ (mlp_channels(decoder, weights, residual).float() * norms).square()
+    return size.topk(limit).indices.sort().values
+
+
+def num_candidates(channels: int, keep: int) -> int:
+    """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
+    return min(channels, max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
+
+
+def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tensor], ridge: float) -> Tensor:
+    """The linear map, near the identity, from the normalised states to the normalised states that were wanted.
+
+    Parameters
+    ----------
+    states, wanted : sequences of tensors of shape (1, tokens T, hidden)
+
+    Returns
+    -------
+    float32 tensor of shape (hidden, hidden)
+    """
+    hidden = states[0].shape[-1]
+    identity = torch.eye(hidden, device=states[0].device)
+    if states is wanted:
+        return identity
+    regression = Regression.empty(hidden, hidden, states[0].device)
+    for state, want in zip(states, wanted, strict=True):
+        weights = _with_first_share(torch.ones(state.shape[1], device=state.device))
+        regression.add(normalized(decoder, state)[0], normalized(decoder, want)[0], weights)
+    return regression.ridge(identity, ridge)
+
+
+def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
+    """1 / mean square of each token's state (1, tokens T, hidden), as the next norm divides by it; shape (T,).
+
+    So all tokens count alike, however large their states are, but the first one, which counts as T / 32 tokens.
+    """
+    return _with_first_share((states[0].float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
+
+
+def _with_first_share(weights: Tensor) -> Tensor:
+    """Token weights of a sequence, of shape (tokens T,), with more of it on the first; in place."""
+    weights[0] *= max(1, _FIRST_SHARE * len(weights))
+    return weights
+
+
+def _counts(kept: Tensor, each: int, layers: int) -> list[int] | None:
+    """How many of `kept` are from each of some layers that had `each`; None for a single layer."""
+    return torch.bincount(kept // each, minlength=layers).tolist() if layers > 1 else None

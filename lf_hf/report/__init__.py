@@ -1,0 +1,1 @@
+"""What a fusion found out: the record, its page and its pictures."""

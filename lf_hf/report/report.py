@@ -1,0 +1,273 @@
+"""FusionReport: what was fused, how well it matched, what it cost, and what it did to the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lf_hf.checked_json import dataclass_from_json, parse_json
+from lf_hf.stages.alignment import RowMatch
+
+REPORT_NAME = "fusion_report.json"
+_RELATIONS = {"kin": "; text of its kind was used for calibration", "seen": "; part of it was used for calibration"}
+_MOST_LAYERS = 10_000  # of a model that anybody would believe in
+
+
+@dataclass(frozen=True)
+class FusionStep:
+    """One fusion of two layers. Layers are numbered from 0 as in the original model.
+
+    `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
+    for all of them. `ratio_i` + `ratio_j` = 1, and `ratio_j` is 0 where weights are not averaged. `matches` has one
+    entry for each aligned projection. `influence` is how much layer j changed the residual stream, and `divergence` how
+    far the model's predictions were expected to move with this fusion, in nats per token, where pairs were chosen by
+    such figures. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
+    layer j, where they were selected. The errors are those of the pair's output (squared, relative, over calibration
+    tokens) before and after the fit.
+    """
+
+    layers_i: list[int]
+    layers_j: list[int]
+    ratio_i: float
+    ratio_j: float
+    matches: dict[str, RowMatch] = field(default_factory=dict)
+    influence: float | None = None
+    divergence: float | None = None
+    heads_kept: list[int] | None = None
+    channels_kept: list[int] | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Original indices (i, j): a fused layer keeps the index of its first layer."""
+        return self.layers_i[0], self.layers_j[0]
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """The last fit of one fused layer, to the dense model's states.
+
+    `layers` are the original layers that it stands for. `heads_kept` and `channels_kept` count the key-value groups
+    and MLP channels from each of them, where they were selected. The errors are those of what the MLP adds to the
+    stream (squared, relative), before and after.
+    """
+
+    layers: list[int]
+    heads_kept: list[int] | None
+    channels_kept: list[int] | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """Source of the calibration text, and its size in samples and tokens."""
+
+    source: str
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PerplexityInfo:
+    """Perplexity of both models on `tokens` tokens of a text, `name` in short.
+
+    `relation` is that of the text to what was used for calibration: "unseen", "kin" (a text of its kind was used) or
+    "seen" (part of the text itself was).
+    """
+
+    name: str
+    text: str
+    tokens: int
+    dense: float
+    fused: float
+    relation: str = "unseen"
+
+    @property
+    def ratio(self) -> float:
+        """The fused model's perplexity over the dense model's."""
+        return self.fused / self.dense
+
+    @property
+    def label(self) -> str:
+        """The text, and what was fitted of it."""
+        return self.text + _RELATIONS.get(self.relation, "")
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
+
+    `similarity` is (L, L) and `embeddings` is (L, N, d), for N samples whose MMLU subjects are `sample_labels` where
+    they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
+    model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
+    what a user should know, one sentence each. `fingerprints` says by content what the model was made of, see
+    `lf_hf.fused_cache.fingerprints`; it is None where nobody asked for it.
+    """
+
+    base: str
+    config: dict[str, Any]
+    steps: list[FusionStep]
+    fitted_layers: list[FittedLayer]
+    layers_before: int
+    layers_after: int
+    parameters_before: int
+    parameters_after: int
+    calibration: list[CalibrationInfo]
+    perplexities: list[PerplexityInfo]
+    similarity: list[list[float]] | None
+    embeddings: list[list[list[float]]] | None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    notes: list[str]
+    sample_labels: list[str] | None = None
+    influences: list[float] | None = None
+
+    @property
+    def groups(self) -> list[dict[int, float]]:
+        """For each layer of the fused model the original layers that it stands for, each with its share.
+
+        A share is an original layer's weight in the average, or its part of the MLP channels where channels were
+        selected. Shares add up to 1.
+        """
+        groups = [{number: 1.0} for number in range(self.layers_before)]
+        for step in self.steps:
+            i, j = (next(group for group in groups if min(group) == number) for number in step.pair)
+            kept_i, kept_j = step.channels_kept or (step.ratio_i, step.ratio_j)
+            for group, kept in ((i, kept_i), (j, kept_j)):
+                for number in group:
+                    group[number] *= kept / (kept_i + kept_j)
+            i.update(j)
+            groups.remove(j)
+        of_fits = {tuple(fitted.layers): fitted.channels_kept for fitted in self.fitted_layers if fitted.channels_kept}
+        for group in groups:
+            if channels := of_fits.get(tuple(group)):
+                group.update((number, n / sum(channels)) for number, n in zip(group, channels, strict=True))
+        return groups
+
+    fingerprints: dict[str, str] | None = None
+
+    @property
+    def layers_removed_fraction(self) -> float:
+        """Layers removed over all layers."""
+        return (self.layers_before - self.layers_after) / self.layers_before
+
+    @property
+    def parameters_removed_fraction(self) -> float:
+        """Parameters removed over all parameters, tied ones counted once."""
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"Fused {self.base} with {self.config['method']}: {self.layers_before} -> {self.layers_after} layers "
+            f"(-{self.layers_removed_fraction:.1%}), {self.parameters_before:,} -> {self.parameters_after:,} "
+            f"parameters (-{self.parameters_removed_fraction:.1%})."
+        ]
+        for step in self.steps:
+            i, j = step.pair
+            line = f"  layer {i} <- {i}, {j}"
+            if step.ratio_j > 0:
+                line = f"  layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
+            if step.matches:
+                before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
+                after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)
+                line += f", mean matched cosine {before:.3f} -> {after:.3f}"
+            if step.influence is not None:
+                line += f", influence {step.influence:.4f}"
+            if step.divergence is not None:
+                line += f", divergence {step.divergence:.4f}"
+            lines.append(line)
+        for fitted in self.fitted_layers:
+            kept = f" keeping {fitted.channels_kept} channels" if fitted.channels_kept else ""
+            lines.append(
+                f"  last fit of layers {fitted.layers}{kept}, error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
+            )
+        for info in self.calibration:
+            lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
+        for judged in self.perplexities:
+            figures = f"{judged.dense:.4g} -> {judged.fused:.4g}, x {judged.ratio:.3g}"
+            lines.append(f"  perplexity: {figures} ({judged.label}, {judged.tokens} tokens)")
+        lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, plus both compression figures, JSON-ready."""
+        return dataclasses.asdict(self) | {
+            "layers_removed_fraction": self.layers_removed_fraction,
+            "parameters_removed_fraction": self.parameters_removed_fraction,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FusionReport:
+        """The report that `to_dict` wrote. Raises ValueError for anything else."""
+        return cls._from_json(values, "This")
+
+    @classmethod
+    def _from_json(cls, values: Any, name: str) -> FusionReport:
+        try:
+            report = dataclass_from_json(cls, values, "it")
+            report._check()
+        except ValueError as error:
+            raise ValueError(f"{name} is no fusion report: {error}") from None
+        return report
+
+    def _check(self) -> None:
+        """Raise ValueError where the parts of a report do not fit together, as after editing it by hand."""
+        count = self.layers_before
+        standing = {number: [number] for number in range(min(count, _MOST_LAYERS))}
+        layers = len(standing)
+        checks = {
+            f"layers_before={count} is not 2 to {_MOST_LAYERS}": not 2 <= count <= _MOST_LAYERS,
+            f"parameters_before={self.parameters_before} is not positive": self.parameters_before < 1,
+            "config has no method": not isinstance(self.config.get("method"), str),
+            "influences has not one entry a layer": len(self.influences or range(layers)) != layers,
+            "similarity has not one row and column a layer": {*map(len, self.similarity or ())} - {layers}
+            or len(self.similarity or range(layers)) != layers,
+            "embeddings has not one entry a layer": len(self.embeddings or range(layers)) != layers,
+        }
+        samples = {len(layer) for layer in self.embeddings or ()}
+        sizes = {len(sample) for layer in self.embeddings or () for sample in layer}
+        checks["embeddings is not rectangular"] = len(samples) > 1 or len(sizes) > 1 or 0 in samples | sizes
+        labelled = samples if self.sample_labels is None else {len(self.sample_labels)}
+        checks["sample_labels has not one entry a sample"] = samples != labelled
+        for number, step in enumerate(self.steps, 1):
+            i, j = (group[0] if group else -1 for group in (step.layers_i, step.layers_j))
+            there = i != j and standing.get(i) == step.layers_i and standing.get(j) == step.layers_j
+            checks[f"step {number} fuses layers that are not there"] = not there
+            shares = 0 <= step.ratio_i <= 1 and abs(step.ratio_i + step.ratio_j - 1) < 1e-6
+            checks[f"step {number} has ratios that do not add up to 1"] = not shares
+            checks[f"step {number} keeps impossible numbers of channels"] = not _are_counts(step.channels_kept, 2)
+            standing[i] = step.layers_i + standing.pop(j, [])
+        for fitted in self.fitted_layers:
+            kept = _are_counts(fitted.channels_kept, len(fitted.layers))
+            checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
+        checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        for problem, found in checks.items():
+            if found:
+                raise ValueError(f"{problem:.200}; save the model again.")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `fusion_report.json` into a folder."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=True)
+        (Path(folder) / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FusionReport:
+        """Read a report from its file or from the folder of a fused checkpoint."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / REPORT_NAME
+        if not file.is_file():
+            raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
+        return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
+
+
+def _are_counts(counts: list[int] | None, length: int) -> bool:
+    """Whether there is one count for each of `length` layers, not all zero; or none at all."""
+    return counts is None or (len(counts) == length and min(counts) >= 0 and sum(counts) > 0)

@@ -1,0 +1,227 @@
+"""Where calibration text comes from, and the text that judges the result."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from string import ascii_uppercase
+
+from lf_hf.config import FusionConfig
+from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question
+from lf_hf.text.readers import checked_strings, open_samples
+
+logger = logging.getLogger(__name__)
+# What the model writes itself keeps what no other text touches: a share of the tokens of the default corpus, and of
+# a user's.
+_GENERATED_SHARE = 0.5
+_GENERATED_SHARE_OF_USERS = 1 / 3
+# Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
+_QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
+_QUESTIONS_SOURCE = "MMLU development questions"
+TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
+
+MAX_SAMPLES = 1024
+"""Samples that are compared with each other at most; of a longer file the first ones count."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples and where they are from.
+
+    Attributes
+    ----------
+    texts : list of str
+        One calibration sample each.
+    source : str
+        For people: where the texts are from.
+    labels : list of str or None
+        MMLU subject of each text, where they are MMLU questions.
+    """
+
+    texts: list[str]
+    source: str
+    labels: list[str] | None = None
+
+
+def load_needed(
+    config: FusionConfig, calibration: Sequence[str] | str | Path | None
+) -> tuple[Calibration | None, Corpus | None]:
+    """What a fusion with `config` needs of samples for layer similarity and of running text.
+
+    Raises
+    ------
+    ValueError
+        If `calibration` cannot be used, or has too few samples.
+    """
+    samples = None
+    if config.needs_similarity:
+        samples = load_calibration(
+            calibration, samples_per_subject=config.samples_per_subject, sample_length=config.sample_length
+        )
+        config.check_num_samples(len(samples.texts))
+    text = load_corpus(calibration, max_tokens=config.calibration_tokens) if config.needs_text else None
+    return samples, text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Running text for calibration.
+
+    Attributes
+    ----------
+    parts : list of str
+        One string for each kind of text.
+    source : str
+        For people: where the text is from.
+    generated_share : float
+        Share of the tokens that the dense model itself is to write.
+    by_default : bool
+        Whether it is the mixture that is there offline, and not a user's text.
+    """
+
+    parts: list[str]
+    source: str
+    generated_share: float = 0.0
+    by_default: bool = False
+
+    @property
+    def full_source(self) -> str:
+        """Where all of the text is from."""
+        return f"{self.source}, text by the model itself" if self.generated_share else self.source
+
+
+def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 32768) -> Corpus:
+    """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
+
+    The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
+    fifth: what narrow text does not touch is lost.
+
+    Parameters
+    ----------
+    calibration : list of str, path, or None
+        As for `load_calibration`. None: text that the model writes itself, the first half of Python's
+        documentation, and one MMLU development question a subject, with its answer.
+    max_tokens : int
+        How many tokens are to be used at most; 64 characters are read for each, and no more.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
+    """
+    if calibration is None:
+        parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
+        source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
+        return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
+    samples, source = open_samples(calibration)
+    parts, left = [], max_tokens * TOKEN_CHARACTERS
+    for part in checked_strings(samples, source):
+        parts.append(part[:left])
+        left -= len(parts[-1])
+        if left == 0:
+            break
+    text = "\n\n".join(parts)
+    if not text:
+        raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
+    try:
+        questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+    except ValueError as error:
+        logger.warning("Without questions beside the calibration text: %s", error)
+        return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
+    return Corpus([text, questions], f"{source}, {_QUESTIONS_SOURCE}", _GENERATED_SHARE_OF_USERS)
+
+
+def _answered_questions() -> str:
+    """One MMLU development question a subject, with its answer, each in two formats that are far from each other."""
+    questions = [questions[0] for questions in bundled_questions().values()]
+    lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
+    plain = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
+    pairs = list(zip(lettered, plain, strict=True))
+    return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
+
+
+def load_calibration(
+    calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1, sample_length: int = 512
+) -> Calibration:
+    """Calibration texts from a user's strings or file, or, with None, one MMLU question a subject.
+
+    Parameters
+    ----------
+    calibration : list of str, path, or None
+        Path: .txt (samples separated by blank lines), .jsonl (strings, or objects with "text"), .csv or
+        .parquet (a column "text"). None: questions without answers of MMLU's validation split if the Hugging
+        Face hub or its cache answers, else of the development questions that lm-eval ships. Never MMLU's test
+        split.
+    samples_per_subject : int
+        Questions a subject where `calibration` is None.
+    sample_length : int
+        How many tokens of a sample are to be used; 64 characters are kept for each, and no more.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
+    """
+    if calibration is None:
+        return _mmlu_calibration(samples_per_subject)
+    samples, source = open_samples(calibration)
+    longest = sample_length * TOKEN_CHARACTERS
+    texts = [sample[:longest] for sample in islice(checked_strings(samples, source), MAX_SAMPLES)]
+    if not texts:
+        raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
+    return Calibration(texts, source)
+
+
+def documentation_halves() -> tuple[str, str]:
+    """Python's own reference documentation as two texts that share no paragraph.
+
+    English prose that is there wherever Python is: the first half is for calibration, the second for judging.
+    Both are empty where Python was installed without `pydoc_data.topics`.
+    """
+    if importlib.util.find_spec("pydoc_data") is None:
+        return "", ""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return "", ""
+    # Some topics contain others, so paragraphs repeat; each is kept where it comes first.
+    paragraphs = dict.fromkeys(
+        paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n")
+    )
+    ordered = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    middle = len(ordered) // 2
+    return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
+
+
+def _mmlu_calibration(samples_per_subject: int) -> Calibration:
+    try:
+        questions, source = _hub_questions(), "cais/mmlu, validation split"
+    except Exception as error:  # no `datasets`, no network, no cache, a changed data set: each means "not there"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.info("No MMLU validation questions from the hub (%s).", reason)
+        questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
+        if samples_per_subject > 1:
+            logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
+    texts = []
+    for subject in SUBJECTS:
+        if len(questions[subject]) < samples_per_subject:
+            raise ValueError(
+                f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} "
+                f"questions on {subject}; lower it, or give calibration= a file of your own."
+            )
+        texts += [format_question(question) for question in questions[subject][:samples_per_subject]]
+    logger.info("Calibrating on %d questions: %s.", len(texts), source)
+    return Calibration(texts, source, [subject for subject in SUBJECTS for _ in range(samples_per_subject)])
+
+
+def _hub_questions() -> dict[str, list[Question]]:
+    from datasets import load_dataset
+
+    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
+    for row in load_dataset("cais/mmlu", "all", split="validation"):
+        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
+    return questions

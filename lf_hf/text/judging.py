@@ -1,0 +1,66 @@
+"""Text that judges a fused model: two kinds, neither of which is in any default calibration text."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lf_hf.text.calibration import documentation_halves
+
+_REASONING = Path("tasks", "bbh", "cot_fewshot")
+_PROBES = 40  # paragraphs that are looked for in calibration text
+_SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
+
+Relation = Literal["unseen", "kin", "seen"]
+"""Of a judging text to what was fitted: nothing of it, text of its kind, or part of the text itself."""
+
+
+@dataclass(frozen=True)
+class JudgingText:
+    """`name` is a column's head, `source` says where the text is from, and `text` is all of it."""
+
+    name: str
+    source: str
+    text: str
+
+
+def judging_texts() -> list[JudgingText]:
+    """The second half of Python's documentation, and worked reasoning questions, as far as they are installed.
+
+    The first is technical prose, of the kind that default calibration text has. The second is a kind that it does not
+    have: the BIG-bench Hard examples (Suzgun et al., arXiv:2210.09261) that lm-eval ships for its prompts.
+    """
+    docs = JudgingText(
+        "docs", f"documentation of Python {platform.python_version()}, second half", documentation_halves()[1]
+    )
+    reasoning = JudgingText("reasoning", "worked BIG-bench Hard questions that lm-eval ships", _reasoning())
+    return [judging for judging in (docs, reasoning) if judging.text]
+
+
+def relation(judging: JudgingText, fitted: Sequence[str], *, by_default: bool) -> Relation:
+    """How a judging text relates to the texts that a model was fitted on, `by_default` the built-in mixture."""
+    paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
+    probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
+    if any(sum(probe in text for probe in probes) > len(probes) / 10 for text in fitted):
+        return "seen"
+    return "kin" if by_default and judging.name == "docs" else "unseen"
+
+
+def _reasoning() -> str:
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        return ""
+    import yaml  # lm-eval's own dependency
+
+    examples = []
+    for file in sorted((Path(spec.origin).parent / _REASONING).glob("[!_]*.yaml")):
+        try:
+            samples = yaml.safe_load(file.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
+            examples += [f"{sample['input'].strip()}\n{sample['target'].strip()}" for sample in samples]
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError):  # another layout, of another lm-eval
+            continue
+    return "\n\n".join(examples)

@@ -1,0 +1,102 @@
+"""Token sequences from text: samples that are compared, and windows of running text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lf_hf.text.calibration import TOKEN_CHARACTERS, Calibration, Corpus
+
+
+def tokenize_samples(
+    tokenizer: PreTrainedTokenizerBase, calibration: Calibration, sample_length: int, vocab_size: int
+) -> list[Tensor]:
+    """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
+
+    Raises
+    ------
+    ValueError
+        If a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
+    """
+    samples = []
+    for text in calibration.texts:
+        # Cut here: a tokenizer that truncates would do so ever after, and be saved so.
+        ids = tokenizer(text, verbose=False)["input_ids"][:sample_length]
+        if not ids:
+            raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
+        check_ids(max(ids), vocab_size)
+        samples.append(torch.tensor(ids))
+    return samples
+
+
+def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
+    """Sequences of `length` tokens, spread evenly over a text, that have at most `max_tokens` tokens together.
+
+    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of
+    more than 64 * `max_tokens` characters only those are looked at.
+
+    Returns
+    -------
+    list of int64 tensors of shape (tokens <= length,)
+        Only the last one may be shorter, and none has fewer than two tokens.
+    """
+    ids = tokenizer(text[: max_tokens * TOKEN_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    step = length - len(prefix)
+    pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if sum(map(len, pieces)) <= max_tokens:
+        return pieces
+    count = max(1, max_tokens // length)
+    pieces = [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def pack_corpus(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int, vocab_size: int
+) -> list[Tensor]:
+    """Sequences of a corpus, at most `max_tokens` tokens in all, an equal share from each part as far as it goes.
+
+    Returns
+    -------
+    list of int64 tensors of shape (tokens <= length,)
+        Each part is spread evenly over the list.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer tokens than one sequence has, or ids that the model does not have.
+    """
+    packed: dict[str, list[Tensor]] = {}
+    left = max_tokens
+    for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
+        packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
+        left -= sum(map(len, packed[part]))
+    sequences = interleaved(*(packed[part] for part in corpus.parts))
+    total = sum(map(len, sequences))
+    if total < length:
+        raise ValueError(
+            f"The calibration text ({corpus.source}) has only {total} tokens, which do not fill one sequence of "
+            f"calibration_length={length}; give more text."
+        )
+    check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
+    return sequences
+
+
+def interleaved(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The items of some lists in one, in which each list is spread evenly."""
+    placed = [((n + 0.5) / len(items), item) for items in lists for n, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=itemgetter(0))]
+
+
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raise ValueError if a token id is beyond the model's embeddings."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token id {largest}, but the model has {vocab_size} embeddings; use the tokenizer "
+            "that belongs to the model."
+        )
