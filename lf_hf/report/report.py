@@ -185,9 +185,8 @@ class FusionReport:
             lines.append(line)
         for fitted in self.fitted_layers:
             kept = f" keeping {fitted.channels_kept} channels" if fitted.channels_kept else ""
-            lines.append(
-                f"  last fit of layers {fitted.layers}{kept}, error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
-            )
+            error = f"error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
+            lines.append(f"  last fit of layers {fitted.layers}{kept}, {error}")
         for info in self.calibration:
             lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
         for judged in self.perplexities:
