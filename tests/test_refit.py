@@ -161,7 +161,7 @@ def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
         return relative(hidden_states, dense)
 
     before = error()
-    config = FusionConfig(2, merge="select", refit="projections", ridge=0.01)
+    config = FusionConfig(2, "refit", ridge=0.01)
     fitted = fit_from_bottom(decoder, groups, SEQUENCES, config)
     assert [layer.layers for layer in fitted] == [[0, 1], [2, 3]]
     assert error() < before
