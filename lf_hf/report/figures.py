@@ -193,7 +193,8 @@ def cost_and_gain(report: FusionReport) -> Figure:
         finite = [value for value in values if math.isfinite(value)]
         _bars(axis, ["fused", "base"], values, "{:.4g}")
         axis.set_xscale("log")
-        axis.set(xlim=(1, max(10.0, *finite) ** 1.5), xlabel=f"perplexity, {judged.name} (log scale)")
+        axis.set_xlim(1, max(10.0, *finite) ** 1.5)
+        axis.set_xlabel(f"perplexity, {judged.name} (log scale)", parse_math=False)
     return figure
 
 
