@@ -1,15 +1,32 @@
-"""Dataclasses from JSON that anybody may have written or edited: each value is checked against its field's type."""
+"""Dataclasses as strict JSON, and from JSON that anybody may have written or edited.
+
+JSON has no number that is infinite or none, so those are strings, as Protocol Buffers write them. What is read is
+checked against its field's type.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+_NOT_FINITE = ("Infinity", "-Infinity", "NaN")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list"}
+
+
+def json_ready(value: Any) -> Any:
+    """A dataclass's values, of lists and dicts, as strict JSON has them: `dataclass_from_json` reads them back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return value
 
 
 def parse_json(content: bytes | str, name: str) -> Any:
@@ -51,6 +68,8 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
         make = cast(Callable[..., Any], kind)
         return make(**{f.name: _checked(types[f.name], value[f.name], f"{name}.{f.name}") for f in fields})
     if kind is float and type(value) is int and abs(value) < 1 << 63:
+        return float(value)
+    if kind is float and value in _NOT_FINITE:
         return float(value)
     if type(value) is kind:
         return value

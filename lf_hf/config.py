@@ -37,6 +37,19 @@ _INT_MINIMUM = {
     "perplexity_tokens": 0,
     "seed": 0,
 }
+# What some fields say is needed for some fusions only; all other fields always have an effect.
+_OF_SIMILARITY = {
+    "kernel_scale",
+    "kernel_alpha",
+    "embedding_dim",
+    "mi_neighbors",
+    "entropy_neighbors",
+    "rank_normalize",
+    "ratio_beta",
+    "sample_length",
+    "samples_per_subject",
+}
+_OF_TEXT = {"calibration_tokens", "calibration_length"}
 _INT_MAXIMUM = 2**32 - 1  # what every library below takes, as a seed too
 _FLOAT_RANGE = {
     "kernel_scale": (0.0, math.inf),
@@ -179,6 +192,19 @@ class FusionConfig:
     def needs_similarity(self) -> bool:
         """Whether any step uses the layer similarity matrix (stages 1 to 3)."""
         return self.merge == "average"
+
+    def in_effect(self) -> dict[str, Any]:
+        """The fields that this fusion depends on, JSON-ready."""
+        without: set[str] = set()
+        if not self.needs_similarity:
+            without |= _OF_SIMILARITY
+        if not self.needs_text:
+            without |= _OF_TEXT
+        if not self.needs_similarity and not self.needs_text:
+            without.add("seed")
+        if not self.fits:
+            without.add("ridge")
+        return {name: value for name, value in self.to_dict().items() if name not in without}
 
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""

@@ -1,9 +1,15 @@
-"""Numbers of any device: float64, and whether they are finite."""
+"""Numbers of any device: float64, whether they are finite, and whether they are the same."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_SAMPLED = 1024  # values of a parameter
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -14,3 +20,20 @@ def all_finite(tensor: Tensor) -> bool:
 def in_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64; on the CPU where its device, Apple's mps, has no such numbers."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+    """SHA-256 over the names and shapes of a model's parameters, and about a thousand values spread over each.
+
+    It is cheap, and the same on each device and in each wider dtype. Training, or merging an adapter, changes it; a
+    change of single values may not. None where values are not at hand: offloaded, quantised or spread over processes.
+    """
+    found = []
+    for name, parameter in named_parameters:
+        if parameter.is_meta or type(parameter) not in (Tensor, nn.Parameter):
+            return None
+        values = parameter.detach().flatten()
+        step = values.numel() // _SAMPLED | 1  # odd, so that they are not all of one column
+        sampled = in_float64(torch.cat([values[::step], values[-1:]])).cpu()
+        found.append((name, list(parameter.shape), hashlib.sha256(sampled.numpy().tobytes()).hexdigest()))
+    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lf_hf.evaluate.points import DENSE, Point
-from lf_hf.report.figures import COLORS, new_figure
+from lf_hf.report.figures import COLORS, legend_above, new_figure
 
 
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
@@ -48,6 +48,6 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
                 marks: dict[str, Any] = {"color": colors[method], "marker": "s", "fillstyle": "none"}
                 axis.plot(shares, list(numbers.values()), linestyle="none", label=f"{method}, published", **marks)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+        legend_above(axis)
     axes[-1].set_xlabel("layers removed (%)")
     return figure

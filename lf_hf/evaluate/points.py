@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lf_hf.checked_json import dataclass_from_json, parse_json
+from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
 
 DENSE = "dense"
 RESULTS = "results.jsonl"
@@ -83,7 +83,7 @@ def append_point(path: Path, point: Point) -> None:
 
     A last line that an interruption cut short goes.
     """
-    left = memoryview((json.dumps(dataclasses.asdict(point)) + "\n").encode())
+    left = memoryview((json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False) + "\n").encode())
     size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
     with path.open("ab", buffering=0) as file:
         os.truncate(path, size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from lf_hf.evaluate.points import DENSE, Point
 from lf_hf.files.model_card import as_code
 from lf_hf.report.page import missing_plot_packages
+from lf_hf.report.report import published_name
 
 PUBLISHED: dict[str, dict[int, float]] = {
     "neural_alignment": {1: 0.6478, 4: 0.6334, 11: 0.6124, 13: 0.6392, 15: 0.2631},
@@ -93,7 +94,7 @@ def _perplexity_heads(points: Sequence[Point]) -> list[str]:
 def markdown(points: Sequence[Point], base: str, *, published: bool) -> str:
     """The results as a document: one row a point, then how stable each method is."""
     head, *rows = results_rows(points)
-    text = f"# Fusions of {as_code(base)}\n\n{_markdown_table(head, rows)}"
+    text = f"# Fusions of {as_code(published_name(base))}\n\n{_markdown_table(head, rows)}"
     steps = stability_rows(stability(points))
     if steps:
         text += f"\n## Stability\n\n{STABILITY_NOTE}\n\n{_markdown_table(STABILITY_HEAD, steps)}"

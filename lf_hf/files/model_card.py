@@ -27,11 +27,20 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
         for step in report.steps
     )
     perplexity = "".join(
-        f"| perplexity ({as_code(judged.label)}, {judged.tokens} tokens) | {judged.dense:.4g} | {judged.fused:.4g} |\n"
+        f"| perplexity, {_as_text(judged.name)} | {judged.dense:.4g} | {judged.fused:.4g} | {judged.ratio:.3g} |\n"
         for judged in report.perplexities
     )
+    judges = "".join(
+        f"- {_as_text(judged.name)}: {judged.tokens} tokens of {_as_text(judged.label)}.\n"
+        for judged in report.perplexities
+    )
+    calibration = "".join(
+        f"- Calibrated on {_as_text(info.source)}: {info.samples} samples, {info.tokens} tokens.\n"
+        for info in report.calibration
+    )
+    of_layers, of_parameters = 1 - report.layers_removed_fraction, 1 - report.parameters_removed_fraction
     notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
-    settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.config.items())
+    settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.settings.items())
     return f"""---
 {data.to_yaml()}
 ---
@@ -41,12 +50,15 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
 Made from {as_code(report.base if repository else os.path.basename(os.path.normpath(report.base)))} by layer fusion
 ({as_code(report.config["method"])}).
 
-| | base | fused |
-|---|---|---|
-| decoder layers | {report.layers_before} | {report.layers_after} |
-| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
+{notes}| | base | fused | fused / base |
+|---|---|---|---|
+| decoder layers | {report.layers_before} | {report.layers_after} | {of_layers:.3g} |
+| parameters | {report.parameters_before:,} | {report.parameters_after:,} | {of_parameters:.3g} |
 {perplexity}
-{notes}```python
+{"Perplexity, lower is better, was measured on" if judges else ""}
+
+{judges}
+```python
 {load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -63,6 +75,9 @@ Layers are numbered from 0 as in the base; a fused layer keeps the number of its
 
 ## Settings
 
+{calibration}
+Those settings that had an effect:
+
 | setting | value |
 |---|---|
 {settings}
@@ -72,16 +87,17 @@ Layers are numbered from 0 as in the base; a fused layer keeps the number of its
 
 
 def _repository(base: str) -> str | None:
-    """The hub's repository that a base is from, None for a folder: the hub refuses a card that names no repository."""
-    if os.path.exists(base):
-        return None
+    """The hub's repository that a base is from; None for a folder, as the hub refuses a card that names no repository.
+
+    A name without its owner is that of a folder, see `lf_hf.report.report.FusionReport`.
+    """
     if base.endswith(".gguf"):  # the repository and a file in it
         base = "/".join(base.split("/")[:-1][:2])
     try:
         validate_repo_id(base)
     except HFValidationError:
         return None
-    return base
+    return base if "/" in base else None
 
 
 def as_code(value: object) -> str:

@@ -14,6 +14,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import on_device
 
 _ROWS = 64  # tokens whose predictions are compared at a time
 JUDGING_STRIDE = 4
@@ -94,7 +95,8 @@ class PairCosts:
         """The judging states after the layer that layers i and i + 1 would become."""
         before = self._boundaries.before(i)
         layer = build_layer(self._decoder, self._fuse(i, [before[n] for n in self._fitting]))
-        return self._store.keep(self._decoder.run_layer(layer, state) for state in self._judged(i))
+        states = on_device(self._judged(i), layer, self._store)
+        return self._store.keep(self._decoder.run_layer(layer, state) for state in states)
 
     @torch.no_grad()
     def _divergences(self, candidates: Iterable[Sequence[Tensor]]) -> list[float]:

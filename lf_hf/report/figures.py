@@ -6,7 +6,7 @@ Layers are numbered from 0 as in the original model, except where a picture says
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,44 +21,42 @@ from lf_hf.report.report import FusionReport
 from lf_hf.text.mmlu import SUBJECTS
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_BEFORE, _AFTER = "#a0aec0", "#2b6cb0"
+_BEFORE, _AFTER, _UNCHANGED = "#a0aec0", "#2b6cb0", "#e2e8f0"
+_WIDTH = 5.2  # inches: with text of this size it can be read on a phone
+_ROW = 10  # layers in a row of the map
 _CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def layer_map(report: FusionReport) -> Figure:
-    """Which original layers became which: the original ones above, the fused model's below."""
-    groups, count = report.groups, report.layers_before
-    figure = new_figure(max(6.0, 0.3 * count), 2.9)
+    """Which original layers became which: each original one above the fused model's that it is part of, in rows."""
+    places = [(new, number) for new, group in enumerate(report.groups) for number in group]
+    rows = math.ceil(len(places) / _ROW)
+    figure = new_figure(_WIDTH, 0.85 * rows + 0.1)
     axis = figure.subplots()
-    left = (count - len(groups)) / 2
-    size = 8 if count <= 40 else 6
-    merged = 0
-    for new, group in enumerate(groups):
-        color = "#e2e8f0"
-        if len(group) > 1:
-            color = COLORS[merged % len(COLORS)]
-            merged += 1
-        x = left + new
-        axis.add_patch(Rectangle((x - 0.42, 0), 0.84, 0.42, facecolor=color, edgecolor="none"))
-        axis.text(x, 0.2, str(new), ha="center", va="center", size=size, color="white" if len(group) > 1 else "black")
-        for number, share in group.items():
-            gone = share == 0
-            dim = 0.3 if gone else 1.0
-            axis.add_patch(Rectangle((number - 0.42, 1.6), 0.84, 0.42, facecolor=color, edgecolor="none", alpha=dim))
-            ink = "white" if len(group) > 1 and not gone else "black"
-            axis.text(number, 1.8, str(number), ha="center", va="center", size=size, color=ink)
-            if len(group) > 1 and not gone:
-                axis.text(number, 2.12, f"{share:.0%}", ha="center", size=size - 2, color=color)
-            axis.plot(
-                *([number, x], [1.58, 0.44]),
-                color=color if len(group) > 1 else "#a0aec0",
-                linewidth=0.6 if gone else 0.8 + 3 * share * (len(group) > 1),
-                linestyle=":" if gone else "-",
-            )
-    axis.text(-0.7, 1.8, "original", ha="right", va="center", size=9)
-    axis.text(left - 0.7, 0.2, "fused", ha="right", va="center", size=9)
-    axis.set(xlim=(-3, count), ylim=(-0.1, 2.4))
+    merged = [new for new, group in enumerate(report.groups) if len(group) > 1]
+    for row in range(rows):
+        in_row = places[row * _ROW : (row + 1) * _ROW]
+        for x, (new, number) in enumerate(in_row):
+            share = report.groups[new][number]
+            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
+            ink = "white" if new in merged and share > 0 else "black"
+            dim = 0.3 if share == 0 else 1.0
+            axis.add_patch(Rectangle((x + 0.06, -row), 0.88, 0.32, facecolor=color, edgecolor="none", alpha=dim))
+            axis.text(x + 0.5, 0.15 - row, str(number), ha="center", va="center", size=9, color=ink)
+            if new in merged:
+                axis.text(x + 0.5, 0.36 - row, f"{share:.0%}", ha="center", va="bottom", size=8, color=color)
+        axis.text(-0.1, 0.15 - row, "original", ha="right", va="center", size=8)
+        axis.text(-0.1, -0.22 - row, "fused", ha="right", va="center", size=8)
+        start = 0
+        for new, together in groupby(new for new, _ in in_row):
+            width = len(list(together))
+            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
+            ink = "white" if new in merged else "black"
+            axis.add_patch(Rectangle((start + 0.06, -0.37 - row), width - 0.12, 0.32, facecolor=color))
+            axis.text(start + width / 2, -0.22 - row, str(new), ha="center", va="center", size=9, color=ink)
+            start += width
+    axis.set(xlim=(-1.3, _ROW), ylim=(-0.4 - (rows - 1), 0.55))
     axis.set_axis_off()
     return figure
 
@@ -66,7 +64,7 @@ def layer_map(report: FusionReport) -> Figure:
 def similarity_heatmap(report: FusionReport) -> Figure:
     """The layer similarity matrix, with the fused pairs framed."""
     assert report.similarity is not None
-    figure = new_figure(6.4, 5.4)
+    figure = new_figure(_WIDTH, 4.0)
     axis = figure.subplots()
     # On a linear scale a few very similar pairs would leave all others equally dark.
     image = axis.imshow(np.array(report.similarity), cmap="viridis", origin="lower", norm=PowerNorm(0.5))
@@ -90,9 +88,9 @@ def manifolds(report: FusionReport) -> Figure:
     embeddings = np.array(report.embeddings)  # (L, N, d)
     if report.config.get("rank_normalize", True):
         embeddings = embeddings.argsort(axis=1).argsort(axis=1)
-    columns = min(8, math.ceil(math.sqrt(len(embeddings))))
+    columns = min(5, math.ceil(math.sqrt(len(embeddings))))
     rows = math.ceil(len(embeddings) / columns)
-    figure = new_figure(1.55 * columns, 1.55 * rows + 0.5)
+    figure = new_figure(_WIDTH, _WIDTH / columns * rows + 0.4)
     names = [SUBJECTS.get(label, "other") for label in report.sample_labels or []]
     colors = dict(zip(_CATEGORIES, COLORS, strict=False))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -116,7 +114,7 @@ def along_depth(report: FusionReport) -> Figure:
     """How much each layer of the dense model changes the stream, and the shares in which pairs were averaged."""
     averaged = [step for step in report.steps if step.ratio_j > 0]
     panels = (report.influences is not None) + bool(averaged)
-    figure = new_figure(7, 2.5 * panels)
+    figure = new_figure(_WIDTH, 2.3 * panels)
     axes: list[Axes] = list(figure.subplots(panels, 1, sharex=True, squeeze=False).flat)
     if report.influences is not None:
         removed = {number for step in report.steps for number in step.layers_j}
@@ -128,7 +126,7 @@ def along_depth(report: FusionReport) -> Figure:
         axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes[0].grid(alpha=0.25)
-        axes[0].legend(fontsize=8)
+        legend_above(axes[0])
     if averaged:
         numbers = [step.pair[0] for step in averaged]
         axes[-1].bar(numbers, [step.ratio_i for step in averaged], color=_AFTER, label="layer itself")
@@ -136,7 +134,7 @@ def along_depth(report: FusionReport) -> Figure:
         later = [step.ratio_j for step in averaged]
         axes[-1].bar(numbers, later, bottom=bottoms, color="#bee3f8", label="layer after it")
         axes[-1].set(ylabel="share in the average", ylim=(0, 1))
-        axes[-1].legend(fontsize=8, loc="lower left")
+        legend_above(axes[-1])
     axes[-1].set(xlabel="layer", xlim=(-0.7, report.layers_before - 0.3))
     _whole_ticks(axes[-1].xaxis)
     return figure
@@ -146,7 +144,7 @@ def matched_cosines(report: FusionReport) -> Figure:
     """Mean cosine of matched rows before and after alignment, for each matrix of each fused pair."""
     steps = [step for step in report.steps if step.matches]
     names = [name for name in _MATRICES if all(any(key.endswith(name) for key in step.matches) for step in steps)]
-    figure = new_figure(7.5, 3.4)
+    figure = new_figure(_WIDTH, 3.2)
     axis = figure.subplots()
     for n, step in enumerate(steps):
         matches = {key.rpartition(".")[2]: match for key, match in step.matches.items()}
@@ -156,17 +154,17 @@ def matched_cosines(report: FusionReport) -> Figure:
         axis.vlines(places, before, after, color="#cbd5e0", linewidth=1.2)
         axis.scatter(places, before, s=16, color=_BEFORE, label="before" if n == 0 else None, zorder=2)
         axis.scatter(places, after, s=16, color=_AFTER, label="after" if n == 0 else None, zorder=2)
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, size=8)
     axis.set_ylabel("mean cosine of matched rows")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.grid(axis="y", alpha=0.25)
-    axis.legend(fontsize=8)
+    legend_above(axis)
     return figure
 
 
 def fit_errors(report: FusionReport) -> Figure:
     """Error of what each fused layer's MLP adds to the stream, before and after its last fit."""
-    figure = new_figure(7, max(1.6, 0.34 * len(report.fitted_layers) + 0.9))
+    figure = new_figure(_WIDTH, max(1.6, 0.3 * len(report.fitted_layers) + 0.9))
     axis = figure.subplots()
     places = range(len(report.fitted_layers))
     before = [fitted.error_before for fitted in report.fitted_layers]
@@ -177,24 +175,41 @@ def fit_errors(report: FusionReport) -> Figure:
     axis.set_yticks(places, [" + ".join(map(str, fitted.layers)) for fitted in report.fitted_layers])
     axis.set(xlabel="squared error, relative", ylabel="fused layer", xlim=(0, None))
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(fontsize=8)
+    legend_above(axis)
     return figure
 
 
 def cost_and_gain(report: FusionReport) -> Figure:
-    """What the fused model has left of the base's layers and parameters, and the perplexity of both."""
-    figure = new_figure(7 + 2 * (len(report.perplexities) > 1), 2.1)
-    axes: list[Axes] = list(figure.subplots(1, 1 + len(report.perplexities), squeeze=False).flat)
-    left = [1 - report.parameters_removed_fraction, 1 - report.layers_removed_fraction]
-    _bars(axes[0], ["parameters", "layers"], [100 * share for share in left], "{:.1f} %")
-    axes[0].set(xlim=(0, 130), xticks=range(0, 101, 25), xlabel="left of the base (%)")
-    for axis, judged in zip(axes[1:], report.perplexities, strict=True):
-        values = [judged.fused, judged.dense]
-        finite = [value for value in values if math.isfinite(value)]
-        _bars(axis, ["fused", "base"], values, "{:.4g}")
-        axis.set_xscale("log")
-        axis.set_xlim(1, max(10.0, *finite) ** 1.5)
-        axis.set_xlabel(f"perplexity, {judged.name} (log scale)", parse_math=False)
+    """Perplexity of the fused model over the base's, and what it has left of the base's layers and parameters."""
+    judged = report.perplexities
+    figure = new_figure(_WIDTH, 1.5 + (0.55 * len(judged) + 0.5) * bool(judged))
+    ratios = {"height_ratios": [0.55 * len(judged) + 0.4, 1.5]} if judged else {}
+    axes: list[Axes] = list(figure.subplots(1 + bool(judged), 1, squeeze=False, **ratios).flat)
+    if judged:
+        finite = [info.ratio for info in judged if math.isfinite(info.ratio)]
+        low, high = min([1.0, *finite]), max([2.0, *finite])
+        room = (high / low) ** 0.3  # on a logarithmic scale, for what is written beside the bars
+        ends = [info.ratio if math.isfinite(info.ratio) else high for info in judged]
+        names = [f"{info.name}\n{info.dense:.4g} \N{RIGHTWARDS ARROW} {info.fused:.4g}" for info in judged]
+        colors = [_AFTER if info.ratio <= 2 else COLORS[1] for info in judged]
+        bars = axes[0].barh(names, [end - 1 for end in ends], left=1, color=colors, height=0.6)
+        texts = [f"\N{MULTIPLICATION SIGN} {info.ratio:.3g}" for info in judged]
+        axes[0].bar_label(bars, texts, padding=4, fontsize=10, fontweight="bold")
+        axes[0].axvline(1, color="black", linewidth=0.8)
+        axes[0].set(xscale="log", xlim=(low / room if low < 1 else 1, high * room))
+        axes[0].minorticks_off()
+        axes[0].set_xticks([1], ["as the base"])
+        axes[0].set_xlabel("perplexity, times the base's (log scale)")
+        for tick in axes[0].get_yticklabels():
+            tick.set_parse_math(False)  # the name of a text is no formula
+        axes[0].invert_yaxis()
+        axes[0].spines[["top", "right"]].set_visible(False)
+    left = {"layers": 1 - report.layers_removed_fraction, "parameters": 1 - report.parameters_removed_fraction}
+    bars = axes[-1].barh([*left], [100 * share for share in left.values()], color=_AFTER, height=0.6)
+    axes[-1].bar_label(bars, [f"{share:.1%}" for share in left.values()], padding=4, fontsize=10)
+    axes[-1].set(xlim=(0, 120), xticks=range(0, 101, 25), xlabel="left of the base (%)")
+    axes[-1].invert_yaxis()
+    axes[-1].spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -203,12 +218,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
+def legend_above(axis: Axes) -> None:
+    """A legend that hides nothing: in rows above the panel."""
+    handles, labels = axis.get_legend_handles_labels()
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    axis.legend(handles, labels, ncols=min(3, len(labels)), fontsize=8, frameon=False, **place)
+
+
 def _whole_ticks(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-
-
-def _bars(axis: Axes, names: Sequence[str], values: Sequence[float], form: str) -> None:
-    bars = axis.barh(names, values, color=[_AFTER if name != "base" else _BEFORE for name in names])
-    axis.bar_label(bars, [form.format(value) for value in values], padding=4, fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import os
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from lf_hf.report.report import FusionReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-import importlib.util
 
 _TEMPLATE = "page.html"
 
@@ -88,12 +88,13 @@ def report_sections(report: FusionReport) -> list[Section]:
 _COST = (
     "Perplexity says how well a model predicts text that it has not seen: it is the number of equally likely next "
     "tokens that the model is as unsure between, so lower is better. A fusion that keeps the model useful keeps it "
-    "close to the base's."
+    "close to the base's: \N{MULTIPLICATION SIGN} 1 is as good as the base, and from \N{MULTIPLICATION SIGN} 2 on a "
+    "model writes poorly. Below it is what is left of the base's layers and parameters."
 )
 _MAP = (
-    "Each square above is a layer of the original model, each below a layer of the fused one, numbered as in each "
-    "model; squares of one colour were merged. The percentages say how much of each original layer is in the result; "
-    "a dotted line leads from a layer that was dropped."
+    "In each row, above are the layers of the original model, and below those of the fused one that they became, "
+    "numbered as in each model. Coloured layers were merged; the percentages say how much of each original layer is "
+    "in the result."
 )
 _SIMILARITY = (
     "Each square compares two layers by how much one layer's picture of the calibration samples says about the "

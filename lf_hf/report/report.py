@@ -6,15 +6,24 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lf_hf.checked_json import dataclass_from_json, parse_json
+from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
+from lf_hf.config import FusionConfig
 from lf_hf.stages.alignment import RowMatch
 
 REPORT_NAME = "fusion_report.json"
-_RELATIONS = {"kin": "; text of its kind was used for calibration", "seen": "; part of it was used for calibration"}
+_RELATIONS = {
+    "unseen": "; it was not used for calibration",
+    "kin": "; text of its kind was used for calibration",
+    "seen": "; part of it was used for calibration",
+}
 _MOST_LAYERS = 10_000  # of a model that anybody would believe in
+CHANGED_NOTE = (
+    "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
+    "and numbers of parameters are those of the model as it was fused."
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class PerplexityInfo:
 
     @property
     def label(self) -> str:
-        """The text, and what was fitted of it."""
+        """The text, and what of it was used for calibration."""
         return self.text + _RELATIONS.get(self.relation, "")
 
 
@@ -107,7 +116,11 @@ class FusionReport:
     they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
     model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
     what a user should know, one sentence each. `fingerprints` says by content what the model was made of, see
-    `lf_hf.fused_cache.fingerprints`; it is None where nobody asked for it.
+    `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
+    model, see `lf_hf.numerics.weights_digest`.
+
+    `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and where
+    somebody keeps a model is nobody's business.
     """
 
     base: str
@@ -127,6 +140,26 @@ class FusionReport:
     notes: list[str]
     sample_labels: list[str] | None = None
     influences: list[float] | None = None
+    fingerprints: dict[str, str] | None = None
+    weights_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", published_name(self.base))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the settings that had an effect; all of them where this version does not know them."""
+        try:
+            in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
+        except ValueError:
+            return self.config
+        return {name: value for name, value in self.config.items() if name in in_effect}
+
+    def of_weights(self, digest: str | None) -> FusionReport:
+        """The report with a note if the model's weights, with this digest, are not those that were fused."""
+        if digest is None or self.weights_digest in (None, digest) or CHANGED_NOTE in self.notes:
+            return self
+        return dataclasses.replace(self, notes=[CHANGED_NOTE, *self.notes])
 
     @property
     def groups(self) -> list[dict[int, float]]:
@@ -149,8 +182,6 @@ class FusionReport:
             if channels := of_fits.get(tuple(group)):
                 group.update((number, n / sum(channels)) for number, n in zip(group, channels, strict=True))
         return groups
-
-    fingerprints: dict[str, str] | None = None
 
     @property
     def layers_removed_fraction(self) -> float:
@@ -196,8 +227,9 @@ class FusionReport:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, plus both compression figures, JSON-ready."""
-        return dataclasses.asdict(self) | {
+        """Everything, plus both compression figures, as strict JSON has it."""
+        values: dict[str, Any] = json_ready(dataclasses.asdict(self))
+        return values | {
             "layers_removed_fraction": self.layers_removed_fraction,
             "parameters_removed_fraction": self.parameters_removed_fraction,
         }
@@ -247,13 +279,15 @@ class FusionReport:
             kept = _are_counts(fitted.channels_kept, len(fitted.layers))
             checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
         checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
+        checks["perplexities has one that is not positive"] = any(value <= 0 for value in perplexities)
         for problem, found in checks.items():
             if found:
                 raise ValueError(f"{problem:.200}; save the model again.")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `fusion_report.json` into a folder."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=True)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         (Path(folder) / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -265,6 +299,14 @@ class FusionReport:
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
         return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
+
+
+def published_name(base: str) -> str:
+    """A model's name as it may be published: the last name alone of what is a path on this machine or another one."""
+    kinds: tuple[type[PurePath], ...] = (PurePosixPath, PureWindowsPath)
+    if os.path.exists(base):
+        return os.path.basename(os.path.abspath(base)) or base
+    return next((kind(base).name for kind in kinds if kind(base).is_absolute()), "") or base
 
 
 def _are_counts(counts: list[int] | None, length: int) -> bool:
