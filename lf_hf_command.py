@@ -1,10 +1,16 @@
 """The command `lf-hf`. It lies outside the package, so that Ctrl-C gets one line while the package is imported, too."""
 
+import os
 import sys
+
+# For progress bars of other packages, which read this when they are imported: a line now and then in a log file.
+_IN_A_LOG = {"TQDM_MININTERVAL": "30", "TQDM_DELAY": "30"}
 
 
 def main() -> int:
     """Import `lf_hf.cli`, which takes seconds, and run it."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.update(_IN_A_LOG | os.environ)
     try:
         from lf_hf.cli import main as run
 

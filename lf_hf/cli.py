@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,15 +28,28 @@ from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
 from lf_hf.report.report import FusionReport
 
+_GUIDE = """\b
+Examples:
+  lf-hf fuse path/to/model out --num-fusions 4 --method refit
+  lf-hf sweep path/to/model results --num-fusions 1,4 --methods neural_alignment,refit
+  lf-hf report out
+  lf-hf tasks
+
+\b
+Start with a dry run, which says what a fusion does and takes, and writes nothing:
+  lf-hf fuse path/to/model out --num-fusions 4 --dry-run
+"""
+
 app = typer.Typer(
-    help="Make a Llama shallower by fusing decoder layers.",
-    no_args_is_help=True,
+    help="Make a Llama model smaller by fusing pairs of its decoder layers.",
+    epilog=_GUIDE,
     add_completion=False,
     rich_markup_mode=None,  # boxes would cut long option names off
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _WIDTH = 160  # columns of a table that goes to a file
+_TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 BaseName = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
@@ -45,38 +58,45 @@ CalibrationFile = Annotated[
     typer.Option("--calibration", metavar="FILE", help="Calibration text: .txt, .jsonl, .csv or .parquet."),
 ]
 GgufFile = Annotated[
-    str | None, typer.Option(metavar="NAME", help="GGUF file in BASE; it is dequantised while it is read.")
+    str | None, typer.Option(metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read.")
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit of BASE on the hub.")]
 Dtype = Annotated[
     str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.", show_default="as BASE has it")
 ]
 Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all there are.", show_default="cpu")
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all GPUs.", show_default="cpu")
 ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lf-hf`. Returns 0, 1 after a failure, 2 for a wrong command line, or 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [argument for argument in given if argument != _TRACEBACK]
+    # Base.load says in a sentence what this report says in a table.
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
     code = 0
     try:
-        code = app(args=arguments, prog_name="lf-hf", standalone_mode=False) or 0
+        code = app(args=arguments or ["--help"], prog_name="lf-hf", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
-        if "--traceback" in arguments:
+        if _TRACEBACK in given:
             raise
         # Of a command line that does not parse typer says itself how to put it.
         formatted: Callable[[], str] | None = getattr(error, "format_message", None)
         message = formatted() if formatted else str(error)
         if not isinstance(error, (ValueError, OSError)) and not formatted:
-            message = f"{type(error).__name__}: {message} (run again with --traceback to see where)"
+            message = f"{type(error).__name__}: {message} (run it again with {_TRACEBACK} to see where)"
         print(f"lf-hf: {' '.join(message.split())}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
     if code == _INTERRUPTED:
         print("lf-hf: interrupted.", file=sys.stderr)
     return int(code)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _examples(*commands: str) -> str:
@@ -95,7 +115,9 @@ def _options(
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    _traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    _traceback: Annotated[  # which `main` takes out, wherever it is
+        bool, typer.Option(_TRACEBACK, help="Show where an error came from; works after a command, too.")
+    ] = False,
 ) -> None:
     pass
 
@@ -156,9 +178,11 @@ def fuse(
     settings: dict[str, Any],
     num_fusions: Annotated[
         str | None,
-        typer.Option(metavar="INTEGER", help="How many times two layers become one; or give --target-layers."),
+        typer.Option(
+            metavar="INTEGER", help="How many pairs of layers to fuse, one after the other; or give --target-layers."
+        ),
     ] = None,
-    target_layers: Annotated[int | None, typer.Option(help="How many layers are to be left.")] = None,
+    target_layers: Annotated[int | None, typer.Option(help="How many layers to leave.")] = None,
     calibration: CalibrationFile = None,
     gguf_file: GgufFile = None,
     revision: Revision = None,
@@ -168,10 +192,11 @@ def fuse(
         bool, typer.Option("--as-llama", help="Write a plain Llama checkpoint, which opens without lf_hf.")
     ] = False,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Hold a layer or two in memory instead of the model.")
+        bool, typer.Option("--low-memory", help="Hold two layers in memory at a time instead of the whole model.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done: layers, sizes, memory and time.")
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done: layers, sizes, memory and time. Writes nothing."),
     ] = False,
 ) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
@@ -192,12 +217,13 @@ def fuse(
         checked_dtype(dtype)
         config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
     loading = hub | _given(dtype=dtype, device_map=device)
-    if dry_run:
-        from lf_hf.plan import plan_fusion
+    from lf_hf.plan import check_disk, plan_fusion
 
+    if dry_run:
         plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
         print(plan.summary())
         return
+    check_disk(Base.open(base, loading), config, out)
     done = fuse_checkpoint(
         base, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration, **loading
     )
@@ -223,25 +249,31 @@ def fuse(
 @_fusion_options(leave_out=["num_fusions", "method"])
 def sweep(
     base: BaseName,
-    out: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Folder for the results; what it has is not repeated.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUTDIR", help="Folder for the results; those that it holds are not computed again."),
+    ],
     *,
     settings: dict[str, Any],
-    num_fusions: Annotated[str, typer.Option(metavar="N,N,...", help="Levels: how many times two layers become one.")],
+    num_fusions: Annotated[
+        str, typer.Option(metavar="N,N,...", help="How many pairs of layers to fuse: one or more numbers.")
+    ],
     methods: Annotated[
-        str, typer.Option(metavar="METHOD,...", help=f"Of {', '.join(CHOICES['method'])}.")
+        str, typer.Option(metavar="METHOD,...", help=f"One or more of {', '.join(CHOICES['method'])}.")
     ] = "neural_alignment,mka",
     tasks: Annotated[
-        str, typer.Option(metavar="TASK,...", help="lm-eval tasks; mmlu_5shot and mmlu_sample are known too.")
+        str, typer.Option(metavar="TASK,...", help="Tasks of lm-eval, and mmlu_5shot and mmlu_sample of lf_hf.")
     ] = "mmlu_5shot",
     limit: Annotated[
-        float | None, typer.Option(help="Questions of each task, or their share below 1.", show_default="all")
+        float | None,
+        typer.Option(help="How many questions of each task, or, below 1, what share of them.", show_default="all"),
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples before each question.", show_default="the task's own")
     ] = None,
-    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Questions that are run together.")] = "1",
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="How many questions to run together.")] = "1",
     metadata: Annotated[
-        str | None, typer.Option(metavar="JSON", help='For tasks, such as {"mmlu_dir": "DIR"}.')
+        str | None, typer.Option(metavar="JSON", help='Passed on to the tasks, such as {"mmlu_dir": "DIR"}.')
     ] = None,
     calibration: CalibrationFile = None,
     gguf_file: GgufFile = None,
@@ -249,18 +281,18 @@ def sweep(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Fuse BASE at several levels with several methods, and evaluate them all.
+    """Fuse BASE by several methods to several sizes, and evaluate all.
 
-    Writes results.jsonl (each result as it comes; run the command again to go on where it stopped), results.csv,
-    results.md and the curve as curve.png and curve.svg. Ends with two tables: the results, and how stable each
-    method is.
+    Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
+    command is run again. Writes tables as results.csv and results.md, and a plot as curve.png and curve.svg. Ends with
+    two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import check_evaluation
     from lf_hf.evaluate.sweep import sweep as run_sweep
     from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
     from lf_hf.report.page import missing_plot_packages
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # else it tells how it builds each task
+    _quiet_lm_eval()
     try:
         levels = [int(level) for level in num_fusions.split(",")]
     except ValueError:
@@ -299,12 +331,12 @@ def report(
         typer.Option(metavar="FILE", help="Where to write the page.", show_default="DIR/fusion_report.html"),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the pictures into this folder, too.", show_default="no")
+        Path | None, typer.Option(metavar="DIR", help="Also write the pictures into this folder.", show_default="no")
     ] = None,
 ) -> None:
     """Make a page of pictures and explanations about a fused checkpoint.
 
-    The page is one file that loads nothing from elsewhere.
+    The page is a single file that needs no network.
     """
     from lf_hf.report.page import write_page, write_pictures
 
@@ -318,8 +350,17 @@ def report(
 
 @app.command()
 def tasks() -> None:
-    """Print the folder of lf_hf's lm-eval tasks, for `lm_eval --include_path`."""
+    """Print the folder of lf_hf's tasks, for lm-eval's --include_path."""
     print(tasks_path())
+
+
+def _quiet_lm_eval() -> None:
+    """Keep lm-eval from telling how it builds each task, and from asking git for the version of the current folder."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with suppress(ImportError):
+        from lm_eval import evaluator
+
+        evaluator.get_git_commit_hash = lambda: None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure import Clock, Measurements, measure, perplexities
 from lf_hf.numerics import all_finite
+from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import GroupFit, fit_group
@@ -50,7 +51,7 @@ def fuse_pairs(decoder: Decoder, config: FusionConfig, measured: Measurements) -
     steps: list[FusionStep] = []
     with _fusing(decoder, config, measured) as fusing:
         influences = list(fusing.boundaries.influences) if fusing.boundaries else []
-        for number in logging.tqdm(range(config.num_fusions), desc="Fusing", unit="pair"):
+        for number in progress(range(config.num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusing.choose()
             pair = fusing.fuse(i, fusing.states_before(i))
             steps.append(fusing.step(i, pair, cost))

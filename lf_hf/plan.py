@@ -1,21 +1,19 @@
-"""What a fusion will do and what it will take, without doing it.
+"""What a fusion will do and about what it will take, without doing it.
 
-Reads the config and the headers of the checkpoint's files, never the weights. Memory and time are counted from sizes,
-in the order in which the pipeline works; the figures are estimates.
+Pairs and sizes follow from the config and the headers of the files and are exact; weights are not read. Memory and time
+are estimates from the few largest terms; `_Work.memory` and `_Work.seconds` say which.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import psutil
 import torch
 from transformers import LlamaConfig
@@ -25,32 +23,18 @@ from lf_hf.config import FusionConfig
 from lf_hf.files.base import Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
-from lf_hf.measure import PERPLEXITY_LENGTH, WRITTEN_LENGTH
-from lf_hf.model.fuse_checkpoint import MAX_SHARD_BYTES, check_low_memory
-from lf_hf.pipeline import STEP_TOKENS, state_copies
+from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
-from lf_hf.refit.pair_costs import JUDGING_STRIDE
-from lf_hf.refit.regression import EXACT_LIMIT, PRUNING_ROUNDS
-from lf_hf.refit.states import MEMORY_LIMIT
-from lf_hf.stages.activations import PADDED
-from lf_hf.stages.assignment import ALIVE_BYTES, BLOCK, row_costs, solver
-from lf_hf.stages.similarity import mutual_information
+from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
 from lf_hf.text.mmlu import SUBJECTS
 
-_PROCESS_BYTES = 3 << 28  # Python with torch and transformers, 0.5 GiB, and freed memory that the allocator keeps
 _CHARACTERS_PER_TOKEN = 4
 _TOKENS_PER_QUESTION = 100  # of MMLU
-
-_LAYER_EFFICIENCY = 0.5  # of a layer on one sequence, against a plain matrix product
-_WRITING_EFFICIENCY = 0.2  # of writing text token by token: 0.15 of a small model, 0.4 of products alone
-_DISK_BYTES_PER_SECOND = 500e6
-_PASSES = 5  # that low memory makes: checking, perplexity twice, calibrating, writing
-_PROBE = 1024  # rows and columns of the problems that are timed
-_ASSIGNMENT_EXPONENT = 2.2  # of how solving grows with the number of rows, measured on random rows
 _CHOSEN = {
     "least_influence": "the layer of least influence joins the one before it",
-    "least_divergence": "the pair whose fusion moves predictions least",
+    "least_divergence": "the pair whose fusion changes predictions least",
 }
 
 
@@ -58,30 +42,12 @@ _CHOSEN = {
 class FusionPlan:
     """What a fusion will do and take.
 
-    Attributes
-    ----------
-    base : str
-    config : FusionConfig
-    pairs : list of (int, int), or None
-        Layers i and j of each step, numbered from 0 as in the original model; None where they are chosen while fusing.
-    layers_before, layers_after, parameters_before, parameters_after : int
-        Tied parameters count once.
-    calibration : list of str
-        Where the samples and the running text will come from.
-    dtype : torch.dtype
-        Of the result.
-    bytes_before, bytes_after : int
-        Of the weights on disk; estimated where the base is not on this machine yet.
-    memory : int
-        Bytes at the peak, fusing in memory.
-    low_memory : int or None
-        The same with low_memory=True; None where that cannot be used.
-    seconds : dict of float
-        By stage.
-    speed : float
-        Floating-point operations a second, on which `seconds` are based.
-    notes : list of str
-        What a user should know, one sentence each.
+    `pairs` are the layers i and j of each step, numbered from 0 as in the base, or None where they are chosen while
+    fusing. `parameters_*` count tied ones once; `bytes_*` are of the weights on disk (`bytes_before` is estimated where
+    the base is not on this machine yet), and `dtype` is the result's. `calibration` says where text will come from.
+    `memory` is about how many bytes of the memory of `device` fusing takes at its peak, and `low_memory` the same with
+    low_memory=True, or None where that cannot be used. `seconds` is a range, for a machine that stays as busy as it is.
+    `notes` are what a user should know, one sentence each.
     """
 
     base: str
@@ -95,47 +61,34 @@ class FusionPlan:
     dtype: torch.dtype
     bytes_before: int
     bytes_after: int
+    device: torch.device
     memory: int
     low_memory: int | None
-    seconds: dict[str, float]
-    speed: float
+    seconds: tuple[float, float]
     notes: list[str]
-
-    @property
-    def layers_removed_fraction(self) -> float:
-        """Layers removed over all layers."""
-        return 1 - self.layers_after / self.layers_before
-
-    @property
-    def parameters_removed_fraction(self) -> float:
-        """Parameters removed over all parameters."""
-        return 1 - self.parameters_after / self.parameters_before
 
     def summary(self) -> str:
         """A few lines for people."""
         if self.pairs is None:
-            layers = "chosen while fusing, on calibration text: " + _CHOSEN[self.config.selection]
+            pairs = f"chosen while fusing, on calibration text: {_CHOSEN[self.config.selection]}"
         else:
-            layers = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
-            first, last = self.pairs[-1][0], self.pairs[0][1]
-            layers += f"; layer {first} then stands for {first} to {last}"
-        low_memory = "cannot be used here" if self.low_memory is None else f"{_gib(self.low_memory)} GiB"
-        total = sum(self.seconds.values())
-        parts = ", ".join(f"{stage} {_duration(taken)}" for stage, taken in self.seconds.items() if taken >= 0.5)
-        lines = [
-            f"Plan: {self.base} with {self.config.method}, num_fusions={self.config.num_fusions}. Nothing was done.",
-            f"  layers: {self.layers_before} -> {self.layers_after} (-{self.layers_removed_fraction:.1%})",
-            f"  pairs, layers numbered from 0 as in the base: {layers}",
-            f"  parameters: {self.parameters_before:,} -> {self.parameters_after:,} "
-            f"(-{self.parameters_removed_fraction:.1%})",
-            f"  bytes on disk: {self.bytes_before:,} -> {self.bytes_after:,} ({_name(self.dtype)})",
-            *(f"  calibration: {source}" for source in self.calibration),
-            f"  peak memory, about: {_gib(self.memory)} GiB; with low memory: {low_memory}",
-            f"  time, a rough estimate: {_duration(total)} ({parts})",
-            f"    counted operations at {self.speed / 1e9:.3g} GFLOP/s, which a short matrix product just reached; "
-            "half or twice of it is possible.",
-        ]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+            pairs = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
+            pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
+        where = "" if self.device.type == "cpu" else f" on {self.device}"
+        low_memory = "cannot be used here" if self.low_memory is None else _gib(self.low_memory)
+        return "\n".join(
+            [
+                f"Plan: {self.base} with {self.config.method}, {self.config.num_fusions} fusions. Nothing was done.",
+                f"  layers: {_change(self.layers_before, self.layers_after)}",
+                f"  pairs, layers numbered from 0 as in the base: {pairs}",
+                f"  parameters: {_change(self.parameters_before, self.parameters_after)}",
+                f"  bytes on disk: {_change(self.bytes_before, self.bytes_after)}, as {str(self.dtype)[6:]}",
+                *(f"  calibration: {source}" for source in self.calibration),
+                f"  peak memory{where}, about: {_gib(self.memory)}; with low memory: {low_memory}",
+                f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
+                *(f"  note: {note}" for note in self.notes),
+            ]
+        )
 
 
 def plan_fusion(
@@ -160,10 +113,11 @@ def plan_fusion(
     ------
     ValueError
         For settings, a base, calibration text or a folder that `fuse_checkpoint` would refuse before long work.
+    OSError
+        If the disk of `out` has no room for the result.
     """
     opened = Base.open(base, kwargs)
-    if out is not None:
-        check_replaceable(Path(out))
+    replaces = out is not None and check_replaceable(Path(out))
     low_memory_fits = True
     try:
         check_low_memory(kwargs)
@@ -171,391 +125,216 @@ def plan_fusion(
         if low_memory:
             raise
         low_memory_fits = False
-    hub, llama_config, base = opened.hub, opened.config, opened.name
-    config.check_num_layers(llama_config.num_hidden_layers)
+    layers, fused = opened.config.num_hidden_layers, config.num_fusions
+    config.check_num_layers(layers)
     samples, text = _calibration(config, calibration)
-    if not hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
+    if not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         opened.tokenizer()
-
-    files = opened.files()
-    stored = torch.float32 if hub.get("gguf_file") or not files else stored_dtype(files[0])
-    dtype = opened.dtype or cast("torch.dtype | None", llama_config.dtype) or stored
-    sizes = _Sizes.of(llama_config, config, samples, text, dtype, stored)
-    bytes_before = sum(file.stat().st_size for file in files) or sizes.parameters * dtype.itemsize
-    parameters_after = sizes.parameters - config.num_fusions * sizes.layer
-    speeds = _Speeds.measure(dtype, _device(kwargs.get("device_map")))
-    seconds = _seconds(sizes, config, speeds)
-    bytes_after = parameters_after * dtype.itemsize
-    readings = 1
-    if low_memory:  # for each pass, and for each token that is written, anew
-        readings = _PASSES + (sizes.short if sizes.written else 0)
-    seconds["reading and writing"] = (readings * bytes_before + bytes_after) / _DISK_BYTES_PER_SECOND
-    layers = llama_config.num_hidden_layers
-    plan = FusionPlan(
-        base=f"{base}/{hub['gguf_file']}" if hub.get("gguf_file") else base,
-        config=config,
-        pairs=[(layers - 2 - n, layers - 1 - n) for n in range(config.num_fusions)]
-        if config.selection == "last"
-        else None,
-        layers_before=layers,
-        layers_after=layers - config.num_fusions,
-        parameters_before=sizes.parameters,
-        parameters_after=parameters_after,
-        calibration=[part for part in (samples and samples.source, text and text.full_source) if part],
-        dtype=dtype,
-        bytes_before=bytes_before,
-        bytes_after=bytes_after,
-        memory=_peak(sizes, config, low_memory=False),
-        low_memory=_peak(sizes, config, low_memory=True) if low_memory_fits else None,
-        seconds=seconds,
-        speed=speeds.of_layers,
-        notes=[],
-    )
-    if not files:
-        plan.notes.append(f"The base is not on this machine yet; about {_gib(bytes_before)} GiB will be downloaded.")
-    plan.notes.extend(_shortages(plan, low_memory, out))
-    return plan
-
-
-def _shortages(plan: FusionPlan, low_memory: bool, out: str | os.PathLike[str] | None) -> Iterator[str]:
-    needed = plan.low_memory if low_memory and plan.low_memory is not None else plan.memory
-    available = psutil.virtual_memory().available
-    if needed > available:
-        yield f"{_gib(available)} GiB of memory are free now, less than the {_gib(needed)} GiB that this may take."
     if out is not None:
-        folder = next(parent for parent in Path(out).absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(folder).free
-        if plan.bytes_after > free:
-            yield f"{_gib(free)} GiB are free on the disk of {str(out)!r}, which needs {_gib(plan.bytes_after)} GiB."
+        check_disk(opened, config, out)
+
+    work = _Work.of(opened, config, samples, text)
+    bytes_before = sum(file.stat().st_size for file in opened.files())
+    devices = _devices(kwargs.get("device_map"))
+    memory, reduced = (work.memory(devices[0], low_memory=low) for low in (False, True))
+    seconds = work.seconds(devices[0])
+    needed, free = reduced if low_memory else memory, _free_memory(devices)
+    download = work.parameters * work.dtype.itemsize
+    notes = {
+        f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
+        f"The base is not on this machine yet; about {_gib(download)} will be downloaded.": not bytes_before,
+        f"{_gib(free)} of memory are free now, less than the {_gib(needed)} that this may take.": needed > free,
+    }
+    return FusionPlan(
+        base=opened.full_name,
+        config=config,
+        pairs=[(layers - 2 - n, layers - 1 - n) for n in range(fused)] if config.selection == "last" else None,
+        layers_before=layers,
+        layers_after=layers - fused,
+        parameters_before=work.parameters,
+        parameters_after=work.parameters_after,
+        calibration=[part for part in (samples and samples.source, text and text.full_source) if part],
+        dtype=work.dtype,
+        bytes_before=bytes_before or download,
+        bytes_after=work.parameters_after * work.dtype.itemsize,
+        device=devices[0],
+        memory=memory,
+        low_memory=reduced if low_memory_fits else None,
+        seconds=(seconds / 2, seconds * 2),
+        notes=[note for note, applies in notes.items() if applies],
+    )
+
+
+def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) -> None:
+    """Raise OSError if the disk of `out` has no room for the weights of `base` fused as `config` says.
+
+    A fused model that is there keeps its room until the new one is whole.
+    """
+    work = _Work.of(base, config)
+    needed, place = work.parameters_after * work.dtype.itemsize, Path(out).resolve()
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+    if free < needed:
+        raise OSError(
+            f"The disk of {str(out)!r} has {_gib(free)} free, and the fused model takes {_gib(needed)}; make room, or "
+            "give a folder on another disk."
+        )
 
 
 def _calibration(
     config: FusionConfig, calibration: Sequence[str] | str | Path | None
 ) -> tuple[Calibration | None, Corpus | None]:
-    """As `load_needed`, without asking the hub for the default samples: so many empty texts stand for them."""
+    """As `load_needed`, without asking the hub for the default samples: as many texts of their usual length."""
     if calibration is not None:
         return load_needed(config, calibration)
     samples = None
     if config.needs_similarity:
-        config.check_num_samples(len(SUBJECTS) * config.samples_per_subject)
-        question = "x" * _TOKENS_PER_QUESTION * _CHARACTERS_PER_TOKEN
         count = len(SUBJECTS) * config.samples_per_subject
+        config.check_num_samples(count)
+        question = "x" * _TOKENS_PER_QUESTION * _CHARACTERS_PER_TOKEN
         samples = Calibration([question] * count, f"{count} MMLU questions, from the hub or from lm-eval")
     return samples, load_corpus() if config.needs_text else None
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Sizes that memory and time follow from: of the model, in numbers, and of the text, in tokens."""
+class _Work:
+    """A fusion in numbers: `layer`, `table` and `parameters*` count parameters; the last four count tokens of text."""
 
-    layers: int
-    hidden: int
-    mlp: int
-    query: int
-    key_value: int
-    kv_heads: int
-    vocab: int
-    layer: int  # parameters of a layer
+    llama: LlamaConfig
+    config: FusionConfig
+    dtype: torch.dtype
+    stored: torch.dtype
+    layer: int
+    table: int
     parameters: int
-    itemsize: int
-    converted: int  # bytes of a number in the file, where it is loaded as another type
-    samples: int
-    sample_tokens: int
-    longest: int
+    parameters_after: int
     judging: int
-    text: int
-    written: int
-    length: int
-    short: int  # tokens of a text that the model writes
-    groups: tuple[int, ...]  # original layers in each fused layer
+    samples: int
+    text: float
+    written: float
 
     @classmethod
     def of(
-        cls,
-        llama: LlamaConfig,
-        config: FusionConfig,
-        samples: Calibration | None,
-        text: Corpus | None,
-        dtype: torch.dtype,
-        stored: torch.dtype,
-    ) -> _Sizes:
+        cls, base: Base, config: FusionConfig, samples: Calibration | None = None, text: Corpus | None = None
+    ) -> _Work:
+        llama, files = base.config, base.files()
+        stored = torch.float32 if base.hub.get("gguf_file") or not files else stored_dtype(files[0])
         with torch.device("meta"):
             layer = sum(parameter.numel() for parameter in LlamaDecoderLayer(llama, layer_idx=0).parameters())
-        head_dim = llama.head_dim or llama.hidden_size // llama.num_attention_heads
-        kv_heads = llama.num_key_value_heads or llama.num_attention_heads
-        tables = llama.vocab_size * llama.hidden_size * (1 if llama.tie_word_embeddings else 2)
-        lengths = [min(_num_tokens(sample), config.sample_length) for sample in samples.texts] if samples else [0]
-        length = min(config.calibration_length, llama.max_position_embeddings)
-        short = min(WRITTEN_LENGTH, length)
-        tokens = written = 0
+        table = llama.vocab_size * llama.hidden_size
+        outside = table * (1 if llama.tie_word_embeddings else 2) + llama.hidden_size
+        given = written = 0.0
         if text is not None:
-            share = text.generated_share
-            given = min(sum(map(_num_tokens, text.parts)), int(config.calibration_tokens * (1 - share)))
-            written = int(given * share / (1 - share)) // short * short
-            tokens = given + written
+            given = min(sum(map(_num_tokens, text.parts)), config.calibration_tokens * (1 - text.generated_share))
+            written = given * text.generated_share / (1 - text.generated_share)
         return cls(
-            layers=llama.num_hidden_layers,
-            hidden=llama.hidden_size,
-            mlp=llama.intermediate_size,
-            query=llama.num_attention_heads * head_dim,
-            key_value=kv_heads * head_dim,
-            kv_heads=kv_heads,
-            vocab=llama.vocab_size,
+            llama=llama,
+            config=config,
+            dtype=base.dtype or cast("torch.dtype | None", llama.dtype) or stored,
+            stored=stored,
             layer=layer,
-            parameters=tables + llama.hidden_size + layer * llama.num_hidden_layers,
-            itemsize=dtype.itemsize,
-            converted=0 if dtype == stored else stored.itemsize,
-            samples=len(lengths),
-            sample_tokens=sum(lengths),
-            longest=max(lengths),
-            judging=config.perplexity_tokens // PERPLEXITY_LENGTH * PERPLEXITY_LENGTH,
-            text=tokens,
+            table=table,
+            parameters=outside + layer * llama.num_hidden_layers,
+            parameters_after=outside + layer * (llama.num_hidden_layers - config.num_fusions),
+            judging=2 * config.perplexity_tokens,  # there are two texts
+            samples=sum(min(_num_tokens(sample), config.sample_length) for sample in samples.texts) if samples else 0,
+            text=given + written,
             written=written,
-            length=length,
-            short=short,
-            groups=_groups(config),
         )
 
     @property
-    def matrix(self) -> int:
-        """Numbers in a layer's largest matrix."""
-        return self.hidden * max(self.mlp, self.query)
+    def candidates(self) -> int:
+        """MLP channels that a fit chooses from."""
+        return num_candidates(2 * self.llama.intermediate_size, self.llama.intermediate_size)
+
+    def memory(self, device: torch.device, *, low_memory: bool) -> int:
+        """Bytes at the peak: the process, the weights, and the most that one phase needs beside them.
+
+        Activations of a sequence and states of running text, which go to disk early, are small beside these.
+        """
+        size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
+        weights = 2 * self.layer + 2 * self.table if low_memory else self.parameters
+        process = 0 if device.type == "cuda" else 5 << 27  # Python with torch and transformers
+        phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
+        if self.stored != self.dtype and not low_memory:
+            phases.append(self.parameters * self.stored.itemsize)  # what is read, until all is converted
+        if self.judging:
+            phases.append(512 * self.llama.vocab_size * 8)  # predictions of a sequence, twice in float32
+        if self.config.alignment != "none" and device.type == "cpu":
+            phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
+        if self.config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
+            phases.append(8 * self.candidates**2 + 4 * self.layer * size + (3 * size + 8) * self.candidates * hidden)
+        return process + weights * size + max(phases)
+
+    def seconds(self, device: torch.device) -> float:
+        """Operations over the speed of this machine now: of text through layers, of fits; and matching of rows."""
+        speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
+        config, layers, fused = self.config, self.llama.num_hidden_layers, self.config.num_fusions
+        step = min(self.text, 8192)  # tokens that a step runs
+        passes = self.judging * (2 * layers - fused) + (self.samples + step + 3 * self.written) * layers
+        fits, tried = 0.0, 0
+        if config.selection != "last":
+            passes += fused * step * layers / 2  # layers above a pair
+        if config.selection == "least_divergence":
+            tried = layers + 2 * fused
+            passes += tried * step / 4 * layers / 2
+        if config.fits:
+            fits += (tried + fused) * self._fit(step)
+        if config.refit != "none":
+            passes += 2 * self.text * layers
+            fits += fused * self._fit(self.text)
+        run = 2 * passes * self.layer + 4 * self.judging * self.table
+        return 2 * run / speed + fits / single + self._matching()  # layers reach about half of the speed of a product
+
+    def _fit(self, tokens: float) -> float:
+        """Operations of a fit: sums of squares over tokens, and solving with them."""
+        return 2 * tokens * self.candidates * (self.candidates + self.llama.hidden_size) + 4 * self.candidates**3
+
+    def _matching(self) -> float:
+        """Seconds of all assignments: a small one is timed, and they grow with about that power of their rows."""
+        mlp, hidden, fused = self.llama.intermediate_size, self.llama.hidden_size, self.config.num_fusions
+        problems = {"none": [], "rows": [mlp] * 2 + [hidden] * 3, "neurons": [mlp]}[self.config.alignment]
+        if not problems:
+            return 0.0
+        rows = torch.randn(2, 1024, 64, generator=torch.Generator().manual_seed(0))
+        start = time.perf_counter()
+        assign({"probe": [(rows[0], rows[1])]})
+        probed = time.perf_counter() - start
+        return fused * sum(probed * (count / 1024) ** 2.2 for count in problems)
 
 
 def _num_tokens(text: str) -> int:
     return max(1, len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def _groups(config: FusionConfig) -> tuple[int, ...]:
-    """How many original layers each fused layer stands for; where they are chosen while fusing, a guess."""
-    if config.selection == "last":
-        return (config.num_fusions + 1,)
-    widest = 1 + math.ceil(config.num_fusions / 3)  # 3 of 10 were seen at one place
-    full, rest = divmod(config.num_fusions, widest - 1)
-    return (widest,) * full + ((rest + 1,) if rest else ())
-
-
-# Memory
-
-
-def _peak(sizes: _Sizes, config: FusionConfig, *, low_memory: bool) -> int:
-    """Bytes at the peak: what is there all the time, and the most that a phase adds."""
-    resident = _PROCESS_BYTES
-    if not low_memory:
-        resident += sizes.parameters * sizes.itemsize
-        if config.refit != "none":  # the originals of what changes are kept
-            resident += len(sizes.groups) * sizes.layer * sizes.itemsize
-    return resident + max(_phases(sizes, config, low_memory))
-
-
-def _phases(sizes: _Sizes, config: FusionConfig, low_memory: bool) -> Iterator[int]:
-    """What each phase of the work holds at a time, in bytes, besides what is there all the time."""
-    layer = sizes.layer * sizes.itemsize if low_memory else 0
-    table = sizes.vocab * sizes.hidden * sizes.itemsize if low_memory else 0
-    state = sizes.hidden * sizes.itemsize  # of a token
-    longest = max(sizes.longest, sizes.length, PERPLEXITY_LENGTH)
-    running = longest * (3 * sizes.mlp + 6 * sizes.hidden) * sizes.itemsize  # a layer, on one sequence
-    # What is read from a file is there twice, until the file is closed.
-    yield 2 * table if low_memory else sizes.parameters * sizes.converted
-    if sizes.judging:
-        logits = PERPLEXITY_LENGTH * sizes.vocab * (sizes.itemsize + 8)  # and the same in float32, twice
-        yield sizes.judging * state + max(2 * layer + running, 2 * table, table + logits)
-    if config.needs_similarity:
-        padded = min(8 * PADDED, 8 * sizes.samples * sizes.longest * sizes.hidden)
-        yield 2 * sizes.sample_tokens * state + layer + max(layer, padded, running)
-    if config.merge == "average":
-        rows = _costs_alive(sizes, config.alignment) + 8 * sizes.matrix + 4 * BLOCK  # both matrices in float32
-        aligned = {"none": 0, "rows": sizes.matrix, "neurons": sizes.layer}[config.alignment]
-        averaged = (sizes.layer + aligned) * sizes.itemsize  # the result, and what layer j is in another order
-        yield 2 * layer + max(averaged, rows if config.alignment != "none" else 0)
-    if config.needs_text:
-        kept = min(MEMORY_LIMIT, min(sizes.text, STEP_TOKENS) * state * state_copies(config, sizes.layers))
-        yield kept + 2 * layer + running
-        if sizes.written:
-            cache = 2 * sizes.layers * sizes.key_value * sizes.itemsize  # of a token
-            yield sizes.written * cache + sizes.written // sizes.short * 16 * sizes.vocab + 2 * table + layer
-        if config.fits:
-            yield kept + _fitting(sizes, config, 2, layer)
-        if config.refit != "none":
-            widest = max(sizes.groups)
-            yield min(MEMORY_LIMIT, sizes.text * state * (2 * widest + 5)) + _fitting(sizes, config, widest, layer)
-    if low_memory:
-        yield (
-            min(MAX_SHARD_BYTES, sizes.parameters * sizes.itemsize) + 2 * table
-        )  # a shard to write, and what comes next
-
-
-def _costs_alive(sizes: _Sizes, alignment: str) -> int:
-    """Bytes of cost matrices that are there at a time."""
-    itemsize = np.dtype(solver()[0]).itemsize
-    costs = [rows * rows * itemsize for rows in _assigned_rows(sizes, alignment)]
-    return min(sum(costs), max(ALIVE_BYTES, *costs, 0))
-
-
-def _assigned_rows(sizes: _Sizes, alignment: str) -> list[int]:
-    """Rows of each assignment problem of a pair; heads are few."""
-    if alignment == "rows":
-        return [sizes.mlp] * 2 + [sizes.hidden] * 2 + [sizes.query] + [sizes.key_value] * 2
-    return [sizes.mlp] if alignment == "neurons" else []
-
-
-def _fitting(sizes: _Sizes, config: FusionConfig, count: int, layer: int) -> int:
-    """Bytes that fitting one layer to a group of `count` holds, the group's own layers of `layer` bytes included."""
-    members = count if config.merge == "select" else 1
-    attention = _regression(sizes, members * sizes.query) if config.refit == "projections" else 0
-    channel = 3 * sizes.hidden * sizes.itemsize
-    inputs = num_candidates(members * sizes.mlp, sizes.mlp)
-    maps = 4 * members * sizes.hidden**2 if config.refit == "projections" else 0
-    stacking = count * layer + maps + members * sizes.mlp * channel + 8 * sizes.matrix
-    kept = 0 if config.merge == "select" else count * layer
-    return max(count * layer + maps + attention, stacking, kept + inputs * channel + _regression(sizes, inputs))
-
-
-def _regression(sizes: _Sizes, inputs: int) -> int:
-    """Bytes of a regression with so many inputs, while some are eliminated."""
-    exact = 8 if inputs <= EXACT_LIMIT else 4
-    return (4 + exact) * inputs**2 + sizes.hidden * inputs * (4 + sizes.itemsize + exact)
-
-
-# Time
-
-
-@dataclass(frozen=True)
-class _Speeds:
-    """Floating-point operations a second of a product in the model's dtype, in float32 and in float64."""
-
-    of_layers: float
-    single: float
-    double: float
-
-    @classmethod
-    def measure(cls, dtype: torch.dtype, device: torch.device) -> _Speeds:
-        fitting = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        double = _product_speed(torch.float64, fitting)
-        return cls(_product_speed(dtype, device), _product_speed(torch.float32, fitting), double)
-
-
 def _product_speed(dtype: torch.dtype, device: torch.device) -> float:
-    matrix = torch.ones(_PROBE // 2, _PROBE, dtype=torch.float32, device=device).to(dtype)
-
-    def run() -> float:
+    """Floating-point operations a second of a product that is large enough to be typical of the device."""
+    size = 1024 if device.type == "cpu" else 4096
+    matrix, seconds = torch.ones(size, size, device=device).to(dtype), []
+    for _ in range(4):  # the first one warms up
         start = time.perf_counter()
-        (matrix @ matrix.T)[0, 0].item()
-        return time.perf_counter() - start
-
-    return 2 * len(matrix) ** 2 * _PROBE / min(run() for _ in range(4))
-
-
-def _seconds(sizes: _Sizes, config: FusionConfig, speeds: _Speeds) -> dict[str, float]:
-    """Seconds of each stage, under the names that the report uses."""
-    running = speeds.of_layers * _LAYER_EFFICIENCY
-
-    def passes(tokens: float, layers: float, length: int = sizes.length) -> float:
-        return 2 * tokens * layers * (sizes.layer + 2 * length * sizes.query) / running
-
-    seconds: dict[str, float] = {}
-    heads = sizes.judging * sizes.vocab * sizes.hidden / running
-    layers_judged = 2 * sizes.layers - config.num_fusions  # before and after fusing
-    seconds["perplexity"] = passes(sizes.judging, layers_judged, PERPLEXITY_LENGTH) + 4 * heads
-    if config.needs_similarity:
-        count = sizes.samples
-        gram = 2 * count**2 * sizes.longest * sizes.hidden / speeds.double
-        seconds["activations"] = passes(sizes.sample_tokens, sizes.layers, sizes.longest) + sizes.layers * gram
-        seconds["manifold"] = sizes.layers * 20 * count**3 / speeds.double
-        seconds["similarity"] = sizes.layers * (sizes.layers + 1) / 2 * _similarity_seconds(count, config)
-    steps = config.num_fusions * _assignment_seconds(sizes, config.alignment, speeds)
-    if config.needs_text:
-        seconds["calibration text"] = 2 * sizes.written * sizes.parameters / (speeds.of_layers * _WRITING_EFFICIENCY)
-        tokens = min(sizes.text, STEP_TOKENS)
-        again = 1 if config.selection == "last" else sizes.layers / 2  # layers that a step runs anew
-        steps += passes(tokens, sizes.layers + config.num_fusions * again)
-        if config.fits:
-            steps += config.num_fusions * (passes(tokens, 2) + _fit_seconds(sizes, config, speeds, tokens, 2))
-        if config.selection == "least_divergence":
-            tried = sizes.layers - 3 + 2 * (config.num_fusions - 1)
-            judging = tokens // JUDGING_STRIDE
-            fitting = tokens - judging // 2
-            steps += tried * (passes(judging, sizes.layers / 2) + 2 * judging * sizes.vocab * sizes.hidden / running)
-            if config.fits:
-                fit = _fit_seconds(sizes, config, speeds, fitting, 2, by_size=True)
-                steps += tried * (passes(fitting, 2) + fit)
-    seconds["alignment and fusion"] = steps
-    if config.refit != "none":
-        fits = sum(_fit_seconds(sizes, config, speeds, sizes.text, group) for group in sizes.groups)
-        seconds["refit"] = passes(sizes.text, 2 * sizes.layers) + fits
-    return seconds
+        (matrix @ matrix)[0, 0].item()  # which waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
 
 
-def _similarity_seconds(samples: int, config: FusionConfig) -> float:
-    """Of one pair of layers, measured."""
-    random = np.random.default_rng(0)
-    one, other = random.random((2, samples, config.embedding_dim))
-    start = time.perf_counter()
-    mutual_information(one, other, config.mi_neighbors, config.seed)
-    return time.perf_counter() - start
-
-
-def _assignment_seconds(sizes: _Sizes, alignment: str, speeds: _Speeds) -> float:
-    """Of one pair of layers: measured on a small problem, which is scaled to the sizes at hand."""
-    problems = _assigned_rows(sizes, alignment)
-    if not problems:
-        return 0.0
-    dtype, solve = solver()
-    random = torch.Generator().manual_seed(0)
-    costs = row_costs(
-        (torch.randn(_PROBE, 64, generator=random), torch.randn(_PROBE, 64, generator=random)), dtype=dtype
-    )
-    start = time.perf_counter()
-    solve(costs)
-    probed = time.perf_counter() - start
-    solving = [probed * (rows / _PROBE) ** _ASSIGNMENT_EXPONENT for rows in problems]
-    threads = min(torch.get_num_threads(), len(problems))
-    products = sum(2 * rows**2 * sizes.hidden for rows in problems) / speeds.single
-    return max(max(solving), sum(solving) / threads) + products
-
-
-def _fit_seconds(
-    sizes: _Sizes, config: FusionConfig, speeds: _Speeds, tokens: int, group: int, *, by_size: bool = False
-) -> float:
-    """Of fitting one layer to a group of layers on so many tokens."""
-    count = group if config.merge == "select" else 1
-    inputs = sizes.mlp if by_size else num_candidates(count * sizes.mlp, sizes.mlp)
-    seconds = _regression_seconds(sizes, speeds, tokens, inputs, sizes.mlp, PRUNING_ROUNDS if inputs > sizes.mlp else 0)
-    seconds += 4 * tokens * count * sizes.mlp * sizes.hidden * 2 / (speeds.of_layers * _LAYER_EFFICIENCY)
-    if config.refit == "projections":
-        rounds = count - 1 if by_size else (count - 1) * sizes.kv_heads
-        seconds += _regression_seconds(sizes, speeds, tokens, count * sizes.query, sizes.query, rounds)
-        seconds += 2 * count * _regression_seconds(sizes, speeds, tokens, sizes.hidden, sizes.hidden, 0)
-    return seconds
-
-
-def _regression_seconds(sizes: _Sizes, speeds: _Speeds, tokens: int, inputs: int, keep: int, rounds: int) -> float:
-    """Of taking the sums, eliminating inputs in some rounds, and solving for the rest."""
-    seconds = 2 * tokens * inputs * (inputs + sizes.hidden) / speeds.single
-    for step in range(rounds):
-        left = keep + (inputs - keep) * (rounds - step) / rounds
-        seconds += left**2 * (left + 2 * sizes.hidden) / (speeds.double if left <= EXACT_LIMIT else speeds.single)
-    return seconds + keep**2 * (keep / 3 + 4 * sizes.hidden) / speeds.single
-
-
-def _device(device_map: Any) -> torch.device:
+def _devices(device_map: Any) -> list[torch.device]:
     """Where layers run, as from_pretrained's `device_map` says."""
-    if device_map is None or isinstance(device_map, dict):
-        return torch.device("cpu")
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device_map)
+        places: list[Any] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    else:
+        places = list(device_map.values()) if isinstance(device_map, dict) else [device_map or "cpu"]
+    return [torch.device(place) for place in dict.fromkeys(places) if place != "disk"] or [torch.device("cpu")]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _free_memory(devices: Sequence[torch.device]) -> int:
+    if devices[0].type == "cuda":
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return psutil.virtual_memory().available
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{size / 2**30:.1f} GiB"

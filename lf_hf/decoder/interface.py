@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.numerics import all_finite
+from lf_hf.progress import progress
 
 
 class Decoder(ABC):
@@ -79,7 +79,7 @@ class Decoder(ABC):
         barred = _special_tokens(self.config)
         written, cache = [tokens], DynamicCache()
         with self.head() as head:
-            for position in logging.tqdm(range(length - 1), desc="Writing calibration text", unit="token"):
+            for position in progress(range(length - 1), desc="Writing calibration text", unit="token"):
                 # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
                 hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
                 position_ids = torch.full((count, 1), position, device=hidden_states.device)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer
 from lf_hf.files.weights import check_complete, open_tensors, stored_dtype, tensor_files, tensor_shapes
+from lf_hf.progress import progress
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
@@ -105,8 +106,7 @@ class CheckpointDecoder(Decoder):
                 shards.append(list(shard))
                 shard.clear()
 
-        progress = logging.tqdm(self.named_parameters(), desc="Writing", unit="tensor")
-        for name, tensor in progress:
+        for name, tensor in progress(self.named_parameters(), desc="Writing", unit="tensor"):
             nbytes = tensor.numel() * tensor.element_size()
             if size + nbytes > max_shard_bytes:
                 flush()

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from lf_hf.decoder.interface import Decoder
+from lf_hf.progress import progress
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def perplexity(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], desc: st
     if not sequences:
         return {}
     walk = decoder.walk([sequence for _, sequence in sequences])
-    for states in logging.tqdm(walk, total=decoder.num_layers, desc=desc, unit="layer"):
+    for states in progress(walk, total=decoder.num_layers, desc=desc, unit="layer"):
         last = states
     totals, counts = dict.fromkeys(texts, 0.0), dict.fromkeys(texts, 0)
     with decoder.head() as head:

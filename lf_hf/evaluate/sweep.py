@@ -26,6 +26,7 @@ from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import only_writer
 from lf_hf.measure import measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.progress import progress
 from lf_hf.text.calibration import load_needed
 
 if TYPE_CHECKING:
@@ -115,8 +116,11 @@ def sweep(
     results = _Results(folder, opened.full_name, keys, published=is_llama_3_8b(opened.name, opened.config))
     with results.only_here():
         missing = [(key, config) for key, config in zip(keys[1:], configs, strict=True) if key not in results.done]
-        if missing or keys[0] not in results.done:
-            _run(opened, configs, missing, keys[0], calibration, evaluation, results)
+        dense_key = None if keys[0] in results.done else keys[0]
+        if count := len(missing) + (dense_key is not None):
+            made = _points(opened, configs, missing, dense_key, calibration, evaluation)
+            for point in progress(made, total=count, desc="Sweep", unit="point"):
+                results.add(point)
         results.write_tables()
     return results.points()
 
@@ -147,16 +151,15 @@ def _check_calibration(calibration: object) -> None:
         raise ValueError(f"The calibration file {str(calibration)!r} does not exist; give a file with text.")
 
 
-def _run(
+def _points(
     base: Base,
     configs: Sequence[FusionConfig],
     missing: Sequence[tuple[str, FusionConfig]],
-    dense_key: str,
+    dense_key: str | None,
     calibration: str | Path | None,
     evaluation: Evaluation,
-    results: _Results,
-) -> None:
-    """Measure the dense model once, and make the points that are not there yet."""
+) -> Iterator[Point]:
+    """Measure the dense model once, and make the points that are not there yet, one by one."""
     needs = [config for _, config in missing]
     tokenizer = base.tokenizer()
     samples = next((load_needed(config, calibration)[0] for config in needs if config.needs_similarity), None)
@@ -164,25 +167,23 @@ def _run(
     llama = base.load()
     pipeline.check_model(ModelDecoder(llama), configs[-1])
     measurements = measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
-    if dense_key not in results.done:
+    if dense_key is not None:
         start = time.perf_counter()
         scores = evaluation.scores(llama, tokenizer)
-        results.add(
-            Point(
-                key=dense_key,
-                method=DENSE,
-                num_fusions=0,
-                layers=base.config.num_hidden_layers,
-                parameters=llama.num_parameters(),
-                layers_removed_fraction=0.0,
-                parameters_removed_fraction=0.0,
-                perplexities={judged.name: judged.dense for judged in measurements.judged},
-                scores=scores,
-                config=None,
-                notes=[],
-                seconds={"evaluating": time.perf_counter() - start},
-                versions=pipeline.versions(),
-            )
+        yield Point(
+            key=dense_key,
+            method=DENSE,
+            num_fusions=0,
+            layers=base.config.num_hidden_layers,
+            parameters=llama.num_parameters(),
+            layers_removed_fraction=0.0,
+            parameters_removed_fraction=0.0,
+            perplexities={judged.name: judged.dense for judged in measurements.judged},
+            scores=scores,
+            config=None,
+            notes=[],
+            seconds={"evaluating": time.perf_counter() - start},
+            versions=pipeline.versions(),
         )
     del llama  # each fusion reads the base anew, so that one model is in memory at a time
     for key, config in missing:
@@ -194,22 +195,20 @@ def _run(
         scores = evaluation.scores(model, tokenizer)
         report = model.fusion_report
         assert report is not None
-        results.add(
-            Point(
-                key=key,
-                method=config.method,
-                num_fusions=config.num_fusions,
-                layers=report.layers_after,
-                parameters=report.parameters_after,
-                layers_removed_fraction=report.layers_removed_fraction,
-                parameters_removed_fraction=report.parameters_removed_fraction,
-                perplexities={judged.name: judged.fused for judged in report.perplexities},
-                scores=scores,
-                config=config.to_dict(),
-                notes=report.notes,
-                seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
-                versions=report.versions,
-            )
+        yield Point(
+            key=key,
+            method=config.method,
+            num_fusions=config.num_fusions,
+            layers=report.layers_after,
+            parameters=report.parameters_after,
+            layers_removed_fraction=report.layers_removed_fraction,
+            parameters_removed_fraction=report.parameters_removed_fraction,
+            perplexities={judged.name: judged.fused for judged in report.perplexities},
+            scores=scores,
+            config=config.to_dict(),
+            notes=report.notes,
+            seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
+            versions=report.versions,
         )
         del model
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
+from lf_hf.progress import progress
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
@@ -45,7 +45,7 @@ def fit_from_bottom(
         states = dense
         del embedded
         fitted = []
-        for index, group in enumerate(logging.tqdm(groups, desc="Last pass", unit="layer")):
+        for index, group in enumerate(progress(groups, desc="Last pass", unit="layer")):
             if len(group) == 1:
                 with decoder.layer(index) as layer:
                     after = store.keep(decoder.run_layer(layer, state) for state in dense)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from lf_hf.decoder.influence import divergence
 from lf_hf.decoder.interface import Decoder
+from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore
@@ -82,7 +82,7 @@ class PairCosts:
             return
         states: dict[int, Sequence[Tensor]] = {}
         upwards = range(min(joined), self._decoder.num_layers)
-        for index in logging.tqdm(upwards, desc="Trying pairs", unit="layer", leave=False):
+        for index in progress(upwards, desc="Trying pairs", unit="layer", leave=False):
             with self._decoder.layer(index) as layer:
                 for j, before in states.items():
                     states[j] = self._store.keep(self._decoder.run_layer(layer, state) for state in before)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.utils import logging
 
 from lf_hf.decoder.influence import influence
 from lf_hf.decoder.interface import Decoder, check_finite
+from lf_hf.progress import progress
 
 PADDED = 1 << 22
 """Numbers of all samples, padded to one length, that are in float64 at a time."""
@@ -81,7 +81,7 @@ def sample_distances(
     """
     distances = []
     before = decoder.embed(samples)
-    layers = logging.tqdm(decoder.walk(samples), total=decoder.num_layers, desc="Calibration", unit="layer")
+    layers = progress(decoder.walk(samples), total=decoder.num_layers, desc="Calibration", unit="layer")
     for index, states in enumerate(layers):
         check_finite(states, index)
         distances.append(pairwise_distances([state[0] for state in states]))

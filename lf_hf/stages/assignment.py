@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from transformers.utils import logging
+
+from lf_hf.progress import progress
 
 try:
     from lap import lapjvs
@@ -86,7 +87,7 @@ def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> 
     nbytes = {name: pairs[0][0].shape[0] ** 2 * np.dtype(dtype).itemsize for name, pairs in problems.items()}
     solved: dict[str, NDArray[np.int64]] = {}
     running: dict[Future[NDArray[np.int64]], str] = {}
-    bar = logging.tqdm(total=len(problems), desc=desc, unit="matrix", leave=False)
+    bar = progress(total=len(problems), desc=desc, unit="matrix", leave=False)
 
     def collect() -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from scipy.stats import rankdata
 from sklearn.feature_selection import mutual_info_regression
-from transformers.utils import logging
+
+from lf_hf.progress import progress
 
 Array = NDArray[np.float64]
 
@@ -83,7 +84,7 @@ def layer_similarity(
             stacklevel=2,
         )
     similarity = np.empty((num_layers, num_layers))
-    for i in logging.tqdm(range(num_layers), desc="Layer similarity", unit="layer"):
+    for i in progress(range(num_layers), desc="Layer similarity", unit="layer"):
         for j in range(i, num_layers):
             normalizer = max(np.sqrt(abs(entropies[i] * entropies[j])), _MIN_ENTROPY)
             information = mutual_information(embeddings[i], embeddings[j], mi_neighbors, seed)
