@@ -80,12 +80,12 @@ class FusionConfig:
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
         that the aligned layer j computes what it did.
     merge : {"average", "keep_first", "select"}, default from `method`
-        "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is. "select": layer i's
-        attention, and of both MLPs' channels those that the pair's output needs most.
+        "average": ratio-weighted sum of both layers' weights. "keep_first": layer i as it is. "select": the MLP
+        channels of both layers that the pair's output needs most; attention is layer i's, unless refit="projections".
     refit : {"none", "down_proj", "projections"}, default from `method`
         "down_proj": fit the fused layers' down projections to the dense model's states, by ridge regression on
-        calibration text. "projections", for merge="select": also choose key-value groups from both layers, fit
-        o_proj, and let each layer's heads and channels read the stream through a fitted map.
+        calibration text. "projections", for merge="select": also choose the key-value groups of both layers that the
+        output needs most, fit o_proj, and let each layer's heads and channels read the stream through a fitted map.
     ridge : float > 0, default=0.1
         Strength of the refit's pull towards the weights as they were, in units of the mean diagonal of the
         activations' Gram matrix.

@@ -90,7 +90,7 @@ class Ways:
                 losses = {}
                 for index in range(decoder.num_layers):
                     layer = model.model.layers.pop(index)
-                    losses[index] = perplexity(decoder, judged)
+                    losses[index] = perplexity(decoder, {"text": judged})["text"]
                     model.model.layers.insert(index, layer)
                 self.dropped.append(min(losses, key=lambda index: losses[index]))
             decoder.remove(self.dropped[step])
@@ -165,7 +165,7 @@ class Judge:
         self.questions = [self._packed(tokenizer, question) for question in questions]
 
     def perplexities(self, model: LlamaForCausalLM) -> dict[str, float]:
-        return {name: perplexity(ModelDecoder(model), sequences) for name, sequences in self.texts.items()}
+        return perplexity(ModelDecoder(model), self.texts)
 
     @torch.inference_mode()
     def correct(self, model: LlamaForCausalLM) -> list[bool]:
