@@ -71,7 +71,7 @@ class FusionConfig:
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
     selection : {"last", "least_influence", "least_divergence"}, default from `method`
-        Which pair each step fuses. "last": the two last layers of the model as it then is. "least_influence":
+        Which pair each step fuses. "last": the last two layers of the model. "least_influence":
         the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
         whose fusion, tried on calibration text, moves the model's predictions least. In the latter two the
         first and the last layer stay.
