@@ -26,6 +26,7 @@ from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
+from lf_hf.model.fuse_checkpoint import check_low_memory
 from lf_hf.report.report import FusionReport
 
 _GUIDE = """\b
@@ -223,10 +224,11 @@ def fuse(
         plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
         print(plan.summary())
         return
-    check_disk(Base.open(base, loading), config, out)
-    done = fuse_checkpoint(
-        base, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration, **loading
-    )
+    if low_memory:
+        check_low_memory(loading)
+    opened = Base.open(base, loading)
+    check_disk(opened, config, out)
+    done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
     counts = {
         "layers": (done.layers_before, done.layers_after),
         "parameters": (done.parameters_before, done.parameters_after),

@@ -116,7 +116,6 @@ def plan_fusion(
     OSError
         If the disk of `out` has no room for the result.
     """
-    opened = Base.open(base, kwargs)
     replaces = out is not None and check_replaceable(Path(out))
     low_memory_fits = True
     try:
@@ -125,6 +124,7 @@ def plan_fusion(
         if low_memory:
             raise
         low_memory_fits = False
+    opened = Base.open(base, kwargs)
     layers, fused = opened.config.num_hidden_layers, config.num_fusions
     config.check_num_layers(layers)
     samples, text = _calibration(config, calibration)
@@ -197,16 +197,14 @@ def _calibration(
 
 @dataclass(frozen=True)
 class _Work:
-    """A fusion in numbers: `layer`, `table` and `parameters*` count parameters; the last four count tokens of text."""
+    """A fusion in numbers: `layer`, `table` and `parameters` count parameters, the last four count tokens of text."""
 
     llama: LlamaConfig
     config: FusionConfig
     dtype: torch.dtype
-    stored: torch.dtype
     layer: int
     table: int
     parameters: int
-    parameters_after: int
     judging: int
     samples: int
     text: float
@@ -230,16 +228,18 @@ class _Work:
             llama=llama,
             config=config,
             dtype=base.dtype or cast("torch.dtype | None", llama.dtype) or stored,
-            stored=stored,
             layer=layer,
             table=table,
             parameters=outside + layer * llama.num_hidden_layers,
-            parameters_after=outside + layer * (llama.num_hidden_layers - config.num_fusions),
             judging=2 * config.perplexity_tokens,  # there are two texts
             samples=sum(min(_num_tokens(sample), config.sample_length) for sample in samples.texts) if samples else 0,
             text=given + written,
             written=written,
         )
+
+    @property
+    def parameters_after(self) -> int:
+        return self.parameters - self.config.num_fusions * self.layer
 
     @property
     def candidates(self) -> int:
@@ -253,10 +253,8 @@ class _Work:
         """
         size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
         weights = 2 * self.layer + 2 * self.table if low_memory else self.parameters
-        process = 0 if device.type == "cuda" else 5 << 27  # Python with torch and transformers
+        process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
-        if self.stored != self.dtype and not low_memory:
-            phases.append(self.parameters * self.stored.itemsize)  # what is read, until all is converted
         if self.judging:
             phases.append(512 * self.llama.vocab_size * 8)  # predictions of a sequence, twice in float32
         if self.config.alignment != "none" and device.type == "cpu":

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, make_texts
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.cli import main
+from lf_hf.progress import progress
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -63,12 +69,13 @@ def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
     assert rows["parameters"].split()[1:3] == [f"{report.parameters_before:,}", f"{report.parameters_after:,}"]
     [weights] = (tmp_path / "out").glob("*.safetensors")
     assert rows["bytes on disk"].split()[4] == f"{weights.stat().st_size:,}"
+    assert report.perplexities
     for judged in report.perplexities:
-        figures = rows[f"perplexity, {judged.name}"].split()[2:4]
-        assert figures == [f"{judged.dense:.4g}", f"{judged.fused:.4g}"]
+        found = rows[f"perplexity, {judged.name}"].split()[2:4]
+        assert found == [f"{p:.4g}" for p in (judged.dense, judged.fused)]
 
 
-def test_low_memory_and_plain_llama(run: Run, base: str, text: Path, tmp_path: Path) -> None:
+def test_low_memory_and_plain_llama(run: Run, base: str, tmp_path: Path) -> None:
     code, _, _ = run(
         *("fuse", base, tmp_path / "out", "--num-fusions", 1, "--method", "truncate"), "--low-memory", "--as-llama"
     )
@@ -81,7 +88,26 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run: Run, base: st
     before = sorted(tmp_path.iterdir())
     code, out, err = run("fuse", base, tmp_path / "out", "--target-layers", 3, "--dry-run")
     assert code == 0 and err == "" and sorted(tmp_path.iterdir()) == before
-    assert "layers: 5 -> 3 (-40.0%)" in out and "4 into 3, then 3 into 2; layer 2 then stands for 2 to 4" in out
+    assert "layers: 5 -> 3 (-40.0%)" in out and "4 into 3, then 3 into 2; layer 2 then replaces 2 to 4" in out
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_disk_without_room_is_found_out_before_fusing(
+    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    monkeypatch.delattr("lf_hf.cli.fuse_checkpoint")
+    code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, *dry)
+    assert code == 1 and out == "" and "has 0.0 GiB free" in err and err.count("\n") == 0
+
+
+def test_without_a_command_it_says_what_there_is(run: Run) -> None:
+    code, out, err = run()
+    assert code == 0 and err == "" and (code, out, err) == run("--help")
+    for command in ("fuse", "sweep", "report", "tasks"):
+        assert f"\n  {command} " in out and f"\n    lf-hf {command}" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert out.rstrip().endswith("lf-hf fuse path/to/model out --num-fusions 4 --dry-run")
 
 
 def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
@@ -147,37 +173,66 @@ def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
     arguments = ["fuse", base, tmp_path / "out", "--num-fusions", 1]
     code, _, err = run(*arguments)
     assert code == 1 and err.startswith("lf-hf: RuntimeError: out of memory")
-    with pytest.raises(RuntimeError):
-        run("--traceback", *arguments)
+    for number in (0, 1, len(arguments)):
+        with pytest.raises(RuntimeError):
+            run(*arguments[:number], "--traceback", *arguments[number:])
+
+
+def test_a_damaged_base_gets_its_sentence_alone(make_base: Callable[..., str], tmp_path: Path) -> None:
+    base = make_base()
+    [weights] = Path(base).glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = torch.ones(31)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = installed_command("fuse", base, str(tmp_path / "out"), "--num-fusions", "1")
+    assert done.returncode == 1 and re.fullmatch(r"lf-hf: 'model.norm.weight' in .+ has shape .+\n", done.stderr)
 
 
 # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 HEEDS_SIGINT = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
-def lf_hf_process(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", f"{HEEDS_SIGINT}; from lf_hf.cli import main; sys.exit(main())", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 def test_ctrl_c_gets_one_line_and_leaves_nothing(make_base: Callable[..., str], tmp_path: Path) -> None:
-    base = make_base(num_hidden_layers=40)  # so that it takes some seconds
-    out = tmp_path / "out"
-    process = lf_hf_process("fuse", base, out, "--num-fusions", 1, "--perplexity-tokens", 10_000_000)
-    assert process.stderr is not None
-    seen = ""
-    while "Perplexity before fusing" not in seen:
-        seen += process.stderr.read(1)
+    base, out = make_base(num_hidden_layers=40), tmp_path / "out"  # so many that it takes some seconds
+    command = [sys.executable, "-c", f"{HEEDS_SIGINT}; from lf_hf.cli import main; sys.exit(main())"]
+    arguments = ["fuse", base, str(out), "--num-fusions", "1", "--perplexity-tokens", "10000000"]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while not (tmp_path / ".out.saving").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    assert rest.endswith("lf-hf: interrupted.\n") and "Traceback" not in seen + rest
-    assert not out.exists()
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.endswith("lf-hf: interrupted.\n") and "Traceback" not in err
+    assert not out.exists() and not (tmp_path / ".out.saving").exists()
+
+
+def test_a_log_file_gets_no_bars(base: str, tmp_path: Path) -> None:
+    done = installed_command("fuse", base, str(tmp_path / "out"), "--num-fusions", "1", "--perplexity-tokens", "512")
+    assert done.returncode == 0 and "\r" not in done.stderr and "Perplexity before" not in done.stderr
+
+
+def test_a_long_stage_tells_a_log_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+
+    def count(number: int) -> str:
+        assert list(progress(range(number), desc="Sweep", unit="point")) == list(range(number))
+        return capsys.readouterr().err
+
+    long = "Sweep: point 2 of 5 is done, about 60 s left.\nSweep: point 4 of 5 is done, about 20 s left.\n"
+    assert count(5) == long + "Sweep: done in 2 min.\n"
+    assert count(0) == ""
+    logging.disable_progress_bar()
+    try:
+        assert count(5) == ""
+    finally:
+        logging.enable_progress_bar()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert "5/5" in count(5)
 
 
 def test_version_and_tasks(run: Run) -> None:
@@ -190,8 +245,7 @@ def installed_command(*arguments: str, before: str = "") -> subprocess.Completed
     [entry] = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("lf-hf =")]
     module, name = entry.split('"')[1].split(":")
     code = f"import sys\n{before}\nfrom {module} import {name} as command\nsys.exit(command())"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def test_the_installed_command_is_this_one() -> None:

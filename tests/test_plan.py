@@ -25,7 +25,6 @@ TEXTS = make_texts(100)
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "neural_alignment"},
         {"method": "truncate"},
         {"method": "refit"},
         {"method": "mka", "selection": "least_influence", "alignment": "neurons", "refit": "down_proj"},
@@ -42,11 +41,7 @@ def test_a_fusion_does_what_its_plan_says(
     report = fuse_checkpoint(base, tmp_path / "out", config, calibration=TEXTS)
     for name in ("layers_before", "layers_after", "parameters_before", "parameters_after"):
         assert getattr(plan, name) == getattr(report, name)
-    for name in ("layers_removed_fraction", "parameters_removed_fraction"):
-        assert getattr(plan, name) == pytest.approx(getattr(report, name))
-    assert plan.pairs in (None, [step.pair for step in report.steps])
-    assert (plan.pairs is None) == (config.selection != "last")
-    assert set(plan.seconds) == {*report.seconds, "reading and writing"}
+    assert plan.pairs == ([step.pair for step in report.steps] if config.selection == "last" else None)
     assert plan.bytes_before == weights_size(base, {})
     assert 0 <= weights_size(tmp_path / "out", {}) - plan.bytes_after < 20_000  # the header
 
@@ -83,9 +78,20 @@ def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tm
         fuse_checkpoint(base, config=config, **arguments)
 
 
-def empty_checkpoint(folder: Path, **shape: Any) -> LlamaConfig:
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint that is all header: its weights are a hole in the file."""
-    config = LlamaConfig(**shape, dtype="bfloat16")
+    folder = tmp_path_factory.mktemp("8b")
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    )
     with torch.device("meta"):
         parameters = dict(LlamaForCausalLM(config).named_parameters())
     header, size = {}, 0
@@ -100,66 +106,44 @@ def empty_checkpoint(folder: Path, **shape: Any) -> LlamaConfig:
         file.truncate(8 + len(text) + size)
     config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    return config
-
-
-@pytest.fixture(scope="module")
-def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("8b")
-    empty_checkpoint(
-        folder,
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    )
     return str(folder)
 
 
-def gib(size: int | None) -> float:
-    assert size is not None
-    return size / 2**30
-
-
 def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None:
-    plan = plan_fusion(eight_billion, FusionConfig(4))
-    assert plan.parameters_before == 8_030_261_248
-    assert plan.layers_removed_fraction == 0.125 and round(plan.parameters_removed_fraction, 3) == 0.109
-    assert plan.pairs == [(30, 31), (29, 30), (28, 29), (27, 28)]
-    assert 15 < gib(plan.memory) < 20 and 3 < gib(plan.low_memory) < 8
-    assert "31 into 30, then 30 into 29" in plan.summary() and "layer 27 then stands for 27 to 31" in plan.summary()
-
-
-def test_memory_follows_the_squares_of_a_refit(eight_billion: str) -> None:
-    """Two float32 squares of 17920 channels, beside the pair of layers that they are of."""
-    plan = plan_fusion(eight_billion, FusionConfig(1, method="refit"), calibration=TEXTS)
-    squares = 2 * 4 * 17920**2 / 2**30
-    assert squares + 0.8 < gib(plan.low_memory) < 3 * squares
-    assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in plan.summary()
-
-
-def test_more_work_takes_longer_and_larger_numbers_take_more_memory(eight_billion: str) -> None:
     def plan(dtype: str = "bfloat16", **settings: Any) -> FusionPlan:
-        return plan_fusion(eight_billion, FusionConfig(**{"num_fusions": 1} | settings), dtype=dtype)
+        return plan_fusion(eight_billion, FusionConfig(**{"num_fusions": 4} | settings), dtype=dtype)
 
-    one = plan()
-    assert plan("float32").memory > 1.8 * one.memory
-    assert plan("float32").bytes_after == 2 * one.bytes_after
+    def gib(size: int | None) -> float:
+        assert size is not None
+        return size / 2**30
+
+    four = plan()
+    assert four.parameters_before == 8_030_261_248
+    assert four.pairs == [(30, 31), (29, 30), (28, 29), (27, 28)]
+    assert 15 < gib(four.memory) < 20 and 3 < gib(four.low_memory) < 8
+    text = four.summary()
+    assert "32 -> 28 (-12.5%)" in text and "7,157,813,248 (-10.9%)" in text
+    assert "31 into 30, then 30 into 29" in text and "layer 27 then replaces 27 to 31" in text
+
+    wide = plan("float32")
+    assert wide.memory > 1.8 * four.memory and wide.bytes_after == 2 * four.bytes_after
+    refit = plan(method="refit")
+    squares = 2 * 4 * 17920**2 / 2**30  # Gram matrices of the channels that a fit chooses from, in float32
+    assert squares + 0.8 < gib(refit.low_memory) < 3 * squares
+    assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in refit.summary()
     # Each estimate measures the machine anew, so only large differences say anything.
-    assert plan(num_fusions=20).seconds["alignment and fusion"] > 2 * one.seconds["alignment and fusion"]
-    assert plan(perplexity_tokens=400_000).seconds["perplexity"] > 5 * one.seconds["perplexity"]
+    assert plan(perplexity_tokens=400_000).seconds[0] > 5 * four.seconds[0]
 
 
-def test_too_little_memory_or_disk_is_said(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FusionConfig(1, "truncate")
-    assert plan_fusion(base, config, out=tmp_path / "out").notes == []
+def test_too_little_memory_and_a_folder_to_be_replaced_are_said(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
+    assert plan_fusion(base, config, out=out).notes == []
+    fuse_checkpoint(base, out, config)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    memory, disk = plan_fusion(base, config, out=tmp_path / "new" / "out").notes
-    assert "0.0 GiB of memory are free now" in memory and str(tmp_path / "new" / "out") in disk
+    replaced, memory = plan_fusion(base, config, out=out).notes
+    assert str(out) in replaced and "0.0 GiB of memory are free now" in memory
 
 
 def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
