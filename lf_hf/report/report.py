@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from lf_hf.checked_json import dataclass_from_json, parse_json
-from lf_hf.stages.alignment import RowMatch
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {"kin": "; text of its kind was used for calibration", "seen": "; part of it was used for calibration"}
 _MOST_LAYERS = 10_000  # of a model that anybody would believe in
+
+
+@dataclass(frozen=True)
+class RowMatch:
+    """How the rows of one weight matrix of layer j were matched to those of layer i.
+
+    `cosine_before` and `cosine_after` are the mean cosines between row p of layer i and the row of layer j
+    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place. Where neurons are
+    matched, the rows of down_proj and o_proj are those of their transpose: one neuron's outgoing weights.
+    """
+
+    cosine_before: float
+    cosine_after: float
+    rows_moved: float
 
 
 @dataclass(frozen=True)
