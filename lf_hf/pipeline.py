@@ -33,8 +33,7 @@ from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.pair_costs import PairCosts, num_judging_copies
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
-from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo
-from lf_hf.stages.alignment import RowMatch
+from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
 from lf_hf.stages.fusion import fuse_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
 

@@ -185,6 +185,7 @@ Row = tuple[Call, Any, str, Edit] | tuple[Call, Any, str]
 # How to call, with what, the message, and what is wrong with the checkpoint, if it is that.
 PYTHON: dict[str, Row] = {
     # Settings: types and ranges
+    "nothing said": (lambda at: FusedLlamaForCausalLM.from_pretrained_fused(at.base), {}, "num_fusions is required"),
     "none": (settings, {"num_fusions": None}, "num_fusions must be an integer of at least 1, got None"),
     "a string": (settings, {"num_fusions": "4"}, "num_fusions must be an integer of at least 1, got '4'"),
     "a float": (settings, {"num_fusions": 4.0}, "num_fusions must be an integer of at least 1, got 4.0"),
@@ -225,6 +226,7 @@ PYTHON: dict[str, Row] = {
         "No config of a Llama can be read for .*contains custom code",
         config(model_type="own", auto_map={"AutoConfig": "own.Config"}),
     ),
+    "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
     "quantised": (python, {}, "is quantised; fuse the original", config(quantization_config={"quant_method": "gptq"})),
     "one layer": (python, {}, "has 1 layers; fusing .* needs at least 2", config(num_hidden_layers=1)),
     "layers in words": (python, {}, "No config of a Llama .*num_hidden_layers", config(num_hidden_layers="five")),
@@ -346,6 +348,7 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     "empty": (write("model.safetensors", b""), "'model.safetensors' is not a whole safetensors file"),
     "gone": (remove("model.safetensors"), "holds neither model.safetensors nor .* use_safetensors=False"),
     "a shard gone": (sharded(remove("model-00002*")), "The shard 'model-00002.*' that .* names is missing"),
+    "an index that is no JSON": (sharded(write(INDEX, "{")), "json is not JSON"),
     "an index of nothing": (sharded(write(INDEX, "{}")), f"{INDEX} is not an index of safetensors files"),
     "an index that is wrong": (
         sharded(lm_head__weight="model-00002-of-00007.safetensors"),

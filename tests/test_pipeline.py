@@ -11,14 +11,12 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusionConfig, FusionReport, pipeline
+from lf_hf import FusionConfig, FusionReport
 from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.perplexity import perplexity
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import Calibration, Corpus
-from lf_hf.text.packing import pack_tokens
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(400))], "random text")
@@ -71,28 +69,6 @@ def test_methods_differ_where_they_should() -> None:
     truncated = run(1, method="truncate")
     assert truncated.similarity is None and truncated.calibration == []
     assert truncated.steps[0].ratio_i == 1
-
-
-def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
-    model, tokenizer = make_llama(), make_tokenizer()
-    sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 240)
-    assert [len(sequence) for sequence in sequences] == [50] * 4
-    losses = []
-    for ids in sequences:
-        log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
-        losses += [-log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
-    found = perplexity(ModelDecoder(model), {"text": sequences, "empty": []})
-    assert found == {"text": pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)}
-
-
-def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 200)
-    assert all(sequence[0] == 0 for sequence in sequences)
-    assert [len(sequence) for sequence in sequences] == [50] * 4
 
 
 def test_collapse_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,8 +158,6 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
         assert {len(sequence) for sequence in written} == {short}
         assert sum(map(len, written)) == pytest.approx(given, abs=short)
         assert sum(map(len, sequences)) - sum(map(len, written)) == given
-    some = [torch.arange(n) for n in (5, 6, 7)]
-    assert [len(pipeline._beginning(some, tokens)) for tokens in (1, 10, 11, 17, 18, 99)] == [1, 1, 2, 2, 3, 3]
 
 
 def test_bars_show_the_long_parts_and_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
 from lf_hf.config import FusionConfig
-from lf_hf.stages.alignment import RowMatch
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
@@ -24,6 +23,20 @@ CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
 )
+
+
+@dataclass(frozen=True)
+class RowMatch:
+    """How the rows of one weight matrix of layer j were matched to those of layer i.
+
+    `cosine_before` and `cosine_after` are the mean cosines between row p of layer i and the row of layer j
+    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place. Where neurons are
+    matched, the rows of down_proj and o_proj are those of their transpose: one neuron's outgoing weights.
+    """
+
+    cosine_before: float
+    cosine_after: float
+    rows_moved: float
 
 
 @dataclass(frozen=True)

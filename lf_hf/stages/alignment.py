@@ -7,7 +7,6 @@ moves whole neurons and attention heads, with all that belongs to them, so that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lf_hf.numerics import in_float64
+from lf_hf.report.report import RowMatch
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
 
@@ -50,20 +50,6 @@ head stay where they are, since rotary embeddings tie each to its place.
 """
 
 _ROWS = 256  # that are compared at a time, in float32
-
-
-@dataclass(frozen=True)
-class RowMatch:
-    """How the rows of one weight matrix of layer j were matched to those of layer i.
-
-    `cosine_before` and `cosine_after` are the mean cosines between row p of layer i and the row of layer j
-    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place. Where neurons are
-    matched, the rows of down_proj and o_proj are those of their transpose: one neuron's outgoing weights.
-    """
-
-    cosine_before: float
-    cosine_after: float
-    rows_moved: float
 
 
 def normalized_rows(weight: Tensor) -> Tensor:

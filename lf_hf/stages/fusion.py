@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
-from lf_hf.stages.alignment import RowMatch, match_neurons, match_rows, permute_neurons
+from lf_hf.report.report import RowMatch
+from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
 
 PROJECTIONS = (
     "self_attn.q_proj",

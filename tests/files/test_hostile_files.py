@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from builders import Page, make_report
 from conftest import make_texts
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_report import make_report
-from test_report_page import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint

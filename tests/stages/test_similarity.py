@@ -54,20 +54,8 @@ def test_nearer_layers_are_more_similar() -> None:
     assert similarity[0, 0] > similarity[0, 1] > similarity[0, 3]
 
 
-def test_permuting_layers_permutes_the_matrix() -> None:
-    order = np.array([2, 0, 3, 1])
-    Y = embeddings()
-    # Ranks have ties in distance, which the estimator breaks by noise: compare without them.
-    actual, expected = (layer_similarity(y, rank_normalize=False) for y in (Y[order], Y))
-    np.testing.assert_allclose(actual, expected[order][:, order], rtol=1e-9)
-
-
 def test_ranks_are_shared_by_ties() -> None:
     np.testing.assert_allclose(rank_normalized(np.array([[5.0], [1.0], [5.0], [9.0]])).T, [[0.625, 0.25, 0.625, 1.0]])
-
-
-def test_identical_samples_stay_finite() -> None:
-    assert np.isfinite(layer_similarity(np.ones((2, 57, 2)), rank_normalize=False)).all()
 
 
 def test_mixed_signs_of_entropies_warn_once() -> None:

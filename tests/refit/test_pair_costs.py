@@ -16,7 +16,6 @@ from transformers import LlamaForCausalLM
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.influence import divergence
 from lf_hf.pipeline import fuse
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.pair_costs import PairCosts
@@ -97,14 +96,6 @@ def test_one_sequence_judges_what_is_fitted_to_it() -> None:
             decoder, boundaries, lambda i, _: dict(decoder.model.model.layers[i].named_parameters()), store
         )
     assert 0 < min(costs.by_layer) < math.inf
-
-
-def test_divergence_is_zero_for_what_is_equal_and_counts_tokens() -> None:
-    one, other = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    expected = one.log_softmax(-1)
-    assert divergence(expected, one + 3) == pytest.approx(0, abs=1e-5)
-    wanted, found = (x.double().softmax(-1).numpy() for x in (one, other))
-    assert divergence(expected, other) == pytest.approx(scipy.stats.entropy(wanted, found, axis=1).sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import SHARED_DATA
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -20,7 +21,7 @@ from lm_eval.tasks import TaskManager
 import lf_hf
 from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question, read_csv_questions
 
-RESULTS = Path(__file__).parents[2] / "shared" / "results"
+RESULTS = SHARED_DATA.parent / "results"
 CATEGORIES = {"stem", "other", "social_sciences", "humanities"}
 
 

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_texts, make_tokenizer
+from conftest import make_texts, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -72,14 +70,6 @@ def test_auto_classes_know_the_architecture(base: str, tmp_path: Path) -> None:
         torch.testing.assert_close(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-def test_computes_what_the_fused_layers_compute(base: str) -> None:
-    """Against a stock Llama with the fused weights put in by hand."""
-    model = fuse(base)
-    stock = make_llama(num_hidden_layers=3)
-    stock.load_state_dict(model.state_dict())
-    assert torch.equal(logits(stock), logits(model))
-
-
 def test_weights_did_change_where_they_should(base: str) -> None:
     before, after = LlamaForCausalLM.from_pretrained(base).state_dict(), fuse(base, 1).state_dict()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -87,14 +77,6 @@ def test_weights_did_change_where_they_should(base: str) -> None:
         f"model.layers.3.{projection}_proj.weight"
         for projection in [*(f"self_attn.{p}" for p in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
     }
-
-
-def test_truncation_is_the_base_without_its_last_layers(base: str) -> None:
-    before, after = LlamaForCausalLM.from_pretrained(base).state_dict(), fuse(base, method="truncate").state_dict()
-    assert set(before) - set(after) == {
-        name for name in before if name.startswith(("model.layers.3", "model.layers.4"))
-    }
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
 def test_config_and_report_say_what_was_fused(base: str, tmp_path: Path) -> None:
@@ -108,13 +90,6 @@ def test_config_and_report_say_what_was_fused(base: str, tmp_path: Path) -> None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.fusion_report == model.fusion_report
     assert lf_hf.FusionReport.load(tmp_path / "out") == model.fusion_report
-
-
-def test_two_runs_give_the_same_bytes(base: str, tmp_path: Path) -> None:
-    for run in ("a", "b"):
-        fuse(base).save_pretrained(tmp_path / run)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_parameter_counts_are_those_of_the_saved_tensors(make_base: Callable[..., str], tmp_path: Path) -> None:
@@ -181,21 +156,6 @@ def test_saving_replaces_a_checkpoint_but_nothing_else(base: str, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "out"]
 
 
-def test_an_interrupted_save_leaves_the_old_folder(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse(base, 1).save_pretrained(tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    model = fuse(base, 2)
-
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", fail)
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path / "out")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
     """With the default calibration text, half of which the model writes."""
     settings: dict[str, Any] = {"method": "refit", "calibration": None, "calibration_tokens": 2048}
@@ -225,97 +185,6 @@ def test_settings_may_come_as_a_config_with_overrides(base: str) -> None:
 
 def test_dtype_and_revision_reach_from_pretrained(base: str) -> None:
     assert fuse(base, dtype=torch.bfloat16, revision="main").dtype == torch.bfloat16
-
-
-def test_device_map_is_kept_in_step(base: str) -> None:
-    model = fuse(base, device_map={"": "cpu"})
-    assert torch.isfinite(logits(model)).all()
-
-
-def test_offloaded_weights_are_refused(base: str, tmp_path: Path) -> None:
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {f"model.layers.{n}": "disk" if n == 4 else "cpu" for n in range(5)}
-    with pytest.raises(ValueError, match=r"model.layers.4.* is offloaded, so it cannot be fused in place"):
-        fuse(base, device_map=device_map, offload_folder=str(tmp_path))
-
-
-def test_copies_and_pickles_like_any_model(base: str) -> None:
-    model = fuse(base)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), logits(model))
-        assert twin.fusion_report == model.fusion_report
-
-
-def test_pushing_uploads_the_saved_folder(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploaded: dict[str, Any] = {}
-
-    class Hub:
-        def __init__(self, token: object) -> None: ...
-
-        def create_repo(self, repo_id: str, **_: object) -> Any:
-            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, repo_id: str, folder_path: str, **_: object) -> str:
-            uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
-            return "address"
-
-    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", Hub)
-    assert fuse(base).push_to_hub("small", as_llama=True) == "address"
-    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= uploaded["me/small"]
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"num_fusions": 5}, "num_fusions must be 1 to 4 for a model of 5 layers"),
-        ({"num_fusions": 1, "methd": "mka"}, "Unknown argument 'methd'; did you mean 'method'"),
-        ({"num_fusions": 1, "calibration": ["a"] * 50}, "need at least 51 calibration samples, got 50"),
-        ({"num_fusions": 1, "calibration": "nowhere.txt"}, "'nowhere.txt' does not exist"),
-        ({"num_fusions": 1, "load_in_4bit": True}, "load_in_4bit cannot be used while fusing"),
-        ({}, "num_fusions is required"),
-    ],
-)
-def test_bad_arguments_get_one_sentence_before_loading(
-    base: str, kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded the weights"))
-    with pytest.raises(ValueError, match=message):
-        FusedLlamaForCausalLM.from_pretrained_fused(base, **kwargs)
-
-
-def edited(base: str, folder: Path, **values: Any) -> str:
-    config = json.loads((Path(base) / "config.json").read_text()) | values
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-def test_bad_bases_get_one_sentence(base: str, tmp_path: Path) -> None:
-    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (tmp_path / "empty").mkdir()
-    mixed = edited(base, tmp_path / "mixed", per_layer_config={"1": {"intermediate_size": 24}})
-    known = hasattr(LlamaConfig(), "is_heterogeneous")  # since transformers 5.14
-    for path, message in [
-        (edited(base, tmp_path / "mistral", model_type="mistral"), "is a 'mistral' model; only Llama models"),
-        (edited(base, tmp_path / "quantised", **quantised), "is quantised; fuse the original"),
-        *([(mixed, "of different kinds")] if known else []),
-        (str(tmp_path / "empty"), "holds no model: config.json is missing"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fuse(path)
-    fuse(base).save_pretrained(tmp_path / "fused")
-    with pytest.raises(ValueError, match="is fused already; fuse its base"):
-        fuse(str(tmp_path / "fused"))
-
-
-def test_nan_weights_are_named(make_base: Callable[..., str]) -> None:
-    folder = make_base()
-    model = LlamaForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN or inf"):
-        fuse(folder)
 
 
 def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

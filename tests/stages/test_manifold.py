@@ -59,12 +59,6 @@ def test_is_exact_however_far_apart_samples_are(apart: float) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_follows_the_order_of_samples() -> None:
-    order = np.random.default_rng(1).permutation(30)
-    embedding = diffusion_embedding(distances())
-    np.testing.assert_allclose(diffusion_embedding(distances()[order][:, order]), embedding[order], atol=1e-9)
-
-
 def test_too_few_samples_and_nan_are_named() -> None:
     with pytest.raises(ValueError, match="embedding_dim=2 needs at least 3 calibration samples, got 2"):
         diffusion_embedding(distances(2))

@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question, read_csv_questions
 
@@ -111,7 +112,7 @@ def test_lm_eval_of_another_shape(
 
 
 def test_imports_neither_torch_nor_lm_eval() -> None:
-    file = Path(__file__).parents[1] / "lf_hf" / "mmlu.py"
+    file = ROOT / "lf_hf" / "text" / "mmlu.py"
     code = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('mmlu', {str(file)!r})\n"

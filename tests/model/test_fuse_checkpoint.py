@@ -58,13 +58,6 @@ def test_result_opens_like_any_fused_checkpoint(base: str, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no scratch is left
 
 
-def test_plain_result_is_a_stock_llama(base: str, tmp_path: Path) -> None:
-    fuse(base, tmp_path / "out", as_llama=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(model).__name__ == "LlamaForCausalLM" and len(model.model.layers) == 3
-    assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=4, eos_token_id=None).shape == (1, 6)
-
-
 def test_reads_a_sharded_base(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path / "base", max_shard_size="40KB")
     make_tokenizer().save_pretrained(tmp_path / "base")
@@ -122,58 +115,6 @@ def test_dtype_can_be_chosen(base: str, tmp_path: Path) -> None:
     fuse(base, tmp_path / "out", dtype="bfloat16", method="truncate")
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-
-
-def broken(base: str, tmp_path: Path, damage: Callable[[Path], None]) -> str:
-    make_llama().save_pretrained(tmp_path / "base", max_shard_size="40KB")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    damage(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-def edit_index(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    edit(index)
-    file.write_text(json.dumps(index))
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a missing shard": (lambda f: next(f.glob("model-00002*")).unlink(), "shard .* is missing"),
-    "a truncated shard": (
-        lambda f: (p := next(f.glob("model-00002*"))).write_bytes(p.read_bytes()[:-100]),
-        "is not a whole safetensors file",
-    ),
-    "a shard of another kind": (
-        lambda f: next(f.glob("model-00002*")).write_bytes(b"x" * 99),
-        "not a whole safetensors",
-    ),
-    "an index that is not JSON": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{"),
-        "json is not JSON",
-    ),
-    "an index without a map": (lambda f: edit_index(f, lambda i: i.clear()), "is not an index of safetensors files"),
-    "an index that points outside": (
-        lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": "../secret.safetensors"})),
-        "only safetensors files in its own folder are read",
-    ),
-    "an index that names more": (
-        lambda f: edit_index(f, lambda i: i["weight_map"].update({"x": i["weight_map"]["lm_head.weight"]})),
-        "says that 'x' is in .*, but it is not",
-    ),
-    "no weights": (
-        lambda f: list(map(Path.unlink, f.glob("model*"))),
-        "holds neither model.safetensors nor model.safetensors.index.json",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_bases_get_one_sentence_and_leave_nothing(base: str, damage: str, tmp_path: Path) -> None:
-    do, message = DAMAGE[damage]
-    with pytest.raises(ValueError, match=message):
-        fuse(broken(base, tmp_path, do), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:

@@ -281,11 +281,6 @@ def test_loads_with_layers_on_disk(model: FusedLlamaForCausalLM, saved: Path, tm
         assert torch.equal(logits(again), logits(model))
 
 
-def test_fusing_with_layers_on_disk_is_refused(base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded, so it cannot be fused in place"):
-        fuse(base, device_map=device_map(5, {1}), offload_folder=tmp_path / "disk")
-
-
 def test_fusing_over_several_devices_leaves_no_stale_hooks(
     base: str, model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,37 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from builders import make_report
 
 from lf_hf import FusionReport
-from lf_hf.report.report import CalibrationInfo, FittedLayer, FusionStep, PerplexityInfo
-from lf_hf.stages.alignment import RowMatch
-
-
-def make_report(**values: object) -> FusionReport:
-    fields: dict[str, object] = {
-        "base": "meta-llama/Meta-Llama-3-8B",
-        "config": {"method": "neural_alignment", "num_fusions": 1},
-        "steps": [
-            FusionStep([30], [31], 0.62, 0.38, {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}),
-            *(FusionStep([n], list(range(n + 1, 32)), 0.62, 0.38) for n in (29, 28, 27)),
-        ],
-        "layers_before": 32,
-        "layers_after": 28,
-        "parameters_before": 8_030_261_248,
-        "parameters_after": 7_157_813_248,
-        "fitted_layers": [FittedLayer([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
-        "calibration": [CalibrationInfo("MMLU", 57, 5000)],
-        "perplexities": [
-            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin"),
-            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0),
-        ],
-        "similarity": [[1.0] * 32] * 32,
-        "embeddings": [[[0.1, 0.2]]] * 32,
-        "seconds": {"activations": 1.5},
-        "versions": {"torch": "2"},
-        "notes": ["Mind the gap."],
-    }
-    return FusionReport(**fields | values)  # type: ignore[arg-type]
 
 
 def test_both_compression_figures() -> None:

@@ -6,15 +6,14 @@ import base64
 import dataclasses
 import importlib.util
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from builders import Page, make_report
 from conftest import make_texts
-from test_report import make_report
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
@@ -24,22 +23,6 @@ from lf_hf.report.report import FittedLayer, FusionStep
 from lf_hf.text.mmlu import SUBJECTS
 
 HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from builders import make_point, make_report
 from conftest import make_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_report import make_report
-from test_sweep import make_point
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.evaluate.points import append_point, read_points

@@ -83,17 +83,7 @@ def test_inputs_without_use_go_first() -> None:
 
 def test_pruning_leaves_the_problem_of_what_is_kept() -> None:
     x, y, weights = problem(tokens=900, inputs=600)
-    regression, whole = accumulated(x, y, weights), accumulated(x, y, weights)
-    kept = regression.prune(torch.zeros(3, 600), 400)
-    assert torch.equal(regression.gram, whole.gram[kept][:, kept])
-    assert torch.equal(regression.cross, whole.cross[:, kept])
-    assert regression.energy == whole.energy
-
-
-def test_constant_and_missing_inputs_stay_finite() -> None:
-    x, y, weights = problem()
-    x[:, 2] = 0
-    x[:, 3] = x[:, 4]
     regression = accumulated(x, y, weights)
-    assert torch.isfinite(regression.ridge(torch.zeros(3, 6), 1e-2)).all()
-    assert len(regression.prune(torch.zeros(3, 6), 4)) == 4
+    kept = regression.prune(torch.zeros(3, 600), 400)
+    alone, start = accumulated(x[:, kept], y, weights), torch.ones(3, 400)
+    torch.testing.assert_close(regression.ridge(start, 0.1), alone.ridge(start, 0.1))

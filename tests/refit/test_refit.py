@@ -9,7 +9,6 @@ from conftest import make_llama
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.influence import influence
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import fit_group, input_map, token_weights
@@ -211,10 +210,3 @@ def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path
             del kept
             assert len(list(tmp_path.rglob("*.safetensors"))) == files // 2 == len(other)
     assert not list(tmp_path.iterdir())
-
-
-def test_influence_is_the_mean_angle_without_the_first_token() -> None:
-    x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]]])
-    y = torch.tensor([[[-9.0, 9.0], [2.0, 0.0], [3.0, 0.0]]])
-    assert influence([x], [y]) == pytest.approx(1 - (1 + 0) / 2)
-    assert influence([x], [3 * x]) == pytest.approx(0)

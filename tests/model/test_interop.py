@@ -275,7 +275,7 @@ class Hub:
         return self
 
     def create_repo(self, repo_id: str, **_: object) -> Any:
-        return type("Repo", (), {"repo_id": repo_id})
+        return type("Repo", (), {"repo_id": f"me/{repo_id}"})
 
     def upload_folder(self, repo_id: str, folder_path: str | Path, **_: object) -> str:
         texts = (path for path in Path(folder_path).iterdir() if path.suffix != ".safetensors")
@@ -294,9 +294,9 @@ def test_what_is_pushed_explains_itself(
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
     if push == "push_to_hub":
-        assert model.push_to_hub("me/small", as_llama=as_llama).startswith("https://huggingface.co/me/small")
+        assert model.push_to_hub("small", as_llama=as_llama).startswith("https://huggingface.co/me/small")
     else:
-        model.save_pretrained(tmp_path / "out", as_llama=as_llama, push_to_hub=True, repo_id="me/small")
+        model.save_pretrained(tmp_path / "out", as_llama=as_llama, push_to_hub=True, repo_id="small")
 
     assert model.name_or_path == str(saved)
     assert {"config.json", "generation_config.json", "model.safetensors", "fusion_report.json"} <= hub.files.keys()

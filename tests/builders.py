@@ -1,0 +1,95 @@
+"""Reports, points and random tensors that several test files build on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+
+from lf_hf import FusionReport
+from lf_hf.evaluate.points import Point, Score
+from lf_hf.report.report import CalibrationInfo, FittedLayer, FusionStep, PerplexityInfo, RowMatch
+
+SEED = st.integers(0, 1000)
+
+
+def examples(count: int) -> Callable[[Any], Any]:
+    return hypothesis.settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def make_report(**values: object) -> FusionReport:
+    fields: dict[str, object] = {
+        "base": "meta-llama/Meta-Llama-3-8B",
+        "config": {"method": "neural_alignment", "num_fusions": 1},
+        "steps": [
+            FusionStep([30], [31], 0.62, 0.38, {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}),
+            *(FusionStep([n], list(range(n + 1, 32)), 0.62, 0.38) for n in (29, 28, 27)),
+        ],
+        "layers_before": 32,
+        "layers_after": 28,
+        "parameters_before": 8_030_261_248,
+        "parameters_after": 7_157_813_248,
+        "fitted_layers": [FittedLayer([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
+        "calibration": [CalibrationInfo("MMLU", 57, 5000)],
+        "perplexities": [
+            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin"),
+            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0),
+        ],
+        "similarity": [[1.0] * 32] * 32,
+        "embeddings": [[[0.1, 0.2]]] * 32,
+        "seconds": {"activations": 1.5},
+        "versions": {"torch": "2"},
+        "notes": ["Mind the gap."],
+    }
+    return FusionReport(**fields | values)  # type: ignore[arg-type]
+
+
+def make_point(method: str, num_fusions: int, accuracy: float, perplexity: float | None = 10.0) -> Point:
+    return Point(
+        key=f"{method}{num_fusions}",
+        method=method,
+        num_fusions=num_fusions,
+        layers=32 - num_fusions,
+        parameters=1000,
+        layers_removed_fraction=num_fusions / 32,
+        parameters_removed_fraction=num_fusions / 40,
+        perplexities={} if perplexity is None else {"docs": perplexity},
+        scores={"mmlu_5shot": Score("acc", accuracy, 0.01)},
+        config=None,
+        notes=[],
+        seconds={},
+        versions={},
+    )
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data

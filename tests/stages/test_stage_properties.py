@@ -1,0 +1,294 @@
+"""Properties of the stages of the method that hold for any input, and what degenerate input gives."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from builders import SEED, examples, no_warnings, normal
+from conftest import make_llama, shuffled_neurons
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy.linalg import eigh
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.refit.layer_parts import build_layer
+from lf_hf.stages.activations import pairwise_distances
+from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
+from lf_hf.stages.fusion import fuse_layers, fusion_ratio
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import layer_similarity
+
+
+def point_distances(samples: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    points = np.random.default_rng(seed).normal(size=(samples, 5)) * scale
+    return cdist(points, points)
+
+
+# Stage 1
+
+
+@given(SEED, st.integers(1, 9), st.integers(1, 6), st.floats(-30, 30))
+@examples(30)
+def test_distances_follow_order_and_scale(seed: int, samples: int, hidden: int, exponent: float) -> None:
+    rng = np.random.default_rng(seed)
+    states = [normal(length, hidden, seed=seed + n) for n, length in enumerate(rng.integers(1, 8, samples))]
+    distances = pairwise_distances(states)
+    order = rng.permutation(samples)
+    np.testing.assert_allclose(pairwise_distances([states[n] for n in order]), distances[order][:, order], rtol=1e-12)
+    factor = 2.0 ** round(exponent / math.log10(2))
+    np.testing.assert_array_equal(pairwise_distances([state * factor for state in states]), distances * factor)
+
+
+# Stage 2
+
+
+@given(SEED, st.integers(3, 40), st.integers(1, 4), st.data())
+@examples(25)
+def test_signs_of_singular_vectors_do_not_count(seed: int, samples: int, dim: int, data: st.DataObject) -> None:
+    assume(dim < samples)
+    distances = point_distances(samples, seed, 20)
+    signs = np.array(data.draw(st.lists(st.sampled_from([-1, 1]), min_size=samples, max_size=samples)))
+
+    def flipped(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, vectors = eigh(matrix)
+        return values, vectors * signs[: len(values)]
+
+    expected = diffusion_embedding(distances, embedding_dim=dim)
+    with mock.patch("lf_hf.stages.manifold.eigh", flipped):
+        np.testing.assert_array_equal(diffusion_embedding(distances, embedding_dim=dim), expected)
+
+
+@given(SEED, st.integers(4, 40), st.floats(-2, 3))
+@examples(25)
+def test_embeddings_follow_the_order_of_samples(seed: int, samples: int, exponent: float) -> None:
+    distances = point_distances(samples, seed, 10**exponent)
+    order = np.random.default_rng(seed).permutation(samples)
+    np.testing.assert_allclose(
+        diffusion_embedding(distances[order][:, order]), diffusion_embedding(distances)[order], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_samples_that_are_all_alike_have_no_coordinates() -> None:
+    with no_warnings():
+        np.testing.assert_array_equal(diffusion_embedding(np.zeros((57, 57))), np.zeros((57, 2)))
+        two_kinds = np.kron(np.array([[0.0, 20.0], [20.0, 0.0]]), np.ones((5, 5)))
+        embedding = diffusion_embedding(two_kinds)
+    assert (np.ptp(embedding[:5, 0]), np.ptp(embedding[5:, 0])) == pytest.approx((0, 0), abs=1e-12)
+    assert embedding[0, 0] == pytest.approx(-embedding[9, 0]) and abs(embedding[0, 0]) == pytest.approx(1)
+    np.testing.assert_array_equal(embedding[:, 1], np.zeros(10))
+
+
+def test_groups_of_samples_out_of_each_others_reach_are_told_apart() -> None:
+    distances = np.full((30, 30), 1e9)
+    distances[:10, :10], distances[10:, 10:] = point_distances(10, 0), point_distances(20, 1)
+    with no_warnings():
+        coordinate = diffusion_embedding(distances)[:, 0]
+    assert np.ptp(coordinate[:10]) < 1e-9 and np.ptp(coordinate[10:]) < 1e-9
+    assert coordinate[0] * coordinate[-1] < 0
+
+
+@given(
+    samples=st.integers(2, 20),
+    dim=st.integers(1, 20),
+    exponent=st.floats(-35, 35),
+    kernel_scale=st.sampled_from([1e-300, 1e-3, 8.0, 1e300]),
+    kernel_alpha=st.sampled_from([-1e300, -40.0, 0.5, 1.0, 300.0, 1e300]),
+    equal=st.integers(0, 20),
+)
+@examples(150)
+def test_any_distances_give_a_finite_embedding_or_one_error(
+    samples: int, dim: int, exponent: float, kernel_scale: float, kernel_alpha: float, equal: int
+) -> None:
+    points = np.random.default_rng(0).normal(size=(samples, 5))
+    points[:equal] = points[0]
+    distances = cdist(points, points) * 10**exponent
+    with no_warnings():
+        try:
+            embedding = diffusion_embedding(
+                distances, kernel_scale=kernel_scale, kernel_alpha=kernel_alpha, embedding_dim=dim
+            )
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert embedding.shape == (samples, dim) and np.isfinite(embedding).all()
+            return
+    assert any(name in message for name in ("embedding_dim=", "kernel_scale=", "kernel_alpha="))
+    assert dim >= samples or kernel_scale < 8 or not 0 <= kernel_alpha <= 1 or exponent > 3
+
+
+# Stage 3
+
+
+@given(SEED, st.permutations(range(4)), st.lists(st.sampled_from([-1.0, 1.0]), min_size=8, max_size=8))
+@examples(8)
+def test_similarity_follows_the_order_of_layers_and_takes_any_order_and_sign_of_coordinates(
+    seed: int, order: list[int], signs: list[float]
+) -> None:
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(60, 2)) + rng.normal(size=(4, 60, 2))
+    # Ranks have ties in distance, which the estimator breaks by noise: compare without them.
+    similarity = layer_similarity(embeddings, rank_normalize=False)
+    expected = similarity[order][:, order]
+    for changed in (
+        embeddings[order],
+        embeddings[order][:, rng.permutation(60)],
+        embeddings[order] * np.reshape(signs, (4, 1, 2)),
+    ):
+        np.testing.assert_allclose(layer_similarity(changed, rank_normalize=False), expected, rtol=1e-6, atol=1e-9)
+
+
+@given(SEED)
+@examples(5)
+def test_ranked_similarity_sees_only_the_order_of_values(seed: int) -> None:
+    embeddings = np.random.default_rng(seed).normal(size=(3, 60, 2))
+    np.testing.assert_array_equal(layer_similarity(embeddings), layer_similarity(np.exp(embeddings) * 1e30))
+
+
+@pytest.mark.parametrize("rank_normalize", [True, False])
+@pytest.mark.parametrize("kind", ["zero", "constant column", "equal layers", "two kinds of samples", "huge", "tiny"])
+def test_degenerate_embeddings_have_a_finite_similarity(kind: str, rank_normalize: bool) -> None:
+    """With one sample more than neighbours."""
+    embeddings = np.random.default_rng(0).normal(size=(3, 51, 2))
+    if kind == "zero":
+        embeddings[:] = 0
+    elif kind == "constant column":
+        embeddings[..., 1] = 3
+    elif kind == "equal layers":
+        embeddings[:] = embeddings[0]
+    elif kind == "two kinds of samples":
+        embeddings = np.sign(embeddings)
+    else:
+        embeddings *= {"huge": 1e30, "tiny": 1e-30}[kind]
+    with no_warnings():
+        similarity = layer_similarity(embeddings, rank_normalize=rank_normalize)
+    assert np.isfinite(similarity).all() and (similarity >= 0).all()
+    np.testing.assert_array_equal(similarity, similarity.T)
+    if kind == "equal layers":
+        np.testing.assert_allclose(similarity, similarity[0, 0])
+
+
+# Stage 4
+
+
+@given(SEED, st.integers(1, 40), st.integers(1, 12))
+@examples(30)
+def test_matching_rows_follows_the_order_of_either_matrix(seed: int, rows: int, columns: int) -> None:
+    assume(columns > 1 or rows == 1)  # a normalised row of one column is 1 or -1: many optima
+    w_i, w_j = normal(rows, columns, seed=seed), normal(rows, columns, seed=seed + 5000)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    matched = {
+        name: permutation
+        for name, (permutation, _) in match_rows(
+            {"": (w_i, w_j), "i": (w_i[order], w_j), "j": (w_i, w_j[order])}
+        ).items()
+    }
+    assert torch.equal(matched["i"], matched[""][order])
+    assert torch.equal(order[matched["j"]], matched[""])
+
+
+@given(
+    seed=SEED,
+    exponents=st.tuples(st.integers(-30, 30), st.integers(-30, 30)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    zero=st.integers(0, 8),
+)
+@examples(60)
+def test_rows_of_any_scale_are_matched_best(
+    seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int
+) -> None:
+    if dtype == torch.float16:
+        exponents = (exponents[0] // 10, exponents[1] // 10)
+    w_i, w_j = ((normal(24, 16, seed=seed + n).double() * 10.0**power).to(dtype) for n, power in enumerate(exponents))
+    w_i[:zero] = 0
+    w_j[4 : 4 + zero] = 0
+    units = [w.double() / (w.double().norm(dim=1, keepdim=True) + 1e-12) for w in (w_i, w_j)]
+    costs = (units[0][:, None] - units[1]).norm(dim=2).numpy()
+    best = costs[linear_sum_assignment(costs)].sum()
+    permutation, match = match_rows({"w": (w_i, w_j)})["w"]
+    assert sorted(permutation.tolist()) == list(range(24))
+    assert costs[np.arange(24), permutation.numpy()].sum() == pytest.approx(best, rel=1e-5, abs=1e-30)
+    assert match.cosine_before == pytest.approx(float((units[0] * units[1]).sum(1).mean()), rel=1e-4, abs=1e-7)
+    assert match.cosine_after == pytest.approx(
+        float((units[0] * units[1][permutation]).sum(1).mean()), rel=1e-4, abs=1e-7
+    )
+
+
+@given(
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([2, 4, 6]),
+    neurons=st.integers(1, 40),
+    attention_bias=st.booleans(),
+    mlp_bias=st.booleans(),
+)
+@examples(20)
+def test_a_layer_aligned_by_neurons_computes_what_it_did(
+    kv_heads: int, group: int, head_dim: int, neurons: int, attention_bias: bool, mlp_bias: bool
+) -> None:
+    width = 6 * kv_heads * group
+    model = make_llama(
+        num_hidden_layers=2,
+        hidden_size=width,
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=neurons,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        dtype=torch.float64,
+    )
+    decoder = ModelDecoder(model)
+    state = normal(1, 7, width, dtype=torch.float64)
+    weights = [{name: p.detach() for name, p in layer.named_parameters()} for layer in model.model.layers]
+    permutations, _ = match_neurons(weights[0], weights[1], head_dim)
+    with torch.no_grad():
+        expected = decoder.run_layer(model.model.layers[1], state)
+        aligned = decoder.run_layer(build_layer(decoder, permute_neurons(weights[1], permutations)), state)
+    torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-10)
+    # And the same match is found for the same layer in another order.
+    shuffled = shuffled_neurons(weights[0], head_dim)
+    for name, tensor in permute_neurons(shuffled, match_neurons(weights[0], shuffled, head_dim)[0]).items():
+        assert torch.equal(tensor, weights[0][name])
+
+
+# Stage 5
+
+
+@given(
+    st.lists(st.floats(0, 1e300), min_size=2, max_size=5), st.floats(allow_nan=False, allow_infinity=False), st.data()
+)
+@examples(80)
+def test_a_ratio_is_a_share_whatever_the_similarities(means: list[float], beta: float, data: st.DataObject) -> None:
+    similarity = np.repeat(np.array(means)[:, None], len(means), axis=1) / len(means)
+    i, j = data.draw(st.integers(0, len(means) - 1)), data.draw(st.integers(0, len(means) - 1))
+    with no_warnings():
+        warnings.filterwarnings("ignore", "Layers .* have no similarity")
+        ratios = [fusion_ratio(similarity, *pair, beta) for pair in ((i, j), (j, i))]
+    assert all(0 <= ratio <= 1 for ratio in ratios)
+    if abs(beta) < 30:  # the raw shares add up to 1, and so do the logits to beta
+        assert sum(math.log(ratio / (1 - ratio)) for ratio in ratios) == pytest.approx(beta, abs=1e-3)
+
+
+@given(SEED, st.integers(-80, 80), st.sampled_from(["none", "rows", "neurons"]))
+@examples(20)
+def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power: int, alignment: str) -> None:
+    """By powers of two; for matched neurons as long as norms are far above the 1e-12 that is added to them."""
+    if alignment != "none":
+        power = max(power, -10)
+    model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
+    layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
+    scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
+    kinds: dict[str, Any] = {"ratio": 0.61, "alignment": alignment, "merge": "average", "head_dim": 8}
+    fused, matches = fuse_layers(layers[0], layers[1], **kinds)
+    other, other_matches = fuse_layers(scaled[0], scaled[1], **kinds)
+    assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)
+    for name, match in matches.items():
+        assert vars(other_matches[name]) == pytest.approx(vars(match), abs=1e-6)

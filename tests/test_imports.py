@@ -1,0 +1,90 @@
+"""What importing lf_hf loads, and that the folders of lf_hf depend on each other one way only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from lf_hf import fuse_checkpoint
+
+# Each folder or module of lf_hf imports those before it alone.
+ORDER = "checked_json config numerics text report files decoder stages refit measure pipeline model __init__".split()
+ORDER += ["evaluate", "plan", "cli"]
+
+
+def modules() -> dict[str, Path]:
+    """The modules of lf_hf by their names without `lf_hf.`."""
+    folder = ROOT / "lf_hf"
+    files = [file for file in folder.rglob("*.py") if "lm_eval_tasks" not in file.parts]
+    return {".".join(file.relative_to(folder).with_suffix("").parts): file for file in files}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of lf_hf that a file imports when it is imported itself."""
+    found: set[str] = set()
+    queue: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lf_hf":
+            name = (node.module or "").removeprefix("lf_hf").removeprefix(".")
+            inside = {f"{name}.{alias.name}".removeprefix(".") for alias in node.names} & set(modules())
+            found |= inside or {name or "__init__"}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("lf_hf.") for alias in node.names if alias.name.startswith("lf_hf.")}
+        only_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not only_for_types and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            queue += ast.iter_child_nodes(node)
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: imported(file) for name, file in modules().items()}
+    assert sum(map(len, graph.values())) > 80
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_folders_import_one_way() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, file in modules().items():
+        folder = name.split(".")[0]
+        graph.setdefault(folder, set()).update({other.split(".")[0] for other in imported(file)} - {folder})
+    assert set(ORDER) <= graph.keys()
+    places = {name: place for place, name in enumerate(ORDER)}
+    for folder, others in graph.items():
+        wrong = [other for other in others if places.get(other, -1) > places.get(folder, len(ORDER))]
+        assert not wrong, f"{folder} imports {wrong}"
+    TopologicalSorter(graph).prepare()
+
+
+LOADED = """
+import json, sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+before = set(sys.modules)
+{code}
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["import lf_hf", "import lf_hf.cli", "import lf_hf; AutoModelForCausalLM.from_pretrained(sys.argv[1])"]
+)
+def test_loading_takes_none_of_the_libraries_that_fusing_takes(code: str, base: str, tmp_path: Path) -> None:
+    """Besides what transformers itself imports for a Llama; they take seconds."""
+    fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.replace("{code}", code), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "lf_hf.config" in loaded
+    heavy = {"sklearn", "pandas", "scipy", "lm_eval", "matplotlib", "datasets"}
+    assert [name for name in loaded if name.split(".")[0] in heavy] == []

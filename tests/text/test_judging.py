@@ -1,0 +1,45 @@
+"""The texts that judge a fused model, and how they relate to what it was fitted on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import make_texts
+
+from lf_hf.text.calibration import load_calibration, load_corpus
+from lf_hf.text.judging import JudgingText, judging_texts, relation
+from lf_hf.text.mmlu import bundled_questions
+
+DOCS, REASONING = judging_texts()
+
+
+def paragraphs(text: str) -> set[str]:
+    """Those long enough not to be in two texts by chance."""
+    return {part.strip() for part in re.split(r"\n\s*\n", text) if len(part.strip()) >= 60}
+
+
+def test_there_are_two_kinds_of_text_enough_of_each() -> None:
+    assert (DOCS.name, REASONING.name) == ("docs", "reasoning")
+    assert min(len(paragraphs(judging.text)) for judging in (DOCS, REASONING)) > 50
+    assert all(judging.source and len(judging.text) > 40_000 for judging in (DOCS, REASONING))  # some 10,000 tokens
+
+
+def test_no_paragraph_is_in_default_calibration_text_or_among_the_questions() -> None:
+    questions = [question.question for questions in bundled_questions().values() for question in questions]
+    others = ["\n\n".join(texts) for texts in (load_corpus().parts, load_calibration().texts, questions)]
+    assert not paragraphs(DOCS.text) & paragraphs(REASONING.text)
+    for judging in (DOCS, REASONING):
+        assert not [part for part in paragraphs(judging.text) if any(part in other for other in others)]
+        assert not [text for text in questions if len(text) >= 60 and text in judging.text]
+
+
+@pytest.mark.parametrize("judging", [DOCS, REASONING], ids=lambda judging: judging.name)
+def test_relation_says_what_was_fitted(judging: JudgingText) -> None:
+    own = " ".join(make_texts(400))
+    assert relation(judging, [], by_default=False) == "unseen"
+    assert relation(judging, [own], by_default=False) == "unseen"
+    assert relation(judging, load_corpus().parts, by_default=True) == ("kin" if judging is DOCS else "unseen")
+    half = judging.text[len(judging.text) // 4 : len(judging.text) * 3 // 4]
+    for by_default in (False, True):
+        assert relation(judging, [own, own + "\n\n" + half], by_default=by_default) == "seen"
