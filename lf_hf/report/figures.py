@@ -174,6 +174,7 @@ def fit_errors(report: FusionReport) -> Figure:
     axis.scatter(after, places, s=20, color=_AFTER, label="after", zorder=2)
     axis.set_yticks(places, [" + ".join(map(str, fitted.layers)) for fitted in report.fitted_layers])
     axis.set(xlabel="squared error, relative", ylabel="fused layer", xlim=(0, None))
+    axis.margins(y=0.15)
     axis.grid(axis="x", alpha=0.25)
     legend_above(axis)
     return figure
