@@ -40,7 +40,7 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     axes: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False).flat)
     for axis, (label, (is_log, heights)) in zip(axes, panels.items(), strict=False):
         _panel(axis, points, methods, colors, heights)
-        axis.set_ylabel(f"{label} (log scale)" if is_log else label)
+        axis.set_ylabel(f"{label} (log scale)" if is_log else label, parse_math=False)
         if is_log:
             _logarithmic(axis, [height for height in heights.values() if math.isfinite(height)])
         for method, numbers in published.items() if "mmlu" in label and points[0].method == DENSE else ():

@@ -193,12 +193,13 @@ def cost_and_gain(report: FusionReport) -> Figure:
         ends = [info.ratio if math.isfinite(info.ratio) else high for info in judged]
         names = [f"{info.name}\n{info.dense:.4g} \N{RIGHTWARDS ARROW} {info.fused:.4g}" for info in judged]
         colors = [_AFTER if info.ratio <= 2 else COLORS[1] for info in judged]
-        bars = axes[0].barh(names, [end - 1 for end in ends], left=1, color=colors, height=0.6)
+        bars = axes[0].barh(range(len(judged)), [end - 1 for end in ends], left=1, color=colors, height=0.6)
         texts = [f"\N{MULTIPLICATION SIGN} {info.ratio:.3g}" for info in judged]
         axes[0].bar_label(bars, texts, padding=4, fontsize=10, fontweight="bold")
         axes[0].axvline(1, color="black", linewidth=0.8)
         axes[0].set(xscale="log", xlim=(low / room if low < 1 else 1, high * room))
         axes[0].minorticks_off()
+        axes[0].set_yticks(range(len(judged)), names, parse_math=False)  # a text's name is no formula
         axes[0].set_xticks([1], ["as the base"])
         axes[0].set_xlabel("perplexity, times the base's (log scale)")
         axes[0].invert_yaxis()
