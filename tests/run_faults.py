@@ -22,7 +22,8 @@ from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
 from saving_faults import killed
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, evaluation, fuse_checkpoint, results
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.evaluate import evaluation, tables
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
@@ -56,7 +57,9 @@ def swept_state(out: Path) -> str:
     if (out / "results.csv").exists():
         with (out / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["perplexity"] for row in rows] == [str(point.perplexity) for point in points.values()][: len(rows)]
+        assert [row["perplexity, docs"] for row in rows] == [
+            str(point.perplexities["docs"]) for point in points.values()
+        ][: len(rows)]
         assert len(rows) in (len(points), len(points) - 1)  # a table follows its point
     return str(len(points))
 
@@ -74,7 +77,7 @@ def main(folder: Path) -> None:
     make_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     # Nothing runs in this process but what makes no thread, as it forks.
-    vars(results)["missing_packages"] = lambda: "no pictures"
+    vars(tables)["missing_plot_packages"] = lambda: "no pictures"
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     rng = random.Random(0)

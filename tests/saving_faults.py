@@ -24,7 +24,8 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from tqdm import tqdm
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, locks, saving
+from lf_hf import FusedLlamaForCausalLM, FusionReport
+from lf_hf.files import locks, saving
 
 State = dict[str, bytes]
 

@@ -404,7 +404,7 @@ def _one_task_index() -> Iterator[None]:
     """lm-eval takes seconds to look through all its tasks; here only ours are wanted."""
     index = TaskManager(include_path=str(tasks_path()), include_defaults=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lf_hf.evaluation.TaskManager", lambda **_: index)
+        patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
         yield
 
 

@@ -139,7 +139,7 @@ def test_a_users_text_serves_without_the_questions(monkeypatch: pytest.MonkeyPat
     def missing() -> Any:
         raise ValueError("they come with lm-eval, which is not installed")
 
-    monkeypatch.setattr("lf_hf.calibration.bundled_questions", missing)
+    monkeypatch.setattr("lf_hf.text.calibration.bundled_questions", missing)
     corpus = load_corpus(make_texts())
     assert len(corpus.parts) == 1 and "MMLU" not in corpus.full_source
     with pytest.raises(ValueError, match="they come with lm-eval"):

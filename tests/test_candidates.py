@@ -11,15 +11,15 @@ import pytest
 import scipy.stats
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
-from lf_hf.refit.candidates import Candidates
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.influence import divergence
-from lf_hf.pipeline import fuse, least_costly
+from lf_hf.pipeline import fuse
 from lf_hf.refit.boundaries import Boundaries
+from lf_hf.refit.pair_costs import PairCosts
 from lf_hf.refit.states import StateStore
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -48,7 +48,7 @@ def without(model: LlamaForCausalLM, *layers: int) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 def test_costs_are_those_of_the_whole_model_also_after_a_fusion(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.states.MEMORY_LIMIT", limit)
+    monkeypatch.setattr("lf_hf.refit.states.MEMORY_LIMIT", limit)
     dense = make_llama(num_hidden_layers=7)
     model = copy.deepcopy(dense)
     decoder = ModelDecoder(model)
@@ -61,21 +61,20 @@ def test_costs_are_those_of_the_whole_model_also_after_a_fusion(limit: int, monk
 
     with StateStore(1) as store:
         boundaries = Boundaries(decoder, decoder.embed(SEQUENCES), store)
-        candidates = Candidates(decoder, boundaries, keep_first, store)
+        costs = PairCosts(decoder, boundaries, keep_first, store)
         expected = [moved(dense, without(dense, j)) for j in range(2, 6)]
-        assert candidates.costs[2:6] == pytest.approx(expected, rel=1e-3)
-        assert candidates.costs[:2] == [math.inf] * 2 and candidates.costs[6] == math.inf
-        assert least_costly(candidates.costs) == 2 + expected.index(min(expected))
+        assert costs.by_layer[2:6] == pytest.approx(expected, rel=1e-3)
+        assert costs.by_layer[:2] == [math.inf] * 2 and costs.by_layer[6] == math.inf
 
         seen.clear()
         decoder.remove(4)  # layers 3 and 4 have become layer 3
         boundaries.update(3)
-        candidates.update(3)
+        costs.update(3)
         current = moved(dense, without(dense, 4))
         around = [moved(dense, without(dense, 4, j)) - current for j in (3, 5)]
-        assert candidates.costs[2] == pytest.approx(expected[0], rel=1e-3)  # shares no layer with the fusion
-        assert candidates.costs[3:5] == pytest.approx(around, rel=1e-3)
-        assert seen == [2, 3] and len(candidates.costs) == 6
+        assert costs.by_layer[2] == pytest.approx(expected[0], rel=1e-3)  # shares no layer with the fusion
+        assert costs.by_layer[3:5] == pytest.approx(around, rel=1e-3)
+        assert seen == [2, 3] and len(costs.by_layer) == 6
 
 
 def test_predictions_that_overflow_are_no_candidates() -> None:
@@ -86,18 +85,18 @@ def test_predictions_that_overflow_are_no_candidates() -> None:
         return weights if i == 2 else weights | {"mlp.down_proj.weight": torch.full((32, 48), math.nan)}
 
     with StateStore(1) as store:
-        candidates = Candidates(decoder, Boundaries(decoder, decoder.embed(SEQUENCES), store), broken, store)
-    assert least_costly(candidates.costs) == 3 and candidates.costs.count(math.inf) == len(candidates.costs) - 1
+        costs = PairCosts(decoder, Boundaries(decoder, decoder.embed(SEQUENCES), store), broken, store)
+    assert costs.by_layer.index(min(costs.by_layer)) == 3 and costs.by_layer.count(math.inf) == len(costs.by_layer) - 1
 
 
 def test_one_sequence_judges_what_is_fitted_to_it() -> None:
     decoder = ModelDecoder(make_llama())
     with StateStore(1) as store:
         boundaries = Boundaries(decoder, decoder.embed(SEQUENCES[:1]), store)
-        candidates = Candidates(
+        costs = PairCosts(
             decoder, boundaries, lambda i, _: dict(decoder.model.model.layers[i].named_parameters()), store
         )
-    assert 0 < min(candidates.costs) < math.inf
+    assert 0 < min(costs.by_layer) < math.inf
 
 
 def test_divergence_is_zero_for_what_is_equal_and_counts_tokens() -> None:

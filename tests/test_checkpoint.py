@@ -103,7 +103,7 @@ def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callabl
     low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
     assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
     assert "lm_head.weight" in low
-    assert reports[0].perplexity == reports[1].perplexity
+    assert reports[0].perplexities == reports[1].perplexities
 
 
 def test_a_head_that_is_stored_beside_equal_embeddings_is_one(make_base: Callable[..., str], tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
     assert rows["parameters"].split()[1:3] == [f"{report.parameters_before:,}", f"{report.parameters_after:,}"]
     [weights] = (tmp_path / "out").glob("*.safetensors")
     assert rows["bytes on disk"].split()[4] == f"{weights.stat().st_size:,}"
-    assert report.perplexity is not None
-    assert rows["perplexity"].split()[1:3] == [f"{p:.4g}" for p in (report.perplexity.dense, report.perplexity.fused)]
+    for judged in report.perplexities:
+        figures = rows[f"perplexity, {judged.name}"].split()[2:4]
+        assert figures == [f"{judged.dense:.4g}", f"{judged.fused:.4g}"]
 
 
 def test_low_memory_and_plain_llama(run: Run, base: str, text: Path, tmp_path: Path) -> None:

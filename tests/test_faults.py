@@ -33,7 +33,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr("lf_hf.evaluation.Evaluation", Answers)
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
     (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
     given: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate", "mka"], "tasks": ["task"]}
     return given | {"calibration": tmp_path / "text.txt", "settings": {"perplexity_tokens": 0}}
@@ -101,7 +101,7 @@ def test_results_of_something_else_are_left_alone(base: str, arguments: dict[str
 def test_an_interrupted_command_says_so_in_one_line(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lf_hf.evaluation.Evaluation", Answers)
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
     monkeypatch.setattr(pipeline, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = ["sweep", base, str(tmp_path / "out"), "--num-fusions", "1", "--methods", "truncate"]
     assert main(words) == 130

@@ -17,8 +17,9 @@ from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from lm_eval.api.instance import Instance
 from tokenizers import normalizers
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, fused_cache, pipeline
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.files import fused_cache
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 
@@ -43,7 +44,8 @@ result = [parameter.double().sum().item() for parameter in model.parameters()]
 """
 EVALUATES = """
 from lm_eval.api.instance import Instance
-from lf_hf.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.files import fused_cache
 
 lm = FusedLlamaLM(base, **arguments, device="cpu")
 pairs = [("layer model neuron", " weight"), ("token state", " train small")]

@@ -21,10 +21,11 @@ from safetensors.torch import save
 from test_report import make_report
 from test_sweep import make_point
 
-from lf_hf import FusionConfig, FusionReport, calibration
+from lf_hf import FusionConfig, FusionReport
 from lf_hf.evaluate.points import append_point, read_points
 from lf_hf.files.model_card import model_card
 from lf_hf.files.weights import shard_names, tensor_files
+from lf_hf.text import readers
 from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.mmlu import read_csv_questions
 
@@ -195,7 +196,7 @@ def peak(read: Callable[[], Any]) -> int:
 def test_a_line_without_end_does_not_fill_the_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_MAX_LINE", 1 << 16)
+    monkeypatch.setattr(readers, "_MAX_LINE", 1 << 16)
     with (tmp_path / name).open("wb") as file:
         file.truncate(1 << 34)  # of zeros, which take no room on the disk
     for load in (load_calibration, load_corpus):
@@ -210,7 +211,7 @@ def test_a_line_without_end_does_not_fill_the_memory(
 def test_a_text_without_end_does_not_fill_the_memory(
     name: str, start: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_MAX_LINE", 1 << 14)
+    monkeypatch.setattr(readers, "_MAX_LINE", 1 << 14)
     (tmp_path / name).write_text(start + line * 200_000)
     for load in (
         lambda path: load_calibration(path, sample_length=16),

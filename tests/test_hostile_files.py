@@ -189,7 +189,7 @@ def hostile_report() -> Any:
         base=HOSTILE,
         config={"method": HOSTILE, "num_fusions": HOSTILE, HOSTILE: HOSTILE},
         calibration=[CalibrationInfo(HOSTILE, 57, 5000)],
-        perplexity=PerplexityInfo(6.0, 30.0, 4000, HOSTILE),
+        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0)],
         seconds={HOSTILE: 1.0},
         versions={HOSTILE: HOSTILE},
         notes=[HOSTILE],

@@ -290,7 +290,7 @@ def test_what_is_pushed_explains_itself(
     saved: Path, as_llama: bool, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr("lf_hf.modeling_fused_llama.HfApi", hub)
+    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", hub)
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
     if push == "push_to_hub":
@@ -311,7 +311,7 @@ def test_what_is_pushed_explains_itself(
     assert ("import lf_hf" in text) != as_llama
     assert f"| decoder layers | {report.layers_before} | {report.layers_after} |" in text
     assert f"| {report.parameters_before:,} | {report.parameters_after:,} |" in text
-    assert f"| {report.perplexity.dense:.4g} | {report.perplexity.fused:.4g} |" in text
+    assert f"| {report.perplexities[0].dense:.4g} | {report.perplexities[0].fused:.4g} |" in text
     for name, value in report.config.items():
         assert f"| `{name}` | `{value}` |" in text
 

@@ -155,7 +155,7 @@ def test_model_info(base: str, calibration: str, saved: str) -> None:
     assert info["parameters_removed_fraction"] == pytest.approx(1 - after / before)
     assert "texts.txt" in json.dumps(info["calibration"])
     assert "57" in json.dumps(info["calibration"])
-    assert info["perplexity"]["tokens"] == 100
+    assert [judged["tokens"] for judged in info["perplexities"]] == [100, 100]
 
     again = make_lm(saved).get_model_info()["fusion"]
     assert (again["pairs"], again["ratios"]) == (info["pairs"], info["ratios"])

@@ -209,7 +209,7 @@ def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
         assert step.influence is not None and step.pair[0] > 0 and step.pair[1] < 4
         assert step.error_after is not None and step.error_before is not None and step.error_after < step.error_before
         assert sum(step.channels_kept or []) == 48 and sum(step.heads_kept or []) == 2
-    assert [refit.layers for refit in report.refits] in ([[1, 2, 3]], [[1, 2], [2, 3]])
+    assert [refit.layers for refit in report.fitted_layers] in ([[1, 2, 3]], [[1, 2], [2, 3]])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     assert loaded.fusion_report == report
     assert torch.equal(logits(loaded), logits(model))
@@ -259,7 +259,7 @@ def test_pushing_uploads_the_saved_folder(base: str, monkeypatch: pytest.MonkeyP
             uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
             return "address"
 
-    monkeypatch.setattr("lf_hf.modeling_fused_llama.HfApi", Hub)
+    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", Hub)
     assert fuse(base).push_to_hub("small", as_llama=True) == "address"
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= uploaded["me/small"]
 

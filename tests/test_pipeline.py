@@ -59,7 +59,8 @@ def test_report_has_what_was_measured() -> None:
     for match in report.steps[0].matches.values():
         assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
     assert set(report.seconds) == {"perplexity", "activations", "manifold", "similarity", "alignment and fusion"}
-    assert report.perplexity is not None and platform.python_version() in report.perplexity.text
+    assert [info.name for info in report.perplexities] == ["docs", "reasoning"]
+    assert platform.python_version() in report.perplexities[0].text
     assert FusionReport.from_dict(report.to_dict()) == report
     for part in ("5 -> 4 layers", "layer 3 <- 3 x", "random sentences (57 samples", "perplexity:"):
         assert part in report.summary()
@@ -80,7 +81,8 @@ def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     for ids in sequences:
         log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
         losses += [-log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
-    assert perplexity(ModelDecoder(model), sequences) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    found = perplexity(ModelDecoder(model), {"text": sequences, "empty": []})
+    assert found == {"text": pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)}
 
 
 def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> None:
@@ -95,7 +97,7 @@ def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> N
 
 def test_collapse_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     values = iter([10.0, 20.5])
-    monkeypatch.setattr("lf_hf.pipeline.perplexity", lambda *_: next(values))
+    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: {"docs": next(values)})
     with caplog.at_level(logging.WARNING):
         report = run(1)
     assert report.notes == [record.message for record in caplog.records]
@@ -104,19 +106,19 @@ def test_collapse_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_no_collapse_no_note(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([10.0, 20.0])
-    monkeypatch.setattr("lf_hf.pipeline.perplexity", lambda *_: next(values))
+    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: {"docs": next(values)})
     assert run(1).notes == []
 
 
 def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.pipeline.documentation_halves", lambda: ("", ""))
+    monkeypatch.setattr("lf_hf.measure.judging_texts", list)
     report = run(1)
-    assert report.perplexity is None and "pydoc_data.topics" in report.notes[0]
+    assert report.perplexities == [] and "No perplexity" in report.notes[0]
 
 
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
     report = run(1, perplexity_tokens=0)
-    assert report.perplexity is None and report.notes == []
+    assert report.perplexities == [] and report.notes == []
 
 
 def test_the_model_is_unchanged_when_calibration_fails() -> None:

@@ -31,10 +31,11 @@ from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.influence import influence
 from lf_hf.pipeline import fuse
-from lf_hf.refit.group import fit_group, trace
+from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.regression import Regression
 from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
 from lf_hf.report.report import FusionReport
 from lf_hf.stages.activations import pairwise_distances
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
@@ -440,7 +441,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
     reader: str, writer: str, power: int, refit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a share of the channels is compared by regression only."""
-    monkeypatch.setattr("lf_hf.refit._MAX_CANDIDATES", 0)
+    monkeypatch.setattr("lf_hf.refit.group._MAX_CANDIDATES", 0)
     weights, output = fitted_pair(make_llama(), refit)
     model = make_llama()
     with torch.no_grad():

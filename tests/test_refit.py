@@ -7,14 +7,15 @@ import pytest
 import torch
 from conftest import make_llama
 
+from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.influence import influence
-from lf_hf.pipeline import least_costly
-from lf_hf.refit.bottom_up import refit_from_bottom
+from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.group import fit_group, input_map, token_weights, trace
+from lf_hf.refit.group import fit_group, input_map, token_weights
 from lf_hf.refit.layer_parts import build_layer, stacked
 from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
 
 SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def test_tokens_count_alike_whatever_their_size_but_the_first_counts_for_what_at
 
 
 def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.refit._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
+    monkeypatch.setattr("lf_hf.refit.group._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
     model = make_llama()
     decoder, layers = ModelDecoder(model), list(model.model.layers[1:3])
     mlp = layers[1].mlp
@@ -152,7 +153,7 @@ def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
     decoder = ModelDecoder(model, keep_originals=True)
     decoder.remove(3)
     decoder.remove(1)
-    origins = [[0, 1], [2, 3], [4]]
+    groups = [[0, 1], [2, 3], [4]]
 
     def error() -> float:  # at the output of original layer 3
         with torch.no_grad():
@@ -160,8 +161,9 @@ def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
         return relative(hidden_states, dense)
 
     before = error()
-    refits = refit_from_bottom(decoder, origins, SEQUENCES, select=True, refit="projections", ridge=0.01)
-    assert [refit.layers for refit in refits] == [[0, 1], [2, 3]]
+    config = FusionConfig(2, "refit", ridge=0.01)
+    fitted = fit_from_bottom(decoder, groups, SEQUENCES, config)
+    assert [layer.layers for layer in fitted] == [[0, 1], [2, 3]]
     assert error() < before
     assert model.num_parameters() == make_llama(num_hidden_layers=3).num_parameters()
 
@@ -181,7 +183,7 @@ def test_originals_outlive_changes() -> None:
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 def test_boundaries_follow_a_change_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.states.MEMORY_LIMIT", limit)
+    monkeypatch.setattr("lf_hf.refit.states.MEMORY_LIMIT", limit)
     model = make_llama()
     decoder = ModelDecoder(model)
     embedded = decoder.embed(SEQUENCES[:3])
@@ -216,7 +218,3 @@ def test_influence_is_the_mean_angle_without_the_first_token() -> None:
     y = torch.tensor([[[-9.0, 9.0], [2.0, 0.0], [3.0, 0.0]]])
     assert influence([x], [y]) == pytest.approx(1 - (1 + 0) / 2)
     assert influence([x], [3 * x]) == pytest.approx(0)
-
-
-def test_the_first_and_the_last_layer_stay_out() -> None:
-    assert least_costly([0.0, 0.0, 0.3, 0.2, 0.0]) == 3

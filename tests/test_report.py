@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lf_hf import FusionReport
-from lf_hf.report.report import CalibrationInfo, FusionStep, LayerRefit, PerplexityInfo
+from lf_hf.report.report import CalibrationInfo, FittedLayer, FusionStep, PerplexityInfo
 from lf_hf.stages.alignment import RowMatch
 
 
@@ -22,9 +22,12 @@ def make_report(**values: object) -> FusionReport:
         "layers_after": 28,
         "parameters_before": 8_030_261_248,
         "parameters_after": 7_157_813_248,
-        "refits": [LayerRefit([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
+        "fitted_layers": [FittedLayer([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
-        "perplexity": PerplexityInfo(6.1, 30.0, 4000, "prose"),
+        "perplexities": [
+            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin"),
+            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0),
+        ],
         "similarity": [[1.0] * 32] * 32,
         "embeddings": [[[0.1, 0.2]]] * 32,
         "seconds": {"activations": 1.5},
@@ -42,7 +45,7 @@ def test_both_compression_figures() -> None:
 def test_round_trip_through_a_folder(tmp_path: Path) -> None:
     for report in (
         make_report(),
-        make_report(calibration=[], refits=[], perplexity=None, similarity=None, embeddings=None),
+        make_report(calibration=[], fitted_layers=[], perplexities=[], similarity=None, embeddings=None),
     ):
         report.save(tmp_path)
         assert FusionReport.load(tmp_path) == report

@@ -16,10 +16,11 @@ import pytest
 from conftest import make_texts
 from test_report import make_report
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, figures
+from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
+from lf_hf.report import figures
 from lf_hf.report.page import report_sections, write_page
-from lf_hf.report.report import FusionStep, LayerRefit
+from lf_hf.report.report import FittedLayer, FusionStep
 from lf_hf.text.mmlu import SUBJECTS
 
 HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
@@ -79,9 +80,8 @@ def test_a_page_shows_what_its_method_measured(
         assert picture["alt"]
         source = str(picture["src"]).removeprefix("data:image/svg+xml;base64,")
         assert ElementTree.fromstring(base64.b64decode(source)).tag.endswith("svg")
-    assert report.perplexity is not None
     text = " ".join(page.text.split())
-    for part in ("5 → 3", f"{report.perplexity.dense:.4g} → {report.perplexity.fused:.4g}", *report.notes):
+    for part in ("5 → 3", *(f"{p.dense:.4g} → {p.fused:.4g}" for p in report.perplexities), *report.notes):
         assert part in text
 
 
@@ -125,18 +125,18 @@ def test_reports_that_lack_later_fields_are_read(reports: dict[str, FusionReport
 
 def test_groups_say_how_much_of_each_layer_is_where() -> None:
     steps = [FusionStep([2], [3], 0.75, 0.25), FusionStep([1], [2, 3], 0.6, 0.4)]
-    report = make_report(steps=steps, refits=[], layers_before=5, layers_after=3)
+    report = make_report(steps=steps, fitted_layers=[], layers_before=5, layers_after=3)
     assert report.groups == [{0: 1}, {1: 0.6, 2: pytest.approx(0.3), 3: pytest.approx(0.1)}, {4: 1}]
-    dropped = make_report(steps=[FusionStep([3], [4], 1.0, 0.0)], refits=[], layers_before=5, layers_after=4)
+    dropped = make_report(steps=[FusionStep([3], [4], 1.0, 0.0)], fitted_layers=[], layers_before=5, layers_after=4)
     assert dropped.groups[-1] == {3: 1, 4: 0}
     selected = make_report(
         steps=[FusionStep([1], [2], 1.0, 0.0, channels_kept=[10, 30])],
-        refits=[LayerRefit([1, 2], None, [8, 32], 0.5, 0.1)],
+        fitted_layers=[FittedLayer([1, 2], None, [8, 32], 0.5, 0.1)],
         layers_before=4,
         layers_after=3,
     )
     assert selected.groups[1] == {1: 0.2, 2: 0.8}
-    refitted_less = dataclasses.replace(selected, refits=[])
+    refitted_less = dataclasses.replace(selected, fitted_layers=[])
     assert refitted_less.groups[1] == {1: 0.25, 2: 0.75}
 
 

@@ -17,7 +17,8 @@ from conftest import make_texts, outcome_of
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint, saving
+from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
+from lf_hf.files import saving
 from lf_hf.files.saving import replaced_folder
 
 

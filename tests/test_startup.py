@@ -137,7 +137,7 @@ def test_registers_a_name_and_imports_nothing(python: Path, tmp_path: Path) -> N
         assert not {"lf_hf", "lm_eval", "torch", "typing"} & set(sys.modules)
         import inspect, lm_eval.models
         from lm_eval.api.registry import model_registry
-        assert dict(model_registry.items())["fused_llama"] == "lf_hf.lm_eval_model:FusedLlamaLM"
+        assert dict(model_registry.items())["fused_llama"] == "lf_hf.evaluate.lm_eval_model:FusedLlamaLM"
         assert "MODEL_MAPPING" in inspect.getsource(lm_eval.models)
         assert not {"lf_hf", "torch"} & set(sys.modules)
         assert not [f for f in sys.meta_path if type(f).__module__ == "lf_hf_startup"]
@@ -201,7 +201,7 @@ def fake(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def test_fake_lm_eval(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    assert fake().stdout.strip() == "{'fused_llama': 'lf_hf.lm_eval_model:FusedLlamaLM'}"
+    assert fake().stdout.strip() == "{'fused_llama': 'lf_hf.evaluate.lm_eval_model:FusedLlamaLM'}"
 
 
 def test_leaves_releases_with_plugins_alone(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -17,7 +17,7 @@ from conftest import make_texts, make_tokenizer
 from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline, tasks_path
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, measure, tasks_path
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
@@ -34,13 +34,13 @@ def _one_task_index() -> Iterator[None]:
     """lm-eval takes seconds to look through all its tasks; here it does so once."""
     index = TaskManager(include_path=str(tasks_path()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lf_hf.evaluation.TaskManager", lambda **_: index)
+        patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
         yield
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.results.missing_packages", lambda: "none wanted")
+    monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "none wanted")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def make_point(method: str, num_fusions: int, accuracy: float, perplexity: float
         parameters=1000,
         layers_removed_fraction=num_fusions / 32,
         parameters_removed_fraction=num_fusions / 40,
-        perplexity=perplexity,
+        perplexities={} if perplexity is None else {"docs": perplexity},
         scores={"mmlu_5shot": Score("acc", accuracy, 0.01)},
         config=None,
         notes=[],
@@ -99,8 +99,9 @@ def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base:
         config = FusionConfig(point.num_fusions, point.method, perplexity_tokens=300, calibration_tokens=1024)
         model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
         report = model.fusion_report
-        assert report is not None and report.perplexity is not None
-        assert point.perplexity == report.perplexity.fused and points[0].perplexity == report.perplexity.dense
+        assert report is not None and len(report.perplexities) == 2
+        assert point.perplexities == {info.name: info.fused for info in report.perplexities}
+        assert points[0].perplexities == {info.name: info.dense for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
         assert point.config == config.to_dict()
     assert Evaluation(TASKS).scores(model, make_tokenizer()) == points[-1].scores
@@ -141,13 +142,13 @@ def test_the_dense_model_is_measured_once(
     calls = []
 
     def count(name: str) -> None:
-        original = getattr(pipeline, name)
+        original = getattr(measure, name)
 
         def counted(*arguments: Any) -> Any:
             calls.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(pipeline, name, counted)
+        monkeypatch.setattr(measure, name, counted)
 
     count("sample_distances")
     count("calibration_sequences")
@@ -160,7 +161,8 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
     folder, points = whole
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["perplexity"]) for row in rows] == [point.perplexity for point in points]
+    for name in ("docs", "reasoning"):
+        assert [float(row[f"perplexity, {name}"]) for row in rows] == [point.perplexities[name] for point in points]
     assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
     document = (folder / "results.md").read_text(encoding="utf-8")
     assert document.count("\n| mka | ") == 2 + 3 and "| refit | 2 | 3 | 40.0% |" in document
@@ -226,7 +228,7 @@ def test_stability_follows_from_the_table() -> None:
     assert accuracy.deviation == pytest.approx(values.std(ddof=1)) and accuracy.range == pytest.approx(np.ptp(values))
     assert accuracy.worst_step == pytest.approx(0.6342 - 0.3)
     assert (accuracy.worst_from, accuracy.worst_to) == (13, 15)
-    assert perplexity.quantity == "log perplexity"
+    assert perplexity.quantity == "log perplexity, docs"
     assert perplexity.deviation == pytest.approx(np.std([1, 4, 11, 13, 15], ddof=1))
     assert perplexity.worst_step == pytest.approx(7)
     assert (perplexity.worst_from, perplexity.worst_to) == (4, 11)
@@ -291,7 +293,7 @@ def test_command(
     assert (out / "results.jsonl").read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
     for point in whole[1]:
-        assert f"{point.perplexity:.4g}" in printed
+        assert all(f"{value:.4g}" in printed for value in point.perplexities.values())
     assert "standard deviation" in printed and "log perplexity" in printed
     for wrong in (["--num-fusions", "1,x"], ["--num-fusions", "1", "--metadata", "[1]"], ["--num-fusions", "0"]):
         assert main(["sweep", base, str(out), *wrong]) == 2

@@ -80,16 +80,16 @@ class TwoDevices(TorchFunctionMode):
 
 
 def spread(model: nn.Module, first: int, devices: TwoDevices) -> None:
-    """Put layers from `first` on, the norm and the head on the second device, with hooks that move what they read."""
+    """Put layers from `first` on, norm, rotary embedding and head on the second device; hooks move what each reads."""
     for name, module in model.named_modules():
         number = name.removeprefix("model.layers.").split(".")[0]
-        other = int(number) >= first if number.isdigit() else name in ("model.norm", "lm_head")
+        other = int(number) >= first if number.isdigit() else name in ("model.norm", "model.rotary_emb", "lm_head")
         device = OTHER if other else CPU
-        parameters = list(module.parameters())
-        if name in ("", "model") or name == "model.layers" or not parameters:
+        tensors = [*module.parameters(), *module.buffers()]
+        if name in ("", "model") or name == "model.layers" or not tensors:
             continue
-        for parameter in parameters:
-            devices.put(parameter, device)
+        for tensor in tensors:
+            devices.put(tensor, device)
 
         def move(_: nn.Module, args: Any, kwargs: Any, device: torch.device = device) -> Any:
             return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))

@@ -114,11 +114,9 @@ class Decoder(ABC):
             lowest = torch.finfo(hidden_states.dtype).min
             mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
             mask = mask[None, None]  # (1, 1, T, T)
-        return {
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
-        }
+        # In a model that is spread over devices the rotary embedding has one of its own.
+        cos, sin = (table.to(device) for table in self.rotary_emb(hidden_states, position_ids))
+        return {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": (cos, sin)}
 
     def run_layer(self, layer: LlamaDecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output for one sequence: (1, tokens T, hidden) -> (1, tokens T, hidden)."""
