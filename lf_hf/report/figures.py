@@ -22,7 +22,7 @@ from lf_hf.report.report import FusionReport, PerplexityInfo
 from lf_hf.text.mmlu import SUBJECTS
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_BEFORE, _AFTER, _UNCHANGED = "#a0aec0", "#2b6cb0", "#e2e8f0"
+_BEFORE, _AFTER = "#a0aec0", "#2b6cb0"
 _WIDTH = 5.2  # inches: with text of this size it can be read on a phone
 _ROW = 10  # layers in a row of the map
 _CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
@@ -31,33 +31,32 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 
 def layer_map(report: FusionReport) -> Figure:
     """Which original layers became which: each original one above the fused model's that it is part of, in rows."""
-    places = [(new, number) for new, group in enumerate(report.groups) for number in group]
-    rows = math.ceil(len(places) / _ROW)
-    figure = new_figure(_WIDTH, 0.85 * rows + 0.1)
+    groups = report.groups
+    merged = [new for new, group in enumerate(groups) if len(group) > 1]
+    colors = {new: COLORS[n % len(COLORS)] for n, new in enumerate(merged)}
+    places = [(new, number) for new, group in enumerate(groups) for number in group]
+    rows = [places[start : start + _ROW] for start in range(0, len(places), _ROW)]
+    figure = new_figure(_WIDTH, 0.85 * len(rows) + 0.1)
     axis = figure.subplots()
-    merged = [new for new, group in enumerate(report.groups) if len(group) > 1]
-    for row in range(rows):
-        in_row = places[row * _ROW : (row + 1) * _ROW]
-        for x, (new, number) in enumerate(in_row):
-            share = report.groups[new][number]
-            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
-            ink = "white" if new in merged and share > 0 else "black"
-            dim = 0.3 if share == 0 else 1.0
-            axis.add_patch(Rectangle((x + 0.06, -row), 0.88, 0.32, facecolor=color, edgecolor="none", alpha=dim))
-            axis.text(x + 0.5, 0.15 - row, str(number), ha="center", va="center", size=9, color=ink)
-            if new in merged:
-                axis.text(x + 0.5, 0.36 - row, f"{share:.0%}", ha="center", va="bottom", size=8, color=color)
-        axis.text(-0.1, 0.15 - row, "original", ha="right", va="center", size=8)
-        axis.text(-0.1, -0.22 - row, "fused", ha="right", va="center", size=8)
-        start = 0
-        for new, together in groupby(new for new, _ in in_row):
-            width = len(list(together))
-            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
-            ink = "white" if new in merged else "black"
-            axis.add_patch(Rectangle((start + 0.06, -0.37 - row), width - 0.12, 0.32, facecolor=color))
-            axis.text(start + width / 2, -0.22 - row, str(new), ha="center", va="center", size=9, color=ink)
-            start += width
-    axis.set(xlim=(-1.3, _ROW), ylim=(-0.4 - (rows - 1), 0.55))
+
+    def box(x: float, y: float, width: int, new: int, number: int, share: float = 1.0) -> None:
+        color, dim = colors.get(new, "#e2e8f0"), 0.3 if share == 0 else 1.0
+        axis.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.32, facecolor=color, edgecolor="none", alpha=dim))
+        ink = "white" if new in colors and share > 0 else "black"
+        axis.text(x + width / 2, y + 0.15, str(number), ha="center", va="center", size=9, color=ink)
+
+    for row, of_row in enumerate(rows):
+        for x, (new, number) in enumerate(of_row):
+            share = groups[new][number]
+            box(x, -row, 1, new, number, share)
+            if new in colors:
+                axis.text(x + 0.5, 0.36 - row, f"{share:.0%}", ha="center", size=8, color=colors[new])
+        for new, together in groupby(enumerate(of_row), key=lambda place: place[1][0]):
+            columns = [x for x, _ in together]
+            box(columns[0], -0.37 - row, len(columns), new, new)
+        for y, name in ((0.15, "original"), (-0.22, "fused")):
+            axis.text(-0.1, y - row, name, ha="right", va="center", size=8)
+    axis.set(xlim=(-1.3, _ROW), ylim=(0.6 - len(rows), 0.55))
     axis.set_axis_off()
     return figure
 
