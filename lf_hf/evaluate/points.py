@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class Point:
     notes: list[str]
     seconds: dict[str, float]
     versions: dict[str, str]
+
+
+def judging_names(points: Sequence[Point]) -> list[str]:
+    """Names of the texts that any of some points has a perplexity of."""
+    return list(dict.fromkeys(name for point in points for name in point.perplexities))
 
 
 def read_points(path: Path) -> dict[str, Point]:

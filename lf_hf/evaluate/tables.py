@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from lf_hf.evaluate.points import DENSE, Point
+from lf_hf.evaluate.points import DENSE, Point, Score, judging_names
 from lf_hf.files.model_card import as_code
 from lf_hf.report.page import missing_plot_packages
 from lf_hf.report.report import published_name
@@ -57,8 +57,8 @@ def stability(points: Sequence[Point]) -> list[Stability]:
                 found.append(_stability(method, task, levels, values, 1 if score.higher_is_better else -1))
             elif all(map(math.isfinite, values)):
                 found.append(_stability(method, f"log {score.metric}, {task}", levels, list(map(math.log, values)), -1))
-        for text in of_method[0].perplexities:
-            values = [point.perplexities[text] for point in of_method]
+        for text in judging_names(of_method):
+            values = [point.perplexities.get(text, math.nan) for point in of_method]
             if all(map(math.isfinite, values)):
                 logs = list(map(math.log, values))
                 found.append(_stability(method, f"log perplexity, {text}", levels, logs, -1))
@@ -67,12 +67,10 @@ def stability(points: Sequence[Point]) -> list[Stability]:
 
 def results_rows(points: Sequence[Point]) -> list[list[str]]:
     """A head and one row a point, for people."""
-    tasks = list(points[0].scores) if points else []
-    rows = [
-        ["method", "layers fused", "layers", "layers removed", "parameters removed", *tasks, *_perplexity_heads(points)]
-    ]
+    tasks, texts = list(points[0].scores) if points else [], judging_names(points)
+    heads = [f"perplexity, {text}" for text in texts]
+    rows = [["method", "layers fused", "layers", "layers removed", "parameters removed", *tasks, *heads]]
     for point in points:
-        scores = [point.scores[task] for task in tasks]
         rows.append(
             [
                 point.method,
@@ -80,15 +78,16 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
                 str(point.layers),
                 f"{point.layers_removed_fraction:.1%}",
                 f"{point.parameters_removed_fraction:.1%}",
-                *(f"{s.value:.4f}" + (f" ± {s.stderr:.4f}" if s.stderr is not None else "") for s in scores),
-                *(f"{value:.4g}" for value in point.perplexities.values()),
+                *(_score_cell(point.scores[task]) for task in tasks),
+                *(f"{point.perplexities[text]:.4g}" if text in point.perplexities else "-" for text in texts),
             ]
         )
     return rows
 
 
-def _perplexity_heads(points: Sequence[Point]) -> list[str]:
-    return [f"perplexity, {text}" for text in (points[0].perplexities if points else [])]
+def _score_cell(score: Score) -> str:
+    value = f"{score.value:.4g}" if score.is_perplexity else f"{score.value:.4f}"
+    return value if score.stderr is None else f"{value} ± {score.stderr:.4f}"
 
 
 def markdown(points: Sequence[Point], base: str, *, published: bool) -> str:
@@ -156,15 +155,16 @@ def write_tables(folder: Path, points: Sequence[Point], base: str, *, published:
 
 
 def _csv(points: Sequence[Point]) -> str:
-    tasks = list(points[0].scores) if points else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    tasks, texts = list(points[0].scores) if points else [], judging_names(points)
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
     head = ["method", "num_fusions", "layers", "parameters", "layers_removed_fraction", "parameters_removed_fraction"]
-    writer.writerow([*head, *_perplexity_heads(points), *(f"{task}{end}" for task in tasks for end in ("", "_stderr"))])
+    columns = [f"perplexity, {text}" for text in texts] + [f"{task}{end}" for task in tasks for end in ("", "_stderr")]
+    writer.writerow([*head, *columns])
     for point in points:
         scores = [value for task in tasks for value in (point.scores[task].value, point.scores[task].stderr)]
-        writer.writerow([*(getattr(point, name) for name in head), *point.perplexities.values(), *scores])
-    return text.getvalue()
+        writer.writerow([*(getattr(point, name) for name in head), *map(point.perplexities.get, texts), *scores])
+    return content.getvalue()
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ Layers are numbered from 0 as in the original model, except where a picture says
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,11 +18,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import FusionReport, PerplexityInfo
 from lf_hf.text.mmlu import SUBJECTS
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_BEFORE, _AFTER, _UNCHANGED = "#a0aec0", "#2b6cb0", "#e2e8f0"
+_BEFORE, _AFTER = "#a0aec0", "#2b6cb0"
 _WIDTH = 5.2  # inches: with text of this size it can be read on a phone
 _ROW = 10  # layers in a row of the map
 _CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
@@ -30,33 +31,32 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "do
 
 def layer_map(report: FusionReport) -> Figure:
     """Which original layers became which: each original one above the fused model's that it is part of, in rows."""
-    places = [(new, number) for new, group in enumerate(report.groups) for number in group]
-    rows = math.ceil(len(places) / _ROW)
-    figure = new_figure(_WIDTH, 0.85 * rows + 0.1)
+    groups = report.groups
+    merged = [new for new, group in enumerate(groups) if len(group) > 1]
+    colors = {new: COLORS[n % len(COLORS)] for n, new in enumerate(merged)}
+    places = [(new, number) for new, group in enumerate(groups) for number in group]
+    rows = [places[start : start + _ROW] for start in range(0, len(places), _ROW)]
+    figure = new_figure(_WIDTH, 0.85 * len(rows) + 0.1)
     axis = figure.subplots()
-    merged = [new for new, group in enumerate(report.groups) if len(group) > 1]
-    for row in range(rows):
-        in_row = places[row * _ROW : (row + 1) * _ROW]
-        for x, (new, number) in enumerate(in_row):
-            share = report.groups[new][number]
-            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
-            ink = "white" if new in merged and share > 0 else "black"
-            dim = 0.3 if share == 0 else 1.0
-            axis.add_patch(Rectangle((x + 0.06, -row), 0.88, 0.32, facecolor=color, edgecolor="none", alpha=dim))
-            axis.text(x + 0.5, 0.15 - row, str(number), ha="center", va="center", size=9, color=ink)
-            if new in merged:
-                axis.text(x + 0.5, 0.36 - row, f"{share:.0%}", ha="center", va="bottom", size=8, color=color)
-        axis.text(-0.1, 0.15 - row, "original", ha="right", va="center", size=8)
-        axis.text(-0.1, -0.22 - row, "fused", ha="right", va="center", size=8)
-        start = 0
-        for new, together in groupby(new for new, _ in in_row):
-            width = len(list(together))
-            color = COLORS[merged.index(new) % len(COLORS)] if new in merged else _UNCHANGED
-            ink = "white" if new in merged else "black"
-            axis.add_patch(Rectangle((start + 0.06, -0.37 - row), width - 0.12, 0.32, facecolor=color))
-            axis.text(start + width / 2, -0.22 - row, str(new), ha="center", va="center", size=9, color=ink)
-            start += width
-    axis.set(xlim=(-1.3, _ROW), ylim=(-0.4 - (rows - 1), 0.55))
+
+    def box(x: float, y: float, width: int, new: int, number: int, share: float = 1.0) -> None:
+        color, dim = colors.get(new, "#e2e8f0"), 0.3 if share == 0 else 1.0
+        axis.add_patch(Rectangle((x + 0.06, y), width - 0.12, 0.32, facecolor=color, edgecolor="none", alpha=dim))
+        ink = "white" if new in colors and share > 0 else "black"
+        axis.text(x + width / 2, y + 0.15, str(number), ha="center", va="center", size=9, color=ink)
+
+    for row, of_row in enumerate(rows):
+        for x, (new, number) in enumerate(of_row):
+            share = groups[new][number]
+            box(x, -row, 1, new, number, share)
+            if new in colors:
+                axis.text(x + 0.5, 0.36 - row, f"{share:.0%}", ha="center", size=8, color=colors[new])
+        for new, together in groupby(enumerate(of_row), key=lambda place: place[1][0]):
+            columns = [x for x, _ in together]
+            box(columns[0], -0.37 - row, len(columns), new, new)
+        for y, name in ((0.15, "original"), (-0.22, "fused")):
+            axis.text(-0.1, y - row, name, ha="right", va="center", size=8)
+    axis.set(xlim=(-1.3, _ROW), ylim=(0.6 - len(rows), 0.55))
     axis.set_axis_off()
     return figure
 
@@ -174,6 +174,7 @@ def fit_errors(report: FusionReport) -> Figure:
     axis.scatter(after, places, s=20, color=_AFTER, label="after", zorder=2)
     axis.set_yticks(places, [" + ".join(map(str, fitted.layers)) for fitted in report.fitted_layers])
     axis.set(xlabel="squared error, relative", ylabel="fused layer", xlim=(0, None))
+    axis.margins(y=0.15)
     axis.grid(axis="x", alpha=0.25)
     legend_above(axis)
     return figure
@@ -182,35 +183,38 @@ def fit_errors(report: FusionReport) -> Figure:
 def cost_and_gain(report: FusionReport) -> Figure:
     """Perplexity of the fused model over the base's, and what it has left of the base's layers and parameters."""
     judged = report.perplexities
-    figure = new_figure(_WIDTH, 1.5 + (0.55 * len(judged) + 0.5) * bool(judged))
-    ratios = {"height_ratios": [0.55 * len(judged) + 0.4, 1.5]} if judged else {}
-    axes: list[Axes] = list(figure.subplots(1 + bool(judged), 1, squeeze=False, **ratios).flat)
+    heights = [0.5 * len(judged) + 0.6, 1.5] if judged else [1.5]
+    figure = new_figure(_WIDTH, sum(heights))
+    axes: list[Axes] = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat)
     if judged:
-        finite = [info.ratio for info in judged if math.isfinite(info.ratio)]
-        low, high = min([1.0, *finite]), max([2.0, *finite])
-        room = (high / low) ** 0.3  # on a logarithmic scale, for what is written beside the bars
-        ends = [info.ratio if math.isfinite(info.ratio) else high for info in judged]
-        names = [f"{info.name}\n{info.dense:.4g} \N{RIGHTWARDS ARROW} {info.fused:.4g}" for info in judged]
-        colors = [_AFTER if info.ratio <= 2 else COLORS[1] for info in judged]
-        bars = axes[0].barh(names, [end - 1 for end in ends], left=1, color=colors, height=0.6)
-        texts = [f"\N{MULTIPLICATION SIGN} {info.ratio:.3g}" for info in judged]
-        axes[0].bar_label(bars, texts, padding=4, fontsize=10, fontweight="bold")
-        axes[0].axvline(1, color="black", linewidth=0.8)
-        axes[0].set(xscale="log", xlim=(low / room if low < 1 else 1, high * room))
-        axes[0].minorticks_off()
-        axes[0].set_xticks([1], ["as the base"])
-        axes[0].set_xlabel("perplexity, times the base's (log scale)")
-        for tick in axes[0].get_yticklabels():
-            tick.set_parse_math(False)  # the name of a text is no formula
-        axes[0].invert_yaxis()
-        axes[0].spines[["top", "right"]].set_visible(False)
+        _ratio_bars(axes[0], judged)
     left = {"layers": 1 - report.layers_removed_fraction, "parameters": 1 - report.parameters_removed_fraction}
     bars = axes[-1].barh([*left], [100 * share for share in left.values()], color=_AFTER, height=0.6)
     axes[-1].bar_label(bars, [f"{share:.1%}" for share in left.values()], padding=4, fontsize=10)
     axes[-1].set(xlim=(0, 120), xticks=range(0, 101, 25), xlabel="left of the base (%)")
-    axes[-1].invert_yaxis()
-    axes[-1].spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _ratio_bars(axis: Axes, judged: Sequence[PerplexityInfo]) -> None:
+    """A bar a text, from 1 to the ratio of perplexities; one that is too large to be drawn ends where others do."""
+    drawn = [info.ratio for info in judged if 1e-99 < info.ratio < 1e99]
+    low, high = min([1.0, *drawn]), max([2.0, *drawn])
+    ends = [info.ratio if info.ratio in drawn else high for info in judged]
+    colors = [_AFTER if info.ratio <= 2 else COLORS[1] for info in judged]
+    bars = axis.barh(range(len(judged)), [end - 1 for end in ends], left=1, color=colors, height=0.6)
+    ratios = [f"\N{MULTIPLICATION SIGN} {info.ratio:.3g}" for info in judged]
+    axis.bar_label(bars, ratios, padding=4, fontsize=10, fontweight="bold")
+    axis.axvline(1, color="black", linewidth=0.8)
+    room = (high / low) ** 0.3  # for what is written beside the bars
+    axis.set(xscale="log", xlim=(low / room if low < 1 else 1, high * room))
+    axis.minorticks_off()
+    axis.set_xticks([1], ["as the base"])
+    axis.set_xlabel("perplexity, times the base's (log scale)")
+    names = [f"{info.name}\n{info.dense:.4g} \N{RIGHTWARDS ARROW} {info.fused:.4g}" for info in judged]
+    axis.set_yticks(range(len(judged)), names, parse_math=False)  # a text's name is no formula
 
 
 def new_figure(width: float, height: float) -> Figure:

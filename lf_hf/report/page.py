@@ -72,7 +72,7 @@ def report_sections(report: FusionReport) -> list[Section]:
     matched = any(step.matches for step in report.steps)
     averaged = any(step.ratio_j > 0 for step in report.steps)
     planned: list[tuple[bool, Callable[[FusionReport], Figure], str, str]] = [
-        (True, figures.cost_and_gain, "What it saved and what it cost", _COST),
+        (True, figures.cost_and_gain, "What it cost and what it saved", _COST),
         (True, figures.layer_map, "Which layers became which", _MAP),
         (report.similarity is not None, figures.similarity_heatmap, "How alike the layers are", _SIMILARITY),
         (report.embeddings is not None, figures.manifolds, "How each layer sees the samples", _MANIFOLD),

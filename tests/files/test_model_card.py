@@ -1,0 +1,77 @@
+"""The model card: what it lists of a fusion, and of which text its figures are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from lf_hf import FusionConfig, FusionReport
+from lf_hf.files.model_card import model_card
+from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, FusionStep, PerplexityInfo
+
+
+def make_report(method: str = "refit", base: str = "owner/model", **values: Any) -> FusionReport:
+    fields: dict[str, Any] = {
+        "base": base,
+        "config": FusionConfig(num_fusions=1, method=method).to_dict(),
+        "steps": [FusionStep([2], [3], 1.0, 0.0)],
+        "fitted_layers": [],
+        "layers_before": 5,
+        "layers_after": 4,
+        "parameters_before": 1000,
+        "parameters_after": 900,
+        "calibration": [CalibrationInfo("some text", 20, 4096)],
+        "perplexities": [PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, "seen")],
+        "similarity": None,
+        "embeddings": None,
+        "seconds": {},
+        "versions": {},
+        "notes": [],
+    }
+    return FusionReport(**fields | values)
+
+
+def settings(card: str) -> set[str]:
+    return {line.split("`")[1] for line in card.split("## Settings")[1].splitlines() if line.startswith("| `")}
+
+
+@pytest.mark.parametrize("method", ["neural_alignment", "mka", "truncate", "refit"])
+def test_settings_without_effect_are_not_listed(method: str) -> None:
+    listed = settings(model_card(make_report(method), as_llama=False))
+    assert listed == FusionConfig(num_fusions=1, method=method).in_effect().keys()
+    assert ("kernel_scale" in listed) == (method in ("neural_alignment", "mka"))
+    assert ("calibration_tokens" in listed) == (method == "refit")
+
+
+def test_figures_say_what_they_are_of() -> None:
+    card = model_card(make_report(), as_llama=False)
+    assert "| perplexity, docs | 10 | 12.5 | 1.25 |" in card
+    assert "- docs: 4000 tokens of some documentation; part of it was used for calibration." in card
+    assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
+    assert "| decoder layers | 5 | 4 | 0.8 |" in card
+    without = model_card(make_report(perplexities=[], calibration=[]), as_llama=False)
+    assert "erplexity, " not in without and "Calibrated on" not in without
+
+
+def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:
+    report = make_report(weights_digest="one")
+    card = model_card(report.of_weights("another"), as_llama=True)
+    assert card.index(f"> {CHANGED_NOTE}") < card.index("| perplexity, docs |")
+    assert CHANGED_NOTE not in model_card(report.of_weights("one"), as_llama=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "repository"),
+    [
+        ("owner/model", "owner/model"),
+        ("owner/model/file.gguf", "owner/model"),
+        ("/home/me/model", None),
+        ("model", None),
+    ],
+)
+def test_a_folder_is_no_repository(base: str, repository: str | None) -> None:
+    card = model_card(make_report(base=base), as_llama=False)
+    assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == repository
+    assert "/home" not in card and "model" in card
