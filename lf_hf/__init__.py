@@ -2,21 +2,42 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from lf_hf.config import FusionConfig
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig
 from lf_hf.model.fuse_checkpoint import fuse_checkpoint
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusedLlamaModel
+from lf_hf.model.modeling_fused_llama import (
+    FusedLlamaForCausalLM,
+    FusedLlamaForQuestionAnswering,
+    FusedLlamaForSequenceClassification,
+    FusedLlamaForTokenClassification,
+    FusedLlamaModel,
+)
+from lf_hf.model.peft_targets import register_with_peft
 from lf_hf.report.report import FusionReport
 
 AutoConfig.register(FusedLlamaConfig.model_type, FusedLlamaConfig)
 AutoModel.register(FusedLlamaConfig, FusedLlamaModel)
 AutoModelForCausalLM.register(FusedLlamaConfig, FusedLlamaForCausalLM)
+AutoModelForSequenceClassification.register(FusedLlamaConfig, FusedLlamaForSequenceClassification)
+AutoModelForTokenClassification.register(FusedLlamaConfig, FusedLlamaForTokenClassification)
+AutoModelForQuestionAnswering.register(FusedLlamaConfig, FusedLlamaForQuestionAnswering)
+register_with_peft(FusedLlamaConfig.model_type)
 
 __all__ = [
     "FusedLlamaConfig",
     "FusedLlamaForCausalLM",
+    "FusedLlamaForQuestionAnswering",
+    "FusedLlamaForSequenceClassification",
+    "FusedLlamaForTokenClassification",
     "FusedLlamaModel",
     "FusionConfig",
     "FusionReport",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
@@ -153,10 +154,11 @@ class FusionConfig:
             _check_choice(name, getattr(self, name))
         for name, minimum in _INT_MINIMUM.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
-            if value > _INT_MAXIMUM:
+            if operator.index(value) > _INT_MAXIMUM:
                 raise ValueError(f"{name} must be at most {_INT_MAXIMUM}, got {value!r:.80}.")
+            object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
@@ -206,6 +208,11 @@ class FusionConfig:
             without.add("ridge")
         return {name: value for name, value in self.to_dict().items() if name not in without}
 
+    @property
+    def samples_needed(self) -> int:
+        """How many samples stages 2 and 3 need at least."""
+        return max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
+
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""
         left = 1 if self.selection == "last" else 3  # with the first and the last layer kept, three stay
@@ -222,11 +229,10 @@ class FusionConfig:
 
     def check_num_samples(self, num_samples: int) -> None:
         """Raise ValueError unless `num_samples` calibration samples are enough for stages 2 and 3."""
-        needed = max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
-        if self.needs_similarity and num_samples < needed:
+        if self.needs_similarity and num_samples < self.samples_needed:
             raise ValueError(
                 f"entropy_neighbors={self.entropy_neighbors}, mi_neighbors={self.mi_neighbors} and "
-                f"embedding_dim={self.embedding_dim} need at least {needed} calibration samples, got "
+                f"embedding_dim={self.embedding_dim} need at least {self.samples_needed} calibration samples, got "
                 f"{num_samples}; give more samples or lower the largest of the three."
             )
 

@@ -120,11 +120,11 @@ def measure(
     with clock("perplexity"):
         judged = _judged(decoder, tokenizer, config, samples, text)
     found: dict[str, Any] = {}
+    notes = []
     if config.perplexity_tokens and not judged:
-        found["notes"] = ["No perplexity: this Python comes without the texts that it is measured on."]
-        logger.warning(found["notes"][0])
+        notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
-        found |= _similarity(decoder, tokenizer, config, samples, clock)
+        found |= _similarity(decoder, tokenizer, config, samples, clock, notes)
     if text is not None:
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
@@ -133,17 +133,30 @@ def measure(
             "offline_text": text.by_default,
             "of_text": CalibrationInfo(text.full_source, len(packed), sum(map(len, packed))),
         }
+    for note in notes:
+        logger.warning(note)
     settings = {name: value for name, value in config.to_dict().items() if name not in _OF_FUSING}
-    return Measurements(settings, judged, clock.seconds, **found)
+    return Measurements(settings, judged, clock.seconds, notes=notes, **found)
 
 
 def _similarity(
-    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, config: FusionConfig, samples: Calibration, clock: Clock
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: Calibration,
+    clock: Clock,
+    notes: list[str],
 ) -> dict[str, Any]:
     """Stages 1 to 3, on the samples."""
     config.check_num_samples(len(samples.texts))
     ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
-    influences: list[float] | None = [] if max(map(len, ids)) > 1 else None  # each sample's first token is left out
+    longest, different = max(map(len, ids)), len({tuple(sample.tolist()) for sample in ids})
+    if longest == 1 or different < config.samples_needed:
+        notes.append(
+            f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
+            f"has {longest} token{'s' * (longest > 1)}; give {config.samples_needed} different samples of text or more."
+        )
+    influences: list[float] | None = [] if longest > 1 else None  # each sample's first token is left out
     with clock("activations"):  # stage 1
         distances = sample_distances(decoder, ids, influences)
     with clock("manifold"):  # stage 2

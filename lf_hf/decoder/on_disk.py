@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer
-from lf_hf.files.weights import check_complete, open_tensors, stored_dtype, tensor_files, tensor_shapes
+from lf_hf.files.weights import check_complete, check_floats, open_tensors, stored_dtype, tensor_files, tensor_shapes
 from lf_hf.progress import progress
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -45,6 +45,7 @@ class CheckpointDecoder(Decoder):
             config._attn_implementation = "sdpa"
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self._files = tensor_files(folder)
+        check_floats(self._files)
         self._check_complete(str(folder))
         self._scratch = scratch
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    quantization_config,
+)
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from lf_hf.checked_json import parse_json
+from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.files.weights import (
     check_complete,
-    check_inside,
+    check_floats,
     shard_names,
     tensor_files,
     weight_files,
@@ -31,6 +49,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only"
 # Those, and what else is true of a base only, and not of what it is fused to.
 _OF_THE_BASE = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
+_MOST_LAYERS = 10_000  # of a model that anybody would believe in
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
@@ -59,7 +78,8 @@ class Base:
         Raises
         ------
         ValueError
-            If there is no Llama in plain floats, or `loading` has a dtype or device that cannot be used.
+            If there is no Llama in plain floats, or `loading` has an argument that from_pretrained does not take, or a
+            dtype or device that cannot be used.
         """
         loading = dict(loading)
         if "torch_dtype" in loading:  # its older name
@@ -67,7 +87,9 @@ class Base:
         loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
         name = _checked_name(name)
         check_device(loading.get("device_map"))
-        return cls(name, _llama_config(name, loading), loading)
+        config = _llama_config(name, loading)
+        check_arguments(loading, config)
+        return cls(name, config, loading)
 
     @property
     def full_name(self) -> str:
@@ -121,7 +143,11 @@ class Base:
         loading = {k: v for k, v in self.loading.items() if k not in ("state_dict", "ignore_mismatched_sizes")}
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
-            tensor_files(weights_folder(self.name, self.hub, variant), variant)
+            check_floats(tensor_files(weights_folder(self.name, self.hub, variant), variant))
+            loading.pop("force_download", None)  # as that has fetched them anew
+        if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
+            # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
+            loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
         loaded: Any = LlamaForCausalLM.from_pretrained(
             self.name, **loading | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         )
@@ -143,6 +169,10 @@ def _checked_name(base: str | os.PathLike[str]) -> str:
     """A base's name as a string. Raises ValueError if it cannot be one."""
     if not isinstance(base, (str, os.PathLike)) or not os.fspath(base):
         raise ValueError(f"base must be the folder or hub name of a Llama checkpoint, got {base!r:.80}.")
+    if os.path.isfile(base):
+        raise ValueError(
+            f"{os.fspath(base)!r} is a file; give the folder that it is in (and the name of a GGUF file as gguf_file=)."
+        )
     return os.fspath(base)
 
 
@@ -150,9 +180,9 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
     """The dtype that a user means, None for the base's own. Raises ValueError for one that layers do not compute in."""
     if dtype is None or dtype == "auto":
         return None
-    for known in _DTYPES:
-        if dtype in (known, str(known), str(known).removeprefix("torch.")):
-            return known
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if isinstance(named, torch.dtype) and named in _DTYPES:
+        return named
     names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
     raise ValueError(f"dtype must be auto, {names}, got {dtype!r:.80}.")
 
@@ -178,7 +208,6 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
             raise ValueError(
                 f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
             )
-        check_inside(folder)
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
     for name in _QUANTIZATION_ARGUMENTS:
@@ -190,7 +219,10 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
         reason = " ".join(str(error).split())
         raise ValueError(f"No config of a Llama can be read for {base!r}: {reason:.400}") from None
     if config.model_type == "fused_llama":
-        raise ValueError(f"{base!r} is fused already; fuse its base with a larger num_fusions instead.")
+        raise ValueError(
+            f"{base!r} is fused already; fuse its base with a larger num_fusions, or save it with as_llama=True and "
+            "fuse that plain checkpoint."
+        )
     if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
         raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
     if getattr(config, "quantization_config", None) and not gguf_file:
@@ -207,9 +239,49 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
             f"The config of {base!r} has max_position_embeddings={config.max_position_embeddings}, but a Llama takes "
             f"{_SHORTEST_CONTEXT} tokens or more; repair the config."
         )
-    if not gguf_file and optional_file(base, "adapter_config.json", hub):
+    _check_computable(base, config)
+    if not gguf_file and optional_file(base, ADAPTER_CONFIG_NAME, hub):
         raise ValueError(f"{base!r} is an adapter, not a model; merge it into its base, and fuse that.")
     return config
+
+
+def _check_computable(base: str, config: LlamaConfig) -> None:
+    """Raise ValueError if no Llama can be made of a config, or none that anybody has."""
+    if not 1 <= config.num_hidden_layers <= _MOST_LAYERS:
+        raise ValueError(
+            f"The config of {base!r} has num_hidden_layers={config.num_hidden_layers}, but a Llama has 1 to "
+            f"{_MOST_LAYERS}; repair the config."
+        )
+    if config.bos_token_id is not None and not 0 <= config.bos_token_id < config.vocab_size:
+        raise ValueError(
+            f"The config of {base!r} has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} "
+            "tokens, numbered from 0; repair the config."
+        )
+    try:
+        LlamaRotaryEmbedding(config)
+        with torch.device("meta"):
+            LlamaDecoderLayer(config, layer_idx=0)
+    except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"No Llama can be built of the config of {base!r} ({reason:.300}); repair the config."
+        ) from None
+
+
+def check_arguments(given: Iterable[str], config: PreTrainedConfig, others: Collection[str] = ()) -> None:
+    """Raise ValueError, with the nearest name, for an argument that nothing takes.
+
+    transformers takes its own names and those of the config's values; `others` are what the caller takes.
+    """
+    function = inspect.unwrap(PreTrainedModel.from_pretrained)
+    parameters = {*inspect.signature(function).parameters} - {"cls", "model_args", "kwargs"}
+    # Most are not in its signature, but taken out of **kwargs by name.
+    constants = [names if isinstance(names, tuple) else (names,) for names in function.__code__.co_consts]
+    taken = {*parameters, *(name for names in constants for name in names if isinstance(name, str)), "code_revision"}
+    for name in given:
+        if name not in taken and name not in others and not hasattr(config, name):
+            likely = (*FusionConfig.field_names(), *others, *parameters, *_OF_THE_BASE, *vars(config))
+            raise ValueError(unknown_name("argument", name, likely))
 
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -229,16 +301,31 @@ def reading_tokenizer(base: str) -> Iterator[None]:
         raise ValueError(f"No tokenizer can be read for {base!r} ({reason:.300}); put the base's own there.") from None
 
 
-def check_names(base: str, hub: dict[str, Any], variant: str | None) -> None:
-    """Raise ValueError if the weights of a checkpoint are elsewhere, or, in a folder, not whole or not safetensors."""
+def check_names(base: str, hub: dict[str, Any], variant: str | None) -> dict[str, Path]:
+    """For each tensor of a checkpoint in a folder the file that holds it; on the hub only an index is looked at.
+
+    Raises ValueError if weights are elsewhere, or, in a folder, not whole or not safetensors.
+    """
     if os.path.isdir(base):
-        folder = Path(base, hub.get("subfolder", ""))
-        check_inside(folder)
-        tensor_files(folder, variant)
-        return
+        return tensor_files(Path(base, hub.get("subfolder", "")), variant)
     index = optional_file(base, with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), hub)
     if index is not None:
         shard_names(Path(index))
+    return {}
+
+
+def without_adapter(name: str, hub: dict[str, Any]) -> str:
+    """The checkpoint that transformers loads by a name: of an adapter alone the one that it was trained on."""
+    if os.path.isfile(os.path.join(name, CONFIG_NAME)):
+        return name
+    file = optional_file(name, ADAPTER_CONFIG_NAME, hub)
+    if file is None:
+        return name
+    values = parse_json(Path(file).read_bytes(), repr(file))
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{file!r} does not name the model that the adapter belongs to; give that model.")
+    return base
 
 
 def optional_file(base: str, name: str, hub: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""A checkpoint's files of weights: where they are, and that they are whole, complete and in their own folder."""
+"""A checkpoint's files of weights: where they are, and that they are whole, complete and of plain floats."""
 
 from __future__ import annotations
 
@@ -129,17 +129,20 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file.name!r} is not a whole safetensors file ({error}); download it again.") from None
 
 
-def check_inside(folder: Path) -> None:
-    """Raise ValueError if a link in a checkpoint's folder leads out of it, unless the folder is the hub cache's."""
-    home = folder.resolve()
-    allowed = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
-    for file in sorted(file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern)):
-        target = file.resolve()
-        if not any(target.is_relative_to(place) for place in allowed):
-            raise ValueError(
-                f"{file.name!r} in {str(folder)!r} is a link to {str(target)!r}, outside its folder; put the file "
-                "itself there."
-            )
+def check_floats(files: Mapping[str, Path]) -> None:
+    """Raise ValueError if a model's weights are stored as integers, truth values or complex numbers.
+
+    transformers would cast them to floats without a word. `files` has the file of each tensor; the headers tell.
+    """
+    for file in sorted(set(files.values())):
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                dtype: str = opened.get_slice(name).get_dtype()
+                if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
+                    raise ValueError(
+                        f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the "
+                        "weights to bfloat16 or float32, or use the checkpoint that they were quantised from."
+                    )
 
 
 def check_complete(

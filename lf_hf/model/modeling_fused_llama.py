@@ -14,8 +14,12 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     LlamaModel,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -25,10 +29,11 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.files.base import Base, check_names, hub_arguments, load_tokenizer, optional_file
+from lf_hf.files.base import Base, check_names, hub_arguments, load_tokenizer, optional_file, without_adapter
 from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, only_fuser, why_not_reused
 from lf_hf.files.processes import local_processes
 from lf_hf.files.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus, load_needed
@@ -58,7 +63,29 @@ class FusedLlamaModel(LlamaModel):
     config: FusedLlamaConfig
 
 
-class FusedLlamaForCausalLM(LlamaForCausalLM):
+class FusedLlamaForSequenceClassification(LlamaForSequenceClassification):
+    """A fused Llama with a head that classifies texts."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+
+class FusedLlamaForTokenClassification(LlamaForTokenClassification):
+    """A fused Llama with a head that classifies tokens."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+
+class FusedLlamaForQuestionAnswering(LlamaForQuestionAnswering):
+    """A fused Llama with a head that finds where in a text an answer starts and ends."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+    base_model_prefix = "model"  # as in all other checkpoints; Llama's own class would find no layers in them
+
+
+class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     """A Llama whose layers were fused. Computes what LlamaForCausalLM computes.
 
     Attributes
@@ -193,13 +220,20 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As for any transformers model; `fusion_report` is read from the checkpoint."""
+        """As for any transformers model; `fusion_report` is read from the checkpoint.
+
+        It is None, with a warning, where the report cannot be read. Of an adapter's folder the model that it belongs
+        to is loaded, with the adapter.
+        """
         hub = hub_arguments(kwargs)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
+        name = "" if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
+        name = without_adapter(name, hub) if name else name
+        tensors = {}
         if own_files and kwargs["use_safetensors"] and not hub.get("gguf_file"):
-            check_names(os.fspath(pretrained_model_name_or_path), hub, kwargs.get("variant"))
+            tensors = check_names(name, hub, kwargs.get("variant"))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except StrictDataclassError as error:
@@ -211,9 +245,14 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
                 f"fusion in the config of {pretrained_model_name_or_path!r} must be an object or null, got "
                 f"{model.config.fusion!r:.80}; save the model again."
             )
-        if pretrained_model_name_or_path is not None:
-            file = optional_file(os.fspath(pretrained_model_name_or_path), REPORT_NAME, hub)
-            model.fusion_report = None if file is None else FusionReport.load(file)
+        if getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers as they should be
+            check_floats(tensors)
+        file = optional_file(name, REPORT_NAME, hub) if name else None
+        if file is not None:
+            try:
+                model.fusion_report = FusionReport.load(file)
+            except (ValueError, OSError) as error:  # damaged, or of a newer version: the weights are good
+                logger.warning(f"{error} The model is loaded without it.")
         return loaded
 
     def save_pretrained(

@@ -6,11 +6,11 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 
 from lf_hf.config import FusionConfig
+from lf_hf.text.excerpts import spread_evenly, windows
 from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question
 from lf_hf.text.readers import checked_strings, open_samples
 
@@ -25,7 +25,7 @@ _QUESTIONS_SOURCE = "MMLU development questions"
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 
 MAX_SAMPLES = 1024
-"""Samples that are compared with each other at most; of a longer file the first ones count."""
+"""Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         As for `load_calibration`. None: text that the model writes itself, the first half of Python's
         documentation, and one MMLU development question a subject, with its answer.
     max_tokens : int
-        How many tokens are to be used at most; 64 characters are read for each, and no more.
+        How many tokens are to be used at most. Of a text of more than 64 characters for each, 64 excerpts are taken,
+        spread evenly over it, and the source says so.
 
     Raises
     ------
@@ -118,15 +119,13 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
-    parts, left = [], max_tokens * TOKEN_CHARACTERS
-    for part in checked_strings(samples, source):
-        parts.append(part[:left])
-        left -= len(parts[-1])
-        if left == 0:
-            break
-    text = "\n\n".join(parts)
-    if not text:
+    # As many windows as a token has characters, of as many characters as there are to be tokens.
+    kept, total = spread_evenly(windows(checked_strings(samples, source), max_tokens), TOKEN_CHARACTERS)
+    if not total:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
+    text = ("" if len(kept) == total else "\n\n").join(kept)
+    if len(kept) < total:
+        source = f"{source} ({len(kept)} excerpts of {max_tokens:,} characters, spread evenly over {total:,} such)"
     try:
         questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
     except ValueError as error:
@@ -159,7 +158,8 @@ def load_calibration(
     samples_per_subject : int
         Questions a subject where `calibration` is None.
     sample_length : int
-        How many tokens of a sample are to be used; 64 characters are kept for each, and no more.
+        How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
+        samples as many are taken, spread evenly over them, and the source says so.
 
     Raises
     ------
@@ -170,9 +170,11 @@ def load_calibration(
         return _mmlu_calibration(samples_per_subject)
     samples, source = open_samples(calibration)
     longest = sample_length * TOKEN_CHARACTERS
-    texts = [sample[:longest] for sample in islice(checked_strings(samples, source), MAX_SAMPLES)]
+    texts, total = spread_evenly((sample[:longest] for sample in checked_strings(samples, source)), MAX_SAMPLES)
     if not texts:
         raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
+    if len(texts) < total:
+        source = f"{source} ({len(texts):,} samples, spread evenly over {total:,})"
     return Calibration(texts, source)
 
 

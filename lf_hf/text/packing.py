@@ -44,7 +44,12 @@ def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_
     list of int64 tensors of shape (tokens <= length,)
         Only the last one may be shorter, and none has fewer than two tokens.
     """
-    ids = tokenizer(text[: max_tokens * TOKEN_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
+    return _pack_all(tokenizer, text[: max_tokens * TOKEN_CHARACTERS], length, max_tokens)
+
+
+def _pack_all(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
+    """As `pack_tokens`, of a text of any size."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     step = length - len(prefix)
     pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
@@ -72,9 +77,10 @@ def pack_corpus(
         If there are fewer tokens than one sequence has, or ids that the model does not have.
     """
     packed: dict[str, list[Tensor]] = {}
+    pack = pack_tokens if corpus.by_default else _pack_all  # a user's text counts from its beginning to its end
     left = max_tokens
     for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
-        packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
+        packed[part] = pack(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
         left -= sum(map(len, packed[part]))
     sequences = interleaved(*(packed[part] for part in corpus.parts))
     total = sum(map(len, sequences))

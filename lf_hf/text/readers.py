@@ -25,14 +25,18 @@ def open_samples(calibration: Sequence[str] | str | Path) -> tuple[Iterable[Any]
 
 
 def checked_strings(samples: Iterable[Any], source: str) -> Iterator[str]:
-    """The samples that are not blank, checked to be strings."""
+    """The samples that are not blank, checked to be strings; each ends with one newline, as paragraphs of a file do."""
     for number, sample in enumerate(samples):
         if not isinstance(sample, str):
             raise ValueError(f"Calibration sample {number} of {source} must be a string, got {sample!r:.80}.")
-        if any("\ud800" <= character <= "\udfff" for character in sample):
-            raise ValueError(f"Calibration sample {number} of {source} holds half a character; write it as UTF-8.")
+        try:
+            sample.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"Calibration sample {number} of {source} holds half a character; write it as UTF-8."
+            ) from None
         if sample.strip():
-            yield sample
+            yield sample.rstrip("\n") + "\n"
 
 
 def _read(path: Path) -> Iterator[Any]:
@@ -43,7 +47,10 @@ def _read(path: Path) -> Iterator[Any]:
     if path.suffix not in readers:
         raise ValueError(f"Calibration files are {', '.join(readers)}, got {path.name!r}.")
     try:
+        path.open("rb").close()
         yield from readers[path.suffix](path)
+    except OSError as error:
+        raise OSError(f"The calibration file {str(path)!r} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"The calibration file {path.name!r} is not UTF-8 text: {error}.") from None
     except csv.Error as error:
@@ -107,10 +114,11 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     except ImportError:
         raise ValueError(f"Reading {path.name!r} needs pyarrow; run `pip install pyarrow`.") from None
     try:
+        schema = pyarrow.parquet.read_schema(path)
+        if "text" not in schema.names or pyarrow.types.is_nested(schema.field("text").type):
+            raise ValueError(f"{path.name!r} has no column 'text' of strings, but {schema.names!s:.200}.")
         # As a dictionary, in which a text that many rows have is there once.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as table:
-            if "text" not in table.schema_arrow.names:
-                raise ValueError(f"{path.name!r} has no column 'text', but {table.schema_arrow.names!s:.200}.")
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=["text"]):
                 for value in batch.column(0):
                     yield value.as_py()

@@ -41,8 +41,8 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path, kind: str) ->
     assert calibration.source == f"samples.{kind}"
 
 
-def test_strings_are_taken_as_they_are_and_blank_ones_left_out() -> None:
-    assert load_calibration(["a", " ", "b"]).texts == ["a", "b"]
+def test_strings_are_samples_and_blank_ones_left_out() -> None:
+    assert load_calibration(["a", " ", "b\n"]).texts == ["a\n", "b\n"]
 
 
 def test_a_long_set_is_cut() -> None:
@@ -120,8 +120,8 @@ def test_parts_of_a_corpus_share_the_budget() -> None:
 def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: int, max_tokens: int) -> None:
     corpus = load_corpus(["a" * length], max_tokens=max_tokens)
     text, questions = corpus.parts
-    assert text == "a" * length
-    assert len(questions) == int(min(length / 2, max_tokens * 4 / 5))
+    assert text == "a" * length + "\n"
+    assert len(questions) == int(min(len(text) / 2, max_tokens * 4 / 5))
     assert "Answer: " in questions
     assert "MMLU development questions, text by the model itself" in corpus.full_source
 

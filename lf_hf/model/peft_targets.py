@@ -1,0 +1,54 @@
+"""PEFT's default target modules for fused models: those that it has for Llamas."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+_TABLES = "peft.utils.constants"
+
+
+def register_with_peft(model_type: str) -> None:
+    """Let every PEFT method that knows where a Llama's adapters go know the same of `model_type`.
+
+    PEFT is not imported for that, which would cost seconds: what it has is copied as soon as somebody else imports it.
+    """
+    if _TABLES in sys.modules:
+        _copy_entries(sys.modules[_TABLES], model_type)
+    else:
+        sys.meta_path.insert(0, _TablesFinder(model_type))
+
+
+class _TablesFinder(MetaPathFinder):
+    """Finds PEFT's tables as Python would, and has their loader copy the entries afterwards."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _TABLES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run_module(module)
+            _copy_entries(module, self.model_type)
+
+        # On the instance: a loader of our own would hide the real one's get_source.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        sys.meta_path.remove(self)
+        return spec
+
+
+def _copy_entries(tables: ModuleType, model_type: str) -> None:
+    for name, table in vars(tables).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            table.setdefault(model_type, table["llama"])

@@ -1,0 +1,265 @@
+"""Loading a base or a fused checkpoint: what transformers loads is loaded, and what cannot be right gets a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.files.base import Base, checked_dtype
+
+UP = "model.layers.1.mlp.up_proj.weight"
+QUICK: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
+
+
+def in_memory(base: str, out: Path, **kwargs: Any) -> None:
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK | kwargs).save_pretrained(out)
+
+
+def from_folder_to_folder(base: str, out: Path, **kwargs: Any) -> None:
+    fuse_checkpoint(base, out, **QUICK | kwargs)
+
+
+both = pytest.mark.parametrize("fuse", [in_memory, from_folder_to_folder])
+Fuse = Callable[..., None]
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    held = load_file(file)
+    change(held)
+    save_file(held, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copy(base: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+@pytest.fixture(scope="module")
+def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fused checkpoint that tests only read."""
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    in_memory(base, folder)
+    return folder
+
+
+def linked(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).symlink_to(file)
+    return to
+
+
+@both
+def test_files_that_are_links_are_read(fuse: Fuse, base: str, tmp_path: Path) -> None:
+    fuse(base, tmp_path / "plain")
+    fuse(str(linked(Path(base), tmp_path / "links")), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    links = linked(tmp_path / "out", tmp_path / "fused links")
+    assert FusedLlamaForCausalLM.from_pretrained(links).fusion_report is not None
+
+
+@pytest.mark.parametrize("content", ["", '{"base": "x"}', '{"base": 3}', "[]", "{", "\xff"])
+def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
+    content: str, fused: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(fused, tmp_path / "model"))
+    (folder / "fusion_report.json").write_text(content, encoding="latin-1")
+    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.logger.parent.propagate", True)
+    for kind in (FusedLlamaForCausalLM, AutoModelForCausalLM):
+        caplog.clear()
+        assert kind.from_pretrained(folder).fusion_report is None
+        [warning] = [message for message in caplog.messages if "fusion_report.json" in message]
+        assert "The model is loaded without it." in warning and "\n" not in warning
+    with pytest.raises(ValueError, match=r"fusion_report\.json"):
+        FusionReport.load(folder)
+
+
+@pytest.mark.parametrize("kind", [FusedLlamaForCausalLM, AutoModelForCausalLM])
+def test_an_adapter_is_followed_to_its_model(kind: Any, fused: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = FusedLlamaForCausalLM.from_pretrained(fused)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    loaded = kind.from_pretrained(tmp_path)
+    assert isinstance(loaded, FusedLlamaForCausalLM) and loaded.fusion_report is not None
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+    assert not torch.equal(loaded(ids).logits, FusedLlamaForCausalLM.from_pretrained(fused)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("float", torch.float32), ("half", torch.float16), ("double", torch.float64), ("torch.bfloat16", torch.bfloat16)],
+)
+def test_dtypes_have_the_names_that_torch_has_for_them(name: str, dtype: torch.dtype, base: str, fused: Path) -> None:
+    assert checked_dtype(name) == checked_dtype(dtype) == dtype
+    assert FusedLlamaForCausalLM.from_pretrained_fused(base, dtype=name, **QUICK).dtype == dtype
+    if "." not in name:  # what transformers itself takes
+        assert FusedLlamaForCausalLM.from_pretrained(fused, dtype=name).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["int8", "long", "nn", "no", "", 32, torch.int8, ["float32"]])
+def test_other_dtypes_are_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be auto, float32, bfloat16, float16, float64, got "):
+        checked_dtype(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, copy: Path, fused: Path, tmp_path: Path) -> None:
+    def change(held: dict[str, torch.Tensor]) -> None:
+        held[UP] = held[UP].to(dtype)
+
+    edit_tensors(copy / "model.safetensors", change)
+    message = rf"'{UP}' in 'model.safetensors' holds numbers of type \w+, not plain floats; convert the weights to bfl"
+    for fuse in (in_memory, from_folder_to_folder):
+        with pytest.raises(ValueError, match=message):
+            fuse(str(copy), tmp_path / "out")
+    saved = Path(shutil.copytree(fused, tmp_path / "fused"))
+    edit_tensors(saved / "model.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        FusedLlamaForCausalLM.from_pretrained(saved)
+
+
+@both
+def test_other_tensors_may_be_integers(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
+    edit_tensors(copy / "model.safetensors", lambda held: held.update(position_ids=torch.arange(3)))
+    fuse(str(copy), tmp_path / "out")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_gguf_base_is_plain_floats_wherever_there_is_a_kernel(
+    packing: bool, gguf_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer transformers leaves weights packed where it finds a kernel for the device; a stand-in is found here."""
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    if packing:
+        monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: object())
+    [file] = Path(gguf_folder).glob("*Q4_1.gguf")
+    llama = Base.open(gguf_folder, {"gguf_file": file.name, "dtype": "bfloat16"}).load()
+    for layer in llama.model.layers:
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                assert type(module) is torch.nn.Linear and module.weight.is_floating_point()
+
+
+def test_weights_are_fetched_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With force_download=True, which means a download each time that it is said."""
+    fetched = []
+
+    def download(name: str, *args: Any, **kwargs: Any) -> str:
+        fetched.append(kwargs.get("force_download"))
+        return base
+
+    monkeypatch.setattr("lf_hf.files.weights.snapshot_download", download)
+    opened = Base.open(base, {"force_download": True})
+    loading: dict[str, Any] = {}
+    plain = LlamaForCausalLM.from_pretrained
+
+    def from_pretrained(name: str, **kwargs: Any) -> Any:
+        loading.update(kwargs)
+        return plain(base, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    Base("some/model", opened.config, opened.loading).load()
+    assert fetched == [True] and "force_download" not in loading
+
+
+# Raw errors where one sentence belongs
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **values)
+
+
+def a_folder_instead_of(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return edit
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no key-value heads": (config(num_key_value_heads=0), r"No Llama can be built of the config of .*; repair"),
+    "unknown rope": (
+        config(rope_parameters={"rope_type": "no", "rope_theta": 1e4}),
+        "No Llama can be built of the config of .*; repair",
+    ),
+    "unknown activation": (config(hidden_act="no"), r"No Llama can be built of the config of .*'no'.*; repair"),
+    "a theta in words": (
+        config(rope_parameters={"rope_type": "default", "rope_theta": "x"}),
+        "No Llama can be built of the config of .*; repair",
+    ),
+    "a start beyond the vocabulary": (config(bos_token_id=320), "has bos_token_id=320, but a vocabulary of 320 tokens"),
+    "layers without end": (config(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but a Llama has 1 to 10000"),
+    "a config that is a folder": (a_folder_instead_of("config.json"), "config.json is missing"),
+    "weights that are a folder": (a_folder_instead_of("model.safetensors"), "holds neither model.safetensors nor"),
+    "a fused one": (
+        config(model_type="fused_llama"),
+        "is fused already; fuse its base with .*, or save .* as_llama=Tr",
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("name", BAD)
+def test_a_base_that_cannot_be_used_gets_one_sentence_at_once(
+    fuse: Fuse, name: str, copy: Path, tmp_path: Path
+) -> None:
+    edit, message = BAD[name]
+    edit(copy)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        fuse(str(copy), tmp_path / "out")
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert not (tmp_path / "out").exists()
+
+
+@both
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_base_that_is_a_file_gets_one_sentence(fuse: Fuse, name: str, base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name}' is a file; give the folder that it is in"):
+        fuse(f"{base}/{name}", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["num_fusion", "attn_implementatoin", "banana"])
+def test_unknown_arguments_are_refused_before_the_model_is_loaded(
+    name: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Base, "load", lambda _: pytest.fail("loaded the model"))
+    with pytest.raises(ValueError, match=rf"Unknown argument '{name}'; (did you mean|known are)"):
+        FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK | {name: 1})
+
+
+def test_arguments_of_transformers_pass(base: str) -> None:
+    given: dict[str, Any] = {"attn_implementation": "eager", "low_cpu_mem_usage": True, "use_cache": False}
+    given |= {"max_position_embeddings": 128, "torch_dtype": "bfloat16", "weights_only": True, "max_memory": None}
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK, **given)
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
+    assert model.config.use_cache is False and model.config.max_position_embeddings == 128
+
+
+def test_the_way_over_a_plain_checkpoint_that_a_message_names_is_one(fused: Path, tmp_path: Path) -> None:
+    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", as_llama=True)
+    again = FusedLlamaForCausalLM.from_pretrained_fused(str(tmp_path / "plain"), **QUICK)
+    assert len(again.model.layers) == make_llama().config.num_hidden_layers - 2

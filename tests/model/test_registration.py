@@ -1,0 +1,104 @@
+"""Fused models under the names that transformers and PEFT look for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+)
+
+from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel
+
+
+@pytest.fixture(scope="module")
+def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("auto", "shape"),
+    [
+        (AutoModelForSequenceClassification, (1, 3)),
+        (AutoModelForTokenClassification, (1, 9, 3)),
+        (AutoModelForQuestionAnswering, (1, 9)),
+    ],
+)
+def test_other_heads_stand_on_the_fused_layers(auto: Any, shape: tuple[int, ...], fused: Path, tmp_path: Path) -> None:
+    model = auto.from_pretrained(fused, num_labels=3)
+    decoder = FusedLlamaModel.from_pretrained(fused)
+    for name, tensor in model.base_model.state_dict().items():
+        assert torch.equal(tensor, decoder.state_dict()[name])
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        before = next(iter(model(ids).values()))
+        assert before.shape == shape
+        model.save_pretrained(tmp_path)
+        loaded = auto.from_pretrained(tmp_path)
+        assert type(loaded) is type(model) and isinstance(loaded.config, FusedLlamaConfig)
+        assert torch.equal(next(iter(loaded(ids).values())), before)
+    assert loaded.config.fusion == decoder.config.fusion is not None
+
+
+def test_the_class_says_itself_that_it_generates() -> None:
+    assert GenerationMixin in FusedLlamaForCausalLM.__bases__ and FusedLlamaForCausalLM.can_generate()
+
+
+METHODS = """
+    AdaLora BOFT C3A FourierFT HRA IA3 LNTuning LoHa LoKr Lora OFT RandLora Road Shira VBLoRA Vera
+""".split()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_knows_where_its_adapters_go(method: str, fused: Path) -> None:
+    """In the places that it takes in a Llama of the same layers."""
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, f"{method}Config"):
+        pytest.skip(f"this PEFT has no {method}")
+    kind = getattr(peft, f"{method}Config")
+    small: dict[str, Any] = {
+        "AdaLora": {"total_step": 10},
+        "BOFT": {"boft_block_size": 4},
+        "C3A": {"block_size": 8},
+        "FourierFT": {"n_frequency": 10},
+        "HRA": {"r": 2},
+        "OFT": {"oft_block_size": 4},
+        "Road": {"group_size": 8},
+        "Shira": {"r": 2},
+        "VBLoRA": {"vector_length": 4, "num_vectors": 4},
+    }
+    model = FusedLlamaForCausalLM.from_pretrained(fused)
+    llama = model.to_llama()
+    names = [
+        [name for name, _ in peft.get_peft_model(one, kind(**small.get(method, {}))).named_parameters()]
+        for one in (model, llama)
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("first", ["lf_hf", "peft"])
+def test_peft_is_not_imported_for_that(first: str) -> None:
+    pytest.importorskip("peft")
+    code = f"""if True:
+        import sys, inspect
+        import {first}
+        import lf_hf
+        assert {first!r} == "peft" or "peft" not in sys.modules
+        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table, constants
+        assert table["fused_llama"] == table["llama"]
+        assert "TARGET_MODULES" in inspect.getsource(constants)
+        assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("lf_hf.")]
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
