@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+ALGORITHM = 1
+"""Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
+
 METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},

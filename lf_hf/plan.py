@@ -163,7 +163,7 @@ def plan_fusion(
     """
     opened = Base.open(base, kwargs)
     if out is not None:
-        check_replaceable(Path(out))
+        check_replaceable(out)
     low_memory_fits = True
     try:
         check_low_memory(kwargs)
