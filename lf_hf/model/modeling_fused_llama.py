@@ -268,7 +268,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
         folder = checked_folder(save_directory)
         writes = is_main_process and not rank()
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
-            return super().save_pretrained(folder, writes, state_dict, False, *args, token=token, **kwargs)
+            kwargs |= {"token": token, "repo_id": repo_id or folder.name}
+            return super().save_pretrained(folder, writes, state_dict, push_to_hub, *args, **kwargs)
         tensors = self.state_dict() if state_dict is None else state_dict
         sharded = _is_sharded(tensors)
         if sharded:
