@@ -174,7 +174,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
 @_fusion_options(leave_out=["num_fusions"])
 def fuse(
     base: BaseName,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the fused checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the fused checkpoint.")],
     *,
     settings: dict[str, Any],
     num_fusions: Annotated[
@@ -238,7 +238,7 @@ def fuse(
     for judged in done.perplexities:
         figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
         rows.append([f"perplexity, {judged.name}", *figures])
-    _print(_table(str(out), ["", "before", "after", "change"], rows), *done.notes)
+    _print(_table(out, ["", "before", "after", "change"], rows), *done.notes)
 
 
 @app.command(
@@ -252,7 +252,7 @@ def fuse(
 def sweep(
     base: BaseName,
     out: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="OUTDIR", help="Folder for the results; those that it holds are not computed again."),
     ],
     *,

@@ -9,6 +9,9 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
+ALGORITHM = 1
+"""Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
+
 METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},

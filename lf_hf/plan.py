@@ -116,7 +116,7 @@ def plan_fusion(
     OSError
         If the disk of `out` has no room for the result.
     """
-    replaces = out is not None and check_replaceable(Path(out))
+    replaces = out is not None and check_replaceable(out)
     low_memory_fits = True
     try:
         check_low_memory(kwargs)

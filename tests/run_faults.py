@@ -1,4 +1,4 @@
-"""Kills processes that fuse or sweep, and prints as JSON what they left; run by test_faults.py in a process of its own.
+"""Kills processes that save, fuse or sweep, and prints as JSON what they left; run by test_faults.py on its own.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
@@ -6,12 +6,17 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
+import hashlib
 import itertools
 import json
+import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,14 +25,18 @@ from typing import Any
 import torch
 from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
-from saving_faults import killed
+from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.evaluate import evaluation, tables
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 8
+KILLS = 10
+FOREIGN = (
+    *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
+    *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),
+)
 
 
 class Answers:
@@ -39,9 +48,40 @@ class Answers:
         return {"task": Score("acc", float(model.config.num_hidden_layers), None)}
 
 
+def put_foreign(folder: Path) -> None:
+    """Files of a user's, with names that are like a checkpoint's, in a folder that may hold one."""
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text("mine")
+        (folder / name).chmod(0o640)
+
+
+def foreign(folder: Path) -> dict[str, tuple[int, int, str]]:
+    """Mode, inode and digest of each of them, and of the folder itself."""
+    listing = {}
+    for path in (folder, *(folder / name for name in FOREIGN)):
+        if path.exists():
+            content = b"" if path.is_dir() else path.read_bytes()
+            listing[str(path)] = (path.stat().st_mode, path.stat().st_ino, hashlib.sha256(content).hexdigest())
+    return listing
+
+
+def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:
+    """Run `work` in a process that gets a signal after `seconds`."""
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(KeyboardInterrupt):
+            work()
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(pid, number)
+    os.waitpid(pid, 0)
+
+
 def fused_state(out: Path) -> str:
-    """How many fusions a folder holds, found to be whole; a folder that is not raises something."""
-    if not out.exists():
+    """How many fusions a folder holds, found to be whole; a folder that opens and is not raises something."""
+    if not (out / "config.json").exists():
         return "none"
     report = FusionReport.load(out)
     layers = {name.split(".")[2] for name in load_file(out / "model.safetensors") if name.startswith("model.layers.")}
@@ -57,9 +97,8 @@ def swept_state(out: Path) -> str:
     if (out / "results.csv").exists():
         with (out / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["perplexity, docs"] for row in rows] == [
-            str(point.perplexities["docs"]) for point in points.values()
-        ][: len(rows)]
+        figures = [[value for name, value in row.items() if name.startswith("perplexity")] for row in rows]
+        assert figures == [[*map(str, point.perplexities.values())] for point in points.values()][: len(rows)]
         assert len(rows) in (len(points), len(points) - 1)  # a table follows its point
     return str(len(points))
 
@@ -73,43 +112,64 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
+    tqdm.set_lock(threading.RLock())
     base = str(folder / "base")
     make_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     # Nothing runs in this process but what makes no thread, as it forks.
-    vars(tables)["missing_plot_packages"] = lambda: "no pictures"
+    vars(tables)["missing_packages"] = lambda: "no pictures"
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     rng = random.Random(0)
     settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0}
+    models = {
+        count: FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=count, **settings) for count in (1, 2)
+    }
 
-    def fuse_to(out: Path, counts: Iterable[int]) -> None:
+    def write(out: Path, counts: Iterable[int]) -> None:
         for count in counts:
-            if out.name == "fused_dir":
+            if out.name == "fuse":
+                fuse_checkpoint(base, out, num_fusions=count, **settings)
+            elif out.name == "fused_dir":
                 FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=count, fused_dir=out, **settings)
             else:
-                fuse_checkpoint(base, out, num_fusions=count, **settings)
+                models[count].save_pretrained(out)
 
-    for name in ("fuse", "fused_dir"):
-        taken = seconds(lambda: fuse_to(folder / name, [1]))  # noqa: B023
+    for name in ("fresh", "used", "foreign", "fuse", "fused_dir"):
+        out = folder / name
+        if name not in ("fresh", "used"):
+            put_foreign(out)
+        before = foreign(out)
+        taken = seconds(lambda: write(out, [1]))  # noqa: B023
         for _ in range(KILLS):
-            killed(lambda: fuse_to(folder / name, itertools.cycle((2, 1))), rng.uniform(0, 2 * taken))  # noqa: B023
-            found[name].append(fused_state(folder / name))
+            if name == "fresh":
+                shutil.rmtree(out, ignore_errors=True)
+            killed(lambda: write(out, itertools.cycle((2, 1))), rng.uniform(0, 2 * taken))  # noqa: B023
+            state = fused_state(out)
+            seconds(lambda: FusedLlamaForCausalLM.from_pretrained(out))  # noqa: B023
+            found[name].append(f"{state}, then {fused_state(out)}")
+            assert not before or foreign(out) == before
+            assert not (out / ".lf_hf-saving").exists()
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2, 3, 4], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100}
+    put_foreign(folder / "whole")
     taken = seconds(lambda: sweep(base, folder / "whole", **arguments))
     for number in (signal.SIGKILL, signal.SIGINT):
         out = folder / f"sweep {number.name}"
+        put_foreign(out)
+        before = foreign(out)
         for _ in range(KILLS):
             killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken / 2), number)  # noqa: B023
             found[out.name].append(swept_state(out))
+            assert foreign(out) == before
         seconds(lambda: sweep(base, out, **arguments))  # noqa: B023
         one, other = (read_points(file / RESULTS) for file in (out, folder / "whole"))
         assert [{**vars(p), "seconds": None} for p in one.values()] == [
             {**vars(p), "seconds": None} for p in other.values()
         ]
-        assert {file.name for file in out.iterdir()} - {".lock"} == {file.name for file in (folder / "whole").iterdir()}
+        assert {file.name for file in out.iterdir()} == {file.name for file in (folder / "whole").iterdir()}
     print(json.dumps({"found": found, "left": sorted(path.name for path in folder.iterdir())}))
 
 

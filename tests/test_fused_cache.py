@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from lm_eval.api.instance import Instance
+from test_saving import no_privileges
 from tokenizers import normalizers
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
-from lf_hf.files import fused_cache
+from lf_hf.evaluate.sweep import _key
+from lf_hf.files import fused_cache, processes
+from lf_hf.files.saving import only_writer
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 
@@ -45,7 +49,6 @@ result = [parameter.double().sum().item() for parameter in model.parameters()]
 EVALUATES = """
 from lm_eval.api.instance import Instance
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
-from lf_hf.files import fused_cache
 
 lm = FusedLlamaLM(base, **arguments, device="cpu")
 pairs = [("layer model neuron", " weight"), ("token state", " train small")]
@@ -167,11 +170,50 @@ def test_a_checkpoint_of_unknown_making_is_replaced(base: str, tmp_path: Path, f
     assert len(fusions) == 2 and same(plain, model)
 
 
-def test_a_folder_with_anything_else_is_left_alone(base: str, tmp_path: Path, fusions: list[str]) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty and holds no fused checkpoint; choose another folder"):
-        load(base, tmp_path)
-    assert fusions == [] and (tmp_path / "thesis.txt").read_text() == "years of work"
+def test_what_is_finished_loads_at_once(base: str, fusions: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """From a disk that cannot be written, and while another process holds the folder's lock."""
+    with tempfile.TemporaryDirectory() as name:
+        fused = Path(name) / "fused"
+        shutil.copytree(base, Path(name) / "base")
+        first = load(str(Path(name) / "base"), fused)
+        with only_writer(fused):
+            assert same(first, load(str(Path(name) / "base"), fused))
+        for path in Path(name).rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        Path(name).chmod(0o555)
+        with no_privileges():
+            assert same(first, load(str(Path(name) / "base"), fused))
+        for path in (Path(name), *Path(name).iterdir()):
+            path.chmod(0o755)
+    assert len(fusions) == 1
+
+
+def test_others_wait_only_while_one_fuses(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever loads holds no lock."""
+    fuse_or_load = FusedLlamaForCausalLM.from_pretrained.__func__
+
+    def free(cls: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        with only_writer(Path(folder)):
+            pass
+        return fuse_or_load(cls, folder, *args, **kwargs)
+
+    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", classmethod(free))
+    for _ in range(2):
+        load(base, tmp_path / "fused")
+    assert len(fusions) == 1
+
+
+def test_results_of_another_algorithm_are_not_used(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(base, tmp_path / "fused")
+    key = _key({}, {})
+    for module in ("files.fused_cache", "evaluate.sweep"):
+        monkeypatch.setattr(f"lf_hf.{module}.ALGORITHM", -1)
+    load(base, tmp_path / "fused")
+    assert len(fusions) == 2 and _key({}, {}) != key
 
 
 def test_a_fusion_that_fails_leaves_the_folder_to_the_next(
@@ -187,17 +229,30 @@ def test_a_fusion_that_fails_leaves_the_folder_to_the_next(
     assert load(base, tmp_path / "fused").num_parameters()
 
 
-def test_what_a_launch_left_behind_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = FusionConfig(num_fusions=1)
+def test_no_launch_removes_what_another_one_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was left behind goes a day later; not what a process is at work on, whatever its host is called."""
     monkeypatch.setattr(fused_cache, "HF_HOME", str(tmp_path))
-    mine = fused_cache.folder_of_launch("base", config)
-    monkeypatch.setattr(os, "getppid", lambda: 2**22 + 1)  # Linux has no such process
-    gone = fused_cache.folder_of_launch("base", config)
-    assert mine != gone
-    for folder in (mine, gone):
-        folder.mkdir(parents=True)
-    fused_cache.folder_of_launch("base", config)
-    assert mine.is_dir() and not gone.exists()
+    folders = {name: tmp_path / "lf_hf" / f"{name}-abc" for name in ("host", "host-1", "left", "at work")}
+    for name, folder in folders.items():
+        (folder / "model").mkdir(parents=True)
+        if name in ("left", "at work"):
+            os.utime(folder, times=(0, 0))
+    with only_writer(folders["at work"] / "model"):
+        os.utime(folders["at work"], times=(0, 0))
+        fused_cache.folder_of_launch("base", FusionConfig(num_fusions=1))
+    assert {name for name, folder in folders.items() if folder.exists()} == {"host", "host-1", "at work"}
+
+
+def test_launches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of containers that share a host name and number their processes alike."""
+    mine = processes.launch_id()
+    assert processes.launch_id() == mine
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", lambda _: "pid:[1]")
+        container = processes.launch_id()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: 1)
+        assert len({mine, container, processes.launch_id()}) == 3
 
 
 @pytest.fixture

@@ -1,109 +1,263 @@
-"""Nothing is lost: whatever goes wrong while saving, a folder is what it was or what it is to be."""
+"""A folder belongs to its user: whatever goes wrong while saving, nothing is lost and nothing of the user's touched."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_texts, outcome_of
-from transformers import AutoModelForCausalLM
+import torch
+from conftest import ROOT, make_texts, make_tokenizer
+from run_faults import foreign, put_foreign
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
-from lf_hf.files import saving
-from lf_hf.files.saving import replaced_folder
+from lf_hf.cli import main
+from lf_hf.decoder.interface import Decoder
+from lf_hf.evaluate.sweep import sweep
+from lf_hf.files.saving import only_writer, replaced_files, write_companions
+
+SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
 
 
 @pytest.fixture(scope="module")
 def model(base: str) -> FusedLlamaForCausalLM:
-    return FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=2, method="truncate", perplexity_tokens=0)
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS | {"num_fusions": 2})
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """At 25 random moments of many saves, and before every line of saving.py and locks.py, there also by SIGINT."""
-    outcome = outcome_of("saving_faults.py", tmp_path)
-    for name, states in outcome["found"].items():
-        assert set(states) == {"old", "new"}, name
-        assert len(states) >= 25
-    assert len(outcome["kept"]) > 75 and all(outcome["kept"])
-    # What the very last one left goes with the next save; of all the others there is nothing.
-    left = {name for name in outcome["left"] if not name.startswith(".")}
-    assert left == {"base", "out", "whole0", "whole1", *outcome["found"]} - {"kill"}
-    assert set(outcome["left"]) <= left | {".out.lock", ".out.saving"}
-
-
-def test_what_else_is_in_the_folder_stays(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
-    """As with a trainer, which has its checkpoints and logs where it saves the model."""
+def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
+    """Neither its mode, owner and inode, nor any file that lf_hf did not write; and it need not be writable above."""
     out = tmp_path / "out"
-    for name in ("checkpoint-1", "runs"):
-        (out / name).mkdir(parents=True)
-        (out / name / "state.json").write_text("mine")
-    model.save_pretrained(out, max_shard_size="5KB")
-    for name in ("training_args.bin", "trainer_state.json", ".gitattributes"):
-        (out / name).write_text("mine")
-    assert len(list(out.glob("model-*.safetensors"))) > 1
-    model.save_pretrained(out)
-    fuse_checkpoint(base, out, num_fusions=1, method="truncate", perplexity_tokens=0)
-    mine = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.read_bytes() == b"mine"}
-    assert mine == {
-        "checkpoint-1/state.json",
-        "runs/state.json",
-        "training_args.bin",
-        "trainer_state.json",
-        ".gitattributes",
-    }
+    out.mkdir()
+    put_foreign(out)
+    os.chown(out, -1, os.getegid())
+    out.chmod(0o2775)
+    before, folder = foreign(out), os.stat(out)
+    for options in ({"max_shard_size": "5KB"}, {}, {"variant": "fp16"}, {"as_llama": True}):
+        model.save_pretrained(out, **options)
+        assert foreign(out) == before
+    for low_memory in (True, False):
+        fuse_checkpoint(base, out, low_memory=low_memory, **SETTINGS)
+        assert foreign(out) == before
+    after = os.stat(out)
+    assert (after.st_ino, after.st_mode, after.st_uid, after.st_gid) == (folder.st_ino, folder.st_mode, *folder[4:6])
     assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list(out.glob(".lf_hf*"))
 
 
-def test_a_folder_that_can_not_be_moved_is_named_and_kept(
-    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where somebody else owns it."""
-    out, aside = tmp_path / "out", tmp_path / ".out.saving" / "done" / "runs"
+def test_only_what_an_earlier_save_wrote_goes(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with_template = make_tokenizer()
+    with_template.chat_template = "{{ messages }}"
+    model.save_pretrained(out, tokenizer=with_template, max_shard_size="5KB")
+    template, shards = out / "chat_template.jinja", list(out.glob("model-*.safetensors"))
+    assert template.is_file() and len(shards) > 1
+    template.write_text("the user's now")
+    model.save_pretrained(out, tokenizer=make_tokenizer())
+    assert template.read_text() == "the user's now"
+    assert [file.name for file in out.glob("model*")] == ["model.safetensors"]
+    template.unlink()
+    for _ in range(2):
+        model.save_pretrained(out, tokenizer=with_template)
+    model.save_pretrained(out, tokenizer=make_tokenizer())
+    assert not template.exists()
+
+
+def test_a_report_from_a_stranger_removes_nothing(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     model.save_pretrained(out)
-    (out / "runs").mkdir()
-    (out / "runs" / "state.json").write_text("mine")
-    (out / "config.json").write_text("{}")
-    rename = Path.rename
-
-    def refuse(path: Path, target: Path) -> Path:
-        if path.name == "runs":
-            raise PermissionError(13, "Permission denied", str(path))
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match=r"'.*out' was written, but other files.*runs.*move them from '.*out.saving'"):
-        model.save_pretrained(out)
+    (out / "folder").mkdir()
+    for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine"):
+        file.write_text("mine")
+    report = json.loads((out / "fusion_report.json").read_text())
+    report["files"] |= dict.fromkeys(("../mine", "mine", "folder", "folder/mine", str(tmp_path / "mine"), "..", ""), "")
+    (out / "fusion_report.json").write_text(json.dumps(report))
+    hidden = out / ".lf_hf-saving"
+    (hidden / "new").mkdir(parents=True)
+    (hidden / "complete.json").write_text(json.dumps(["../mine", "folder/mine", str(tmp_path / "mine")]))
     FusedLlamaForCausalLM.from_pretrained(out)
-    assert (aside / "state.json").read_text() == "mine"
-    with pytest.raises(OSError, match=r"'.*out' was not written.*runs"):
-        model.save_pretrained(out)
-    assert (aside / "state.json").read_text() == "mine"
-    monkeypatch.undo()
+    assert not hidden.exists()
+    hidden.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "new").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "new" / "config.json").write_text("mine")
+    (tmp_path / "elsewhere" / "complete.json").write_text("[]")
     model.save_pretrained(out)
-    assert (out / "runs" / "state.json").read_text() == "mine"
-    assert not aside.exists()
+    assert all(file.exists() for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine"))
+    assert (tmp_path / "elsewhere" / "new" / "config.json").read_text() == "mine"
 
 
-def test_a_mount_point_is_refused_before_the_work(
-    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    extended = AutoTokenizer.from_pretrained(out)
+    extended.add_tokens(["<new>"])
+    extended.save_pretrained(out)
+    (out / "README.md").write_text("my card")
+    kept = {name: content for name, content in files(out).items() if name.startswith(("tokenizer", "README"))}
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(out)
+    model.save_pretrained(out)
+    fuse_checkpoint(base, out, **SETTINGS)
+    assert kept.items() <= files(out).items()
+    model.save_pretrained(out, tokenizer=make_tokenizer())
+    assert len(AutoTokenizer.from_pretrained(out)) == len(make_tokenizer())
+    assert (out / "README.md").read_text() == "my card"
+
+
+def test_what_transformers_accepts_is_accepted(
+    model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
-    with pytest.raises(ValueError, match=f"is a mount point.*such as '{tmp_path}/fused'"):
-        model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path / "fused")
+    """Folders with anything in them, a model without a report twice, and the current folder."""
+    out = tmp_path / "out"
+    (out / "checkpoint-7").mkdir(parents=True)
+    for name in ("train_results.json", "train.log", "checkpoint-7/optimizer.pt"):
+        (out / name).write_text("mine")
+    make_tokenizer().save_pretrained(out)
+    model.save_pretrained(out)
+    LlamaForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "llama", max_shard_size="40KB")
+    model.save_pretrained(tmp_path / "llama")  # as transformers would, over another model
+    new = FusedLlamaForCausalLM(model.config)
+    for size in ("5KB", "1GB", "5KB"):
+        new.save_pretrained(tmp_path / "without report", max_shard_size=size)
+        loaded = FusedLlamaForCausalLM.from_pretrained(tmp_path / "without report").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in new.state_dict().items())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model.save_pretrained(".")
+    assert main(["fuse", base, ".", "--num-fusions", "1", "--method", "truncate", "--perplexity-tokens", "0"]) == 0
+    assert os.path.samefile(os.getcwd(), tmp_path / "here")
+    for folder in ("out", "llama", "here"):
+        FusedLlamaForCausalLM.from_pretrained(tmp_path / folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"])
+def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
+    name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "training_args.bin").touch()
+    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    fused: dict[str, Any] = SETTINGS | {"fused_dir": tmp_path}
+    ways: list[Callable[[], Any]] = [
+        lambda: fuse_checkpoint(base, tmp_path, **SETTINGS),
+        lambda: fuse_checkpoint(base, tmp_path, low_memory=False, **SETTINGS),
+        lambda: FusedLlamaForCausalLM.from_pretrained_fused(base, **fused),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=f"holds {name}, which lf_hf has not written; choose another folder"):
+            way()
+    assert files(tmp_path) == {name: b"{}", "training_args.bin": b""}
+    (tmp_path / name).unlink()
+    for way in ways:
+        way()
+
+
+@pytest.mark.parametrize("path", ["", None, 5], ids=repr)
+def test_what_names_no_folder_is_refused(
+    path: Any, model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ways: list[Callable[[], Any]] = [
+        lambda: model.save_pretrained(path),
+        lambda: fuse_checkpoint(base, path, **SETTINGS),
+        lambda: sweep(base, path, num_fusions=[1], methods=["truncate"], tasks=["task"]),
+    ]
+    if path is not None:
+        ways.append(lambda: FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=path, **SETTINGS))
+    for way in ways:
+        with pytest.raises(ValueError, match=r"must be a path, got .*; '\.' is the current folder"):
+            way()
+    for words in (["fuse"], ["fuse", "--dry-run"], ["sweep", "--tasks", "task"]):
+        assert main([words[0], base, "", *words[1:], "--num-fusions", "1"]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """Nothing but the next load or save clears up behind it."""
+
+
+def test_cut_off_between_any_two_steps_of_the_move(
+    model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What opens is a whole model, by any program; where nothing opens, loading or saving finishes the move."""
+    other = FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS)
+    for name, saved in (("old", model), ("new", other)):
+        saved.save_pretrained(tmp_path / name, max_shard_size="20KB" if saved is model else "1GB")
+
+    def model_in(folder: Path) -> dict[str, bytes]:
+        """All but the report, which names what was written."""
+        return {name: content for name, content in files(folder).items() if name.startswith(("config", "gen", "model"))}
+
+    old, new = model_in(tmp_path / "old"), model_in(tmp_path / "new")
+    steps = 0
+
+    def limited(act: Callable[..., Any]) -> Callable[..., Any]:
+        def run(path: Path, *args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            if {path.parent, *(Path(arg).parent for arg in args)} & {tmp_path / "out"}:
+                steps -= 1
+                if steps < 0:
+                    raise Killed
+            return act(path, *args, **kwargs)
+
+        return run
+
+    seen = []
+    for count in range(100):
+        shutil.copytree(tmp_path / "old", tmp_path / "out")
+        put_foreign(tmp_path / "out")
+        before, steps = foreign(tmp_path / "out"), count
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", limited(Path.replace))
+            patch.setattr(Path, "unlink", limited(Path.unlink))
+            with contextlib.suppress(Killed):
+                other.save_pretrained(tmp_path / "out")
+        found = model_in(tmp_path / "out")
+        state = "old" if found == old else "new" if found == new else "none"
+        assert state != "none" or "config.json" not in found
+        seen.append(state)
+        if count % 2:
+            check = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
+            assert check.config.num_hidden_layers == (3 if state == "old" else 4)
+        else:
+            fuse_checkpoint(base, tmp_path / "out", **SETTINGS)
+        assert foreign(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
+        shutil.rmtree(tmp_path / "out")
+        if steps > 0:
+            break
+    assert seen == sorted(seen, key=["old", "none", "new"].index) and set(seen) == {"old", "none", "new"}
+
+
+def test_what_a_killed_save_left_harms_no_reader(model: FusedLlamaForCausalLM) -> None:
+    """As in a read-only folder, where the move cannot be finished."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name, "out")
+        model.save_pretrained(out)
+        (out / ".lf_hf-saving" / "new").mkdir(parents=True)
+        (out / ".lf_hf-saving" / "new" / "config.json").write_text("half")
+        for folder in (out, Path(name)):
+            folder.chmod(0o555)
+        with no_privileges():
+            FusedLlamaForCausalLM.from_pretrained(out)
+        assert (out / ".lf_hf-saving").is_dir()
+        for folder in (out, Path(name)):
+            folder.chmod(0o755)
+        FusedLlamaForCausalLM.from_pretrained(out)
+        assert not (out / ".lf_hf-saving").exists()
 
 
 @contextlib.contextmanager
@@ -131,7 +285,7 @@ def test_full_disk(model: FusedLlamaForCausalLM, exists: bool, tmp_path: Path) -
             model.save_pretrained(target, max_shard_size="5KB")
         assert str(target) in str(error.value) and "\n" not in str(error.value)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        assert files(tmp_path / "out") == before
+        assert files(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
 
 
 def test_full_disk_while_fusing_from_folder_to_folder(base: str, tmp_path: Path) -> None:
@@ -144,8 +298,8 @@ def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCaus
     assert model.tokenizer is not None
 
     def save() -> None:
-        with replaced_folder(tmp_path / "out") as folder:
-            saving.write_companions(folder, None, model.tokenizer, as_llama=False)
+        with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
+            write_companions(folder, None, model.tokenizer, as_llama=False)
 
     with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
         save()
@@ -164,47 +318,46 @@ def no_privileges() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_read_only_folder(model: FusedLlamaForCausalLM) -> None:
+def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
+    """A folder that can be written may lie in one that cannot, as a mount point does."""
     with tempfile.TemporaryDirectory() as name:
         parent = Path(name)
         model.save_pretrained(parent / "out")
         before = files(parent / "out")
+        (parent / "writable").mkdir()
+        (parent / "writable").chmod(0o777)
         for path in (parent / "out", parent):
             path.chmod(0o555)
         for target in ("out", "new", "new/deeper"):
             with no_privileges(), pytest.raises(OSError, match=r"was not written .*Permission denied"):
                 model.save_pretrained(parent / target)
+        with no_privileges():
+            model.save_pretrained(parent / "writable")
         parent.chmod(0o755)
-        assert [path.name for path in parent.iterdir()] == ["out"] and files(parent / "out") == before
+        assert {path.name for path in parent.iterdir()} == {"out", "writable"} and files(parent / "out") == before
+        assert files(parent / "writable").keys() == before.keys()
 
 
 def test_a_folder_that_vanishes(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-
-    def save_while_it_vanishes(out: Path, vanishing: Path) -> None:
-        with replaced_folder(out) as folder:
+    def save_while_it_vanishes() -> None:
+        with only_writer(tmp_path / "parent" / "out"), replaced_files(tmp_path / "parent" / "out") as folder:
             model.write_files(folder)
-            shutil.rmtree(vanishing)
+            shutil.rmtree(tmp_path / "parent")
 
-    model.save_pretrained(tmp_path / "parent" / "out")
     with pytest.raises(OSError, match=r"was not written .*No such file"):
-        save_while_it_vanishes(tmp_path / "parent" / "out", tmp_path / "parent")
+        save_while_it_vanishes()
     assert list(tmp_path.iterdir()) == []
-
-    model.save_pretrained(tmp_path / "out")
-    save_while_it_vanishes(tmp_path / "out", tmp_path / "out")  # what is replaced may go
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
     message = f"Another process is saving into '{tmp_path / 'out'}'; wait until it is done, or choose another folder"
-    with replaced_folder(tmp_path / "out") as folder:
+    with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
         model.write_files(folder)
         with pytest.raises(BlockingIOError, match=message):
             model.save_pretrained(tmp_path / "out")
         for low_memory in (True, False):  # before the work, not after it
             with pytest.raises(BlockingIOError, match=message):
-                fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="truncate", low_memory=low_memory)
+                fuse_checkpoint(base, tmp_path / "out", low_memory=low_memory, **SETTINGS)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -245,7 +398,7 @@ def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, mas
     before = os.umask(mask)
     try:
         model.save_pretrained(tmp_path / "saved")
-        fuse_checkpoint(base, tmp_path / "fused", num_fusions=1, method="truncate", perplexity_tokens=0)
+        fuse_checkpoint(base, tmp_path / "fused", **SETTINGS)
     finally:
         os.umask(before)
     for folder in (tmp_path / "saved", tmp_path / "fused"):
@@ -262,14 +415,20 @@ def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, t
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
 
 
-def test_whichever_rank_fuses_first_writes_the_weights(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers itself writes them on rank 0 alone; `save_pretrained`, called on all ranks, does so, too."""
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
-    settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
-    fused = FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=tmp_path / "fused", **settings)
-    assert (tmp_path / "fused" / "model.safetensors").is_file()
-    fused.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
+def test_models_spread_over_processes_are_saved_whole(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    """By FSDP2 and tensor parallelism. Rank 0 writes, all end, and all learn that it could not."""
+    model.save_pretrained(tmp_path / "whole")
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run(
+        [*launch.split(), str(ROOT / "tests" / "sharded_saves.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert errors.keys() == {"fsdp2", "fsdp2 given", "tp", "tp given"} and max(errors.values()) < 1e-5
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "plain 0", "file", *errors}
+    for name in errors:
+        assert files(tmp_path / name).keys() - files(tmp_path / "whole").keys() <= {*files(tmp_path / "fsdp2")}

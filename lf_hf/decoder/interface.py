@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class Decoder(ABC):
                 written.append(tokens)
         return list(torch.stack(written, dim=1))
 
-    def layer_inputs(self, hidden_states: Tensor) -> dict[str, Tensor | None]:
+    def layer_inputs(self, hidden_states: Tensor) -> dict[str, Any]:
         """What a layer takes besides its hidden states, for one sequence without padding or cache.
 
         `hidden_states` is (1, tokens T, hidden); the result holds the causal mask and the rotary embeddings.

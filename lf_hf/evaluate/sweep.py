@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import LlamaConfig
 
 from lf_hf import pipeline
-from lf_hf.config import FusionConfig
+from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, RESULTS, Point, append_point, read_points
 from lf_hf.evaluate.tables import write_tables
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
-from lf_hf.files.saving import only_writer
+from lf_hf.files.saving import checked_folder, only_writer
 from lf_hf.measure import measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
 from lf_hf.progress import progress
@@ -94,9 +94,7 @@ def sweep(
         raise ValueError('A sweep evaluates with lm-eval, which is not installed; run `pip install "lf_hf[lm-eval]"`.')
     from lf_hf.evaluate.evaluation import Evaluation
 
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder for the results.")
+    folder = checked_folder(out)
     check_evaluation(limit, num_fewshot, batch_size, metadata)
     configs = _configs(num_fusions, methods, tasks, settings)
     _check_calibration(calibration)
@@ -225,8 +223,7 @@ class _Results:
         """Keep other sweeps out of the folder."""
         with contextlib.ExitStack() as stack:
             with _writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(only_writer(self.folder, self.folder / ".lock"))
+                stack.enter_context(only_writer(self.folder))
             yield
 
     def points(self) -> list[Point]:
@@ -278,7 +275,7 @@ def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
 
 
 def _key(identity: dict[str, Any], settings: dict[str, Any]) -> str:
-    text = json.dumps(identity | {"settings": settings}, sort_keys=True)
+    text = json.dumps(identity | {"settings": settings, "algorithm": ALGORITHM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Fusing once: several processes, or several runs, share what one of them fused.
 
-The first one to lock a folder fuses and saves there; whoever comes later finds a checkpoint made of the same things.
+Whoever finds a checkpoint made of the same things loads it. Else the first one to lock the folder fuses and saves
+there, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -8,35 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
-import psutil
-from filelock import Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME
 
-from lf_hf.config import FusionConfig
+from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.files.base import Base
-from lf_hf.files.locks import locked
-from lf_hf.files.processes import local_processes, local_rank
+from lf_hf.files.processes import launch_id, local_processes, local_rank
+from lf_hf.files.saving import only_writer
 from lf_hf.files.weights import CHECKPOINT_FILES
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus
 
-logger = logging.get_logger(__name__)
+_LEFT_BEHIND = 24 * 3600  # seconds
+_CALLS = count()  # a launch may fuse the same base alike more than once
 _READ_BYTES = 1 << 22
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
 _MEANING = {
     "base": "another base, or other files in its folder",
     "calibration": "other calibration text or another tokenizer",
     "dtype": "another dtype",
+    "algorithm": "another version of lf_hf",
 }
 
 
@@ -50,7 +52,7 @@ def fingerprints(
     dict with
         base : SHA-256 over the names and the SHA-256 of the base's weights, configs and tokenizer files
         calibration : SHA-256 over the calibration texts, and over the tokens of their beginning
-        dtype : as it is
+        dtype, algorithm : as they are
     """
     texts = [*(samples.texts if samples else []), *(text.parts if text else [])]
     calibration = hashlib.sha256()
@@ -61,17 +63,21 @@ def fingerprints(
         "base": digest(_base_files(base)),
         "calibration": calibration.hexdigest(),
         "dtype": str(base.dtype or base.config.dtype).removeprefix("torch."),
+        "algorithm": str(ALGORITHM),
     }
 
 
 def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -> str | None:
     """One sentence that says what keeps a saved fusion from being used; None where nothing does."""
+    nothing = f"{str(folder)!r} holds no fused checkpoint yet."
     if not (folder / REPORT_NAME).is_file():
-        return f"{str(folder)!r} holds no fused checkpoint yet."
+        return nothing
     try:
         report = FusionReport.load(folder)
     except ValueError as error:
         return str(error)
+    if not (folder / CONFIG_NAME).is_file():  # looked for last: a save that is under way puts it back last
+        return nothing
     if report.fingerprints is None:
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
@@ -85,38 +91,25 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
 
 
-@contextmanager
-def only_fuser(folder: Path) -> Iterator[None]:
-    """Keep others that would fuse into a folder, which need not exist, waiting; a file beside it is the lock."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file = folder.with_name(f".{folder.name}.fusing")
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file, timeout=0))
-        except Timeout:
-            logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-            stack.enter_context(locked(file))
-        yield
-
-
 def folder_of_launch(base: str, config: FusionConfig) -> Path:
     """A folder that all processes of one launch on this machine share, for one fusion.
 
-    What launches that were cut short have left behind is removed.
+    What launches that were cut short have left behind is removed a day later, unless a process is at work on it.
     """
     root = Path(HF_HOME) / "lf_hf"
-    for old in root.glob(f"{platform.node()}-*-*"):
-        if not psutil.pid_exists(int(old.name.split("-")[-2])):
-            shutil.rmtree(old, ignore_errors=True)
-    fusion = hashlib.sha256(json.dumps([base, config.to_dict()]).encode()).hexdigest()
-    return root / f"{platform.node()}-{os.getppid()}-{fusion[:16]}" / "model"
+    for old in root.glob("*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _LEFT_BEHIND:
+                with only_writer(old / "model"):
+                    shutil.rmtree(old, ignore_errors=True)
+    fusion = hashlib.sha256(json.dumps([next(_CALLS), base, config.to_dict()]).encode()).hexdigest()
+    return root / f"{launch_id()}-{fusion[:16]}" / "model"
 
 
 def note_loaded(folder: Path) -> None:
-    """Note, with the folder of a launch locked, that this process is done with it; the last one removes it."""
+    """Note in the folder of a launch that this process is done with it; the last one removes it."""
     (folder.parent / f"seen-{local_rank()}").touch()
     if len(list(folder.parent.glob("seen-*"))) >= local_processes():
-        shutil.rmtree(folder, ignore_errors=True)  # first, as with the lock's file the lock is gone
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 

@@ -1,182 +1,245 @@
-"""Writing a checkpoint folder: all or nothing, with all that belongs beside the weights."""
+"""Saving into a folder that belongs to its user: all or nothing, and nothing of the user's is touched.
+
+A save writes into a hidden folder inside the target. Once all is there, a file beside it says so, and everything moves
+to its place file by file: `config.json` is taken away first and put back last. So a folder opens as the old model or
+as the new one, or, between those two moments, not at all; where a process was killed then, the next load or save
+finishes the move. What a save wrote stands in the report under "files", and only that is removed by a later one.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import fnmatch
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
-from lf_hf.files.locks import locked
+from lf_hf.checked_json import parse_json
 from lf_hf.files.model_card import model_card
 from lf_hf.report.report import REPORT_NAME, FusionReport
 
+logger = logging.get_logger(__name__)
+_SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
+_COMPLETE = "complete.json"  # in _SAVING, once all files are in "new" beside it: the names that go
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-# What a checkpoint is made of, and so goes when another one takes its place.
-_OF_A_CHECKPOINT = re.compile(
-    "|".join(
-        map(
-            fnmatch.translate,
-            (
-                "*.safetensors",
-                "*.safetensors.index.json",
-                CONFIG_NAME,
-                "generation_config.json",
-                "tokenizer*",
-                "special_tokens_map.json",
-                "added_tokens.json",
-                "vocab.json",
-                "merges.txt",
-                "chat_template*",
-                "additional_chat_templates",
-                f"{Path(REPORT_NAME).stem}.*",  # also pages made of it
-                "README.md",
-            ),
-        )
-    )
+_CARD = "README.md"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+# All forms in which transformers writes a model's weights; the groups are the variant.
+_WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
 
-def check_replaceable(folder: Path) -> bool:
-    """Whether a folder holds a fused checkpoint that saving would replace.
+def checked_folder(path: object) -> Path:
+    """The folder that a user means, links followed. Raises ValueError for no path, an empty one or a file."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"The folder to write into must be a path, got {path!r:.80}; '.' is the current folder.")
+    folder = Path(path).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; give a folder to save into.")
+    return folder
+
+
+def check_replaceable(path: object) -> bool:
+    """Whether a folder holds a fused checkpoint, which a fusion would replace.
 
     Raises
     ------
     ValueError
-        If it holds other files and no fused checkpoint, or is a file or a mount point.
+        If it holds weights or a config.json that lf_hf has not written, or is no folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder to save into.")
-    if os.path.ismount(folder):
-        raise ValueError(
-            f"{str(folder)!r} is a mount point, which no new folder can take the place of; give a folder inside it, "
-            f"such as {str(folder / 'fused')!r}."
-        )
-    if (folder / REPORT_NAME).is_file():
-        return True
-    if folder.is_dir() and any(not entry.is_dir() for entry in folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} is not empty and holds no fused checkpoint; choose another folder.")
-    return False
+    folder = checked_folder(path)
+    finish_save(folder)
+    ours = {*_written_before(folder)}
+    with suppress(OSError, ValueError, AttributeError):  # a fused model without a report
+        if parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME).get("model_type") == "fused_llama":
+            ours |= {CONFIG_NAME, *(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name))}
+    patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
+    if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):
+        names = ", ".join(foreign[:3])
+        raise ValueError(f"{str(path)!r} holds {names:.200}, which lf_hf has not written; choose another folder.")
+    return CONFIG_NAME in ours
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block ends well and vanishes when it does not.
+def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep others from writing into `folder`, which is made, and goes again if nothing was written.
 
-    What is in `folder` besides a checkpoint's own files, such as a training's checkpoints, moves to the new one.
-
-    Whenever the process is killed, `folder` is what it was, or the new one, whole. (Where the system cannot exchange
-    two folders in one step, which Linux can, there may be none: the next save brings the old one back.) What a killed
-    process left beside `folder` goes with the next save.
+    The lock is a file in it, there meanwhile only; a killed process keeps nobody out.
 
     Raises
     ------
-    ValueError
-        If `folder` is a file or a mount point, or holds other files and no fused checkpoint.
-    OSError
-        If another process is saving there, or if files cannot be written.
+    BlockingIOError
+        If another process is at work there, unless `wait`.
     """
-    folder = folder.resolve()
-    check_replaceable(folder)
-    scratch = folder.with_name(f".{folder.name}.saving")
-    new = scratch / "new"
-    in_place = False
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / _LOCK)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder, folder.with_name(f".{folder.name}.lock")):
-            _clear(scratch, folder)
-            check_replaceable(folder)
-            new.mkdir(parents=True)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                yield new
-                _follow_umask(new)
-                done = new.rename(scratch / "done")
-                _swap(done, folder)
-                in_place = True
-            finally:
-                _clear(scratch, folder)
+                lock.acquire(timeout=_LOCK_SECONDS)
+            except Timeout:
+                if not wait:
+                    advice = "wait until it is done, or choose another folder"
+                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.") from None
+                logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
+                lock.acquire()
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(PermissionError):  # Windows removes no file that is open
+                (folder / _LOCK).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            lock.release()
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Path]:
+    """A new hidden folder, whose files go into `folder` when the block ends well and vanish when it does not.
+
+    To be used within `only_writer`. A tokenizer in `folder` that lf_hf has not written stays, and the new one vanishes,
+    unless `own_tokenizer` says that the user chose it; so does a model card.
+
+    Raises
+    ------
+    OSError
+        If files cannot be written.
+    """
+    new = folder / _SAVING / "new"
+    _finish(folder)
+    try:
+        with _explained(folder):
+            new.mkdir(parents=True)
+            yield new
+            stale = _prepare(folder, new, own_tokenizer=own_tokenizer)
+            marker = new.with_name("stale.json")
+            marker.write_text(json.dumps(stale), encoding="utf-8")
+            for file in (*_files(new), marker):
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            marker.replace(new.with_name(_COMPLETE))
+    except BaseException:
+        shutil.rmtree(new.parent, ignore_errors=True)
+        raise
+    _finish(folder)
+
+
+def finish_save(folder: Path) -> None:
+    """Finish the move that a killed save left, or remove what it left incomplete.
+
+    Nothing is done in a folder that cannot be written or that another process is at work on.
+    """
+    if (folder / _SAVING).is_dir():
+        with suppress(OSError), only_writer(folder):
+            _finish(folder)
+
+
+@contextmanager
+def _explained(
+    folder: Path, state: str = "was not written", advice: str = "what was there before is as it was"
+) -> Iterator[None]:
+    """Say of what could not be written where it was, in what state that is, and what to do."""
+    try:
+        yield
     except BlockingIOError:
         raise
     except (OSError, SafetensorError) as error:
-        if in_place:
-            raise OSError(
-                f"{str(folder)!r} was written, but other files that were there could not move to it ({error}); "
-                f"move them from {str(scratch)!r} by hand."
-            ) from error
-        raise OSError(f"{str(folder)!r} was not written ({error}); what was there before is as it was.") from error
+        raise OSError(f"{str(folder)!r} {state} ({error}); {advice}.") from error
 
 
-@contextmanager
-def only_writer(folder: Path, file: Path) -> Iterator[None]:
-    """Keep others from saving into `folder` meanwhile, by a lock on `file`."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file, timeout=_LOCK_SECONDS))
-        except Timeout:
-            raise BlockingIOError(
-                f"Another process is saving into {str(folder)!r}; wait until it is done, or choose another folder."
-            ) from None
-        yield
+def _finish(folder: Path) -> None:
+    """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
+    saving = folder / _SAVING
+    new = saving / "new"
+    with _explained(folder, "is only in part what was saved", "mend that, and load or save there again to finish it"):
+        if saving.is_symlink():  # nobody but a stranger makes one
+            saving.unlink()
+        if (saving / _COMPLETE).is_file() and not new.is_symlink():
+            if (new / CONFIG_NAME).is_file():
+                (folder / CONFIG_NAME).unlink(missing_ok=True)
+            for name in json.loads((saving / _COMPLETE).read_text(encoding="utf-8")):
+                if _is_name(name):
+                    (folder / name).unlink(missing_ok=True)
+            for file in sorted(_files(new), key=lambda file: file == new / CONFIG_NAME):  # that one last
+                (folder / file.relative_to(new)).parent.mkdir(exist_ok=True)
+                file.replace(folder / file.relative_to(new))
+            (saving / _COMPLETE).unlink()
+        shutil.rmtree(saving, ignore_errors=True)
 
 
-def _clear(scratch: Path, folder: Path) -> None:
-    """Finish an exchange, or undo it where a killed process left it between its steps, and remove what is left."""
-    old, done = scratch / "old", scratch / "done"
-    if old.is_dir() and not folder.exists():
-        old.rename(folder)
-    for place in (old, done):  # after an exchange `done` is what was there before
-        if place.is_dir() and folder.is_dir():
-            _keep_others(place, folder)
-    shutil.rmtree(scratch, ignore_errors=True)
+def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
+    """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
+    before = _written_before(folder)
+    there = [file for file in folder.iterdir() if file.is_file()]
+    users = {file.name for file in there if not _is_ours(file, before)}
+    kept = {_CARD} & users
+    if not own_tokenizer and users.intersection(_TOKENIZER):
+        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+        kept.update(_TOKENIZER)
+        shutil.rmtree(new / "additional_chat_templates", ignore_errors=True)
+    for name in kept:
+        (new / name).unlink(missing_ok=True)
+    mode = new.stat().st_mode & 0o666  # safetensors keeps what it writes to the user alone
+    for file in _files(new):
+        file.chmod(mode)
+        if (folder / file.relative_to(new)).is_dir():
+            raise IsADirectoryError(f"{file.name!r} in it is a folder")
+    written = {file.name: _digest(file) for file in new.iterdir() if file.is_file()}
+    whole = CONFIG_NAME in written  # else adapters, which go beside a model
+    if REPORT_NAME in written:
+        report = json.loads((new / REPORT_NAME).read_text(encoding="utf-8"))
+        report["files"] = written if whole else before | written
+        (new / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    variants = {_variant(name) for name in written} - {None}
+    stale = {file.name for file in there if file.name not in users or _variant(file.name) in variants}
+    return sorted(stale - kept - written.keys()) if whole else []
 
 
-def _keep_others(before: Path, folder: Path) -> None:
-    """Move what is no part of a checkpoint from the folder that was there before into the one in its place."""
-    for entry in before.iterdir():
-        if not _OF_A_CHECKPOINT.match(entry.name) and not (folder / entry.name).exists():
-            entry.rename(folder / entry.name)
-
-
-def _follow_umask(folder: Path) -> None:
-    """Give the files in a folder the mode of any new file: safetensors keeps those that it writes to the user alone."""
-    probe = folder.with_name("mode")
-    probe.touch()
-    for file in folder.iterdir():
-        file.chmod(probe.stat().st_mode)
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; what was there is at `new`, or beside it as "old", afterwards."""
-    if not folder.exists() or not any(folder.iterdir()):
-        new.replace(folder)
-    elif not _exchange(new, folder):
-        old = new.with_name("old")
-        folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            old.rename(folder)
-            raise
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths in one step, by Linux's renameat2; false where the system or the disk cannot."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+def _written_before(folder: Path) -> dict[str, Any]:
+    """Names of the files that the last save into a folder wrote, each with its `_digest`."""
     try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):  # another system, or an older C library
-        return False
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+        files = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)["files"]
+        return {name: digest for name, digest in files.items() if _is_name(name)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or not ours
+        return {}
+
+
+def _is_ours(file: Path, before: dict[str, Any]) -> bool:
+    """Whether a file is one that the last save wrote, and has not changed since."""
+    return file.name in before and _digest(file) == before[file.name]
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of what a user may edit: not of weights, which are large, and the report, which holds the digests."""
+    large = file.suffix == ".safetensors" or file.name == REPORT_NAME
+    return "" if large else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _variant(name: str) -> str | None:
+    """The variant of a file of weights, "" for none; None for any other file."""
+    match = _WEIGHTS.fullmatch(name)
+    return match and (match[1] or match[2] or "")
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if not file.is_dir()]
 
 
 def write_companions(

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import Base, hub_arguments
-from lf_hf.files.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files, write_companions
 from lf_hf.model.configuration_fused_llama import converted_config, fused_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, checked_tokenizer
 from lf_hf.report.report import FusionReport
@@ -42,7 +42,7 @@ def fuse_checkpoint(
     base : str or Base
         Folder or hub name of a Llama checkpoint in safetensors files, or one that is open.
     out : path
-        Where to write; a folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced.
+        Where to write. A fused checkpoint in that folder is replaced; what lf_hf did not write stays.
     config, calibration, tokenizer
         As for `FusedLlamaForCausalLM.from_pretrained_fused`.
     low_memory : bool
@@ -61,15 +61,16 @@ def fuse_checkpoint(
     Raises
     ------
     ValueError
-        For settings, a base, calibration text or a folder that cannot be used.
+        For settings, a base or calibration text that cannot be used, or a folder that holds another model.
     OSError
         If another process is saving there, or if files cannot be written.
     """
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
-    check_replaceable(Path(out))
+    check_replaceable(out)
+    target = checked_folder(out)
     if not low_memory:
-        with replaced_folder(Path(out)) as folder:
+        with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
             model = FusedLlamaForCausalLM.from_pretrained_fused(
                 base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
             )
@@ -84,17 +85,21 @@ def fuse_checkpoint(
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)
     samples, text = load_needed(config, calibration)
-    tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
-    with replaced_folder(Path(out)) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
+    with (
+        only_writer(target),
+        replaced_files(target, own_tokenizer=tokenizer is not None) as folder,
+        tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+    ):
         decoder = CheckpointDecoder(opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype)
-        report = pipeline.fuse(decoder, tokenizer, config, samples, text, base=opened.name)
+        report = pipeline.fuse(decoder, used_tokenizer, config, samples, text, base=opened.name)
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
         written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
         written.save_pretrained(folder)
         _generation_config(opened).save_pretrained(folder)
-        write_companions(folder, report, tokenizer, as_llama=as_llama)
+        write_companions(folder, report, used_tokenizer, as_llama=as_llama)
     return report
 
 

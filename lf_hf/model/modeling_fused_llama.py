@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
+from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationMixin,
     LlamaConfig,
@@ -30,9 +31,16 @@ from transformers.utils import logging
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.files.base import Base, check_names, hub_arguments, load_tokenizer, optional_file, without_adapter
-from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, only_fuser, why_not_reused
-from lf_hf.files.processes import local_processes
-from lf_hf.files.saving import check_replaceable, replaced_folder, write_companions
+from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, why_not_reused
+from lf_hf.files.processes import from_rank_0, local_processes, rank
+from lf_hf.files.saving import (
+    check_replaceable,
+    checked_folder,
+    finish_save,
+    only_writer,
+    replaced_files,
+    write_companions,
+)
 from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.report.report import REPORT_NAME, FusionReport
@@ -118,7 +126,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     ) -> FusedLlamaForCausalLM:
         """Load a Llama and fuse its layers.
 
-        Of several processes that a launcher started on a machine, one fuses and the others load its result.
+        Of several processes that a launcher started on a machine, one fuses and the others load its result. Where they
+        have a process group, all of them must call this, unless with `fused_dir`.
 
         Parameters
         ----------
@@ -144,15 +153,16 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         ValueError
             Before any long work, for settings, a base or calibration text that cannot be used.
         """
+        kept_in = None if fused_dir is None else checked_folder(fused_dir)
         config = fusion_settings(config, kwargs)
         base = base if isinstance(base, Base) else Base.open(base, kwargs)
         config.check_num_layers(base.config.num_hidden_layers)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements)
-        if fused_dir is None and local_processes() == 1:
+        if kept_in is None and local_processes() == 1:
             return cls._fuse(inputs)
-        return cls._fuse_once(inputs, None if fused_dir is None else Path(fused_dir).absolute())
+        return cls._fuse_once(inputs, kept_in)
 
     @classmethod
     def _fuse(cls, inputs: FusionInputs) -> FusedLlamaForCausalLM:
@@ -178,23 +188,24 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         base, config = inputs.base, inputs.config
         folder = fused_dir or folder_of_launch(base.full_name, config)
         made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text)
-        with only_fuser(folder):
+        model: FusedLlamaForCausalLM | None = None
+        if why_not_reused(folder, config, made_of):
             check_replaceable(folder)
-            reason = why_not_reused(folder, config, made_of)
-            if reason is None:
-                logger.info(f"Loading what was fused before from {str(folder)!r}.")
-                model: FusedLlamaForCausalLM = cls.from_pretrained(folder, **base.loading_fused())
-                model.tokenizer = inputs.tokenizer
-            else:
-                if folder.is_dir():
-                    logger.warning(f"{reason} Fusing, to replace it.")
-                model = cls._fuse(inputs)
-                assert model.fusion_report is not None
-                model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                with replaced_folder(folder) as written:
-                    model.write_files(written)  # whichever rank this is
-            if fused_dir is None:
-                note_loaded(folder)
+            with only_writer(folder, wait=True):
+                if reason := why_not_reused(folder, config, made_of):  # nor has another process fused meanwhile
+                    if (folder / REPORT_NAME).is_file():
+                        logger.warning(f"{reason} Fusing, to replace it.")
+                    model = cls._fuse(inputs)
+                    assert model.fusion_report is not None
+                    model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
+                    with replaced_files(folder) as written:
+                        model.write_files(written)
+        if model is None:
+            logger.info(f"Loading what was fused before from {str(folder)!r}.")
+            model = cls.from_pretrained(folder, **base.loading_fused())
+            model.tokenizer = inputs.tokenizer
+        if fused_dir is None:
+            note_loaded(folder)
         return model
 
     @classmethod
@@ -226,6 +237,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         to is loaded, with the adapter.
         """
         hub = hub_arguments(kwargs)
+        if pretrained_model_name_or_path is not None:
+            finish_save(Path(pretrained_model_name_or_path, hub.get("subfolder", "")))
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
@@ -258,49 +271,68 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *args: Any,
-        as_llama: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
+        *args: Any,
         repo_id: str | None = None,
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save the model, its report, a model card and the tokenizer into a folder, all or nothing.
 
+        Files of a checkpoint that lf_hf saved there before are replaced, and other weights and configs as by any
+        transformers model; all else in the folder stays. A model whose weights are spread over processes must be saved
+        by all of them; rank 0 writes.
+
         Parameters
         ----------
         save_directory : path
-            A folder that does not exist, holds no files, or holds a fused checkpoint, which is replaced. What else
-            is beside that stays.
+        push_to_hub, repo_id, token
+            Also upload what was written; `repo_id` defaults to the folder's name.
         as_llama : bool
             Write a plain Llama checkpoint that programs without lf_hf open.
         tokenizer : optional
-            Default: the base's.
-        push_to_hub, repo_id, token
-            Also upload the folder; `repo_id` defaults to its name.
-        **kwargs
+            Default: the base's, unless there is one in the folder that lf_hf did not write.
+        is_main_process, state_dict, *args, **kwargs
             As for any transformers model: max_shard_size, variant, ...
 
         Raises
         ------
         ValueError
-            If the folder holds anything else.
+            If the path is empty or a file's.
         OSError
             If another process is saving there, or if files cannot be written.
         """
-        others = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not kwargs.get("is_main_process", True) or (others and torch.distributed.get_rank() > 0):
-            return
-        with replaced_folder(Path(save_directory)) as folder:
-            self.write_files(folder, *args, as_llama=as_llama, tokenizer=tokenizer, **kwargs)
+        folder = checked_folder(save_directory)
+        writes = is_main_process and not rank()
+        if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
+            kwargs |= {"token": token, "repo_id": repo_id or folder.name}
+            return super().save_pretrained(folder, writes, state_dict, push_to_hub, *args, **kwargs)
+        tensors = self.state_dict() if state_dict is None else state_dict
+        sharded = _is_sharded(tensors)
+        if sharded:
+            state_dict = _gathered(tensors)
+        failure, names = None, list[str]()
+        own_tokenizer = kwargs.get("tokenizer") is not None
+        try:
+            if writes:
+                with only_writer(folder), replaced_files(folder, own_tokenizer=own_tokenizer) as new:
+                    self.write_files(new, True, state_dict, False, *args, **kwargs)
+                    names = [str(file.relative_to(new)) for file in new.rglob("*")]
+        except BaseException as error:
+            failure = str(error)
+            raise
+        finally:  # the others wait for it
+            if sharded and (reason := from_rank_0(failure)) and failure is None:
+                raise OSError(f"Rank 0 could not save: {reason}")
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
-        if push_to_hub:
-            _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token)
+        if push_to_hub and writes:
+            _upload(folder, repo_id or folder.name, token=token, allow_patterns=names)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """What transformers asks before it writes weights; `save_pretrained` has decided before."""
+        """What transformers asks before it writes weights; who calls it has decided before."""
         return is_main_process
 
     def write_files(
@@ -313,7 +345,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
         tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
-        super().save_pretrained(folder, *args, **kwargs)
+        spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
+        try:
+            super().save_pretrained(folder, *args, **kwargs)
+        finally:
+            if spread is not None:
+                self.config.distributed_config = spread
         if as_llama:
             config = converted_config(self.config, LlamaConfig)
             config.architectures = [LlamaForCausalLM.__name__]
@@ -365,6 +402,20 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         llama.tie_weights()
         llama.generation_config = self.generation_config
         return llama.train(self.training)
+
+
+def _is_sharded(state_dict: dict[str, Any]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in state_dict.values())
+
+
+def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a sharded model in one piece, in rank 0's memory; all ranks must call it."""
+    whole = {}
+    for name, tensor in state_dict.items():
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not rank():
+            whole[name] = gathered.cpu()
+    return whole
 
 
 def _upload(
