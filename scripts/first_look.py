@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""A base and fusions of it side by side, in one table, and how each goes on from the same prompt.
+
+The last step of scripts/quickstart. RESULTS holds what lm_eval wrote for each model, in a folder of its name; that of
+the base is `dense`.
+
+.venv/bin/python scripts/first_look.py RESULTS --base FOLDER --gguf-file FILE --fused NAME=FOLDER NAME=FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from lf_hf import FusedLlamaForCausalLM
+
+PROMPT = "Water boils at 100 degrees Celsius, and it freezes"
+NEW_TOKENS = 20
+SMOKE_TEST = "mmlu_sample"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--gguf-file")
+    parser.add_argument("--fused", nargs="+", required=True, metavar="NAME=FOLDER")
+    options = parser.parse_args()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(options.base, **source)
+    models: dict[str, PreTrainedModel] = {
+        "dense": AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16, **source)
+    }
+    for name, folder in (named.split("=", 1) for named in options.fused):
+        models[name] = FusedLlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    console = Console(highlight=False, markup=False)
+    scores = {name: main_scores(options.results / name) for name in models}
+    console.print(table(models, scores))
+    reports = [model.fusion_report for name, model in models.items() if name != "dense"]
+    for judged in reports[-1].perplexities:
+        console.print(f"{judged.name}: {judged.label}, {judged.tokens} tokens", soft_wrap=True)
+    if SMOKE_TEST in scores["dense"]:
+        console.print(f"{SMOKE_TEST}: 57 questions, too few to tell these models apart; chance is 0.25")
+
+    console.print(f"\nHow each goes on from: {PROMPT}", soft_wrap=True)
+    for name, model in models.items():
+        console.print(f"  {name:17} {continuation(model, tokenizer)}", soft_wrap=True)
+
+
+def table(models: dict[str, PreTrainedModel], scores: dict[str, dict[str, float]]) -> Table:
+    """One row a model; the first is the base, whose figures the others' reports have too."""
+    reports = {name: getattr(model, "fusion_report", None) for name, model in models.items()}
+    report = next(report for report in reports.values() if report is not None)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("", no_wrap=True)
+    for head in ("layers", "parameters", *(f"perplexity\n{judged.name}" for judged in report.perplexities)):
+        shown.add_column(head, justify="right")
+    for task in scores["dense"]:
+        shown.add_column(f"accuracy\n{task}" if task == SMOKE_TEST else task, justify="right")
+    for name, own in reports.items():
+        if own is None:
+            sizes = report.layers_before, report.parameters_before
+            figures = [f"{judged.dense:.4g}" for judged in report.perplexities]
+        else:
+            sizes = own.layers_after, own.parameters_after
+            figures = [f"{judged.fused:.4g} (x {judged.ratio:.3g})" for judged in own.perplexities]
+        figures += [f"{score:.3f}" for score in scores[name].values()]
+        shown.add_row(name, str(sizes[0]), f"{sizes[1] / 1e6:.1f} M", *figures)
+    return shown
+
+
+def main_scores(folder: Path) -> dict[str, float]:
+    """The first metric of each group that lm_eval was asked for; of each task, where it was asked for tasks."""
+    [path] = folder.rglob("results_*.json")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    subgroups = {name for children in written.get("group_subtasks", {}).values() for name in children}
+    return {
+        name: next(value for metric, value in values.items() if isinstance(value, float) and "_stderr" not in metric)
+        for name, values in written["results"].items()
+        if name not in subgroups
+    }
+
+
+def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
+    """The likeliest next tokens, one after the other, on one line."""
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids: Any = model.generate(  # type: ignore[operator]
+        **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    words = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :]).split()
+    return "".join(character for character in " ".join(words) if character.isprintable())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The comparison that ends scripts/quickstart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+from lf_hf import FusedLlamaForCausalLM
+
+
+def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) -> None:
+    folders = {}
+    settings = {"num_fusions": 1, "perplexity_tokens": 256, "sample_length": 32, "calibration_tokens": 1024}
+    for method in ("truncate", "refit"):
+        model = FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, **settings)
+        folders[method] = tmp_path / "fused" / method
+        model.save_pretrained(folders[method])
+    results = tmp_path / "results"
+    for n, name in enumerate(["dense", *folders]):
+        (results / name / "of_lm_eval").mkdir(parents=True)
+        values = {"alias": "mmlu_sample", "acc,none": 0.25 + n / 100, "acc_stderr,none": "N/A"}
+        written = {"results": {"mmlu_sample": values, "part": values}, "group_subtasks": {"mmlu_sample": ["part"]}}
+        (results / name / "of_lm_eval" / "results_2026.json").write_text(json.dumps(written))
+
+    fused = [f"{name}={folder}" for name, folder in folders.items()]
+    done = subprocess.run(
+        [sys.executable, "scripts/first_look.py", str(results), "--base", base, "--fused", *fused],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"},
+    )
+    assert done.returncode == 0, done.stderr
+    text, _, continuations = done.stdout.partition("How each goes on from:")
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert lines["dense"].split()[1] == "5"
+    assert lines["truncate"].split()[1] == lines["refit"].split()[1] == "4"
+    report = FusedLlamaForCausalLM.from_pretrained(folders["refit"]).fusion_report
+    assert len(report.perplexities) == 2
+    for judged in report.perplexities:
+        assert f"{judged.dense:.4g}" in lines["dense"] and f"{judged.fused:.4g}" in lines["refit"]
+        assert f"{judged.name}: {judged.label}" in text
+    assert "0.250" in lines["dense"] and "0.260" in lines["truncate"] and "0.270" in lines["refit"]
+    assert [line.split()[0] for line in continuations.splitlines()[1:4]] == ["dense", *folders]
