@@ -225,8 +225,16 @@ def new_figure(width: float, height: float) -> Figure:
 def legend_above(axis: Axes) -> None:
     """A legend that hides nothing: in rows above the panel."""
     handles, labels = axis.get_legend_handles_labels()
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-    axis.legend(handles, labels, ncols=min(3, len(labels)), fontsize=8, frameon=False, **place)
+    axis.legend(
+        handles,
+        labels,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0,
+        ncols=min(3, len(labels)),
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def _whole_ticks(*axes: Any) -> None:
