@@ -45,7 +45,6 @@ result = [parameter.double().sum().item() for parameter in model.parameters()]
 EVALUATES = """
 from lm_eval.api.instance import Instance
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
-from lf_hf.files import fused_cache
 
 lm = FusedLlamaLM(base, **arguments, device="cpu")
 pairs = [("layer model neuron", " weight"), ("token state", " train small")]
