@@ -61,7 +61,7 @@ def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch.dtype, kind: str) -> None:
-    for exponent in (-30, -3, 3, 30):
+    for exponent in (-30, 3, 30):
         model = scaled_model(dtype, exponent)
         with no_warnings():
             try:

@@ -45,8 +45,6 @@ def test_strings_are_read_as_the_fields_types() -> None:
     [
         ({}, "num_fusions is required"),
         ({"num_fusions": 0}, "num_fusions must be an integer of at least 1, got 0"),
-        ({"num_fusions": -1}, "at least 1, got -1"),
-        ({"num_fusions": 4.0}, "at least 1, got 4.0"),
         ({"num_fusions": True}, "at least 1, got True"),
         ({"num_fusions": "four"}, "num_fusions must be an integer, got 'four'"),
         ({"num_fusions": 1, "num_fusion": 2}, "Unknown fusion setting 'num_fusion'; did you mean 'num_fusions'"),
@@ -62,7 +60,6 @@ def test_strings_are_read_as_the_fields_types() -> None:
         ({"num_fusions": 1, "ridge": 0}, "ridge must be greater than 0, got 0"),
         ({"num_fusions": 1, "kernel_scale": 0}, "kernel_scale must be greater than 0, got 0"),
         ({"num_fusions": 1, "kernel_scale": "wide"}, "kernel_scale must be a number, got 'wide'"),
-        ({"num_fusions": 1, "kernel_alpha": float("nan")}, "kernel_alpha must be a finite number"),
         ({"num_fusions": 1, "rank_normalize": "yes"}, "rank_normalize must be true or false, got 'yes'"),
         ({"num_fusions": 1, "rank_normalize": 1}, "rank_normalize must be true or false, got 1"),
         ({"num_fusions": 1, "sample_length": 0}, "sample_length must be an integer of at least 1"),

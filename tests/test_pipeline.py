@@ -16,7 +16,7 @@ from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(400))], "random text")
@@ -71,19 +71,26 @@ def test_methods_differ_where_they_should() -> None:
     assert truncated.steps[0].ratio_i == 1
 
 
-def test_collapse_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    values = iter([10.0, 20.5])
-    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: {"docs": next(values)})
+@pytest.mark.parametrize(("fused", "collapsed"), [(20.0, False), (20.5, True)])
+def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
+    fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = iter([10.0, fused])
+    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: dict.fromkeys(("docs", "reasoning"), next(values)))
     with caplog.at_level(logging.WARNING):
         report = run(1)
     assert report.notes == [record.message for record in caplog.records]
-    assert report.notes[0].startswith("Perplexity went from 10 to 20.5")
+    assert ["Perplexity went from 10 to 20.5 (docs) and from 10" in note for note in report.notes] == [True] * collapsed
 
 
-def test_no_collapse_no_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter([10.0, 20.0])
-    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: {"docs": next(values)})
-    assert run(1).notes == []
+@pytest.mark.parametrize(
+    ("text", "relations"),
+    [(TEXT, ["unseen", "unseen"]), (Corpus([documentation_halves()[1]], "mine"), ["seen", "unseen"])],
+)
+def test_the_report_says_what_was_fitted_of_the_judging_texts(text: Corpus, relations: list[str]) -> None:
+    config = FusionConfig(1, "truncate", "least_influence", calibration_tokens=1024, perplexity_tokens=100)
+    report = fuse(ModelDecoder(make_llama()), make_tokenizer(), config, None, text, base="tiny")
+    assert [info.relation for info in report.perplexities] == relations
 
 
 def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,14 +93,6 @@ def test_what_was_fused_is_kept(base: str, tmp_path: Path, monkeypatch: pytest.M
     assert fused.get_model_info() == kept.get_model_info()
 
 
-def test_the_evaluated_model_is_the_fused_one(base: str) -> None:
-    lm = fuse_lm(base)
-    assert isinstance(lm.model, FusedLlamaForCausalLM)
-    assert lm.config is lm.model.config
-    assert lm.config.num_hidden_layers == len(lm.model.model.layers) == 3
-    assert lm.AUTO_MODEL_CLASS is AutoModelForCausalLM
-
-
 def test_arguments_of_hflm_pass_through(base: str) -> None:
     lm = fuse_lm(base, dtype="bfloat16", batch_size="auto", max_batch_size=2, max_length=64, add_bos_token=True)
     assert lm.model.dtype == torch.bfloat16

@@ -148,7 +148,7 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
         assert [float(row[f"perplexity, {name}"]) for row in rows] == [point.perplexities[name] for point in points]
     assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
     document = (folder / "results.md").read_text(encoding="utf-8")
-    assert document.count("\n| mka | ") == 2 + 3 and "| refit | 2 | 3 | 40.0% |" in document
+    assert document.count("\n| mka | ") == 2 + 4 and "| refit | 2 | 3 | 40.0% |" in document
     assert "Published" not in document
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")

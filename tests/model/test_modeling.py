@@ -164,6 +164,7 @@ def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / run)
     report = model.fusion_report
     assert report is not None and report.layers_after == 3
+    assert [info.relation for info in report.perplexities] == ["kin", "unseen"]
     assert report.calibration[0].tokens <= 2048 and "by the model itself" in report.calibration[0].source
     for step in report.steps:
         assert step.influence is not None and step.pair[0] > 0 and step.pair[1] < 4

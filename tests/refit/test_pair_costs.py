@@ -109,7 +109,9 @@ def test_layers_that_do_nothing_are_found_wherever_they_are(settings: dict[str, 
                 projection.weight.zero_()
     dense = copy.deepcopy(model)
     text = Corpus([" ".join(make_texts(400))], "random text")
-    config = FusionConfig(2, **settings, selection="least_divergence", calibration_length=64, perplexity_tokens=0)
+    config = FusionConfig(
+        2, **settings, selection="least_divergence", calibration_length=64, calibration_tokens=4096, perplexity_tokens=0
+    )
     samples = Calibration(make_texts(), "random sentences")
     report = fuse(ModelDecoder(model, keep_originals=True), make_tokenizer(), config, samples, text, base="tiny")
     assert len(model.model.layers) == 5

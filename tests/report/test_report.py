@@ -29,6 +29,9 @@ def test_summary_says_it_in_a_few_lines() -> None:
     assert "32 -> 28 layers (-12.5%)" in summary and "7,157,813,248 parameters (-10.9%)" in summary
     assert "layer 30 <- 30 x 0.6200 + 31 x 0.3800, mean matched cosine 0.010 -> 0.200" in summary
     assert "note: Mind the gap." in summary
+    docs, reasoning = [line for line in summary.splitlines() if line.startswith("  perplexity: ")]
+    assert "6.1 -> 30" in docs and "text of its kind was used for calibration" in docs
+    assert "5.2 -> 20" in reasoning and "of its kind" not in reasoning
 
 
 @pytest.mark.parametrize(
