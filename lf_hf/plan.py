@@ -252,7 +252,10 @@ class _Work:
         Activations of a sequence and states of running text, which go to disk early, are small beside these.
         """
         size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
-        weights = 2 * self.layer + 2 * self.table if low_memory else self.parameters
+        weights = 2 * self.layer + self.table
+        if not low_memory:
+            originals = self.config.num_fusions if self.config.refit != "none" else 0  # of layers that change, at most
+            weights = self.parameters + originals * self.layer
         process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
         if self.judging:
@@ -260,7 +263,7 @@ class _Work:
         if self.config.alignment != "none" and device.type == "cpu":
             phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
         if self.config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
-            phases.append(8 * self.candidates**2 + 4 * self.layer * size + (3 * size + 8) * self.candidates * hidden)
+            phases.append(8 * self.candidates**2 + 2 * self.layer * size + (3 * size + 8) * self.candidates * hidden)
         return process + weights * size + max(phases)
 
     def seconds(self, device: torch.device) -> float:
@@ -320,7 +323,9 @@ def _devices(device_map: Any) -> list[torch.device]:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         places: list[Any] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     else:
-        places = list(device_map.values()) if isinstance(device_map, dict) else [device_map or "cpu"]
+        places = (
+            list(device_map.values()) if isinstance(device_map, dict) else ["cpu" if device_map is None else device_map]
+        )
     return [torch.device(place) for place in dict.fromkeys(places) if place != "disk"] or [torch.device("cpu")]
 
 
