@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM
 
-PROMPT = "Water boils at 100 degrees Celsius, and it freezes"
+PROMPT = "Once upon a time there was a little girl who"
 NEW_TOKENS = 20
 SMOKE_TEST = "mmlu_sample"
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--fused", nargs="+", required=True, metavar="NAME=FOLDER")
     options = parser.parse_args()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # how a GGUF file is read fastest matters to nobody here
 
     source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(options.base, **source)
@@ -45,37 +46,38 @@ def main() -> None:
     for name, folder in (named.split("=", 1) for named in options.fused):
         models[name] = FusedLlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     scores = {name: main_scores(options.results / name) for name in models}
-    console.print(table(models, scores))
-    reports = [model.fusion_report for name, model in models.items() if name != "dense"]
-    for judged in reports[-1].perplexities:
-        console.print(f"{judged.name}: {judged.label}, {judged.tokens} tokens", soft_wrap=True)
+    console.print(table(models, scores), soft_wrap=False)
+    last = list(models)[-1]
+    for judged in models[last].fusion_report.perplexities:
+        of_whom = "" if judged.relation == "unseen" else f" of {last}"
+        console.print(f"{judged.name}, {judged.tokens} tokens: {judged.label}{of_whom}")
     if SMOKE_TEST in scores["dense"]:
-        console.print(f"{SMOKE_TEST}: 57 questions, too few to tell these models apart; chance is 0.25")
+        console.print(f"accuracy: {SMOKE_TEST}, 57 questions, too few to tell models apart; chance is 0.25")
 
-    console.print(f"\nHow each goes on from: {PROMPT}", soft_wrap=True)
+    console.print(f"\nHow each goes on from: {PROMPT}")
     for name, model in models.items():
-        console.print(f"  {name:17} {continuation(model, tokenizer)}", soft_wrap=True)
+        console.print(f"  {name:17} {continuation(model, tokenizer)}")
 
 
 def table(models: dict[str, PreTrainedModel], scores: dict[str, dict[str, float]]) -> Table:
     """One row a model; the first is the base, whose figures the others' reports have too."""
     reports = {name: getattr(model, "fusion_report", None) for name, model in models.items()}
     report = next(report for report in reports.values() if report is not None)
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns, for a log
     shown.add_column("", no_wrap=True)
     for head in ("layers", "parameters", *(f"perplexity\n{judged.name}" for judged in report.perplexities)):
         shown.add_column(head, justify="right")
     for task in scores["dense"]:
-        shown.add_column(f"accuracy\n{task}" if task == SMOKE_TEST else task, justify="right")
+        shown.add_column("accuracy" if task == SMOKE_TEST else task, justify="right")
     for name, own in reports.items():
         if own is None:
             sizes = report.layers_before, report.parameters_before
             figures = [f"{judged.dense:.4g}" for judged in report.perplexities]
         else:
             sizes = own.layers_after, own.parameters_after
-            figures = [f"{judged.fused:.4g} (x {judged.ratio:.3g})" for judged in own.perplexities]
+            figures = [f"{judged.fused:.4g} (x{judged.ratio:.3g})" for judged in own.perplexities]
         figures += [f"{score:.3f}" for score in scores[name].values()]
         shown.add_row(name, str(sizes[0]), f"{sizes[1] / 1e6:.1f} M", *figures)
     return shown
@@ -99,7 +101,7 @@ def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
     ids: Any = model.generate(  # type: ignore[operator]
         **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
-    words = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :]).split()
+    words = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()
     return "".join(character for character in " ".join(words) if character.isprintable())
 
 

@@ -44,6 +44,6 @@ def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) ->
     assert len(report.perplexities) == 2
     for judged in report.perplexities:
         assert f"{judged.dense:.4g}" in lines["dense"] and f"{judged.fused:.4g}" in lines["refit"]
-        assert f"{judged.name}: {judged.label}" in text
+        assert judged.label in text
     assert "0.250" in lines["dense"] and "0.260" in lines["truncate"] and "0.270" in lines["refit"]
     assert [line.split()[0] for line in continuations.splitlines()[1:4]] == ["dense", *folders]
