@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib.util
 import inspect
 import os
@@ -274,14 +275,17 @@ def check_arguments(given: Iterable[str], config: PreTrainedConfig, others: Coll
     transformers takes its own names and those of the config's values; `others` are what the caller takes.
     """
     function = inspect.unwrap(PreTrainedModel.from_pretrained)
-    parameters = {*inspect.signature(function).parameters} - {"cls", "model_args", "kwargs"}
-    # Most are not in its signature, but taken out of **kwargs by name.
+    # Most of its arguments are not in its signature, but taken out of **kwargs by names that its code holds.
     constants = [names if isinstance(names, tuple) else (names,) for names in function.__code__.co_consts]
-    taken = {*parameters, *(name for names in constants for name in names if isinstance(name, str)), "code_revision"}
+    taken = {name for names in constants for name in names if isinstance(name, str) and name.isidentifier()}
+    taken |= {*inspect.signature(function).parameters, "code_revision"} - {"model_args", "kwargs"}
     for name in given:
         if name not in taken and name not in others and not hasattr(config, name):
-            likely = (*FusionConfig.field_names(), *others, *parameters, *_OF_THE_BASE, *vars(config))
-            raise ValueError(unknown_name("argument", name, likely))
+            public = [
+                known for known in (*FusionConfig.field_names(), *others, *taken, *vars(config)) if known[:1] != "_"
+            ]
+            nearest = difflib.get_close_matches(name, public, n=1)
+            raise ValueError(unknown_name("argument", name, (*nearest,) or FusionConfig.field_names()))
 
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
