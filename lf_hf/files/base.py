@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,12 +204,9 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     """Config of the model to fuse, checked to be a Llama in plain floats."""
     gguf_file = kwargs.get("gguf_file")
     hub = hub_arguments(kwargs)
-    if os.path.isdir(base) and not gguf_file:
-        folder = Path(base, kwargs.get("subfolder") or "")
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
-            )
+    config_file = Path(base, kwargs.get("subfolder") or "", CONFIG_NAME)
+    if os.path.isdir(base) and not gguf_file and not _is_file(config_file):
+        raise ValueError(f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=).")
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
     for name in _QUANTIZATION_ARGUMENTS:
@@ -244,6 +242,16 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     if not gguf_file and optional_file(base, ADAPTER_CONFIG_NAME, hub):
         raise ValueError(f"{base!r} is an adapter, not a model; merge it into its base, and fuse that.")
     return config
+
+
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file. Raises ValueError where nobody may look."""
+    try:
+        return stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from None
 
 
 def _check_computable(base: str, config: LlamaConfig) -> None:
