@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
-from lf_hf.files.base import Base, checked_dtype, reading_tokenizer
+from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.files.processes import local_rank
 
 # Below lm-eval's own logger, so that its level and format hold here too.
@@ -23,6 +26,12 @@ _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _OF_HFLM = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
+# What HFLM and this class take; from_pretrained takes more.
+_KNOWN = (
+    *FusionConfig.field_names(),
+    *("calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
+    *(name for name in _OF_HFLM if name not in ("self", "kwargs")),
+)
 
 
 @register_model("fused_llama")
@@ -34,7 +43,7 @@ class FusedLlamaLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PreTrainedModel | None = None,
         *,
         num_fusions: int | str | None = None,
         calibration: str | None = None,
@@ -60,10 +69,24 @@ class FusedLlamaLM(HFLM):
                 of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``, ``peft``, ...
 
         Raises:
-            ValueError: For settings out of range, a base or calibration text that cannot be used, a checkpoint
-                that is not fused although ``num_fusions`` is missing, or an HFLM argument that fusing excludes.
+            ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
+                cannot be used, a checkpoint that is not fused although ``num_fusions`` is missing, an argument that
+                nothing takes, or one of HFLM's that fusing excludes.
         """
+        if pretrained is None:
+            raise ValueError(
+                "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
+            )
+        check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
         checked_dtype(kwargs.get("dtype"))
+        batch_size = kwargs.get("batch_size", 1)
+        if not re.fullmatch(r"auto(:\d+(\.\d+)?)?|[1-9]\d*", str(batch_size)):
+            raise ValueError(f"batch_size must be an integer of at least 1, auto, or auto:N, got {batch_size!r:.80}.")
+        if kwargs.get("peft"):
+            _check_adapter(kwargs["peft"], kwargs.get("revision"))
+        if kwargs.get("parallelize") and not torch.accelerator.is_available():
+            eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
+            kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
         settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
         self.calibration, self.fused_dir = calibration, fused_dir
         self.fusion_config: FusionConfig | None = None
@@ -101,6 +124,14 @@ class FusedLlamaLM(HFLM):
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         with reading_tokenizer(str(tokenizer or pretrained)):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        self._of_base = self.tokenizer
+        named = tokenizer is None or isinstance(tokenizer, str)
+        if named and (kwargs.get("add_bos_token") is not None or kwargs.get("use_fast_tokenizer") is False):
+            # These are about the evaluation; a model is fused and saved with its own tokenizer.
+            where = self._base.loading if self.fusion_config is not None else kwargs
+            if tokenizer:
+                where = {name: value for name, value in where.items() if name != "gguf_file"}
+            self._of_base = load_tokenizer(tokenizer or pretrained, where)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is None:
@@ -137,7 +168,7 @@ class FusedLlamaLM(HFLM):
             replace(self._base, loading={**self._base.loading, **placing}),
             config,
             calibration=self.calibration,
-            tokenizer=self.tokenizer,
+            tokenizer=self._of_base,
             fused_dir=self.fused_dir,
         )
         if peft is None:
@@ -168,6 +199,19 @@ class FusedLlamaLM(HFLM):
                 "summary": report.summary(),
             }
         return info
+
+
+def _check_adapter(name: str, revision: str | None) -> None:
+    """Raise ValueError if there is no adapter of PEFT that can be read."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"peft={name!s:.80} needs the peft package; run `pip install peft`.")
+    from peft import PeftConfig
+
+    try:
+        PeftConfig.from_pretrained(name, revision=revision)
+    except Exception as error:  # PEFT has no class of its own for what it cannot read
+        reason = " ".join(str(error).split())
+        raise ValueError(f"No adapter can be read for peft={name!s:.80} ({reason:.300}); give its folder.") from None
 
 
 def _check_fused(name: str, config: PreTrainedConfig) -> None:

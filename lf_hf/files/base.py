@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib.util
 import inspect
 import os
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,12 +204,9 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     """Config of the model to fuse, checked to be a Llama in plain floats."""
     gguf_file = kwargs.get("gguf_file")
     hub = hub_arguments(kwargs)
-    if os.path.isdir(base) and not gguf_file:
-        folder = Path(base, kwargs.get("subfolder") or "")
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
-            )
+    config_file = Path(base, kwargs.get("subfolder") or "", CONFIG_NAME)
+    if os.path.isdir(base) and not gguf_file and not _is_file(config_file):
+        raise ValueError(f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=).")
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
     for name in _QUANTIZATION_ARGUMENTS:
@@ -245,6 +244,16 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     return config
 
 
+def _is_file(file: Path) -> bool:
+    """Whether there is such a file. Raises ValueError where nobody may look."""
+    try:
+        return stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from None
+
+
 def _check_computable(base: str, config: LlamaConfig) -> None:
     """Raise ValueError if no Llama can be made of a config, or none that anybody has."""
     if not 1 <= config.num_hidden_layers <= _MOST_LAYERS:
@@ -274,14 +283,17 @@ def check_arguments(given: Iterable[str], config: PreTrainedConfig, others: Coll
     transformers takes its own names and those of the config's values; `others` are what the caller takes.
     """
     function = inspect.unwrap(PreTrainedModel.from_pretrained)
-    parameters = {*inspect.signature(function).parameters} - {"cls", "model_args", "kwargs"}
-    # Most are not in its signature, but taken out of **kwargs by name.
+    # Most of its arguments are not in its signature, but taken out of **kwargs by names that its code holds.
     constants = [names if isinstance(names, tuple) else (names,) for names in function.__code__.co_consts]
-    taken = {*parameters, *(name for names in constants for name in names if isinstance(name, str)), "code_revision"}
+    taken = {name for names in constants for name in names if isinstance(name, str) and name.isidentifier()}
+    taken |= {*inspect.signature(function).parameters, "code_revision"} - {"model_args", "kwargs"}
     for name in given:
         if name not in taken and name not in others and not hasattr(config, name):
-            likely = (*FusionConfig.field_names(), *others, *parameters, *_OF_THE_BASE, *vars(config))
-            raise ValueError(unknown_name("argument", name, likely))
+            public = [
+                known for known in (*FusionConfig.field_names(), *others, *taken, *vars(config)) if known[:1] != "_"
+            ]
+            nearest = difflib.get_close_matches(name, public, n=1)
+            raise ValueError(unknown_name("argument", name, (*nearest,) or FusionConfig.field_names()))
 
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:

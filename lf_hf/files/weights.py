@@ -121,10 +121,11 @@ def stored_dtype(file: Path) -> torch.dtype:
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header."""
     try:
+        file.open("rb").close()  # safetensors says of any file that it may not open that there is none
         with open_tensors(file) as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except OSError:
-        raise
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # safetensors has its own error for a damaged header
         raise ValueError(f"{file.name!r} is not a whole safetensors file ({error}); download it again.") from None
 

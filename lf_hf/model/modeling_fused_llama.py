@@ -265,7 +265,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             try:
                 model.fusion_report = FusionReport.load(file)
             except (ValueError, OSError) as error:  # damaged, or of a newer version: the weights are good
-                logger.warning(f"{error} The model is loaded without it.")
+                logger.warning(f"{str(error).rstrip('.')}; the model is loaded without its report.")
         return loaded
 
     def save_pretrained(

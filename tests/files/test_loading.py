@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import shutil
 import time
@@ -86,7 +87,7 @@ def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
         caplog.clear()
         assert kind.from_pretrained(folder).fusion_report is None
         [warning] = [message for message in caplog.messages if "fusion_report.json" in message]
-        assert "The model is loaded without it." in warning and "\n" not in warning
+        assert warning.endswith("; the model is loaded without its report.") and "\n" not in warning
     with pytest.raises(ValueError, match=r"fusion_report\.json"):
         FusionReport.load(folder)
 
@@ -233,6 +234,25 @@ def test_a_base_that_cannot_be_used_gets_one_sentence_at_once(
     assert time.monotonic() - start < 5
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert not (tmp_path / "out").exists()
+
+
+@both
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_may_not_be_read_are_not_said_to_be_missing(
+    fuse: Fuse, name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(plain: Any) -> Any:
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if str(path) == f"{base}/{name}":
+                raise PermissionError(13, "Permission denied", str(path))
+            return plain(path, *args, **kwargs)
+
+        return call
+
+    for where, what in ((builtins, "open"), (Path, "open")):
+        monkeypatch.setattr(where, what, refusing(getattr(where, what)))
+    with pytest.raises(ValueError, match=r"read.*Permission denied"):
+        fuse(base, tmp_path / "out")
 
 
 @both
