@@ -24,7 +24,7 @@ from transformers.utils import logging
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure import Clock, Measurements, measure, perplexities
-from lf_hf.numerics import all_finite
+from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
@@ -239,6 +239,8 @@ def fuse(
     """
     parameters_before = check_model(decoder, config)
     layers_before = decoder.num_layers
+    with decoder.layer(0) as layer:
+        layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
     measured = measurements or measure(
         decoder,
         tokenizer,
@@ -267,7 +269,7 @@ def fuse(
         layers_before=layers_before,
         layers_after=decoder.num_layers,
         parameters_before=parameters_before,
-        parameters_after=sum(parameter.numel() for _, parameter in decoder.named_parameters()),
+        parameters_after=parameters_before - config.num_fusions * layer_parameters,
         calibration=measured.sources(config),
         perplexities=judged,
         similarity=measured.similarity.tolist() if similar and measured.similarity is not None else None,
@@ -277,6 +279,7 @@ def fuse(
         notes=_notes(measured, config, judged),
         sample_labels=measured.sample_labels if similar else None,
         influences=influences or (measured.influences if similar else None),
+        weights_digest=weights_digest(decoder.named_parameters()),
     )
 
 

@@ -43,6 +43,7 @@ from lf_hf.files.saving import (
 )
 from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
+from lf_hf.numerics import weights_digest
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus, load_needed
 
@@ -355,7 +356,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             config = converted_config(self.config, LlamaConfig)
             config.architectures = [LlamaForCausalLM.__name__]
             config.save_pretrained(folder)
-        write_companions(folder, self.fusion_report, tokenizer, as_llama=as_llama)
+        report = self.fusion_report and self.fusion_report.of_weights(weights_digest(self.named_parameters()))
+        write_companions(folder, report, tokenizer, as_llama=as_llama)
 
     def push_to_hub(  # type: ignore[override]
         self,
