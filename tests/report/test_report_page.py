@@ -64,7 +64,7 @@ def test_a_page_shows_what_its_method_measured(
         source = str(picture["src"]).removeprefix("data:image/svg+xml;base64,")
         assert ElementTree.fromstring(base64.b64decode(source)).tag.endswith("svg")
     text = " ".join(page.text.split())
-    for part in ("5 → 3", *(f"{p.dense:.4g} → {p.fused:.4g}" for p in report.perplexities), *report.notes):
+    for part in ("5 → 3", *(f"from {p.dense:.4g} to {p.fused:.4g}" for p in report.perplexities), *report.notes):
         assert part in text
 
 
