@@ -167,11 +167,14 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
         assert sum(map(len, sequences)) - sum(map(len, written)) == given
 
 
-def test_bars_show_the_long_parts_and_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
-    bars = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
+def test_the_long_parts_show_how_far_they_are_and_can_be_silenced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lf_hf.progress.EVERY", 0)
+    parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
     run(1)
     shown = capsys.readouterr().err
-    assert all(bar in shown for bar in bars)
+    assert all(part in shown for part in parts) and "\r" not in shown
     disable_progress_bar()
     try:
         run(1)
