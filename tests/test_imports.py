@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -19,6 +21,7 @@ ORDER = "checked_json config numerics text report files decoder stages refit mea
 ORDER += ["evaluate", "plan", "cli"]
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """The modules of lf_hf by their names without `lf_hf.`."""
     folder = ROOT / "lf_hf"
@@ -34,8 +37,8 @@ def imported(file: Path) -> set[str]:
         node = queue.pop()
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lf_hf":
             name = (node.module or "").removeprefix("lf_hf").removeprefix(".")
-            inside = {f"{name}.{alias.name}".removeprefix(".") for alias in node.names} & set(modules())
-            found |= inside or {name or "__init__"}
+            inside = [f"{name}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {module if module in modules() else name or "__init__" for module in inside}
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("lf_hf.") for alias in node.names if alias.name.startswith("lf_hf.")}
         only_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
@@ -83,6 +86,7 @@ def test_loading_takes_none_of_the_libraries_that_fusing_takes(code: str, base: 
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "lf_hf.config" in loaded
