@@ -219,7 +219,7 @@ class _Work:
         with torch.device("meta"):
             layer = sum(parameter.numel() for parameter in LlamaDecoderLayer(llama, layer_idx=0).parameters())
         table = llama.vocab_size * llama.hidden_size
-        outside = table * (1 if llama.tie_word_embeddings else 2) + llama.hidden_size
+        tables = table if llama.tie_word_embeddings else 2 * table
         given = written = 0.0
         if text is not None:
             given = min(sum(map(_num_tokens, text.parts)), config.calibration_tokens * (1 - text.generated_share))
@@ -230,7 +230,7 @@ class _Work:
             dtype=base.dtype or cast("torch.dtype | None", llama.dtype) or stored,
             layer=layer,
             table=table,
-            parameters=outside + layer * llama.num_hidden_layers,
+            parameters=tables + llama.hidden_size + layer * llama.num_hidden_layers,
             judging=2 * config.perplexity_tokens,  # there are two texts
             samples=sum(min(_num_tokens(sample), config.sample_length) for sample in samples.texts) if samples else 0,
             text=given + written,
@@ -271,24 +271,19 @@ class _Work:
         speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
         config, layers, fused = self.config, self.llama.num_hidden_layers, self.config.num_fusions
         step = min(self.text, 8192)  # tokens that a step runs
+
+        def fit(tokens: float) -> float:  # sums of squares over tokens, and solving with them
+            return 2 * tokens * self.candidates * (self.candidates + self.llama.hidden_size) + 4 * self.candidates**3
+
         passes = self.judging * (2 * layers - fused) + (self.samples + step + 3 * self.written) * layers
-        fits, tried = 0.0, 0
-        if config.selection != "last":
-            passes += fused * step * layers / 2  # layers above a pair
-        if config.selection == "least_divergence":
-            tried = layers + 2 * fused
-            passes += tried * step / 4 * layers / 2
-        if config.fits:
-            fits += (tried + fused) * self._fit(step)
+        tried = layers + 2 * fused if config.selection == "least_divergence" else 0
+        passes += (fused + tried / 4) * step * layers / 2  # above a pair
+        fits = (tried + fused) * fit(step) if config.fits else 0.0
         if config.refit != "none":
             passes += 2 * self.text * layers
-            fits += fused * self._fit(self.text)
+            fits += fused * fit(self.text)
         run = 2 * passes * self.layer + 4 * self.judging * self.table
         return 2 * run / speed + fits / single + self._matching()  # layers reach about half of the speed of a product
-
-    def _fit(self, tokens: float) -> float:
-        """Operations of a fit: sums of squares over tokens, and solving with them."""
-        return 2 * tokens * self.candidates * (self.candidates + self.llama.hidden_size) + 4 * self.candidates**3
 
     def _matching(self) -> float:
         """Seconds of all assignments: a small one is timed, and they grow with about that power of their rows."""
