@@ -18,7 +18,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM
@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--gguf-file")
     parser.add_argument("--fused", nargs="+", required=True, metavar="NAME=FOLDER")
     options = parser.parse_args()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     logging.set_verbosity_error()  # how a GGUF file is read fastest matters to nobody here
 
     source = {"gguf_file": options.gguf_file} if options.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(options.base, **source)
-    models: dict[str, PreTrainedModel] = {
+    models: dict[str, Any] = {
         "dense": AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16, **source)
     }
     for name, folder in (named.split("=", 1) for named in options.fused):
@@ -61,7 +61,7 @@ def main() -> None:
         console.print(f"  {name:17} {continuation(model, tokenizer)}")
 
 
-def table(models: dict[str, PreTrainedModel], scores: dict[str, dict[str, float]]) -> Table:
+def table(models: dict[str, Any], scores: dict[str, dict[str, float]]) -> Table:
     """One row a model; the first is the base, whose figures the others' reports have too."""
     reports = {name: getattr(model, "fusion_report", None) for name, model in models.items()}
     report = next(report for report in reports.values() if report is not None)
@@ -95,12 +95,10 @@ def main_scores(folder: Path) -> dict[str, float]:
     }
 
 
-def continuation(model: PreTrainedModel, tokenizer: Any) -> str:
+def continuation(model: Any, tokenizer: Any) -> str:
     """The likeliest next tokens, one after the other, on one line."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    ids: Any = model.generate(  # type: ignore[operator]
-        **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     words = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()
     return "".join(character for character in " ".join(words) if character.isprintable())
 

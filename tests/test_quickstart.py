@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from conftest import ROOT
 
@@ -15,7 +16,12 @@ from lf_hf import FusedLlamaForCausalLM
 
 def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) -> None:
     folders = {}
-    settings = {"num_fusions": 1, "perplexity_tokens": 256, "sample_length": 32, "calibration_tokens": 1024}
+    settings: dict[str, Any] = {
+        "num_fusions": 1,
+        "perplexity_tokens": 256,
+        "sample_length": 32,
+        "calibration_tokens": 1024,
+    }
     for method in ("truncate", "refit"):
         model = FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, **settings)
         folders[method] = tmp_path / "fused" / method
