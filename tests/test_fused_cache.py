@@ -16,9 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from lm_eval.api.instance import Instance
-from tokenizers import normalizers
-
 from test_saving import no_privileges
+from tokenizers import normalizers
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM

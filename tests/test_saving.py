@@ -89,13 +89,13 @@ def test_a_report_from_a_stranger_removes_nothing(model: FusedLlamaForCausalLM, 
     (out / "fusion_report.json").write_text(json.dumps(report))
     hidden = out / ".lf_hf-saving"
     (hidden / "new").mkdir(parents=True)
-    (hidden / "complete.json").write_text(json.dumps(["../mine", "folder/mine", str(tmp_path / "mine")]))
+    (hidden / "complete").write_text("\n".join(["../mine", "folder/mine", str(tmp_path / "mine"), "..", "\0"]))
     FusedLlamaForCausalLM.from_pretrained(out)
     assert not hidden.exists()
     hidden.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "new").mkdir(parents=True)
     (tmp_path / "elsewhere" / "new" / "config.json").write_text("mine")
-    (tmp_path / "elsewhere" / "complete.json").write_text("[]")
+    (tmp_path / "elsewhere" / "complete").touch()
     model.save_pretrained(out)
     assert all(file.exists() for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine"))
     assert (tmp_path / "elsewhere" / "new" / "config.json").read_text() == "mine"
