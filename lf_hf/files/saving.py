@@ -32,9 +32,7 @@ _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _CARD = "README.md"
-_TOKENIZER = {
-    f"{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
-}
+_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 _TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
@@ -181,7 +179,7 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     for file in _files(new):
         file.chmod(new.stat().st_mode & 0o666)  # safetensors keeps what it writes to the user alone
         target = folder / file.relative_to(new)
-        if target.is_dir() or (not target.parent.is_dir() and target.parent.exists()):
+        if target.is_dir() or target.parent.is_file():
             raise OSError(f"{file.relative_to(new)} has the name of something else there")
     written = {file.name: _digest(file) for file in new.iterdir() if file.is_file()}
     whole = CONFIG_NAME in written  # else adapters, which go beside a model
