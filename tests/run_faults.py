@@ -147,10 +147,11 @@ def main(folder: Path) -> None:
                 shutil.rmtree(out, ignore_errors=True)
             killed(lambda: write(out, itertools.cycle((2, 1))), rng.uniform(0, 2 * taken))  # noqa: B023
             state = fused_state(out)
-            seconds(lambda: FusedLlamaForCausalLM.from_pretrained(out))  # noqa: B023
-            found[name].append(f"{state}, then {fused_state(out)}")
+            if state == "none":
+                seconds(lambda: FusedLlamaForCausalLM.from_pretrained(out))  # noqa: B023
+                state += f", then {fused_state(out)}"
+            found[name].append(state)
             assert not before or foreign(out) == before
-            assert not (out / ".lf_hf-saving").exists()
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2, 3, 4], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100}

@@ -24,9 +24,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     outcome = outcome_of("run_faults.py", tmp_path)
     print(outcome)  # what the kills hit
     for name in ("fresh", "used", "foreign", "fuse", "fused_dir"):
-        whole = {f"{one}, then {other}" for one in "12" for other in "12" if one == other}
-        finished = {"none, then 1", "none, then 2"} | ({"none, then none"} if name == "fresh" else set())
-        assert set(outcome["found"][name]) <= whole | finished
+        assert set(outcome["found"][name]) <= {"1", "2", "none, then 1", "none, then 2"} | (
+            {"none, then none"} if name == "fresh" else set()
+        )
     for name in ("sweep SIGKILL", "sweep SIGINT"):
         counts = list(map(int, outcome["found"][name]))
         assert counts == sorted(counts) and counts[-1] > 0  # no point is lost
@@ -108,4 +108,4 @@ def test_an_interrupted_command_says_so_in_one_line(
     words = ["sweep", base, str(tmp_path / "out"), "--num-fusions", "1", "--methods", "truncate"]
     assert main(words) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "lf-hf: interrupted."
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

@@ -192,14 +192,14 @@ def test_others_wait_only_while_one_fuses(
     base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever loads holds no lock."""
-    fuse_or_load = FusedLlamaForCausalLM.from_pretrained.__func__
+    from_pretrained = FusedLlamaForCausalLM.from_pretrained
 
-    def free(cls: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def free(folder: Any, *args: Any, **kwargs: Any) -> Any:
         with only_writer(Path(folder)):
             pass
-        return fuse_or_load(cls, folder, *args, **kwargs)
+        return from_pretrained(folder, *args, **kwargs)
 
-    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", classmethod(free))
+    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", free)
     for _ in range(2):
         load(base, tmp_path / "fused")
     assert len(fusions) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, make_texts, make_tokenizer
 from run_faults import foreign, put_foreign
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
@@ -89,13 +90,13 @@ def test_a_report_from_a_stranger_removes_nothing(model: FusedLlamaForCausalLM, 
     (out / "fusion_report.json").write_text(json.dumps(report))
     hidden = out / ".lf_hf-saving"
     (hidden / "new").mkdir(parents=True)
-    (hidden / "complete.json").write_text(json.dumps(["../mine", "folder/mine", str(tmp_path / "mine")]))
+    (hidden / "complete").write_text("\n".join(["../mine", "folder/mine", str(tmp_path / "mine"), "..", "\0"]))
     FusedLlamaForCausalLM.from_pretrained(out)
     assert not hidden.exists()
     hidden.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "new").mkdir(parents=True)
     (tmp_path / "elsewhere" / "new" / "config.json").write_text("mine")
-    (tmp_path / "elsewhere" / "complete.json").write_text("[]")
+    (tmp_path / "elsewhere" / "complete").touch()
     model.save_pretrained(out)
     assert all(file.exists() for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine"))
     assert (tmp_path / "elsewhere" / "new" / "config.json").read_text() == "mine"
@@ -142,6 +143,52 @@ def test_what_transformers_accepts_is_accepted(
     assert os.path.samefile(os.getcwd(), tmp_path / "here")
     for folder in ("out", "llama", "here"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path / folder)
+
+
+def test_a_trainer_saves_into_its_folder_and_checkpoints(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = TrainingArguments(
+        str(out), max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
+    trained: Any = copy.deepcopy(model)
+    trainer = Trainer(trained, arguments, train_dataset=rows, processing_class=model.tokenizer)  # type: ignore[arg-type]
+    trainer.save_metrics("train", trainer.train().metrics)
+    for _ in range(2):
+        trainer.save_model()
+    assert {"train_results.json", "training_args.bin", "checkpoint-1", "checkpoint-2"} <= {*os.listdir(out)}
+    for folder in (out, out / "checkpoint-2"):
+        loaded = FusedLlamaForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_a_push_takes_what_was_written_and_transformers_arguments(
+    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: set[str] = set()
+
+    class Hub:
+        def __init__(self, token: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path: str, allow_patterns: list[str] | None = None, **_: object) -> str:
+            names = os.listdir(folder_path)
+            pushed.update(name for name in names if allow_patterns is None or name in allow_patterns)
+            return "address"
+
+    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", Hub)
+    (tmp_path / "diary.txt").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
+    assert pushed == {*os.listdir(tmp_path)} - {"diary.txt"}
+    pushed.clear()
+    arguments: dict[str, Any] = {"safe_serialization": True, "max_shard_size": "50KB", "variant": "fp16"}
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    assert model.push_to_hub("me/small", state_dict=half, **arguments) == "address"
+    assert {"model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"} <= pushed
+    model.save_pretrained(tmp_path / "other rank", False)
+    assert not (tmp_path / "other rank").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"])

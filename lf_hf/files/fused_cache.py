@@ -19,6 +19,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
@@ -27,12 +28,11 @@ from lf_hf.files.base import Base
 from lf_hf.files.processes import launch_id, local_processes, local_rank
 from lf_hf.files.saving import only_writer
 from lf_hf.files.weights import CHECKPOINT_FILES
-from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Calibration, Corpus
 
 _LEFT_BEHIND = 24 * 3600  # seconds
 _CALLS = count()  # a launch may fuse the same base alike more than once
-_READ_BYTES = 1 << 22
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
 _MEANING = {
     "base": "another base, or other files in its folder",
@@ -69,15 +69,12 @@ def fingerprints(
 
 def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -> str | None:
     """One sentence that says what keeps a saved fusion from being used; None where nothing does."""
-    nothing = f"{str(folder)!r} holds no fused checkpoint yet."
-    if not (folder / REPORT_NAME).is_file():
-        return nothing
     try:
         report = FusionReport.load(folder)
     except ValueError as error:
         return str(error)
-    if not (folder / CONFIG_NAME).is_file():  # looked for last: a save that is under way puts it back last
-        return nothing
+    if not (folder / CONFIG_NAME).is_file():  # looked for after the report: a save under way puts it back last
+        return f"{str(folder)!r} holds no whole checkpoint."
     if report.fingerprints is None:
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
@@ -137,8 +134,5 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb", buffering=0) as opened:
-        while block := opened.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    with file.open("rb") as opened:
+        return sha_fileobj(opened).hex()

@@ -29,13 +29,11 @@ from lf_hf.report.report import REPORT_NAME, FusionReport
 
 logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
-_COMPLETE = "complete.json"  # in _SAVING, once all files are in "new" beside it: the names that go
+_COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _CARD = "README.md"
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
+_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
+_TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
@@ -75,12 +73,8 @@ def check_replaceable(path: object) -> bool:
 def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep others from writing into `folder`, which is made, and goes again if nothing was written.
 
-    The lock is a file in it, there meanwhile only; a killed process keeps nobody out.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process is at work there, unless `wait`.
+    The lock is a file in it, there meanwhile only; a killed process keeps nobody out. Raises BlockingIOError if another
+    process is at work there, unless `wait`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / _LOCK)
@@ -111,12 +105,7 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
     """A new hidden folder, whose files go into `folder` when the block ends well and vanish when it does not.
 
     To be used within `only_writer`. A tokenizer in `folder` that lf_hf has not written stays, and the new one vanishes,
-    unless `own_tokenizer` says that the user chose it; so does a model card.
-
-    Raises
-    ------
-    OSError
-        If files cannot be written.
+    unless `own_tokenizer` says that the user chose it; so does a model card. Raises OSError for what cannot be written.
     """
     new = folder / _SAVING / "new"
     _finish(folder)
@@ -125,8 +114,8 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
             new.mkdir(parents=True)
             yield new
             stale = _prepare(folder, new, own_tokenizer=own_tokenizer)
-            marker = new.with_name("stale.json")
-            marker.write_text(json.dumps(stale), encoding="utf-8")
+            marker = new.with_name("writing")
+            marker.write_text("\n".join(stale), encoding="utf-8")
             for file in (*_files(new), marker):
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
@@ -138,39 +127,33 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
 
 
 def finish_save(folder: Path) -> None:
-    """Finish the move that a killed save left, or remove what it left incomplete.
-
-    Nothing is done in a folder that cannot be written or that another process is at work on.
-    """
+    """Finish the move that a killed save left, or remove what it left incomplete; where that can be done now."""
     if (folder / _SAVING).is_dir():
         with suppress(OSError), only_writer(folder):
             _finish(folder)
 
 
 @contextmanager
-def _explained(
-    folder: Path, state: str = "was not written", advice: str = "what was there before is as it was"
-) -> Iterator[None]:
-    """Say of what could not be written where it was, in what state that is, and what to do."""
+def _explained(folder: Path, state: str = "what was there before is as it was") -> Iterator[None]:
+    """Say of what could not be written where it was, and how that is now."""
     try:
         yield
     except BlockingIOError:
         raise
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{str(folder)!r} {state} ({error}); {advice}.") from error
+        raise OSError(f"{str(folder)!r} was not written ({error}); {state}.") from error
 
 
 def _finish(folder: Path) -> None:
     """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
-    saving = folder / _SAVING
-    new = saving / "new"
-    with _explained(folder, "is only in part what was saved", "mend that, and load or save there again to finish it"):
+    saving, new = folder / _SAVING, folder / _SAVING / "new"
+    with _explained(folder, "what is to go there is whole, so mend that, and load or save there again to finish it"):
         if saving.is_symlink():  # nobody but a stranger makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not new.is_symlink():
             if (new / CONFIG_NAME).is_file():
                 (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for name in json.loads((saving / _COMPLETE).read_text(encoding="utf-8")):
+            for name in (saving / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines():
                 if _is_name(name):
                     (folder / name).unlink(missing_ok=True)
             for file in sorted(_files(new), key=lambda file: file == new / CONFIG_NAME):  # that one last
@@ -183,20 +166,21 @@ def _finish(folder: Path) -> None:
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
     before = _written_before(folder)
-    there = [file for file in folder.iterdir() if file.is_file()]
-    users = {file.name for file in there if not _is_ours(file, before)}
-    kept = {_CARD} & users
-    if not own_tokenizer and users.intersection(_TOKENIZER):
-        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
-        kept.update(_TOKENIZER)
+    there = {file.name: file for file in folder.iterdir() if file.is_file()}
+    ours = {name for name, file in there.items() if name in before and before[name] == _digest(file)}
+    kept = {_CARD} & there.keys() - ours
+    if not own_tokenizer and there.keys() & _TOKENIZER - ours:
+        if (new / "tokenizer_config.json").is_file():
+            logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+        kept |= _TOKENIZER
         shutil.rmtree(new / "additional_chat_templates", ignore_errors=True)
     for name in kept:
         (new / name).unlink(missing_ok=True)
-    mode = new.stat().st_mode & 0o666  # safetensors keeps what it writes to the user alone
     for file in _files(new):
-        file.chmod(mode)
-        if (folder / file.relative_to(new)).is_dir():
-            raise IsADirectoryError(f"{file.name!r} in it is a folder")
+        file.chmod(new.stat().st_mode & 0o666)  # safetensors keeps what it writes to the user alone
+        target = folder / file.relative_to(new)
+        if target.is_dir() or target.parent.is_file():
+            raise OSError(f"{file.relative_to(new)} has the name of something else there")
     written = {file.name: _digest(file) for file in new.iterdir() if file.is_file()}
     whole = CONFIG_NAME in written  # else adapters, which go beside a model
     if REPORT_NAME in written:
@@ -204,7 +188,7 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
         report["files"] = written if whole else before | written
         (new / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     variants = {_variant(name) for name in written} - {None}
-    stale = {file.name for file in there if file.name not in users or _variant(file.name) in variants}
+    stale = ours | {name for name in there if _variant(name) in variants}
     return sorted(stale - kept - written.keys()) if whole else []
 
 
@@ -217,13 +201,8 @@ def _written_before(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_ours(file: Path, before: dict[str, Any]) -> bool:
-    """Whether a file is one that the last save wrote, and has not changed since."""
-    return file.name in before and _digest(file) == before[file.name]
-
-
 def _digest(file: Path) -> str:
-    """SHA-256 of what a user may edit: not of weights, which are large, and the report, which holds the digests."""
+    """SHA-256 of what a user may edit: not of weights, which are large, nor the report, which holds the digests."""
     large = file.suffix == ".safetensors" or file.name == REPORT_NAME
     return "" if large else hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -234,8 +213,8 @@ def _variant(name: str) -> str | None:
     return match and (match[1] or match[2] or "")
 
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
+def _is_name(name: str) -> bool:
+    return name.isprintable() and name not in ("", ".", "..") and os.path.basename(name) == name
 
 
 def _files(folder: Path) -> list[Path]:
