@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,20 +147,26 @@ def test_other_tensors_may_be_integers(fuse: Fuse, copy: Path, tmp_path: Path) -
     fuse(str(copy), tmp_path / "out")
 
 
-@pytest.mark.parametrize("packing", [True, False])
+def projections(model: torch.nn.Module) -> set[str]:
+    return {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
+
+
 def test_a_gguf_base_is_plain_floats_wherever_there_is_a_kernel(
-    packing: bool, gguf_folder: str, monkeypatch: pytest.MonkeyPatch
+    gguf_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Newer transformers leaves weights packed where it finds a kernel for the device; a stand-in is found here."""
+    """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names."""
     quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf")
-    if packing:
-        monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: object())
+    names = pytest.importorskip("transformers.integrations.gguf.gguf_conversion_mapping")
+    norms = {"output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    renamed = [names.WeightRenaming(rf"\b{name}\.", f"{norm}.") for name, norm in norms.items()]
+    monkeypatch.setitem(names.GGUF_ARCHS, "llama", lambda _: names.DENSE_DECODER_RENAMINGS + renamed)
+    monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: SimpleNamespace(supports=lambda _: True))
     [file] = Path(gguf_folder).glob("*Q4_1.gguf")
-    llama = Base.open(gguf_folder, {"gguf_file": file.name, "dtype": "bfloat16"}).load()
-    for layer in llama.model.layers:
-        for name, module in layer.named_modules():
-            if name.endswith("_proj"):
-                assert type(module) is torch.nn.Linear and module.weight.is_floating_point()
+    loading = {"gguf_file": file.name, "dtype": "bfloat16"}
+    assert projections(LlamaForCausalLM.from_pretrained(gguf_folder, **loading)) == {"GgufLinear"}
+    llama = Base.open(gguf_folder, loading).load()
+    assert projections(llama) == {"Linear"}
+    assert all(parameter.is_floating_point() for parameter in llama.parameters())
 
 
 def test_weights_are_fetched_once(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
