@@ -320,7 +320,7 @@ def test_what_is_pushed_explains_itself(
     ("name", "base_model"),
     [
         ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
-        ("gpt2", None),  # no owner: a folder
+        ("llama", None),  # no owner: a folder
         ("QuantFactory/SmolLM2-GGUF/SmolLM2.Q4_1.gguf", "QuantFactory/SmolLM2-GGUF"),  # a GGUF file on the hub
         ("/home/me/models/llama", None),  # a folder, maybe of another machine
         ("models/of/mine/llama", None),
