@@ -312,7 +312,7 @@ def test_what_is_pushed_explains_itself(
     assert f"| decoder layers | {report.layers_before} | {report.layers_after} |" in text
     assert f"| {report.parameters_before:,} | {report.parameters_after:,} |" in text
     assert f"| {report.perplexities[0].dense:.4g} | {report.perplexities[0].fused:.4g} |" in text
-    for name, value in report.config.items():
+    for name, value in report.settings.items():
         assert f"| `{name}` | `{value}` |" in text
 
 
@@ -320,7 +320,7 @@ def test_what_is_pushed_explains_itself(
     ("name", "base_model"),
     [
         ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
-        ("gpt2", "gpt2"),
+        ("llama", None),  # no owner: a folder
         ("QuantFactory/SmolLM2-GGUF/SmolLM2.Q4_1.gguf", "QuantFactory/SmolLM2-GGUF"),  # a GGUF file on the hub
         ("/home/me/models/llama", None),  # a folder, maybe of another machine
         ("models/of/mine/llama", None),

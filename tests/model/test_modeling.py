@@ -83,7 +83,7 @@ def test_config_and_report_say_what_was_fused(base: str, tmp_path: Path) -> None
     model = fuse(base)
     model.save_pretrained(tmp_path / "out")
     fusion = json.loads((tmp_path / "out" / "config.json").read_text())["fusion"]
-    assert fusion["base"] == base
+    assert fusion["base"] == Path(base).name
     assert FusionConfig(**fusion["config"]) == FusionConfig(num_fusions=2, perplexity_tokens=100)
     assert fusion["pairs"] == [[3, 4], [2, 3]]
     assert all(0.5 < ratio < 0.74 for ratio in fusion["ratios"])
