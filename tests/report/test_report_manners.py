@@ -244,7 +244,7 @@ def test_the_digest_is_that_of_the_saved_model_in_any_wider_dtype(
         base = make_base(tie_word_embeddings=tied, dtype=torch.bfloat16)
         model, folder = fuse(base, text, "truncate"), tmp_path / str(tied)
         model.save_pretrained(folder)
-        low = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
+        low: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
         fuse_checkpoint(base, tmp_path / f"low{tied}", **low)
         for saved in (folder, tmp_path / f"low{tied}"):
             for dtype in (torch.bfloat16, torch.float32, torch.float64):
