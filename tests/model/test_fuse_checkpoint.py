@@ -22,7 +22,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def fuse(base: str, out: Path, **kwargs: Any) -> FusionReport:
     settings: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 200}
-    settings |= {"calibration_length": 64} | kwargs
+    settings |= {"calibration_length": 64, "calibration_tokens": 1024} | kwargs
     return fuse_checkpoint(base, out, **settings)
 
 
