@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in given if argument != _TRACEBACK]
     # Base.load says in a sentence what this report says in a table.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
+    logging.getLogger("lf_hf.pipeline").setLevel(logging.ERROR)  # notes stand below the table
     code = 0
     try:
         code = app(args=arguments or ["--help"], prog_name="lf-hf", standalone_mode=False) or 0
