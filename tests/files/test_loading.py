@@ -162,7 +162,7 @@ def test_a_gguf_base_is_plain_floats_wherever_there_is_a_kernel(
     monkeypatch.setitem(names.GGUF_ARCHS, "llama", lambda _: names.DENSE_DECODER_RENAMINGS + renamed)
     monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: SimpleNamespace(supports=lambda _: True))
     [file] = Path(gguf_folder).glob("*Q4_1.gguf")
-    loading = {"gguf_file": file.name, "dtype": "bfloat16"}
+    loading: dict[str, Any] = {"gguf_file": file.name, "dtype": "bfloat16"}
     assert projections(LlamaForCausalLM.from_pretrained(gguf_folder, **loading)) == {"GgufLinear"}
     llama = Base.open(gguf_folder, loading).load()
     assert projections(llama) == {"Linear"}
