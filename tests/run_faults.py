@@ -32,7 +32,7 @@ from lf_hf.evaluate import evaluation, tables
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 10
+KILLS = 8
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
     *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),

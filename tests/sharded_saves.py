@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -19,6 +20,10 @@ IDS = torch.arange(40).reshape(2, 20)
 def logits(model: FusedLlamaForCausalLM) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def main(folder: Path) -> None:
@@ -35,6 +40,7 @@ def main(folder: Path) -> None:
         model.save_pretrained(folder / f"{name} given", state_dict=model.state_dict())
         for out in (name, f"{name} given"):
             loaded = FusedLlamaForCausalLM.from_pretrained(folder / out)
+            assert tensors(folder / out).keys() == tensors(folder / "whole").keys()
             errors[out] = (logits(loaded) - logits(whole)).abs().max().item()
         with pytest.raises(OSError, match="Not a directory"):  # on either rank
             model.save_pretrained(folder / "file" / "out")

@@ -152,7 +152,7 @@ def test_a_trainer_saves_into_its_folder_and_checkpoints(model: FusedLlamaForCau
     )
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
     trained: Any = copy.deepcopy(model)
-    trainer = Trainer(trained, arguments, train_dataset=rows, processing_class=model.tokenizer)  # type: ignore[arg-type]
+    trainer = Trainer(trained, arguments, train_dataset=rows, processing_class=model.tokenizer)
     trainer.save_metrics("train", trainer.train().metrics)
     for _ in range(2):
         trainer.save_model()
@@ -462,9 +462,22 @@ def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, t
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
 
 
-def test_models_spread_over_processes_are_saved_whole(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+def test_whichever_rank_fuses_first_writes_the_weights(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself writes them on rank 0 alone; `save_pretrained`, called on all ranks, does so, too."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
+    fused = FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=tmp_path / "fused", **SETTINGS)
+    assert (tmp_path / "fused" / "model.safetensors").is_file()
+    fused.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., str], tmp_path: Path) -> None:
     """By FSDP2 and tensor parallelism. Rank 0 writes, all end, and all learn that it could not."""
-    model.save_pretrained(tmp_path / "whole")
+    base = make_base(tie_word_embeddings=True)
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS).save_pretrained(tmp_path / "whole")
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     done = subprocess.run(
         [*launch.split(), str(ROOT / "tests" / "sharded_saves.py"), str(tmp_path)],

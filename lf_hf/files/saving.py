@@ -31,7 +31,6 @@ logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-_CARD = "README.md"
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 _TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
 # All forms in which transformers writes a model's weights; the groups are the variant.
@@ -51,10 +50,7 @@ def checked_folder(path: object) -> Path:
 def check_replaceable(path: object) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion would replace.
 
-    Raises
-    ------
-    ValueError
-        If it holds weights or a config.json that lf_hf has not written, or is no folder.
+    Raises ValueError if it holds weights or a config.json that lf_hf has not written, or is no folder.
     """
     folder = checked_folder(path)
     finish_save(folder)
@@ -168,7 +164,7 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     before = _written_before(folder)
     there = {file.name: file for file in folder.iterdir() if file.is_file()}
     ours = {name for name, file in there.items() if name in before and before[name] == _digest(file)}
-    kept = {_CARD} & there.keys() - ours
+    kept = {"README.md"} & there.keys() - ours
     if not own_tokenizer and there.keys() & _TOKENIZER - ours:
         if (new / "tokenizer_config.json").is_file():
             logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
@@ -243,8 +239,7 @@ def _write_older_names(folder: Path) -> None:
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
     10000 without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
-    file = folder / CONFIG_NAME
-    if file.is_file():
+    if (file := folder / CONFIG_NAME).is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         rope = dict(config.get("rope_parameters") or {})
         if "rope_theta" in rope:
@@ -253,8 +248,7 @@ def _write_older_names(folder: Path) -> None:
         if "dtype" in config:
             config["torch_dtype"] = config["dtype"]
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    if file.is_file():
+    if (file := folder / "tokenizer_config.json").is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -314,6 +314,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         sharded = _is_sharded(tensors)
         if sharded:
             state_dict = _gathered(tensors)
+            if self.config.tie_word_embeddings and state_dict:  # gathered one by one, they share no memory any more
+                state_dict.pop("lm_head.weight", None)
         failure, names = None, list[str]()
         own_tokenizer = kwargs.get("tokenizer") is not None
         try:
