@@ -143,7 +143,7 @@ def test_a_wrong_command_line_gets_one_sentence_and_2(
     ("arguments", "message"),
     [
         (["{out}", "{out}", "--num-fusions", 1], "config.json is missing"),
-        (["{base}", "{taken}", "--num-fusions", 1], "holds no fused checkpoint"),
+        (["{base}", "{taken}", "--num-fusions", 1], "holds config.json, which lf_hf has not written"),
         (["{base}", "{out}", "--num-fusions", 1, "--calibration", "none.txt"], "'none.txt' does not exist"),
         (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--gguf-file", "x.gguf"], "low_memory"),
     ],
@@ -153,11 +153,11 @@ def test_a_failure_gets_one_sentence_and_1(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").touch()
+    (tmp_path / "taken" / "config.json").touch()
     places = {"base": base, "out": tmp_path / "out", "taken": tmp_path / "taken"}
     code, out, err = run("fuse", *(a.format(**places) if isinstance(a, str) else a for a in arguments))
     assert code == 1 and out == "" and message in err and err.count("\n") == 0
-    assert (tmp_path / "taken" / "thesis.txt").is_file() and not any((tmp_path / "out").iterdir())
+    assert (tmp_path / "taken" / "config.json").is_file() and not any((tmp_path / "out").iterdir())
 
 
 def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(

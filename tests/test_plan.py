@@ -63,7 +63,7 @@ def test_a_fusion_does_what_its_plan_says(
 )
 def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").touch()
+    (tmp_path / "taken" / "config.json").touch()
     arguments = {
         name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in arguments.items()
     }

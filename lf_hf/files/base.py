@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -37,6 +38,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from lf_hf.checked_json import parse_json
 from lf_hf.config import FusionConfig, unknown_name
 from lf_hf.files.weights import (
+    CHECKPOINT_FILES,
     check_complete,
     check_floats,
     shard_names,
@@ -127,6 +129,20 @@ class Base:
             if os.path.isdir(self.name):
                 raise
             return []
+
+    def content_files(self) -> list[Path]:
+        """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
+        hub = self.hub
+        patterns = [str(hub.pop("gguf_file"))] if "gguf_file" in hub else [*CHECKPOINT_FILES]
+        if self.loading.get("use_safetensors") is False:
+            patterns.append("*.bin")
+        subfolder = hub.pop("subfolder", "")
+        hub.pop("force_download", None)  # loading fetches them anew
+        is_folder = os.path.isdir(self.name)
+        folder = Path(
+            self.name if is_folder else snapshot_download(self.name, allow_patterns=patterns, **hub), subfolder
+        )
+        return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
     def weights_folder(self) -> Path:
         """The folder of the safetensors files; those of the hub are downloaded."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -17,7 +16,6 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +25,6 @@ from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.files.base import Base
 from lf_hf.files.processes import launch_id, local_processes, local_rank
 from lf_hf.files.saving import only_writer
-from lf_hf.files.weights import CHECKPOINT_FILES
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -60,7 +57,7 @@ def fingerprints(
         calibration.update(hashlib.sha256(part.encode()).digest())
         calibration.update(str(tokenizer(part[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
     return {
-        "base": digest(_base_files(base)),
+        "base": digest(base.content_files()),
         "calibration": calibration.hexdigest(),
         "dtype": str(base.dtype or base.config.dtype).removeprefix("torch."),
         "algorithm": str(ALGORITHM),
@@ -108,21 +105,6 @@ def note_loaded(folder: Path) -> None:
     (folder.parent / f"seen-{local_rank()}").touch()
     if len(list(folder.parent.glob("seen-*"))) >= local_processes():
         shutil.rmtree(folder.parent, ignore_errors=True)
-
-
-def _base_files(base: Base) -> list[Path]:
-    """The files that decide what a base computes and how it reads text; those of the hub are downloaded."""
-    hub = base.hub
-    patterns = [str(hub["gguf_file"])] if "gguf_file" in hub else [*CHECKPOINT_FILES]
-    if base.loading.get("use_safetensors") is False:
-        patterns.append("*.bin")
-    if os.path.isdir(base.name):
-        folder = Path(base.name)
-    else:
-        arguments = {name: value for name, value in hub.items() if name not in ("subfolder", "gguf_file")}
-        folder = Path(snapshot_download(base.name, allow_patterns=patterns, **arguments))
-    folder /= hub.get("subfolder", "")
-    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def digest(files: Iterable[Path]) -> str:

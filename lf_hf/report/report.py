@@ -172,7 +172,7 @@ class FusionReport:
         """The report with a note if the model's weights, with this digest, are not those that were fused."""
         if digest is None or self.weights_digest in (None, digest) or CHANGED_NOTE in self.notes:
             return self
-        return dataclasses.replace(self, notes=[CHANGED_NOTE, *self.notes])
+        return dataclasses.replace(self, notes=[CHANGED_NOTE, *self.notes], fingerprints=None)
 
     @property
     def groups(self) -> list[dict[int, float]]:
