@@ -276,6 +276,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
         *args: Any,
+        as_llama: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         repo_id: str | None = None,
         token: str | bool | None = None,
         **kwargs: Any,
@@ -317,11 +319,11 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             if self.config.tie_word_embeddings and state_dict:  # gathered one by one, they share no memory any more
                 state_dict.pop("lm_head.weight", None)
         failure, names = None, list[str]()
-        own_tokenizer = kwargs.get("tokenizer") is not None
         try:
             if writes:
-                with only_writer(folder), replaced_files(folder, own_tokenizer=own_tokenizer) as new:
-                    self.write_files(new, True, state_dict, False, *args, **kwargs)
+                with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
+                    chosen: dict[str, Any] = {"as_llama": as_llama, "tokenizer": tokenizer}
+                    self.write_files(new, True, state_dict, False, *args, **chosen, **kwargs)
                     names = [str(file.relative_to(new)) for file in new.rglob("*")]
         except BaseException as error:
             failure = str(error)
