@@ -194,7 +194,8 @@ def fuse(
         bool, typer.Option("--as-llama", help="Write a plain Llama checkpoint, which opens without lf_hf.")
     ] = False,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Hold two layers in memory at a time instead of the whole model.")
+        bool,
+        typer.Option("--low-memory", help="Hold two layers, or one group, in memory instead of the model."),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -209,12 +210,7 @@ def fuse(
     if (num_fusions is None) == (target_layers is None):
         raise typer.BadParameter("give either --num-fusions or --target-layers.")
     if target_layers is not None:
-        num_layers = Base.open(base, hub).config.num_hidden_layers
-        if not 1 <= target_layers < num_layers:
-            raise typer.BadParameter(
-                f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
-            )
-        num_fusions = str(num_layers - target_layers)
+        num_fusions = str(_num_fusions(Base.open(base, hub), target_layers))
     with _usage_errors():
         checked_dtype(dtype)
         config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
@@ -230,16 +226,31 @@ def fuse(
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
     done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
+    before, after = weights_size(base, hub), weights_size(out, {})
+    _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
+
+
+def _num_fusions(base: Base, target_layers: int) -> int:
+    num_layers = base.config.num_hidden_layers
+    if not 1 <= target_layers < num_layers:
+        raise typer.BadParameter(
+            f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
+        )
+    return num_layers - target_layers
+
+
+def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[list[str]]:
+    """Rows of a table: sizes and perplexities before and after."""
     counts = {
-        "layers": (done.layers_before, done.layers_after),
-        "parameters": (done.parameters_before, done.parameters_after),
-        "bytes on disk": (weights_size(base, hub), weights_size(out, {})),
+        "layers": (report.layers_before, report.layers_after),
+        "parameters": (report.parameters_before, report.parameters_after),
+        "bytes on disk": (bytes_before, bytes_after),
     }
     rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
-    for judged in done.perplexities:
+    for judged in report.perplexities:
         figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
         rows.append([f"perplexity, {judged.name}", *figures])
-    _print(_table(out, ["", "before", "after", "change"], rows), *done.notes)
+    return rows
 
 
 @app.command(

@@ -42,7 +42,7 @@ _INT_MINIMUM = {
     "seed": 0,
 }
 # What some fields say is needed for some fusions only; all other fields always have an effect.
-_OF_SIMILARITY = {
+_SIMILARITY_FIELDS = {
     "kernel_scale",
     "kernel_alpha",
     "embedding_dim",
@@ -53,7 +53,7 @@ _OF_SIMILARITY = {
     "sample_length",
     "samples_per_subject",
 }
-_OF_TEXT = {"calibration_tokens", "calibration_length"}
+_TEXT_FIELDS = {"calibration_tokens", "calibration_length"}
 _INT_MAXIMUM = 2**32 - 1  # what every library below takes, as a seed too
 _FLOAT_RANGE = {
     "kernel_scale": (0.0, math.inf),
@@ -202,9 +202,9 @@ class FusionConfig:
         """The fields that this fusion depends on, JSON-ready."""
         without: set[str] = set()
         if not self.needs_similarity:
-            without |= _OF_SIMILARITY
+            without |= _SIMILARITY_FIELDS
         if not self.needs_text:
-            without |= _OF_TEXT
+            without |= _TEXT_FIELDS
         if not self.needs_similarity and not self.needs_text:
             without.add("seed")
         if not self.fits:

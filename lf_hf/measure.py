@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
-_OF_FUSING = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
+_FUSING_FIELDS = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Measurements:
     settings : dict
         The FusionConfig fields that it depends on.
     judged : list of Judged
-        None where no tokens were asked for.
+        Empty where no tokens were asked for.
     similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
     text : list of int64 tensors of shape (tokens T,)
         Calibration text for influence, selection and fits.
@@ -135,7 +135,7 @@ def measure(
         }
     for note in notes:
         logger.warning(note)
-    settings = {name: value for name, value in config.to_dict().items() if name not in _OF_FUSING}
+    settings = {name: value for name, value in config.to_dict().items() if name not in _FUSING_FIELDS}
     return Measurements(settings, judged, clock.seconds, notes=notes, **found)
 
 

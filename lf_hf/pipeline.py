@@ -1,6 +1,8 @@
 """The pipeline: fuses pairs of layers of a Llama, in place, and reports what it did.
 
-From top to bottom: the loop over pairs, how a pair is chosen and what it becomes, then what stands around the loop.
+From top to bottom: the loop over pairs, how a pair is chosen and what it becomes, then what happens before and after
+the loop. Where fused layers are fitted, the loop decides which layers form a group, and a last pass makes each fused
+layer again, from the bottom up.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from lf_hf.refit.pair_costs import PairCosts, num_judging_copies
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
-from lf_hf.stages.fusion import fuse_layers, fusion_ratio
+from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
 
 logger = logging.get_logger(__name__)
@@ -42,26 +44,36 @@ logger = logging.get_logger(__name__)
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
-def fuse_pairs(decoder: Decoder, config: FusionConfig, measured: Measurements) -> tuple[list[FusionStep], list[float]]:
-    """Fuse `config.num_fusions` pairs of layers, one after the other.
-
-    Also returns how much each layer of the dense model changes the stream of calibration text, if there is any.
-    """
+def fuse_pairs(decoder: Decoder, config: FusionConfig, measured: Measurements) -> FusedPairs:
+    """Fuse `config.num_fusions` pairs of layers, one after the other."""
     steps: list[FusionStep] = []
-    with _fusing(decoder, config, measured) as fusing:
-        influences = list(fusing.boundaries.influences) if fusing.boundaries else []
+    with _start(decoder, config, measured) as state:
+        influences = list(state.boundaries.influences) if state.boundaries else []
         for number in progress(range(config.num_fusions), desc="Fusing", unit="pair"):
-            i, cost = fusing.choose()
-            pair = fusing.fuse(i, fusing.states_before(i))
-            steps.append(fusing.step(i, pair, cost))
+            i, cost = state.choose()
+            pair = state.fuse_pair(i, state.before(i))
+            steps.append(state.report_step(i, pair, cost))
             decoder.replace(i, pair.changed)
             decoder.remove(i + 1)
-            fusing.update(i, last=number == config.num_fusions - 1)
-    return steps, influences
+            state.update(i, last=number == config.num_fusions - 1)
+    return FusedPairs(steps, state.groups, influences)
+
+
+@dataclass(frozen=True)
+class FusedPairs:
+    """What the loop has done.
+
+    `groups` has, for each layer that is left, the layers of the dense model that it stands for. `influences` is how
+    much each layer of the dense model changes the stream of calibration text, empty without text.
+    """
+
+    steps: list[FusionStep]
+    groups: list[list[int]]
+    influences: list[float]
 
 
 @dataclass
-class _Fusing:
+class _State:
     """The model while its pairs are fused.
 
     `groups` has, for each layer, the layers of the dense model that it stands for. The states of calibration text at
@@ -86,11 +98,11 @@ class _Fusing:
             return _cheapest(self.boundaries.influences) - 1, None
         return self.decoder.num_layers - 2, None
 
-    def states_before(self, i: int) -> Sequence[Tensor]:
+    def before(self, i: int) -> Sequence[Tensor]:
         return [] if self.boundaries is None else self.boundaries.before(i)
 
     @torch.no_grad()
-    def fuse(self, i: int, states: Sequence[Tensor], *, quick: bool = False) -> _FusedPair:
+    def fuse_pair(self, i: int, states: Sequence[Tensor], *, quick: bool = False) -> _FusedPair:
         """Layers i and i + 1 as one: aligned, merged, and fitted to what they do to `states` where the config says so.
 
         `quick` is a rough fit, to compare pairs.
@@ -102,14 +114,11 @@ class _Fusing:
             pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
             traces = trace(self.decoder, pair, states if config.fits else [], self.store)
             first, second = (dict(layer.named_parameters()) for layer in pair)
-            changed, matches = fuse_layers(
-                first,
-                second,
-                ratio=ratio,
-                alignment=config.alignment,
-                merge=config.merge,
-                head_dim=pair[0].self_attn.head_dim,
-            )
+            changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
+            if config.merge == "average":
+                changed, matches = average_layers(
+                    first, second, ratio=ratio, alignment=config.alignment, head_dim=pair[0].self_attn.head_dim
+                )
             weights = first | changed
             if not config.fits:
                 return _FusedPair(changed, weights, ratio, matches, None)
@@ -125,9 +134,9 @@ class _Fusing:
         """Weights of a pair that may never be fused."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Layers .* have no similarity")
-            return self.fuse(i, states, quick=True).weights
+            return self.fuse_pair(i, states, quick=True).weights
 
-    def step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
+    def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
         """What is reported of the fusion of layers i and i + 1."""
         chosen_on_text = self.boundaries is not None and self.config.selection != "last"
         return FusionStep(
@@ -165,12 +174,12 @@ class _FusedPair:
 
 
 @contextmanager
-def _fusing(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Iterator[_Fusing]:
+def _start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Iterator[_State]:
     text = measured.text if config.needs_text else []
     embedded = decoder.embed(_beginning(text, STEP_TOKENS)) if text else []
     expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
     with StateStore(expected) as store:
-        fusing = _Fusing(
+        state = _State(
             decoder=decoder,
             config=config,
             similarity=measured.similarity if config.needs_similarity else None,
@@ -180,9 +189,9 @@ def _fusing(decoder: Decoder, config: FusionConfig, measured: Measurements) -> I
         )
         del embedded
         if config.selection == "least_divergence":
-            assert fusing.boundaries is not None
-            fusing.costs = PairCosts(decoder, fusing.boundaries, fusing.try_pair, store)
-        yield fusing
+            assert state.boundaries is not None
+            state.costs = PairCosts(decoder, state.boundaries, state.try_pair, store)
+        yield state
 
 
 def _cheapest(costs: Sequence[float]) -> int:
@@ -252,11 +261,11 @@ def fuse(
     clock = Clock(measured.seconds)
 
     with clock("alignment and fusion"):  # stages 4 and 5
-        steps, influences = fuse_pairs(decoder, config, measured)
+        fused = fuse_pairs(decoder, config, measured)
     fitted: list[FittedLayer] = []
     if config.refit != "none":
         with clock("last pass"):
-            fitted = fit_from_bottom(decoder, groups_of(steps, layers_before), measured.text, config)
+            fitted = fit_from_bottom(decoder, fused.groups, measured.text, config)
     with clock("perplexity"):
         judged = perplexities(decoder, measured, config)
 
@@ -264,7 +273,7 @@ def fuse(
     return FusionReport(
         base=base,
         config=config.to_dict(),
-        steps=steps,
+        steps=fused.steps,
         fitted_layers=fitted,
         layers_before=layers_before,
         layers_after=decoder.num_layers,
@@ -278,7 +287,7 @@ def fuse(
         versions=versions(),
         notes=_notes(measured, config, judged),
         sample_labels=measured.sample_labels if similar else None,
-        influences=influences or (measured.influences if similar else None),
+        influences=fused.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
     )
 
@@ -301,15 +310,6 @@ def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[Perple
         )
         logger.warning(notes[-1])
     return notes
-
-
-def groups_of(steps: Sequence[FusionStep], num_layers: int) -> list[list[int]]:
-    """For each layer that is left after some steps, the layers of the dense model that it stands for."""
-    groups = {number: [number] for number in range(num_layers)}
-    for step in steps:
-        i, j = step.pair
-        groups[i] = groups[i] + groups.pop(j)
-    return list(groups.values())
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:

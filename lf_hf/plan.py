@@ -23,7 +23,9 @@ from lf_hf.config import FusionConfig
 from lf_hf.files.base import Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
+from lf_hf.measure import PERPLEXITY_LENGTH
 from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.pipeline import STEP_TOKENS
 from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
 from lf_hf.stages.assignment import assign
@@ -259,7 +261,7 @@ class _Work:
         process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
         if self.judging:
-            phases.append(512 * self.llama.vocab_size * 8)  # predictions of a sequence, twice in float32
+            phases.append(PERPLEXITY_LENGTH * self.llama.vocab_size * 8)  # predictions of a sequence, twice in float32
         if self.config.alignment != "none" and device.type == "cpu":
             phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
         if self.config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
@@ -270,7 +272,7 @@ class _Work:
         """Operations over the speed of this machine now: of text through layers, of fits; and matching of rows."""
         speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
         config, layers, fused = self.config, self.llama.num_hidden_layers, self.config.num_fusions
-        step = min(self.text, 8192)  # tokens that a step runs
+        step = min(self.text, STEP_TOKENS)
 
         def fit(tokens: float) -> float:  # sums of squares over tokens, and solving with them
             return 2 * tokens * self.candidates * (self.candidates + self.llama.hidden_size) + 4 * self.candidates**3

@@ -70,7 +70,7 @@ class Decoder(ABC):
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
         """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
 
-        All sequences take a step together, so that each layer is used once a step. None of them ends or begins anew.
+        All sequences take a step together, so that each layer is used once a step. None of them ends early.
         """
         random = torch.Generator().manual_seed(seed)
         # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.

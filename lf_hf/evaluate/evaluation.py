@@ -49,7 +49,7 @@ class Evaluation:
         for task in self._tasks:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
-        self._manager.load(self._tasks)  # a data set that cannot be had is found out here
+        self._manager.load(self._tasks)  # a data set that cannot be fetched is found out here
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
         """Main metric of each task; for a tag, of each of its tasks."""

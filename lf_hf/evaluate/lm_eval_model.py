@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
+from lf_hf.evaluate.points import check_batch_size
 from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.files.processes import local_rank
 
@@ -24,13 +24,13 @@ eval_logger = logging.getLogger("lm_eval.models.fused_llama")
 _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
-_OF_HFLM = inspect.signature(HFLM.__init__).parameters
+_HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
 # What HFLM and this class take; from_pretrained takes more.
 _KNOWN = (
     *FusionConfig.field_names(),
     *("calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
-    *(name for name in _OF_HFLM if name not in ("self", "kwargs")),
+    *(name for name in _HFLM_ARGUMENTS if name not in ("self", "kwargs")),
 )
 
 
@@ -77,13 +77,7 @@ class FusedLlamaLM(HFLM):
             raise ValueError(
                 "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
             )
-        check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
-        checked_dtype(kwargs.get("dtype"))
-        batch_size = kwargs.get("batch_size", 1)
-        if not re.fullmatch(r"auto(:\d+(\.\d+)?)?|[1-9]\d*", str(batch_size)):
-            raise ValueError(f"batch_size must be an integer of at least 1, auto, or auto:N, got {batch_size!r:.80}.")
-        if kwargs.get("peft"):
-            _check_adapter(kwargs["peft"], kwargs.get("revision"))
+        _check_arguments(kwargs)
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
@@ -103,7 +97,7 @@ class FusedLlamaLM(HFLM):
                         f"{name}={kwargs[name]} cannot be combined with num_fusions; fuse and save the model first, "
                         "then evaluate the saved one."
                     )
-            loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _OF_HFLM}
+            loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
             self._base = Base.open(pretrained, loading)
         elif settings or calibration is not None or fused_dir is not None:
             others = {"calibration": calibration, "fused_dir": fused_dir}
@@ -111,7 +105,8 @@ class FusedLlamaLM(HFLM):
             raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
         elif not isinstance(pretrained, str):
             _check_fused("`pretrained`", pretrained.config)
-        # HFLM would look up a model type that stock transformers does not know, and warn.
+        # HFLM calls _get_config, _create_tokenizer and _create_model, in this order. It would look up a model type that
+        # stock transformers does not know, and warn, if `backend` were not given.
         super().__init__(pretrained, **{"backend": "causal"} | kwargs)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
@@ -124,14 +119,14 @@ class FusedLlamaLM(HFLM):
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         with reading_tokenizer(str(tokenizer or pretrained)):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        self._of_base = self.tokenizer
+        self._base_tokenizer = self.tokenizer
         named = tokenizer is None or isinstance(tokenizer, str)
         if named and (kwargs.get("add_bos_token") is not None or kwargs.get("use_fast_tokenizer") is False):
             # These are about the evaluation; a model is fused and saved with its own tokenizer.
             where = self._base.loading if self.fusion_config is not None else kwargs
             if tokenizer:
                 where = {name: value for name, value in where.items() if name != "gguf_file"}
-            self._of_base = load_tokenizer(tokenizer or pretrained, where)
+            self._base_tokenizer = load_tokenizer(tokenizer or pretrained, where)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is None:
@@ -168,7 +163,7 @@ class FusedLlamaLM(HFLM):
             replace(self._base, loading={**self._base.loading, **placing}),
             config,
             calibration=self.calibration,
-            tokenizer=self._of_base,
+            tokenizer=self._base_tokenizer,
             fused_dir=self.fused_dir,
         )
         if peft is None:
@@ -212,6 +207,15 @@ def _check_adapter(name: str, revision: str | None) -> None:
     except Exception as error:  # PEFT has no class of its own for what it cannot read
         reason = " ".join(str(error).split())
         raise ValueError(f"No adapter can be read for peft={name!s:.80} ({reason:.300}); give its folder.") from None
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that nothing takes, and values that the evaluation would refuse later."""
+    check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
+    checked_dtype(kwargs.get("dtype"))
+    check_batch_size(kwargs.get("batch_size", 1))
+    if kwargs.get("peft"):
+        _check_adapter(kwargs["peft"], kwargs.get("revision"))
 
 
 def _check_fused(name: str, config: PreTrainedConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,3 +101,9 @@ def append_point(path: Path, point: Point) -> None:
         except OSError:
             os.truncate(path, size)
             raise
+
+
+def check_batch_size(batch_size: object) -> None:
+    """Raise ValueError unless this is a batch size of lm-eval's."""
+    if not re.fullmatch(r"auto(:\d+(\.\d+)?)?|[1-9]\d*", str(batch_size)):
+        raise ValueError(f"batch_size must be an integer of at least 1, auto, or auto:N, got {batch_size!r:.80}.")

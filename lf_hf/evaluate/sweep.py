@@ -8,23 +8,22 @@ import importlib.util
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lf_hf import pipeline
 from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, append_point, read_points
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, append_point, check_batch_size, read_points
 from lf_hf.evaluate.tables import write_tables
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder, only_writer
-from lf_hf.measure import measure
+from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
 from lf_hf.progress import progress
 from lf_hf.text.calibration import load_needed
@@ -166,49 +165,67 @@ def _points(
     pipeline.check_model(ModelDecoder(llama), configs[-1])
     measurements = measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
     if dense_key is not None:
-        start = time.perf_counter()
-        scores = evaluation.scores(llama, tokenizer)
-        yield Point(
-            key=dense_key,
-            method=DENSE,
-            num_fusions=0,
-            layers=base.config.num_hidden_layers,
-            parameters=llama.num_parameters(),
-            layers_removed_fraction=0.0,
-            parameters_removed_fraction=0.0,
-            perplexities={judged.name: judged.dense for judged in measurements.judged},
-            scores=scores,
-            config=None,
-            notes=[],
-            seconds={"evaluating": time.perf_counter() - start},
-            versions=pipeline.versions(),
-        )
-    del llama  # each fusion reads the base anew, so that one model is in memory at a time
+        yield _dense_point(dense_key, llama, tokenizer, measurements, evaluation)
+    del llama  # each fusion reads the base again, so that one model is in memory at a time
     for key, config in missing:
-        start = time.perf_counter()
-        model = FusedLlamaForCausalLM.from_pretrained_fused(
-            base, config, tokenizer=tokenizer, measurements=measurements
-        )
-        fused = time.perf_counter()
-        scores = evaluation.scores(model, tokenizer)
-        report = model.fusion_report
-        assert report is not None
-        yield Point(
-            key=key,
-            method=config.method,
-            num_fusions=config.num_fusions,
-            layers=report.layers_after,
-            parameters=report.parameters_after,
-            layers_removed_fraction=report.layers_removed_fraction,
-            parameters_removed_fraction=report.parameters_removed_fraction,
-            perplexities={judged.name: judged.fused for judged in report.perplexities},
-            scores=scores,
-            config=config.to_dict(),
-            notes=report.notes,
-            seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
-            versions=report.versions,
-        )
-        del model
+        yield _fused_point(key, base, config, tokenizer, measurements, evaluation)
+
+
+def _dense_point(
+    key: str,
+    llama: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    measurements: Measurements,
+    evaluation: Evaluation,
+) -> Point:
+    start = time.perf_counter()
+    scores = evaluation.scores(llama, tokenizer)
+    return Point(
+        key=key,
+        method=DENSE,
+        num_fusions=0,
+        layers=llama.config.num_hidden_layers,
+        parameters=llama.num_parameters(),
+        layers_removed_fraction=0.0,
+        parameters_removed_fraction=0.0,
+        perplexities={judged.name: judged.dense for judged in measurements.judged},
+        scores=scores,
+        config=None,
+        notes=[],
+        seconds={"evaluating": time.perf_counter() - start},
+        versions=pipeline.versions(),
+    )
+
+
+def _fused_point(
+    key: str,
+    base: Base,
+    config: FusionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    measurements: Measurements,
+    evaluation: Evaluation,
+) -> Point:
+    start = time.perf_counter()
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, tokenizer=tokenizer, measurements=measurements)
+    fused = time.perf_counter()
+    scores = evaluation.scores(model, tokenizer)
+    report = model.fusion_report
+    assert report is not None
+    return Point(
+        key=key,
+        method=config.method,
+        num_fusions=config.num_fusions,
+        layers=report.layers_after,
+        parameters=report.parameters_after,
+        layers_removed_fraction=report.layers_removed_fraction,
+        parameters_removed_fraction=report.parameters_removed_fraction,
+        perplexities={judged.name: judged.fused for judged in report.perplexities},
+        scores=scores,
+        config=config.to_dict(),
+        notes=report.notes,
+        seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
+        versions=report.versions,
+    )
 
 
 class _Results:
@@ -248,22 +265,21 @@ def check_evaluation(limit: object, num_fewshot: object, batch_size: object, met
         raise ValueError(f"limit must be a number of questions, or their share below 1, got {limit!r:.80}.")
     if num_fewshot is not None and (not isinstance(num_fewshot, int) or num_fewshot < 0):
         raise ValueError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r:.80}.")
-    if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", str(batch_size)):
-        raise ValueError(f"batch_size must be an integer of at least 1, or auto, got {batch_size!r:.80}.")
+    check_batch_size(batch_size)
     if not isinstance(metadata, dict | None):
         raise ValueError(f"metadata must be a dict, such as {{'mmlu_dir': 'DIR'}}, got {metadata!r:.80}.")
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Say of what cannot be written where it was, and what to do."""
+    """Raise errors of writing again, with the folder's name and what to do."""
     try:
         yield
     except BlockingIOError:
         raise
     except OSError as error:
         raise OSError(
-            f"The results in {str(folder)!r} cannot be written ({error}); mend that and run the sweep again, which "
+            f"The results in {str(folder)!r} cannot be written ({error}); solve that and run the sweep again, which "
             "goes on where it stopped."
         ) from error
 

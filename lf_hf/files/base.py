@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -47,13 +48,13 @@ from lf_hf.files.weights import (
     weights_folder,
     with_variant,
 )
+from lf_hf.report.report import MOST_LAYERS
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and what else is true of a base only, and not of what it is fused to.
-_OF_THE_BASE = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
+_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
-_MOST_LAYERS = 10_000  # of a model that anybody would believe in
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
@@ -137,7 +138,7 @@ class Base:
         if self.loading.get("use_safetensors") is False:
             patterns.append("*.bin")
         subfolder = hub.pop("subfolder", "")
-        hub.pop("force_download", None)  # loading fetches them anew
+        hub.pop("force_download", None)  # loading fetches them again
         is_folder = os.path.isdir(self.name)
         folder = Path(
             self.name if is_folder else snapshot_download(self.name, allow_patterns=patterns, **hub), subfolder
@@ -162,7 +163,7 @@ class Base:
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
             check_floats(tensor_files(weights_folder(self.name, self.hub, variant), variant))
-            loading.pop("force_download", None)  # as that has fetched them anew
+            loading.pop("force_download", None)  # as that has fetched them again
         if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
             # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
             loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
@@ -180,7 +181,7 @@ class Base:
 
     def loading_fused(self) -> dict[str, Any]:
         """Those of the arguments that are true of a fused model in another folder, too."""
-        return {name: value for name, value in self.loading.items() if name not in _OF_THE_BASE}
+        return {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
 
 
 def _checked_name(base: str | os.PathLike[str]) -> str:
@@ -231,6 +232,8 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=bool(kwargs.get("trust_remote_code")), **hub)
     except Exception as error:  # of any kind, where a config holds what it should not
+        if isinstance(error.__cause__ or error, HFValidationError):
+            raise ValueError(f"There is no folder {base!r}, and it cannot be a name on the hub.") from None
         reason = " ".join(str(error).split())
         raise ValueError(f"No config of a Llama can be read for {base!r}: {reason:.400}") from None
     if config.model_type == "fused_llama":
@@ -261,7 +264,7 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _is_file(file: Path) -> bool:
-    """Whether there is such a file. Raises ValueError where nobody may look."""
+    """Whether there is such a file. Raises ValueError without permission to look."""
     try:
         return stat.S_ISREG(file.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -271,11 +274,11 @@ def _is_file(file: Path) -> bool:
 
 
 def _check_computable(base: str, config: LlamaConfig) -> None:
-    """Raise ValueError if no Llama can be made of a config, or none that anybody has."""
-    if not 1 <= config.num_hidden_layers <= _MOST_LAYERS:
+    """Raise ValueError if no Llama can be made of a config, or only an implausible one."""
+    if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(
             f"The config of {base!r} has num_hidden_layers={config.num_hidden_layers}, but a Llama has 1 to "
-            f"{_MOST_LAYERS}; repair the config."
+            f"{MOST_LAYERS}; repair the config."
         )
     if config.bos_token_id is not None and not 0 <= config.bos_token_id < config.vocab_size:
         raise ValueError(
@@ -357,7 +360,7 @@ def without_adapter(name: str, hub: dict[str, Any]) -> str:
 
 
 def optional_file(base: str, name: str, hub: dict[str, Any]) -> str | None:
-    """Path of a checkpoint's file on this machine, None if there is no such file, or it cannot be had."""
+    """Path of a checkpoint's file on this machine, None if there is no such file, or it cannot be fetched."""
     return cached_file(
         base,
         name,

@@ -69,8 +69,8 @@ def check_replaceable(path: object) -> bool:
 def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep others from writing into `folder`, which is made, and goes again if nothing was written.
 
-    The lock is a file in it, there meanwhile only; a killed process keeps nobody out. Raises BlockingIOError if another
-    process is at work there, unless `wait`.
+    The lock is a file in it that exists only while it is held; a killed process keeps nobody out. Raises BlockingIOError
+    if another process is at work there, unless `wait`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / _LOCK)
@@ -131,7 +131,7 @@ def finish_save(folder: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path, state: str = "what was there before is as it was") -> Iterator[None]:
-    """Say of what could not be written where it was, and how that is now."""
+    """Raise errors of writing again, with the folder's name and its state."""
     try:
         yield
     except BlockingIOError:
@@ -143,8 +143,8 @@ def _explained(folder: Path, state: str = "what was there before is as it was") 
 def _finish(folder: Path) -> None:
     """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
     saving, new = folder / _SAVING, folder / _SAVING / "new"
-    with _explained(folder, "what is to go there is whole, so mend that, and load or save there again to finish it"):
-        if saving.is_symlink():  # nobody but a stranger makes one
+    with _explained(folder, "what is to go there is whole, so solve that, and load or save there again to finish it"):
+        if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not new.is_symlink():
             if (new / CONFIG_NAME).is_file():

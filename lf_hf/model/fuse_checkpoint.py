@@ -15,7 +15,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import Base, hub_arguments
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files, write_companions
 from lf_hf.model.configuration_fused_llama import converted_config, fused_config
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, checked_tokenizer
+from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusionInputs, checked_tokenizer
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import load_needed
 
@@ -46,7 +46,8 @@ def fuse_checkpoint(
     config, calibration, tokenizer
         As for `FusedLlamaForCausalLM.from_pretrained_fused`.
     low_memory : bool
-        Hold one or two layers at a time instead of the model. The tensors written are the same, bit for bit.
+        Hold two layers at a time instead of the model, or for a refit the layers of one group. The tensors written are
+        the same, bit for bit.
     as_llama : bool
         Write a plain Llama checkpoint that programs without lf_hf open.
     max_shard_bytes : int
@@ -78,28 +79,34 @@ def fuse_checkpoint(
         assert model.fusion_report is not None
         return model.fusion_report
 
-    from lf_hf import pipeline  # with it come scipy and scikit-learn, which loading a fused model does without
-
     config = fusion_settings(config, kwargs)
     check_low_memory(kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)
     samples, text = load_needed(config, calibration)
     used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
-    with (
-        only_writer(target),
-        replaced_files(target, own_tokenizer=tokenizer is not None) as folder,
-        tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
-    ):
-        decoder = CheckpointDecoder(opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype)
-        report = pipeline.fuse(decoder, used_tokenizer, config, samples, text, base=opened.name)
+    inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
+    with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
+        return _fuse_on_disk(inputs, folder, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
+
+
+def _fuse_on_disk(inputs: FusionInputs, folder: Path, *, as_llama: bool, max_shard_bytes: int) -> FusionReport:
+    """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
+    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+
+    base = inputs.base
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        decoder = CheckpointDecoder(base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype)
+        report = pipeline.fuse(
+            decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
+        )
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
         written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
         written.save_pretrained(folder)
-        _generation_config(opened).save_pretrained(folder)
-        write_companions(folder, report, used_tokenizer, as_llama=as_llama)
+        _generation_config(base).save_pretrained(folder)
+        write_companions(folder, report, inputs.tokenizer, as_llama=as_llama)
     return report
 
 

@@ -162,13 +162,13 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements)
         if kept_in is None and local_processes() == 1:
-            return cls._fuse(inputs)
-        return cls._fuse_once(inputs, kept_in)
+            return cls._load_and_fuse(inputs)
+        return cls._load_or_fuse(inputs, kept_in)
 
     @classmethod
-    def _fuse(cls, inputs: FusionInputs) -> FusedLlamaForCausalLM:
+    def _load_and_fuse(cls, inputs: FusionInputs) -> FusedLlamaForCausalLM:
         """Load the base and fuse it in memory."""
-        from lf_hf import pipeline  # with it come scipy and scikit-learn, which loading a fused model does without
+        from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
         llama = inputs.base.load()
         decoder = ModelDecoder(llama, keep_originals=inputs.config.refit != "none")
@@ -184,7 +184,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         return cls._adopt(llama, report, inputs.tokenizer)
 
     @classmethod
-    def _fuse_once(cls, inputs: FusionInputs, fused_dir: Path | None) -> FusedLlamaForCausalLM:
+    def _load_or_fuse(cls, inputs: FusionInputs, fused_dir: Path | None) -> FusedLlamaForCausalLM:
         """Fuse in one of several processes or runs that share a folder, and load the result in all others."""
         base, config = inputs.base, inputs.config
         folder = fused_dir or folder_of_launch(base.full_name, config)
@@ -193,10 +193,10 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         if why_not_reused(folder, config, made_of):
             check_replaceable(folder)
             with only_writer(folder, wait=True):
-                if reason := why_not_reused(folder, config, made_of):  # nor has another process fused meanwhile
+                if reason := why_not_reused(folder, config, made_of):  # checked again under the lock
                     if (folder / REPORT_NAME).is_file():
                         logger.warning(f"{reason} Fusing, to replace it.")
-                    model = cls._fuse(inputs)
+                    model = cls._load_and_fuse(inputs)
                     assert model.fusion_report is not None
                     model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                     with replaced_files(folder) as written:

@@ -35,7 +35,7 @@ def fit_from_bottom(
     sequences : sequence of int64 tensors of shape (tokens T,)
         Calibration text.
     config : FusionConfig
-        With merge="select" each fused layer is made anew from all layers of its group, else it is fitted as it is.
+        With merge="select" each fused layer is made again from all layers of its group, else it is fitted as it is.
     """
     widest = max(map(len, groups))
     embedded = decoder.embed(sequences)

@@ -1,7 +1,7 @@
 """Fusing layers by what they compute: selection of heads and channels, and closed-form fits on calibration text.
 
 `fit_group` puts the layers of a group side by side as one wide layer, keeps those of its key-value groups and MLP
-channels that the group's output needs most, and fits anew what writes into the residual stream.
+channels that the group's output needs most, and fits what writes into the residual stream.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lf_hf.refit.regression import Regression, expanded
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
 
-# Channels that are compared by regression at most, the largest: so many at any width, or so many for one that is
-# kept. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
+# Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is
+# more. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
 _MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
@@ -72,7 +72,7 @@ def fit_group(
     ----------
     decoder : Decoder
     layers : list of LlamaDecoderLayer
-        The group; a single layer is only fitted anew. The list is emptied: layers that nobody else holds make room.
+        The group; a single layer is only fitted. The list is emptied: layers that nobody else holds make room.
     traces : Traces
         Calibration text on its way through the group.
     states : sequence of tensors of shape (1, tokens T, hidden)

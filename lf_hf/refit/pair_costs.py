@@ -20,8 +20,8 @@ _ROWS = 64  # tokens whose predictions are compared at a time
 JUDGING_STRIDE = 4
 """Every fourth sequence judges fused layers; those are fitted to one half of these and to all other sequences.
 
-The predictions of a layer that is fitted to little text are too good on this text, and too bad on any other. Those of
-one that is fitted to much text, as in the last pass, lie between.
+A layer that is fitted to little text overfits: it looks too good on that text, and too bad on any other. One that is
+fitted to much text, as in the last pass, lies between.
 """
 
 

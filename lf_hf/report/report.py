@@ -18,7 +18,7 @@ _RELATIONS = {
     "kin": "; text of its kind was used for calibration",
     "seen": "; part of it was used for calibration",
 }
-_MOST_LAYERS = 10_000  # of a model that anybody would believe in
+MOST_LAYERS = 10_000  # larger counts are errors
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
@@ -48,8 +48,8 @@ class FusionStep:
     entry for each aligned projection. `influence` is how much layer j changed the residual stream, and `divergence` how
     far the model's predictions were expected to move with this fusion, in nats per token, where pairs were chosen by
     such figures. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
-    layer j, where they were selected. The errors are those of the pair's output (squared, relative, over calibration
-    tokens) before and after the fit.
+    layer j, where they were selected, and the errors are those of what the MLP adds to the stream (squared, relative),
+    before and after the fit, all at this step: the last pass makes fused layers again, see FittedLayer.
     """
 
     layers_i: list[int]
@@ -132,8 +132,8 @@ class FusionReport:
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
     model, see `lf_hf.numerics.weights_digest`.
 
-    `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and where
-    somebody keeps a model is nobody's business.
+    `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
+    local paths are private.
     """
 
     base: str
@@ -264,10 +264,10 @@ class FusionReport:
     def _check(self) -> None:
         """Raise ValueError where the parts of a report do not fit together, as after editing it by hand."""
         count = self.layers_before
-        standing = {number: [number] for number in range(min(count, _MOST_LAYERS))}
+        standing = {number: [number] for number in range(min(count, MOST_LAYERS))}
         layers = len(standing)
         checks = {
-            f"layers_before={count} is not 2 to {_MOST_LAYERS}": not 2 <= count <= _MOST_LAYERS,
+            f"layers_before={count} is not 2 to {MOST_LAYERS}": not 2 <= count <= MOST_LAYERS,
             f"parameters_before={self.parameters_before} is not positive": self.parameters_before < 1,
             "config has no method": not isinstance(self.config.get("method"), str),
             "influences has not one entry a layer": len(self.influences or range(layers)) != layers,

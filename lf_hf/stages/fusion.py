@@ -49,23 +49,22 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
     return float(expit(beta * raw))
 
 
-def fuse_layers(
+def average_layers(
     weights_i: Mapping[str, Tensor],
     weights_j: Mapping[str, Tensor],
     *,
     ratio: float,
     alignment: str,
-    merge: str,
     head_dim: int,
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
-    """Weights of the layer that replaces layers i and j.
+    """Weights of the layer that replaces layers i and j: their average, with layer j's neurons aligned first.
 
     Parameters
     ----------
     weights_i, weights_j : mappings from a parameter's name inside the layer ("mlp.up_proj.weight") to its tensor
     ratio : float
         alpha_i, the share of layer i.
-    alignment, merge : str
+    alignment : str
         As in FusionConfig.
     head_dim : int
         Channels of an attention head.
@@ -73,15 +72,12 @@ def fuse_layers(
     Returns
     -------
     fused : dict
-        New tensors under the names of `weights_i` that change: the seven projections and their biases for
-        merge="average", none otherwise.
+        New tensors under the names of `weights_i` that change: the seven projections and their biases.
     matches : dict
         How each projection's rows were matched, unless alignment="none".
     """
     fused: dict[str, Tensor] = {}
     matches: dict[str, RowMatch] = {}
-    if merge != "average":
-        return fused, matches
     if alignment == "neurons":
         permutations, matches = match_neurons(weights_i, weights_j, head_dim)
         weights_j = permute_neurons(weights_j, permutations)

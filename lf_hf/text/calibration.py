@@ -1,4 +1,4 @@
-"""Where calibration text comes from, and the text that judges the result."""
+"""Where calibration text comes from."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Corpus:
         return f"{self.source}, text by the model itself" if self.generated_share else self.source
 
 
-def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 32768) -> Corpus:
+def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 49152) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
 
     The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
@@ -119,7 +119,7 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
-    # As many windows as a token has characters, of as many characters as there are to be tokens.
+    # 64 windows of `max_tokens` characters: no token is longer.
     kept, total = spread_evenly(windows(checked_strings(samples, source), max_tokens), TOKEN_CHARACTERS)
     if not total:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")

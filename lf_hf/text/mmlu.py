@@ -176,7 +176,7 @@ def read_csv_questions(directory: str | Path, split: str, subject: str) -> list[
     if not path.is_file():
         raise ValueError(
             f"No MMLU file {path}; the folder must hold the original release (dev/, test/), and the subject be "
-            "one of lf_hf.mmlu.SUBJECTS."
+            "one of lf_hf.text.mmlu.SUBJECTS."
         )
     questions = []
     with path.open(newline="", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_llama, shuffled_neurons
 
-from lf_hf.stages.fusion import PROJECTIONS, fuse_layers, fusion_ratio
+from lf_hf.stages.fusion import PROJECTIONS, average_layers, fusion_ratio
 
 Weights = dict[str, torch.Tensor]
 
@@ -52,9 +52,7 @@ def test_no_similarity_at_all_counts_both_alike_and_warns() -> None:
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_a_row_permuted_copy_fuses_to_the_layer_itself(overrides: dict[str, bool]) -> None:
     weights = layer_weights(1, **overrides)
-    fused, matches = fuse_layers(
-        weights, permuted_rows(weights), ratio=0.6, alignment="rows", merge="average", head_dim=8
-    )
+    fused, matches = average_layers(weights, permuted_rows(weights), ratio=0.6, alignment="rows", head_dim=8)
     assert set(matches) == set(PROJECTIONS)
     assert set(fused) == {name for name in weights if "norm" not in name}
     for name, tensor in fused.items():
@@ -64,7 +62,7 @@ def test_a_row_permuted_copy_fuses_to_the_layer_itself(overrides: dict[str, bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_mka_is_the_weighted_sum_rounded_once(dtype: torch.dtype) -> None:
     w_i, w_j = layer_weights(1, dtype=dtype), layer_weights(2, dtype=dtype)
-    fused, matches = fuse_layers(w_i, w_j, ratio=0.6123, alignment="none", merge="average", head_dim=8)
+    fused, matches = average_layers(w_i, w_j, ratio=0.6123, alignment="none", head_dim=8)
     assert not matches and len(fused) == 7
     for name, tensor in fused.items():
         exact = 0.6123 * w_i[name].numpy(force=True).astype(np.float64) if dtype != torch.bfloat16 else None
@@ -77,19 +75,10 @@ def test_mka_is_the_weighted_sum_rounded_once(dtype: torch.dtype) -> None:
         assert torch.equal(tensor, expected)
 
 
-def test_truncation_changes_nothing() -> None:
-    fused, matches = fuse_layers(
-        layer_weights(1), layer_weights(2), ratio=1.0, alignment="none", merge="keep_first", head_dim=8
-    )
-    assert fused == {} and matches == {}
-
-
 @pytest.mark.parametrize("overrides", [{}, {"num_key_value_heads": 4}, {"attention_bias": True, "mlp_bias": True}])
 def test_a_layer_with_its_neurons_in_another_order_fuses_to_the_layer_itself(overrides: dict[str, Any]) -> None:
     weights = layer_weights(1, **overrides)
-    fused, matches = fuse_layers(
-        weights, shuffled_neurons(weights, 8), ratio=0.6, alignment="neurons", merge="average", head_dim=8
-    )
+    fused, matches = average_layers(weights, shuffled_neurons(weights, 8), ratio=0.6, alignment="neurons", head_dim=8)
     assert set(matches) == set(PROJECTIONS)
     assert all(match.cosine_after == pytest.approx(1) for match in matches.values())
     for name, tensor in fused.items():

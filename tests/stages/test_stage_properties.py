@@ -22,7 +22,7 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.stages.activations import pairwise_distances
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
-from lf_hf.stages.fusion import fuse_layers, fusion_ratio
+from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 
@@ -286,9 +286,9 @@ def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power:
     model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
     layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
     scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
-    kinds: dict[str, Any] = {"ratio": 0.61, "alignment": alignment, "merge": "average", "head_dim": 8}
-    fused, matches = fuse_layers(layers[0], layers[1], **kinds)
-    other, other_matches = fuse_layers(scaled[0], scaled[1], **kinds)
+    kinds: dict[str, Any] = {"ratio": 0.61, "alignment": alignment, "head_dim": 8}
+    fused, matches = average_layers(layers[0], layers[1], **kinds)
+    other, other_matches = average_layers(scaled[0], scaled[1], **kinds)
     assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)
     for name, match in matches.items():
         assert vars(other_matches[name]) == pytest.approx(vars(match), abs=1e-6)

@@ -1,4 +1,4 @@
-"""lf_hf.mmlu: the questions that lm-eval ships, the original CSV release, and the prompt."""
+"""lf_hf.text.mmlu: the questions that lm-eval ships, the original CSV release, and the prompt."""
 
 import importlib.util
 import subprocess
