@@ -69,7 +69,7 @@ def check_replaceable(path: object) -> bool:
 def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep others from writing into `folder`, which is made, and goes again if nothing was written.
 
-    The lock is a file in it that exists only while it is held; a killed process keeps nobody out. Raises BlockingIOError
+    The lock is a file in it that exists while it is held; a killed process keeps nobody out. Raises BlockingIOError
     if another process is at work there, unless `wait`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
