@@ -40,7 +40,7 @@ def reference() -> str:
         parts.append(_rendered(shown, 2))
         parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
-    text = re.sub(r" –? *$", "", text, flags=re.MULTILINE)  # where there is no description
+    text = re.sub(r" \u2013? *$", "", text, flags=re.MULTILINE)  # where there is no description
     return HEAD + text.rstrip() + "\n"
 
 
