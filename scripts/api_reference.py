@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 import griffe
@@ -39,11 +40,17 @@ def reference() -> str:
         parts.append(_rendered(shown, 2))
         parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
-    text = re.sub(r"(\n- [^\n]+)\n(?=[^\n-])", r"\1 ", text)
+    text = re.sub(r" \u2013? *$", "", text, flags=re.MULTILINE)  # where there is no description
     return HEAD + text.rstrip() + "\n"
 
 
 def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
+    for section in shown.docstring.parsed if shown.docstring else []:
+        if isinstance(section, griffe.DocstringSectionParameters):
+            section.value = [_joined(list(entry)) for _, entry in groupby(section.value, key=_entry)]
+        if isinstance(section.value, list):
+            for item in section.value:
+                item.description = " ".join(item.description.split())  # one line, so that Markdown's lists hold it
     options = {
         "heading_level": level,
         "docstring_section_style": "list",
@@ -53,6 +60,20 @@ def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
         "show_object_full_path": False,
     }
     return render_object_docs(shown, options)  # type: ignore[arg-type]
+
+
+def _entry(parameter: griffe.DocstringParameter) -> str:
+    """What parameters that a docstring describes together have in common: their description, else their name."""
+    return parameter.description or parameter.name
+
+
+def _joined(entry: list[griffe.DocstringParameter]) -> griffe.DocstringParameter:
+    """Parameters that share an entry as one, without a type: griffe gives that of the first to all of them."""
+    together = entry[0]
+    if len(entry) > 1:
+        together.annotation = None
+    together.name = ", ".join(parameter.name for parameter in entry).replace("*", r"\*")
+    return together
 
 
 if __name__ == "__main__":
