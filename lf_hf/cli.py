@@ -76,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in given if argument != _TRACEBACK]
     # Base.load says in a sentence what this report says in a table.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
-    logging.getLogger("lf_hf.pipeline").setLevel(logging.ERROR)  # notes stand below the table
     code = 0
     try:
         code = app(args=arguments or ["--help"], prog_name="lf-hf", standalone_mode=False) or 0
@@ -225,7 +224,8 @@ def fuse(
         check_low_memory(loading)
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
-    done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
+    with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table
+        done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
     before, after = weights_size(base, hub), weights_size(out, {})
     _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
 
@@ -375,6 +375,18 @@ def _quiet_lm_eval() -> None:
         from lm_eval import evaluator
 
         evaluator.get_git_commit_hash = lambda: None
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Keep a logger to errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -299,7 +299,6 @@ def test_of_launched_processes_one_fuses(
     assert process.returncode == 0, output
     count, results = outcome(tmp_path)
     assert (count, len(results)) == (1, 2)
-    assert output.count("Fusing: 100%") == 1  # the other one has nothing to show
     assert list((tmp_path / "home" / "lf_hf").iterdir()) == []  # nothing is left behind
 
     alone = FusedLlamaLM(base, calibration=str(tmp_path / "texts.txt"), device="cpu", **SETTINGS)

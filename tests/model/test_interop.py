@@ -233,9 +233,11 @@ def test_lora_trains_only_itself_and_loads_again(saved: Path, tmp_path: Path) ->
         assert torch.equal(again(IDS).logits, wanted)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(saved)(IDS).logits, wanted)
         torch.testing.assert_close(merged(IDS).logits, wanted, rtol=0, atol=1e-4)
-    # What was merged is a fused model still, with its report.
+    # What was merged is still a fused model, with a report that says that weights changed since.
     merged.save_pretrained(tmp_path / "merged")
-    assert FusionReport.load(tmp_path / "merged") == FusionReport.load(saved)
+    report, notes = FusionReport.load(saved), FusionReport.load(tmp_path / "merged").notes
+    assert dataclasses.replace(FusionReport.load(tmp_path / "merged"), notes=report.notes) == report
+    assert "changed after fusing" in notes[0]
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, merged(IDS).logits)
 
