@@ -74,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `lf-hf`. Returns 0, 1 after a failure, 2 for a wrong command line, or 130 when interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [argument for argument in given if argument != _TRACEBACK]
-    # Base.load says in a sentence what this report says in a table.
+    # Base says in a sentence what transformers says in these and in a table.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
+    for name in ("configuration_utils", "modeling_rope_utils"):
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     code = 0
     try:
         code = app(args=arguments or ["--help"], prog_name="lf-hf", standalone_mode=False) or 0
@@ -338,14 +340,14 @@ def sweep(
 
 @app.command(epilog=_examples("report out --html out.html", "report out --png pictures"))
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a fused checkpoint, or its report file.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of a fused checkpoint, or its report file.")],
     *,
     html: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="FILE", help="Where to write the page.", show_default="DIR/fusion_report.html"),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write the pictures into this folder.", show_default="no")
+        str | None, typer.Option(metavar="DIR", help="Also write the pictures into this folder.", show_default="no")
     ] = None,
 ) -> None:
     """Make a page of pictures and explanations about a fused checkpoint.
@@ -354,8 +356,10 @@ def report(
     """
     from lf_hf.report.page import write_page, write_pictures
 
-    found = FusionReport.load(folder)
-    page = html or (folder if folder.is_dir() else folder.parent) / "fusion_report.html"
+    if "" in (folder, html, png):  # which Path would take for the current folder
+        raise typer.BadParameter("a path is empty; '.' is the current folder.")
+    found, place = FusionReport.load(folder), Path(folder)
+    page = Path(html) if html else (place if place.is_dir() else place.parent) / "fusion_report.html"
     write_page(found, page)
     pictures = write_pictures(found, png) if png is not None else []
     for file in (page, *pictures):

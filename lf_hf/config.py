@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -163,12 +164,12 @@ class FusionConfig:
                 raise ValueError(f"{name} must be at most {_INT_MAXIMUM}, got {value!r:.80}.")
             object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r:.80}.")
-            if not lower < value <= upper:
-                raise ValueError(f"{name} must be greater than {lower:g}, got {value!r}.")
-            object.__setattr__(self, name, float(value))
+            number = _finite(getattr(self, name))
+            if number is None:
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r:.80}.")
+            if not lower < number <= upper:
+                raise ValueError(f"{name} must be greater than {lower:g}, got {getattr(self, name)!r}.")
+            object.__setattr__(self, name, number)
         if not isinstance(self.rank_normalize, bool):
             raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r:.80}.")
 
@@ -289,11 +290,14 @@ def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
     return f"Unknown {kind} {name!r:.80}; {hint}"
 
 
-def _is_finite(value: float) -> bool:
+def _finite(value: object) -> float | None:
+    """A finite number as a float, one of numpy's too; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
     try:
-        return math.isfinite(value)
+        return float(value) if math.isfinite(value) else None
     except OverflowError:  # an integer that no float comes near
-        return False
+        return None
 
 
 def _check_choice(name: str, value: Any) -> None:

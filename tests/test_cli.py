@@ -143,7 +143,7 @@ def test_a_wrong_command_line_gets_one_sentence_and_2(
     ("arguments", "message"),
     [
         (["{out}", "{out}", "--num-fusions", 1], "config.json is missing"),
-        (["{base}", "{taken}", "--num-fusions", 1], "holds config.json, which lf_hf has not written"),
+        (["{base}", "{taken}", "--num-fusions", 1], "holds config.json, which lf_hf has not written so"),
         (["{base}", "{out}", "--num-fusions", 1, "--calibration", "none.txt"], "'none.txt' does not exist"),
         (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--gguf-file", "x.gguf"], "low_memory"),
     ],

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
 from lf_hf.evaluate.points import check_batch_size
 from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.files.processes import local_rank
+from lf_hf.files.saving import finish_save
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused_llama")
@@ -113,6 +115,7 @@ class FusedLlamaLM(HFLM):
         if self.fusion_config is not None:
             self._config = self._base.config
         else:
+            finish_save(Path(pretrained, kwargs.get("subfolder") or ""))
             super()._get_config(pretrained, **kwargs)
             _check_fused(repr(pretrained), self._config)
 
@@ -214,7 +217,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
     check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
     checked_dtype(kwargs.get("dtype"))
     check_batch_size(kwargs.get("batch_size", 1))
-    if kwargs.get("peft"):
+    if kwargs.get("peft") is not None:
         _check_adapter(kwargs["peft"], kwargs.get("revision"))
 
 

@@ -38,6 +38,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checked_json import parse_json
 from lf_hf.config import FusionConfig, unknown_name
+from lf_hf.files.saving import finish_save
 from lf_hf.files.weights import (
     CHECKPOINT_FILES,
     check_complete,
@@ -221,9 +222,8 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     """Config of the model to fuse, checked to be a Llama in plain floats."""
     gguf_file = kwargs.get("gguf_file")
     hub = hub_arguments(kwargs)
-    config_file = Path(base, kwargs.get("subfolder") or "", CONFIG_NAME)
-    if os.path.isdir(base) and not gguf_file and not _is_file(config_file):
-        raise ValueError(f"{base!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=).")
+    finish_save(Path(base, kwargs.get("subfolder") or ""))
+    check_has_config(Path(base, kwargs.get("subfolder") or ""), hub)
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
     for name in _QUANTIZATION_ARGUMENTS:
@@ -263,6 +263,16 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
     return config
 
 
+def check_has_config(folder: Path, hub: Mapping[str, Any]) -> None:
+    """Raise ValueError for a folder with neither a config nor a GGUF file or an adapter, which bring their own."""
+    if not folder.is_dir() or hub.get("gguf_file"):
+        return
+    if not any(_is_file(folder / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+        raise ValueError(
+            f"{str(folder)!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
+        )
+
+
 def _is_file(file: Path) -> bool:
     """Whether there is such a file. Raises ValueError without permission to look."""
     try:
@@ -280,11 +290,13 @@ def _check_computable(base: str, config: LlamaConfig) -> None:
             f"The config of {base!r} has num_hidden_layers={config.num_hidden_layers}, but a Llama has 1 to "
             f"{MOST_LAYERS}; repair the config."
         )
-    if config.bos_token_id is not None and not 0 <= config.bos_token_id < config.vocab_size:
-        raise ValueError(
-            f"The config of {base!r} has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} "
-            "tokens, numbered from 0; repair the config."
-        )
+    for name in ("bos_token_id", "pad_token_id"):
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"The config of {base!r} has {name}={token}, but a vocabulary of {config.vocab_size} tokens, numbered "
+                "from 0; repair the config."
+            )
     try:
         LlamaRotaryEmbedding(config)
         with torch.device("meta"):

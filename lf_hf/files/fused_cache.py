@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME
 from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.files.base import Base
 from lf_hf.files.processes import launch_id, local_processes, local_rank
-from lf_hf.files.saving import only_writer
+from lf_hf.files.saving import changed_files, only_writer
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -72,6 +72,8 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
         return str(error)
     if not (folder / CONFIG_NAME).is_file():  # looked for after the report: a save under way puts it back last
         return f"{str(folder)!r} holds no whole checkpoint."
+    if changed := changed_files(folder):
+        return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
     if report.fingerprints is None:
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]

@@ -25,11 +25,14 @@ from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checked_json import parse_json
 from lf_hf.files.model_card import model_card
-from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME, FusionReport
 
 logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
+_CARD = "README.md"
+_TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
+_PLACES = 64
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 _TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
@@ -50,18 +53,25 @@ def checked_folder(path: object) -> Path:
 def check_replaceable(path: object) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion would replace.
 
-    Raises ValueError if it holds weights or a config.json that lf_hf has not written, or is no folder.
+    Raises ValueError if it holds weights or a config.json that lf_hf has not written, or that were changed since, or is
+    no folder.
     """
     folder = checked_folder(path)
     finish_save(folder)
-    ours = {*_written_before(folder)}
-    with suppress(OSError, ValueError, AttributeError):  # a fused model without a report
-        if parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME).get("model_type") == "fused_llama":
+    before = _report(folder)
+    ours = {name for name, digest in _written(before).items() if _is_written(folder / name, digest)}
+    if CHANGED_NOTE in before.get("notes", ()):
+        raise ValueError(f"{str(path)!r} holds a fused model that was changed since; choose another folder.")
+    with suppress(OSError, ValueError, AttributeError):
+        config = parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME)
+        if not before and config.get("model_type") == "fused_llama":  # a fused model without a report
             ours |= {CONFIG_NAME, *(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name))}
+    if taken := [name for name in (CONFIG_NAME, REPORT_NAME, _CARD) if (folder / name).is_dir()]:
+        raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
     if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):
         names = ", ".join(foreign[:3])
-        raise ValueError(f"{str(path)!r} holds {names:.200}, which lf_hf has not written; choose another folder.")
+        raise ValueError(f"{str(path)!r} holds {names:.200}, which lf_hf has not written so; choose another folder.")
     return CONFIG_NAME in ours
 
 
@@ -159,17 +169,27 @@ def _finish(folder: Path) -> None:
         shutil.rmtree(saving, ignore_errors=True)
 
 
+def changed_files(folder: Path) -> list[str]:
+    """Those of the weights and config.json that are not as the last save wrote them."""
+    written = _written(_report(folder))
+    model = {name: digest for name, digest in written.items() if name == CONFIG_NAME or _variant(name) is not None}
+    return [name for name, digest in model.items() if not _is_written(folder / name, digest)]
+
+
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
-    before = _written_before(folder)
-    there = {file.name: file for file in folder.iterdir() if file.is_file()}
-    ours = {name for name, file in there.items() if name in before and before[name] == _digest(file)}
-    kept = {"README.md"} & there.keys() - ours
-    if not own_tokenizer and there.keys() & _TOKENIZER - ours:
-        if (new / "tokenizer_config.json").is_file():
+    before = _written(_report(folder))
+    there = _digests(folder)
+    ours = {name for name, digest in there.items() if before.get(name) == digest}
+    users = there.keys() - ours
+    kept = {name for name in users if name == _CARD or name.startswith(_TEMPLATES)}
+    if not own_tokenizer and users & _TOKENIZER:
+        if any((new / name).is_file() and not _is_written(new / name, there[name]) for name in users & _TOKENIZER):
             logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
         kept |= _TOKENIZER
-        shutil.rmtree(new / "additional_chat_templates", ignore_errors=True)
+        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+    if (folder / _TEMPLATES).is_symlink():
+        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
     for name in kept:
         (new / name).unlink(missing_ok=True)
     for file in _files(new):
@@ -177,30 +197,59 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
         target = folder / file.relative_to(new)
         if target.is_dir() or target.parent.is_file():
             raise OSError(f"{file.relative_to(new)} has the name of something else there")
-    written = {file.name: _digest(file) for file in new.iterdir() if file.is_file()}
+    written = _digests(new)
     whole = CONFIG_NAME in written  # else adapters, which go beside a model
+    variants = {_variant(name) for name in written} - {None}
+    goes = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
+    goes |= {name for name in there if _variant(name) in variants}
+    stale = goes - kept - written.keys() if whole else set()
     if REPORT_NAME in written:
         report = json.loads((new / REPORT_NAME).read_text(encoding="utf-8"))
-        report["files"] = written if whole else before | written
+        report["files"] = {name: before[name] for name in sorted(ours - stale)} | written
         (new / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    variants = {_variant(name) for name in written} - {None}
-    stale = ours | {name for name in there if _variant(name) in variants}
-    return sorted(stale - kept - written.keys()) if whole else []
+    return sorted(stale)
 
 
-def _written_before(folder: Path) -> dict[str, Any]:
-    """Names of the files that the last save into a folder wrote, each with its `_digest`."""
-    try:
-        files = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)["files"]
-        return {name: digest for name, digest in files.items() if _is_name(name)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or not ours
-        return {}
+def _report(folder: Path) -> dict[str, Any]:
+    """What the last save into a folder noted, empty if that cannot be read."""
+    with suppress(OSError, ValueError):
+        report = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
+        return report if isinstance(report, dict) else {}
+    return {}
+
+
+def _written(report: dict[str, Any]) -> dict[str, Any]:
+    """Names of the files that the save of a report wrote, each with its `_digest`."""
+    files = report.get("files")
+    return {name: digest for name, digest in files.items() if _is_name(name)} if isinstance(files, dict) else {}
+
+
+def _is_written(file: Path, digest: object) -> bool:
+    """Whether a file is there as it was written."""
+    return file.is_file() and _digest(file) == digest
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """`_digest` of each file that may be a checkpoint's, by its name in the folder."""
+    templates = folder / _TEMPLATES
+    places = [folder, *([templates] if templates.is_dir() and not templates.is_symlink() else [])]
+    files = [file for place in places for file in place.iterdir() if file.is_file()]
+    return {name: _digest(file) for file in sorted(files) if _is_name(name := file.relative_to(folder).as_posix())}
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of what a user may edit: not of weights, which are large, nor the report, which holds the digests."""
-    large = file.suffix == ".safetensors" or file.name == REPORT_NAME
-    return "" if large else hashlib.sha256(file.read_bytes()).hexdigest()
+    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests."""
+    if file.name == REPORT_NAME:
+        return ""
+    if file.suffix != ".safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for place in range(_PLACES):
+            opened.seek(place * size // _PLACES)
+            found.update(opened.read(4096))
+    return found.hexdigest()
 
 
 def _variant(name: str) -> str | None:
@@ -209,8 +258,12 @@ def _variant(name: str) -> str | None:
     return match and (match[1] or match[2] or "")
 
 
-def _is_name(name: str) -> bool:
-    return name.isprintable() and name not in ("", ".", "..") and os.path.basename(name) == name
+def _is_name(name: object) -> bool:
+    """Whether it is one of a checkpoint's file, and leads nowhere else."""
+    if not isinstance(name, str) or not name.isprintable():
+        return False
+    *place, last = name.split("/")
+    return place in ([], [_TEMPLATES]) and last not in ("", ".", "..") and os.path.basename(last) == last
 
 
 def _files(folder: Path) -> list[Path]:
@@ -230,7 +283,7 @@ def write_companions(
         _write_older_names(folder)
     if report is not None:
         report.save(folder)
-        (folder / "README.md").write_text(model_card(report, as_llama=as_llama), encoding="utf-8")
+        (folder / _CARD).write_text(model_card(report, as_llama=as_llama), encoding="utf-8")
 
 
 def _write_older_names(folder: Path) -> None:

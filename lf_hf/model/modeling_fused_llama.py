@@ -30,7 +30,15 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.files.base import Base, check_names, hub_arguments, load_tokenizer, optional_file, without_adapter
+from lf_hf.files.base import (
+    Base,
+    check_has_config,
+    check_names,
+    hub_arguments,
+    load_tokenizer,
+    optional_file,
+    without_adapter,
+)
 from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, why_not_reused
 from lf_hf.files.processes import from_rank_0, local_processes, rank
 from lf_hf.files.saving import (
@@ -238,8 +246,11 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         to is loaded, with the adapter.
         """
         hub = hub_arguments(kwargs)
-        if pretrained_model_name_or_path is not None:
-            finish_save(Path(pretrained_model_name_or_path, hub.get("subfolder", "")))
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
+            # With a config that was read before, the files that it was read with count.
+            folder = Path(pretrained_model_name_or_path, hub.get("subfolder", ""))
+            finish_save(folder)
+            check_has_config(folder, hub)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
