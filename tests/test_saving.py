@@ -27,7 +27,8 @@ from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.files.saving import only_writer, replaced_files, write_companions
+from lf_hf.files.companions import write_companions
+from lf_hf.files.saving import only_writer, replaced_files
 
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
 

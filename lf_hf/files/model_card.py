@@ -11,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lf_hf.report.report import FusionReport
 
+CARD_NAME = "README.md"
+
 
 def model_card(report: FusionReport, *, as_llama: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""

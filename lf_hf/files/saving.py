@@ -20,16 +20,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checked_json import parse_json
-from lf_hf.files.model_card import model_card
-from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME, FusionReport
+from lf_hf.files.model_card import CARD_NAME
+from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
 
 logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
-_CARD = "README.md"
 _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _PLACES = 64
@@ -66,7 +64,7 @@ def check_replaceable(path: object) -> bool:
         config = parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME)
         if not before and config.get("model_type") == "fused_llama":  # a fused model without a report
             ours |= {CONFIG_NAME, *(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name))}
-    if taken := [name for name in (CONFIG_NAME, REPORT_NAME, _CARD) if (folder / name).is_dir()]:
+    if taken := [name for name in (CONFIG_NAME, REPORT_NAME, CARD_NAME) if (folder / name).is_dir()]:
         raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
     if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):
@@ -182,7 +180,7 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     there = _digests(folder)
     ours = {name for name, digest in there.items() if before.get(name) == digest}
     users = there.keys() - ours
-    kept = {name for name in users if name == _CARD or name.startswith(_TEMPLATES)}
+    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
     if not own_tokenizer and users & _TOKENIZER:
         if any((new / name).is_file() and not _is_written(new / name, there[name]) for name in users & _TOKENIZER):
             logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
@@ -268,43 +266,3 @@ def _is_name(name: object) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if not file.is_dir()]
-
-
-def write_companions(
-    folder: Path, report: FusionReport | None, tokenizer: PreTrainedTokenizerBase | None, *, as_llama: bool
-) -> None:
-    """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
-    if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library has no error of its own for a full disk
-            raise OSError(f"tokenizer: {error}") from error
-    if as_llama:
-        _write_older_names(folder)
-    if report is not None:
-        report.save(folder)
-        (folder / _CARD).write_text(model_card(report, as_llama=as_llama), encoding="utf-8")
-
-
-def _write_older_names(folder: Path) -> None:
-    """Say what transformers 5 gave new names under the old ones too, in the config and the tokenizer's.
-
-    transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
-    10000 without a word, and does not know the tokenizer class. transformers 5 reads both.
-    """
-    if (file := folder / CONFIG_NAME).is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        rope = dict(config.get("rope_parameters") or {})
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope.pop("rope_theta")
-            config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        if "dtype" in config:
-            config["torch_dtype"] = config["dtype"]
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if (file := folder / "tokenizer_config.json").is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

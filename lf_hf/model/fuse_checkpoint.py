@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import Base, hub_arguments
-from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files, write_companions
+from lf_hf.files.companions import write_companions
+from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.model.configuration_fused_llama import converted_config, fused_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusionInputs, checked_tokenizer
 from lf_hf.report.report import FusionReport

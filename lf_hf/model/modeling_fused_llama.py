@@ -39,6 +39,7 @@ from lf_hf.files.base import (
     optional_file,
     without_adapter,
 )
+from lf_hf.files.companions import write_companions
 from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, why_not_reused
 from lf_hf.files.processes import from_rank_0, local_processes, rank
 from lf_hf.files.saving import (
@@ -47,7 +48,6 @@ from lf_hf.files.saving import (
     finish_save,
     only_writer,
     replaced_files,
-    write_companions,
 )
 from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
