@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_a_folder_without_config_is_no_model(base: str, tmp_path: Path) -> None:
     fused(base).save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json is missing"):
+        FusedLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [{"num_key_value_heads": 0}, {"hidden_act": "zzz"}])
+def test_a_config_that_was_edited_wrongly_gets_a_sentence(base: str, tmp_path: Path, edit: dict[str, Any]) -> None:
+    fused(base).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | edit))
+    with pytest.raises(ValueError, match="is of no Llama"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path)
 
 

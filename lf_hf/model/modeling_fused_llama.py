@@ -261,8 +261,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             tensors = check_names(name, hub, kwargs.get("variant"))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except StrictDataclassError as error:
-            reason = " ".join(str(error).split())
+        except (StrictDataclassError, ZeroDivisionError, KeyError) as error:  # the latter two of an edited config
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"The config of {pretrained_model_name_or_path!r} is of no Llama: {reason:.300}") from None
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if not isinstance(model.config.fusion, dict | None):
