@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import make_point
 from conftest import make_llama, make_texts
 from transformers import AutoModelForCausalLM
 
@@ -201,7 +202,7 @@ def test_infinite_figures_are_strict_json_and_come_back(tmp_path: Path) -> None:
         assert loaded.perplexities[0] == judged[0] and math.isnan(loaded.perplexities[1].dense)
         assert dataclasses.replace(loaded, perplexities=[]) == dataclasses.replace(report, perplexities=[])
 
-    point = make_point("mka", 1, {"docs": math.inf, "b": -math.inf}, math.inf)
+    point = sweep_point("mka", 1, {"docs": math.inf, "b": -math.inf}, math.inf)
     append_point(tmp_path / "results.jsonl", point)
     strictly((tmp_path / "results.jsonl").read_text())
     assert read_points(tmp_path / "results.jsonl") == {point.key: point}
@@ -281,29 +282,17 @@ def test_a_merged_adapter_gets_a_note_once(base: str, text: Path) -> None:
 # Sweeps
 
 
-def make_point(method: str, num_fusions: int, perplexities: dict[str, float], score: float) -> Point:
-    return Point(
-        key=f"{method}{num_fusions}",
-        method=method,
-        num_fusions=num_fusions,
-        layers=32 - num_fusions,
-        parameters=1000,
-        layers_removed_fraction=num_fusions / 32,
-        parameters_removed_fraction=num_fusions / 40,
-        perplexities=perplexities,
-        scores={"mmlu_5shot": Score("acc", 0.5, 0.01), "wikitext": Score("word_perplexity", score, None)},
-        config=None,
-        notes=[],
-        seconds={},
-        versions={},
-    )
+def sweep_point(method: str, num_fusions: int, perplexities: dict[str, float], score: float) -> Point:
+    point = make_point(method, num_fusions, 0.5)
+    scores = point.scores | {"wikitext": Score("word_perplexity", score, None)}
+    return dataclasses.replace(point, perplexities=perplexities, scores=scores)
 
 
 def test_a_sweep_shows_what_there_is_and_no_empty_panel(tmp_path: Path) -> None:
     points = [
-        make_point(DENSE, 0, {"docs": 10.0}, math.inf),
-        make_point("mka", 1, {"docs": math.inf, "reasoning": 5.0}, math.inf),
-        make_point("refit", 1, {"docs": 11.0}, math.inf),
+        sweep_point(DENSE, 0, {"docs": 10.0}, math.inf),
+        sweep_point("mka", 1, {"docs": math.inf, "reasoning": 5.0}, math.inf),
+        sweep_point("refit", 1, {"docs": 11.0}, math.inf),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
