@@ -6,7 +6,7 @@ The pipeline asks for one layer at a time, so that the layers may also lie on di
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,6 +45,18 @@ class Decoder(ABC):
     @abstractmethod
     def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
         """A layer of the dense model, by its number there, whatever has been replaced or removed since."""
+
+    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        """Layers one after the other, each to be used until the next one is asked for."""
+        for index in indices:
+            with self.layer(index) as layer:
+                yield layer
+
+    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        """Layers of the dense model one after the other, by their numbers there."""
+        for number in numbers:
+            with self.original(number) as layer:
+                yield layer
 
     @abstractmethod
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
@@ -140,10 +152,9 @@ class Decoder(ABC):
             Before the model's final norm. The list is overwritten by the next layer's: use it before advancing.
         """
         states = self.embed(samples)
-        for index in range(self.num_layers):
-            with self.layer(index) as layer:
-                for n, state in enumerate(states):
-                    states[n] = self.run_layer(layer, state)
+        for layer in self.layers(range(self.num_layers)):
+            for n, state in enumerate(states):
+                states[n] = self.run_layer(layer, state)
             yield states
 
 

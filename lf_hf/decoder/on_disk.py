@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -61,6 +61,14 @@ class CheckpointDecoder(Decoder):
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
         yield self._built(self._layer_weights(index), index)
+
+    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        for index in indices:
+            yield self._built(self._layer_weights(index), index)
+
+    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        for number in numbers:
+            yield self._built(self._stored_weights(number), number)
 
     @contextmanager
     def original(self, number: int) -> Iterator[LlamaDecoderLayer]:

@@ -45,18 +45,20 @@ def fit_from_bottom(
         states = dense
         del embedded
         fitted = []
+        originals = decoder.originals(range(sum(map(len, groups))))
         for index, group in enumerate(progress(groups, desc="Last pass", unit="layer")):
             if len(group) == 1:
-                with decoder.layer(index) as layer:
-                    after = store.keep(decoder.run_layer(layer, state) for state in dense)
-                    if states is not dense:
-                        states = store.keep(decoder.run_layer(layer, state) for state in states)
-                    else:
-                        states = after
-                    dense = after
+                layer = next(originals)
+                after = store.keep(decoder.run_layer(layer, state) for state in dense)
+                if states is not dense:
+                    states = store.keep(decoder.run_layer(layer, state) for state in states)
+                else:
+                    states = after
+                dense = after
+                del layer
                 continue
             with ExitStack() as stack:
-                layers = [stack.enter_context(decoder.original(number)) for number in group]
+                layers = [next(originals) for _ in group]
                 traces = trace(decoder, layers, dense, store)
                 if config.merge != "select":
                     layers = [stack.enter_context(decoder.layer(index))]

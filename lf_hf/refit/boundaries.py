@@ -51,10 +51,10 @@ class Boundaries:
             If a layer's output contains NaN or inf; the layer is named.
         """
         del self.influences[index:], self._states[index + 1 :]
-        for position in range(index, self._decoder.num_layers):
+        upwards = range(index, self._decoder.num_layers)
+        for position, layer in zip(upwards, self._decoder.layers(upwards), strict=True):
             states = self._states[position]
-            with self._decoder.layer(position) as layer:
-                after = self._store.keep(self._decoder.run_layer(layer, state) for state in states)
+            after = self._store.keep(self._decoder.run_layer(layer, state) for state in states)
             self.influences.append(influence(states, after))
             if math.isnan(self.influences[-1]):
                 check_finite(after, position)

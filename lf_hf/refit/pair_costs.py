@@ -82,10 +82,10 @@ class PairCosts:
             return
         states: dict[int, Sequence[Tensor]] = {}
         upwards = range(min(joined), self._decoder.num_layers)
-        for index in progress(upwards, desc="Trying pairs", unit="layer", leave=False):
-            with self._decoder.layer(index) as layer:
-                for j, before in states.items():
-                    states[j] = self._store.keep(self._decoder.run_layer(layer, state) for state in before)
+        bar = progress(upwards, desc="Trying pairs", unit="layer", leave=False)
+        for index, layer in zip(bar, self._decoder.layers(upwards), strict=True):
+            for j, before in states.items():
+                states[j] = self._store.keep(self._decoder.run_layer(layer, state) for state in before)
             if index in joined:
                 states[index] = self._after_fused(index - 1)
         for j, cost in zip(states, self._divergences(states.values()), strict=True):
