@@ -247,6 +247,7 @@ def fuse(
         not finite, or the measurements are of other settings. The model is unchanged then.
     """
     parameters_before = check_model(decoder, config)
+    base_digest = weights_digest(decoder.named_parameters())
     layers_before = decoder.num_layers
     with decoder.layer(0) as layer:
         layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -289,6 +290,7 @@ def fuse(
         sample_labels=measured.sample_labels if similar else None,
         influences=fused.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
+        base_digest=base_digest,
     )
 
 
