@@ -99,9 +99,34 @@ class HealSettings:
         """Names of all fields."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> HealSettings:
+        """Build from values that may be strings, as command lines give them.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name or a value that does not parse.
+        """
+        for name in kwargs:
+            if name not in cls.field_names():
+                raise ValueError(unknown_name("healing setting", name, cls.field_names()))
+        return cls(**{name: _parse(name, value) for name, value in kwargs.items()})
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return dataclasses.asdict(self)
+
+
+def _parse(name: str, value: Any) -> Any:
+    """Read a string as the type of field `name`; any other value passes through."""
+    if not isinstance(value, str) or name == "train":
+        return value
+    try:
+        return int(value) if name in _INT_MINIMUM else float(value)
+    except ValueError:
+        wanted = "an integer" if name in _INT_MINIMUM else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.") from None
 
 
 def _is_number(value: object) -> bool:

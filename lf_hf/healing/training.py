@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,6 +178,26 @@ class _Progress(TrainerCallback):
 def stacked(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of items."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """TrainingArguments of a command line, each "name=value", the value as in JSON or a string.
+
+    Raises
+    ------
+    ValueError
+        For one without a name.
+    """
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"A training argument must be NAME=VALUE, got {pair!r:.80}.")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return given
 
 
 def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:

@@ -168,10 +168,13 @@ class HealingInfo:
     judged: list[HealedText]
     seconds: float
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that the kept state was trained on, repeats counted."""
-        return self.kept * (self.settings["batch_tokens"] // self.settings["length"]) * int(self.settings["length"])
+    def summary(self) -> str:
+        """One sentence about what was trained on what."""
+        kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
+        return (
+            f"Trained {self.trained:,} parameters ({self.settings['train']}) for {self.steps} steps, of which step "
+            f"{self.kept} is kept; {self.epochs:.1f} times through tokens: {kinds}."
+        )
 
 
 @dataclass(frozen=True)
@@ -300,11 +303,7 @@ class FusionReport:
         if self.healed is None:
             return []
         healed = self.healed
-        kinds = ", ".join(f"{info.tokens} of {info.source}" for info in healed.text)
-        lines = [
-            f"  healed: {healed.settings['train']}, {healed.trained:,} parameters, {healed.steps} steps, of which step "
-            f"{healed.kept} is kept; {healed.epochs:.1f} times through tokens: {kinds}"
-        ]
+        lines = [f"  healed: {healed.summary()}"]
         for judged in healed.judged:
             lines.append(
                 f"  healed, {judged.name}: perplexity {judged.perplexity_before:.4g} -> {judged.perplexity_after:.4g}, "
@@ -366,6 +365,8 @@ class FusionReport:
             kept = _are_counts(fitted.channels_kept, len(fitted.layers))
             checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
         checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        if self.healed is not None:
+            checks["healed has no train among its settings"] = "train" not in self.healed.settings
         perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
         checks["perplexities has one that is not positive"] = any(value <= 0 for value in perplexities)
         for problem, found in checks.items():
