@@ -26,6 +26,7 @@ from lf_hf import fuse_checkpoint, tasks_path
 from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
+from lf_hf.files.processes import rank
 from lf_hf.files.weights import weights_size
 from lf_hf.healing.settings import TRAIN, HealSettings
 from lf_hf.model.fuse_checkpoint import check_low_memory
@@ -338,6 +339,8 @@ def heal(
             **_given(gguf_file=gguf_file, revision=revision),
         )
     assert done.healed is not None
+    if rank():  # the first process of a launch says it for all
+        return
     rows = []
     for judged in done.healed.judged:
         dense = next((info.dense for info in done.perplexities if info.name == judged.name), None)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,13 +33,21 @@ from lf_hf.healing.judge import Judgement, judge
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.memory import free_memory, model_bytes, training_memory
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import FileTeacher, Item, MemoryTeacher, Teacher, read_targets, targets_folder, write_targets
+from lf_hf.healing.teacher import (
+    FileTeacher,
+    Item,
+    MemoryTeacher,
+    Teacher,
+    read_targets,
+    stacked,
+    targets_folder,
+    write_targets,
+)
 from lf_hf.healing.text import Kind, Sequences, healing_text, hub_texts, load_kinds, save_kinds, training_order
 from lf_hf.healing.training import (
     DistillationTrainer,
     make_student,
     set_batches,
-    stacked,
     trained_state,
     training_arguments,
 )
@@ -65,6 +74,8 @@ JUDGING_TOKENS = 4096  # of each judging text
 _WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 _MOST_EPOCHS = 3
+_JUDGING = "judging: "  # before a judging text's name, among kinds of text
+_judging_texts = functools.cache(judging_texts)
 
 
 def heal(
@@ -136,13 +147,13 @@ def heal(
     given = dict(training_args or {})
     work = folder / _WORK
     arguments = training_arguments(settings, work, given)
+    student = make_student(came_in.model, settings, came_in.fused_layers)
+    way = _choose_way(opened, student, settings, arguments, given, cache)
     with ExitStack() as stack:
         if not rank():
             stack.enter_context(only_writer(work))
         resumed = by_rank_0(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
-        student = make_student(came_in.model, settings, came_in.fused_layers)
-        way = _choose_way(opened, student, settings, arguments, given, cache)
-        lesson = stack.enter_context(_lesson(way, opened, came_in, corpus, settings, arguments, work))
+        lesson = _lesson(way, opened, came_in, corpus, settings, arguments, work)
         before = {name: judge(came_in.model, items, lesson.teacher) for name, items in lesson.judging.items()}
         trainer = DistillationTrainer(
             teacher=lesson.teacher,
@@ -393,7 +404,6 @@ class _Lesson:
     judging: dict[str, list[Item]]
 
 
-@contextmanager
 def _lesson(
     way: _Way,
     opened: Base,
@@ -402,33 +412,28 @@ def _lesson(
     settings: HealSettings,
     arguments: TrainingArguments,
     work: Path,
-) -> Iterator[_Lesson]:
+) -> _Lesson:
     """The text and the base's predictions of it, on the way that was chosen."""
-    with ExitStack() as stack:
-        if way.folder is None:
-            llama = _loaded_base(opened, came_in, arguments)
-            kinds = by_rank_0(lambda: _kinds(ModelDecoder(llama), opened, corpus, settings, work / "text.safetensors"))
-            items: Sequence[Item] = [
-                {"input_ids": sequence} for kind in kinds for sequence in (*kind.training, *kind.held_out)
-            ]
-            parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
-            teacher: Teacher = MemoryTeacher(llama)
-        else:
-            made_of = {
-                "base": came_in.report.base_digest or digest(opened.content_files()),
-                "text": _digest_of(corpus),
-                "settings": {
-                    name: getattr(settings, name)
-                    for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
-                },
-                "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
-            }
-            folder = targets_folder(way.folder, **made_of)
-            by_rank_0(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
-            items, parts = read_targets(folder)
-            teacher = FileTeacher()
-        yield _arranged(teacher, way.said, items, parts, settings)
-        del stack
+    if way.folder is None:
+        llama = _loaded_base(opened, came_in, arguments)
+        kinds = by_rank_0(lambda: _kinds(ModelDecoder(llama), opened, corpus, settings, work / "text.safetensors"))
+        sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+        parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
+        return _arranged(
+            MemoryTeacher(llama), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
+        )
+    made_of = {
+        "base": came_in.report.base_digest or digest(opened.content_files()),
+        "text": _digest_of(corpus),
+        "settings": {
+            name: getattr(settings, name)
+            for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
+        },
+        "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
+    }
+    folder = targets_folder(way.folder, **made_of)
+    by_rank_0(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
+    return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
 
 
 def _loaded_base(opened: Base, came_in: _Fused, arguments: TrainingArguments) -> LlamaForCausalLM:
@@ -475,15 +480,12 @@ def _kinds(decoder: Decoder, opened: Base, corpus: Corpus, settings: HealSetting
         return decoder.generate(count, length, seed)
 
     kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
-    for judging in judging_texts():
+    for judging in _judging_texts():
         packed = pack_tokens(tokenizer, judging.text, settings.length, JUDGING_TOKENS)
         kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == settings.length]))
     if file is not None:
         save_kinds(kinds, file)
     return kinds
-
-
-_JUDGING = "judging: "
 
 
 def _arranged(
@@ -499,7 +501,7 @@ def _arranged(
         kept = range(place + count, place + count + aside)
         place += count + aside
         if name.startswith(_JUDGING):
-            judging[name.removeprefix(_JUDGING)] = [items[number] for number in kept]
+            judging |= {name.removeprefix(_JUDGING): [items[number] for number in kept]} if aside else {}
         elif aside:
             held_out[name] = list(kept)
         if count:
@@ -583,7 +585,7 @@ def _report(
         notes.append(_epochs_note(lesson.epochs))
     for note in notes[len(report.notes) :]:
         logger.warning(note)
-    texts = {judging.name: judging for judging in judging_texts()}
+    texts = {judging.name: judging for judging in _judging_texts()}
     perplexities = []
     for info in report.perplexities:
         if info.name in after and info.name in texts:

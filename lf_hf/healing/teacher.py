@@ -29,6 +29,11 @@ Item = Mapping[str, Tensor]
 """A sequence, `input_ids` (tokens T,), with what is known of the base's predictions."""
 
 
+def stacked(items: Sequence[Item]) -> dict[str, Tensor]:
+    """A batch of items."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
 class Teacher(Protocol):
     """Where a training gets the base's predictions from."""
 

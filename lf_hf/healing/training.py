@@ -175,11 +175,6 @@ class _Progress(TrainerCallback):
             self._shown.__exit__(None, None, None)
 
 
-def stacked(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of items."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
 def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """TrainingArguments of a command line, each "name=value", the value as in JSON or a string.
 
@@ -273,7 +268,8 @@ def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapp
             f"per_device_train_batch_size={size} does not divide the {of_process} sequences of a step and process."
         )
     arguments.per_device_train_batch_size = size
-    arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", size)
+    # One by one, as the mean of a batch that is filled up for the last of several processes is another.
+    arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)
     arguments.gradient_accumulation_steps = of_process // size
 
 

@@ -73,9 +73,14 @@ def test_what_is_not_among_the_most_likely_counts_as_one_token() -> None:
     found = distillation_loss(states, weight, IDS, targets, Loss())
     q = (states @ weight.T).double().softmax(-1)
     p = base_logits().double().softmax(-1)
-    lumped = [torch.cat([each.gather(-1, targets.ids), 1 - each.gather(-1, targets.ids).sum(-1, True)], -1) for each in (p, q)]
+    lumped = [
+        torch.cat([each.gather(-1, targets.ids), 1 - each.gather(-1, targets.ids).sum(-1, True)], -1) for each in (p, q)
+    ]
     wanted = (lumped[0] * (lumped[0].log() - lumped[1].log())).sum(-1).mean()
     torch.testing.assert_close(found, wanted.float())
     torch.testing.assert_close(
-        torch.autograd.grad(found, [states, weight]), torch.autograd.grad(wanted, [states, weight]), rtol=1e-4, atol=1e-6
+        torch.autograd.grad(found, [states, weight]),
+        torch.autograd.grad(wanted, [states, weight]),
+        rtol=1e-4,
+        atol=1e-6,
     )
