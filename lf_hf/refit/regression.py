@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lf_hf.processes import Processes
+
 _SELECTION_RIDGE = 1e-2
 _ROWS = 256  # of a weight that an error is summed over at a time, in float64
 PRUNING_ROUNDS = 4
@@ -52,6 +54,17 @@ class Regression:
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(y.T, x)
         self.energy += float(y.double().square().sum())
+
+    def add_up(self, processes: Processes, owner: int = 0) -> None:
+        """Add all processes' sums, for one of them to solve the problem; in all others they are lost."""
+        if processes.count == 1:
+            return
+        unit = processes.largest(self.unit)
+        scale = self.unit / (unit or 1)  # exact, as a power of two
+        self.unit = unit
+        for sums, factor in ((self.gram, scale**2), (self.cross, scale)):
+            processes.add_up_for(owner, sums.mul_(factor))
+        self.energy = sum(processes.gathered(self.energy))
 
     def restrict(self, index: Tensor) -> None:
         """Leave only some of the inputs, sorted ones, in the memory that the problem has."""
