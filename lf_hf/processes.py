@@ -76,10 +76,6 @@ class Processes:
         self.add_up(numbers)
         return numbers.tolist()
 
-    def largest(self, number: float) -> float:
-        """The largest of all processes' numbers."""
-        return max(self.gathered(number))
-
     def gathered(self, value: T) -> list[T]:
         """A small value of each process, by rank, in all of them."""
         if self.count == 1:

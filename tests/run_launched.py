@@ -37,7 +37,7 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
         decoder = ModelDecoder(llama, keep_originals=True, processes=processes)
     else:
         shared = processes.told_by_first(lambda: llama.save_pretrained(folder / "base") or folder)
-        decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder)
+        decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
         decoder.processes = processes
     texts = make_texts(100)
     config = FusionConfig(**settings, calibration_tokens=4096, calibration_length=64, perplexity_tokens=300)
@@ -55,11 +55,12 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
 def main() -> None:
     torch.set_num_threads(1)
     processes = Processes.of_launch()
-    for name, settings in SETTINGS.items():
+    for name in sys.argv[1:]:
+        settings = SETTINGS["refit" if name == "dies" else name]
         for on_disk in (False, True) if name == "refit" else (False,):
             with tempfile.TemporaryDirectory() as folder:
                 together = fused(processes, settings, Path(folder) if on_disk else None)
-            digests = processes.gathered(together["digest"])
+                digests = processes.gathered(together["digest"])
             if not processes.first:
                 continue
             alone = fused(ALONE, settings, None)
@@ -81,6 +82,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["dies"] and Processes.of_launch().rank == 1:
+    if sys.argv[1] == "dies" and Processes.of_launch().rank == 1:
         raise SystemExit(3)  # while the others sum
     main()

@@ -112,8 +112,13 @@ class Decoder(ABC):
         ]
 
     def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """The same as tensors of shape (sequences B, tokens T)."""
-        return [torch.stack([sequences[number] for number in numbers]) for numbers in self.batched(sequences)]
+        """The same as tensors of shape (sequences B, tokens T), which go to the device together."""
+        groups = self.batched(sequences)
+        if not groups:
+            return []
+        ids = torch.cat([sequences[number] for numbers in groups for number in numbers]).to(self.device)
+        sizes = [len(numbers) * len(sequences[numbers[0]]) for numbers in groups]
+        return [part.view(len(numbers), -1) for part, numbers in zip(ids.split(sizes), groups, strict=True)]
 
     @torch.no_grad()
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:

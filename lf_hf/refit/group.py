@@ -117,11 +117,11 @@ def _fit_attention(
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
     config, count = decoder.config, len(parameters)
     device = parameters[0]["self_attn.o_proj.weight"].device
-    maps = input_maps(decoder, states, traces.inputs, ridge, device)
+    maps = input_maps(decoder, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
     weights = dict(parameters[0]) | stacked(parameters, "input_layernorm", maps)
     wide = build_layer(decoder, weights)
     start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
-    regression = Regression.empty(start.shape[1], start.shape[0], start.device)
+    regression = Regression.empty(start.shape[1], start.shape[0], device, start.dtype)
     for n, state in enumerate(states):
         target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
         wanted = target - state if bias is None else target - state - bias
@@ -162,7 +162,7 @@ def _fit_mlp(
     maps = None
     device = parameters[0]["mlp.down_proj.weight"].device
     if refit == "projections":
-        maps = input_maps(decoder, residuals, traces.residuals, ridge, device)
+        maps = input_maps(decoder, residuals, traces.residuals, ridge, parameters[0]["mlp.down_proj.weight"])
     weights = stacked(parameters, "post_attention_layernorm", maps)
     del maps
     parameters.clear()
@@ -171,7 +171,9 @@ def _fit_mlp(
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = with_channels(weights, channels)
     bias = weights.get("mlp.down_proj.bias")
-    regression = Regression.empty(len(channels), decoder.config.hidden_size, channels.device)
+    regression = Regression.empty(
+        len(channels), decoder.config.hidden_size, device, weights["mlp.down_proj.weight"].dtype
+    )
     for residual, output in zip(residuals, traces.output, strict=True):
         wanted = output - residual if bias is None else output - residual - bias
         regression.add(mlp_channels(decoder, weights, residual), wanted.flatten(0, 1), token_weights(decoder, output))
@@ -213,28 +215,28 @@ def input_maps(
     states: Sequence[Tensor],
     wanted: Sequence[Sequence[Tensor]],
     ridge: float,
-    device: torch.device,
+    weight: Tensor,
 ) -> list[Tensor]:
     """Linear maps, near the identity, from the normalised states to each of some normalised states that were wanted.
 
     Parameters
     ----------
     states, and each of `wanted` : sequences of tensors of shape (sequences B, tokens T, hidden)
-    device : torch.device
-        Where the states are, and the maps will be.
+    weight : tensor
+        One of the layer's, for device and dtype.
 
     Returns
     -------
-    list of float32 tensors of shape (hidden, hidden)
+    list of tensors of shape (hidden, hidden), float32 at least
     """
-    hidden = decoder.config.hidden_size
+    hidden, device, dtype = decoder.config.hidden_size, weight.device, weight.dtype
     identity = torch.eye(hidden, device=device)
     solves: list[Callable[[], Tensor]] = []
     for owner, of_map in enumerate(wanted):
         if of_map is states:
             solves.append(lambda: identity)
             continue
-        regression = Regression.empty(hidden, hidden, device)
+        regression = Regression.empty(hidden, hidden, device, dtype)
         for state, want in zip(states, of_map, strict=True):
             weights = _with_first_share(torch.ones(state.shape[:2], device=state.device))
             regression.add(normalized(decoder, state).flatten(0, 1), normalized(decoder, want).flatten(0, 1), weights)

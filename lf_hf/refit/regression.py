@@ -25,7 +25,7 @@ class Regression:
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, float32, with x in units of `unit`.
+        Sum of weight * x x^T over tokens, float32 at least, with x in units of `unit`.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
     energy : float64 tensor of shape ()
@@ -43,10 +43,14 @@ class Regression:
     scaled: bool = False
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Regression:
-        """A problem without tokens yet; on the CPU where the device, Apple's mps, has no float64 to solve it in."""
+    def empty(cls, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Regression:
+        """A problem without tokens yet, for tokens of some dtype.
+
+        It is on the CPU where the device, Apple's mps, has no float64 to solve it in.
+        """
         device = torch.device("cpu") if device.type == "mps" else device
-        gram, cross = torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device)
+        dtype = torch.promote_types(dtype, torch.float32)
+        gram, cross = (torch.zeros(rows, inputs, dtype=dtype, device=device) for rows in (inputs, outputs))
         return cls(gram, cross, torch.zeros((), dtype=torch.float64, device=device), torch.ones((), device=device))
 
     @staticmethod
@@ -81,12 +85,12 @@ class Regression:
         """Add all processes' sums, for one of them to solve the problem; in all others they are lost."""
         if processes.count == 1:
             return
-        unit = processes.largest(self.unit)
-        scale = self.unit / (unit or 1)  # exact, as a power of two
-        self.unit = unit
-        for sums, factor in ((self.gram, scale**2), (self.cross, scale)):
-            processes.add_up_for(owner, sums.mul_(factor))
-        self.energy = sum(processes.gathered(self.energy))
+        units = processes.gathered(float(self.unit) if self.scaled else 0.0)
+        unit = max(units) or 1.0
+        scale = units[processes.rank] / unit  # a power of two, so that nothing is rounded
+        self.unit = torch.full_like(self.unit, unit)
+        for sums in (self.gram.mul_(scale**2), self.cross.mul_(scale), self.energy):
+            processes.add_up_for(owner, sums)
 
     def restrict(self, index: Tensor) -> None:
         """Leave only some of the inputs, sorted ones, in the memory that the problem has."""

@@ -109,7 +109,7 @@ def test_an_input_map_undoes_a_rotation() -> None:
     states = [torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(n)) for n in range(20)]
     rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99))).Q
     rotated = [state @ rotation.T for state in states]
-    same, found = input_maps(decoder, states, [states, rotated], ridge=1e-6, device=states[0].device)
+    same, found = input_maps(decoder, states, [states, rotated], ridge=1e-6, weight=states[0])
     torch.testing.assert_close(found, rotation, rtol=0, atol=1e-3)
     assert torch.equal(same, torch.eye(32))
 
