@@ -118,7 +118,12 @@ class _State:
             changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
             if config.merge == "average":
                 changed, matches = average_layers(
-                    first, second, ratio=ratio, alignment=config.alignment, head_dim=pair[0].self_attn.head_dim
+                    first,
+                    second,
+                    ratio=ratio,
+                    alignment=config.alignment,
+                    head_dim=pair[0].self_attn.head_dim,
+                    processes=self.decoder.processes,
                 )
                 for tensor in changed.values():  # in case machines round differently
                     self.decoder.processes.given_by_first(tensor)
