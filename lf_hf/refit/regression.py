@@ -133,7 +133,7 @@ class Regression:
             dropped = _saliency(inverse, weight, block).argsort(descending=True)[size:].sort().values
             # Those that are left among the last take the places of those that are dropped: few are moved.
             last = torch.arange(size, len(blocks), device=blocks.device)
-            last = last[torch.isin(last, dropped).int().argsort(stable=True)]
+            last = last[torch.isin(last, dropped).argsort(stable=True)]
             if surplus:
                 inverse, weight = _eliminated(inverse, weight, expanded(dropped, block), expanded(last, block))
             blocks[dropped] = blocks[last]
