@@ -146,12 +146,17 @@ class Regression:
         inverse, weight = self._inverse_and_solution(start)
         # How many are left too many after each round, in which some are dropped.
         for surplus in sorted({(total - keep) * step // rounds for step in range(rounds)}, reverse=True):
-            ranking = _saliency(inverse, weight, block).argsort(descending=True)
-            left, dropped = ranking[: keep + surplus].sort().values, ranking[keep + surplus :]
-            blocks = blocks[left]
+            size = keep + surplus
+            dropped = _saliency(inverse, weight, block).argsort(descending=True)[size:].sort().values
+            # Those that are left among the last take the places of those that are dropped: few are moved.
+            last = torch.arange(size, len(blocks), device=blocks.device)
+            last = last[torch.isin(last, dropped).argsort(stable=True)]
             if surplus:
-                inverse, weight = _eliminated(inverse, weight, expanded(left, block), expanded(dropped, block))
+                inverse, weight = _eliminated(inverse, weight, expanded(dropped, block), expanded(last, block))
+            blocks[dropped] = blocks[last]
+            blocks = blocks[:size]
         del inverse, weight
+        blocks = blocks.sort().values
         self.restrict(expanded(blocks, block))
         return blocks
 
@@ -201,17 +206,21 @@ def _saliency(inverse: Tensor, weight: Tensor, block: int) -> Tensor:
     return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 
 
-def _eliminated(inverse: Tensor, weight: Tensor, left: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse and solution of the problem of the inputs that are left, in the memory of the inverse.
+def _eliminated(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and solution of the problem without some inputs, in the memory they have.
 
-    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T.
+    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
+    take the places of those that are dropped, in the order of `last`.
     """
+    size = len(inverse) - len(dropped)
     rows = inverse[dropped]
     root = torch.linalg.cholesky(rows[:, dropped])
-    shared = torch.linalg.solve_triangular(root, rows[:, left], upper=False)  # (dropped, left)
+    shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
     written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
-    inverse = _compacted(inverse, left).addmm_(shared.T, shared, alpha=-1)
-    return inverse, weight[left].addmm_(shared.T, written, alpha=-1)
+    for part in (inverse, inverse.T, shared.T, weight):
+        part[dropped] = part[last]
+    inverse, shared, weight = inverse[:size, :size], shared[:, :size], weight[:size]
+    return inverse.addmm_(shared.T, shared, alpha=-1), weight.addmm_(shared.T, written, alpha=-1)
 
 
 def _power_of_two(size: Tensor) -> Tensor:
