@@ -167,13 +167,15 @@ def test_low_memory_writes_the_same_bytes(kind: str, base: str, tmp_path: Path) 
     assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    "kind", ["neural_alignment", "mka", "truncate", "refit", "least divergent averaged and refitted"]
+)
 def test_low_memory_on_a_device_computes_all_there_and_writes_the_same_bytes(
     kind: str, base: str, tmp_path: Path
 ) -> None:
-    reports = [write(base, tmp_path / "cpu", kind)]
+    reports = [write(base, tmp_path / "cpu", kind, calibration_tokens=512)]
     with TwoDevices() as devices:
-        reports.append(write(base, tmp_path / "device", kind, device_map="cuda:1"))
+        reports.append(write(base, tmp_path / "device", kind, calibration_tokens=512, device_map="cuda:1"))
     assert devices.computed == {OTHER}
     here, there = (report.to_dict() | {"seconds": None} for report in reports)
     assert here == there

@@ -48,8 +48,8 @@ def fuse_checkpoint(
     config, calibration, tokenizer
         As for `FusedLlamaForCausalLM.from_pretrained_fused`.
     low_memory : bool
-        Hold two layers at a time instead of the model, or for a refit the layers of one group. The tensors written are
-        the same, bit for bit. Where `device_map` is another device than the CPU, layers are read onto it one at a time,
+        Hold two layers at a time instead of the model, or for a refit the layers of one group. On the CPU the tensors
+        written are the same, bit for bit. Where `device_map` is another device, layers are read onto it one at a time,
         each while the one before it is used, and all is computed there.
     as_llama : bool
         Write a plain Llama checkpoint that programs without lf_hf open.
