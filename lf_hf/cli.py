@@ -26,7 +26,7 @@ from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
-from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.model.fuse_checkpoint import low_memory_device
 from lf_hf.processes import OtherProcessError, local_rank, rank
 from lf_hf.report.report import FusionReport
 
@@ -173,6 +173,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
     epilog=_examples(
         "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method refit --calibration my_text.txt",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --as-llama",
+        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory --device cuda",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --dry-run",
     )
 )
@@ -199,7 +200,10 @@ def fuse(
     ] = False,
     low_memory: Annotated[
         bool,
-        typer.Option("--low-memory", help="Hold two layers, or one group, in memory instead of the model."),
+        typer.Option(
+            "--low-memory",
+            help="Hold two layers, or one group, in memory instead of the model; with --device in that of the device.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -226,7 +230,7 @@ def fuse(
         print(plan.summary())
         return
     if low_memory:
-        check_low_memory(loading)
+        low_memory_device(loading)
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table

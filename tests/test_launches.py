@@ -17,7 +17,11 @@ from lf_hf import FusedLlamaForCausalLM
 
 def launched(count: int, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a program in some processes on the CPU, as torchrun starts them."""
-    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     return subprocess.run(
         [*torchrun, *words], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
