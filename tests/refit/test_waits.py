@@ -37,7 +37,8 @@ class Counting(TwoDevices):
 
 def waits_and_copies(num_sequences: int, selection: str) -> tuple[int, int]:
     model = make_llama(num_hidden_layers=5)
-    with torch.no_grad(), Counting() as devices:
+    devices = Counting()
+    with torch.no_grad(), devices:
         for tensor in (*model.parameters(), *model.buffers()):
             devices.put(tensor, OTHER)
         decoder = ModelDecoder(model, keep_originals=True)
