@@ -20,8 +20,6 @@ EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 class Regression:
     """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
 
-    Sums over the tokens of several processes are the sums of theirs, if `scale_to` gave all of them one unit.
-
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
@@ -53,26 +51,14 @@ class Regression:
         gram, cross = (torch.zeros(rows, inputs, dtype=dtype, device=device) for rows in (inputs, outputs))
         return cls(gram, cross, torch.zeros((), dtype=torch.float64, device=device), torch.ones((), device=device))
 
-    @staticmethod
-    def largest(x: Tensor, weights: Tensor) -> Tensor:
-        """The largest magnitude in x (tokens T, inputs m) times the root of weights (T,); float32, shape ()."""
-        # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
-        return (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * weights.float().sqrt()).amax()
-
-    def scale_to(self, largest: Tensor) -> None:
-        """Set the unit from what `largest` gives for the first tokens, of shape (); before the first `add`.
-
-        Without a call the first `add` does it. Problems that are to be summed need the same unit: that of the largest
-        of them. All 0, inf and NaN set it to 1.
-        """
-        self.unit, self.scaled = _power_of_two(largest.to(self.unit)), True
-
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
         x, y, weights = (part.to(self.gram.device) for part in (x, y, weights.float()))
-        if not self.scaled:
-            self.scale_to(self.largest(x, weights))
         root = weights.sqrt()[:, None]
+        if not self.scaled:
+            # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
+            largest = (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]).amax()
+            self.unit, self.scaled = _power_of_two(largest), True
         # A product with float32 is the one copy of half-precision numbers; another dtype is for float64 alone.
         x, y = ((part * root).to(self.gram.dtype) for part in (x, y))
         x *= self.unit.reciprocal()

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from builders import normal
+from torch import Tensor
 
+from lf_hf.processes import Processes
 from lf_hf.refit.regression import Regression, expanded
 
 
@@ -152,19 +155,35 @@ def test_large_problems_in_float32_leave_what_they_leave_in_float64(
     assert torch.equal(accumulated(*given).prune(start, total // 6, **arguments), exact)
 
 
-def test_problems_of_one_scale_add_up() -> None:
+class Seen(Processes):
+    """One of three processes, of which the units are known; keeps what it would send."""
+
+    sent: list[Tensor]
+    units: list[float]
+
+    def gathered(self, value: Any) -> list[Any]:
+        assert value == self.units[self.rank]
+        return self.units
+
+    def add_up_for(self, owner: int, tensor: Tensor) -> None:
+        self.sent.append(tensor)
+
+
+def test_problems_of_several_processes_add_up() -> None:
     x, y, weights = problem()
-    x[100:] *= 1000  # parts that would choose different units
-    parts = [(x[:100], y[:100], weights[:100]), (x[100:], y[100:], weights[100:])]
-    largest = torch.stack([Regression.largest(part[0], part[2]) for part in parts]).max()
-    summed, *others = (Regression.empty(6, 3, x.device) for _ in parts)
-    for regression, part in zip([summed, *others], parts, strict=True):
-        regression.scale_to(largest)
-        regression.add(*part)
-    for other in others:
-        summed.gram += other.gram
-        summed.cross += other.cross
-        summed.energy += other.energy
+    x[100:] *= 1000  # parts that choose different units; a third process has no part
+    parts = [accumulated(x[:100], y[:100], weights[:100]), accumulated(x[100:], y[100:], weights[100:])]
+    summed, *_ = parts = [*parts, Regression.empty(6, 3, x.device)]
+    units = [float(part.unit) if part.scaled else 0.0 for part in parts]
+    assert len(set(units)) == 3
+    sent = []
+    for rank, part in enumerate(parts):
+        seen = Seen(rank, 3)
+        vars(seen).update(sent=[], units=units)
+        part.add_up(seen)
+        sent.append(seen.sent)
+    for tensors in zip(*sent, strict=True):
+        tensors[0].copy_(torch.stack(tensors).sum(0))
     alone, start = accumulated(x, y, weights), torch.ones(3, 6)
     torch.testing.assert_close(summed.ridge(start, 0.1), alone.ridge(start, 0.1))
     assert summed.relative_error(start) == pytest.approx(alone.relative_error(start))
@@ -173,7 +192,7 @@ def test_problems_of_one_scale_add_up() -> None:
 @pytest.mark.parametrize("size", [0, 1e-45, 1e-39, 2.0**-126, 0.7, 1, 1.5, 3e4, 2.0**127, 3.4e38, math.inf, math.nan])
 def test_the_unit_is_a_power_of_two_at_most_the_size_that_has_a_reciprocal(size: float) -> None:
     regression = Regression.empty(1, 1, torch.device("cpu"))
-    regression.scale_to(torch.tensor(size))
+    regression.add(torch.tensor([[float(size)]]), torch.ones(1, 1), torch.ones(1))
     unit = float(regression.unit)
     assert math.frexp(unit)[0] == 0.5 and 1 / unit == float(regression.unit.reciprocal()) < math.inf
     if 2.0**-126 <= size < 2.0**127:
