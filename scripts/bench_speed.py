@@ -9,6 +9,8 @@
               layer and sample, all activations kept, every pair of layers compared twice
   assignment  solvers, by size and by how alike the layers are
   pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
+  groups      choice of the key-value groups of several layers: one inverse that is updated, against factorising anew in
+              each round
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
   tokens      tokens a second and bytes of fused models, against the dense one
   growth      how the cost of each stage grows with layers, hidden size and samples
@@ -46,6 +48,7 @@ from transformers.utils import logging
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.refit.regression import EXACT_LIMIT, Regression, expanded
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import match_rows, normalized_rows
@@ -278,6 +281,60 @@ def pairs(shape: Sequence[int]) -> None:
         row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)
 
 
+# Groups
+
+
+def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
+    """Inputs that have a direction in common, as those of real layers have, and where the fit starts."""
+    x = random(2 * inputs, inputs // 4, seed=0) @ random(inputs // 4, inputs, seed=1)
+    x += random(*x.shape, seed=2) + 30 * random(len(x), 1, seed=3) * random(inputs, seed=4)
+    x *= random(inputs, seed=5).exp()
+    y = x @ random(inputs, outputs, seed=6) / inputs + random(len(x), outputs, seed=7)
+    regression = Regression.empty(inputs, outputs, x.device)
+    regression.add(x, y, torch.ones(len(x)))
+    return regression, random(outputs, inputs, seed=8) / inputs
+
+
+def factorised_anew(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+    """The reference: one block a round, which the solution and the inverse of that round say."""
+    regression, start = group_problem(inputs, outputs)
+
+    def run() -> list[int]:
+        left = torch.arange(inputs // block)
+        ridge = 1e-2 * regression.gram.diagonal().mean()
+        target = (ridge * regression.unit * start + regression.cross).T
+        while len(left) > keep:
+            index = expanded(left, block)
+            gram = regression.gram[index][:, index].to(torch.float64 if inputs <= EXACT_LIMIT else torch.float32)
+            gram.diagonal().add_(ridge)
+            factor = torch.linalg.cholesky(gram)
+            weight = torch.cholesky_solve(target[index].to(gram.dtype), factor).unflatten(0, (-1, block))
+            inverse = torch.cholesky_inverse(factor)
+            inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(index), block)])
+            worth = (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
+            left = left[worth.topk(len(left) - 1).indices.sort().values]
+        return left.tolist()
+
+    return run
+
+
+def one_inverse(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+    """The package's way."""
+    regression, start = group_problem(inputs, outputs)
+    return lambda: regression.prune(start, keep, block=block, rounds=inputs // block - keep).tolist()
+
+
+def groups() -> None:
+    columns = ("inputs", "outputs", "blocks", "kept", "anew, CPU seconds", "one inverse, CPU seconds", "ratio")
+    columns += ("anew, GiB", "one inverse, GiB", "the same are kept")
+    table("Choice of key-value groups, one block a round", *columns)
+    for inputs, outputs, block, keep in ((2048, 1024, 128, 8), (3456, 576, 192, 3), (3456, 576, 64, 9)):
+        anew, updated = (timed_apart(way, inputs, outputs, block, keep) for way in (factorised_anew, one_inverse))
+        costs = (anew.cpu, updated.cpu, anew.cpu / updated.cpu, gib(anew.grown), gib(updated.grown))
+        same = "yes" if anew.result == updated.result else "no"
+        row(inputs, outputs, inputs // block, keep, *costs, same)
+
+
 # Fusing
 
 
@@ -411,7 +468,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "assignment", "pair", "fusing", "tokens", "growth")
+    names = ("stages", "assignment", "pair", "groups", "fusing", "tokens", "growth")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
@@ -437,6 +494,8 @@ def main() -> None:
         solvers(options.sizes)
     if "pair" in options.tables:
         pairs(options.pair)
+    if "groups" in options.tables:
+        groups()
     if "growth" in options.tables:
         growth(options.growth_layers, options.growth_hidden, options.growth_samples)
     if {"stages", "fusing", "tokens"} & set(options.tables):
