@@ -115,7 +115,8 @@ class Regression:
         Backward elimination: in each of some rounds the blocks of smallest saliency are dropped together. For one
         input k it is |w_k|^2 / (inverse gram)_kk, with w_k its column of the ridge solution: the increase in squared
         error if it goes and all others adapt (the optimal brain surgeon's measure). For a block it is
-        trace(W_b (inverse gram)_bb^-1 W_b^T). Memory: the gram matrix and one more of its size.
+        trace(W_b (inverse gram)_bb^-1 W_b^T). The inverse is computed once and updated with each round, so the small
+        ridge in it is that of the whole problem in all of them. Memory: the gram matrix and one more of its size.
 
         Parameters
         ----------
@@ -156,8 +157,7 @@ class Regression:
         pull = _SELECTION_RIDGE * self.gram.diagonal().mean()
         target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
         weight = _solved(factor, target.T)
-        # Symmetric: the transpose is the same, and the one that is contiguous.
-        return torch.cholesky_inverse(factor, out=factor).mT, weight
+        return torch.cholesky_inverse(factor, out=factor), weight
 
     def _factor(self, strength: float) -> Tensor:
         """Cholesky factor of the gram matrix plus the ridge."""
