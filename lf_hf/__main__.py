@@ -1,4 +1,4 @@
-"""`python -m lf_hf`, which launchers can start: the command line."""
+"""`python -m lf_hf`, which launchers can start on every process, is the command `lf-hf`."""
 
 import sys
 

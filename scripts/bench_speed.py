@@ -9,8 +9,11 @@
               layer and sample, all activations kept, every pair of layers compared twice
   assignment  solvers, by size and by how alike the layers are
   pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
+  groups      choice of the key-value groups of several layers: one inverse that is updated, against factorising anew in
+              each round
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
   tokens      tokens a second and bytes of fused models, against the dense one
+  processes   refit by several processes of a launch, against one
   growth      how the cost of each stage grows with layers, hidden size and samples
 
 What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
@@ -23,7 +26,10 @@ import argparse
 import copy
 import gc
 import math
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +52,8 @@ from transformers.utils import logging
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.refit.regression import EXACT_LIMIT, Regression, expanded
+from lf_hf.report.report import FusionReport
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import match_rows, normalized_rows
@@ -57,6 +65,7 @@ from lf_hf.text.packing import tokenize_samples
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)
+STAGES = ("perplexity", "calibration text", "alignment and fusion", "last pass")  # the first two are passes over text
 Array = NDArray[np.float64]
 T = TypeVar("T")
 
@@ -278,6 +287,60 @@ def pairs(shape: Sequence[int]) -> None:
         row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)
 
 
+# Groups
+
+
+def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
+    """Inputs that have a direction in common, as those of real layers have, and where the fit starts."""
+    x = random(2 * inputs, inputs // 4, seed=0) @ random(inputs // 4, inputs, seed=1)
+    x += random(*x.shape, seed=2) + 30 * random(len(x), 1, seed=3) * random(inputs, seed=4)
+    x *= random(inputs, seed=5).exp()
+    y = x @ random(inputs, outputs, seed=6) / inputs + random(len(x), outputs, seed=7)
+    regression = Regression.empty(inputs, outputs, x.device)
+    regression.add(x, y, torch.ones(len(x)))
+    return regression, random(outputs, inputs, seed=8) / inputs
+
+
+def factorised_anew(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+    """The reference: one block a round, which the solution and the inverse of that round say."""
+    regression, start = group_problem(inputs, outputs)
+
+    def run() -> list[int]:
+        left = torch.arange(inputs // block)
+        ridge = 1e-2 * regression.gram.diagonal().mean()
+        target = (ridge * regression.unit * start + regression.cross).T
+        while len(left) > keep:
+            index = expanded(left, block)
+            gram = regression.gram[index][:, index].to(torch.float64 if inputs <= EXACT_LIMIT else torch.float32)
+            gram.diagonal().add_(ridge)
+            factor = torch.linalg.cholesky(gram)
+            weight = torch.cholesky_solve(target[index].to(gram.dtype), factor).unflatten(0, (-1, block))
+            inverse = torch.cholesky_inverse(factor)
+            inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(index), block)])
+            worth = (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
+            left = left[worth.topk(len(left) - 1).indices.sort().values]
+        return left.tolist()
+
+    return run
+
+
+def one_inverse(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+    """The package's way."""
+    regression, start = group_problem(inputs, outputs)
+    return lambda: regression.prune(start, keep, block=block, rounds=inputs // block - keep).tolist()
+
+
+def groups() -> None:
+    columns = ("inputs", "outputs", "blocks", "kept", "anew, CPU seconds", "one inverse, CPU seconds", "ratio")
+    columns += ("anew, GiB", "one inverse, GiB", "the same are kept")
+    table("Choice of key-value groups, one block a round", *columns)
+    for inputs, outputs, block, keep in ((2048, 1024, 128, 8), (3456, 576, 192, 3), (3456, 576, 64, 9)):
+        anew, updated = (timed_apart(way, inputs, outputs, block, keep) for way in (factorised_anew, one_inverse))
+        costs = (anew.cpu, updated.cpu, anew.cpu / updated.cpu, gib(anew.grown), gib(updated.grown))
+        same = "yes" if anew.result == updated.result else "no"
+        row(inputs, outputs, inputs // block, keep, *costs, same)
+
+
 # Fusing
 
 
@@ -304,6 +367,32 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
                 name = f"{method}, {'low memory' if low_memory else 'in memory'}"
                 parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.result.items())
                 row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
+
+
+# Processes
+
+
+def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: int) -> None:
+    """The command under torchrun, with one thread a process."""
+    columns = ("processes", "seconds", "first over this", *(f"{stage}, first over this" for stage in STAGES))
+    table(f"Refit of {num_fusions} pairs with {text_tokens} tokens by processes of one thread each", *columns)
+    found: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch, "text.txt")
+        text.write_text(documentation_halves()[0], encoding="utf-8")
+        options = f"--method refit --num-fusions {num_fusions} --calibration-tokens {text_tokens} --calibration {text}"
+        for count in counts:
+            out = Path(scratch, str(count))
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+            start = time.perf_counter()
+            subprocess.run(
+                [*torchrun, "-m", "lf_hf", "fuse", base, str(out), *options.split()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                check=True,
+            )
+            found.append({"": time.perf_counter() - start, **FusionReport.load(out).seconds})
+            row(count, found[-1][""], *(found[0][name] / found[-1][name] for name in ("", *STAGES)))
 
 
 # Tokens
@@ -411,7 +500,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "assignment", "pair", "fusing", "tokens", "growth")
+    names = ("stages", "assignment", "pair", "groups", "fusing", "processes", "tokens", "growth")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
@@ -420,7 +509,9 @@ def main() -> None:
     shape = ("HIDDEN", "MLP", "KV")
     parser.add_argument("--pair", type=int, nargs=3, default=[1024, 3584, 256], metavar=shape, help="for pair")
     parser.add_argument("--methods", nargs="+", default=["truncate", "mka", "neural_alignment", "refit"])
-    parser.add_argument("--num-fusions", type=int, default=4, help="for fusing")
+    parser.add_argument("--num-fusions", type=int, default=4, help="for fusing and processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--text-tokens", type=int, default=16384, help="for processes")
     parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for tokens")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--generated", type=int, default=32, help="tokens written after it")
@@ -437,14 +528,18 @@ def main() -> None:
         solvers(options.sizes)
     if "pair" in options.tables:
         pairs(options.pair)
+    if "groups" in options.tables:
+        groups()
     if "growth" in options.tables:
         growth(options.growth_layers, options.growth_hidden, options.growth_samples)
-    if {"stages", "fusing", "tokens"} & set(options.tables):
+    if {"stages", "fusing", "processes", "tokens"} & set(options.tables):
         with checkpoint(options) as base:
             if "stages" in options.tables:
                 stages(base)
             if "fusing" in options.tables:
                 fusions(base, options.methods, options.num_fusions)
+            if "processes" in options.tables:
+                processes(base, options.processes, options.num_fusions, options.text_tokens)
             if "tokens" in options.tables:
                 tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
 

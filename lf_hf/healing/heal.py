@@ -10,12 +10,12 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
@@ -27,11 +27,10 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import Base, load_tokenizer
 from lf_hf.files.fused_cache import digest
-from lf_hf.files.processes import from_rank_0, rank
 from lf_hf.files.saving import check_replaceable, checked_folder, finish_save, only_writer
 from lf_hf.healing.judge import Judgement, judge
 from lf_hf.healing.loss import Loss
-from lf_hf.healing.memory import free_memory, model_bytes, training_memory
+from lf_hf.healing.memory import model_bytes, training_memory
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import (
     FileTeacher,
@@ -51,9 +50,11 @@ from lf_hf.healing.training import (
     trained_state,
     training_arguments,
 )
+from lf_hf.memory import free_memory
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
 from lf_hf.numerics import weights_digest
+from lf_hf.processes import Processes
 from lf_hf.report.report import (
     CHANGED_NOTE,
     CalibrationInfo,
@@ -68,12 +69,12 @@ from lf_hf.text.judging import judging_texts, relation
 from lf_hf.text.packing import pack_tokens
 
 logger = logging.get_logger(__name__)
-T = TypeVar("T")
 
 JUDGING_TOKENS = 4096  # of each judging text
 _WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 _MOST_EPOCHS = 3
+_SPARE = 0.9  # of free memory: estimates leave something out
 _JUDGING = "judging: "  # before a judging text's name, among kinds of text
 _judging_texts = functools.cache(judging_texts)
 
@@ -147,13 +148,14 @@ def heal(
     given = dict(training_args or {})
     work = folder / _WORK
     arguments = training_arguments(settings, work, given)
+    processes = Processes.of_launch()
     student = make_student(came_in.model, settings, came_in.fused_layers)
     way = _choose_way(opened, student, settings, arguments, given, cache)
     with ExitStack() as stack:
-        if not rank():
+        if processes.first:
             stack.enter_context(only_writer(work))
-        resumed = by_rank_0(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
-        lesson = _lesson(way, opened, came_in, corpus, settings, arguments, work)
+        resumed = processes.told_by_first(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
+        lesson = _lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
         before = {name: judge(came_in.model, items, lesson.teacher) for name, items in lesson.judging.items()}
         trainer = DistillationTrainer(
             teacher=lesson.teacher,
@@ -182,30 +184,13 @@ def heal(
             shutil.rmtree(work, ignore_errors=True)
             return report
 
-        return by_rank_0(finish)
+        return processes.told_by_first(finish)
 
 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
     """Settings with the HealSettings fields among `kwargs`, which are taken out there, in place of their own."""
     given = {name: kwargs.pop(name) for name in HealSettings.field_names() if name in kwargs}
     return dataclasses.replace(settings or HealSettings(), **given)
-
-
-def by_rank_0(make: Callable[[], T]) -> T:
-    """What `make` gives in the first of several processes, in all of them; so is its failure."""
-    if rank() is None:
-        return make()
-    made: tuple[Any, str] = (None, "")
-    if not rank():
-        try:
-            made = make(), ""
-        except BaseException as error:
-            from_rank_0((None, str(error) or type(error).__name__))
-            raise
-    made = from_rank_0(made)
-    if made[1]:
-        raise OSError(f"The first process failed: {made[1]}")
-    return made[0]
 
 
 @dataclass(frozen=True)
@@ -359,9 +344,10 @@ def _choose_way(
     config = getattr(student, "config", opened.config)
     memory = training_memory(config, student, settings.length, size)
     device = arguments.device
-    free = free_memory(device)
+    free = int(free_memory(device) * _SPARE)
     there = sum(p.numel() * p.element_size() for p in student.parameters()) if device.type == "cpu" else 0
-    fixed = memory.fixed - there
+    sharded = arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
     of_base = model_bytes(opened.config, size)
     one = memory.sequence
     if cache is None and fixed + one + of_base <= free:
@@ -412,11 +398,14 @@ def _lesson(
     settings: HealSettings,
     arguments: TrainingArguments,
     work: Path,
+    processes: Processes,
 ) -> _Lesson:
     """The text and the base's predictions of it, on the way that was chosen."""
     if way.folder is None:
         llama = _loaded_base(opened, came_in, arguments)
-        kinds = by_rank_0(lambda: _kinds(ModelDecoder(llama), opened, corpus, settings, work / "text.safetensors"))
+        kinds = processes.told_by_first(
+            lambda: _kinds(ModelDecoder(llama), opened, corpus, settings, work / "text.safetensors")
+        )
         sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
         return _arranged(
@@ -432,7 +421,7 @@ def _lesson(
         "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
     }
     folder = targets_folder(way.folder, **made_of)
-    by_rank_0(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
+    processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
     return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
 
 
@@ -461,7 +450,11 @@ def _write(
             decoder: Decoder = ModelDecoder(_loaded_base(opened, came_in, arguments))
         else:
             decoder = CheckpointDecoder(
-                opened.weights_folder(), opened.new_config(), Path(scratch), dtype=came_in.model.dtype
+                opened.weights_folder(),
+                opened.new_config(),
+                Path(scratch),
+                dtype=came_in.model.dtype,
+                device=arguments.device,
             )
             _check_base(opened, came_in, decoder)
             if corpus.generated_share and settings.written_share is None:  # each token would read all of the weights

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lf_hf.healing.loss import LOGITS
-
-_SPARE = 0.9  # of what is free, as estimates miss some
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,3 @@ def model_bytes(config: LlamaConfig, bytes_per_value: int) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     return sum(parameter.numel() for parameter in model.parameters()) * bytes_per_value
-
-
-def free_memory(device: torch.device) -> int:
-    """What can be used of a device's memory; the machine's for devices that do not say."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free * _SPARE)

@@ -131,18 +131,19 @@ def _file_name(number: int) -> str:
 
 
 def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperature: float) -> dict[str, Tensor]:
-    """Tensors of shape (sequences, tokens T, ...)."""
-    for states in progress(
-        decoder.walk(sequences), total=decoder.num_layers, desc="The base's predictions", unit="layer"
-    ):
+    """Tensors of shape (sequences, tokens T, ...). All sequences are of one length."""
+    batches = decoder.batches(sequences)
+    walk = progress(decoder.walk(batches), total=decoder.num_layers, desc="The base's predictions", unit="layer")
+    for states in walk:
         last = states
     rows = max(1, LOGITS // decoder.config.vocab_size)
     ids, log_probs, own = [], [], []
     with decoder.head() as head:
-        for sequence, state in zip(sequences, last, strict=True):
-            following = torch.cat([sequence[1:], sequence[:1]])
-            for part, wanted in zip(state.split(rows, dim=1), following.split(rows), strict=True):
-                logits = head(part)[0].float()  # (rows, vocab)
+        for batch, state in zip(batches, last, strict=True):
+            following = batch.roll(-1, dims=1).flatten()  # that of a sequence's last token is not used
+            parts = state.flatten(0, 1).split(rows)
+            for part, wanted in zip(parts, following.split(rows), strict=True):
+                logits = head(part[None])[0].float()  # (rows, vocab)
                 if not all_finite(logits):
                     raise ValueError(
                         "The base's predictions contain NaN or inf; use a dtype of wider range, such as bfloat16."
@@ -153,7 +154,7 @@ def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperat
                 own.append(logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0].cpu())
     shape = (len(sequences), len(sequences[0]))
     return {
-        "input_ids": torch.stack(list(sequences)).int(),
+        "input_ids": torch.cat([batch.cpu() for batch in batches]).int(),
         "top_ids": torch.cat(ids).view(*shape, -1),
         "top_log_probs": torch.cat(log_probs).view(*shape, -1),
         "own_log_probs": torch.cat(own).view(shape),
