@@ -30,7 +30,17 @@ logger = logging.get_logger(__name__)
 PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
-_FUSING_FIELDS = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
+_FUSING_FIELDS = (
+    "num_fusions",
+    "method",
+    "selection",
+    "alignment",
+    "merge",
+    "refit",
+    "ridge",
+    "ratio_beta",
+    "heal_tokens",
+)
 
 
 @dataclass(frozen=True)

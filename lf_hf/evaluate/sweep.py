@@ -291,6 +291,8 @@ def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
 
 
 def _key(identity: dict[str, Any], settings: dict[str, Any]) -> str:
+    if not settings.get("heal_tokens"):  # which points of older versions do not have
+        settings = {name: value for name, value in settings.items() if name != "heal_tokens"}
     text = json.dumps(identity | {"settings": settings, "algorithm": ALGORITHM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -32,9 +32,13 @@ _MEANING = {
 
 
 def fingerprints(
-    base: Base, tokenizer: PreTrainedTokenizerBase, samples: Calibration | None, text: Corpus | None
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Calibration | None,
+    text: Corpus | None,
+    to_heal: Corpus | None = None,
 ) -> dict[str, str]:
-    """What a fusion is made of besides its FusionConfig: by content, not by name.
+    """What a fusion, and the healing that may follow, is made of besides its FusionConfig: by content, not by name.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def fingerprints(
         calibration : SHA-256 over the calibration texts, and over the tokens of their beginning
         dtype, algorithm : as they are
     """
-    texts = [*(samples.texts if samples else []), *(text.parts if text else [])]
+    texts = [*(samples.texts if samples else []), *(text.parts if text else []), *(to_heal.parts if to_heal else [])]
     calibration = hashlib.sha256()
     for part in texts:
         calibration.update(hashlib.sha256(part.encode()).digest())
@@ -71,10 +75,11 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
     if differing:
         return f"{str(folder)!r} was made with {' and '.join(_MEANING[name] for name in differing)}."
+    saved = {"heal_tokens": 0} | report.config  # which reports of older versions do not have
     settings = [
-        f"{name}={report.config.get(name)!r} instead of {value!r}"
+        f"{name}={saved.get(name)!r} instead of {value!r}"
         for name, value in config.to_dict().items()
-        if report.config.get(name) != value
+        if saved.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
 

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -135,28 +136,58 @@ def heal(
     OSError
         If another process is at work in that folder, or if files cannot be written.
     """
-    start = time.monotonic()
     settings = heal_settings(settings, kwargs)
     folder = checked_folder(out)
     check_replaceable(folder)
     came_in = _open_fused(fused)
     opened = _open_base(base, came_in, kwargs)
-    length = min(settings.length, came_in.model.config.max_position_embeddings)
-    settings = dataclasses.replace(settings, length=length)
     corpus = _corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
-
-    given = dict(training_args or {})
     work = folder / _WORK
+    report = _distilled(came_in, opened, corpus, settings, work, cache, dict(training_args or {}))
+
+    def save() -> None:
+        came_in.model.fusion_report = report
+        came_in.model.save_pretrained(folder, as_llama=came_in.plain, tokenizer=came_in.tokenizer)
+        shutil.rmtree(work, ignore_errors=True)
+
+    Processes.of_launch().told_by_first(save)
+    return report
+
+
+def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, tokens: int, seed: int) -> None:
+    """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
+    assert model.fusion_report is not None
+    came_in = _Fused(model, model.fusion_report, plain=False, tokenizer=model.tokenizer)
+    settings = HealSettings(tokens=tokens, seed=seed)
+    with ExitStack() as stack:
+        work = Processes.of_launch().told_by_first(lambda: stack.enter_context(TemporaryDirectory()))
+        model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), None, {})
+
+
+def _distilled(
+    came_in: _Fused,
+    opened: Base,
+    corpus: Corpus,
+    settings: HealSettings,
+    work: Path,
+    cache: str | os.PathLike[str] | None,
+    given: dict[str, Any],
+) -> FusionReport:
+    """Train the model that came in, in place and in all processes; returns what its report is then."""
+    start = time.monotonic()
+    model = came_in.model
+    length = min(settings.length, model.config.max_position_embeddings)
+    settings = dataclasses.replace(settings, length=length)
     arguments = training_arguments(settings, work, given)
     processes = Processes.of_launch()
-    student = make_student(came_in.model, settings, came_in.fused_layers)
+    student = make_student(model, settings, came_in.fused_layers)
     way = _choose_way(opened, student, settings, arguments, given, cache)
     with ExitStack() as stack:
         if processes.first:
             stack.enter_context(only_writer(work))
         resumed = processes.told_by_first(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
         lesson = _lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
-        before = {name: judge(came_in.model, items, lesson.teacher) for name, items in lesson.judging.items()}
+        before = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
         trainer = DistillationTrainer(
             teacher=lesson.teacher,
             loss=Loss(settings.temperature, settings.next_token_share),
@@ -171,20 +202,20 @@ def heal(
         arguments.eval_on_start = resumed is None
         trainer.train(resume_from_checkpoint=resumed)
         kept = _best_step(trainer)
-        state = trained_state(trainer, came_in.model, settings) if kept else {}
+        if kept:
+            _take_over(model, trained_state(trainer, model, settings), processes)
+        after = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
+        seconds = time.monotonic() - start
+        return _report(came_in, settings, lesson, trainer, trained, kept, before, after, corpus, seconds)
 
-        def finish() -> FusionReport:
-            if kept:
-                came_in.model.load_state_dict(state)
-            after = {name: judge(came_in.model, items, lesson.teacher) for name, items in lesson.judging.items()}
-            seconds = time.monotonic() - start
-            report = _report(came_in, settings, lesson, trainer, trained, kept, before, after, corpus, seconds)
-            came_in.model.fusion_report = report
-            came_in.model.save_pretrained(folder, as_llama=came_in.plain, tokenizer=came_in.own_tokenizer)
-            shutil.rmtree(work, ignore_errors=True)
-            return report
 
-        return processes.told_by_first(finish)
+@torch.no_grad()
+def _take_over(model: FusedLlamaForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
+    """Give a model, in all processes, the weights that the first one has."""
+    for name, parameter in model.named_parameters():
+        if processes.first:
+            parameter.copy_(state[name])
+        processes.given_by_first(parameter.data)
 
 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
@@ -201,10 +232,6 @@ class _Fused:
     report: FusionReport
     plain: bool
     tokenizer: PreTrainedTokenizerBase | None
-
-    @property
-    def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self.tokenizer
 
     @property
     def fused_layers(self) -> list[int]:
@@ -469,7 +496,7 @@ def _kinds(decoder: Decoder, opened: Base, corpus: Corpus, settings: HealSetting
         return load_kinds(file)
     tokenizer = opened.tokenizer()
 
-    def write(count: int, length: int, seed: int) -> list[torch.Tensor]:
+    def write(count: int, length: int, seed: int) -> list[Tensor]:
         return decoder.generate(count, length, seed)
 
     kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)

@@ -8,10 +8,10 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from lf_hf.config import unknown_name
+from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
 
 TRAIN = ("fused", "lora", "all")
-_INT_MINIMUM = {"tokens": 1024, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
+_INT_MINIMUM = {"tokens": LEAST_HEAL_TOKENS, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
 # Inclusive lower and upper bounds; zero is excluded where it would mean that nothing is learnt.
 _FLOAT_RANGE = {"learning_rate": (0.0, 1.0), "temperature": (0.0, 100.0)}
 _SHARES = ("next_token_share", "written_share")

@@ -67,6 +67,8 @@ def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     student.tie_weights()
+    if model.config.tie_word_embeddings:
+        student._keys_to_ignore_on_save = {"lm_head.weight"}  # so that the Trainer does not miss it in its checkpoints
     student.model.rotary_emb = LlamaRotaryEmbedding(model.config)
     if settings.train == "lora":
         return _with_adapters(student, settings)

@@ -311,3 +311,23 @@ def test_the_command_line(
     assert "divergence, docs" in out and "of which step" in out
     assert same_bits(tmp_path / "out", healed)
     assert main([*arguments[:6], "--arg", "bf16"]) == 2
+
+
+def test_it_heals_while_loading_and_keeps_the_result(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 2048, "calibration": TEXTS}
+    arguments |= {"perplexity_tokens": 0, "fused_dir": tmp_path / "fused"}
+    with pytest.raises(ValueError, match="heal_tokens must be 0 or at least 1024, got 10"):
+        FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 10})
+    with pytest.raises(ValueError, match="heal_tokens=2048 cannot be used with low_memory=True"):
+        lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
+    assert model.fusion_report is not None and model.fusion_report.healed is not None
+    assert model.fusion_report.healed.kept > 0 and model.fusion_report.config["heal_tokens"] == 2048
+    with monkeypatch.context() as patch:
+        patch.delattr(Base, "load")
+        again = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    plain = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 0})
+    assert plain.fusion_report is not None and plain.fusion_report.healed is None
