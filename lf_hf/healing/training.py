@@ -82,7 +82,7 @@ def _with_adapters(student: Student, settings: HealSettings) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ValueError("train='lora' needs the peft package; run `pip install peft`.") from None
+        raise ValueError("train='lora' needs the peft package; run `pip install 'lf_hf[heal]'`.") from None
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=_ADAPTED, task_type="CAUSAL_LM"
     )

@@ -24,6 +24,7 @@ from lf_hf.cli import main
 from lf_hf.files.base import Base
 from lf_hf.healing import heal as module
 from lf_hf.healing import training
+from lf_hf.healing.loss import distillation_loss
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -87,7 +88,7 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
 def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> None:
     report = FusionReport.load(healed)
     model = AutoModelForCausalLM.from_pretrained(healed)
-    assert type(model) is FusedLlamaForCausalLM and model.fusion_report == report
+    assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report
     of_base = AutoModelForCausalLM.from_pretrained(base)
     [judging, *_] = judging_texts()
     ids = torch.stack(
@@ -117,7 +118,7 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = training.distillation_loss, []
+    real, calls = distillation_loss, list[bool]()
 
     def breaks(states: torch.Tensor, *arguments: Any) -> torch.Tensor:
         calls.append(states.requires_grad)

@@ -46,8 +46,8 @@ def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(temperatur
     found = distillation_loss(states, weight, IDS, full(), Loss(temperature, share))
     logits = (states @ weight.T).flatten(0, 1).double()
     of_base = base_logits().flatten(0, 1).double()
-    parts = [(each / temperature).log_softmax(-1) for each in (logits, of_base)]
-    divergence = kl_div(*parts, log_target=True, reduction="batchmean") * temperature**2
+    found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
+    divergence = kl_div(found_log, wanted_log, log_target=True, reduction="batchmean") * temperature**2
     following = logits.view(SEQUENCES, TOKENS, VOCAB)[:, :-1].flatten(0, 1)
     wanted = (1 - share) * divergence + share * cross_entropy(following, IDS[:, 1:].flatten())
     torch.testing.assert_close(found, wanted.float())
