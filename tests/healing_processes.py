@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 import lf_hf
-from lf_hf.healing import heal as module
 
 
 def main(file: Path) -> None:
-    vars(module)["JUDGING_TOKENS"] = 1024
     lf_hf.heal(**json.loads(file.read_text(encoding="utf-8")))
     torch.distributed.destroy_process_group()
 

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,8 @@ def _configs(
         for level in num_fusions
         for method in methods
     ]
+    # What is healed stands beside what is not.
+    configs = [config for healed in configs for config in (replace(healed, heal_tokens=0), healed)]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
 
 
@@ -168,7 +171,7 @@ def _points(
         yield _dense_point(dense_key, llama, tokenizer, measurements, evaluation)
     del llama  # each fusion reads the base again, so that one model is in memory at a time
     for key, config in missing:
-        yield _fused_point(key, base, config, tokenizer, measurements, evaluation)
+        yield _fused_point(key, base, config, tokenizer, measurements, calibration, evaluation)
 
 
 def _dense_point(
@@ -203,17 +206,20 @@ def _fused_point(
     config: FusionConfig,
     tokenizer: PreTrainedTokenizerBase,
     measurements: Measurements,
+    calibration: str | Path | None,
     evaluation: Evaluation,
 ) -> Point:
     start = time.perf_counter()
-    model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, tokenizer=tokenizer, measurements=measurements)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(
+        base, config, calibration=calibration, tokenizer=tokenizer, measurements=measurements
+    )
     fused = time.perf_counter()
     scores = evaluation.scores(model, tokenizer)
     report = model.fusion_report
     assert report is not None
     return Point(
         key=key,
-        method=config.method,
+        method=f"{config.method}, healed" if config.heal_tokens else config.method,
         num_fusions=config.num_fusions,
         layers=report.layers_after,
         parameters=report.parameters_after,

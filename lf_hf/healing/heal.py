@@ -71,7 +71,7 @@ from lf_hf.text.packing import pack_tokens
 
 logger = logging.get_logger(__name__)
 
-JUDGING_TOKENS = 4096  # of each judging text
+_JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 _WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 _MOST_EPOCHS = 3
@@ -232,6 +232,11 @@ class _Fused:
     report: FusionReport
     plain: bool
     tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def judging_tokens(self) -> int:
+        """Of each judging text: as many as the fusion was judged by."""
+        return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
 
     @property
     def fused_layers(self) -> list[int]:
@@ -431,7 +436,7 @@ def _lesson(
     if way.folder is None:
         llama = _loaded_base(opened, came_in, arguments)
         kinds = processes.told_by_first(
-            lambda: _kinds(ModelDecoder(llama), opened, corpus, settings, work / "text.safetensors")
+            lambda: _kinds(ModelDecoder(llama), opened, came_in, corpus, settings, work / "text.safetensors")
         )
         sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
@@ -445,6 +450,7 @@ def _lesson(
             name: getattr(settings, name)
             for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
         },
+        "judging_tokens": came_in.judging_tokens,
         "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
     }
     folder = targets_folder(way.folder, **made_of)
@@ -486,11 +492,13 @@ def _write(
             _check_base(opened, came_in, decoder)
             if corpus.generated_share and settings.written_share is None:  # each token would read all of the weights
                 corpus = dataclasses.replace(corpus, generated_share=0.0)
-        kinds = _kinds(decoder, opened, corpus, settings, None)
+        kinds = _kinds(decoder, opened, came_in, corpus, settings, None)
         write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature, note={})
 
 
-def _kinds(decoder: Decoder, opened: Base, corpus: Corpus, settings: HealSettings, file: Path | None) -> list[Kind]:
+def _kinds(
+    decoder: Decoder, opened: Base, came_in: _Fused, corpus: Corpus, settings: HealSettings, file: Path | None
+) -> list[Kind]:
     """All kinds of text, judging texts among them; in `file` for a run that is cut short."""
     if file is not None and file.is_file():
         return load_kinds(file)
@@ -501,7 +509,7 @@ def _kinds(decoder: Decoder, opened: Base, corpus: Corpus, settings: HealSetting
 
     kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
     for judging in _judging_texts():
-        packed = pack_tokens(tokenizer, judging.text, settings.length, JUDGING_TOKENS)
+        packed = pack_tokens(tokenizer, judging.text, settings.length, came_in.judging_tokens)
         kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == settings.length]))
     if file is not None:
         save_kinds(kinds, file)

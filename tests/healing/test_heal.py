@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ from lf_hf.text.packing import pack_tokens
 TEXTS = make_texts(1200, seed=5)
 SETTINGS: dict[str, Any] = {"tokens": 4096, "length": 64, "batch_tokens": 256, "learning_rate": 3e-3}
 SETTINGS |= {"text": TEXTS, "training_args": {"bf16": False}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def little_judging() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "JUDGING_TOKENS", 1024)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +84,7 @@ def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> N
     assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report
     of_base = AutoModelForCausalLM.from_pretrained(base)
     [judging, *_] = judging_texts()
-    ids = torch.stack(
-        [part for part in pack_tokens(make_tokenizer(), judging.text, 64, module.JUDGING_TOKENS) if len(part) == 64]
-    )
+    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 64, 500) if len(part) == 64])
     with torch.no_grad():
         logits, wanted = (m(ids).logits[:, :-1].flatten(0, 1).double() for m in (model, of_base))
     loss = cross_entropy(logits, ids[:, 1:].flatten())
@@ -244,7 +235,9 @@ def test_a_plain_checkpoint_stays_plain(base: str, fused: Path, healed: Path, tm
 
 
 def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: Path) -> None:
-    lf_hf.fuse_checkpoint(base, tmp_path / "fused", num_fusions=2, method="truncate", dtype="bfloat16")
+    lf_hf.fuse_checkpoint(
+        base, tmp_path / "fused", num_fusions=2, method="truncate", dtype="bfloat16", perplexity_tokens=500
+    )
     arguments = SETTINGS | {"learning_rate": 1e-4, "training_args": {}}
     report = lf_hf.heal(tmp_path / "fused", tmp_path / "out", base=base, **arguments)
     assert report.healed is not None and report.healed.kept > 0
