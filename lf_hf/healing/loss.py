@@ -144,7 +144,7 @@ def _of_part(
         else:
             divergence, gradient = top_divergence(found, *(t.flatten(0, 1)[rows] for t in _tensors(targets)))
         weight = (1 - share) * temperature / counts[0]
-        value, gradient = divergence.sum() * weight * temperature, gradient * weight
+        value, gradient = divergence.sum() * weight * temperature, gradient.mul_(weight)
     if share > 0:
         found = log_softmax(logits, -1)
         there = (following >= 0)[:, None]
@@ -163,7 +163,7 @@ def _tensors(targets: TopTargets) -> tuple[Tensor, Tensor]:
 def full_divergence(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """KL(wanted || found) of each row, and its gradient at the logits of `found`; log-probabilities of all tokens."""
     p = wanted.exp()
-    return (p * (wanted - found)).sum(-1), found.exp() - p
+    return torch.linalg.vecdot(p, wanted - found), found.exp().sub_(p)
 
 
 def top_divergence(found: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

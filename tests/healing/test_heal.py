@@ -310,7 +310,7 @@ def test_the_command_line(
 def test_it_heals_while_loading_and_keeps_the_result(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 2048, "calibration": TEXTS}
+    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 16384, "calibration": TEXTS}
     arguments |= {"perplexity_tokens": 0, "fused_dir": tmp_path / "fused"}
     with pytest.raises(ValueError, match="heal_tokens must be 0 or at least 1024, got 10"):
         FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 10})
@@ -318,7 +318,7 @@ def test_it_heals_while_loading_and_keeps_the_result(
         lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
     assert model.fusion_report is not None and model.fusion_report.healed is not None
-    assert model.fusion_report.healed.kept > 0 and model.fusion_report.config["heal_tokens"] == 2048
+    assert model.fusion_report.healed.kept > 0 and model.fusion_report.config["heal_tokens"] == 16384
     with monkeypatch.context() as patch:
         patch.delattr(Base, "load")
         again = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
