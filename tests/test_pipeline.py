@@ -56,7 +56,8 @@ def test_report_has_what_was_measured() -> None:
     }
     for match in report.steps[0].matches.values():
         assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
-    assert set(report.seconds) == {"perplexity", "activations", "manifold", "similarity", "alignment and fusion"}
+    stages = {"activations", "manifold", "similarity", "alignment and fusion"}
+    assert set(report.seconds) == stages | {"perplexity", "continuations"}
     assert [info.name for info in report.perplexities] == ["docs", "reasoning"]
     assert platform.python_version() in report.perplexities[0].text
     assert FusionReport.from_dict(report.to_dict()) == report
@@ -76,7 +77,8 @@ def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
     fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = iter([10.0, fused])
-    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: dict.fromkeys(("docs", "reasoning"), next(values)))
+    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values)))  # noqa: E731
+    monkeypatch.setattr("lf_hf.measure.predictions", found)
     with caplog.at_level(logging.WARNING):
         report = run(1)
     assert report.notes == [record.message for record in caplog.records]

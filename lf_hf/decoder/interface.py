@@ -38,6 +38,11 @@ class Decoder(ABC):
     def num_layers(self) -> int:
         """Decoder layers that are there now."""
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that running all layers once reads from a disk."""
+        return 0
+
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
         """A layer with its weights, to be used inside a `with` block. Not to be changed."""

@@ -58,6 +58,10 @@ class CheckpointDecoder(Decoder):
     def num_layers(self) -> int:
         return len(self._sources)
 
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.stat().st_size for file in set(self._files.values()))
+
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
         yield self._built(self._layer_weights(index), index)
