@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.predictions import Predictions
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
@@ -103,7 +104,7 @@ def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeyp
 
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
     report = run(1, perplexity_tokens=0)
-    assert report.perplexities == [] and report.notes == []
+    assert report.perplexities == [] and report.continuations == [] and report.notes == []
 
 
 def test_the_model_is_unchanged_when_calibration_fails() -> None:

@@ -20,7 +20,10 @@ _BEGINNING = b'{"key": "'  # of each line of it
 
 @dataclass(frozen=True)
 class Score:
-    """A task's main metric, with its standard error where lm-eval gives one."""
+    """A task's main metric, with its standard error where lm-eval gives one.
+
+    `metric` also names the filter that takes the answer out of what a model wrote, where a task has such.
+    """
 
     metric: str
     value: float
