@@ -80,14 +80,14 @@ Made from {as_code(report.base if repository else os.path.basename(os.path.normp
 {predictions}
 {_HOW_JUDGED if judges else ""}
 
-{judges}{_WRITTEN.format(written) if written else ""}
+{judges}
 ```python
 {load_import}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
-
+{_WRITTEN.format(written) if written else ""}
 ## Fused layers
 
 Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
