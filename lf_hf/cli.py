@@ -26,7 +26,8 @@ from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
-from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.model.fuse_checkpoint import low_memory_device
+from lf_hf.processes import OtherProcessError, local_rank, rank
 from lf_hf.report.report import FusionReport
 
 _GUIDE = """\b
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _TRACEBACK in given:
             raise
+        if isinstance(error, OtherProcessError) or (local_rank() and rank() is None):
+            return 1  # another process says it, or found the same before this one met it
         # Of a command line that does not parse typer says itself how to put it.
         formatted: Callable[[], str] | None = getattr(error, "format_message", None)
         message = formatted() if formatted else str(error)
@@ -170,6 +173,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
     epilog=_examples(
         "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method refit --calibration my_text.txt",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --as-llama",
+        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory --device cuda",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --dry-run",
     )
 )
@@ -196,7 +200,10 @@ def fuse(
     ] = False,
     low_memory: Annotated[
         bool,
-        typer.Option("--low-memory", help="Hold two layers, or one group, in memory instead of the model."),
+        typer.Option(
+            "--low-memory",
+            help="Hold two layers, or one group, in memory instead of the model; with --device in that of the device.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -225,11 +232,13 @@ def fuse(
         print(plan.summary())
         return
     if low_memory:
-        check_low_memory(loading)
+        low_memory_device(loading)
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table
         done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
+    if rank():  # of a launch: the first one speaks
+        return
     before, after = weights_size(base, hub), weights_size(out, {})
     _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
 

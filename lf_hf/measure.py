@@ -133,13 +133,16 @@ def measure(
         judged = _judged(decoder, tokenizer, config, samples, text)
     found: dict[str, Any] = {}
     notes = []
-    if config.perplexity_tokens and decoder.bytes_read <= MOST_READ:
+    if config.perplexity_tokens:
         with clock("continuations"):
-            found["continuations"] = _continued(decoder, tokenizer)
+            found["continuations"] = decoder.processes.told_by_first(
+                lambda: _continued(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else []
+            )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
-        found |= _similarity(decoder, tokenizer, config, samples, clock, notes)
+        found |= decoder.processes.told_by_first(lambda: _similarity(decoder, tokenizer, config, samples, clock))
+        notes += found.pop("notes")
     if text is not None:
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
@@ -160,9 +163,9 @@ def _similarity(
     config: FusionConfig,
     samples: Calibration,
     clock: Clock,
-    notes: list[str],
 ) -> dict[str, Any]:
     """Stages 1 to 3, on the samples."""
+    notes = []
     config.check_num_samples(len(samples.texts))
     ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
     longest, different = max(map(len, ids)), len({tuple(sample.tolist()) for sample in ids})
@@ -200,6 +203,7 @@ def _similarity(
         "sample_labels": samples.labels,
         "influences": influences,
         "of_samples": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        "notes": notes,
     }
 
 
@@ -231,7 +235,7 @@ def _judged(
     }
     for sequence in [sequence for of_text in sequences.values() for sequence in of_text]:
         check_ids(int(sequence.max()), decoder.config.vocab_size)
-    ids = batched(sequences)
+    ids = batched(decoder, sequences)
     states = final_states(decoder, ids, "Perplexity before fusing")
     dense = predictions(decoder, ids, states)
     compared = samples.texts if samples is not None else []
@@ -296,8 +300,8 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
     """How the fused model goes on from each prompt, beside the dense one, where that is known."""
     if not measured.continuations:
         return []
-    texts = zip(PROMPTS, measured.continuations, _continued(decoder, tokenizer), strict=True)
-    return [Continuation(prompt, dense, fused) for prompt, dense, fused in texts]
+    fused = decoder.processes.told_by_first(lambda: _continued(decoder, tokenizer))
+    return [Continuation(*texts) for texts in zip(PROMPTS, measured.continuations, fused, strict=True)]
 
 
 def _nearer(text: Judged, config: FusionConfig) -> Relation:

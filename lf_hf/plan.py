@@ -21,11 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.predictions import LOGITS
-from lf_hf.files.base import Base
+from lf_hf.files.base import SPREAD, Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH
-from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.model.fuse_checkpoint import low_memory_device
 from lf_hf.pipeline import STEP_TOKENS
 from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
@@ -110,7 +110,7 @@ def plan_fusion(
     base, config, out, low_memory, calibration
         As for `fuse_checkpoint`.
     **kwargs
-        As for `from_pretrained` (revision, token, dtype, ...).
+        As for `from_pretrained` (revision, token, dtype, device_map, ...).
 
     Raises
     ------
@@ -122,7 +122,7 @@ def plan_fusion(
     replaces = out is not None and check_replaceable(out)
     low_memory_fits = True
     try:
-        check_low_memory(kwargs)
+        low_memory_device(kwargs)
     except ValueError:
         if low_memory:
             raise
@@ -255,7 +255,8 @@ class _Work:
         Activations of a sequence and states of running text, which go to disk early, are small beside these.
         """
         size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
-        weights = 2 * self.layer + self.table
+        # Two layers, and on a device the next one, which is read meanwhile.
+        weights = (2 if device.type == "cpu" else 3) * self.layer + self.table
         if not low_memory:
             originals = self.config.num_fusions if self.config.refit != "none" else 0  # of layers that change, at most
             weights = self.parameters + originals * self.layer
@@ -321,7 +322,7 @@ def _product_speed(dtype: torch.dtype, device: torch.device) -> float:
 
 def _devices(device_map: Any) -> list[torch.device]:
     """Where layers run, as from_pretrained's `device_map` says."""
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map in SPREAD:
         places: list[Any] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     else:
         places = (

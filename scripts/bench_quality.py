@@ -163,15 +163,16 @@ class Judge:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int, questions: Sequence[Question]
     ) -> None:
-        self.ids = batched({name: pack_tokens(tokenizer, text, LENGTH, tokens) for name, text in texts.items()})
+        self.texts = {name: pack_tokens(tokenizer, text, LENGTH, tokens) for name, text in texts.items()}
         self.dense: dict[str, list[Tensor]] = {}
         self.questions = [self._packed(tokenizer, question) for question in questions]
 
     def predictions(self, model: LlamaForCausalLM) -> dict[str, Predictions]:
         decoder = ModelDecoder(model)
-        states = final_states(decoder, self.ids, "Judging")
+        ids = batched(decoder, self.texts)
+        states = final_states(decoder, ids, "Judging")
         self.dense = self.dense or states
-        return predictions(decoder, self.ids, states, self.dense)
+        return predictions(decoder, ids, states, self.dense)
 
     @torch.inference_mode()
     def correct(self, model: LlamaForCausalLM) -> list[bool]:

@@ -16,7 +16,7 @@ import torch
 from builders import no_warnings
 from conftest import make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
-from two_devices import TwoDevices, spread
+from two_devices import OTHER, TwoDevices, spread
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
@@ -165,6 +165,22 @@ def test_low_memory_writes_the_same_bytes(kind: str, base: str, tmp_path: Path) 
     assert reports[0] == reports[1]
     low, high = (load_file(tmp_path / str(low_memory) / "model.safetensors") for low_memory in (True, False))
     assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
+
+
+@pytest.mark.parametrize(
+    "kind", ["neural_alignment", "mka", "truncate", "refit", "least divergent averaged and refitted"]
+)
+def test_low_memory_on_a_device_computes_all_there_and_writes_the_same_bytes(
+    kind: str, base: str, tmp_path: Path
+) -> None:
+    reports = [write(base, tmp_path / "cpu", kind, calibration_tokens=512)]
+    with TwoDevices() as devices:
+        reports.append(write(base, tmp_path / "device", kind, calibration_tokens=512, device_map="cuda:1"))
+    assert devices.computed == {OTHER}
+    here, there = (report.to_dict() | {"seconds": None} for report in reports)
+    assert here == there
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "device" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

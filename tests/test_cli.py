@@ -148,6 +148,9 @@ def test_a_wrong_command_line_gets_one_sentence_and_2(
         (["{base}", "{taken}", "--num-fusions", 1], "holds config.json, which lf_hf has not written so"),
         (["{base}", "{out}", "--num-fusions", 1, "--calibration", "none.txt"], "'none.txt' does not exist"),
         (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--gguf-file", "x.gguf"], "low_memory"),
+        (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["{base}", "{out}", "--num-fusions", 1, *"--low-memory --dry-run --device cuda:99".split()], "or cpu."),
+        (["{base}", "{out}", "--num-fusions", 1, "--low-memory", "--device", "auto"], "onto one device"),
     ],
 )
 def test_a_failure_gets_one_sentence_and_1(

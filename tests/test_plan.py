@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import GGUF, make_texts, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from two_devices import OTHER, TwoDevices
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.files.weights import weights_size
@@ -58,6 +59,7 @@ def test_a_fusion_does_what_its_plan_says(
         {"samples_per_subject": 1, "entropy_neighbors": 57},
         {"gguf_file": "x.gguf", "low_memory": True},
         {"device_map": "auto", "low_memory": True},
+        {"device_map": "cuda:99", "low_memory": True},
         {"load_in_8bit": True, "low_memory": False},
     ],
 )
@@ -133,6 +135,20 @@ def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None
     assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in refit.summary()
     # Each estimate measures the machine anew, so only large differences say anything.
     assert plan(perplexity_tokens=400_000).seconds[0] > 5 * four.seconds[0]
+
+
+def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.plan._product_speed", lambda *_: 1e14)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1 << 30, 80 << 30))
+    config = FusionConfig(4, "refit", perplexity_tokens=0)
+    here = plan_fusion(eight_billion, config, low_memory=True)
+    with TwoDevices():
+        there = plan_fusion(eight_billion, config, low_memory=True, device_map="cuda:1")
+    assert there.device == OTHER and there.low_memory is not None and here.low_memory is not None
+    layer = 2 * (here.parameters_before - here.parameters_after) // 4
+    # Python and its libraries are not there, and one more layer is, which is read ahead.
+    assert abs(there.low_memory - here.low_memory - layer + (11 << 26)) < 1 << 20
+    assert "peak memory on cuda:1, about" in there.summary() and "1.0 GiB of memory are free now" in there.notes[-1]
 
 
 def test_too_little_memory_and_a_folder_to_be_replaced_are_said(

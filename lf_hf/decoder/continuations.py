@@ -23,9 +23,9 @@ def continuations(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> li
     padding = torch.tensor([longest - len(prompt) for prompt in prompts])
     tokens = torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])  # (B, T), then (B, 1)
     written, cache = list[Tensor](), DynamicCache()
-    with decoder.head() as head:
+    with decoder.kept_at_hand(), decoder.head() as head:
         for step in range(count):
-            hidden_states = torch.cat(decoder.embed(list(tokens)))  # (B, T, hidden)
+            [hidden_states] = decoder.embed([tokens])  # (B, T, hidden)
             device, end = hidden_states.device, longest + step
             keys, queries = torch.arange(end, device=device), torch.arange(end - tokens.shape[1], end, device=device)
             padding = padding.to(device)
@@ -37,10 +37,10 @@ def continuations(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> li
             else:
                 lowest = torch.finfo(hidden_states.dtype).min
                 mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
-            position_embeddings = decoder.rotary_emb(hidden_states, position_ids)
+            cos, sin = (table.to(device) for table in decoder.rotary_emb(hidden_states, position_ids))
             for layer in decoder.layers(range(decoder.num_layers)):
                 # By position, as the name of the cache's parameter depends on the version of transformers.
-                hidden_states = layer(hidden_states, mask, position_ids, cache, position_embeddings=position_embeddings)
+                hidden_states = layer(hidden_states, mask, position_ids, cache, position_embeddings=(cos, sin))
             tokens = head(hidden_states[:, -1:]).argmax(-1)  # (B, 1)
             written.append(tokens)
     return list(torch.cat(written, dim=1).cpu())

@@ -1,9 +1,10 @@
-"""A checkpoint on disk as the pipeline sees it: one layer is in memory at a time."""
+"""A checkpoint on disk as the pipeline sees it: one layer is in memory at a time, or on a device, and the next one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -16,17 +17,32 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer
-from lf_hf.files.weights import check_complete, check_floats, open_tensors, stored_dtype, tensor_files, tensor_shapes
+from lf_hf.files.weights import (
+    check_complete,
+    check_floats,
+    open_tensors,
+    read_onto,
+    stored_dtype,
+    tensor_files,
+    tensor_shapes,
+)
+from lf_hf.memory import free_memory
 from lf_hf.progress import progress
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
+_CPU = torch.device("cpu")
+_LEFT_FREE = 4  # a quarter of what is free on a device is left so where layers stay on it
+_STATES_IN_MEMORY = 1 << 27  # bytes, where the machine's memory is to be spared
 
 
 class CheckpointDecoder(Decoder):
     """A Llama in safetensors files, read layer by layer; changed tensors go to a scratch folder.
+
+    On another device than the CPU the next layer of a stream is read while the last one is used. On the CPU that would
+    take memory where memory is short.
 
     Parameters
     ----------
@@ -37,13 +53,29 @@ class CheckpointDecoder(Decoder):
         A folder on a disk with room for the fused layers.
     dtype : torch.dtype, optional
         Default: the config's, else that of the first tensor.
+    device : torch.device
+        Where layers are read to, and all is computed.
     """
 
-    def __init__(self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        scratch: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device = _CPU,
+    ) -> None:
         self.config = config
         if config._attn_implementation is None:
             config._attn_implementation = "sdpa"
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        if device.type == "cuda" and device.index is None:  # which another thread would take for the first one
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        self.states_in_memory = _STATES_IN_MEMORY if device.type == "cpu" else None
+        # A stream of their own, so that copies need not wait for what is computed.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         self._files = tensor_files(folder)
         check_floats(self._files)
         self._check_complete(str(folder))
@@ -53,6 +85,10 @@ class CheckpointDecoder(Decoder):
             dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
         )
         self._own_head = self._has_own_head()
+        self._changes = 0  # how often layers were changed
+        self._kept: dict[int, LlamaDecoderLayer] | None = None  # layers that stay on the device, where any may
+        self._table: Tensor | None = None  # embeddings that do
+        self._least_free = 0  # bytes of the device
 
     @property
     def num_layers(self) -> int:
@@ -60,33 +96,50 @@ class CheckpointDecoder(Decoder):
 
     @property
     def bytes_read(self) -> int:
-        return sum(file.stat().st_size for file in set(self._files.values()))
+        size = sum(file.stat().st_size for file in set(self._files.values()))
+        stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - 1 / _LEFT_FREE)
+        return 0 if stay else size
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
-        yield self._built(self._layer_weights(index), index)
-
-    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
-        for index in indices:
-            yield self._built(self._layer_weights(index), index)
-
-    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
-        for number in numbers:
-            yield self._built(self._stored_weights(number), number)
+        yield next(self.layers([index]))
 
     @contextmanager
     def original(self, number: int) -> Iterator[LlamaDecoderLayer]:
-        yield self._built(self._stored_weights(number), number)
+        yield next(self.originals([number]))
+
+    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        return self._stream(indices, original=False)
+
+    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+        return self._stream(numbers, original=True)
+
+    @contextmanager
+    def kept_at_hand(self) -> Iterator[None]:
+        """On another device than the CPU, as many layers stay there as leave a quarter of what is free now."""
+        if self.device.type == "cpu":
+            yield
+            return
+        self._kept, self._least_free = {}, free_memory(self.device) // _LEFT_FREE
+        try:
+            [table] = self._read([_EMBEDDING], self.device)
+            self._table = table if self._has_room() else None
+            del table
+            yield
+        finally:
+            self._kept = self._table = None
 
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
         file = self._changed(index)
         tensors = load_file(file) if file.is_file() else {}
-        save_file(tensors | {name: tensor.contiguous() for name, tensor in weights.items()}, file)
+        save_file(tensors | {name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
+        self._note_change()
 
     def remove(self, index: int) -> None:
         self._changed(index).unlink(missing_ok=True)
         del self._sources[index]
         remove_config_layer(self.config, index)
+        self._note_change()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else [])):
@@ -95,13 +148,13 @@ class CheckpointDecoder(Decoder):
             for name, tensor in self._layer_weights(index).items():
                 yield f"{_LAYERS}{index}.{name}", tensor
 
-    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
-        [table] = self._read([_EMBEDDING])
-        return [nn.functional.embedding(sample[None], table) for sample in samples]
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        table = self._read([_EMBEDDING])[0] if self._table is None else self._table
+        return [nn.functional.embedding(batch.to(table.device), table).to(self.device) for batch in batches]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING])
+        gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING], self.device)
         norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
@@ -158,28 +211,87 @@ class CheckpointDecoder(Decoder):
             return _HEAD in self._files
         return not torch.equal(*self._read([_EMBEDDING, _HEAD]))
 
+    def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[LlamaDecoderLayer]:
+        """Layers of the model as it is, or of the base; each is its user's alone, so that its memory can be freed."""
+        read = self._stored_weights if original else self._layer_weights
+        if self.device.type == "cpu":
+            for number in numbers:
+                yield self._built(read(number), number)
+            return
+        numbers = list(numbers)
+        with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
+
+            def version() -> int:
+                return 0 if original else self._changes
+
+            ahead: tuple[int, int, Future[dict[str, Tensor]]] | None = None
+            for position, number in enumerate(numbers):
+                kept = {} if original or self._kept is None else self._kept
+                if number in kept:
+                    yield kept[number]
+                    continue
+                if ahead is None or ahead[:2] != (number, version()):
+                    ahead = number, version(), reader.submit(self._copied, read, number)
+                layer = [self._built(self._received(ahead[2].result()), number)]
+                if self._kept is kept and self._has_room():
+                    kept[number] = layer[0]
+                ahead = None
+                following = next((later for later in numbers[position + 1 :] if later not in kept), None)
+                if following is not None:
+                    ahead = following, version(), reader.submit(self._copied, read, following)
+                yield layer.pop()
+
+    def _copied(self, read: Callable[[int, torch.device], dict[str, Tensor]], number: int) -> dict[str, Tensor]:
+        """A layer's weights on the device, all there when this returns. For any thread."""
+        if self._copies is None:
+            return read(number, self.device)
+        with torch.cuda.stream(self._copies):
+            weights = read(number, self.device)
+        self._copies.synchronize()
+        return weights
+
+    def _received(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was copied, for this thread: its memory is not given to later copies before all work on it is done."""
+        if self._copies is not None:
+            for weight in weights.values():
+                weight.record_stream(torch.cuda.current_stream(self.device))
+        return weights
+
+    def _has_room(self) -> bool:
+        return free_memory(self.device) >= self._least_free
+
+    def _note_change(self) -> None:
+        self._changes += 1
+        if self._kept is not None:
+            self._kept.clear()
+
     def _built(self, weights: Mapping[str, Tensor], index: int) -> LlamaDecoderLayer:
         with torch.device("meta"):
             layer = LlamaDecoderLayer(self.config, layer_idx=index)
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def _layer_weights(self, index: int) -> dict[str, Tensor]:
+    def _layer_weights(self, index: int, device: torch.device = _CPU) -> dict[str, Tensor]:
         """All parameters of a layer as it is now, by their names inside it."""
         changed = load_file(self._changed(index)) if self._changed(index).is_file() else {}
-        return self._stored_weights(self._sources[index], leave_out=changed) | changed
+        stored = self._stored_weights(self._sources[index], device, leave_out=changed)
+        return stored | {name: tensor.to(device) for name, tensor in changed.items()}
 
-    def _stored_weights(self, number: int, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+    def _stored_weights(
+        self, number: int, device: torch.device = _CPU, leave_out: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """Parameters of a layer of the base."""
         prefix = f"{_LAYERS}{number}."
         names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
         names = [name for name in names if name.removeprefix(prefix) not in leave_out]
-        return {name.removeprefix(prefix): t for name, t in zip(names, self._read(names), strict=True)}
+        return {name.removeprefix(prefix): t for name, t in zip(names, self._read(names, device), strict=True)}
 
     def _changed(self, index: int) -> Path:
         return self._scratch / f"layer-{self._sources[index]}.safetensors"
 
-    def _read(self, names: Sequence[str]) -> list[Tensor]:
+    def _read(self, names: Sequence[str], device: torch.device = _CPU) -> list[Tensor]:
+        if device.type != "cpu":
+            return [read_onto(device, self._files[name], name, self.dtype) for name in names]
         tensors: dict[str, Tensor] = {}
         for file in dict.fromkeys(self._files[name] for name in names):
             with open_tensors(file) as opened:

@@ -16,9 +16,10 @@ def perplexity(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], desc: st
     Parameters
     ----------
     decoder : Decoder
+        Each of its processes runs a share of each text.
     texts : mapping from names to sequences of int64 tensors of shape (tokens T,)
         Texts without sequences are left out.
     """
-    ids = batched(texts)
+    ids = batched(decoder, texts)
     found = predictions(decoder, ids, final_states(decoder, ids, desc))
     return {name: of_text.perplexity for name, of_text in found.items()}

@@ -34,9 +34,9 @@ class Predictions:
     agreement: float = 1.0
 
 
-def batched(texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-    """Sequences of token ids, of shape (tokens T,), as batches."""
-    return {name: [sequence[None] for sequence in sequences] for name, sequences in texts.items()}
+def batched(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+    """This process's share of each text, sequences of token ids of shape (tokens T,), as batches."""
+    return {name: decoder.batches(decoder.processes.share(sequences)) for name, sequences in texts.items()}
 
 
 @torch.no_grad()
@@ -45,8 +45,7 @@ def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Te
     batches = [batch for of_text in ids.values() for batch in of_text]
     last: Sequence[Tensor] = []
     if batches:
-        walk = decoder.walk([batch[0] for batch in batches])
-        for states in progress(walk, total=decoder.num_layers, desc=desc, unit="layer"):
+        for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
             last = states
     found = iter(last)
     return {name: [next(found) for _ in of_text] for name, of_text in ids.items()}
@@ -58,6 +57,7 @@ def predictions(
 ) -> dict[str, Predictions]:
     """Predictions of each text that has tokens, from final states, and from the dense model's to compare with.
 
+    Each process gives its share of the text, and gets what all of them find.
     Fusing changes neither final norm nor head, so the decoder's are the dense model's too.
     """
     if not ids:
@@ -72,11 +72,11 @@ def predictions(
             for name, of_text in ids.items()
         ]
     device = max(sums, key=lambda of_text: of_text.device.type != "cpu").device  # a text without batches has none
-    found = torch.stack([of_text.to(device) for of_text in sums]).tolist()
+    of_all = iter(decoder.processes.summed(torch.cat([of_text.to(device) for of_text in sums])))
     return {
         # A model that fusion broke can exceed what a float holds.
         name: Predictions(float(torch.tensor(loss / count, dtype=torch.float64).exp()), apart / count, agreed / count)
-        for name, (count, loss, apart, agreed) in zip(ids, found, strict=True)
+        for name, count, loss, apart, agreed in zip(ids, of_all, of_all, of_all, of_all, strict=True)
         if count
     }
 

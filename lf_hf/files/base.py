@@ -57,6 +57,8 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only"
 _BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that spread a model over all devices."""
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
@@ -208,14 +210,16 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
 
 
 def check_device(device_map: object) -> None:
-    """Raise ValueError if a device map is a string that names no device of this machine."""
-    if not isinstance(device_map, str) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    """Raise ValueError if a device map is a single device, and none of this machine."""
+    if not isinstance(device_map, str | int | torch.device) or device_map in SPREAD:
         return
     try:
         torch.empty(0, device=device_map)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {device_map!r} cannot be used ({reason:.200}); take cpu or auto.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"The device {str(device_map)!r} cannot be used ({reason:.200}); take one that this machine has, or cpu."
+        ) from None
 
 
 def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:

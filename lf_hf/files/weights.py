@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from lf_hf.checked_json import parse_json
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model")
 Shape = Sequence[int]
+_BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
 def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
@@ -101,6 +103,25 @@ def shard_names(index: Path) -> dict[str, str]:
 def open_tensors(file: Path) -> safe_open:
     """A safetensors file, to be read tensor by tensor; it may be larger than memory, where it could not be mapped."""
     return safe_open(file, "pt", backend="pread")
+
+
+def read_onto(device: torch.device, file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a safetensors file on a device with memory of its own, as `dtype`; on CUDA in its current stream.
+
+    safetensors would stop all threads of Python while it reads, and hold the whole tensor in the machine's memory.
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        entry = json.loads(opened.read(size))[name]
+        opened.seek(8 + size + entry["data_offsets"][0])
+        tensor = torch.empty(entry["shape"], dtype=dtype, device=device)
+        stored = str_to_torch_dtype[entry["dtype"]]
+        for part in tensor.view(-1).split(_BLOCK // stored.itemsize):
+            block = torch.empty(len(part), dtype=stored, pin_memory=device.type == "cuda")
+            if opened.readinto(block.view(torch.uint8).numpy().data) < block.nbytes:
+                raise OSError(f"{file.name!r} ends inside {name!r}; download it again.")
+            part.copy_(block, non_blocking=True)
+    return tensor
 
 
 def stored_dtype(file: Path) -> torch.dtype:

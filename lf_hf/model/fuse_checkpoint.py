@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.files.base import Base, hub_arguments
+from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
 from lf_hf.files.companions import write_companions
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.model.configuration_fused_llama import converted_config, fused_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusionInputs, checked_tokenizer
+from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import load_needed
 
@@ -38,6 +41,8 @@ def fuse_checkpoint(
 ) -> FusionReport:
     """Fuse a Llama checkpoint into another folder.
 
+    Processes that a launcher started share the work, and the first one writes: all must call this.
+
     Parameters
     ----------
     base : str or Base
@@ -47,14 +52,16 @@ def fuse_checkpoint(
     config, calibration, tokenizer
         As for `FusedLlamaForCausalLM.from_pretrained_fused`.
     low_memory : bool
-        Hold two layers at a time instead of the model, or for a refit the layers of one group. The tensors written are
-        the same, bit for bit.
+        Hold two layers at a time instead of the model, or for a refit the layers of one group. On the CPU the tensors
+        written are the same, bit for bit. Where `device_map` is another device, layers are read onto it one at a time,
+        each while the one before it is used, and all is computed there.
     as_llama : bool
         Write a plain Llama checkpoint that programs without lf_hf open.
     max_shard_bytes : int
         Size of an output file, about; also what is held in memory while writing.
     **kwargs
-        FusionConfig fields; all others as for `from_pretrained` (revision, token, dtype, ...).
+        FusionConfig fields; all others as for `from_pretrained` (revision, token, dtype, device_map, ...). With
+        `low_memory` device_map is one device, such as "cuda" or "cuda:1"; default: the CPU.
 
     Returns
     -------
@@ -63,7 +70,7 @@ def fuse_checkpoint(
     Raises
     ------
     ValueError
-        For settings, a base or calibration text that cannot be used, or a folder that holds another model.
+        For settings, a base, a device or calibration text that cannot be used, or a folder that holds another model.
     OSError
         If another process is saving there, or if files cannot be written.
     """
@@ -71,36 +78,65 @@ def fuse_checkpoint(
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
     check_replaceable(out)
     target = checked_folder(out)
+    processes = Processes.of_launch()
     if not low_memory:
-        with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
+        with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
             model = FusedLlamaForCausalLM.from_pretrained_fused(
                 base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
             )
-            model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
+            if processes.first:
+                model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
         assert model.fusion_report is not None
         return model.fusion_report
 
     config = fusion_settings(config, kwargs)
-    check_low_memory(kwargs)
+    device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)
     samples, text = load_needed(config, calibration)
     used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
-    with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
-        return _fuse_on_disk(inputs, folder, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
+    with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
+        return _fuse_on_disk(inputs, folder, device, processes, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
 
 
-def _fuse_on_disk(inputs: FusionInputs, folder: Path, *, as_llama: bool, max_shard_bytes: int) -> FusionReport:
+@contextmanager
+def _written_once(target: Path, processes: Processes, *, own_tokenizer: bool) -> Iterator[Path]:
+    """A folder whose files become those of `target`, for the first process to write; the others wait until it is."""
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            stack.enter_context(only_writer(target))
+            return stack.enter_context(replaced_files(target, own_tokenizer=own_tokenizer))
+
+        yield processes.told_by_first(begin)
+    processes.gathered(None)
+
+
+def _fuse_on_disk(
+    inputs: FusionInputs,
+    folder: Path,
+    device: torch.device,
+    processes: Processes,
+    *,
+    as_llama: bool,
+    max_shard_bytes: int,
+) -> FusionReport:
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
     from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
     base = inputs.base
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        decoder = CheckpointDecoder(base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype)
+    place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        decoder = CheckpointDecoder(
+            base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype, device=device
+        )
+        decoder.processes = processes
         report = pipeline.fuse(
             decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
         )
+        if not processes.first:
+            return report
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
@@ -111,14 +147,27 @@ def _fuse_on_disk(inputs: FusionInputs, folder: Path, *, as_llama: bool, max_sha
     return report
 
 
-def check_low_memory(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where only fusing in memory can do what is asked; `kwargs` are from_pretrained's."""
-    given = {name for name, value in kwargs.items() if value is not None}
-    unknown = given - hub_arguments(kwargs).keys() - {"dtype", "trust_remote_code"}
-    if unknown or kwargs.get("gguf_file"):
+def low_memory_device(loading: Mapping[str, Any]) -> torch.device:
+    """The device that from_pretrained's arguments name for layers that are read one at a time.
+
+    Raises ValueError where only fusing in memory can do what is asked, or there is no such device.
+    """
+    given = {name for name, value in loading.items() if value is not None}
+    unknown = given - hub_arguments(loading).keys() - {"dtype", "trust_remote_code", "device_map"}
+    if unknown or loading.get("gguf_file"):
         raise ValueError(
             f"{', '.join(sorted(unknown)) or 'gguf_file'} cannot be used with low_memory=True; use low_memory=False."
         )
+    device_map = loading.get("device_map")
+    if device_map is None:
+        return torch.device("cpu")
+    if not isinstance(device_map, str | int | torch.device) or device_map in (*SPREAD, "meta", torch.device("meta")):
+        raise ValueError(
+            f"With low_memory=True layers are read onto one device, so device_map cannot be {device_map!r:.80}; give "
+            "cpu, cuda or cuda:1, or use low_memory=False."
+        )
+    check_device(device_map)
+    return torch.device(device_map)
 
 
 def _generation_config(base: Base) -> GenerationConfig:

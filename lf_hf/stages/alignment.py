@@ -70,14 +70,14 @@ def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
     Returns
     -------
     dict from the same names to
-        permutation : int64 tensor of shape (rows n,)
+        permutation : int64 tensor of shape (rows n,), on the CPU
             Row p of the aligned matrix is row permutation[p] of layer j's.
         match : RowMatch
     """
     matched = {}
     for name, permutation in assign({name: [pair] for name, pair in pairs.items()}).items():
         weight_i, weight_j = pairs[name]
-        order = torch.from_numpy(permutation).to(weight_j.device)
+        order = torch.from_numpy(permutation)
         matched[name] = order, _row_match(weight_i, weight_j, order)
     return matched
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import ChainMap
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
+from lf_hf.processes import ALONE, Processes
 from lf_hf.report.report import RowMatch
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
 
@@ -56,6 +58,7 @@ def average_layers(
     ratio: float,
     alignment: str,
     head_dim: int,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """Weights of the layer that replaces layers i and j: their average, with layer j's neurons aligned first.
 
@@ -68,6 +71,8 @@ def average_layers(
         As in FusionConfig.
     head_dim : int
         Channels of an attention head.
+    processes : Processes
+        Those that have the same weights; each matches the rows of some matrices.
 
     Returns
     -------
@@ -83,13 +88,14 @@ def average_layers(
         weights_j = permute_neurons(weights_j, permutations)
     matched: dict[str, tuple[Tensor, RowMatch]] = {}
     if alignment == "rows":
-        weights = {projection: f"{projection}.weight" for projection in PROJECTIONS}
-        matched = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
-        matches = {projection: match for projection, (_, match) in matched.items()}
+        weights = {projection: f"{projection}.weight" for projection in processes.share(PROJECTIONS)}
+        mine = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
+        matched = dict(ChainMap(*processes.gathered(mine)))
+        matches = {projection: matched[projection][1] for projection in PROJECTIONS}
     for projection in PROJECTIONS:
         for name in (f"{projection}.weight", f"{projection}.bias"):
             if name in weights_i:
-                w_j = weights_j[name][matched[projection][0]] if matched else weights_j[name]
+                w_j = weights_j[name][matched[projection][0].to(weights_j[name].device)] if matched else weights_j[name]
                 fused[name] = weighted_sum(weights_i[name], w_j, ratio)
     return fused, matches
 

@@ -71,7 +71,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     decoder = ModelDecoder(make_llama(dtype=dtype))
-    ids = batched({"text": SEQUENCES, "empty": []})
+    ids = batched(decoder, {"text": SEQUENCES, "empty": []})
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
     assert name == "text" and found == Predictions(found.perplexity, divergence=0.0, agreement=1.0)
@@ -81,7 +81,8 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("few_rows")
 def test_divergence_and_agreement_are_those_of_whole_forward_passes() -> None:
     model = make_llama()
-    decoder, ids = ModelDecoder(model), batched({"text": SEQUENCES})
+    decoder = ModelDecoder(model)
+    ids = batched(decoder, {"text": SEQUENCES})
     dense_states = final_states(decoder, ids, "")
     dense = [model(sequence[None]).logits[0, :-1].double().log_softmax(-1) for sequence in SEQUENCES]
     decoder.remove(3)

@@ -10,6 +10,7 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_devices import TwoDevices
 
 from lf_hf import FusionReport, fuse_checkpoint
 
@@ -119,17 +120,22 @@ def test_dtype_can_be_chosen(base: str, tmp_path: Path) -> None:
 
 
 def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device_map cannot be used with low_memory=True"):
-        fuse(base, tmp_path / "out", device_map="auto")
+    for device_map in ("auto", {"": "cpu"}, "meta"):
+        with pytest.raises(ValueError, match=r"layers are read onto one device, so device_map cannot be .*; give cpu"):
+            fuse(base, tmp_path / "out", device_map=device_map)
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_the_model_writes_is_the_same_layer_by_layer(base: str, tmp_path: Path) -> None:
-    for low_memory in (True, False):
-        out = tmp_path / str(low_memory)
-        report = fuse(base, out, method="refit", calibration=None, calibration_tokens=1024, low_memory=low_memory)
+    def written(name: str, **kwargs: Any) -> dict[str, torch.Tensor]:
+        report = fuse(base, tmp_path / name, method="refit", calibration=None, calibration_tokens=1024, **kwargs)
         assert report.calibration[0].source.endswith("text by the model itself")
-    low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
-    assert all(torch.equal(low[name], high[name]) for name in low)
+        return tensors(tmp_path / name)
+
+    low, high = written("low"), written("high", low_memory=False)
+    with TwoDevices():
+        device = written("device", device_map="cuda:1")
+    assert all(torch.equal(low[name], high[name]) and torch.equal(low[name], device[name]) for name in low)
 
 
 def test_large_models_continue_prompts_only_where_all_layers_are_in_memory(

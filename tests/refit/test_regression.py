@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from builders import normal
 
 from lf_hf.refit.regression import Regression, expanded
 
@@ -87,3 +89,110 @@ def test_pruning_leaves_the_problem_of_what_is_kept() -> None:
     kept = regression.prune(torch.zeros(3, 600), 400)
     alone, start = accumulated(x[:, kept], y, weights), torch.ones(3, 400)
     torch.testing.assert_close(regression.ridge(start, 0.1), alone.ridge(start, 0.1))
+
+
+def correlated(tokens: int, inputs: int, outputs: int, shared: float, seed: int) -> tuple[torch.Tensor, ...]:
+    """Inputs of unlike sizes that have a direction in common, which dwarfs the others where `shared` is large."""
+    x = normal(tokens, inputs // 4, seed=seed) @ normal(inputs // 4, inputs, seed=seed + 1)
+    x += normal(tokens, inputs, seed=seed + 2) + shared * normal(tokens, 1, seed=seed + 3) * normal(
+        inputs, seed=seed + 4
+    )
+    x *= normal(inputs, seed=seed + 5).exp()
+    y = x @ normal(inputs, outputs, seed=seed + 6) / inputs + normal(tokens, outputs, seed=seed + 7)
+    return x, y, normal(tokens, seed=seed + 8).square() + 0.1
+
+
+def eliminated(problem: tuple[torch.Tensor, ...], start: torch.Tensor, keep: int, block: int, rounds: int) -> list[int]:
+    """What is left where the loss of each block is computed by solving without it, all from the tokens."""
+    x, y, weights = (part.double().numpy() for part in problem)
+    gram, ridge = (x.T * weights) @ x, 1e-2 * np.mean(weights @ x**2)
+    target = (x.T * weights) @ y + ridge * start.double().numpy().T
+    gram += ridge * np.eye(len(gram))
+
+    def explained(blocks: list[int]) -> float:
+        index = np.concatenate([np.arange(block * n, block * (n + 1)) for n in blocks])
+        return float((target[index] * np.linalg.solve(gram[np.ix_(index, index)], target[index])).sum())
+
+    left = list(range(x.shape[1] // block))
+    surplus = len(left) - keep
+    for step in range(rounds):
+        worth = {n: -explained([other for other in left if other != n]) for n in left}
+        size = keep + surplus * (rounds - 1 - step) // rounds
+        left = sorted(sorted(left, key=lambda n: -worth[n])[:size])
+    return left
+
+
+@pytest.mark.parametrize(
+    ("inputs", "block", "keep", "rounds"),
+    [(24, 1, 10, 4), (24, 1, 5, 19), (48, 4, 5, 7), (48, 4, 3, 3), (60, 6, 9, 4), (40, 8, 5, 2), (12, 4, 3, 3)],
+)
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_left_is_what_elimination_from_scratch_leaves(
+    inputs: int, block: int, keep: int, rounds: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exact:
+        monkeypatch.setattr("lf_hf.refit.regression.EXACT_LIMIT", 0)
+    for seed in range(4):
+        given, start = correlated(300, inputs, 5, 3.0, seed), normal(5, inputs, seed=seed) / inputs
+        kept = accumulated(*given).prune(start, keep, block=block, rounds=rounds)
+        assert kept.tolist() == eliminated(given, start, keep, block, rounds)
+
+
+@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("shared", [30.0, 1000.0])
+def test_large_problems_in_float32_leave_what_they_leave_in_float64(
+    block: int, shared: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block a round, where nearly all of the inputs' energy is in one direction."""
+    given, start = correlated(1000, 512, 8, shared, seed=0), normal(8, 512) / 512
+    total = 512 // block
+    arguments = {"block": block, "rounds": total - total // 6}
+    exact = accumulated(*given).prune(start, total // 6, **arguments)
+    monkeypatch.setattr("lf_hf.refit.regression.EXACT_LIMIT", 0)
+    assert torch.equal(accumulated(*given).prune(start, total // 6, **arguments), exact)
+
+
+def test_problems_of_one_scale_add_up() -> None:
+    x, y, weights = problem()
+    x[100:] *= 1000  # parts that would choose different units
+    parts = [(x[:100], y[:100], weights[:100]), (x[100:], y[100:], weights[100:])]
+    largest = torch.stack([Regression.largest(part[0], part[2]) for part in parts]).max()
+    summed, *others = (Regression.empty(6, 3, x.device) for _ in parts)
+    for regression, part in zip([summed, *others], parts, strict=True):
+        regression.scale_to(largest)
+        regression.add(*part)
+    for other in others:
+        summed.gram += other.gram
+        summed.cross += other.cross
+        summed.energy += other.energy
+    alone, start = accumulated(x, y, weights), torch.ones(3, 6)
+    torch.testing.assert_close(summed.ridge(start, 0.1), alone.ridge(start, 0.1))
+    assert summed.relative_error(start) == pytest.approx(alone.relative_error(start))
+
+
+@pytest.mark.parametrize("size", [0, 1e-45, 1e-39, 2.0**-126, 0.7, 1, 1.5, 3e4, 2.0**127, 3.4e38, math.inf, math.nan])
+def test_the_unit_is_a_power_of_two_at_most_the_size_that_has_a_reciprocal(size: float) -> None:
+    regression = Regression.empty(1, 1, torch.device("cpu"))
+    regression.scale_to(torch.tensor(size))
+    unit = float(regression.unit)
+    assert math.frexp(unit)[0] == 0.5 and 1 / unit == float(regression.unit.reciprocal()) < math.inf
+    if 2.0**-126 <= size < 2.0**127:
+        assert unit <= size < 2 * unit
+    elif not 0 < size < math.inf:
+        assert unit == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_adding_tokens_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+    """Tensors without values, of which none can be read."""
+    regression = Regression.empty(6, 3, torch.device("meta"))
+    for tokens in (4, 5):
+        x, y = (torch.empty(tokens, size, device="meta", dtype=dtype) for size in (6, 3))
+        regression.add(x, y, torch.empty(tokens, device="meta"))
+
+
+def test_tokens_that_are_added_stay_as_they_are() -> None:
+    x, y, weights = problem()
+    before = [part.clone() for part in (x, y, weights)]
+    accumulated(x, y, weights)
+    assert all(torch.equal(*pair) for pair in zip(before, (x, y, weights), strict=True))

@@ -1,0 +1,183 @@
+"""Layers of a checkpoint on disk, on a device that has memory of its own: read ahead, kept, and never out of date."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig
+from two_devices import CPU, OTHER, TwoDevices
+
+from lf_hf.decoder import on_disk
+from lf_hf.decoder.on_disk import CheckpointDecoder
+
+UP = "mlp.up_proj.weight"
+
+
+@pytest.fixture
+def devices() -> Iterator[TwoDevices]:
+    with TwoDevices() as entered:
+        yield entered
+
+
+@pytest.fixture
+def make_decoder(tmp_path: Path) -> Callable[..., CheckpointDecoder]:
+    def make(device: torch.device = OTHER, **overrides: Any) -> CheckpointDecoder:
+        folder, scratch = tmp_path / "base", tmp_path / f"scratch-{device.type}"
+        make_llama(**overrides).save_pretrained(folder)
+        scratch.mkdir()
+        return CheckpointDecoder(folder, LlamaConfig.from_pretrained(folder), scratch, device=device)
+
+    return make
+
+
+class Reads:
+    """Numbers of the layers that were read, as often as they were; `wait_for` one that another thread reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers: list[int] = []
+        self._new = threading.Condition()
+        read: Callable[..., list[Tensor]] = CheckpointDecoder._read
+
+        def noted(decoder: CheckpointDecoder, names: list[str], *device: torch.device) -> list[Tensor]:
+            tensors = read(decoder, names, *device)
+            if names[0].startswith("model.layers."):
+                with self._new:
+                    self.layers.append(int(names[0].split(".")[2]))
+                    self._new.notify_all()
+            return tensors
+
+        monkeypatch.setattr(CheckpointDecoder, "_read", noted)
+
+    def wait_for(self, number: int) -> bool:
+        with self._new:
+            return self._new.wait_for(lambda: number in self.layers, timeout=30)
+
+
+@pytest.mark.parametrize("name", ["layers", "originals"])
+def test_the_next_layer_is_read_while_one_is_used_but_not_on_the_cpu(
+    name: str, devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, reads = make_decoder(), Reads(monkeypatch)
+    for number, layer in enumerate(getattr(decoder, name)(range(5))):
+        assert layer.mlp.up_proj.weight.device == OTHER
+        assert number == 4 or reads.wait_for(number + 1)
+    assert reads.layers == [0, 1, 2, 3, 4]
+
+    decoder, reads = make_decoder(CPU), Reads(monkeypatch)
+    for number, _ in enumerate(getattr(decoder, name)(range(5))):
+        assert reads.layers == list(range(number + 1))
+
+
+def test_what_is_read_is_what_the_files_hold(
+    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lf_hf.files.weights._BLOCK", 1000)  # so that no tensor is a whole number of blocks
+    decoder = make_decoder(dtype=torch.bfloat16, attention_bias=True)
+    held = load_file(tmp_path / "base" / "model.safetensors")
+    for number, layer in enumerate(decoder.layers(range(5))):
+        parameters = dict(layer.named_parameters())
+        assert len(parameters) == 13
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter.cpu(), held[f"model.layers.{number}.{name}"])
+
+
+def test_a_layer_that_changes_while_another_is_used_is_never_out_of_date(
+    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, reads = make_decoder(), Reads(monkeypatch)
+    with decoder.original(3) as layer:
+        third = layer.mlp.up_proj.weight.cpu()
+    ones = torch.ones_like(third)
+    for keeping in (nullcontext(), decoder.kept_at_hand()):
+        with keeping:
+            layers, originals = decoder.layers([0, 1, 2]), decoder.originals([0, 1])
+            next(layers), next(originals)
+            assert reads.wait_for(1)
+            decoder.replace(1, {UP: ones})
+            assert torch.equal(next(layers).mlp.up_proj.weight.cpu(), ones)
+            assert not torch.equal(next(originals).mlp.up_proj.weight.cpu(), ones)
+            decoder.replace(1, {UP: 2 * ones})
+            with decoder.layer(1) as layer:
+                assert torch.equal(layer.mlp.up_proj.weight.cpu(), 2 * ones)
+    decoder.remove(2)
+    assert torch.equal(next(decoder.layers([2])).mlp.up_proj.weight.cpu(), third)
+
+
+def test_an_error_while_reading_ahead_comes_when_that_layer_is_asked_for(
+    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path
+) -> None:
+    decoder = make_decoder()
+    file = tmp_path / "base" / "model.safetensors"
+    content = file.read_bytes()
+    place = content.index(load_file(file)["model.layers.2.mlp.up_proj.weight"].numpy().tobytes())
+    with file.open("r+b") as opened:
+        opened.truncate(place + 8)
+    layers = decoder.layers(range(5))
+    next(layers), next(layers)
+    with pytest.raises(OSError, match=r"ends inside 'model\.layers\.2"):
+        next(layers)
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread(
+    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]
+) -> None:
+    before = threading.enumerate()
+    decoder = make_decoder()
+    for _ in decoder.layers(range(5)):
+        break
+    layers = decoder.originals(range(5))
+    next(layers)
+    del layers
+    with decoder.layer(0):
+        pass
+    assert threading.enumerate() == before
+
+
+@pytest.mark.parametrize(("room", "stay"), [(0, 0), (2, 2), (99, 5)])
+def test_layers_that_fit_stay_on_the_device_inside_a_block(
+    room: int,
+    stay: int,
+    devices: TwoDevices,
+    make_decoder: Callable[..., CheckpointDecoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder, reads, asked = make_decoder(), Reads(monkeypatch), []
+
+    def free_memory(device: torch.device) -> int:
+        asked.append(device)
+        return 100 if len(asked) <= 2 + room else 24  # at the beginning, after the embeddings, and after each layer
+
+    monkeypatch.setattr(on_disk, "free_memory", free_memory)
+    ids = torch.arange(5)[None]
+    expected = [layer.mlp.up_proj.weight.cpu() for layer in decoder.layers(range(5))]
+    [embedded] = decoder.embed([ids])
+    reads.layers.clear()
+    with decoder.kept_at_hand():
+        for _ in range(3):
+            for weight, layer in zip(expected, decoder.layers(range(5)), strict=True):
+                assert torch.equal(layer.mlp.up_proj.weight.cpu(), weight)
+        [again] = decoder.embed([ids])
+    assert reads.layers == [0, 1, 2, 3, 4] + 2 * list(range(stay, 5))
+    assert torch.equal(again, embedded) and again.device == embedded.device == OTHER
+    list(decoder.layers(range(5)))
+    assert reads.layers[-5:] == [0, 1, 2, 3, 4]
+    assert set(asked) == {OTHER}
+
+
+def test_on_the_cpu_no_layer_stays(
+    make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, reads = make_decoder(CPU), Reads(monkeypatch)
+    with decoder.kept_at_hand():
+        for _ in range(2):
+            list(decoder.layers(range(5)))
+    assert reads.layers == 2 * [0, 1, 2, 3, 4]
