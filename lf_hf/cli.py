@@ -212,7 +212,9 @@ def fuse(
 ) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
-    Ends with a table: layers, parameters, size on disk, and perplexity before and after.
+    Ends with a table: layers, parameters, size on disk, and perplexity before and after; and on the same texts how far
+    predictions of the next token are from the base's: KL divergence in nats a token, and how often the most likely
+    token is the same.
     """
     hub = _given(gguf_file=gguf_file, revision=revision)
     if (num_fusions is None) == (target_layers is None):
@@ -251,7 +253,7 @@ def _num_fusions(base: Base, target_layers: int) -> int:
 
 
 def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[list[str]]:
-    """Rows of a table: sizes and perplexities before and after."""
+    """Rows of a table: sizes, perplexities, and how near to the base predictions are, before and after."""
     counts = {
         "layers": (report.layers_before, report.layers_after),
         "parameters": (report.parameters_before, report.parameters_after),
@@ -261,6 +263,10 @@ def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[
     for judged in report.perplexities:
         figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
         rows.append([f"perplexity, {judged.name}", *figures])
+        if judged.divergence is not None and judged.agreement is not None:
+            rows.append([f"divergence, {judged.name}", "0", f"{judged.divergence:.4g}", ""])
+            change = f"{judged.agreement - 1:+.1%}"
+            rows.append([f"agreement, {judged.name}", "100.0%", f"{judged.agreement:.1%}", change])
     return rows
 
 

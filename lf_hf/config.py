@@ -119,7 +119,8 @@ class FusionConfig:
     samples_per_subject : int >= 1, default=1
         Questions of each of the 57 MMLU subjects in the default calibration set.
     perplexity_tokens : int >= 0, default=4000
-        Tokens on which perplexity is measured before and after fusing; 0 leaves it out.
+        Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
+        moved; 0 leaves that out, and what both models write.
     seed : int >= 0, default=0
         Seed of the mutual information estimate, and of the calibration text that the model writes.
 

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
-from lf_hf.measure import Clock, Measurements, measure, perplexities
+from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
@@ -283,6 +283,8 @@ def fuse(
             fitted = fit_from_bottom(decoder, fused.groups, measured.text, config)
     with clock("perplexity"):
         judged = perplexities(decoder, measured, config)
+    with clock("continuations"):
+        continuations = continued(decoder, tokenizer, measured)
 
     similar = config.needs_similarity
     return FusionReport(
@@ -304,6 +306,7 @@ def fuse(
         sample_labels=measured.sample_labels if similar else None,
         influences=fused.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
+        continuations=continuations,
     )
 
 

@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.predictions import Predictions
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
@@ -56,7 +57,8 @@ def test_report_has_what_was_measured() -> None:
     }
     for match in report.steps[0].matches.values():
         assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
-    assert set(report.seconds) == {"perplexity", "activations", "manifold", "similarity", "alignment and fusion"}
+    stages = {"activations", "manifold", "similarity", "alignment and fusion"}
+    assert set(report.seconds) == stages | {"perplexity", "continuations"}
     assert [info.name for info in report.perplexities] == ["docs", "reasoning"]
     assert platform.python_version() in report.perplexities[0].text
     assert FusionReport.from_dict(report.to_dict()) == report
@@ -76,7 +78,8 @@ def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
     fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = iter([10.0, fused])
-    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: dict.fromkeys(("docs", "reasoning"), next(values)))
+    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values)))  # noqa: E731
+    monkeypatch.setattr("lf_hf.measure.predictions", found)
     with caplog.at_level(logging.WARNING):
         report = run(1)
     assert report.notes == [record.message for record in caplog.records]
@@ -101,7 +104,7 @@ def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeyp
 
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
     report = run(1, perplexity_tokens=0)
-    assert report.perplexities == [] and report.notes == []
+    assert report.perplexities == [] and report.continuations == [] and report.notes == []
 
 
 def test_the_model_is_unchanged_when_calibration_fails() -> None:

@@ -194,6 +194,8 @@ def _dense_point(
         notes=[],
         seconds={"evaluating": time.perf_counter() - start},
         versions=pipeline.versions(),
+        divergences={judged.name: 0.0 for judged in measurements.judged},
+        agreements={judged.name: 1.0 for judged in measurements.judged},
     )
 
 
@@ -225,6 +227,8 @@ def _fused_point(
         notes=report.notes,
         seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
         versions=report.versions,
+        divergences={text.name: text.divergence for text in report.perplexities if text.divergence is not None},
+        agreements={text.name: text.agreement for text in report.perplexities if text.agreement is not None},
     )
 
 
