@@ -109,15 +109,15 @@ def prediction_sums(
         for part, wanted, compared in zip(_rows(states, rows), targets, expected, strict=True):
             logits = head(part)[0].float()  # (tokens, vocab)
             found = logits.log_softmax(-1)
-            loss = nll_loss(found, wanted.to(found.device), reduction="sum")
-            count = torch.full_like(loss, len(wanted))
+            loss = nll_loss(found, wanted.to(found.device), reduction="none")  # (tokens,), as all that follows
+            count = torch.ones_like(loss)
             apart, agreed = torch.zeros_like(loss), count
             if dense is not None:
                 of_dense = head(compared)[0].float()
-                agreed = (logits.argmax(-1) == of_dense.argmax(-1)).sum()
-                apart = kl_div(found, of_dense.log_softmax(-1), reduction="sum", log_target=True)
-            of_rows = in_float64(torch.stack([count, loss, apart, agreed]))
-            sums = sums.to(of_rows.device) + of_rows
+                agreed = logits.argmax(-1) == of_dense.argmax(-1)
+                apart = kl_div(found, of_dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            of_rows = in_float64(torch.stack([count, loss, apart, agreed.to(loss)]))  # (4, tokens)
+            sums = sums.to(of_rows.device) + of_rows.sum(-1)
     return sums
 
 

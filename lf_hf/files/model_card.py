@@ -129,11 +129,15 @@ def as_code(value: object) -> str:
     return f"`{text or ' '}`"
 
 
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+
+
 def _as_lines(value: str) -> str:
     """A text of several lines as inline code in a table's cell, indented as it was."""
     cells = []
     for line in value.expandtabs().splitlines():
-        shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+        shown = "".join(_shown(letter) for letter in line)
         indent = "\N{NO-BREAK SPACE}" * (len(shown) - len(shown.lstrip()))
         cells.append(f"`{indent}{as_code(shown)[1:]}")
     return "<br>".join(cells) or "-"
