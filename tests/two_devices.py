@@ -28,6 +28,7 @@ class Stream:
     def __init__(self, device: torch.device) -> None:
         assert device == OTHER
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._running = threading.Lock()  # two threads may copy on one stream
 
     @classmethod
     @contextmanager
@@ -41,10 +42,10 @@ class Stream:
         return getattr(cls.entered, "stream", None)
 
     def synchronize(self) -> None:
-        with torch._C.DisableTorchFunction():
-            for target, source in self.copies:
+        with self._running, torch._C.DisableTorchFunction():
+            while self.copies:
+                target, source = self.copies.pop(0)
                 target.copy_(source)
-        self.copies.clear()
 
 
 def _storage(tensor: torch.Tensor) -> int:
