@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import patch_environment
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -52,17 +53,18 @@ class Evaluation:
         self._manager.load(self._tasks)  # a data set that cannot be fetched is found out here
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Main metric of each task; for a tag, of each of its tasks."""
+        """Main metric of each task; for a tag, of each of its tasks. Each process of a launch evaluates by itself."""
         wrapper = FusedLlamaLM if isinstance(model, FusedLlamaForCausalLM) else HFLM
         lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
-        evaluated = simple_evaluate(
-            lm,
-            tasks=self._tasks,
-            task_manager=self._manager,
-            limit=self._limit,
-            num_fewshot=self._num_fewshot,
-            log_samples=False,
-        )
+        with patch_environment(LOCAL_RANK=0):  # lm-eval gives its results to one process of a launch
+            evaluated = simple_evaluate(
+                lm,
+                tasks=self._tasks,
+                task_manager=self._manager,
+                limit=self._limit,
+                num_fewshot=self._num_fewshot,
+                log_samples=False,
+            )
         results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
         asked = [task for task in self._tasks if task in results]
         better = evaluated.get("higher_is_better", {})

@@ -38,7 +38,8 @@ class Point:
     """One model of a sweep: the base (`method` "dense") or a fusion of it.
 
     `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one
-    entry a judging text, by its name. `seconds` is wall time, fusing and evaluating.
+    entry a judging text, by its name. `seconds` is wall time, evaluating and fusing: that of all steps from
+    the dense model on, whichever point they were made for first, and without loading and measuring the dense model.
     """
 
     key: str

@@ -120,9 +120,12 @@ def held(file: Path, seconds: float) -> Iterator[bool]:
     try:
         yield True
     finally:
-        with suppress(PermissionError):  # Windows removes no file that is open
+        try:
             file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        lock.release()
+        except PermissionError:  # Windows removes no file that is open
+            pass
+        finally:
+            lock.release()
 
 
 @contextmanager
