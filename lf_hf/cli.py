@@ -27,6 +27,7 @@ from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
 from lf_hf.model.fuse_checkpoint import check_low_memory
+from lf_hf.processes import OtherProcessError, local_rank, rank
 from lf_hf.report.report import FusionReport
 
 _GUIDE = """\b
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _TRACEBACK in given:
             raise
+        if isinstance(error, OtherProcessError) or (local_rank() and rank() is None):
+            return 1  # another process says it, or found the same before this one met it
         # Of a command line that does not parse typer says itself how to put it.
         formatted: Callable[[], str] | None = getattr(error, "format_message", None)
         message = formatted() if formatted else str(error)
@@ -228,6 +231,8 @@ def fuse(
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table
         done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
+    if rank():  # of a launch: the first one speaks
+        return
     before, after = weights_size(base, hub), weights_size(out, {})
     _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
 

@@ -124,7 +124,8 @@ def measure(
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
-        found |= _similarity(decoder, tokenizer, config, samples, clock, notes)
+        found |= decoder.processes.told_by_first(lambda: _similarity(decoder, tokenizer, config, samples, clock))
+        notes += found.pop("notes")
     if text is not None:
         with clock("calibration text"):
             packed = calibration_sequences(decoder, tokenizer, text, config)
@@ -145,9 +146,9 @@ def _similarity(
     config: FusionConfig,
     samples: Calibration,
     clock: Clock,
-    notes: list[str],
 ) -> dict[str, Any]:
     """Stages 1 to 3, on the samples."""
+    notes = []
     config.check_num_samples(len(samples.texts))
     ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
     longest, different = max(map(len, ids)), len({tuple(sample.tolist()) for sample in ids})
@@ -185,6 +186,7 @@ def _similarity(
         "sample_labels": samples.labels,
         "influences": influences,
         "of_samples": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        "notes": notes,
     }
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.pair_costs import PairCosts, num_judging_copies
+from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
@@ -113,6 +114,8 @@ class Fusion:
                 changed, matches = average_layers(
                     first, second, ratio=ratio, alignment=config.alignment, head_dim=pair[0].self_attn.head_dim
                 )
+                for tensor in changed.values():  # in case machines round differently
+                    self.decoder.processes.given_by_first(tensor)
             weights = first | changed
             if not config.fits:
                 return _FusedPair(changed, weights, ratio, matches, None)
@@ -172,10 +175,15 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     clock = Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(_STEPS):
-            text = measured.text if config.needs_text else []
-            embedded = decoder.embed(_beginning(text, STEP_TOKENS)) if text else []
+            text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
+            roles = Roles.of(len(text)) if config.selection == "least_divergence" else Roles(range(len(text)), [], [])
+            parts = [
+                decoder.batches([text[number] for number in decoder.processes.share(of_role)])
+                for of_role in (roles.fitting, roles.both, roles.judging)
+            ]
+            embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
-            store = stack.enter_context(StateStore(expected))
+            store = stack.enter_context(StateStore.with_room(decoder, expected))
             fusion = Fusion(
                 decoder=decoder,
                 config=config,
@@ -183,7 +191,7 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 similarity=measured.similarity if config.needs_similarity else None,
                 groups=[[index] for index in range(decoder.num_layers)],
                 store=store,
-                boundaries=Boundaries(decoder, embedded, store) if embedded else None,
+                boundaries=Boundaries(decoder, embedded, store) if text else None,
                 clock=clock,
             )
             del embedded
@@ -191,7 +199,9 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 fusion.influences = list(fusion.boundaries.influences)
             if config.selection == "least_divergence":
                 assert fusion.boundaries is not None
-                fusion.costs = PairCosts(decoder, fusion.boundaries, fusion.try_pair, store)
+                batches = iter(range(sum(map(len, parts))))
+                of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
+                fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
         yield fusion
         fusion.boundaries = fusion.costs = None  # the last pass needs the room
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar, overload
 from tqdm import autonotebook, std
 from transformers.utils import logging as hf_logging
 
+from lf_hf.processes import local_rank
+
 T = TypeVar("T")
 
 EVERY = 30.0
@@ -28,7 +30,8 @@ def progress(
 ) -> Any:
     """Pass on what `iterable` has, and show how far it is; without one, a context whose `update()` counts one.
 
-    Nothing is shown after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only.
+    Nothing is shown after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
+    first of the processes that a launcher started on a machine shows it for all.
 
     Parameters
     ----------
@@ -40,19 +43,20 @@ def progress(
     leave : bool
         Whether a finished bar stays on the terminal.
     """
+    shown = local_rank() == 0
     terminal = sys.stderr is not None and sys.stderr.isatty()
     if terminal or autonotebook.tqdm is not std.tqdm or not hf_logging.is_progress_bar_enabled():
-        return hf_logging.tqdm(iterable, total=total, desc=desc, unit=unit, leave=leave)
+        return hf_logging.tqdm(iterable, total=total, desc=desc, unit=unit, leave=leave, disable=not shown)
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    return _Lines(iterable or (), total, desc, unit)
+    return _Lines(iterable or (), total, desc, unit, shown)
 
 
 class _Lines(Generic[T]):
     """Lines on standard error."""
 
-    def __init__(self, iterable: Iterable[T], total: int | None, desc: str, unit: str) -> None:
-        self._iterable, self._total, self._desc, self._unit = iterable, total, desc, unit
+    def __init__(self, iterable: Iterable[T], total: int | None, desc: str, unit: str, shown: bool) -> None:
+        self._iterable, self._total, self._desc, self._unit, self._shown = iterable, total, desc, unit, shown
         self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -83,7 +87,7 @@ class _Lines(Generic[T]):
             self._say(f"done in {duration(taken)}")
 
     def _say(self, text: str) -> None:
-        if sys.stderr is not None and hf_logging.get_verbosity() <= logging.WARNING:
+        if self._shown and sys.stderr is not None and hf_logging.get_verbosity() <= logging.WARNING:
             print(f"{self._desc}: {text}.", file=sys.stderr, flush=True)
 
 

@@ -19,10 +19,9 @@ from lm_eval.api.instance import Instance
 from test_saving import no_privileges
 from tokenizers import normalizers
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, pipeline
+from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.evaluate.sweep import _key
-from lf_hf.files import fused_cache, processes
 from lf_hf.files.saving import only_writer
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
@@ -229,32 +228,6 @@ def test_a_fusion_that_fails_leaves_the_folder_to_the_next(
     assert load(base, tmp_path / "fused").num_parameters()
 
 
-def test_no_launch_removes_what_another_one_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What was left behind goes a day later; not what a process is at work on, whatever its host is called."""
-    monkeypatch.setattr(fused_cache, "HF_HOME", str(tmp_path))
-    folders = {name: tmp_path / "lf_hf" / f"{name}-abc" for name in ("host", "host-1", "left", "at work")}
-    for name, folder in folders.items():
-        (folder / "model").mkdir(parents=True)
-        if name in ("left", "at work"):
-            os.utime(folder, times=(0, 0))
-    with only_writer(folders["at work"] / "model"):
-        os.utime(folders["at work"], times=(0, 0))
-        fused_cache.folder_of_launch("base", FusionConfig(num_fusions=1))
-    assert {name for name, folder in folders.items() if folder.exists()} == {"host", "host-1", "at work"}
-
-
-def test_launches_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of containers that share a host name and number their processes alike."""
-    mine = processes.launch_id()
-    assert processes.launch_id() == mine
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "readlink", lambda _: "pid:[1]")
-        container = processes.launch_id()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "getppid", lambda: 1)
-        assert len({mine, container, processes.launch_id()}) == 3
-
-
 @pytest.fixture
 def started(base: str, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start a program behind some command words, with a home of its own: started(program, *words, **arguments)."""
@@ -287,7 +260,7 @@ def outcome(folder: Path) -> tuple[int, list[list[float]]]:
     return len(list(folder.glob("fused-*"))), results
 
 
-def test_of_launched_processes_one_fuses(
+def test_launched_processes_fuse_together(
     base: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     with socket.socket() as free:  # older versions of accelerate do not choose a port
@@ -298,8 +271,7 @@ def test_of_launched_processes_one_fuses(
     output = process.communicate()[0]
     assert process.returncode == 0, output
     count, results = outcome(tmp_path)
-    assert (count, len(results)) == (1, 2)
-    assert list((tmp_path / "home" / "lf_hf").iterdir()) == []  # nothing is left behind
+    assert (count, len(results)) == (2, 2)
 
     alone = FusedLlamaLM(base, calibration=str(tmp_path / "texts.txt"), device="cpu", **SETTINGS)
     pairs = [("layer model neuron", " weight"), ("token state", " train small")]

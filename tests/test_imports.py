@@ -17,8 +17,8 @@ from conftest import ROOT
 from lf_hf import fuse_checkpoint
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "checked_json config numerics text report files decoder stages refit measure pipeline model __init__".split()
-ORDER += ["evaluate", "plan", "cli"]
+ORDER = "processes progress memory checked_json config numerics text report files".split()
+ORDER += "decoder stages refit measure pipeline model __init__ evaluate plan cli".split()
 
 
 @functools.cache

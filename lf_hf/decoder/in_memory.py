@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer
+from lf_hf.processes import ALONE, Processes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,8 +24,10 @@ class ModelDecoder(Decoder):
     With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
     """
 
-    def __init__(self, model: LlamaForCausalLM, *, keep_originals: bool = False) -> None:
+    def __init__(self, model: LlamaForCausalLM, *, keep_originals: bool = False, processes: Processes = ALONE) -> None:
         self.model = model
+        self.processes = processes
+        self.device = model.model.embed_tokens.weight.device
         self._keep_originals = keep_originals
         self._sources = list(range(len(model.model.layers)))  # of each layer, its number in the dense model
         self._originals: dict[int, LlamaDecoderLayer] = {}
@@ -79,9 +82,9 @@ class ModelDecoder(Decoder):
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
-    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         table = self.model.model.embed_tokens
-        return [table(sample.to(table.weight.device)[None]) for sample in samples]
+        return [table(batch.to(table.weight.device)) for batch in batches]
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +16,15 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
-from lf_hf.numerics import all_finite
+from lf_hf.memory import free_memory
+from lf_hf.processes import ALONE, Processes
 from lf_hf.progress import progress
+
+_CPU_BATCH = 1 << 26
+"""Bytes that a batch may take inside a layer on the CPU."""
+_BATCH_SHARE = 8  # of what is free on any other device
+_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
+_BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
 
 
 class Decoder(ABC):
@@ -28,10 +35,20 @@ class Decoder(ABC):
     config : LlamaConfig
         Follows when layers are removed.
     rotary_emb : LlamaRotaryEmbedding
+    device : torch.device
+        Where hidden states begin.
+    processes : Processes
+        Those that hold the same model and share the work on it.
+    states_in_memory : int or None
+        Bytes of hidden states that may be in the machine's memory; None for as many as there is room for.
     """
 
     config: LlamaConfig
     rotary_emb: LlamaRotaryEmbedding
+    device: torch.device
+    processes: Processes = ALONE
+    states_in_memory: int | None = None
+    _inputs: tuple[Any, dict[str, Any]] | None = None  # of a layer, for the last kind of states
 
     @property
     @abstractmethod
@@ -71,55 +88,104 @@ class Decoder(ABC):
         """All parameters by their names in the checkpoint, tied ones once."""
 
     @abstractmethod
-    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
-        """Token embeddings of each sample: ids of shape (tokens T_i,) -> (1, tokens T_i, hidden)."""
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
 
     @abstractmethod
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Final norm and head, inside a `with` block: (1, tokens T, hidden) -> logits (1, tokens T, vocab)."""
+        """Final norm and head, inside a `with` block: (sequences B, tokens T, hidden) -> logits (B, T, vocab)."""
+
+    def batched(self, sequences: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of sequences that go through the layers together: of one length, and no more than fit.
+
+        Sequences of shape (tokens T,). On the CPU larger batches would gain nothing.
+        """
+        room = _CPU_BATCH if self.device.type == "cpu" else free_memory(self.device) // _BATCH_SHARE
+        most = room // (_COPIES * self.config.intermediate_size)  # tokens
+        by_length: dict[int, list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            by_length.setdefault(len(sequence), []).append(number)
+        return [
+            numbers[first : first + max(1, most // length)]
+            for length, numbers in by_length.items()
+            for first in range(0, len(numbers), max(1, most // length))
+        ]
+
+    def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """The same as tensors of shape (sequences B, tokens T), which go to the device together."""
+        groups = self.batched(sequences)
+        if not groups:
+            return []
+        ids = torch.cat([sequences[number] for numbers in groups for number in numbers]).to(self.device)
+        sizes = [len(numbers) * len(sequences[numbers[0]]) for numbers in groups]
+        return [part.view(len(numbers), -1) for part, numbers in zip(ids.split(sizes), groups, strict=True)]
 
     @torch.no_grad()
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
         """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
 
-        All sequences take a step together, so that each layer is used once a step. None of them ends early.
+        All sequences take a step together, so that each layer is used once a step, and each process writes a share of
+        them. None of them ends early. What is written follows from the seed, whichever process writes it.
         """
         random = torch.Generator().manual_seed(seed)
         # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
-        tokens = torch.randint(self.config.vocab_size, (count,), generator=random)
+        starts = torch.randint(self.config.vocab_size, (count,), generator=random)
         if self.config.bos_token_id is not None:
-            tokens[::2] = self.config.bos_token_id
+            starts[::2] = self.config.bos_token_id
+        drawn = torch.rand(count, length - 1, generator=random)
+        mine = self.processes.share(range(count))
+        written = list(self._written(starts[mine], drawn[mine])) if mine else []
+        shares = self.processes.gathered(written)
+        return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
+
+    def _written(self, tokens: Tensor, drawn: Tensor) -> Tensor:
+        """Sequences that begin with `tokens` (count,); each later one is where `drawn` (count, length - 1) falls.
+
+        `drawn` is uniform from 0 to 1, and a token's part of that is its probability.
+        """
+        count, steps = drawn.shape
         barred = _special_tokens(self.config)
-        written, cache = [tokens], DynamicCache()
-        with self.head() as head:
-            for position in progress(range(length - 1), desc="Writing calibration text", unit="token"):
+        written, cache, finite = [tokens], DynamicCache(), []
+        with self.kept_at_hand(), self.head() as head:
+            for position in progress(range(steps), desc="Writing calibration text", unit="token"):
                 # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
                 hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
                 position_ids = torch.full((count, 1), position, device=hidden_states.device)
-                position_embeddings = self.rotary_emb(hidden_states, position_ids)
-                for index in range(self.num_layers):
-                    with self.layer(index) as layer:
-                        # By position, as the name of the cache's parameter depends on the version of transformers.
-                        hidden_states = layer(
-                            hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
-                        )
-                logits = head(hidden_states)[:, 0].float().cpu()  # (count, vocab)
-                if not all_finite(logits):
-                    raise ValueError(
-                        "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a "
-                        "dtype of wider range."
+                position_embeddings = self._rotary(hidden_states, position_ids)
+                for layer in self.layers(range(self.num_layers)):
+                    # By position, as the name of the cache's parameter depends on the version of transformers.
+                    hidden_states = layer(
+                        hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
                     )
+                logits = head(hidden_states)[:, 0].float()  # (count, vocab)
+                finite.append(torch.isfinite(logits).all())
                 logits[:, barred] = -torch.inf
-                tokens = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+                sums = logits.softmax(-1).cumsum(-1)
+                drawn = drawn.to(sums.device)
+                wanted = drawn[:, position : position + 1] * sums[:, -1:] * _BELOW_ONE
+                found = torch.searchsorted(sums, wanted, right=True)[:, 0]
+                tokens = found.clamp(max=sums.shape[1] - 1)  # of what is not finite, too
                 written.append(tokens)
-        return list(torch.stack(written, dim=1))
+        if not all(torch.stack(finite).tolist()):
+            raise ValueError(
+                "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a dtype of "
+                "wider range."
+            )
+        return torch.stack([tokens.to(written[-1].device) for tokens in written], dim=1).cpu()
+
+    def kept_at_hand(self) -> AbstractContextManager[None]:
+        """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit."""
+        return nullcontext()
 
     def layer_inputs(self, hidden_states: Tensor) -> dict[str, Any]:
-        """What a layer takes besides its hidden states, for one sequence without padding or cache.
+        """What a layer takes besides its hidden states, for sequences without padding or cache.
 
-        `hidden_states` is (1, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
+        `hidden_states` is (sequences B, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
+        kind = num_tokens, device, hidden_states.dtype
+        if self._inputs is not None and self._inputs[0] == kind:
+            return self._inputs[1]
         position_ids = torch.arange(num_tokens, device=device)[None]
         mask = None
         # These are causal by themselves.
@@ -127,31 +193,36 @@ class Decoder(ABC):
             lowest = torch.finfo(hidden_states.dtype).min
             mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
             mask = mask[None, None]  # (1, 1, T, T)
-        # In a model that is spread over devices the rotary embedding has one of its own.
-        cos, sin = (table.to(device) for table in self.rotary_emb(hidden_states, position_ids))
-        return {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": (cos, sin)}
+        cos, sin = self._rotary(hidden_states, position_ids)
+        inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": (cos, sin)}
+        self._inputs = kind, inputs
+        return inputs
+
+    def _rotary(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embeddings where the states are: in a model that is spread over devices they have one of their own."""
+        cos, sin = self.rotary_emb(hidden_states, position_ids)
+        return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
     def run_layer(self, layer: LlamaDecoderLayer, hidden_states: Tensor) -> Tensor:
-        """A layer's output for one sequence: (1, tokens T, hidden) -> (1, tokens T, hidden)."""
+        """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""
         return layer(hidden_states, **self.layer_inputs(hidden_states))
 
     @torch.no_grad()
-    def walk(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield, for each layer in turn, the output states of all samples.
+    def walk(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield, for each layer in turn, the output states of all batches.
 
-        All samples are at the same layer at any time, so memory is that of one layer boundary, and each sample
-        passes each layer once.
+        All are at the same layer at any time, so memory is that of one layer boundary, and each passes each layer once.
 
         Parameters
         ----------
-        samples : sequence of int64 tensors of shape (tokens T_i,)
+        batches : sequence of int64 tensors of shape (sequences B, tokens T)
 
         Yields
         ------
-        list of tensors of shape (1, tokens T_i, hidden)
+        list of tensors of shape (sequences B, tokens T, hidden)
             Before the model's final norm. The list is overwritten by the next layer's: use it before advancing.
         """
-        states = self.embed(samples)
+        states = self.embed(batches)
         for layer in self.layers(range(self.num_layers)):
             for n, state in enumerate(states):
                 states[n] = self.run_layer(layer, state)
@@ -177,6 +248,6 @@ def remove_config_layer(config: LlamaConfig, index: int) -> None:
 
 def check_finite(states: Sequence[Tensor], layer: int) -> None:
     """Raise ValueError if the output states of a layer contain NaN or inf."""
-    for n, state in enumerate(states):
-        if not torch.isfinite(state).all():
-            raise ValueError(f"The activations of layer {layer} contain NaN or inf on calibration sample {n}.")
+    finite = torch.stack([torch.isfinite(state).all() for state in states]) if states else torch.ones(0)
+    if not bool(finite.all()):
+        raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")

@@ -23,6 +23,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
+_STATES_IN_MEMORY = 1 << 27
 
 
 class CheckpointDecoder(Decoder):
@@ -41,6 +42,8 @@ class CheckpointDecoder(Decoder):
 
     def __init__(self, folder: Path, config: LlamaConfig, scratch: Path, *, dtype: torch.dtype | None = None) -> None:
         self.config = config
+        self.device = torch.device("cpu")
+        self.states_in_memory = _STATES_IN_MEMORY
         if config._attn_implementation is None:
             config._attn_implementation = "sdpa"
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -91,9 +94,9 @@ class CheckpointDecoder(Decoder):
             for name, tensor in self._layer_weights(index).items():
                 yield f"{_LAYERS}{index}.{name}", tensor
 
-    def embed(self, samples: Sequence[Tensor]) -> list[Tensor]:
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         [table] = self._read([_EMBEDDING])
-        return [nn.functional.embedding(sample[None], table) for sample in samples]
+        return [nn.functional.embedding(batch, table) for batch in batches]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:

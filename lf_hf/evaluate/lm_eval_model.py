@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
 from lf_hf.evaluate.points import check_batch_size
 from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
-from lf_hf.files.processes import local_rank
 from lf_hf.files.saving import finish_save
+from lf_hf.processes import local_rank
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused_llama")

@@ -26,10 +26,10 @@ from lf_hf.evaluate.points import DENSE, Point, check_batch_size
 from lf_hf.evaluate.results import Results
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
-from lf_hf.files.processes import own_device
 from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.processes import local_rank, own_device
 from lf_hf.progress import progress
 from lf_hf.text.calibration import load_needed
 
@@ -142,11 +142,12 @@ def sweep(
 def _telling_what_is_missing(results: Results, configs: Mapping[str, FusionConfig]) -> Iterator[None]:
     try:
         yield
-    except BaseException:  # of any kind, such as KeyboardInterrupt
+    except BaseException as error:  # of any kind, such as KeyboardInterrupt
         results.look()
         missing = [configs.get(key) for key in results.missing]
         names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
-        logger.warning(f"Not there yet: {names}; run the sweep again, which goes on where it stopped.")
+        reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
+        logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
         raise
 
 

@@ -1,4 +1,4 @@
-"""Fusing once: several processes, or several runs, share what one of them fused.
+"""Fusing once: several runs share what one of them fused.
 
 Whoever finds a checkpoint made of the same things loads it. Else the first one to lock the folder fuses and saves
 there, and the others wait for it.
@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.files.base import Base
-from lf_hf.files.processes import launch_id, local_processes, local_rank
-from lf_hf.files.saving import changed_files, only_writer
+from lf_hf.files.saving import changed_files
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Calibration, Corpus
 
-_LEFT_BEHIND = 24 * 3600  # seconds
-_CALLS = count()  # a launch may fuse the same base alike more than once
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
 _MEANING = {
     "base": "another base, or other files in its folder",
@@ -85,28 +77,6 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
         if report.config.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
-
-
-def folder_of_launch(base: str, config: FusionConfig) -> Path:
-    """A folder that all processes of one launch on this machine share, for one fusion.
-
-    What launches that were cut short have left behind is removed a day later, unless a process is at work on it.
-    """
-    root = Path(HF_HOME) / "lf_hf"
-    for old in root.glob("*"):
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > _LEFT_BEHIND:
-                with only_writer(old / "model"):
-                    shutil.rmtree(old, ignore_errors=True)
-    fusion = hashlib.sha256(json.dumps([next(_CALLS), base, config.to_dict()]).encode()).hexdigest()
-    return root / f"{launch_id()}-{fusion[:16]}" / "model"
-
-
-def note_loaded(folder: Path) -> None:
-    """Note in the folder of a launch that this process is done with it; the last one removes it."""
-    (folder.parent / f"seen-{local_rank()}").touch()
-    if len(list(folder.parent.glob("seen-*"))) >= local_processes():
-        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lf_hf.files.companions import write_companions
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.model.configuration_fused_llama import converted_config, fused_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusionInputs, checked_tokenizer
+from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import load_needed
 
@@ -37,6 +39,8 @@ def fuse_checkpoint(
     **kwargs: Any,
 ) -> FusionReport:
     """Fuse a Llama checkpoint into another folder.
+
+    Processes that a launcher started share the work, and the first one writes: all must call this.
 
     Parameters
     ----------
@@ -71,12 +75,14 @@ def fuse_checkpoint(
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
     check_replaceable(out)
     target = checked_folder(out)
+    processes = Processes.of_launch()
     if not low_memory:
-        with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
+        with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
             model = FusedLlamaForCausalLM.from_pretrained_fused(
                 base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
             )
-            model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
+            if processes.first:
+                model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
         assert model.fusion_report is not None
         return model.fusion_report
 
@@ -87,20 +93,39 @@ def fuse_checkpoint(
     samples, text = load_needed(config, calibration)
     used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
-    with only_writer(target), replaced_files(target, own_tokenizer=tokenizer is not None) as folder:
-        return _fuse_on_disk(inputs, folder, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
+    with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
+        return _fuse_on_disk(inputs, folder, processes, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
 
 
-def _fuse_on_disk(inputs: FusionInputs, folder: Path, *, as_llama: bool, max_shard_bytes: int) -> FusionReport:
+@contextmanager
+def _written_once(target: Path, processes: Processes, *, own_tokenizer: bool) -> Iterator[Path]:
+    """A folder whose files become those of `target`, for the first process to write; the others wait until it is."""
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            stack.enter_context(only_writer(target))
+            return stack.enter_context(replaced_files(target, own_tokenizer=own_tokenizer))
+
+        yield processes.told_by_first(begin)
+    processes.gathered(None)
+
+
+def _fuse_on_disk(
+    inputs: FusionInputs, folder: Path, processes: Processes, *, as_llama: bool, max_shard_bytes: int
+) -> FusionReport:
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
     from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
     base = inputs.base
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
         decoder = CheckpointDecoder(base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype)
+        decoder.processes = processes
         report = pipeline.fuse(
             decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
         )
+        if not processes.first:
+            return report
         decoder.write(folder, max_shard_bytes)
         written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
         written.dtype = decoder.dtype

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +42,7 @@ from lf_hf.files.base import (
     without_adapter,
 )
 from lf_hf.files.companions import write_companions
-from lf_hf.files.fused_cache import fingerprints, folder_of_launch, note_loaded, why_not_reused
-from lf_hf.files.processes import from_rank_0, local_processes, rank
+from lf_hf.files.fused_cache import fingerprints, why_not_reused
 from lf_hf.files.saving import (
     check_replaceable,
     checked_folder,
@@ -52,6 +53,7 @@ from lf_hf.files.saving import (
 from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.numerics import weights_digest
+from lf_hf.processes import Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus, load_needed
 
@@ -135,8 +137,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     ) -> FusedLlamaForCausalLM:
         """Load a Llama and fuse its layers.
 
-        Of several processes that a launcher started on a machine, one fuses and the others load its result. Where they
-        have a process group, all of them must call this, unless with `fused_dir`.
+        Processes that a launcher started share the work, and each of them gets the result: all must call this.
 
         Parameters
         ----------
@@ -153,7 +154,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
         fused_dir : path, optional
             Where to keep the fused model. If one is there that was made of the same base (by content), calibration
-            text and settings, it is loaded; else the base is fused and saved there.
+            text and settings, it is loaded; else the base is fused and saved there, once on each machine.
         **kwargs
             FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
@@ -169,17 +170,18 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements)
-        if kept_in is None and local_processes() == 1:
-            return cls._load_and_fuse(inputs)
-        return cls._load_or_fuse(inputs, kept_in)
+        processes = Processes.of_launch()
+        if kept_in is None:
+            return cls._load_and_fuse(inputs, processes)
+        return cls._load_or_fuse(inputs, kept_in, processes)
 
     @classmethod
-    def _load_and_fuse(cls, inputs: FusionInputs) -> FusedLlamaForCausalLM:
+    def _load_and_fuse(cls, inputs: FusionInputs, processes: Processes) -> FusedLlamaForCausalLM:
         """Load the base and fuse it in memory."""
         from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
         llama = inputs.base.load()
-        decoder = ModelDecoder(llama, keep_originals=inputs.config.refit != "none")
+        decoder = ModelDecoder(llama, keep_originals=inputs.config.refit != "none", processes=processes)
         report = pipeline.fuse(
             decoder,
             inputs.tokenizer,
@@ -192,30 +194,39 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         return cls.adopt(llama, report, inputs.tokenizer)
 
     @classmethod
-    def _load_or_fuse(cls, inputs: FusionInputs, fused_dir: Path | None) -> FusedLlamaForCausalLM:
-        """Fuse in one of several processes or runs that share a folder, and load the result in all others."""
+    def _load_or_fuse(cls, inputs: FusionInputs, folder: Path, processes: Processes) -> FusedLlamaForCausalLM:
+        """Load what one of several runs fused and kept, or fuse it."""
         base, config = inputs.base, inputs.config
-        folder = fused_dir or folder_of_launch(base.full_name, config)
         made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text)
         model: FusedLlamaForCausalLM | None = None
-        if why_not_reused(folder, config, made_of):
-            check_replaceable(folder)
-            with only_writer(folder, wait=True):
-                if reason := why_not_reused(folder, config, made_of):  # checked again under the lock
+
+        def to_fuse() -> list[str]:
+            reasons = processes.gathered(why_not_reused(folder, config, made_of))  # machines may have a folder each
+            return [reason for reason in reasons if reason]
+
+        with ExitStack() as stack:
+            if to_fuse():
+                check_replaceable(folder)
+                processes.told_by_first(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
+                if reasons := to_fuse():  # checked again under the lock
                     if (folder / REPORT_NAME).is_file():
-                        logger.warning(f"{reason} Fusing, to replace it.")
-                    model = cls._load_and_fuse(inputs)
+                        logger.warning(f"{reasons[0]} Fusing, to replace it.")
+                    model = cls._load_and_fuse(inputs, processes)
                     assert model.fusion_report is not None
                     model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                    with replaced_files(folder) as written:
-                        model.write_files(written)
+                    processes.told_by_first(partial(model._write_whole, folder))
+            if model is not None and local_rank() == 0 and why_not_reused(folder, config, made_of):
+                with only_writer(folder, wait=True):
+                    model._write_whole(folder)
         if model is None:
             logger.info(f"Loading what was fused before from {str(folder)!r}.")
             model = cls.from_pretrained(folder, **base.loading_fused())
             model.tokenizer = inputs.tokenizer
-        if fused_dir is None:
-            note_loaded(folder)
         return model
+
+    def _write_whole(self, folder: Path) -> None:
+        with replaced_files(folder) as written:
+            self.write_files(written)
 
     @classmethod
     def adopt(
@@ -340,7 +351,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             failure = str(error)
             raise
         finally:  # the others wait for it
-            if sharded and (reason := from_rank_0(failure)) and failure is None:
+            if sharded and (reason := Processes.of_launch().told_by_first(lambda: failure)) and failure is None:
                 raise OSError(f"Rank 0 could not save: {reason}")
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)

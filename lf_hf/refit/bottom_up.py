@@ -38,9 +38,9 @@ def fit_from_bottom(
         With merge="select" each fused layer is made again from all layers of its group, else it is fitted as it is.
     """
     widest = max(map(len, groups))
-    embedded = decoder.embed(sequences)
+    embedded = decoder.embed(decoder.batches(decoder.processes.share(sequences)))
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
-    with StateStore(sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
+    with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense: Sequence[Tensor] = store.keep(embedded)
         states = dense
         del embedded

@@ -21,8 +21,8 @@ class Boundaries:
     Parameters
     ----------
     decoder : Decoder
-    embedded : sequence of tensors of shape (1, tokens T, hidden)
-        What the first layer reads.
+    embedded : sequence of tensors of shape (sequences B, tokens T, hidden)
+        What the first layer reads: this process's share of the text.
     store : StateStore
 
     Attributes
@@ -55,7 +55,7 @@ class Boundaries:
         for position, layer in zip(upwards, self._decoder.layers(upwards), strict=True):
             states = self._states[position]
             after = self._store.keep(self._decoder.run_layer(layer, state) for state in states)
-            self.influences.append(influence(states, after))
+            self.influences.append(influence(states, after, self._decoder.processes))
             if math.isnan(self.influences[-1]):
                 check_finite(after, position)
             self._states.append(after)

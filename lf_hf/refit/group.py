@@ -6,8 +6,9 @@ channels that the group's output needs most, and fits what writes into the resid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def fit_group(
         The group; a single layer is only fitted. The list is emptied: layers that nobody else holds make room.
     traces : Traces
         Calibration text on its way through the group.
-    states : sequence of tensors of shape (1, tokens T, hidden)
+    states : sequence of tensors of shape (sequences B, tokens T, hidden)
         The same text before the layer that is made: the traces' first inputs unless layers below were fused.
     store : StateStore
     refit : {"none", "down_proj", "projections"}
@@ -115,28 +116,31 @@ def _fit_attention(
 ) -> tuple[dict[str, Tensor], list[int] | None]:
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
     config, count = decoder.config, len(parameters)
-    maps = [input_map(decoder, states, inputs, ridge) for inputs in traces.inputs]
+    device = parameters[0]["self_attn.o_proj.weight"].device
+    maps = input_maps(decoder, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
     weights = dict(parameters[0]) | stacked(parameters, "input_layernorm", maps)
     wide = build_layer(decoder, weights)
     start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
-    regression = Regression.empty(start.shape[1], start.shape[0], start.device)
+    regression = Regression.empty(start.shape[1], start.shape[0], device, start.dtype)
     for n, state in enumerate(states):
         target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
         wanted = target - state if bias is None else target - state - bias
-        regression.add(attention_heads(decoder, wide, state), wanted[0], token_weights(decoder, target))
+        regression.add(attention_heads(decoder, wide, state), wanted.flatten(0, 1), token_weights(decoder, target))
+    regression.add_up(decoder.processes)
 
     head_dim = wide.self_attn.head_dim
     kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // head_dim
     block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
     kept = torch.arange(kv_heads, device=start.device)
     if count > 1:
-        kept = regression.prune(start, kv_heads, block=block, rounds=1 if quick else (count - 1) * kv_heads)
+        rounds = 1 if quick else (count - 1) * kv_heads
+        kept = decoder.processes.computed(lambda: regression.prune(start, kv_heads, block=block, rounds=rounds), device)
     queries, keys = expanded(kept, block), expanded(kept, head_dim)
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         for kind in ("weight", "bias"):
             if f"self_attn.{name}.{kind}" in weights:
                 weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
-    fitted = regression.ridge(start[:, queries], ridge)
+    fitted = decoder.processes.computed(lambda: regression.ridge(start[:, queries], ridge), device)
     weights["self_attn.o_proj.weight"] = fitted.to(start)
     return weights, _counts(kept, kv_heads, count)
 
@@ -154,10 +158,11 @@ def _fit_mlp(
 
     Empties `parameters`.
     """
-    count, keep = len(parameters), decoder.config.intermediate_size
+    count, keep, processes = len(parameters), decoder.config.intermediate_size, decoder.processes
     maps = None
+    device = parameters[0]["mlp.down_proj.weight"].device
     if refit == "projections":
-        maps = [input_map(decoder, residuals, dense, ridge) for dense in traces.residuals]
+        maps = input_maps(decoder, residuals, traces.residuals, ridge, parameters[0]["mlp.down_proj.weight"])
     weights = stacked(parameters, "post_attention_layernorm", maps)
     del maps
     parameters.clear()
@@ -166,19 +171,22 @@ def _fit_mlp(
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = with_channels(weights, channels)
     bias = weights.get("mlp.down_proj.bias")
-    regression = Regression.empty(len(channels), decoder.config.hidden_size, channels.device)
+    regression = Regression.empty(
+        len(channels), decoder.config.hidden_size, device, weights["mlp.down_proj.weight"].dtype
+    )
     for residual, output in zip(residuals, traces.output, strict=True):
         wanted = output - residual if bias is None else output - residual - bias
-        regression.add(mlp_channels(decoder, weights, residual), wanted[0], token_weights(decoder, output))
+        regression.add(mlp_channels(decoder, weights, residual), wanted.flatten(0, 1), token_weights(decoder, output))
+    regression.add_up(processes)
     if len(channels) > keep:
-        chosen = regression.prune(weights["mlp.down_proj.weight"], keep)
+        chosen = processes.computed(lambda: regression.prune(weights["mlp.down_proj.weight"], keep), device)
         channels, weights = channels[chosen], with_channels(weights, chosen)
 
     start = weights["mlp.down_proj.weight"]
-    error_before = error_after = regression.relative_error(start)
+    error_before = error_after = processes.told_by_first(lambda: regression.relative_error(start))
     if refit != "none":
-        fitted = regression.ridge(start, ridge)
-        error_after = regression.relative_error(fitted)
+        fitted = processes.computed(lambda: regression.ridge(start, ridge), device)
+        error_after = processes.told_by_first(lambda: regression.relative_error(fitted))
         weights["mlp.down_proj.weight"] = fitted.to(start)
     return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
 
@@ -193,6 +201,7 @@ def _largest(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], li
     size = torch.zeros(down.shape[1], device=down.device)
     for residual in residuals:
         size += token_weights(decoder, residual) @ (mlp_channels(decoder, weights, residual).float() * norms).square()
+    decoder.processes.add_up(size)
     return size.topk(limit).indices.sort().values
 
 
@@ -201,40 +210,54 @@ def num_candidates(channels: int, keep: int) -> int:
     return min(channels, max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
 
 
-def input_map(decoder: Decoder, states: Sequence[Tensor], wanted: Sequence[Tensor], ridge: float) -> Tensor:
-    """The linear map, near the identity, from the normalised states to the normalised states that were wanted.
+def input_maps(
+    decoder: Decoder,
+    states: Sequence[Tensor],
+    wanted: Sequence[Sequence[Tensor]],
+    ridge: float,
+    weight: Tensor,
+) -> list[Tensor]:
+    """Linear maps, near the identity, from the normalised states to each of some normalised states that were wanted.
 
     Parameters
     ----------
-    states, wanted : sequences of tensors of shape (1, tokens T, hidden)
+    states, and each of `wanted` : sequences of tensors of shape (sequences B, tokens T, hidden)
+    weight : tensor
+        One of the layer's, for device and dtype.
 
     Returns
     -------
-    float32 tensor of shape (hidden, hidden)
+    list of tensors of shape (hidden, hidden), float32 at least
     """
-    hidden = states[0].shape[-1]
-    identity = torch.eye(hidden, device=states[0].device)
-    if states is wanted:
-        return identity
-    regression = Regression.empty(hidden, hidden, states[0].device)
-    for state, want in zip(states, wanted, strict=True):
-        weights = _with_first_share(torch.ones(state.shape[1], device=state.device))
-        regression.add(normalized(decoder, state)[0], normalized(decoder, want)[0], weights)
-    return regression.ridge(identity, ridge)
+    hidden, device, dtype = decoder.config.hidden_size, weight.device, weight.dtype
+    identity = torch.eye(hidden, device=device)
+    solves: list[Callable[[], Tensor]] = []
+    for owner, of_map in enumerate(wanted):
+        if of_map is states:
+            solves.append(lambda: identity)
+            continue
+        regression = Regression.empty(hidden, hidden, device, dtype)
+        for state, want in zip(states, of_map, strict=True):
+            weights = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+            regression.add(normalized(decoder, state).flatten(0, 1), normalized(decoder, want).flatten(0, 1), weights)
+        regression.add_up(decoder.processes, owner)
+        solves.append(partial(regression.ridge, identity, ridge))
+    return decoder.processes.computed_apart(solves, device)
 
 
 def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
-    """1 / mean square of each token's state (1, tokens T, hidden), as the next norm divides by it; shape (T,).
+    """1 / mean square of each token's state (sequences B, tokens T, hidden), as the next norm divides by it.
 
-    So all tokens count alike, however large their states are, but the first one, which counts as T / 32 tokens.
+    So all tokens count alike, however large their states are, but a sequence's first one, which counts as T / 32
+    tokens. The shape is (B * T,).
     """
-    return _with_first_share((states[0].float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
+    return _with_first_share((states.float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
 
 
 def _with_first_share(weights: Tensor) -> Tensor:
-    """Token weights of a sequence, of shape (tokens T,), with more of it on the first; in place."""
-    weights[0] *= max(1, _FIRST_SHARE * len(weights))
-    return weights
+    """Token weights of sequences, of shape (B, tokens T), with more of it on the first ones, as (B * T,); in place."""
+    weights[:, 0] *= max(1, _FIRST_SHARE * weights.shape[1])
+    return weights.flatten()
 
 
 def _counts(kept: Tensor, each: int, layers: int) -> list[int] | None:

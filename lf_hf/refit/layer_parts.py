@@ -71,29 +71,29 @@ def normalized(decoder: Decoder, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def after_attention(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
-    """The residual stream between a layer's attention and its MLP: (1, tokens T, hidden)."""
+    """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
     inputs = decoder.layer_inputs(state)
     return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0].to(state.device)
 
 
 @torch.no_grad()
 def after_mlp(layer: LlamaDecoderLayer, residual: Tensor) -> Tensor:
-    """A layer's output from the residual stream after its attention: (1, tokens T, hidden)."""
+    """A layer's output from the residual stream after its attention: (sequences B, tokens T, hidden)."""
     return residual + layer.mlp(layer.post_attention_layernorm(residual)).to(residual.device)
 
 
 def attention_heads(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
-    """What o_proj reads: (1, tokens T, hidden) -> (tokens T, query heads * head_dim)."""
+    """What o_proj reads: (sequences B, tokens T, hidden) -> (B * T, query heads * head_dim)."""
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
     after_attention(decoder, layer, state)
     hook.remove()
-    return heads[0][0]
+    return heads[0].flatten(0, 1)
 
 
 def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
-    """What down_proj reads: (1, tokens T, hidden) -> (tokens T, channels)."""
-    normed = normalized(decoder, residual)[0]
+    """What down_proj reads: (sequences B, tokens T, hidden) -> (B * T, channels)."""
+    normed = normalized(decoder, residual).flatten(0, 1)
     gate, up = (
         nn.functional.linear(normed, weights[f"mlp.{name}.weight"], weights.get(f"mlp.{name}.bias"))
         for name in ("gate_proj", "up_proj")

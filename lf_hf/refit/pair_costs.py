@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lf_hf.decoder.influence import divergence
 from lf_hf.decoder.interface import Decoder
+from lf_hf.numerics import in_float64
 from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import build_layer
@@ -30,8 +32,23 @@ def num_judging_copies(num_layers: int) -> int:
     return num_layers // JUDGING_STRIDE
 
 
+@dataclass(frozen=True)
+class Roles:
+    """Numbers of the sequences, or of their batches, that candidates are fitted to, that judge them, or both."""
+
+    fitting: Sequence[int]
+    both: Sequence[int]
+    judging: Sequence[int]
+
+    @classmethod
+    def of(cls, count: int) -> Roles:
+        """Of `count` sequences."""
+        judging = list(range(JUDGING_STRIDE - 1, count, JUDGING_STRIDE) or range(count))
+        return cls([n for n in range(count) if n not in judging], judging[::2], judging[1::2])
+
+
 FusePair = Callable[[int, Sequence[Tensor]], Mapping[str, Tensor]]
-"""Weights of the layer that layers i and i + 1 become, from i and states (1, tokens T, hidden) before layer i."""
+"""Weights of what layers i and i + 1 become, from i and states (sequences B, tokens T, hidden) before layer i."""
 
 
 class PairCosts:
@@ -46,6 +63,8 @@ class PairCosts:
         The dense model.
     boundaries : Boundaries
         Its states on calibration text; kept up to date by others.
+    roles : Roles
+        What the batches of these states are for.
     fuse : FusePair
     store : StateStore
 
@@ -56,11 +75,11 @@ class PairCosts:
         first and the last layer stay.
     """
 
-    def __init__(self, decoder: Decoder, boundaries: Boundaries, fuse: FusePair, store: StateStore) -> None:
+    def __init__(
+        self, decoder: Decoder, boundaries: Boundaries, roles: Roles, fuse: FusePair, store: StateStore
+    ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
-        count = len(boundaries.before(0))
-        self._judging = range(JUDGING_STRIDE - 1, count, JUDGING_STRIDE) or range(count)
-        self._fitting = [n for n in range(count) if n not in self._judging[1::2]]
+        self._fitting, self._judging = [*roles.fitting, *roles.both], [*roles.both, *roles.judging]
         self._dense = self._judged(decoder.num_layers)
         self.by_layer = [math.inf] * decoder.num_layers
         self._measure(range(2, decoder.num_layers - 1), current=0.0)
@@ -102,14 +121,21 @@ class PairCosts:
     def _divergences(self, candidates: Iterable[Sequence[Tensor]]) -> list[float]:
         """Mean divergence per token from the dense model's predictions, of final states of the judging sequences."""
         candidates = list(candidates)
-        totals = [0.0] * len(candidates)
+        totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
         with self._decoder.head() as head:
             for n, dense in enumerate(self._dense):
-                states = [candidate[n].to(dense.device).split(_ROWS, dim=1) for candidate in candidates]
-                for rows, *fused_rows in zip(dense.split(_ROWS, dim=1), *states, strict=True):
-                    expected = head(rows)[0].float().log_softmax(-1)
-                    for k, fused in enumerate(fused_rows):
-                        totals[k] += divergence(expected, head(fused)[0])
-        tokens = sum(state.shape[1] for state in self._dense)
+                states = [_rows(candidate[n].to(dense.device)) for candidate in candidates]
+                for rows, *fused_rows in zip(_rows(dense), *states, strict=True):
+                    expected = head(rows).float().log_softmax(-1)
+                    found = [divergence(expected, head(fused)) for fused in fused_rows]
+                    found.append(torch.full_like(found[0], rows.shape[1]))
+                    sums = in_float64(torch.stack(found))
+                    totals = totals.to(sums.device) + sums
+        *of_candidates, tokens = self._decoder.processes.summed(totals)
         # What cannot be computed with, as where float16 overflows, is no candidate.
-        return [total / tokens if math.isfinite(total) else math.inf for total in totals]
+        return [total / tokens if math.isfinite(total) else math.inf for total in of_candidates]
+
+
+def _rows(states: Tensor) -> tuple[Tensor, ...]:
+    """States (sequences B, tokens T, hidden) as some tokens at a time, each of shape (1, tokens, hidden)."""
+    return states.flatten(0, 1)[None].split(_ROWS, dim=1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lf_hf.processes import Processes
+
 _SELECTION_RIDGE = 1e-2
 _ROWS = 256  # of a weight that an error is summed over at a time, in float64
 PRUNING_ROUNDS = 4
@@ -18,40 +20,77 @@ EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 class Regression:
     """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
 
+    Sums over the tokens of several processes are the sums of theirs, if `scale_to` gave all of them one unit.
+
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, float32, with x in units of `unit`.
+        Sum of weight * x x^T over tokens, float32 at least, with x in units of `unit`.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
-    energy : float
+    energy : float64 tensor of shape ()
         Sum of weight * |y|^2.
-    unit : float
-        A power of two near the largest of the first x, so that squares are in range; 0 before the first token.
+    unit : float32 tensor of shape ()
+        A power of two near the largest of the first x, so that squares are in range.
+    scaled : bool
+        Whether `unit` was set; it is 1 before.
     """
 
     gram: Tensor
     cross: Tensor
-    energy: float = 0.0
-    unit: float = 0.0
+    energy: Tensor
+    unit: Tensor
+    scaled: bool = False
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Regression:
-        """A problem without tokens yet; on the CPU where the device, Apple's mps, has no float64 to solve it in."""
+    def empty(cls, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Regression:
+        """A problem without tokens yet, for tokens of some dtype.
+
+        It is on the CPU where the device, Apple's mps, has no float64 to solve it in.
+        """
         device = torch.device("cpu") if device.type == "mps" else device
-        return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(outputs, inputs, device=device))
+        dtype = torch.promote_types(dtype, torch.float32)
+        gram, cross = (torch.zeros(rows, inputs, dtype=dtype, device=device) for rows in (inputs, outputs))
+        return cls(gram, cross, torch.zeros((), dtype=torch.float64, device=device), torch.ones((), device=device))
+
+    @staticmethod
+    def largest(x: Tensor, weights: Tensor) -> Tensor:
+        """The largest magnitude in x (tokens T, inputs m) times the root of weights (T,); float32, shape ()."""
+        # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
+        return (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * weights.float().sqrt()).amax()
+
+    def scale_to(self, largest: Tensor) -> None:
+        """Set the unit from what `largest` gives for the first tokens, of shape (); before the first `add`.
+
+        Without a call the first `add` does it. Problems that are to be summed need the same unit: that of the largest
+        of them. All 0, inf and NaN set it to 1.
+        """
+        self.unit, self.scaled = _power_of_two(largest.to(self.unit)), True
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
-        x, y, weights = x.to(self.gram), y.to(self.gram), weights.to(self.gram)
+        x, y, weights = (part.to(self.gram.device) for part in (x, y, weights.float()))
+        if not self.scaled:
+            self.scale_to(self.largest(x, weights))
         root = weights.sqrt()[:, None]
-        x, y = x * root, y * root
-        if not self.unit:
-            self.unit = _power_of_two(float(x.abs().max()))
-        x *= 1 / (self.unit or 1)
+        # A product with float32 is the one copy of half-precision numbers; another dtype is for float64 alone.
+        x, y = ((part * root).to(self.gram.dtype) for part in (x, y))
+        x *= self.unit.reciprocal()
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(y.T, x)
-        self.energy += float(y.double().square().sum())
+        for rows in y.split(_ROWS):
+            self.energy += rows.double().square_().sum()
+
+    def add_up(self, processes: Processes, owner: int = 0) -> None:
+        """Add all processes' sums, for one of them to solve the problem; in all others they are lost."""
+        if processes.count == 1:
+            return
+        units = processes.gathered(float(self.unit) if self.scaled else 0.0)
+        unit = max(units) or 1.0
+        scale = units[processes.rank] / unit  # a power of two, so that nothing is rounded
+        self.unit = torch.full_like(self.unit, unit)
+        for sums in (self.gram.mul_(scale**2), self.cross.mul_(scale), self.energy):
+            processes.add_up_for(owner, sums)
 
     def restrict(self, index: Tensor) -> None:
         """Leave only some of the inputs, sorted ones, in the memory that the problem has."""
@@ -60,13 +99,14 @@ class Regression:
 
     def relative_error(self, weight: Tensor) -> float:
         """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
-        left = self.energy
+        left = self.energy.clone()
         for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
             rows = self._in_units(rows)
-            left += float(((rows @ self.gram).double() - 2 * cross.double()).mul_(rows).sum())
-        if self.energy == 0:
-            return math.inf if left else 0.0
-        return left / self.energy
+            left += ((rows @ self.gram).double() - 2 * cross.double()).mul_(rows).sum()
+        error, energy = torch.stack([left, self.energy]).tolist()
+        if energy == 0:
+            return math.inf if error else 0.0
+        return error / energy
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
         """The W that minimises sum |y - W x|^2 + strength * mean(diag(gram)) * |W - start|^2.
@@ -81,7 +121,7 @@ class Regression:
         factor = self._factor(strength)
         residual = torch.addmm(self.cross, start, self.gram, alpha=-1).to(factor.dtype)  # (d, m)
         start += _solved(factor, residual.T).T.to(start.dtype)
-        return start.div_(self.unit or 1)
+        return start.div_(self.unit)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -103,30 +143,30 @@ class Regression:
         """
         total = self.gram.shape[0] // block
         blocks = torch.arange(total, device=self.gram.device)
-        for step in range(rounds):
-            surplus = (total - keep) * (rounds - 1 - step) // rounds
-            saliency = self._saliency(start[:, expanded(blocks, block)], block)
-            left = saliency.topk(keep + surplus).indices.sort().values
-            self.restrict(expanded(left, block))
+        inverse, weight = self._inverse_and_solution(start)
+        # How many are left too many after each round, in which some are dropped.
+        for surplus in sorted({(total - keep) * step // rounds for step in range(rounds)}, reverse=True):
+            ranking = _saliency(inverse, weight, block).argsort(descending=True)
+            left, dropped = ranking[: keep + surplus].sort().values, ranking[keep + surplus :]
             blocks = blocks[left]
+            if surplus:
+                inverse, weight = _eliminated(inverse, weight, expanded(left, block), expanded(dropped, block))
+        del inverse, weight
+        self.restrict(expanded(blocks, block))
         return blocks
 
     def _in_units(self, weight: Tensor) -> Tensor:
         """A weight that is for x, as one for x in units of `unit`."""
-        return weight.to(self.gram, copy=True).mul_(self.unit or 1)
+        return weight.to(self.gram, copy=True).mul_(self.unit)
 
-    def _saliency(self, start: Tensor, block: int) -> Tensor:
-        """What each block of inputs is worth; shape (blocks,)."""
+    def _inverse_and_solution(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of the gram matrix plus the ridge that inputs are chosen with, and W^T: (m, m) and (m, d)."""
         factor = self._factor(_SELECTION_RIDGE)
-        pull = _SELECTION_RIDGE * float(self.gram.diagonal().mean())
+        pull = _SELECTION_RIDGE * self.gram.diagonal().mean()
         target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
-        del start
-        weight = _solved(factor, target.T).unflatten(0, (-1, block))  # (blocks left, block, d)
-        inverse = torch.cholesky_inverse(factor, out=factor)
-        if block == 1:
-            return torch.linalg.vector_norm(weight[:, 0], dim=1).square() / inverse.diagonal()
-        inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
-        return (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
+        weight = _solved(factor, target.T)
+        # Symmetric: the transpose is the same, and the one that is contiguous.
+        return torch.cholesky_inverse(factor, out=factor).mT, weight
 
     def _factor(self, strength: float) -> Tensor:
         """Cholesky factor of the gram matrix plus the ridge."""
@@ -152,9 +192,32 @@ def _solved(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
 
 
-def _power_of_two(size: float) -> float:
-    """The nearest one that is not above `size` and has a reciprocal in float32; 0 for 0."""
-    return math.ldexp(1, min(max(math.frexp(size)[1] - 1, -126), 126)) if size and math.isfinite(size) else 0.0
+def _saliency(inverse: Tensor, weight: Tensor, block: int) -> Tensor:
+    """What each block of inputs is worth, from the inverse (m, m) and the solution (m, d); shape (blocks,)."""
+    if block == 1:
+        return torch.linalg.vector_norm(weight, dim=1).square() / inverse.diagonal()
+    inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
+    parts = weight.unflatten(0, (-1, block))  # (blocks, block, d)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), parts, upper=False).square_().sum((1, 2))
+
+
+def _eliminated(inverse: Tensor, weight: Tensor, left: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and solution of the problem of the inputs that are left, in the memory of the inverse.
+
+    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T.
+    """
+    rows = inverse[dropped]
+    root = torch.linalg.cholesky(rows[:, dropped])
+    shared = torch.linalg.solve_triangular(root, rows[:, left], upper=False)  # (dropped, left)
+    written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
+    inverse = _compacted(inverse, left).addmm_(shared.T, shared, alpha=-1)
+    return inverse, weight[left].addmm_(shared.T, written, alpha=-1)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """The nearest one that is not above a float32 `size` and has a reciprocal; 1 for 0, inf and NaN."""
+    power = (size.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
+    return torch.where((size > 0) & size.isfinite(), power.clamp(2.0**-126, 2.0**126), 1.0)
 
 
 def expanded(blocks: Tensor, block: int) -> Tensor:

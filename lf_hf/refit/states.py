@@ -1,19 +1,24 @@
-"""Lists of hidden states of calibration text, in memory while they are small and on disk when they are large."""
+"""Lists of hidden states of calibration text: on their device, in the machine's memory or on disk, as there is room."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import Literal, overload
 
-from safetensors.torch import load_file, save_file
+import numpy as np
+import torch
 from torch import Tensor
 
-MEMORY_LIMIT = 1 << 27  # bytes that one store keeps in memory
+from lf_hf.decoder.interface import Decoder
+from lf_hf.memory import free_memory
+
+_SHARE = 2  # Lists may take half of what is free: fits need the rest.
+Place = Literal["device", "host", "disk"]
 
 
 class StateStore:
@@ -21,12 +26,25 @@ class StateStore:
 
     Parameters
     ----------
-    expected_bytes : int
-        How much the lists that exist at a time will hold together; above 128 MiB they lie in a temporary folder.
+    place : {"device", "host", "disk"}
+        Where states are kept; "device" is where they are made.
     """
 
-    def __init__(self, expected_bytes: int) -> None:
-        self._folder = tempfile.TemporaryDirectory() if expected_bytes > MEMORY_LIMIT else None
+    def __init__(self, place: Place = "device") -> None:
+        self.place = place
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) if place == "disk" else None
+
+    @classmethod
+    def with_room(cls, decoder: Decoder, expected_bytes: int) -> StateStore:
+        """A store for lists that hold `expected_bytes` together at a time, where these fit."""
+        on_device = decoder.device.type != "cpu"
+        if on_device and expected_bytes < free_memory(decoder.device) // _SHARE:
+            return cls("device")
+        room = free_memory(torch.device("cpu")) // _SHARE
+        if expected_bytes < (room if decoder.states_in_memory is None else decoder.states_in_memory):
+            return cls("host" if on_device else "device")
+        return cls("disk")
 
     def __enter__(self) -> StateStore:
         return self
@@ -34,50 +52,77 @@ class StateStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._stack.close()
 
-    def keep(self, states: Iterable[Tensor] = ()) -> States:
-        """A list of these states; only one of them need be in memory at a time."""
-        kept = States(None if self._folder is None else self._folder.name)
-        for state in states:
-            kept.append(state)
-        return kept
+    def keep(self, states: Iterable[Tensor] = ()) -> Sequence[Tensor]:
+        """A list of these states; only one of them need be on its device at a time."""
+        if self.place == "device":
+            return list(states)
+        if self.place == "host":
+            return _OnHost(states)
+        assert self._folder is not None
+        return _OnDisk(states, self._folder)
 
 
-class States(Sequence[Tensor]):
-    """A list of tensors. What of it lies on disk is deleted with it."""
-
-    def __init__(self, folder: str | None) -> None:
-        self._tensors: list[Tensor] = []
-        self._devices: list[str] = []  # of tensors on disk
-        self._folder: Path | None = None
-        if folder is not None:
-            self._folder = Path(tempfile.mkdtemp(dir=folder))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-
-    def append(self, state: Tensor) -> None:
-        if self._folder is None:
-            self._tensors.append(state)
-        else:
-            save_file({"state": state.contiguous()}, self._file(len(self)))
-            self._devices.append(str(state.device))
-
-    def __len__(self) -> int:
-        return len(self._tensors) + len(self._devices)
+class _Elsewhere(Sequence[Tensor]):
+    """States that come back to their device when they are asked for."""
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload
     def __getitem__(self, index: slice) -> list[Tensor]: ...
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[n] for n in range(*index.indices(len(self)))]
-        if self._folder is None:
-            return self._tensors[index]
-        index = range(len(self))[index]
-        return load_file(self._file(index), device=self._devices[index])["state"]
+        numbers = range(len(self))[index]
+        return self._fetch(numbers) if isinstance(numbers, int) else [self._fetch(number) for number in numbers]
 
-    def _file(self, index: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{index}.safetensors"
+    def _fetch(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+class _OnHost(_Elsewhere):
+    """In the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
+
+    def __init__(self, states: Iterable[Tensor]) -> None:
+        self._kept: list[tuple[Tensor, torch.device]] = []
+        for state in states:
+            kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available())
+            self._kept.append((kept.copy_(state, non_blocking=True), state.device))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _fetch(self, index: int) -> Tensor:
+        kept, device = self._kept[index]
+        return kept.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    start: int  # byte in the file
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _OnDisk(_Elsewhere):
+    """In one file, which is deleted with the list."""
+
+    def __init__(self, states: Iterable[Tensor], folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the list
+        self._stored: list[_Stored] = []
+        end = 0
+        for state in states:
+            data = state.contiguous().view(torch.uint8).cpu().numpy()
+            self._file.write(data.data)
+            self._stored.append(_Stored(end, state.shape, state.dtype, state.device))
+            end += data.nbytes
+        self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def _fetch(self, index: int) -> Tensor:
+        stored = self._stored[index]
+        self._file.seek(stored.start)
+        data = np.fromfile(self._file, np.uint8, stored.shape.numel() * stored.dtype.itemsize)
+        return torch.from_numpy(data).view(stored.dtype).view(stored.shape).to(stored.device)

@@ -16,7 +16,7 @@ from lf_hf.refit.states import StateStore
 
 @dataclass(frozen=True)
 class Traces:
-    """States of sequences on their way through a group's layers; each is (1, tokens T, hidden).
+    """States of sequences on their way through a group's layers; each is (sequences B, tokens T, hidden).
 
     `inputs` and `residuals` have one list a layer: before it, and between its attention and its MLP.
     """

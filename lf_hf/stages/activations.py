@@ -80,11 +80,15 @@ def sample_distances(
         If a layer's output contains NaN or inf; the layer is named.
     """
     distances = []
-    before = decoder.embed(samples)
-    layers = progress(decoder.walk(samples), total=decoder.num_layers, desc="Calibration", unit="layer")
+    numbers = decoder.batched(samples)
+    batches = [torch.stack([samples[number] for number in of_batch]) for of_batch in numbers]
+    order = np.argsort(np.concatenate(numbers))  # of the samples, in the batches
+    before = decoder.embed(batches)
+    layers = progress(decoder.walk(batches), total=decoder.num_layers, desc="Calibration", unit="layer")
     for index, states in enumerate(layers):
         check_finite(states, index)
-        distances.append(pairwise_distances([state[0] for state in states]))
+        of_layer = pairwise_distances([sample for batch in states for sample in batch])
+        distances.append(of_layer[np.ix_(order, order)])
         if influences is not None:
             influences.append(influence(before, states))
             before = list(states)

@@ -17,7 +17,7 @@ def test_walking_layers_gives_the_states_of_a_whole_forward_pass(attention: str)
     decoder = ModelDecoder(model)
     with torch.no_grad():
         expected = [model.model(ids[None], output_hidden_states=True).hidden_states for ids in SAMPLES]
-    for index, states in enumerate(decoder.walk(SAMPLES)):
+    for index, states in enumerate(decoder.walk([ids[None] for ids in SAMPLES])):
         for n, state in enumerate(states):
             if index == len(model.model.layers) - 1:  # transformers gives the last one after the final norm
                 state = model.model.norm(state)
@@ -28,7 +28,7 @@ def test_embeddings_layers_and_head_are_the_whole_model() -> None:
     model = make_llama()
     decoder = ModelDecoder(model)
     with torch.no_grad():
-        [hidden_states] = decoder.embed([SAMPLES[1]])
+        [hidden_states] = decoder.embed([SAMPLES[1][None]])
         for index in range(decoder.num_layers):
             with decoder.layer(index) as layer:
                 hidden_states = decoder.run_layer(layer, hidden_states)
@@ -74,7 +74,7 @@ def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str,
     model = make_llama()
     model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
     decoder = ModelDecoder(model)
-    [hidden_states] = decoder.embed(SAMPLES[:1])
+    [hidden_states] = decoder.embed([SAMPLES[0][None]])
     assert (decoder.layer_inputs(hidden_states)["attention_mask"] is not None) == mask
 
 

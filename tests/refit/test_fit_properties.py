@@ -83,10 +83,10 @@ def fitted_pair(model: Any, refit: str) -> tuple[dict[str, torch.Tensor], torch.
     """Weights that layers 1 and 2 are fitted to, and what they compute."""
     decoder = ModelDecoder(model)
     layers = [model.model.layers[n] for n in (1, 2)]
-    states = decoder.embed(SEQUENCES)
+    states = decoder.embed(decoder.batches(SEQUENCES))
     with torch.no_grad():
-        traces = trace(decoder, layers, states, StateStore(0))
-        fit = fit_group(decoder, [*layers], traces, states, StateStore(0), refit=refit, ridge=0.1)
+        traces = trace(decoder, layers, states, StateStore())
+        fit = fit_group(decoder, [*layers], traces, states, StateStore(), refit=refit, ridge=0.1)
         return fit.weights, decoder.run_layer(build_layer(decoder, fit.weights), states[0])
 
 

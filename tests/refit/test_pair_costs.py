@@ -18,11 +18,12 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.pipeline import fuse
 from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.pair_costs import PairCosts
-from lf_hf.refit.states import StateStore
+from lf_hf.refit.pair_costs import PairCosts, Roles
+from lf_hf.refit.states import Place, StateStore
 from lf_hf.text.calibration import Calibration, Corpus
 
 SEQUENCES = [torch.randint(0, 64, (300,), generator=torch.Generator().manual_seed(n)) for n in range(17)]
+EACH = [sequence[None] for sequence in SEQUENCES]  # as batches
 JUDGING = SEQUENCES[3::4]
 
 
@@ -45,9 +46,8 @@ def without(model: LlamaForCausalLM, *layers: int) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 30])
-def test_costs_are_those_of_the_whole_model_also_after_a_fusion(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.refit.states.MEMORY_LIMIT", limit)
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_costs_are_those_of_the_whole_model_also_after_a_fusion(place: Place) -> None:
     dense = make_llama(num_hidden_layers=7)
     model = copy.deepcopy(dense)
     decoder = ModelDecoder(model)
@@ -58,9 +58,9 @@ def test_costs_are_those_of_the_whole_model_also_after_a_fusion(limit: int, monk
         seen.append(i)
         return dict(model.model.layers[i].named_parameters())
 
-    with StateStore(1) as store:
-        boundaries = Boundaries(decoder, decoder.embed(SEQUENCES), store)
-        costs = PairCosts(decoder, boundaries, keep_first, store)
+    with StateStore(place) as store:
+        boundaries = Boundaries(decoder, decoder.embed(EACH), store)
+        costs = PairCosts(decoder, boundaries, Roles.of(len(EACH)), keep_first, store)
         expected = [moved(dense, without(dense, j)) for j in range(2, 6)]
         assert costs.by_layer[2:6] == pytest.approx(expected, rel=1e-3)
         assert costs.by_layer[:2] == [math.inf] * 2 and costs.by_layer[6] == math.inf
@@ -83,18 +83,18 @@ def test_predictions_that_overflow_are_no_candidates() -> None:
         weights = dict(decoder.model.model.layers[i].named_parameters())
         return weights if i == 2 else weights | {"mlp.down_proj.weight": torch.full((32, 48), math.nan)}
 
-    with StateStore(1) as store:
-        costs = PairCosts(decoder, Boundaries(decoder, decoder.embed(SEQUENCES), store), broken, store)
+    with StateStore() as store:
+        boundaries = Boundaries(decoder, decoder.embed(EACH), store)
+        costs = PairCosts(decoder, boundaries, Roles.of(len(EACH)), broken, store)
     assert costs.by_layer.index(min(costs.by_layer)) == 3 and costs.by_layer.count(math.inf) == len(costs.by_layer) - 1
 
 
 def test_one_sequence_judges_what_is_fitted_to_it() -> None:
     decoder = ModelDecoder(make_llama())
-    with StateStore(1) as store:
-        boundaries = Boundaries(decoder, decoder.embed(SEQUENCES[:1]), store)
-        costs = PairCosts(
-            decoder, boundaries, lambda i, _: dict(decoder.model.model.layers[i].named_parameters()), store
-        )
+    with StateStore() as store:
+        boundaries = Boundaries(decoder, decoder.embed([SEQUENCES[0][None]]), store)
+        keep_first = lambda i, _: dict(decoder.model.model.layers[i].named_parameters())  # noqa: E731
+        costs = PairCosts(decoder, boundaries, Roles.of(1), keep_first, store)
     assert 0 < min(costs.by_layer) < math.inf
 
 

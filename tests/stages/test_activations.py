@@ -46,5 +46,5 @@ def test_nan_activations_name_the_layer() -> None:
     model = make_llama()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e38)  # finite weights whose products are not
-    with pytest.raises(ValueError, match="activations of layer 2 contain NaN or inf on calibration sample"):
+    with pytest.raises(ValueError, match="activations of layer 2 contain NaN or inf on the calibration text"):
         sample_distances(ModelDecoder(model), SAMPLES)

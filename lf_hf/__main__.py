@@ -1,0 +1,7 @@
+"""`python -m lf_hf`, which launchers can start on every process, is the command `lf-hf`."""
+
+import sys
+
+from lf_hf_command import main
+
+sys.exit(main())

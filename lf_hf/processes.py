@@ -1,0 +1,202 @@
+"""The processes of a launch (accelerate, torchrun, MPI), and how they share the work of one fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import get_int_from_env
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the launch raised an error, which it says itself, so this one cannot go on either."""
+
+
+class LostProcessError(ConnectionError):
+    """Another process of the launch has ended."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes that compute one thing together: each calls the same methods in the same order.
+
+    Attributes
+    ----------
+    rank : int
+        Number of this one, from 0.
+    count : int
+        How many there are; with 1 nothing is sent.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_launch(cls) -> Processes:
+        """All processes of the launch that this one belongs to, connected; this one alone where there is no launch."""
+        if not distributed.is_available():
+            return cls()
+        if not distributed.is_initialized():
+            if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) == 1:
+                return cls()
+            PartialState(cpu=not torch.accelerator.is_available())
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Those of some items that are for this process: every `count`-th one."""
+        return list(items[self.rank :: self.count])
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Make a tensor, in place and in all processes, the sum over those of all."""
+        if self.count > 1:
+            with _connected(), _carried(tensor) as sent:
+                distributed.all_reduce(sent)
+
+    def add_up_for(self, owner: int, tensor: Tensor) -> None:
+        """The same for one process; what the others hold afterwards has no meaning."""
+        if self.count > 1:
+            with _connected(), _carried(tensor) as sent:
+                distributed.reduce(sent, owner % self.count)
+
+    def summed(self, numbers: Tensor) -> list[float]:
+        """Sums of all processes' numbers, of a tensor of shape (n,); the host waits for the device once."""
+        numbers = numbers.clone()
+        self.add_up(numbers)
+        return numbers.tolist()
+
+    def gathered(self, value: T) -> list[T]:
+        """A small value of each process, by rank, in all of them."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with _connected():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def told_by_first(self, compute: Callable[[], T]) -> T:
+        """A small value that the first process computes, in all of them.
+
+        Raises
+        ------
+        OtherProcessError
+            In all others if it raises an error there.
+        """
+        return self._told(0, compute)
+
+    def given_by_first(self, tensor: Tensor) -> None:
+        """Make a tensor, in place, what it is in the first process."""
+        if self.count > 1:
+            with _connected(), _carried(tensor) as sent:
+                distributed.broadcast(sent, 0)
+
+    def computed_apart(self, computes: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
+        """Tensors that are computed each by one process, the n-th by process n % count, and sent to all."""
+        if self.count == 1:
+            return [compute() for compute in computes]
+        results: list[Tensor] = []
+        mine = {n: _attempt(computes[n]) for n in range(self.rank, len(computes), self.count)}
+        for n in range(len(computes)):
+            found, error = mine.get(n, (None, None))
+            shape, dtype = self._told(n, lambda found=found, error=error: _described(found, error))  # type: ignore[misc]
+            tensor = torch.empty(shape, dtype=dtype, device=device) if found is None else found.to(device).contiguous()
+            with _connected(), _carried(tensor) as sent:
+                distributed.broadcast(sent, n % self.count)
+            results.append(tensor)
+        return results
+
+    def computed(self, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """A tensor that the first process computes, in all of them."""
+        return self.computed_apart([compute], device)[0]
+
+    def _told(self, owner: int, compute: Callable[[], T]) -> T:
+        if self.count == 1:
+            return compute()
+        owner %= self.count
+        value, error = _attempt(compute) if self.rank == owner else (None, None)
+        box: list[Any] = [(value, None if error is None else str(error))]
+        with _connected():
+            distributed.broadcast_object_list(box, src=owner)
+        if error is not None:
+            raise error
+        value, reason = box[0]
+        if reason is not None:
+            raise OtherProcessError(reason)
+        return value
+
+
+ALONE = Processes()
+
+
+def rank() -> int | None:
+    """Number of this process among all in torch's process group, None without one."""
+    in_group = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if in_group else None
+
+
+def local_rank() -> int:
+    """Number of this process among those on this machine, from 0."""
+    names = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
+    return get_int_from_env(names, 0)
+
+
+def local_processes() -> int:
+    """How many there are on this machine."""
+    names = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
+    return get_int_from_env(names, 1)
+
+
+def own_device(device: Any) -> Any:
+    """Of a kind of device, such as "cuda", the one that is this process's in a launch; anything else as it is."""
+    kind = torch.accelerator.current_accelerator()
+    if local_processes() == 1 or kind is None or device != kind.type:
+        return device
+    return f"{device}:{local_rank() % torch.accelerator.device_count()}"
+
+
+def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return compute(), None
+    except Exception as error:  # raised again once the other processes know
+        return None, error
+
+
+def _described(tensor: Tensor | None, error: Exception | None) -> tuple[tuple[int, ...], torch.dtype]:
+    if error is not None:
+        raise error
+    assert tensor is not None
+    return tuple(tensor.shape), tensor.dtype
+
+
+@contextmanager
+def _carried(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or for what only sends from a device a copy there, which is copied back."""
+    if distributed.get_backend() != "nccl" or tensor.device.type == "cuda":
+        yield tensor
+        return
+    sent = tensor.to("cuda")
+    yield sent
+    tensor.copy_(sent)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Say in one sentence that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class of its own for this
+        raise LostProcessError(
+            "Another process of this launch has ended, so this one cannot go on; see what that one said, and start "
+            f"the launch again ({' '.join(str(error).split()):.200})."
+        ) from error

@@ -1,0 +1,87 @@
+"""Fuse a tiny model in all processes of a launch together, and in the first one alone; print how they compare."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_llama, make_texts, make_tokenizer
+
+from lf_hf import FusionConfig
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.numerics import weights_digest
+from lf_hf.pipeline import fuse
+from lf_hf.processes import ALONE, Processes
+from lf_hf.text.calibration import Calibration, Corpus
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "refit": {"method": "refit", "num_fusions": 3},
+    "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
+    "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
+    "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
+}
+
+
+def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """What comes out, as numbers."""
+    llama = make_llama(num_hidden_layers=7).double()
+    decoder: Decoder
+    if folder is None:
+        decoder = ModelDecoder(llama, keep_originals=True, processes=processes)
+    else:
+        shared = processes.told_by_first(lambda: llama.save_pretrained(folder / "base") or folder)
+        decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
+        decoder.processes = processes
+    texts = make_texts(100)
+    config = FusionConfig(**settings, calibration_tokens=4096, calibration_length=64, perplexity_tokens=300)
+    samples, text = Calibration(texts[:60], "samples"), Corpus(texts, "texts", generated_share=0.25)
+    report = fuse(decoder, make_tokenizer(), config, samples, text, base="base")
+    return {
+        "pairs": [(step.pair, step.heads_kept, step.channels_kept) for step in report.steps],
+        "fitted": [(layer.layers, layer.heads_kept, layer.channels_kept) for layer in report.fitted_layers],
+        "weights": {name: weight.double() for name, weight in decoder.named_parameters()},
+        "perplexities": [judged.fused for judged in report.perplexities],
+        "digest": weights_digest(decoder.named_parameters()),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    processes = Processes.of_launch()
+    for name in sys.argv[1:]:
+        settings = SETTINGS["refit" if name == "dies" else name]
+        for on_disk in (False, True) if name == "refit" else (False,):
+            with tempfile.TemporaryDirectory() as folder:
+                together = fused(processes, settings, Path(folder) if on_disk else None)
+                digests = processes.gathered(together["digest"])
+            if not processes.first:
+                continue
+            alone = fused(ALONE, settings, None)
+            differences = [
+                float((together["weights"][key] - weight).detach().abs().max())
+                for key, weight in alone["weights"].items()
+            ]
+            result = {
+                "name": name,
+                "processes": processes.count,
+                "digests": len(set(digests)),
+                "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted")),
+                "weights": max(differences),
+                "perplexities": max(
+                    abs(a / b - 1) for a, b in zip(together["perplexities"], alone["perplexities"], strict=True)
+                ),
+            }
+            print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "dies" and Processes.of_launch().rank == 1:
+        raise SystemExit(3)  # while the others sum
+    main()
