@@ -145,7 +145,7 @@ LEVELS = {
 
 @functools.cache
 def measured_once() -> Measurements:
-    config = FusionConfig(1, perplexity_tokens=100, calibration_tokens=512)
+    config = FusionConfig(1, perplexity_tokens=100, calibration_tokens=1024)
     return measure(ModelDecoder(make_llama(num_hidden_layers=6)), make_tokenizer(), config, CALIBRATION, TEXT)
 
 
@@ -156,8 +156,8 @@ def test_a_fusion_that_goes_on_from_a_level_gives_what_one_of_each_level_alone_d
     if hooked:  # as a device map of several devices leaves it
         dispatch_model(dense, {"": "cpu"}, force_hooks=True)
     before = [parameter.clone() for parameter in dense.parameters()]
-    settings: dict[str, Any] = {"perplexity_tokens": 100, "calibration_tokens": 512} | LEVELS[name]
-    configs = [FusionConfig(level, **settings) for level in (1, 2, 4)]
+    settings: dict[str, Any] = {"perplexity_tokens": 100, "calibration_tokens": 1024} | LEVELS[name]
+    configs = [FusionConfig(level, **settings) for level in (1, 3)]
     parameters, at_levels = check_model(ModelDecoder(dense), configs[-1]), []
     steps = ModelDecoder(dense, keep_originals=True).copy()
     with start(steps, configs[0], measured) as fusion:
