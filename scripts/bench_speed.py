@@ -11,6 +11,7 @@
   pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
   tokens      tokens a second and bytes of fused models, against the dense one
+  sweep       levels of methods in one sweep, against loading the base, fusing and evaluating for one after the other
   growth      how the cost of each stage grows with layers, hidden size and samples
 
 What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
@@ -44,21 +45,24 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.files.base import Base
+from lf_hf.measure import measure
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import match_rows, normalized_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
-from lf_hf.text.calibration import documentation_halves, load_calibration
+from lf_hf.text.calibration import documentation_halves, load_calibration, load_needed
 from lf_hf.text.packing import tokenize_samples
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)
 Array = NDArray[np.float64]
 T = TypeVar("T")
+Scores = tuple[dict[str, float], Any]  # perplexities, and what lm-eval found
 
 
 @dataclass(frozen=True)
@@ -285,8 +289,12 @@ def copying(base: str, out: str) -> Callable[[], Any]:
     return lambda: shutil.copytree(base, out)
 
 
+def paragraphs(count: int) -> list[str]:
+    return [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:count]
+
+
 def fusing(base: str, out: str, method: str, num_fusions: int, low_memory: bool) -> Callable[[], dict[str, float]]:
-    text = [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:512]
+    text = paragraphs(512)
     settings: dict[str, Any] = {"num_fusions": num_fusions, "method": method, "perplexity_tokens": 0}
     return lambda: fuse_checkpoint(base, out, low_memory=low_memory, calibration=text, **settings).seconds
 
@@ -304,6 +312,69 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
                 name = f"{method}, {'low memory' if low_memory else 'in memory'}"
                 parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.result.items())
                 row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
+
+
+# Sweeps
+
+TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
+SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 4096}
+
+
+def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+    from lf_hf.evaluate.sweep import sweep
+
+    def run() -> list[Scores]:
+        points = sweep(
+            base,
+            f"{folder}/out",
+            num_fusions=levels,
+            methods=methods,
+            tasks=TASKS,
+            calibration=f"{folder}/text.txt",
+            settings=SWEPT,
+        )
+        return [(point.perplexities, point.scores) for point in points[1:]]
+
+    return run
+
+
+def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+    """The reference: what is measured on the base is measured once, and all else is done for each point."""
+    from lf_hf.evaluate.evaluation import Evaluation
+
+    def run() -> list[Scores]:
+        evaluation, opened = Evaluation(TASKS), Base.open(base, {})
+        configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
+        tokenizer, dense = opened.tokenizer(), opened.load()
+        loaded = [load_needed(config, f"{folder}/text.txt") for config in configs]
+        samples = next((samples for samples, _ in loaded if samples), None)
+        text = next((text for _, text in loaded if text), None)
+        measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)
+        evaluation.scores(dense, tokenizer)
+        del dense
+        found = []
+        for config in configs:
+            model = FusedLlamaForCausalLM.from_pretrained_fused(
+                opened, config, tokenizer=tokenizer, measurements=measured
+            )
+            scores = evaluation.scores(model, tokenizer)
+            assert model.fusion_report is not None
+            found.append(({judged.name: judged.fused for judged in model.fusion_report.perplexities}, scores))
+        return found
+
+    return run
+
+
+def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
+    columns = ("", "seconds", "ratio", "CPU seconds", "ratio", "peak memory, GiB", "same perplexities and scores")
+    table(f"Sweep of {', '.join(methods)} at {', '.join(map(str, levels))}", *columns)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "text.txt").write_text("\n\n".join(paragraphs(64)), encoding="utf-8")
+        reference, ours = (timed_apart(way, base, folder, levels, methods) for way in (one_by_one, swept))
+    row("one by one", reference.wall, 1, reference.cpu, 1, gib(reference.peak), "")
+    ratios = reference.wall / ours.wall, reference.cpu / ours.cpu
+    same = reference.result == ours.result
+    row("sweep", ours.wall, ratios[0], ours.cpu, ratios[1], gib(ours.peak), same)
 
 
 # Tokens
@@ -411,7 +482,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "assignment", "pair", "fusing", "tokens", "growth")
+    names = ("stages", "assignment", "pair", "fusing", "sweep", "tokens", "growth")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
@@ -421,7 +492,8 @@ def main() -> None:
     parser.add_argument("--pair", type=int, nargs=3, default=[1024, 3584, 256], metavar=shape, help="for pair")
     parser.add_argument("--methods", nargs="+", default=["truncate", "mka", "neural_alignment", "refit"])
     parser.add_argument("--num-fusions", type=int, default=4, help="for fusing")
-    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for tokens")
+    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep and tokens")
+    parser.add_argument("--sweep-methods", nargs="+", default=["neural_alignment", "refit"])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--generated", type=int, default=32, help="tokens written after it")
     parser.add_argument("--device", default="cpu", help="for tokens")
@@ -439,12 +511,14 @@ def main() -> None:
         pairs(options.pair)
     if "growth" in options.tables:
         growth(options.growth_layers, options.growth_hidden, options.growth_samples)
-    if {"stages", "fusing", "tokens"} & set(options.tables):
+    if {"stages", "fusing", "sweep", "tokens"} & set(options.tables):
         with checkpoint(options) as base:
             if "stages" in options.tables:
                 stages(base)
             if "fusing" in options.tables:
                 fusions(base, options.methods, options.num_fusions)
+            if "sweep" in options.tables:
+                sweeps(base, options.fusions, options.sweep_methods)
             if "tokens" in options.tables:
                 tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
 
