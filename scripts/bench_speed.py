@@ -317,7 +317,7 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
 # Sweeps
 
 TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
-SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 4096}
+SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048}
 
 
 def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
