@@ -147,7 +147,8 @@ def _telling_what_is_missing(results: Results, configs: Mapping[str, FusionConfi
         missing = [configs.get(key) for key in results.missing]
         names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
         reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
-        logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
+        if names:
+            logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
         raise
 
 
