@@ -315,8 +315,8 @@ def sweep(
     """Fuse BASE by several methods to several sizes, and evaluate all.
 
     Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
-    command is run again. Writes tables as results.csv and results.md, and a plot as curve.png and curve.svg. Ends with
-    two tables: the results, and how stable each method is.
+    command is run again, and processes that run it at the same time share the work. Writes tables as results.csv and
+    results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import check_evaluation
     from lf_hf.evaluate.sweep import sweep as run_sweep
@@ -348,6 +348,8 @@ def sweep(
         settings=settings,
         **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
     )
+    if local_rank():  # of a launch: the first one on a machine speaks
+        return
     head, *rows = results_rows(points)
     steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
     _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_plot_packages()]))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import patch_environment
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -61,18 +62,19 @@ class Evaluation:
                 )
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Main metric of each task; for a tag, of each of its tasks."""
+        """Main metric of each task; for a tag, of each of its tasks. Each process of a launch evaluates by itself."""
         wrapper = FusedLlamaLM if isinstance(model, FusedLlamaForCausalLM) else HFLM
         lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
-        evaluated = simple_evaluate(
-            lm,
-            tasks=self._tasks,
-            task_manager=self._manager,
-            limit=self._limit,
-            num_fewshot=self._num_fewshot,
-            log_samples=False,
-            confirm_run_unsafe_code=self._may_run_code,
-        )
+        with patch_environment(LOCAL_RANK=0):  # lm-eval gives its results to one process of a launch
+            evaluated = simple_evaluate(
+                lm,
+                tasks=self._tasks,
+                task_manager=self._manager,
+                limit=self._limit,
+                num_fewshot=self._num_fewshot,
+                log_samples=False,
+                confirm_run_unsafe_code=self._may_run_code,
+            )
         results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
         asked = [task for task in self._tasks if task in results]
         better = evaluated.get("higher_is_better", {})

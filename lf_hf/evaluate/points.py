@@ -42,7 +42,8 @@ class Point:
 
     `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one entry a judging text, by its
     name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report;
-    these are empty in results of an older version. `seconds` is wall time, fusing and evaluating.
+    these are empty in results of an older version. `seconds` is wall time, evaluating and fusing: that of all steps
+    from the dense model on, whichever point they were made for first, without loading and measuring the dense model.
     """
 
     key: str

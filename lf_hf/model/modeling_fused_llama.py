@@ -191,7 +191,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             base=inputs.base.full_name,
             measurements=inputs.measurements,
         )
-        return cls._adopt(llama, report, inputs.tokenizer)
+        return cls.adopt(llama, report, inputs.tokenizer)
 
     @classmethod
     def _load_or_fuse(cls, inputs: FusionInputs, folder: Path, processes: Processes) -> FusedLlamaForCausalLM:
@@ -229,7 +229,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             self.write_files(written)
 
     @classmethod
-    def _adopt(
+    def adopt(
         cls, llama: LlamaForCausalLM, report: FusionReport, tokenizer: PreTrainedTokenizerBase
     ) -> FusedLlamaForCausalLM:
         """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
