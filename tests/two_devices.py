@@ -118,9 +118,10 @@ class TwoDevices(TorchFunctionMode):
         if stream is None and storages & self._foreign:
             raise RuntimeError(f"{name} uses what another stream copied and may overwrite; record_stream comes first.")
         if name == "Tensor.copy_" and kwargs.pop("non_blocking", False) and stream is not None:
-            stream.copies.append((args[0], args[1]))
+            args[0].fill_(torch.nan)  # before any thread can synchronise
             self._foreign.add(_storage(args[0]))
-            return args[0].fill_(torch.nan)
+            stream.copies.append((args[0], args[1]))
+            return args[0]
         kwargs.pop("pin_memory", None)
         # Numbers mix with any tensor, and where an empty tensor is cannot be told.
         places = {
