@@ -1,6 +1,7 @@
 """The command `lf-hf`. It lies outside the package, so that Ctrl-C gets one line while the package is imported, too."""
 
 import os
+import signal
 import sys
 
 # For progress bars of other packages, which read this when they are imported: a line now and then in a log file.
@@ -11,6 +12,8 @@ def main() -> int:
     """Import `lf_hf.cli`, which takes seconds, and run it."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.update(_IN_A_LOG | os.environ)
+    # A launcher ends all processes when one has failed: they get to say what is not done, and to remove scratch files.
+    signal.signal(signal.SIGTERM, _stop)
     try:
         from lf_hf.cli import main as run
 
@@ -18,3 +21,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("lf-hf: interrupted.", file=sys.stderr)
         return 130
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt

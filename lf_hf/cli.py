@@ -219,7 +219,9 @@ def fuse(
 ) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
-    Ends with a table: layers, parameters, size on disk, and perplexity before and after.
+    Ends with a table: layers, parameters, size on disk, and perplexity before and after; and on the same texts how far
+    predictions of the next token are from the base's: KL divergence in nats a token, and how often the most likely
+    token is the same.
     """
     hub = _given(gguf_file=gguf_file, revision=revision)
     if (num_fusions is None) == (target_layers is None):
@@ -258,7 +260,7 @@ def _num_fusions(base: Base, target_layers: int) -> int:
 
 
 def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[list[str]]:
-    """Rows of a table: sizes and perplexities before and after."""
+    """Rows of a table: sizes, perplexities, and how near to the base predictions are, before and after."""
     counts = {
         "layers": (report.layers_before, report.layers_after),
         "parameters": (report.parameters_before, report.parameters_after),
@@ -268,6 +270,10 @@ def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[
     for judged in report.perplexities:
         figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
         rows.append([f"perplexity, {judged.name}", *figures])
+        if judged.divergence is not None and judged.agreement is not None:
+            rows.append([f"divergence, {judged.name}", "0", f"{judged.divergence:.4g}", ""])
+            change = f"{judged.agreement - 1:+.1%}"
+            rows.append([f"agreement, {judged.name}", "100.0%", f"{judged.agreement:.1%}", change])
     return rows
 
 
@@ -408,8 +414,8 @@ def sweep(
     """Fuse BASE by several methods to several sizes, and evaluate all.
 
     Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
-    command is run again. Writes tables as results.csv and results.md, and a plot as curve.png and curve.svg. Ends with
-    two tables: the results, and how stable each method is.
+    command is run again, and processes that run it at the same time share the work. Writes tables as results.csv and
+    results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import check_evaluation
     from lf_hf.evaluate.sweep import sweep as run_sweep
@@ -441,6 +447,8 @@ def sweep(
         settings=settings,
         **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
     )
+    if local_rank():  # of a launch: the first one on a machine speaks
+        return
     head, *rows = results_rows(points)
     steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
     _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_plot_packages()]))

@@ -10,7 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024
@@ -123,7 +123,8 @@ class FusionConfig:
     samples_per_subject : int >= 1, default=1
         Questions of each of the 57 MMLU subjects in the default calibration set.
     perplexity_tokens : int >= 0, default=4000
-        Tokens on which perplexity is measured before and after fusing; 0 leaves it out.
+        Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
+        moved; 0 leaves that out, and what both models write.
     heal_tokens : int, 0 or >= 1024, default=0
         Tokens on which the fused model is trained to predict what its base predicts, see `lf_hf.heal`; 0 leaves it out.
     seed : int >= 0, default=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,25 +10,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
+from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.interface import Decoder
-from lf_hf.decoder.perplexity import perplexity
-from lf_hf.report.report import CalibrationInfo, PerplexityInfo
+from lf_hf.decoder.predictions import batched, final_states, predictions
+from lf_hf.numerics import weights_digest
+from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import Calibration, Corpus
-from lf_hf.text.judging import Relation, judging_texts, relation
+from lf_hf.text.judging import PROMPTS, Relation, judging_texts, relation
 from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_tokens, tokenize_samples
 
 logger = logging.get_logger(__name__)
 
 PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+CONTINUED_LENGTH = 32  # tokens that are added to a prompt
+MOST_READ = 1 << 26  # bytes that may be read from a disk for each of these
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
 _FUSING_FIELDS = (
@@ -45,14 +51,18 @@ _FUSING_FIELDS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A text that perplexity is measured on: sequences of shape (tokens T,), and the dense model's perplexity.
+    """A text that predictions are measured on, and what the dense model predicts there.
 
-    `to_samples` and `to_text` say how it relates to the calibration samples and to the calibration text.
+    `ids` are batches of token ids, of shape (sequences B, tokens T), and `states` the dense model's final states of
+    each, of shape (B, T, hidden), in the machine's memory. `dense` is its perplexity. `to_samples` and `to_text` say
+    how the text relates to the calibration samples and to the calibration text.
     """
 
     name: str
     source: str
-    sequences: list[Tensor]
+    ids: list[Tensor]
+    tokens: int
+    states: list[Tensor]
     dense: float
     to_samples: Relation
     to_text: Relation
@@ -79,6 +89,10 @@ class Measurements:
         How much each layer changes the residual stream, on the samples.
     of_samples, of_text : CalibrationInfo or None
         Where the samples behind `similarity`, and `text`, came from.
+    continuations : list of str
+        How the model goes on from each of `PROMPTS`; empty where no tokens were asked for, or it would take long.
+    base_digest : str or None
+        `lf_hf.numerics.weights_digest` of the model.
     seconds : dict of float
     notes : list of str
     """
@@ -94,6 +108,8 @@ class Measurements:
     text: list[Tensor] = field(default_factory=list)
     offline_text: bool = False
     of_text: CalibrationInfo | None = None
+    continuations: list[str] = field(default_factory=list)
+    base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
@@ -129,8 +145,13 @@ def measure(
     clock = Clock()
     with clock("perplexity"):
         judged = _judged(decoder, tokenizer, config, samples, text)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"base_digest": weights_digest(decoder.named_parameters())}
     notes = []
+    if config.perplexity_tokens:
+        with clock("continuations"):
+            found["continuations"] = decoder.processes.told_by_first(
+                lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else []
+            )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
@@ -228,15 +249,19 @@ def _judged(
     }
     for sequence in [sequence for of_text in sequences.values() for sequence in of_text]:
         check_ids(int(sequence.max()), decoder.config.vocab_size)
-    dense = perplexity(decoder, sequences, "Perplexity before fusing")
+    ids = batched(decoder, sequences)
+    states = final_states(decoder, ids, "Perplexity before fusing")
+    dense = predictions(decoder, ids, states)
     compared = samples.texts if samples is not None else []
     fitted, by_default = (text.parts, text.by_default) if text is not None else ([], False)
     return [
         Judged(
             name=judging.name,
             source=judging.source,
-            sequences=sequences[judging.name],
-            dense=dense[judging.name],
+            ids=ids[judging.name],
+            tokens=sum(map(len, sequences[judging.name])),
+            states=[state.cpu() for state in states[judging.name]],
+            dense=dense[judging.name].perplexity,
             to_samples=relation(judging, ["\n\n".join(compared)], by_default=False),
             to_text=relation(judging, fitted, by_default=by_default),
         )
@@ -245,20 +270,52 @@ def _judged(
     ]
 
 
+def written_on(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the model adds to each of `PROMPTS`, up to its end."""
+    prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    if not all(map(len, prompts)):
+        return []
+    for prompt in prompts:
+        check_ids(int(prompt.max()), decoder.config.vocab_size)
+    ends = decoder.config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    texts = []
+    for prompt, added in zip(prompts, continuations(decoder, prompts, CONTINUED_LENGTH), strict=True):
+        kept = list(itertools.takewhile(lambda token: token not in stop, added.tolist()))
+        # Many tokenizers take a space off the beginning of what they decode.
+        before, whole = (
+            str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt.tolist(), *kept])
+        )
+        texts.append(whole[len(before) :])
+    return texts
+
+
 def perplexities(decoder: Decoder, measured: Measurements, config: FusionConfig) -> list[PerplexityInfo]:
-    """Perplexity of the fused model beside that of the dense one, on each judging text."""
-    fused = perplexity(decoder, {text.name: text.sequences for text in measured.judged}, "Perplexity after fusing")
+    """Perplexity of the fused model beside that of the dense one, and how far apart they are, on each judging text."""
+    ids = {text.name: text.ids for text in measured.judged}
+    states = final_states(decoder, ids, "Perplexity after fusing")
+    fused = predictions(decoder, ids, states, {text.name: text.states for text in measured.judged})
     return [
         PerplexityInfo(
             name=text.name,
             text=text.source,
-            tokens=sum(map(len, text.sequences)),
+            tokens=text.tokens,
             dense=text.dense,
-            fused=fused[text.name],
+            fused=fused[text.name].perplexity,
             relation=_nearer(text, config),
+            divergence=fused[text.name].divergence,
+            agreement=fused[text.name].agreement,
         )
         for text in measured.judged
     ]
+
+
+def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Measurements) -> list[Continuation]:
+    """How the fused model goes on from each prompt, beside the dense one, where that is known."""
+    if not measured.continuations:
+        return []
+    fused = decoder.processes.told_by_first(lambda: written_on(decoder, tokenizer))
+    return [Continuation(*texts) for texts in zip(PROMPTS, measured.continuations, fused, strict=True)]
 
 
 def _nearer(text: Judged, config: FusionConfig) -> Relation:

@@ -12,7 +12,7 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
-from lf_hf.measure import Clock, Measurements, measure, perplexities
+from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
@@ -42,56 +42,50 @@ from lf_hf.text.calibration import Calibration, Corpus
 
 logger = logging.get_logger(__name__)
 
+_STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
-def fuse_pairs(decoder: Decoder, config: FusionConfig, measured: Measurements) -> FusedPairs:
-    """Fuse `config.num_fusions` pairs of layers, one after the other."""
-    steps: list[FusionStep] = []
-    with _start(decoder, config, measured) as state:
-        influences = list(state.boundaries.influences) if state.boundaries else []
-        for number in progress(range(config.num_fusions), desc="Fusing", unit="pair"):
-            i, cost = state.choose()
-            pair = state.fuse_pair(i, state.before(i))
-            steps.append(state.report_step(i, pair, cost))
-            decoder.replace(i, pair.changed)
-            decoder.remove(i + 1)
-            state.update(i, last=number == config.num_fusions - 1)
-    return FusedPairs(steps, state.groups, influences)
-
-
-@dataclass(frozen=True)
-class FusedPairs:
-    """What the loop has done.
-
-    `groups` has, for each layer that is left, the layers of the dense model that it stands for. `influences` is how
-    much each layer of the dense model changes the stream of calibration text, empty without text.
-    """
-
-    steps: list[FusionStep]
-    groups: list[list[int]]
-    influences: list[float]
+def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
+    """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
+    with fusion.clock(_STEPS):
+        for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
+            i, cost = fusion.choose()
+            pair = fusion.fuse_pair(i, fusion.before(i))
+            fusion.steps.append(fusion.report_step(i, pair, cost))
+            fusion.decoder.replace(i, pair.changed)
+            fusion.decoder.remove(i + 1)
+            fusion.update(i)
 
 
 @dataclass
-class _State:
-    """The model while its pairs are fused.
+class Fusion:
+    """The model while its pairs are fused; `start` makes one.
 
     `groups` has, for each layer, the layers of the dense model that it stands for. The states of calibration text at
-    the layers' boundaries, and the costs of pairs, are there where the config needs them.
+    the layers' boundaries, and the costs of pairs, are there where the config needs them. `influences` is how much each
+    layer of the dense model changes the stream of calibration text, empty without text.
     """
 
     decoder: Decoder
     config: FusionConfig
+    measured: Measurements
     similarity: NDArray[np.float64] | None
     groups: list[list[int]]
     store: StateStore
     boundaries: Boundaries | None
+    clock: Clock
+    influences: list[float] = field(default_factory=list)
+    steps: list[FusionStep] = field(default_factory=list)
     costs: PairCosts | None = None
+    changed: int | None = None  # the layer that was fused since the costs were measured
 
     def choose(self) -> tuple[int, float | None]:
         """The first layer of the pair to fuse next, and what that is expected to cost where it was measured."""
         if self.costs is not None:
+            if self.changed is not None:
+                self.costs.update(self.changed)
+                self.changed = None
             j = _cheapest(self.costs.by_layer)
             return j - 1, self.costs.by_layer[j]
         if self.config.selection == "least_influence":
@@ -161,13 +155,12 @@ class _State:
             error_after=pair.fit.error_after if pair.fit else None,
         )
 
-    def update(self, i: int, *, last: bool) -> None:
+    def update(self, i: int) -> None:
         """Layers i and i + 1 have become layer i."""
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
+        self.changed = i
         if self.boundaries is not None:
             self.boundaries.update(i)
-        if self.costs is not None and not last:
-            self.costs.update(i)
 
 
 @dataclass(frozen=True)
@@ -182,31 +175,40 @@ class _FusedPair:
 
 
 @contextmanager
-def _start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Iterator[_State]:
-    text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
-    roles = Roles.of(len(text)) if config.selection == "least_divergence" else Roles(range(len(text)), [], [])
-    parts = [
-        decoder.batches([text[number] for number in decoder.processes.share(of_role)])
-        for of_role in (roles.fitting, roles.both, roles.judging)
-    ]
-    embedded = decoder.embed([batch for part in parts for batch in part])
-    expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
-    with StateStore.with_room(decoder, expected) as store:
-        state = _State(
-            decoder=decoder,
-            config=config,
-            similarity=measured.similarity if config.needs_similarity else None,
-            groups=[[index] for index in range(decoder.num_layers)],
-            store=store,
-            boundaries=Boundaries(decoder, embedded, store) if text else None,
-        )
-        del embedded
-        if config.selection == "least_divergence":
-            assert state.boundaries is not None
-            batches = iter(range(sum(map(len, parts))))
-            of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
-            state.costs = PairCosts(decoder, state.boundaries, of_batches, state.try_pair, store)
-        yield state
+def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Iterator[Fusion]:
+    """A fusion of a dense model, which `fuse_pairs` goes on with in a `with` block."""
+    clock = Clock(measured.seconds)
+    with ExitStack() as stack:
+        with clock(_STEPS):
+            text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
+            roles = Roles.of(len(text)) if config.selection == "least_divergence" else Roles(range(len(text)), [], [])
+            parts = [
+                decoder.batches([text[number] for number in decoder.processes.share(of_role)])
+                for of_role in (roles.fitting, roles.both, roles.judging)
+            ]
+            embedded = decoder.embed([batch for part in parts for batch in part])
+            expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
+            store = stack.enter_context(StateStore.with_room(decoder, expected))
+            fusion = Fusion(
+                decoder=decoder,
+                config=config,
+                measured=measured,
+                similarity=measured.similarity if config.needs_similarity else None,
+                groups=[[index] for index in range(decoder.num_layers)],
+                store=store,
+                boundaries=Boundaries(decoder, embedded, store) if text else None,
+                clock=clock,
+            )
+            del embedded
+            if fusion.boundaries is not None:
+                fusion.influences = list(fusion.boundaries.influences)
+            if config.selection == "least_divergence":
+                assert fusion.boundaries is not None
+                batches = iter(range(sum(map(len, parts))))
+                of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
+                fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
+        yield fusion
+        fusion.boundaries = fusion.costs = None  # the last pass needs the room
 
 
 def _cheapest(costs: Sequence[float]) -> int:
@@ -261,11 +263,7 @@ def fuse(
         If the model has too few layers, there are too few calibration samples, weights or activations are
         not finite, or the measurements are of other settings. The model is unchanged then.
     """
-    parameters_before = check_model(decoder, config)
-    base_digest = weights_digest(decoder.named_parameters())
-    layers_before = decoder.num_layers
-    with decoder.layer(0) as layer:
-        layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
+    parameters = check_model(decoder, config)
     measured = measurements or measure(
         decoder,
         tokenizer,
@@ -274,27 +272,51 @@ def fuse(
         text if config.needs_text else None,
     )
     measured.check_serves(config)
-    clock = Clock(measured.seconds)
+    with start(decoder, config, measured) as fusion:
+        fuse_pairs(fusion, config.num_fusions)
+    return finish(fusion, decoder, tokenizer, base=base, parameters=parameters)
 
-    with clock("alignment and fusion"):  # stages 4 and 5
-        fused = fuse_pairs(decoder, config, measured)
+
+def finish(
+    fusion: Fusion, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int
+) -> FusionReport:
+    """Make the last pass over a model whose pairs are fused, measure it, and report what was done.
+
+    Parameters
+    ----------
+    fusion : Fusion
+    decoder : Decoder
+        The fusion's own, or a copy of it, which lets the fusion go on afterwards. Changed where layers are fitted.
+    tokenizer : the model's tokenizer
+    base : str
+        Name of the model, for the report.
+    parameters : int
+        How many the dense model has.
+    """
+    measured, steps, groups = fusion.measured, list(fusion.steps), list(fusion.groups)
+    config = replace(fusion.config, num_fusions=len(steps))
+    clock = Clock(fusion.clock.seconds)
     fitted: list[FittedLayer] = []
     if config.refit != "none":
         with clock("last pass"):
-            fitted = fit_from_bottom(decoder, fused.groups, measured.text, config)
+            fitted = fit_from_bottom(decoder, groups, measured.text, config)
     with clock("perplexity"):
         judged = perplexities(decoder, measured, config)
+    with clock("continuations"):
+        continuations = continued(decoder, tokenizer, measured)
+    with decoder.layer(0) as layer:
+        layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
 
     similar = config.needs_similarity
     return FusionReport(
         base=base,
         config=config.to_dict(),
-        steps=fused.steps,
+        steps=steps,
         fitted_layers=fitted,
-        layers_before=layers_before,
-        layers_after=decoder.num_layers,
-        parameters_before=parameters_before,
-        parameters_after=parameters_before - config.num_fusions * layer_parameters,
+        layers_before=len(groups) + len(steps),
+        layers_after=len(groups),
+        parameters_before=parameters,
+        parameters_after=parameters - len(steps) * layer_parameters,
         calibration=measured.sources(config),
         perplexities=judged,
         similarity=measured.similarity.tolist() if similar and measured.similarity is not None else None,
@@ -303,9 +325,10 @@ def fuse(
         versions=versions(),
         notes=_notes(measured, config, judged),
         sample_labels=measured.sample_labels if similar else None,
-        influences=fused.influences or (measured.influences if similar else None),
+        influences=fusion.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
-        base_digest=base_digest,
+        base_digest=measured.base_digest,
+        continuations=continuations,
     )
 
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.config import FusionConfig
+from lf_hf.decoder.predictions import LOGITS
 from lf_hf.files.base import SPREAD, Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
@@ -262,7 +263,10 @@ class _Work:
         process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
         if self.judging:
-            phases.append(PERPLEXITY_LENGTH * self.llama.vocab_size * 8)  # predictions of a sequence, twice in float32
+            # Predictions of some tokens, six times in float32, and final states of all, the dense model's too.
+            phases.append(
+                24 * min(LOGITS, PERPLEXITY_LENGTH * self.llama.vocab_size) + 2 * self.judging * hidden * size
+            )
         if self.config.alignment != "none" and device.type == "cpu":
             phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
         if self.config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
@@ -285,7 +289,7 @@ class _Work:
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
-        run = 2 * passes * self.layer + 4 * self.judging * self.table
+        run = 2 * passes * self.layer + 6 * self.judging * self.table
         return 2 * run / speed + fits / single + self._matching()  # layers reach about half of the speed of a product
 
     def _matching(self) -> float:

@@ -157,6 +157,14 @@ def local_processes() -> int:
     return get_int_from_env(names, 1)
 
 
+def own_device(device: Any) -> Any:
+    """Of a kind of device, such as "cuda", the one that is this process's in a launch; anything else as it is."""
+    kind = torch.accelerator.current_accelerator()
+    if local_processes() == 1 or kind is None or device != kind.type:
+        return device
+    return f"{device}:{local_rank() % torch.accelerator.device_count()}"
+
+
 def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return compute(), None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare ways of making a Llama shallower: one run, one table of perplexity ratios and accuracies.
+"""Compare ways of making a Llama shallower: one run, one table of how well each predicts text, and accuracies.
 
     .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
 
@@ -8,7 +8,8 @@ All ways get the same model and the same calibration text, and are judged on tex
   docs  the second half of Python's documentation
   quiz  MMLU questions (the original CSV release, --mmlu) as cloze: choices are scored as text by log-likelihood a
         character. `diff` is against the dense model, question by question, with its standard error.
-Perplexities are ratios to the dense model's.
+Perplexities are ratios to the dense model's. `nats` is the divergence of predictions from the dense model's,
+KL(dense || fused), a token on average, and `same` how often the most likely next token is the dense model's.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers.utils import logging
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.perplexity import perplexity
+from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
 from lf_hf.measure import calibration_sequences
 from lf_hf.pipeline import fuse
 from lf_hf.refit.group import token_weights
@@ -156,16 +158,21 @@ class GivenText(ModelDecoder):
 
 
 class Judge:
-    """Perplexity on texts, and cloze accuracy, of a model."""
+    """How a model predicts texts, compared with the model that is judged first, and its cloze accuracy."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int, questions: Sequence[Question]
     ) -> None:
         self.texts = {name: pack_tokens(tokenizer, text, LENGTH, tokens) for name, text in texts.items()}
+        self.dense: dict[str, list[Tensor]] = {}
         self.questions = [self._packed(tokenizer, question) for question in questions]
 
-    def perplexities(self, model: LlamaForCausalLM) -> dict[str, float]:
-        return perplexity(ModelDecoder(model), self.texts)
+    def predictions(self, model: LlamaForCausalLM) -> dict[str, Predictions]:
+        decoder = ModelDecoder(model)
+        ids = batched(decoder, self.texts)
+        states = final_states(decoder, ids, "Judging")
+        self.dense = self.dense or states
+        return predictions(decoder, ids, states, self.dense)
 
     @torch.inference_mode()
     def correct(self, model: LlamaForCausalLM) -> list[bool]:
@@ -246,9 +253,13 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) ->
     return model.eval()
 
 
-def row(name: str, count: int, ratios: dict[str, float], quiz: str, seconds: float) -> None:
-    figures = " | ".join(f"{ratio:.4g}" for ratio in ratios.values())
-    print(f"| {name} | {count} | {figures} | {quiz} | {seconds:.0f} |", flush=True)
+def row(
+    name: str, count: int, dense: dict[str, Predictions], found: dict[str, Predictions], quiz: str, seconds: float
+) -> None:
+    figures = [f"{of_text.perplexity / dense[text].perplexity:.4g}" for text, of_text in found.items()]
+    figures += [f"{of_text.divergence:.4f}" for of_text in found.values()]
+    figures += [f"{of_text.agreement:.1%}" for of_text in found.values()]
+    print(f"| {name} | {count} | {' | '.join(figures)} | {quiz} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -305,13 +316,14 @@ def main() -> None:
         questions,
     )
 
-    dense = judge.perplexities(base)
+    dense = judge.predictions(base)
     dense_correct = judge.correct(base)
     accuracy = f", quiz {statistics.mean(dense_correct):.3f}" if questions else ""
     print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.full_source}.")
-    print(f"Dense: {', '.join(f'{name} {value:.4g}' for name, value in dense.items())}{accuracy}.\n")
-    print(f"| way | fused | {' | '.join(dense)} | quiz (diff) | seconds |")
-    print("|---" * (4 + len(dense)) + "|")
+    print(f"Dense: {', '.join(f'{name} {found.perplexity:.4g}' for name, found in dense.items())}{accuracy}.\n")
+    heads = [*dense, *(f"{text}, {figure}" for figure in ("nats", "same") for text in dense)]
+    print(f"| way | fused | {' | '.join(heads)} | quiz (diff) | seconds |")
+    print("|---" * (4 + len(heads)) + "|")
     for count in options.fusions:
         for name, way in ways.items():
             if options.ways and name not in options.ways:
@@ -319,14 +331,14 @@ def main() -> None:
             start = time.monotonic()
             model = way(copy.deepcopy(base), count)
             seconds = time.monotonic() - start
-            ratios = {text: value / dense[text] for text, value in judge.perplexities(model).items()}
+            found = judge.predictions(model)
             quiz = ""
             if questions and count in options.quiz_fusions:
                 correct = judge.correct(model)
                 changes = [float(a) - float(b) for a, b in zip(correct, dense_correct, strict=True)]
                 error = statistics.stdev(changes) / len(changes) ** 0.5
                 quiz = f"{statistics.mean(correct):.3f} ({statistics.mean(changes):+.3f} +- {error:.3f})"
-            row(name, count, ratios, quiz, seconds)
+            row(name, count, dense, found, quiz, seconds)
 
 
 if __name__ == "__main__":

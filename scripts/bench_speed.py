@@ -14,6 +14,7 @@
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
   tokens      tokens a second and bytes of fused models, against the dense one
   processes   refit by several processes of a launch, against one
+  sweep       levels of methods in one sweep, against loading the base, fusing and evaluating for one after the other
   growth      how the cost of each stage grows with layers, hidden size and samples
 
 What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
@@ -50,8 +51,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.files.base import Base
+from lf_hf.measure import measure
 from lf_hf.refit.regression import EXACT_LIMIT, Regression, expanded
 from lf_hf.report.report import FusionReport
 from lf_hf.stages import assignment
@@ -60,7 +63,7 @@ from lf_hf.stages.alignment import match_rows, normalized_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
-from lf_hf.text.calibration import documentation_halves, load_calibration
+from lf_hf.text.calibration import documentation_halves, load_calibration, load_needed
 from lf_hf.text.packing import tokenize_samples
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +71,7 @@ DEFAULTS = FusionConfig(num_fusions=1)
 STAGES = ("perplexity", "calibration text", "alignment and fusion", "last pass")  # the first two are passes over text
 Array = NDArray[np.float64]
 T = TypeVar("T")
+Scores = tuple[dict[str, float], Any]  # perplexities, and what lm-eval found
 
 
 @dataclass(frozen=True)
@@ -348,8 +352,12 @@ def copying(base: str, out: str) -> Callable[[], Any]:
     return lambda: shutil.copytree(base, out)
 
 
+def paragraphs(count: int) -> list[str]:
+    return [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:count]
+
+
 def fusing(base: str, out: str, method: str, num_fusions: int, low_memory: bool) -> Callable[[], dict[str, float]]:
-    text = [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:512]
+    text = paragraphs(512)
     settings: dict[str, Any] = {"num_fusions": num_fusions, "method": method, "perplexity_tokens": 0}
     return lambda: fuse_checkpoint(base, out, low_memory=low_memory, calibration=text, **settings).seconds
 
@@ -393,6 +401,69 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
             )
             found.append({"": time.perf_counter() - start, **FusionReport.load(out).seconds})
             row(count, found[-1][""], *(found[0][name] / found[-1][name] for name in ("", *STAGES)))
+
+
+# Sweeps
+
+TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
+SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048}
+
+
+def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+    from lf_hf.evaluate.sweep import sweep
+
+    def run() -> list[Scores]:
+        points = sweep(
+            base,
+            f"{folder}/out",
+            num_fusions=levels,
+            methods=methods,
+            tasks=TASKS,
+            calibration=f"{folder}/text.txt",
+            settings=SWEPT,
+        )
+        return [(point.perplexities, point.scores) for point in points[1:]]
+
+    return run
+
+
+def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+    """The reference: what is measured on the base is measured once, and all else is done for each point."""
+    from lf_hf.evaluate.evaluation import Evaluation
+
+    def run() -> list[Scores]:
+        evaluation, opened = Evaluation(TASKS), Base.open(base, {})
+        configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
+        tokenizer, dense = opened.tokenizer(), opened.load()
+        loaded = [load_needed(config, f"{folder}/text.txt") for config in configs]
+        samples = next((samples for samples, _ in loaded if samples), None)
+        text = next((text for _, text in loaded if text), None)
+        measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)
+        evaluation.scores(dense, tokenizer)
+        del dense
+        found = []
+        for config in configs:
+            model = FusedLlamaForCausalLM.from_pretrained_fused(
+                opened, config, tokenizer=tokenizer, measurements=measured
+            )
+            scores = evaluation.scores(model, tokenizer)
+            assert model.fusion_report is not None
+            found.append(({judged.name: judged.fused for judged in model.fusion_report.perplexities}, scores))
+        return found
+
+    return run
+
+
+def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
+    columns = ("", "seconds", "ratio", "CPU seconds", "ratio", "peak memory, GiB", "same perplexities and scores")
+    table(f"Sweep of {', '.join(methods)} at {', '.join(map(str, levels))}", *columns)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "text.txt").write_text("\n\n".join(paragraphs(64)), encoding="utf-8")
+        reference, ours = (timed_apart(way, base, folder, levels, methods) for way in (one_by_one, swept))
+    row("one by one", reference.wall, 1, reference.cpu, 1, gib(reference.peak), "")
+    ratios = reference.wall / ours.wall, reference.cpu / ours.cpu
+    same = reference.result == ours.result
+    row("sweep", ours.wall, ratios[0], ours.cpu, ratios[1], gib(ours.peak), same)
 
 
 # Tokens
@@ -500,7 +571,7 @@ def checkpoint(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "assignment", "pair", "groups", "fusing", "processes", "tokens", "growth")
+    names = ("stages", "assignment", "pair", "groups", "fusing", "processes", "sweep", "tokens", "growth")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
@@ -512,7 +583,8 @@ def main() -> None:
     parser.add_argument("--num-fusions", type=int, default=4, help="for fusing and processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--text-tokens", type=int, default=16384, help="for processes")
-    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for tokens")
+    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep and tokens")
+    parser.add_argument("--sweep-methods", nargs="+", default=["neural_alignment", "refit"])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--generated", type=int, default=32, help="tokens written after it")
     parser.add_argument("--device", default="cpu", help="for tokens")
@@ -532,7 +604,7 @@ def main() -> None:
         groups()
     if "growth" in options.tables:
         growth(options.growth_layers, options.growth_hidden, options.growth_samples)
-    if {"stages", "fusing", "processes", "tokens"} & set(options.tables):
+    if {"stages", "fusing", "processes", "sweep", "tokens"} & set(options.tables):
         with checkpoint(options) as base:
             if "stages" in options.tables:
                 stages(base)
@@ -540,6 +612,8 @@ def main() -> None:
                 fusions(base, options.methods, options.num_fusions)
             if "processes" in options.tables:
                 processes(base, options.processes, options.num_fusions, options.text_tokens)
+            if "sweep" in options.tables:
+                sweeps(base, options.fusions, options.sweep_methods)
             if "tokens" in options.tables:
                 tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
 

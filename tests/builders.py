@@ -49,7 +49,7 @@ def make_report(**values: object) -> FusionReport:
         "fitted_layers": [FittedLayer([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexities": [
-            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin"),
+            PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin", 1.25, 0.625),
             PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0),
         ],
         "similarity": [[1.0] * 32] * 32,

@@ -47,7 +47,10 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
         "pairs": [(step.pair, step.heads_kept, step.channels_kept) for step in report.steps],
         "fitted": [(layer.layers, layer.heads_kept, layer.channels_kept) for layer in report.fitted_layers],
         "weights": {name: weight.double() for name, weight in decoder.named_parameters()},
-        "perplexities": [judged.fused for judged in report.perplexities],
+        "written": report.continuations,
+        "perplexities": [
+            figure for judged in report.perplexities for figure in (judged.fused, judged.divergence, judged.agreement)
+        ],
         "digest": weights_digest(decoder.named_parameters()),
     }
 
@@ -72,7 +75,7 @@ def main() -> None:
                 "name": name,
                 "processes": processes.count,
                 "digests": len(set(digests)),
-                "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted")),
+                "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted", "written")),
                 "weights": max(differences),
                 "perplexities": max(
                     abs(a / b - 1) for a, b in zip(together["perplexities"], alone["perplexities"], strict=True)

@@ -173,9 +173,9 @@ def test_low_memory_writes_the_same_bytes(kind: str, base: str, tmp_path: Path) 
 def test_low_memory_on_a_device_computes_all_there_and_writes_the_same_bytes(
     kind: str, base: str, tmp_path: Path
 ) -> None:
-    reports = [write(base, tmp_path / "cpu", kind, calibration_tokens=512)]
+    reports = [write(base, tmp_path / "cpu", kind)]
     with TwoDevices() as devices:
-        reports.append(write(base, tmp_path / "device", kind, calibration_tokens=512, device_map="cuda:1"))
+        reports.append(write(base, tmp_path / "device", kind, device_map="cuda:1"))
     assert devices.computed == {OTHER}
     here, there = (report.to_dict() | {"seconds": None} for report in reports)
     assert here == there

@@ -73,6 +73,8 @@ def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
     for judged in report.perplexities:
         found = rows[f"perplexity, {judged.name}"].split()[2:4]
         assert found == [f"{p:.4g}" for p in (judged.dense, judged.fused)]
+        assert rows[f"divergence, {judged.name}"].split()[2:] == ["0", f"{judged.divergence:.4g}"]
+        assert rows[f"agreement, {judged.name}"].split()[2:4] == ["100.0%", f"{judged.agreement:.1%}"]
 
 
 def test_low_memory_and_plain_llama(run: Run, base: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import platform
@@ -8,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusionConfig, FusionReport
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
-from lf_hf.pipeline import fuse
+from lf_hf.decoder.predictions import Predictions
+from lf_hf.measure import WRITTEN_LENGTH, Measurements, calibration_sequences, measure
+from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs, start
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
@@ -56,7 +59,8 @@ def test_report_has_what_was_measured() -> None:
     }
     for match in report.steps[0].matches.values():
         assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
-    assert set(report.seconds) == {"perplexity", "activations", "manifold", "similarity", "alignment and fusion"}
+    stages = {"activations", "manifold", "similarity", "alignment and fusion"}
+    assert set(report.seconds) == stages | {"perplexity", "continuations"}
     assert [info.name for info in report.perplexities] == ["docs", "reasoning"]
     assert platform.python_version() in report.perplexities[0].text
     assert FusionReport.from_dict(report.to_dict()) == report
@@ -76,7 +80,8 @@ def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
     fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = iter([10.0, fused])
-    monkeypatch.setattr("lf_hf.measure.perplexity", lambda *_: dict.fromkeys(("docs", "reasoning"), next(values)))
+    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values)))  # noqa: E731
+    monkeypatch.setattr("lf_hf.measure.predictions", found)
     with caplog.at_level(logging.WARNING):
         report = run(1)
     assert report.notes == [record.message for record in caplog.records]
@@ -101,7 +106,7 @@ def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeyp
 
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
     report = run(1, perplexity_tokens=0)
-    assert report.perplexities == [] and report.notes == []
+    assert report.perplexities == [] and report.continuations == [] and report.notes == []
 
 
 def test_the_model_is_unchanged_when_calibration_fails() -> None:
@@ -132,6 +137,55 @@ def test_measurements_serve_every_fusion_that_would_measure_the_same() -> None:
             ),
         ]
         assert {**vars(reports[0]), "seconds": None} == {**vars(reports[1]), "seconds": None}
+
+
+LEVELS = {
+    **{method: {"method": method} for method in METHODS},
+    "by divergence": {"method": "refit", "selection": "least_divergence"},
+    "averaged and fitted": {"method": "mka", "selection": "least_influence", "refit": "down_proj"},
+}
+
+
+@functools.cache
+def measured_once() -> Measurements:
+    config = FusionConfig(1, perplexity_tokens=100, calibration_tokens=1024)
+    return measure(ModelDecoder(make_llama(num_hidden_layers=6)), make_tokenizer(), config, CALIBRATION, TEXT)
+
+
+@pytest.mark.parametrize(("name", "hooked"), [*((name, False) for name in LEVELS), ("refit", True)])
+def test_a_fusion_that_goes_on_from_a_level_gives_what_one_of_each_level_alone_does(name: str, hooked: bool) -> None:
+    tokenizer, measured = make_tokenizer(), measured_once()
+    dense = make_llama(num_hidden_layers=6)
+    if hooked:  # as a device map of several devices leaves it
+        dispatch_model(dense, {"": "cpu"}, force_hooks=True)
+    before = [parameter.clone() for parameter in dense.parameters()]
+    settings: dict[str, Any] = {"perplexity_tokens": 100, "calibration_tokens": 1024} | LEVELS[name]
+    configs = [FusionConfig(level, **settings) for level in (1, 3)]
+    parameters, at_levels = check_model(ModelDecoder(dense), configs[-1]), []
+    steps = ModelDecoder(dense, keep_originals=True).copy()
+    with start(steps, configs[0], measured) as fusion:
+        for config in configs:
+            fuse_pairs(fusion, config.num_fusions)
+            decoder = steps.copy()
+            report = finish(fusion, decoder, make_tokenizer(), base="tiny", parameters=parameters)
+            at_levels.append((report, FusedLlamaForCausalLM.adopt(decoder.model, report, tokenizer)))
+    for config, (report, fused) in zip(configs, at_levels, strict=True):
+        model = make_llama(num_hidden_layers=6)
+        alone = fuse(
+            ModelDecoder(model, keep_originals=True),
+            *(tokenizer, config, None, None),
+            base="tiny",
+            measurements=measured,
+        )
+        assert {**vars(report), "seconds": None} == {**vars(alone), "seconds": None}
+        assert fused.config.num_hidden_layers == len(fused.model.layers) == 6 - config.num_fusions
+        for ours, other in zip(fused.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, other)
+        prompt = torch.arange(2, 9)[None]
+        limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        assert torch.equal(fused.generate(prompt, **limits), model.generate(prompt, **limits))
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), before, strict=True))
+    assert dense.config.num_hidden_layers == 6 and not isinstance(dense, FusedLlamaForCausalLM)
 
 
 def test_measurements_of_other_settings_are_refused() -> None:

@@ -28,6 +28,7 @@ class Stream:
     def __init__(self, device: torch.device) -> None:
         assert device == OTHER
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._running = threading.Lock()  # two threads may copy on one stream
 
     @classmethod
     @contextmanager
@@ -41,10 +42,10 @@ class Stream:
         return getattr(cls.entered, "stream", None)
 
     def synchronize(self) -> None:
-        with torch._C.DisableTorchFunction():
-            for target, source in self.copies:
+        with self._running, torch._C.DisableTorchFunction():
+            while self.copies:
+                target, source = self.copies.pop(0)
                 target.copy_(source)
-        self.copies.clear()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -117,9 +118,10 @@ class TwoDevices(TorchFunctionMode):
         if stream is None and storages & self._foreign:
             raise RuntimeError(f"{name} uses what another stream copied and may overwrite; record_stream comes first.")
         if name == "Tensor.copy_" and kwargs.pop("non_blocking", False) and stream is not None:
-            stream.copies.append((args[0], args[1]))
+            args[0].fill_(torch.nan)  # before any thread can synchronise
             self._foreign.add(_storage(args[0]))
-            return args[0].fill_(torch.nan)
+            stream.copies.append((args[0], args[1]))
+            return args[0]
         kwargs.pop("pin_memory", None)
         # Numbers mix with any tensor, and where an empty tensor is cannot be told.
         places = {

@@ -1,23 +1,25 @@
-"""A model in memory as the pipeline sees it; layers are changed in place."""
+"""A model in memory as the pipeline sees it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer
 from lf_hf.processes import ALONE, Processes
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class ModelDecoder(Decoder):
-    """A LlamaForCausalLM in memory; changes are made in place.
+    """A LlamaForCausalLM in memory; it is changed, but none of its tensors is: a layer gets new ones.
 
     With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
     """
@@ -46,14 +48,24 @@ class ModelDecoder(Decoder):
             return nullcontext(self._originals[number])
         return self.layer(self._sources.index(number))
 
+    def copy(self) -> ModelDecoder:
+        """The model as it is now, to be changed apart from this one; until then both have the same tensors."""
+        other = copy.copy(self)
+        other.model = sharing_copy(self.model)
+        other.config, other.rotary_emb = other.model.config, other.model.model.rotary_emb
+        other._sources, other._originals = list(self._sources), dict(self._originals)
+        return other
+
     @torch.no_grad()
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        source = self._sources[index]
+        source, layer = self._sources[index], self.model.model.layers[index]
         if self._keep_originals and source not in self._originals:
-            self._originals[source] = copy.deepcopy(self.model.model.layers[index])
-        parameters = dict(self.model.model.layers[index].named_parameters())
+            self._originals[source] = sharing_copy(layer)
         for name, tensor in weights.items():
-            parameters[name].copy_(tensor)
+            place, _, parameter = name.rpartition(".")
+            before = layer.get_parameter(name)
+            after = nn.Parameter(torch.empty_like(before).copy_(tensor), requires_grad=before.requires_grad)
+            setattr(layer.get_submodule(place), parameter, after)
 
     def remove(self, index: int) -> None:
         remove_config_layer(self.config, index)
@@ -76,6 +88,11 @@ class ModelDecoder(Decoder):
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
+
+
+def sharing_copy(module: M) -> M:
+    """A copy of a module, with its hooks, that has the same parameters and buffers."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def _without_layer(device_map: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Decoder(ABC):
     def num_layers(self) -> int:
         """Decoder layers that are there now."""
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that running all layers again reads from a disk, inside `kept_at_hand`."""
+        return 0
+
     @abstractmethod
     def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
         """A layer with its weights, to be used inside a `with` block. Not to be changed."""

@@ -94,6 +94,12 @@ class CheckpointDecoder(Decoder):
     def num_layers(self) -> int:
         return len(self._sources)
 
+    @property
+    def bytes_read(self) -> int:
+        size = sum(file.stat().st_size for file in set(self._files.values()))
+        stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - 1 / _LEFT_FREE)
+        return 0 if stay else size
+
     @contextmanager
     def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
         yield next(self.layers([index]))

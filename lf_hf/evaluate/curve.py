@@ -1,4 +1,4 @@
-"""The picture of a sweep: scores and perplexity against layers removed. Needs matplotlib."""
+"""The picture of a sweep: scores and predictions against layers removed. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from lf_hf.report.figures import COLORS, new_figure
 
 
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Score of each task, and perplexity, against the share of layers removed: one line a method.
+    """Score of each task, and perplexity, divergence and agreement on each text, against the share of layers removed.
+
+    There is one line a method.
 
     What is infinite is marked at the top of its panel; what has no finite value at all gets no panel.
 
@@ -35,6 +37,8 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     }
     for text in judging_names(points):
         panels[f"perplexity, {text}"] = (True, {p.key: p.perplexities.get(text, math.nan) for p in points})
+        panels[f"divergence, {text} (nats)"] = (False, {p.key: p.divergences.get(text, math.nan) for p in points})
+        panels[f"agreement, {text}"] = (False, {p.key: p.agreements.get(text, math.nan) for p in points})
     panels = {label: panel for label, panel in panels.items() if any(map(math.isfinite, panel[1].values()))}
     figure = new_figure(7, 3.0 * max(1, len(panels)) + 0.5)
     axes: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False).flat)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import patch_environment
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -15,6 +17,7 @@ from lf_hf.config import unknown_name
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.evaluate.points import Score
 
+_RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it
 
 
@@ -31,7 +34,7 @@ class Evaluation:
     Raises
     ------
     ValueError
-        If there is no such task.
+        If there is no such task, or one runs what the model writes and the user has not allowed that.
     """
 
     def __init__(
@@ -49,20 +52,29 @@ class Evaluation:
         for task in self._tasks:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
-        self._manager.load(self._tasks)  # a data set that cannot be fetched is found out here
+        loaded = self._manager.load(self._tasks)["tasks"]  # a data set that cannot be fetched is found out here
+        self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
+        for name, task in loaded.items():
+            if getattr(task, "UNSAFE_CODE", False) and not self._may_run_code:
+                raise ValueError(
+                    f"The task {name} runs programs that the model writes; set {_RUNS_CODE}=1 to allow that, on a "
+                    "machine where they can do no harm."
+                )
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Main metric of each task; for a tag, of each of its tasks."""
+        """Main metric of each task; for a tag, of each of its tasks. Each process of a launch evaluates by itself."""
         wrapper = FusedLlamaLM if isinstance(model, FusedLlamaForCausalLM) else HFLM
         lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
-        evaluated = simple_evaluate(
-            lm,
-            tasks=self._tasks,
-            task_manager=self._manager,
-            limit=self._limit,
-            num_fewshot=self._num_fewshot,
-            log_samples=False,
-        )
+        with patch_environment(LOCAL_RANK=0):  # lm-eval gives its results to one process of a launch
+            evaluated = simple_evaluate(
+                lm,
+                tasks=self._tasks,
+                task_manager=self._manager,
+                limit=self._limit,
+                num_fewshot=self._num_fewshot,
+                log_samples=False,
+                confirm_run_unsafe_code=self._may_run_code,
+            )
         results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
         asked = [task for task in self._tasks if task in results]
         better = evaluated.get("higher_is_better", {})
@@ -70,10 +82,11 @@ class Evaluation:
 
 
 def _score(values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> Score:
-    """The main metric of one task's results, which lm-eval names `metric,filter`."""
+    """The main metric of one task's results, which lm-eval names `metric,filter`; the filter takes the answer out."""
     metrics = [name for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
     name = min(metrics, key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
     metric, _, filtered = name.partition(",")
     stderr = values.get(f"{metric}_stderr,{filtered}")
     better = higher_is_better.get(metric) is not False  # None for a group whose tasks do not agree
-    return Score(metric, values[name], stderr if isinstance(stderr, float) else None, better)
+    shown = metric if filtered == "none" else f"{metric} ({filtered})"
+    return Score(shown, values[name], stderr if isinstance(stderr, float) else None, better)

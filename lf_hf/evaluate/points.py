@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ _BEGINNING = b'{"key": "'  # of each line of it
 
 @dataclass(frozen=True)
 class Score:
-    """A task's main metric, with its standard error where lm-eval gives one."""
+    """A task's main metric, with its standard error where lm-eval gives one.
+
+    `metric` also names the filter that takes the answer out of what a model wrote, where a task has such.
+    """
 
     metric: str
     value: float
@@ -37,8 +40,10 @@ class Score:
 class Point:
     """One model of a sweep: the base (`method` "dense") or a fusion of it.
 
-    `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one
-    entry a judging text, by its name. `seconds` is wall time, fusing and evaluating.
+    `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one entry a judging text, by its
+    name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report;
+    these are empty in results of an older version. `seconds` is wall time, evaluating and fusing: that of all steps
+    from the dense model on, whichever point they were made for first, without loading and measuring the dense model.
     """
 
     key: str
@@ -54,6 +59,8 @@ class Point:
     notes: list[str]
     seconds: dict[str, float]
     versions: dict[str, str]
+    divergences: dict[str, float] = field(default_factory=dict)
+    agreements: dict[str, float] = field(default_factory=dict)
 
 
 def judging_names(points: Sequence[Point]) -> list[str]:

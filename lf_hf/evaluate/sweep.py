@@ -1,37 +1,42 @@
-"""Many fusions of one base, each evaluated, in one go that may be interrupted."""
+"""Many fusions of one base, each evaluated, by one process or several, in one go that may be interrupted."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lf_hf import pipeline
 from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, append_point, check_batch_size, read_points
-from lf_hf.evaluate.tables import write_tables
+from lf_hf.evaluate.points import DENSE, Point, check_batch_size
+from lf_hf.evaluate.results import Results
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
-from lf_hf.files.saving import checked_folder, only_writer
+from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.processes import Processes, local_rank, own_device
 from lf_hf.progress import progress
-from lf_hf.text.calibration import load_needed
+from lf_hf.text.calibration import load_corpus, load_needed
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
 
+logger = logging.get_logger(__name__)
 _LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
 
 
@@ -52,9 +57,11 @@ def sweep(
 ) -> list[Point]:
     """Fuse a base at several levels with several methods, and evaluate the base and each fusion.
 
-    What is measured on the dense model is measured once. Each point is added to `results.jsonl` in `out` as soon as
-    it is there, and a sweep that is run again goes on where it stopped. The tables `results.csv` and `results.md`
-    and, with matplotlib, the pictures `curve.png` and `curve.svg` hold all points that were asked for.
+    The base is read and measured once, and a level goes on from the pairs of the one below. Each point is added to
+    `results.jsonl` in `out` as soon as it is there, and a sweep that is run again goes on where it stopped. Several
+    processes may run the same sweep at once, on one machine or on several that share the folder: each makes points
+    that no other is at, and returns when all are there. The tables `results.csv` and `results.md` and, with matplotlib,
+    the pictures `curve.png` and `curve.svg` hold all points that were asked for.
 
     Parameters
     ----------
@@ -76,7 +83,8 @@ def sweep(
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
-        As for `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+        As for `from_pretrained` (dtype, device_map, revision, gguf_file, ...). In a launch with a process for each
+        GPU, device_map="cuda" is each one's own.
 
     Returns
     -------
@@ -88,7 +96,7 @@ def sweep(
     ValueError
         Before any long work, for settings, a base, calibration text or tasks that cannot be used.
     OSError
-        If another process is at work in that folder, or it cannot be written.
+        If that folder cannot be written.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError('A sweep evaluates with lm-eval, which is not installed; run `pip install "lf_hf[lm-eval]"`.')
@@ -98,9 +106,13 @@ def sweep(
     check_evaluation(limit, num_fewshot, batch_size, metadata)
     configs = _configs(num_fusions, methods, tasks, settings)
     _check_calibration(calibration)
-    opened = Base.open(base, kwargs)
+    opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:
         config.check_num_layers(opened.config.num_hidden_layers)
+        if config.heal_tokens and Processes.of_launch().count > 1:
+            raise ValueError(
+                "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
+            )
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     identity = {
@@ -111,16 +123,37 @@ def sweep(
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
     keys = [_key(identity, of_point) for of_point in (dense_settings, *(config.to_dict() for config in configs))]
-    results = _Results(folder, opened.full_name, keys, published=is_llama_3_8b(opened.name, opened.config))
-    with results.only_here():
-        missing = [(key, config) for key, config in zip(keys[1:], configs, strict=True) if key not in results.done]
-        dense_key = None if keys[0] in results.done else keys[0]
-        if count := len(missing) + (dense_key is not None):
-            made = _points(opened, configs, missing, dense_key, calibration, evaluation)
-            for point in progress(made, total=count, desc="Sweep", unit="point"):
-                results.add(point)
+    results = Results(folder, opened.full_name, keys, published=is_llama_3_8b(opened.name, opened.config))
+    of_keys = dict(zip(keys[1:], configs, strict=True))
+    with results.open(), _telling_what_is_missing(results, of_keys):
+        if missing := results.missing:
+            needs = [of_keys[key] for key in missing if key in of_keys]
+            with (
+                progress(total=len(missing), desc="Sweep", unit="point") as bar,
+                _Maker(opened, keys[0], of_keys, needs, calibration, evaluation) as maker,
+            ):
+                while True:
+                    with results.next_point(maker.choose) as key:
+                        if key is None:
+                            break
+                        results.add(maker.point(key))
+                    bar.update()
         results.write_tables()
-    return results.points()
+    return results.points
+
+
+@contextmanager
+def _telling_what_is_missing(results: Results, configs: Mapping[str, FusionConfig]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:  # of any kind, such as KeyboardInterrupt
+        results.look()
+        missing = [configs.get(key) for key in results.missing]
+        names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
+        reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
+        if names:
+            logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
+        raise
 
 
 def _configs(
@@ -151,118 +184,158 @@ def _check_calibration(calibration: object) -> None:
         raise ValueError(f"The calibration file {str(calibration)!r} does not exist; give a file with text.")
 
 
-def _points(
-    base: Base,
-    configs: Sequence[FusionConfig],
-    missing: Sequence[tuple[str, FusionConfig]],
-    dense_key: str | None,
-    calibration: str | Path | None,
-    evaluation: Evaluation,
-) -> Iterator[Point]:
-    """Measure the dense model once, and make the points that are not there yet, one by one."""
-    needs = [config for _, config in missing]
-    tokenizer = base.tokenizer()
-    samples = next((load_needed(config, calibration)[0] for config in needs if config.needs_similarity), None)
-    text = next((load_needed(config, calibration)[1] for config in needs if config.needs_text), None)
-    llama = base.load()
-    pipeline.check_model(ModelDecoder(llama), configs[-1])
-    measurements = measure(ModelDecoder(llama), tokenizer, configs[0], samples, text)
-    if dense_key is not None:
-        yield _dense_point(dense_key, llama, tokenizer, measurements, evaluation)
-    del llama  # each fusion reads the base again, so that one model is in memory at a time
-    for key, config in missing:
-        yield _fused_point(key, base, config, tokenizer, measurements, calibration, evaluation)
+@dataclass(frozen=True)
+class _Dense:
+    """The base, with what is measured on it."""
+
+    llama: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    parameters: int
+    measurements: Measurements
 
 
-def _dense_point(
-    key: str,
-    llama: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    measurements: Measurements,
-    evaluation: Evaluation,
-) -> Point:
+class _Maker:
+    """Makes points in a `with` block, where it can from what it made before.
+
+    Parameters
+    ----------
+    base : Base
+    dense_key : str
+    configs : mapping from str to FusionConfig
+        The fusions by their keys, from low levels to high ones.
+    needs : sequence of FusionConfig
+        Those whose measurements and calibration text may be needed.
+    calibration, evaluation
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        dense_key: str,
+        configs: Mapping[str, FusionConfig],
+        needs: Sequence[FusionConfig],
+        calibration: str | Path | None,
+        evaluation: Evaluation,
+    ) -> None:
+        self._base, self._dense_key, self._configs, self._needs = base, dense_key, configs, needs
+        self._calibration, self._evaluation = calibration, evaluation
+        self._held: tuple[ModelDecoder, pipeline.Fusion] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Maker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def choose(self, free: Sequence[str], taken: Sequence[str]) -> str:
+        """The key of the point to make next, of those that no other process is at; `taken` are those that one is at.
+
+        The dense model comes first; then the next level of the method that this process is at, which goes on from the
+        last one; then the lowest level of a method that no process is at. Processes that are left over start at the
+        highest level of any.
+        """
+        if self._dense_key in free:
+            return self._dense_key
+        for key in free:
+            if self._goes_on(self._configs[key]):
+                return key
+        others = {self._configs[key].method for key in taken if key in self._configs}
+        return next((key for key in free if self._configs[key].method not in others), free[-1])
+
+    def point(self, key: str) -> Point:
+        dense = self._dense
+        if key == self._dense_key:
+            return _dense_point(key, dense, self._evaluation)
+        decoder, fusion = self._fused_to(self._configs[key])
+        decoder = decoder.copy()  # which the last pass changes
+        report = pipeline.finish(
+            fusion, decoder, dense.tokenizer, base=self._base.full_name, parameters=dense.parameters
+        )
+        model = FusedLlamaForCausalLM.adopt(decoder.model, report, dense.tokenizer)
+        if tokens := self._configs[key].heal_tokens:
+            from lf_hf.healing.heal import heal_loaded
+
+            heal_loaded(model, self._base, load_corpus(self._calibration, max_tokens=tokens), self._configs[key])
+        return _fused_point(key, model, dense, self._evaluation)
+
+    @cached_property
+    def _dense(self) -> _Dense:
+        tokenizer, needs = self._base.tokenizer(), self._needs
+        samples = next((load_needed(config, self._calibration)[0] for config in needs if config.needs_similarity), None)
+        text = next((load_needed(config, self._calibration)[1] for config in needs if config.needs_text), None)
+        llama = self._base.load()
+        config = next(iter(self._configs.values()))
+        parameters = pipeline.check_model(ModelDecoder(llama), config)
+        return _Dense(llama, tokenizer, parameters, measure(ModelDecoder(llama), tokenizer, config, samples, text))
+
+    def _goes_on(self, config: FusionConfig) -> bool:
+        """Whether the steps that this process has made are the first ones of a fusion."""
+        if self._held is None:
+            return False
+        fusion = self._held[1]
+        return fusion.config.method == config.method and len(fusion.steps) <= config.num_fusions
+
+    def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, pipeline.Fusion]:
+        if self._held is None or not self._goes_on(config):
+            self._held = None
+            self._stack.close()
+            decoder = ModelDecoder(self._dense.llama, keep_originals=config.refit != "none").copy()
+            config, measurements = replace(config, heal_tokens=0), self._dense.measurements
+            self._held = decoder, self._stack.enter_context(pipeline.start(decoder, config, measurements))
+        pipeline.fuse_pairs(self._held[1], config.num_fusions)
+        return self._held
+
+
+def _dense_point(key: str, dense: _Dense, evaluation: Evaluation) -> Point:
     start = time.perf_counter()
-    scores = evaluation.scores(llama, tokenizer)
+    scores = evaluation.scores(dense.llama, dense.tokenizer)
     return Point(
         key=key,
         method=DENSE,
         num_fusions=0,
-        layers=llama.config.num_hidden_layers,
-        parameters=llama.num_parameters(),
+        layers=dense.llama.config.num_hidden_layers,
+        parameters=dense.parameters,
         layers_removed_fraction=0.0,
         parameters_removed_fraction=0.0,
-        perplexities={judged.name: judged.dense for judged in measurements.judged},
+        perplexities={judged.name: judged.dense for judged in dense.measurements.judged},
         scores=scores,
         config=None,
         notes=[],
         seconds={"evaluating": time.perf_counter() - start},
         versions=pipeline.versions(),
+        divergences={judged.name: 0.0 for judged in dense.measurements.judged},
+        agreements={judged.name: 1.0 for judged in dense.measurements.judged},
     )
 
 
-def _fused_point(
-    key: str,
-    base: Base,
-    config: FusionConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    measurements: Measurements,
-    calibration: str | Path | None,
-    evaluation: Evaluation,
-) -> Point:
+def _fused_point(key: str, model: FusedLlamaForCausalLM, dense: _Dense, evaluation: Evaluation) -> Point:
     start = time.perf_counter()
-    model = FusedLlamaForCausalLM.from_pretrained_fused(
-        base, config, calibration=calibration, tokenizer=tokenizer, measurements=measurements
-    )
-    fused = time.perf_counter()
-    scores = evaluation.scores(model, tokenizer)
+    scores = evaluation.scores(model, dense.tokenizer)
     report = model.fusion_report
     assert report is not None
     return Point(
         key=key,
-        method=f"{config.method}, healed" if config.heal_tokens else config.method,
-        num_fusions=config.num_fusions,
+        method=report.config["method"] + (", healed" if report.healed else ""),
+        num_fusions=len(report.steps),
         layers=report.layers_after,
         parameters=report.parameters_after,
         layers_removed_fraction=report.layers_removed_fraction,
         parameters_removed_fraction=report.parameters_removed_fraction,
         perplexities={judged.name: judged.fused for judged in report.perplexities},
         scores=scores,
-        config=config.to_dict(),
+        config=report.config,
         notes=report.notes,
-        seconds={"fusing": fused - start, "evaluating": time.perf_counter() - fused},
+        seconds={
+            "fusing": sum(report.seconds.values()) - sum(dense.measurements.seconds.values()),
+            "evaluating": time.perf_counter() - start,
+        },
         versions=report.versions,
+        divergences={text.name: text.divergence for text in report.perplexities if text.divergence is not None},
+        agreements={text.name: text.agreement for text in report.perplexities if text.agreement is not None},
     )
-
-
-class _Results:
-    """A sweep's folder: the points that are there, and the tables made of those that were asked for."""
-
-    def __init__(self, folder: Path, base: str, keys: Sequence[str], *, published: bool) -> None:
-        self.folder, self._base, self._keys, self._published = folder, base, keys, published
-        self.done = read_points(folder / RESULTS)
-
-    @contextlib.contextmanager
-    def only_here(self) -> Iterator[None]:
-        """Keep other sweeps out of the folder."""
-        with contextlib.ExitStack() as stack:
-            with _writing(self.folder):
-                stack.enter_context(only_writer(self.folder))
-            yield
-
-    def points(self) -> list[Point]:
-        """Those that were asked for, the dense model first, then by level."""
-        return [self.done[key] for key in self._keys if key in self.done]
-
-    def add(self, point: Point) -> None:
-        """Keep a point, at once."""
-        self.done[point.key] = point
-        with _writing(self.folder):
-            append_point(self.folder / RESULTS, point)
-        self.write_tables()
-
-    def write_tables(self) -> None:
-        with _writing(self.folder):
-            write_tables(self.folder, self.points(), self._base, published=self._published)
 
 
 def check_evaluation(limit: object, num_fewshot: object, batch_size: object, metadata: object) -> None:
@@ -276,20 +349,6 @@ def check_evaluation(limit: object, num_fewshot: object, batch_size: object, met
         raise ValueError(f"metadata must be a dict, such as {{'mmlu_dir': 'DIR'}}, got {metadata!r:.80}.")
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raise errors of writing again, with the folder's name and what to do."""
-    try:
-        yield
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise OSError(
-            f"The results in {str(folder)!r} cannot be written ({error}); solve that and run the sweep again, which "
-            "goes on where it stopped."
-        ) from error
-
-
 def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
     """Whether a base is the model that `PUBLISHED` is about: its shape, and not tuned for instructions."""
     shape = all(getattr(config, name) == value for name, value in _LLAMA_3_8B.items())
@@ -297,8 +356,6 @@ def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
 
 
 def _key(identity: dict[str, Any], settings: dict[str, Any]) -> str:
-    if not settings.get("heal_tokens"):  # which points of older versions do not have
-        settings = {name: value for name, value in settings.items() if name != "heal_tokens"}
     text = json.dumps(identity | {"settings": settings, "algorithm": ALGORITHM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

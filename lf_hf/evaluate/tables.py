@@ -68,7 +68,9 @@ def stability(points: Sequence[Point]) -> list[Stability]:
 def results_rows(points: Sequence[Point]) -> list[list[str]]:
     """A head and one row a point, for people."""
     tasks, texts = list(points[0].scores) if points else [], judging_names(points)
+    compared = [text for text in texts if any(text in point.divergences for point in points)]
     heads = [f"perplexity, {text}" for text in texts]
+    heads += [f"{figure}, {text}" for figure in ("divergence", "agreement") for text in compared]
     rows = [["method", "layers fused", "layers", "layers removed", "parameters removed", *tasks, *heads]]
     for point in points:
         rows.append(
@@ -79,10 +81,16 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
                 f"{point.layers_removed_fraction:.1%}",
                 f"{point.parameters_removed_fraction:.1%}",
                 *(_score_cell(point.scores[task]) for task in tasks),
-                *(f"{point.perplexities[text]:.4g}" if text in point.perplexities else "-" for text in texts),
+                *(_cell(point.perplexities.get(text), ".4g") for text in texts),
+                *(_cell(point.divergences.get(text), ".4g") for text in compared),
+                *(_cell(point.agreements.get(text), ".1%") for text in compared),
             ]
         )
     return rows
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _score_cell(score: Score) -> str:
@@ -159,11 +167,14 @@ def _csv(points: Sequence[Point]) -> str:
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
     head = ["method", "num_fusions", "layers", "parameters", "layers_removed_fraction", "parameters_removed_fraction"]
-    columns = [f"perplexity, {text}" for text in texts] + [f"{task}{end}" for task in tasks for end in ("", "_stderr")]
+    columns = [f"{figure}, {text}" for figure in ("perplexity", "divergence", "agreement") for text in texts]
+    columns += [f"{task}{end}" for task in tasks for end in ("", "_stderr")]
     writer.writerow([*head, *columns])
     for point in points:
         scores = [value for task in tasks for value in (point.scores[task].value, point.scores[task].stderr)]
-        writer.writerow([*(getattr(point, name) for name in head), *map(point.perplexities.get, texts), *scores])
+        of_texts = (point.perplexities, point.divergences, point.agreements)
+        judged = [figures.get(text) for figures in of_texts for text in texts]
+        writer.writerow([*(getattr(point, name) for name in head), *judged, *scores])
     return content.getvalue()
 
 

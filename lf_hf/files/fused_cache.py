@@ -75,11 +75,10 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
     if differing:
         return f"{str(folder)!r} was made with {' and '.join(_MEANING[name] for name in differing)}."
-    saved = {"heal_tokens": 0} | report.config  # which reports of older versions do not have
     settings = [
-        f"{name}={saved.get(name)!r} instead of {value!r}"
+        f"{name}={report.config.get(name)!r} instead of {value!r}"
         for name, value in config.to_dict().items()
-        if saved.get(name) != value
+        if report.config.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
 

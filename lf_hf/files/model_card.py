@@ -12,6 +12,18 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from lf_hf.report.report import FusionReport, HealingInfo
 
 CARD_NAME = "README.md"
+_HOW_JUDGED = """\
+Perplexity: lower is better. Divergence: how far predictions of the next token are from the base's, KL(base || fused) in
+nats a token. Agreement: how often the most likely next token is the base's. They were measured on"""
+_WRITTEN = """
+## How it writes
+
+What both models add to three prompts, by the most likely token each time.
+
+| prompt | base | fused |
+|---|---|---|
+{}
+"""
 
 
 def model_card(report: FusionReport, *, as_llama: bool) -> str:
@@ -28,10 +40,15 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
         f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
         for step in report.steps
     )
-    perplexity = "".join(
+    predictions = "".join(
         f"| perplexity, {_as_text(judged.name)} | {judged.dense:.4g} | {judged.fused:.4g} | {judged.ratio:.3g} |\n"
         for judged in report.perplexities
     )
+    for judged in report.perplexities:
+        if judged.divergence is not None and judged.agreement is not None:
+            name, agreed = _as_text(judged.name), f"{judged.agreement:.3g}"
+            predictions += f"| divergence, {name} | 0 | {judged.divergence:.4g} | - |\n"
+            predictions += f"| agreement, {name} | 1 | {agreed} | {agreed} |\n"
     judges = "".join(
         f"- {_as_text(judged.name)}: {judged.tokens} tokens of {_as_text(judged.label)}.\n"
         for judged in report.perplexities
@@ -39,6 +56,10 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
     calibration = "".join(
         f"- Calibrated on {_as_text(info.source)}: {info.samples} samples, {info.tokens} tokens.\n"
         for info in report.calibration
+    )
+    written = "\n".join(
+        f"| {_as_lines(continuation.prompt)} | {_as_lines(continuation.dense)} | {_as_lines(continuation.fused)} |"
+        for continuation in report.continuations
     )
     of_layers, of_parameters = 1 - report.layers_removed_fraction, 1 - report.parameters_removed_fraction
     notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
@@ -56,8 +77,8 @@ Made from {as_code(report.base if repository else os.path.basename(os.path.normp
 |---|---|---|---|
 | decoder layers | {report.layers_before} | {report.layers_after} | {of_layers:.3g} |
 | parameters | {report.parameters_before:,} | {report.parameters_after:,} | {of_parameters:.3g} |
-{perplexity}
-{"Perplexity, lower is better, was measured on" if judges else ""}
+{predictions}
+{_HOW_JUDGED if judges else ""}
 
 {judges}
 ```python
@@ -66,7 +87,7 @@ Made from {as_code(report.base if repository else os.path.basename(os.path.normp
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
-
+{_WRITTEN.format(written) if written else ""}
 ## Fused layers
 
 Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
@@ -137,6 +158,20 @@ def as_code(value: object) -> str:
     """A value as inline code on one line of Markdown, where nothing in it means anything, in a table's cell either."""
     text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
     return f"`{text or ' '}`"
+
+
+def _shown(letter: str) -> str:
+    return letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+
+
+def _as_lines(value: str) -> str:
+    """A text of several lines as inline code in a table's cell, indented as it was."""
+    cells = []
+    for line in value.expandtabs().splitlines():
+        shown = "".join(_shown(letter) for letter in line)
+        indent = "\N{NO-BREAK SPACE}" * (len(shown) - len(shown.lstrip()))
+        cells.append(f"`{indent}{as_code(shown)[1:]}")
+    return "<br>".join(cells) or "-"
 
 
 def _as_text(value: object) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,28 +80,52 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     The lock is a file in it that exists while it is held; a killed process keeps nobody out. Raises BlockingIOError
     if another process is at work there, unless `wait`.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = FileLock(folder / _LOCK)
-    try:
+    with ExitStack() as stack:
         with _explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=_LOCK_SECONDS)
-            except Timeout:
+            stack.enter_context(gone_if_empty(folder))
+            if not stack.enter_context(held(folder / _LOCK, _LOCK_SECONDS)):
                 if not wait:
                     advice = "wait until it is done, or choose another folder"
-                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.") from None
+                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.")
                 logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                lock.acquire()
+                stack.enter_context(held(folder / _LOCK, -1))
+        yield
+
+
+@contextmanager
+def gone_if_empty(folder: Path) -> Iterator[None]:
+    """Make a folder, and those that it is in; what was made goes again if nothing is in it after the block."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        if lock.is_locked:
-            with suppress(PermissionError):  # Windows removes no file that is open
-                (folder / _LOCK).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-            lock.release()
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+@contextmanager
+def held(file: Path, seconds: float) -> Iterator[bool]:
+    """Whether this process got a lock within some seconds, -1 for no limit; it has it during the block.
+
+    The lock is a file that exists while it is held; what a killed process leaves of it keeps nobody out.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        try:
+            file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        except PermissionError:  # Windows removes no file that is open
+            pass
+        finally:
+            lock.release()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedTokenizerBase, 
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from lf_hf.config import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
@@ -51,6 +52,7 @@ from lf_hf.healing.training import (
     trained_state,
     training_arguments,
 )
+from lf_hf.measure import written_on
 from lf_hf.memory import free_memory
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
@@ -66,7 +68,7 @@ from lf_hf.report.report import (
     PerplexityInfo,
 )
 from lf_hf.text.calibration import Corpus, load_corpus
-from lf_hf.text.judging import judging_texts, relation
+from lf_hf.text.judging import PROMPTS, judging_texts, relation
 from lf_hf.text.packing import pack_tokens
 
 logger = logging.get_logger(__name__)
@@ -154,11 +156,13 @@ def heal(
     return report
 
 
-def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, tokens: int, seed: int) -> None:
+def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
     """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
-    assert model.fusion_report is not None
-    came_in = _Fused(model, model.fusion_report, plain=False, tokenizer=model.tokenizer)
-    settings = HealSettings(tokens=tokens, seed=seed)
+    report, tokens = model.fusion_report, config.heal_tokens
+    assert report is not None
+    report = dataclasses.replace(report, config=report.config | {"heal_tokens": tokens})
+    came_in = _Fused(model, report, plain=False, tokenizer=model.tokenizer)
+    settings = HealSettings(tokens=tokens, seed=config.seed)
     with ExitStack() as stack:
         work = Processes.of_launch().told_by_first(lambda: stack.enter_context(TemporaryDirectory()))
         model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), None, {})
@@ -627,10 +631,19 @@ def _report(
                     dense=after[info.name].dense,
                     fused=after[info.name].perplexity,
                     relation=min(near, info.relation, key=order.index),
+                    divergence=after[info.name].divergence,
+                    agreement=after[info.name].agreement,
                 )
             )
+    continuations = report.continuations
+    if came_in.tokenizer is not None and [text.prompt for text in continuations] == list(PROMPTS):
+        texts_now = written_on(ModelDecoder(came_in.model), came_in.tokenizer)
+        continuations = [
+            dataclasses.replace(text, fused=now) for text, now in zip(continuations, texts_now, strict=True)
+        ]
     return dataclasses.replace(
         report,
+        continuations=continuations,
         perplexities=perplexities or report.perplexities,
         notes=notes,
         seconds=report.seconds | {"healing": seconds},

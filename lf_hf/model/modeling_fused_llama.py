@@ -197,11 +197,11 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             base=inputs.base.full_name,
             measurements=inputs.measurements,
         )
-        model = cls._adopt(llama, report, inputs.tokenizer)
+        model = cls.adopt(llama, report, inputs.tokenizer)
         if inputs.to_heal is not None:
             from lf_hf.healing.heal import heal_loaded  # imports transformers' Trainer, which takes seconds
 
-            heal_loaded(model, inputs.base, inputs.to_heal, inputs.config.heal_tokens, inputs.config.seed)
+            heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
         return model
 
     @classmethod
@@ -240,7 +240,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             self.write_files(written)
 
     @classmethod
-    def _adopt(
+    def adopt(
         cls, llama: LlamaForCausalLM, report: FusionReport, tokenizer: PreTrainedTokenizerBase
     ) -> FusedLlamaForCausalLM:
         """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""

@@ -97,7 +97,11 @@ class CalibrationInfo:
 
 @dataclass(frozen=True)
 class PerplexityInfo:
-    """Perplexity of both models on `tokens` tokens of a text, `name` in short.
+    """Perplexity of both models on `tokens` tokens of a text, `name` in short, and how far apart they are there.
+
+    `divergence` is that of the fused model's predictions from the dense model's, KL(dense || fused), in nats a token on
+    average. `agreement` is the share of tokens, 0..1, at which both have the same most likely next token. They are None
+    in a report of an older version.
 
     `relation` is that of the text to what was used for calibration: "unseen", "kin" (a text of its kind was used) or
     "seen" (part of the text itself was).
@@ -109,6 +113,8 @@ class PerplexityInfo:
     dense: float
     fused: float
     relation: str = "unseen"
+    divergence: float | None = None
+    agreement: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -178,13 +184,25 @@ class HealingInfo:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """How the dense and the fused model go on from a prompt: by their most likely token each time, to their end or
+    for some tokens.
+    """
+
+    prompt: str
+    dense: str
+    fused: str
+
+
+@dataclass(frozen=True)
 class FusionReport:
     """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
 
     `similarity` is (L, L) and `embeddings` is (L, N, d), for N samples whose MMLU subjects are `sample_labels` where
     they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
     model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
-    what a user should know, one sentence each. `fingerprints` says by content what the model was made of, see
+    what a user should know, one sentence each. `continuations` shows what both models write, empty where nobody asked
+    for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
     model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
     trained after the fusion, None where it was not.
@@ -212,6 +230,7 @@ class FusionReport:
     influences: list[float] | None = None
     fingerprints: dict[str, str] | None = None
     weights_digest: str | None = None
+    continuations: list[Continuation] = field(default_factory=list)
     base_digest: str | None = None
     healed: HealingInfo | None = None
 
@@ -294,6 +313,8 @@ class FusionReport:
             lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
         for judged in self.perplexities:
             figures = f"{judged.dense:.4g} -> {judged.fused:.4g}, x {judged.ratio:.3g}"
+            if judged.divergence is not None and judged.agreement is not None:
+                figures += f", divergence {judged.divergence:.4g}, agreement {judged.agreement:.1%}"
             lines.append(f"  perplexity: {figures} ({judged.label}, {judged.tokens} tokens)")
         lines += self._healed_lines()
         lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
@@ -369,6 +390,8 @@ class FusionReport:
             checks["healed has no train among its settings"] = "train" not in self.healed.settings
         perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
         checks["perplexities has one that is not positive"] = any(value <= 0 for value in perplexities)
+        agreements = [judged.agreement for judged in self.perplexities if judged.agreement is not None]
+        checks["perplexities has an agreement that is not 0 to 1"] = any(not 0 <= value <= 1 for value in agreements)
         for problem, found in checks.items():
             if found:
                 raise ValueError(f"{problem:.200}; save the model again.")

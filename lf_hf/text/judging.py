@@ -15,6 +15,14 @@ _REASONING = Path("tasks", "bbh", "cot_fewshot")
 _PROBES = 40  # paragraphs that are looked for in calibration text
 _SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
 
+PROMPTS = (
+    "The first snow of the year fell on a Tuesday. By noon the whole village was",
+    "Question: A baker fills 4 trays with 6 rolls each and sells 9 of the rolls. How many rolls are left?\n"
+    "Answer: First, the baker made",
+    'def mean(numbers):\n    """The average of a list of numbers, 0 for an empty list."""\n    if',
+)
+"""What the dense and the fused model go on from, to be looked at: prose, arithmetic and a program."""
+
 Relation = Literal["unseen", "kin", "seen"]
 """Of a judging text to what was fitted: nothing of it, text of its kind, or part of the text itself."""
 

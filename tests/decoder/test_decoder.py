@@ -78,11 +78,19 @@ def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str,
     assert (decoder.layer_inputs(hidden_states)["attention_mask"] is not None) == mask
 
 
-def test_replacing_changes_the_model_in_place() -> None:
+def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed() -> None:
     model = make_llama()
-    before = model.model.layers[1].mlp.up_proj.weight
-    ModelDecoder(model).replace(1, {"mlp.up_proj.weight": torch.ones_like(before)})
-    assert model.model.layers[1].mlp.up_proj.weight is before and (before == 1).all()
+    decoder = ModelDecoder(model)
+    copy = decoder.copy()
+    before = [p.clone() for p in model.parameters()]
+    for ours, other in zip(model.parameters(), copy.model.parameters(), strict=True):
+        assert ours.data_ptr() == other.data_ptr()
+    decoder.replace(1, {"mlp.up_proj.weight": torch.ones(48, 32)})
+    decoder.remove(3)
+    assert (model.model.layers[1].mlp.up_proj.weight == 1).all()
+    assert (model.config.num_hidden_layers, copy.model.config.num_hidden_layers) == (4, 5)
+    assert all(torch.equal(a, b) for a, b in zip(copy.model.parameters(), before, strict=True))
+    assert copy.model.model.layers[4].self_attn.layer_idx == 4
 
 
 def test_removing_a_layer_renumbers_what_the_cache_and_config_need() -> None:

@@ -1,8 +1,10 @@
-"""Influence, divergence and perplexity against their definitions."""
+"""Influence, divergence, perplexity and continuations against their definitions."""
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -12,9 +14,11 @@ from conftest import make_llama, make_texts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.influence import divergence, influence
 from lf_hf.decoder.perplexity import perplexity
+from lf_hf.decoder.predictions import Predictions, batched, final_states, prediction_sums, predictions
 from lf_hf.text.packing import pack_tokens
 
 
@@ -50,3 +54,63 @@ def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
         losses += [-log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
     found = perplexity(ModelDecoder(model), {"text": sequences, "empty": []})
     assert found == {"text": pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)}
+
+
+SEQUENCES = [
+    torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 40, 9)
+]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions of seven tokens at a time."""
+    monkeypatch.setattr("lf_hf.decoder.predictions.LOGITS", 7 * 320)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
+    decoder = ModelDecoder(make_llama(dtype=dtype))
+    ids = batched(decoder, {"text": SEQUENCES, "empty": []})
+    states = final_states(decoder, ids, "")
+    [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
+    assert name == "text" and found == Predictions(found.perplexity, divergence=0.0, agreement=1.0)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("few_rows")
+def test_divergence_and_agreement_are_those_of_whole_forward_passes() -> None:
+    model = make_llama()
+    decoder = ModelDecoder(model)
+    ids = batched(decoder, {"text": SEQUENCES})
+    dense_states = final_states(decoder, ids, "")
+    dense = [model(sequence[None]).logits[0, :-1].double().log_softmax(-1) for sequence in SEQUENCES]
+    decoder.remove(3)
+    fused = [model(sequence[None]).logits[0, :-1].double().log_softmax(-1) for sequence in SEQUENCES]
+
+    found = predictions(decoder, ids, final_states(decoder, ids, ""), dense_states)["text"]
+    p, q = torch.cat(dense), torch.cat(fused)  # (tokens, vocab)
+    assert 0.05 < found.agreement < 0.95 and found.divergence > 0.1
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
+    assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
+
+
+def test_sequences_give_the_same_sums_in_batches_and_alone() -> None:
+    states, dense = normal(3, 10, 8), normal(3, 10, 8, seed=1)
+    ids, weight = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0)), normal(50, 8, seed=2)
+    together = prediction_sums(lambda rows: rows @ weight.T, [(states, ids, dense)], 4)
+    alone = [(states[n : n + 1], ids[n : n + 1], dense[n : n + 1]) for n in range(3)]
+    torch.testing.assert_close(prediction_sums(lambda rows: rows @ weight.T, alone, 100), together)
+    assert together[0] == 27
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(attention: str) -> None:
+    model: Any = make_llama()
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = None
+    added = continuations(ModelDecoder(model), SEQUENCES, 12)
+    for prompt, tokens in zip(SEQUENCES, added, strict=True):
+        assert torch.equal(model.generate(prompt[None], max_new_tokens=12, do_sample=False)[0, len(prompt) :], tokens)

@@ -148,6 +148,7 @@ def test_model_info(base: str, calibration: str, saved: str) -> None:
     assert "texts.txt" in json.dumps(info["calibration"])
     assert "57" in json.dumps(info["calibration"])
     assert [judged["tokens"] for judged in info["perplexities"]] == [100, 100]
+    assert all(judged["divergence"] > 0 and 0 <= judged["agreement"] < 1 for judged in info["perplexities"])
 
     again = make_lm(saved).get_model_info()["fusion"]
     assert (again["pairs"], again["ratios"]) == (info["pairs"], info["ratios"])

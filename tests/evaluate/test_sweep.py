@@ -84,6 +84,8 @@ def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base:
         report = model.fusion_report
         assert report is not None and len(report.perplexities) == 2
         assert point.perplexities == {info.name: info.fused for info in report.perplexities}
+        assert point.divergences == {info.name: info.divergence for info in report.perplexities}
+        assert point.agreements == {info.name: info.agreement for info in report.perplexities}
         assert points[0].perplexities == {info.name: info.dense for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
         assert point.config == config.to_dict()
@@ -146,10 +148,15 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
         rows = list(csv.DictReader(file))
     for name in ("docs", "reasoning"):
         assert [float(row[f"perplexity, {name}"]) for row in rows] == [point.perplexities[name] for point in points]
+        assert [float(row[f"agreement, {name}"]) for row in rows] == [point.agreements[name] for point in points]
     assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
     document = (folder / "results.md").read_text(encoding="utf-8")
     assert document.count("\n| mka | ") == 2 + 4 and "| refit | 2 | 3 | 40.0% |" in document
     assert "Published" not in document
+    assert (
+        f"| {points[-1].divergences['docs']:.4g} |" in document
+        and f"| {points[-1].agreements['docs']:.1%} |" in document
+    )
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
 

@@ -24,7 +24,7 @@ from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
 from lf_hf.evaluate.tables import markdown
 from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
-from lf_hf.report.report import CalibrationInfo, PerplexityInfo
+from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.text.calibration import load_corpus
 
 HOSTILE = (
@@ -182,7 +182,8 @@ def hostile_report() -> Any:
         base=HOSTILE,
         config={"method": HOSTILE, "num_fusions": HOSTILE, HOSTILE: HOSTILE},
         calibration=[CalibrationInfo(HOSTILE, 57, 5000)],
-        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0)],
+        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, "kin", 0.5, 0.5)],
+        continuations=[Continuation(HOSTILE, f"\t{HOSTILE}\x00\x1b[2J", "")],
         seconds={HOSTILE: 1.0},
         versions={HOSTILE: HOSTILE},
         notes=[HOSTILE],
@@ -196,16 +197,16 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     write_page(hostile_report(), tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.text.count("<script>alert('x')</script>") >= 11
-    known = "html head meta title style body main h1 h2 p div span b section img table tr th td"
+    known = "html head meta title style body main h1 h2 p div span b pre section img table tr th td"
     assert {tag for tag, _ in page.tags} <= set(known.split())
     assert not any(name.startswith("on") or name == "href" for _, attributes in page.tags for name in attributes)
 
 
 def check_markdown(text: str) -> None:
-    """Outside of code nothing hostile is left, and every table row has its head's number of cells."""
+    """Outside of code there are line breaks and nothing hostile, and every table row has its head's number of cells."""
     rows: list[int] = []
     for line in text.splitlines():
-        outside = re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", line))
+        outside = re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", line)).replace("<br>", "")
         assert "<" not in outside and not outside.startswith(("key:", "# title"))
         cells = len(re.findall(r"(?<!\\)\|", line))
         assert not rows or not cells or cells == rows[-1]
@@ -217,7 +218,7 @@ def test_the_model_card_shows_hostile_text_as_text(as_llama: bool) -> None:
     card = model_card(hostile_report(), as_llama=as_llama)
     metadata, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}  # the base is no repository
-    assert ModelCard(card).content == card
+    assert ModelCard(card).content == card and all(c.isprintable() or c in "\n\xa0" for c in card)
     check_markdown(body)
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.files.model_card import model_card
-from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, FusionStep, PerplexityInfo
+from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, Continuation, FusionStep, PerplexityInfo
 
 
 def make_report(method: str = "refit", base: str = "owner/model", **values: Any) -> FusionReport:
@@ -23,7 +23,7 @@ def make_report(method: str = "refit", base: str = "owner/model", **values: Any)
         "parameters_before": 1000,
         "parameters_after": 900,
         "calibration": [CalibrationInfo("some text", 20, 4096)],
-        "perplexities": [PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, "seen")],
+        "perplexities": [PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, "seen", 0.25, 0.875)],
         "similarity": None,
         "embeddings": None,
         "seconds": {},
@@ -47,10 +47,13 @@ def test_settings_without_effect_are_not_listed(method: str) -> None:
 
 def test_figures_say_what_they_are_of() -> None:
     card = model_card(make_report(), as_llama=False)
-    assert "| perplexity, docs | 10 | 12.5 | 1.25 |" in card
+    assert "| perplexity, docs | 10 | 12.5 | 1.25 |\n| divergence, docs | 0 | 0.25 | - |\n" in card
+    assert "| agreement, docs | 1 | 0.875 | 0.875 |" in card
     assert "- docs: 4000 tokens of some documentation; part of it was used for calibration." in card
     assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
     assert "| decoder layers | 5 | 4 | 0.8 |" in card
+    written = model_card(make_report(continuations=[Continuation("def f():", "\n    a | b", "")]), as_llama=False)
+    assert "| `def f():` | ` `<br>`\xa0\xa0\xa0\xa0a \\| b` | - |" in written
     without = model_card(make_report(perplexities=[], calibration=[]), as_llama=False)
     assert "erplexity, " not in without and "Calibrated on" not in without
 

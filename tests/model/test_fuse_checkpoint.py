@@ -97,7 +97,8 @@ def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callabl
     low, high = tensors(tmp_path / "True"), tensors(tmp_path / "False")
     assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
     assert "lm_head.weight" in low
-    assert reports[0].perplexities == reports[1].perplexities
+    assert reports[0].perplexities == reports[1].perplexities and reports[0].perplexities
+    assert reports[0].continuations == reports[1].continuations and reports[0].continuations
 
 
 def test_a_head_that_is_stored_beside_equal_embeddings_is_one(make_base: Callable[..., str], tmp_path: Path) -> None:
@@ -135,3 +136,14 @@ def test_text_that_the_model_writes_is_the_same_layer_by_layer(base: str, tmp_pa
     with TwoDevices():
         device = written("device", device_map="cuda:1")
     assert all(torch.equal(low[name], high[name]) and torch.equal(low[name], device[name]) for name in low)
+
+
+def test_large_models_continue_prompts_only_where_all_layers_are_in_memory(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lf_hf.measure.MOST_READ", 1000)
+    settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
+    assert fuse(base, tmp_path / "low", **settings).continuations == []
+    [prose, sums, program] = fuse(base, tmp_path / "high", low_memory=False, **settings).continuations
+    assert "snow" in prose.prompt and "rolls" in sums.prompt and "def mean" in program.prompt
+    assert prose.dense and prose.dense != prose.fused

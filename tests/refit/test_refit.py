@@ -199,6 +199,34 @@ def test_boundaries_follow_a_change_wherever_they_are(place: Place) -> None:
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("device", "spared", "place"),
+    [("cpu", 1000, "device"), ("cpu", 10, "disk"), ("cuda:1", 1000, "device"), ("cuda:1", 10, "host")],
+)
+def test_states_are_kept_where_there_is_room(
+    device: str, spared: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {torch.device("cpu"): 400, torch.device(device): 2 * spared}
+    monkeypatch.setattr("lf_hf.refit.states.free_memory", free.__getitem__)
+    decoder = ModelDecoder(make_llama())
+    decoder.device = torch.device(device)
+    with StateStore.with_room(decoder, 100) as store:
+        assert store.place == place
+    decoder.states_in_memory = 0
+    with StateStore.with_room(decoder, 100) as store:
+        assert store.place == ("device" if device != "cpu" and spared > 100 else "disk")
+
+
+def test_a_refit_in_memory_writes_nothing_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    for name in ("TemporaryDirectory", "TemporaryFile"):
+        monkeypatch.setattr(f"tempfile.{name}", refuse)
+    decoder = ModelDecoder(make_llama(), keep_originals=True)
+    fit_from_bottom(decoder, [[0], [1], [2, 3], [4]], SEQUENCES, FusionConfig(num_fusions=1, method="refit"))
+
+
 def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path: Path) -> None:
     states = [torch.randn(2, 5, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from two_devices import CPU, OTHER, TwoDevices
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse_pairs
+from lf_hf.pipeline import fuse_pairs, start
 from lf_hf.refit.bottom_up import fit_from_bottom
 
 WAITING = {"item", "tolist", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
@@ -46,8 +46,9 @@ def waits_and_copies(num_sequences: int, selection: str) -> tuple[int, int]:
         config = FusionConfig(num_fusions=1, method="refit", selection=selection)
         measured = Measurements(settings={}, judged=[], seconds={}, text=text)
         devices.waits = devices.sent = 0
-        fused = fuse_pairs(decoder, config, measured)
-        fit_from_bottom(decoder, fused.groups, text, config)
+        with start(decoder, config, measured) as fusion:
+            fuse_pairs(fusion, 1)
+        fit_from_bottom(decoder, fusion.groups, text, config)
         return devices.waits, devices.sent
 
 

@@ -7,6 +7,8 @@ import pytest
 from builders import make_report
 
 from lf_hf import FusionReport
+from lf_hf.files.model_card import model_card
+from lf_hf.report.page import write_page
 
 
 def test_both_compression_figures() -> None:
@@ -24,12 +26,25 @@ def test_round_trip_through_a_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "fusion_report.json").read_text())["layers_removed_fraction"] == 0.125
 
 
+def test_a_report_that_compares_no_predictions_is_shown_without(tmp_path: Path) -> None:
+    values = make_report().to_dict()
+    del values["continuations"]
+    for judged in values["perplexities"]:
+        del judged["divergence"], judged["agreement"]
+    report = FusionReport.from_dict(values)
+    assert report.continuations == [] and report.perplexities[0].divergence is None
+    write_page(report, tmp_path / "page.html")
+    for text in (report.summary(), model_card(report, as_llama=True), (tmp_path / "page.html").read_text("utf-8")):
+        assert "agree" not in text and "How it writes" not in text
+
+
 def test_summary_says_it_in_a_few_lines() -> None:
     summary = make_report().summary()
     assert "32 -> 28 layers (-12.5%)" in summary and "7,157,813,248 parameters (-10.9%)" in summary
     assert "layer 30 <- 30 x 0.6200 + 31 x 0.3800, mean matched cosine 0.010 -> 0.200" in summary
     assert "note: Mind the gap." in summary
     docs, reasoning = [line for line in summary.splitlines() if line.startswith("  perplexity: ")]
+    assert "divergence 1.25, agreement 62.5%" in docs and "agreement" not in reasoning  # of an older version
     assert "6.1 -> 30" in docs and "text of its kind was used for calibration" in docs
     assert "5.2 -> 20" in reasoning and "of its kind" not in reasoning
 

@@ -56,7 +56,7 @@ def test_a_page_shows_what_its_method_measured(
     write_page(report, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     shown = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert shown == ["cost_and_gain", "layer_map", *names, "steps", "settings"]
+    assert shown == ["cost_and_gain", "layer_map", *names, "writing", "steps", "settings"]
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == len(names) + 2
     for picture in pictures:
@@ -66,6 +66,8 @@ def test_a_page_shows_what_its_method_measured(
     text = " ".join(page.text.split())
     for part in ("5 → 3", *(f"from {p.dense:.4g} to {p.fused:.4g}" for p in report.perplexities), *report.notes):
         assert part in text
+    assert all(f"divergence {judged.divergence:.4g} nats" in text for judged in report.perplexities)
+    assert all(" ".join(continuation.fused.split()) in text for continuation in report.continuations)
 
 
 def test_a_page_loads_nothing_and_runs_nothing(reports: dict[str, FusionReport], tmp_path: Path) -> None:
