@@ -44,7 +44,7 @@ from lf_hf.healing.teacher import (
     targets_folder,
     write_targets,
 )
-from lf_hf.healing.text import Kind, Sequences, healing_text, hub_texts, load_kinds, save_kinds, training_order
+from lf_hf.healing.text import WRITTEN, Kind, Sequences, healing_text, hub_texts, load_kinds, save_kinds, training_order
 from lf_hf.healing.training import (
     DistillationTrainer,
     make_student,
@@ -422,6 +422,7 @@ class _Lesson:
     items: Sequence[Item]
     order: list[int]
     epochs: float
+    written_share: float
     held_out: dict[str, list[int]]
     judging: dict[str, list[Item]]
 
@@ -523,27 +524,28 @@ def _kinds(
 def _arranged(
     teacher: Teacher, said: str, items: Sequence[Item], parts: Sequence[tuple[str, int, int]], settings: HealSettings
 ) -> _Lesson:
-    training: list[int] = []
+    ranges: dict[str, range] = {}  # of what is trained on, by kind of text
     held_out: dict[str, list[int]] = {}
     judging: dict[str, list[Item]] = {}
-    kinds = []
     place = 0
     for name, count, aside in parts:
-        training += range(place, place + count)
+        ranges[name] = range(place, place + count)
         kept = range(place + count, place + count + aside)
         place += count + aside
         if name.startswith(_JUDGING):
             judging |= {name.removeprefix(_JUDGING): [items[number] for number in kept]} if aside else {}
         elif aside:
             held_out[name] = list(kept)
-        if count:
-            kinds.append(CalibrationInfo(name, count, count * settings.length))
+    training = [number for numbers in ranges.values() for number in numbers]
     total = settings.steps * settings.batch
-    order = training_order(len(training), total, settings.seed)
-    epochs = total / len(training)
+    order = [training[number] for number in training_order(len(training), total, settings.seed)]
+    used = set(order)
+    counts = {name: len(used.intersection(numbers)) for name, numbers in ranges.items()}
+    epochs, written_share = total / len(used), counts.get(WRITTEN, 0) / len(used)
     if epochs > _MOST_EPOCHS:
         logger.warning(_epochs_note(epochs))
-    return _Lesson(teacher, said, kinds, items, [training[number] for number in order], epochs, held_out, judging)
+    kinds = [CalibrationInfo(name, count, count * settings.length) for name, count in counts.items() if count]
+    return _Lesson(teacher, said, kinds, items, order, epochs, round(written_share, 3), held_out, judging)
 
 
 def _epochs_note(epochs: float) -> str:
@@ -578,7 +580,9 @@ def _report(
     report = came_in.report
     curve = trainer.curve()
     healed = HealingInfo(
-        settings=settings.to_dict(),
+        settings=settings.in_effect(
+            on_disk=isinstance(lesson.teacher, FileTeacher), written_share=lesson.written_share
+        ),
         text=lesson.kinds,
         epochs=lesson.epochs,
         trained=trained,

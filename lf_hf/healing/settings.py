@@ -117,6 +117,13 @@ class HealSettings:
         """All fields, JSON-ready."""
         return dataclasses.asdict(self)
 
+    def in_effect(self, *, on_disk: bool, written_share: float) -> dict[str, Any]:
+        """The fields that a healing depended on, JSON-ready: whether predictions were on disk, and what was written."""
+        without = {"top_k"} if not on_disk else set()
+        without |= {"lora_rank"} if self.train != "lora" else set()
+        values = self.to_dict() | {"written_share": written_share}
+        return {name: value for name, value in values.items() if name not in without}
+
 
 def _parse(name: str, value: Any) -> Any:
     """Read a string as the type of field `name`; any other value passes through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -61,15 +62,16 @@ def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers
     ValueError
         If adapters are asked for, and peft is not installed.
     """
+    config = copy.deepcopy(model.config)  # which the Trainer changes
     with torch.device("meta"):
-        student = Student(model.config)
+        student = Student(config)
     dtype = model.dtype if settings.train == "lora" else torch.float32
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     student.tie_weights()
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         student._keys_to_ignore_on_save = {"lm_head.weight"}  # so that the Trainer does not miss it in its checkpoints
-    student.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    student.model.rotary_emb = LlamaRotaryEmbedding(config)
     if settings.train == "lora":
         return _with_adapters(student, settings)
     layers = tuple(f"model.layers.{number}." for number in trained_layers)
@@ -83,11 +85,11 @@ def _with_adapters(student: Student, settings: HealSettings) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ValueError("train='lora' needs the peft package; run `pip install 'lf_hf[heal]'`.") from None
-    config = LoraConfig(
+    adapters = LoraConfig(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=_ADAPTED, task_type="CAUSAL_LM"
     )
     torch.manual_seed(settings.seed)
-    return get_peft_model(student, config)
+    return get_peft_model(student, adapters)
 
 
 def trained_state(trainer: DistillationTrainer, model: LlamaForCausalLM, settings: HealSettings) -> dict[str, Tensor]:
@@ -219,7 +221,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
+        "warmup_steps": 0.1,
+        "adam_beta2": 0.95,  # some tens of steps only
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": settings.seed,

@@ -93,6 +93,17 @@ def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_healed_points_are_beside_those_that_are_not(
+    run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
+    points = run(tmp_path, num_fusions=[1], methods=["truncate"], settings=SETTINGS | {"heal_tokens": 16384})
+    assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
+    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, 0, 16384]
+    assert points[2].divergences["docs"] < points[1].divergences["docs"]
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
     whole: tuple[Path, list[Point]], run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

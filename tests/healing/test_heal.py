@@ -73,6 +73,8 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert not same_bits(healed, fused) and {file.name for file in healed.iterdir()} == {
         f.name for f in fused.iterdir()
     }
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (healed / name).read_bytes() == (fused / name).read_bytes()
     assert "## Healed" in (healed / "README.md").read_text(encoding="utf-8")
     assert FusionReport.from_dict(report.to_dict()) == report
     assert sum(info.tokens for info in report.healed.text) * report.healed.epochs == pytest.approx(4096)
@@ -100,10 +102,13 @@ def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> N
 
 
 def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_path: Path) -> None:
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"tokens": 1024, "learning_rate": 1e-30})
+    """And many times through a short text is a warning."""
+    arguments = SETTINGS | {"text": TEXTS[:20], "learning_rate": 1e-30}
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert same_bits(tmp_path / "out", fused)
-    assert report.healed is not None and report.healed.kept == 0
+    assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
     assert any("did not bring the model nearer" in note for note in report.notes)
+    assert any("times through its text" in note for note in report.notes)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
@@ -227,13 +232,6 @@ def test_two_processes_do_what_one_does(way: str, base: str, fused: Path, healed
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)
 
 
-def test_a_plain_checkpoint_stays_plain(base: str, fused: Path, healed: Path, tmp_path: Path) -> None:
-    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", as_llama=True)
-    lf_hf.heal(tmp_path / "plain", tmp_path / "out", base=base, **SETTINGS)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
-    assert same_bits(tmp_path / "out", healed)
-
-
 def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: Path) -> None:
     lf_hf.fuse_checkpoint(
         base, tmp_path / "fused", num_fusions=2, method="truncate", dtype="bfloat16", perplexity_tokens=500
@@ -243,12 +241,6 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: 
     assert report.healed is not None and report.healed.kept > 0
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     assert not same_bits(tmp_path / "out", tmp_path / "fused")
-
-
-def test_many_epochs_are_a_warning(base: str, fused: Path, tmp_path: Path) -> None:
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"text": TEXTS[:20], "tokens": 4096})
-    assert report.healed is not None and report.healed.epochs > 3
-    assert any("times through its text" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +272,14 @@ def test_bad_settings_get_a_sentence(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_adapters_without_peft_get_a_sentence(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"needs the peft package; run `pip install 'lf_hf\[heal\]'`"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"train": "lora"})
+
+
 def test_another_base_gets_a_sentence(make_base: Callable[..., str], base: str, fused: Path, tmp_path: Path) -> None:
     other = make_llama()
     with torch.no_grad():
@@ -290,21 +290,30 @@ def test_another_base_gets_a_sentence(make_base: Callable[..., str], base: str, 
         lf_hf.heal(fused, tmp_path / "out", base=tmp_path / "other", **SETTINGS)
     with pytest.raises(ValueError, match="has 330 embeddings, and the fused model 320"):
         lf_hf.heal(fused, tmp_path / "out", base=make_base(vocab_size=330), **SETTINGS)
+    tokens = make_tokenizer()
+    tokens.add_tokens(["another"])
+    make_llama().save_pretrained(tmp_path / "tokens")
+    tokens.save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="has other tokens than the fused model's"):
+        lf_hf.heal(fused, tmp_path / "out", base=tmp_path / "tokens", **SETTINGS)
     with pytest.raises(ValueError, match=r"holds no fusion_report\.json"):
         lf_hf.heal(base, tmp_path / "out", base=base, **SETTINGS)
 
 
-def test_the_command_line(
+def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
     base: str, fused: Path, healed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", as_llama=True)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS), encoding="utf-8")
-    arguments = ["heal", str(fused), str(tmp_path / "out"), "--base", base, "--text", str(tmp_path / "text.jsonl")]
-    arguments += "--tokens 4096 --length 64 --batch-tokens 256 --learning-rate 3e-3 --arg bf16=false".split()
-    assert main(arguments) == 0
+    arguments = ["heal", str(tmp_path / "plain"), str(tmp_path / "out"), "--base", base]
+    arguments += ["--text", str(tmp_path / "text.jsonl")]
+    settings = "--tokens 4096 --length 64 --batch-tokens 256 --learning-rate 3e-3 --arg bf16=false".split()
+    assert main([*arguments, *settings]) == 0
     out = capsys.readouterr().out
     assert "divergence, docs" in out and "of which step" in out
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
     assert same_bits(tmp_path / "out", healed)
-    assert main([*arguments[:6], "--arg", "bf16"]) == 2
+    assert main([*arguments, "--arg", "bf16"]) == 2
 
 
 def test_it_heals_while_loading_and_keeps_the_result(

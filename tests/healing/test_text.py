@@ -1,0 +1,73 @@
+"""The text of a healing: what is trained on, what is kept aside, and what comes from the hub."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_texts, make_tokenizer
+
+from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.text import HELD_OUT, WRITTEN, healing_text, hub_texts, training_order
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.packing import pack_tokens
+
+SETTINGS = HealSettings(tokens=4096, length=32, batch_tokens=256)
+
+
+def write(count: int, length: int, seed: int) -> list[torch.Tensor]:
+    return list(torch.randint(300, (count, length), generator=torch.Generator().manual_seed(seed)))
+
+
+def as_sets(*lists: list[torch.Tensor]) -> list[set[tuple[int, ...]]]:
+    return [{tuple(sequence.tolist()) for sequence in sequences} for sequences in lists]
+
+
+def test_what_is_kept_aside_is_not_trained_on_and_the_base_writes_its_share() -> None:
+    text = "\n\n".join(make_texts(3000, seed=3))
+    kinds = healing_text(make_tokenizer(), Corpus([text], "a text", 0.25), SETTINGS, 320, write)
+    assert [kind.name for kind in kinds] == ["a text", WRITTEN]
+    assert [(len(kind.training), len(kind.held_out)) for kind in kinds] == [(96, HELD_OUT), (32, HELD_OUT)]
+    assert all(sequence.shape == (32,) for kind in kinds for sequence in (*kind.training, *kind.held_out))
+    training, aside = as_sets(kinds[0].training, kinds[0].held_out)
+    assert not training & aside and len(training | aside) == 100
+    # From its beginning to its end.
+    places = {tuple(part.tolist()): n for n, part in enumerate(pack_tokens(make_tokenizer(), text, 32, 1 << 30))}
+    found = sorted(places[sequence] for sequence in training | aside)
+    assert found[0] == 0 and found[-1] > 0.95 * len(places)
+
+
+def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:
+    kinds = healing_text(make_tokenizer(), Corpus(["\n".join(make_texts(400))], "a text"), SETTINGS, 320, write)
+    assert [(kind.name, bool(kind.training), bool(kind.held_out)) for kind in kinds] == [
+        ("a text", True, True),
+        (WRITTEN, False, True),
+    ]
+
+
+def test_every_sequence_is_used_before_any_is_used_again() -> None:
+    order = training_order(10, 25, seed=1)
+    assert sorted(Counter(order[:20]).values()) == [2] * 10 and sorted(order[:10]) == list(range(10))
+    assert order != training_order(10, 25, seed=2) and order[:10] != order[10:20]
+
+
+def test_a_data_set_is_streamed_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def rows(*_: Any, **arguments: Any) -> Any:
+        assert arguments == {"split": "train", "streaming": True}
+        for number in range(1000):
+            read.append(number)
+            yield {"body": f"{number} " * 20}
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    texts = hub_texts("some/set", None, "train", "body", 100)
+    assert 800 <= sum(map(len, texts)) < 1000 and len(read) == len(texts)
+    with pytest.raises(ValueError, match="'some/set' has no column 'text'"):
+        hub_texts("some/set", None, "train", "text", 100)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs the datasets package"):
+        hub_texts("some/set", None, "train", "body", 100)
