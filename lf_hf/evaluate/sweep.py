@@ -31,7 +31,7 @@ from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
 from lf_hf.processes import Processes, local_rank, own_device
 from lf_hf.progress import progress
-from lf_hf.text.calibration import load_corpus, load_needed
+from lf_hf.text.calibration import load_needed, load_training_text
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
@@ -258,7 +258,7 @@ class _Maker:
         if tokens := self._configs[key].heal_tokens:
             from lf_hf.healing.heal import heal_loaded
 
-            heal_loaded(model, self._base, load_corpus(self._calibration, max_tokens=tokens), self._configs[key])
+            heal_loaded(model, self._base, load_training_text(self._calibration, tokens), self._configs[key])
         return _fused_point(key, model, dense, self._evaluation)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -67,7 +68,7 @@ from lf_hf.report.report import (
     HealingPoint,
     PerplexityInfo,
 )
-from lf_hf.text.calibration import Corpus, load_corpus
+from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.judging import PROMPTS, judging_texts, relation
 from lf_hf.text.packing import pack_tokens
 
@@ -166,6 +167,7 @@ def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, config
     with ExitStack() as stack:
         work = Processes.of_launch().told_by_first(lambda: stack.enter_context(TemporaryDirectory()))
         model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), None, {})
+    gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
 def _distilled(
@@ -311,10 +313,10 @@ def _corpus(
     column: str,
 ) -> Corpus:
     if dataset is None:
-        return load_corpus(text, max_tokens=settings.tokens)
+        return load_training_text(text, settings.tokens)
     if text is not None:
         raise ValueError("text and dataset exclude each other; give one of them.")
-    corpus = load_corpus(hub_texts(dataset, config, split, column, settings.tokens), max_tokens=settings.tokens)
+    corpus = load_training_text(hub_texts(dataset, config, split, column, settings.tokens), settings.tokens)
     names = [f"{dataset} ({split})", *corpus.names[1:]]
     return dataclasses.replace(corpus, source=", ".join(names))
 

@@ -55,7 +55,7 @@ from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_co
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
+from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 
 if TYPE_CHECKING:
     from lf_hf.measure import Measurements
@@ -174,7 +174,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         config.check_num_layers(base.config.num_hidden_layers)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        to_heal = load_corpus(calibration, max_tokens=config.heal_tokens) if config.heal_tokens else None
+        to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
         processes = Processes.of_launch()
         if kept_in is None:

@@ -22,6 +22,7 @@ _GENERATED_SHARE_OF_USERS = 1 / 3
 # Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
 _QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
 _QUESTIONS_SOURCE = "MMLU development questions"
+_TRAINING_CHARACTERS_PER_TOKEN = 8
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 
 MAX_SAMPLES = 1024
@@ -99,7 +100,9 @@ class Corpus:
         return f"{self.source}, text by the model itself" if self.generated_share else self.source
 
 
-def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 49152) -> Corpus:
+def load_corpus(
+    calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 49152, excerpt: int | None = None
+) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
 
     The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
@@ -113,6 +116,8 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
     max_tokens : int
         How many tokens are to be used at most. Of a text of more than 64 characters for each, 64 excerpts are taken,
         spread evenly over it, and the source says so.
+    excerpt : int, optional
+        Characters of an excerpt; `max_tokens` by default.
 
     Raises
     ------
@@ -124,19 +129,25 @@ def load_corpus(calibration: Sequence[str] | str | Path | None = None, *, max_to
         source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
-    # 64 windows of `max_tokens` characters: no token is longer.
-    kept, total = spread_evenly(windows(checked_strings(samples, source), max_tokens), TOKEN_CHARACTERS)
+    excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
+    kept, total = spread_evenly(windows(checked_strings(samples, source), excerpt), TOKEN_CHARACTERS)
     if not total:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
     text = ("" if len(kept) == total else "\n\n").join(kept)
     if len(kept) < total:
-        source = f"{source} ({len(kept)} excerpts of {max_tokens:,} characters, spread evenly over {total:,} such)"
+        source = f"{source} ({len(kept)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"
     try:
         questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
     except ValueError as error:
         logger.warning("Without questions beside the calibration text: %s", error)
         return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
     return Corpus([text, questions], f"{source}, {_QUESTIONS_SOURCE}", _GENERATED_SHARE_OF_USERS)
+
+
+def load_training_text(text: Sequence[str] | str | Path | None, tokens: int) -> Corpus:
+    """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual."""
+    excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
+    return load_corpus(text, max_tokens=tokens, excerpt=excerpt)
 
 
 def _answered_questions() -> str:
