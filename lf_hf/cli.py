@@ -143,13 +143,15 @@ def _setting_options(
     # The settings read numbers themselves, and say better what is wrong with one.
     metavars = {"int": "INTEGER", "float": "FLOAT", "float | None": "FLOAT"}
     metavars |= {name: "|".join(choices) for name, choices in (CHOICES | {"train": TRAIN}).items()}
-    absent = "from the text" if settings is HealSettings else "from --method"
+    absent = {"written_share": "from the text", "learning_rate": "from --train"}
     options = []
     for field in dataclasses.fields(settings):
         if field.name in leave_out:
             continue
         required = field.default is dataclasses.MISSING
-        default = absent if field.default is None else "required" if required else str(field.default)
+        default = "required" if required else str(field.default)
+        if field.default is None:
+            default = absent.get(field.name, "from --method")
         option = typer.Option(
             help=texts.get(field.name, ""),
             show_default=default,

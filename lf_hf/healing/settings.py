@@ -10,7 +10,8 @@ from typing import Any, SupportsIndex
 
 from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
 
-TRAIN = ("fused", "lora", "all")
+TRAIN = ("all", "fused", "lora")
+LEARNING_RATES = {"all": 2e-4, "fused": 5e-4, "lora": 5e-4}
 _INT_MINIMUM = {"tokens": LEAST_HEAL_TOKENS, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
 # Inclusive lower and upper bounds; zero is excluded where it would mean that nothing is learnt.
 _FLOAT_RANGE = {"learning_rate": (0.0, 1.0), "temperature": (0.0, 100.0)}
@@ -28,8 +29,8 @@ class HealSettings:
     train : {"all", "fused", "lora"}, default="all"
         What is trained. "fused": the fused layers and all norms. "lora": adapters on every projection, which are
         merged at the end. "all": all weights.
-    learning_rate : float > 0, default=2e-4
-        The highest one, after the warm-up.
+    learning_rate : float > 0, default from `train`
+        The highest one, after the warm-up: 2e-4 for "all", else 5e-4.
     temperature : float > 0, default=1.0
         What both models' logits are divided by before they are compared.
     next_token_share : float in 0..1, default=0.0
@@ -55,7 +56,7 @@ class HealSettings:
 
     tokens: int = 131072
     train: str = "all"
-    learning_rate: float = 2e-4
+    learning_rate: float = None  # type: ignore[assignment]  # filled from `train` in __post_init__
     temperature: float = 1.0
     next_token_share: float = 0.0
     written_share: float | None = None
@@ -68,6 +69,8 @@ class HealSettings:
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
             raise ValueError(unknown_name("train", str(self.train), TRAIN))
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.train])
         for name, minimum in _INT_MINIMUM.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
