@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import lf_hf
 from lf_hf import fuse_checkpoint, tasks_path
 from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
+from lf_hf.healing.settings import TRAIN, HealSettings
 from lf_hf.model.fuse_checkpoint import low_memory_device
 from lf_hf.processes import OtherProcessError, local_rank, rank
 from lf_hf.report.report import FusionReport
@@ -33,6 +35,7 @@ from lf_hf.report.report import FusionReport
 _GUIDE = """\b
 Examples:
   lf-hf fuse path/to/model out --num-fusions 4 --method refit
+  lf-hf heal out healed --base path/to/model --text my_text.txt
   lf-hf sweep path/to/model results --num-fusions 1,4 --methods neural_alignment,refit
   lf-hf report out
   lf-hf tasks
@@ -128,21 +131,25 @@ def _options(
     pass
 
 
-def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of FusionConfig; it gets those that were used as `settings`.
+def _setting_options(
+    settings: type[FusionConfig] | type[HealSettings], leave_out: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of `settings`; it gets those that were used as `settings`.
 
-    Names, types, defaults and help texts are FusionConfig's own.
+    Names, types, defaults and help texts are the fields' own.
     """
-    entries = re.findall(r"^(\w+) : (.+)\n((?:    .+\n?)+)", inspect.getdoc(FusionConfig) or "", re.MULTILINE)
+    entries = re.findall(r"^(\w+) : (.+)\n((?:    .+\n?)+)", inspect.getdoc(settings) or "", re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, _, text in entries}
-    # FusionConfig reads numbers itself, and says better what is wrong with one.
-    metavars = {"int": "INTEGER", "float": "FLOAT"} | {name: "|".join(choices) for name, choices in CHOICES.items()}
+    # The settings read numbers themselves, and say better what is wrong with one.
+    metavars = {"int": "INTEGER", "float": "FLOAT", "float | None": "FLOAT"}
+    metavars |= {name: "|".join(choices) for name, choices in (CHOICES | {"train": TRAIN}).items()}
+    absent = "from the text" if settings is HealSettings else "from --method"
     options = []
-    for field in dataclasses.fields(FusionConfig):
+    for field in dataclasses.fields(settings):
         if field.name in leave_out:
             continue
         required = field.default is dataclasses.MISSING
-        default = "from --method" if field.default is None else "required" if required else str(field.default)
+        default = absent if field.default is None else "required" if required else str(field.default)
         option = typer.Option(
             help=texts.get(field.name, ""),
             show_default=default,
@@ -177,7 +184,7 @@ def _fusion_options(leave_out: Collection[str]) -> Callable[[Callable[..., None]
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --dry-run",
     )
 )
-@_fusion_options(leave_out=["num_fusions"])
+@_setting_options(FusionConfig, leave_out=["num_fusions"])
 def fuse(
     base: BaseName,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the fused checkpoint.")],
@@ -272,12 +279,104 @@ def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[
 
 @app.command(
     epilog=_examples(
+        "heal out healed --base meta-llama/Meta-Llama-3-8B --text my_text.txt",
+        "heal out healed --base path/to/model --tokens 1000000 --arg gradient_checkpointing=true",
+    )
+)
+@_setting_options(HealSettings)
+def heal(
+    fused: Annotated[str, typer.Argument(metavar="FUSED", help="Folder of a fused checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the healed checkpoint.")],
+    *,
+    settings: dict[str, Any],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Folder or hub name of the checkpoint that was fused.",
+            show_default="what FUSED names, if that is on the hub",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to heal on: .txt, .jsonl, .csv or .parquet.",
+            show_default="a mixture that is there offline",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set on the hub in place of --text; it is streamed.")
+    ] = None,
+    dataset_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of the data set.")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of the data set.")] = "train",
+    column: Annotated[str, typer.Option(metavar="NAME", help="Column of the data set that has the text.")] = "text",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write BASE's predictions into this folder, for any number of healings of models made of it.",
+            show_default="no",
+        ),
+    ] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A field of transformers' TrainingArguments; may be repeated."),
+    ] = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+) -> None:
+    """Train the fused model FUSED for a short time to predict what its base predicts, and write it to OUT.
+
+    Keeps the state that is nearest to the base on text that was kept aside. When it was interrupted, the same command
+    goes on where it stopped. Started by `accelerate launch -m lf_hf heal ...`, it uses all devices of the launch.
+    Ends with a table: perplexity, divergence from the base, and how often both models expect the same token.
+    """
+    from lf_hf.healing.training import given_arguments
+
+    with _usage_errors():
+        chosen = HealSettings.from_kwargs(**settings)
+        training = given_arguments(arg or [])
+    with _without_warnings("lf_hf.healing"):  # its notes stand below the table
+        done = lf_hf.heal(
+            fused,
+            out,
+            base=base,
+            text=text,
+            dataset=dataset,
+            dataset_config=dataset_config,
+            dataset_split=split,
+            dataset_column=column,
+            settings=chosen,
+            cache=cache,
+            training_args=training,
+            **_given(gguf_file=gguf_file, revision=revision),
+        )
+    assert done.healed is not None
+    if rank():  # the first process of a launch says it for all
+        return
+    rows = []
+    for judged in done.healed.judged:
+        dense = next((info.dense for info in done.perplexities if info.name == judged.name), None)
+        pairs = {
+            "perplexity": (judged.perplexity_before, judged.perplexity_after, dense, ".4g"),
+            "divergence": (judged.divergence_before, judged.divergence_after, 0.0, ".3f"),
+            "agreement": (judged.agreement_before, judged.agreement_after, 1.0, ".1%"),
+        }
+        for name, (before, after, of_base, form) in pairs.items():
+            goal = "-" if of_base is None else format(of_base, form)
+            rows.append([f"{name}, {judged.name}", format(before, form), format(after, form), goal])
+    _print(_table(out, ["", "before", "after", "base"], rows), done.healed.summary(), *done.notes)
+
+
+@app.command(
+    epilog=_examples(
         "sweep meta-llama/Meta-Llama-3-8B results --num-fusions 1,4,11,13,15 --methods neural_alignment,mka,refit \\\n"
         "      --tasks mmlu_5shot --dtype bfloat16 --device cuda",
         "sweep path/to/model results --num-fusions 1,4 --methods mka,truncate --tasks mmlu_sample --limit 1",
     )
 )
-@_fusion_options(leave_out=["num_fusions", "method"])
+@_setting_options(FusionConfig, leave_out=["num_fusions", "method"])
 def sweep(
     base: BaseName,
     out: Annotated[

@@ -13,6 +13,9 @@ from typing import Any, SupportsIndex
 ALGORITHM = 2
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
+LEAST_HEAL_TOKENS = 1024
+"""Of a healing: fewer teach nothing."""
+
 METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
@@ -40,6 +43,7 @@ _INT_MINIMUM = {
     "calibration_tokens": 1024,
     "calibration_length": 16,
     "perplexity_tokens": 0,
+    "heal_tokens": 0,
     "seed": 0,
 }
 # What some fields say is needed for some fusions only; all other fields always have an effect.
@@ -121,8 +125,10 @@ class FusionConfig:
     perplexity_tokens : int >= 0, default=4000
         Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
         moved; 0 leaves that out, and what both models write.
+    heal_tokens : int, 0 or >= 1024, default=0
+        Tokens on which the fused model is trained to predict what its base predicts, see `lf_hf.heal`; 0 leaves it out.
     seed : int >= 0, default=0
-        Seed of the mutual information estimate, and of the calibration text that the model writes.
+        Seed of the mutual information estimate, of the calibration text that the model writes, and of healing.
 
     Raises
     ------
@@ -149,6 +155,7 @@ class FusionConfig:
     sample_length: int = 512
     samples_per_subject: int = 1
     perplexity_tokens: int = 4000
+    heal_tokens: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -171,6 +178,8 @@ class FusionConfig:
             if not lower < number <= upper:
                 raise ValueError(f"{name} must be greater than {lower:g}, got {getattr(self, name)!r}.")
             object.__setattr__(self, name, number)
+        if 0 < self.heal_tokens < LEAST_HEAL_TOKENS:
+            raise ValueError(f"heal_tokens must be 0 or at least {LEAST_HEAL_TOKENS}, got {self.heal_tokens}.")
         if not isinstance(self.rank_normalize, bool):
             raise ValueError(f"rank_normalize must be true or false, got {self.rank_normalize!r:.80}.")
 
@@ -207,7 +216,9 @@ class FusionConfig:
             without |= _SIMILARITY_FIELDS
         if not self.needs_text:
             without |= _TEXT_FIELDS
-        if not self.needs_similarity and not self.needs_text:
+        if not self.heal_tokens:
+            without.add("heal_tokens")
+        if not self.needs_similarity and not self.needs_text and not self.heal_tokens:
             without.add("seed")
         if not self.fits:
             without.add("ridge")

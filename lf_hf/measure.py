@@ -20,6 +20,7 @@ from lf_hf.config import FusionConfig
 from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
+from lf_hf.numerics import weights_digest
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
@@ -35,7 +36,17 @@ CONTINUED_LENGTH = 24  # tokens that are added to a prompt
 MOST_READ = 1 << 26  # bytes that may be read from a disk for each of these
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
-_FUSING_FIELDS = ("num_fusions", "method", "selection", "alignment", "merge", "refit", "ridge", "ratio_beta")
+_FUSING_FIELDS = (
+    "num_fusions",
+    "method",
+    "selection",
+    "alignment",
+    "merge",
+    "refit",
+    "ridge",
+    "ratio_beta",
+    "heal_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ class Measurements:
         Where the samples behind `similarity`, and `text`, came from.
     continuations : list of str
         How the model goes on from each of `PROMPTS`; empty where no tokens were asked for, or it would take long.
+    base_digest : str or None
+        `lf_hf.numerics.weights_digest` of the model.
     seconds : dict of float
     notes : list of str
     """
@@ -96,6 +109,7 @@ class Measurements:
     offline_text: bool = False
     of_text: CalibrationInfo | None = None
     continuations: list[str] = field(default_factory=list)
+    base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
@@ -131,12 +145,12 @@ def measure(
     clock = Clock()
     with clock("perplexity"):
         judged = _judged(decoder, tokenizer, config, samples, text)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"base_digest": weights_digest(decoder.named_parameters())}
     notes = []
     if config.perplexity_tokens:
         with clock("continuations"):
             found["continuations"] = decoder.processes.told_by_first(
-                lambda: _continued(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else []
+                lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else []
             )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
@@ -256,7 +270,7 @@ def _judged(
     ]
 
 
-def _continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def written_on(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the model adds to each of `PROMPTS`, up to its end."""
     prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     if not all(map(len, prompts)):
@@ -300,7 +314,7 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
     """How the fused model goes on from each prompt, beside the dense one, where that is known."""
     if not measured.continuations:
         return []
-    fused = decoder.processes.told_by_first(lambda: _continued(decoder, tokenizer))
+    fused = decoder.processes.told_by_first(lambda: written_on(decoder, tokenizer))
     return [Continuation(*texts) for texts in zip(PROMPTS, measured.continuations, fused, strict=True)]
 
 

@@ -327,6 +327,7 @@ def finish(
         sample_labels=measured.sample_labels if similar else None,
         influences=fusion.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
+        base_digest=measured.base_digest,
         continuations=continuations,
     )
 

@@ -18,7 +18,7 @@ from lf_hf import fuse_checkpoint
 
 # Each folder or module of lf_hf imports those before it alone.
 ORDER = "processes progress memory checked_json config numerics text report files".split()
-ORDER += "decoder stages refit measure pipeline model __init__ evaluate plan cli".split()
+ORDER += "decoder stages refit measure pipeline model healing __init__ evaluate plan cli".split()
 
 
 @functools.cache

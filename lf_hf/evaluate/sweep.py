@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +29,9 @@ from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
-from lf_hf.processes import local_rank, own_device
+from lf_hf.processes import Processes, local_rank, own_device
 from lf_hf.progress import progress
-from lf_hf.text.calibration import load_needed
+from lf_hf.text.calibration import load_corpus, load_needed
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
@@ -109,6 +109,10 @@ def sweep(
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:
         config.check_num_layers(opened.config.num_hidden_layers)
+        if config.heal_tokens and Processes.of_launch().count > 1:
+            raise ValueError(
+                "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
+            )
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     identity = {
@@ -168,6 +172,8 @@ def _configs(
         for level in num_fusions
         for method in methods
     ]
+    # What is healed stands beside what is not.
+    configs = [config for healed in configs for config in (replace(healed, heal_tokens=0), healed)]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
 
 
@@ -249,6 +255,10 @@ class _Maker:
             fusion, decoder, dense.tokenizer, base=self._base.full_name, parameters=dense.parameters
         )
         model = FusedLlamaForCausalLM.adopt(decoder.model, report, dense.tokenizer)
+        if tokens := self._configs[key].heal_tokens:
+            from lf_hf.healing.heal import heal_loaded
+
+            heal_loaded(model, self._base, load_corpus(self._calibration, max_tokens=tokens), self._configs[key])
         return _fused_point(key, model, dense, self._evaluation)
 
     @cached_property
@@ -273,7 +283,8 @@ class _Maker:
             self._held = None
             self._stack.close()
             decoder = ModelDecoder(self._dense.llama, keep_originals=config.refit != "none").copy()
-            self._held = decoder, self._stack.enter_context(pipeline.start(decoder, config, self._dense.measurements))
+            config, measurements = replace(config, heal_tokens=0), self._dense.measurements
+            self._held = decoder, self._stack.enter_context(pipeline.start(decoder, config, measurements))
         pipeline.fuse_pairs(self._held[1], config.num_fusions)
         return self._held
 
@@ -307,7 +318,7 @@ def _fused_point(key: str, model: FusedLlamaForCausalLM, dense: _Dense, evaluati
     assert report is not None
     return Point(
         key=key,
-        method=report.config["method"],
+        method=report.config["method"] + (", healed" if report.healed else ""),
         num_fusions=len(report.steps),
         layers=report.layers_after,
         parameters=report.parameters_after,

@@ -32,9 +32,13 @@ _MEANING = {
 
 
 def fingerprints(
-    base: Base, tokenizer: PreTrainedTokenizerBase, samples: Calibration | None, text: Corpus | None
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Calibration | None,
+    text: Corpus | None,
+    to_heal: Corpus | None = None,
 ) -> dict[str, str]:
-    """What a fusion is made of besides its FusionConfig: by content, not by name.
+    """What a fusion, and the healing that may follow, is made of besides its FusionConfig: by content, not by name.
 
     Returns
     -------
@@ -43,7 +47,7 @@ def fingerprints(
         calibration : SHA-256 over the calibration texts, and over the tokens of their beginning
         dtype, algorithm : as they are
     """
-    texts = [*(samples.texts if samples else []), *(text.parts if text else [])]
+    texts = [*(samples.texts if samples else []), *(text.parts if text else []), *(to_heal.parts if to_heal else [])]
     calibration = hashlib.sha256()
     for part in texts:
         calibration.update(hashlib.sha256(part.encode()).digest())

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import FusionReport, HealingInfo
 
 CARD_NAME = "README.md"
 _HOW_JUDGED = """\
@@ -96,7 +96,7 @@ Layers are numbered from 0 as in the base; a fused layer keeps the number of its
 |---|---|---|
 {rows}
 
-## Settings
+{_healed(report.healed) if report.healed else ""}## Settings
 
 {calibration}
 Those settings that had an effect:
@@ -106,6 +106,37 @@ Those settings that had an effect:
 {settings}
 
 `fusion_report.json` beside this file has the details.
+"""
+
+
+def _healed(healed: HealingInfo) -> str:
+    rows = "\n".join(
+        f"| {_as_text(judged.name)} | {judged.perplexity_before:.4g} | {judged.perplexity_after:.4g} "
+        f"| {judged.divergence_before:.3f} | {judged.divergence_after:.3f} "
+        f"| {judged.agreement_before:.1%} | {judged.agreement_after:.1%} |"
+        for judged in healed.judged
+    )
+    curve = "\n".join(
+        f"| {point.step} | {', '.join(f'{_as_text(name)} {value:.3f}' for name, value in point.divergences.items())} |"
+        for point in healed.curve
+    )
+    settings = ", ".join(f"{name} {value}" for name, value in healed.settings.items())
+    return f"""## Healed
+
+After the fusion the model was trained to predict what its base predicts. {_as_text(healed.summary())}
+Settings: {_as_text(settings)}. The base's predictions were {_as_text(healed.teacher)}.
+
+| text | perplexity before | after | divergence before | after | agreement before | after |
+|---|---|---|---|---|---|---|
+{rows}
+
+Divergence is KL(base || model), in nats a token, and agreement how often both expect the same token first. On text that
+was kept aside:
+
+| step | divergence |
+|---|---|
+{curve}
+
 """
 
 

@@ -90,6 +90,11 @@ def fuse_checkpoint(
         return model.fusion_report
 
     config = fusion_settings(config, kwargs)
+    if config.heal_tokens:
+        raise ValueError(
+            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; fuse without it, and heal the "
+            "result with lf_hf.heal."
+        )
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)

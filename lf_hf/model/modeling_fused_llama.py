@@ -55,7 +55,7 @@ from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_co
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.text.calibration import Calibration, Corpus, load_needed
+from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
 
 if TYPE_CHECKING:
     from lf_hf.measure import Measurements
@@ -65,7 +65,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """All that a fusion is made of. `samples` and `text` may be None where there are measurements."""
+    """All that a fusion is made of. `samples` and `text` may be None where there are measurements.
+
+    `to_heal` is the text of the healing that follows, where there is one.
+    """
 
     base: Base
     config: FusionConfig
@@ -73,6 +76,7 @@ class FusionInputs:
     samples: Calibration | None
     text: Corpus | None
     measurements: Measurements | None = None
+    to_heal: Corpus | None = None
 
 
 class FusedLlamaModel(LlamaModel):
@@ -146,8 +150,9 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         config : FusionConfig, optional
             Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` is required.
         calibration : list of str or path, optional
-            Calibration text, as `lf_hf.text.calibration.load_calibration` takes it. Default: MMLU questions, or
-            for `refit` the mixture of `lf_hf.text.calibration.load_corpus`.
+            Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
+            `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of
+            `lf_hf.text.calibration.load_corpus`.
         tokenizer : optional
             The base's tokenizer, if it is not beside the base.
         measurements : Measurements, optional
@@ -169,7 +174,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         config.check_num_layers(base.config.num_hidden_layers)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        inputs = FusionInputs(base, config, tokenizer, samples, text, measurements)
+        to_heal = load_corpus(calibration, max_tokens=config.heal_tokens) if config.heal_tokens else None
+        inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
         processes = Processes.of_launch()
         if kept_in is None:
             return cls._load_and_fuse(inputs, processes)
@@ -191,13 +197,18 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
             base=inputs.base.full_name,
             measurements=inputs.measurements,
         )
-        return cls.adopt(llama, report, inputs.tokenizer)
+        model = cls.adopt(llama, report, inputs.tokenizer)
+        if inputs.to_heal is not None:
+            from lf_hf.healing.heal import heal_loaded  # imports transformers' Trainer, which takes seconds
+
+            heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
+        return model
 
     @classmethod
     def _load_or_fuse(cls, inputs: FusionInputs, folder: Path, processes: Processes) -> FusedLlamaForCausalLM:
         """Load what one of several runs fused and kept, or fuse it."""
         base, config = inputs.base, inputs.config
-        made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text)
+        made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text, inputs.to_heal)
         model: FusedLlamaForCausalLM | None = None
 
         def to_fuse() -> list[str]:

@@ -24,6 +24,7 @@ from lf_hf.text.mmlu import SUBJECTS
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 _BEFORE, _AFTER = "#a0aec0", "#2b6cb0"
 _WIDTH = 5.2  # inches: with text of this size it can be read on a phone
+_LONGEST_NAME = 32  # characters, in a legend
 _ROW = 10  # layers in a row of the map
 _CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -176,6 +177,27 @@ def fit_errors(report: FusionReport) -> Figure:
     axis.set(xlabel="squared error, relative", ylabel="fused layer", xlim=(0, None))
     axis.margins(y=0.15)
     axis.grid(axis="x", alpha=0.25)
+    legend_above(axis)
+    return figure
+
+
+def healing_curve(report: FusionReport) -> Figure:
+    """Divergence from the base on text that was kept aside, along the steps of the healing."""
+    figure = new_figure(_WIDTH, 2.6)
+    axis = figure.subplots()
+    healed = report.healed
+    assert healed is not None
+    steps = [point.step for point in healed.curve]
+    for n, name in enumerate(dict.fromkeys(name for point in healed.curve for name in point.divergences)):
+        values = [point.divergences.get(name, math.nan) for point in healed.curve]
+        label = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+        axis.plot(steps, values, marker="o", markersize=3, color=COLORS[n % len(COLORS)], label=label)
+    axis.axvline(healed.kept, color="black", linewidth=0.8, linestyle="dotted")
+    axis.set(xlabel="step (dotted: the one that was kept)", ylabel="nats a token", ylim=(0, None))
+    axis.grid(alpha=0.25)
+    _whole_ticks(axis.xaxis)
+    for text in axis.get_legend_handles_labels()[0]:
+        text.set_label(str(text.get_label()).replace("$", r"\$"))  # a text's name is no formula
     legend_above(axis)
     return figure
 

@@ -79,6 +79,7 @@ def report_sections(report: FusionReport) -> list[Section]:
         (report.influences is not None or averaged, figures.along_depth, "Along the depth of the model", _DEPTH),
         (matched, figures.matched_cosines, "How well neurons matched", _COSINES),
         (bool(report.fitted_layers), figures.fit_errors, "How well fused layers were fitted", _FIT),
+        (report.healed is not None, figures.healing_curve, "How it healed", _HEALED),
     ]
     return [
         Section(draw.__name__, title, explanation, draw(report)) for there, draw, title, explanation in planned if there
@@ -119,6 +120,11 @@ _COSINES = (
 _FIT = (
     "The output projections of a fused layer are fitted to what the dense model computes at that depth. The error "
     "is what is left of it, on calibration text: 0 would be a perfect fit."
+)
+_HEALED = (
+    "After the fusion the model was trained to predict what its base predicts. The divergence says how far it is from "
+    "the base, on text that it was not trained on: 0 would be the base itself. Of all states the "
+    "nearest one was kept."
 )
 
 

@@ -128,6 +128,62 @@ class PerplexityInfo:
 
 
 @dataclass(frozen=True)
+class HealedText:
+    """What healing did to the predictions of a text, `name` in short.
+
+    `divergence` is KL(base || model) in nats a token, and `agreement` the share of tokens at which the model's most
+    likely token is the base's; before and after.
+    """
+
+    name: str
+    tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    divergence_before: float
+    divergence_after: float
+    agreement_before: float
+    agreement_after: float
+
+
+@dataclass(frozen=True)
+class HealingPoint:
+    """Divergence from the base on held-out text after `step` steps, in nats a token, by kind of text."""
+
+    step: int
+    divergences: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HealingInfo:
+    """What a healing did: a short distillation from the base, after the fusion.
+
+    `settings` are those of the healing. `text` has the kinds of text with the sequences and tokens that there are of
+    each; they were gone through `epochs` times. `trained` parameters were changed at each of `steps` steps, and the
+    state of step `kept` was the best on held-out text, see `curve`; 0 is what came in. `judged` is what it did to texts
+    that it has not seen, and `teacher` how the base's predictions were had.
+    """
+
+    settings: dict[str, Any]
+    text: list[CalibrationInfo]
+    epochs: float
+    trained: int
+    steps: int
+    kept: int
+    teacher: str
+    curve: list[HealingPoint]
+    judged: list[HealedText]
+    seconds: float
+
+    def summary(self) -> str:
+        """One sentence about what was trained on what."""
+        kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
+        return (
+            f"Trained {self.trained:,} parameters ({self.settings['train']}) for {self.steps} steps, of which step "
+            f"{self.kept} is kept; {self.epochs:.1f} times through tokens: {kinds}."
+        )
+
+
+@dataclass(frozen=True)
 class Continuation:
     """How the dense and the fused model go on from a prompt: by their most likely token each time, to their end or
     for some tokens.
@@ -148,7 +204,8 @@ class FusionReport:
     what a user should know, one sentence each. `continuations` shows what both models write, empty where nobody asked
     for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
-    model, see `lf_hf.numerics.weights_digest`.
+    model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
+    trained after the fusion, None where it was not.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
     local paths are private.
@@ -174,6 +231,8 @@ class FusionReport:
     fingerprints: dict[str, str] | None = None
     weights_digest: str | None = None
     continuations: list[Continuation] = field(default_factory=list)
+    base_digest: str | None = None
+    healed: HealingInfo | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))
@@ -257,8 +316,22 @@ class FusionReport:
             if judged.divergence is not None and judged.agreement is not None:
                 figures += f", divergence {judged.divergence:.4g}, agreement {judged.agreement:.1%}"
             lines.append(f"  perplexity: {figures} ({judged.label}, {judged.tokens} tokens)")
+        lines += self._healed_lines()
         lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _healed_lines(self) -> list[str]:
+        if self.healed is None:
+            return []
+        healed = self.healed
+        lines = [f"  healed: {healed.summary()}"]
+        for judged in healed.judged:
+            lines.append(
+                f"  healed, {judged.name}: perplexity {judged.perplexity_before:.4g} -> {judged.perplexity_after:.4g}, "
+                f"divergence {judged.divergence_before:.3f} -> {judged.divergence_after:.3f} nats a token, agreement "
+                f"{judged.agreement_before:.1%} -> {judged.agreement_after:.1%}"
+            )
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plus both compression figures, as strict JSON has it."""
@@ -313,6 +386,8 @@ class FusionReport:
             kept = _are_counts(fitted.channels_kept, len(fitted.layers))
             checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
         checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        if self.healed is not None:
+            checks["healed has no train among its settings"] = "train" not in self.healed.settings
         perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
         checks["perplexities has one that is not positive"] = any(value <= 0 for value in perplexities)
         agreements = [judged.agreement for judged in self.perplexities if judged.agreement is not None]

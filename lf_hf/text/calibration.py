@@ -89,6 +89,11 @@ class Corpus:
     by_default: bool = False
 
     @property
+    def names(self) -> list[str]:
+        """Where each of the parts is from."""
+        return self.source.rsplit(", ", len(self.parts) - 1)
+
+    @property
     def full_source(self) -> str:
         """Where all of the text is from."""
         return f"{self.source}, text by the model itself" if self.generated_share else self.source

@@ -76,13 +76,7 @@ def pack_corpus(
     ValueError
         If there are fewer tokens than one sequence has, or ids that the model does not have.
     """
-    packed: dict[str, list[Tensor]] = {}
-    pack = pack_tokens if corpus.by_default else _pack_all  # a user's text counts from its beginning to its end
-    left = max_tokens
-    for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
-        packed[part] = pack(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
-        left -= sum(map(len, packed[part]))
-    sequences = interleaved(*(packed[part] for part in corpus.parts))
+    sequences = interleaved(*pack_parts(tokenizer, corpus, length, max_tokens))
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(
@@ -91,6 +85,17 @@ def pack_corpus(
         )
     check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
     return sequences
+
+
+def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int) -> list[list[Tensor]]:
+    """As `pack_corpus`, the sequences of each part in a list of their own; there may be none."""
+    packed: dict[str, list[Tensor]] = {}
+    pack = pack_tokens if corpus.by_default else _pack_all  # a user's text counts from its beginning to its end
+    left = max_tokens
+    for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
+        packed[part] = pack(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
+        left -= sum(map(len, packed[part]))
+    return [packed[part] for part in corpus.parts]
 
 
 def interleaved(*lists: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Healing: a short distillation of a fused model from its base, through transformers' Trainer."""

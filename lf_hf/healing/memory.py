@@ -1,0 +1,36 @@
+"""What a training takes of a device's memory, about, from its largest terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lf_hf.healing.loss import LOGITS
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes: `fixed` for weights, gradients and the optimizer's state, and `sequence` for each that is run at once."""
+
+    fixed: int
+    sequence: int
+
+
+def training_memory(config: LlamaConfig, student: nn.Module, length: int, bytes_per_value: int) -> TrainingMemory:
+    """What training a student takes, that is not on the device yet, with AdamW and without checkpointing."""
+    parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in student.parameters()]
+    fixed = sum(count * (size + (12 if trained else 0)) for count, size, trained in parameters)
+    fixed += 4 * sum(count for count, _, _ in parameters) // 2  # copies of weights in what autocast computes in
+    # Of each layer: its input, two norms, queries, keys, values, what attention and the MLP give, and the MLP's inside.
+    values = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
+    return TrainingMemory(fixed + 6 * 4 * LOGITS, length * values * bytes_per_value)
+
+
+def model_bytes(config: LlamaConfig, bytes_per_value: int) -> int:
+    """What a model's weights take."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * bytes_per_value

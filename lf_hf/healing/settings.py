@@ -1,0 +1,133 @@
+"""HealSettings: every hyper-parameter of a healing, validated, in one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
+
+TRAIN = ("fused", "lora", "all")
+_INT_MINIMUM = {"tokens": LEAST_HEAL_TOKENS, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
+# Inclusive lower and upper bounds; zero is excluded where it would mean that nothing is learnt.
+_FLOAT_RANGE = {"learning_rate": (0.0, 1.0), "temperature": (0.0, 100.0)}
+_SHARES = ("next_token_share", "written_share")
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """Settings of a healing.
+
+    Parameters
+    ----------
+    tokens : int >= 1024, default=131072
+        Tokens to train on, repeats counted.
+    train : {"all", "fused", "lora"}, default="all"
+        What is trained. "fused": the fused layers and all norms. "lora": adapters on every projection, which are
+        merged at the end. "all": all weights.
+    learning_rate : float > 0, default=2e-4
+        The highest one, after the warm-up.
+    temperature : float > 0, default=1.0
+        What both models' logits are divided by before they are compared.
+    next_token_share : float in 0..1, default=0.0
+        Share of the loss that is for the text's own next token; the rest is for the base's predictions.
+    written_share : float in 0..0.9, default from the text
+        Share of the tokens that the base writes itself.
+    length : int >= 16, default=512
+        Tokens of a sequence.
+    batch_tokens : int >= 16, default=2048
+        Tokens of a step, over all processes.
+    lora_rank : int >= 1, default=32
+        Rank of the adapters.
+    top_k : int >= 1, default=64
+        How many of the base's predictions of a token are kept where they are written to disk; all others are one.
+    seed : int >= 0, default=0
+        Seed of the text that the base writes and of the order of sequences.
+
+    Raises
+    ------
+    ValueError
+        If a value has the wrong type, is out of range, or is no known choice.
+    """
+
+    tokens: int = 131072
+    train: str = "all"
+    learning_rate: float = 2e-4
+    temperature: float = 1.0
+    next_token_share: float = 0.0
+    written_share: float | None = None
+    length: int = 512
+    batch_tokens: int = 2048
+    lora_rank: int = 32
+    top_k: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAIN:
+            raise ValueError(unknown_name("train", str(self.train), TRAIN))
+        for name, minimum in _INT_MINIMUM.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
+        for name, (lower, upper) in _FLOAT_RANGE.items():
+            if not _is_number(value := getattr(self, name)) or not lower < value <= upper:
+                raise ValueError(f"{name} must be greater than {lower:g} and at most {upper:g}, got {value!r:.80}.")
+        for name in _SHARES:
+            value, most = getattr(self, name), 0.9 if name == "written_share" else 1.0
+            if value is None and name == "written_share":
+                continue
+            if not _is_number(value) or not 0 <= value <= most:
+                raise ValueError(f"{name} must be 0 to {most:g}, got {value!r:.80}.")
+        if self.batch_tokens < self.length:
+            raise ValueError(f"batch_tokens={self.batch_tokens} holds no sequence of length={self.length}; raise it.")
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step, over all processes."""
+        return self.batch_tokens // self.length
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return max(1, self.tokens // (self.batch * self.length))
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of all fields."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> HealSettings:
+        """Build from values that may be strings, as command lines give them.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name or a value that does not parse.
+        """
+        for name in kwargs:
+            if name not in cls.field_names():
+                raise ValueError(unknown_name("healing setting", name, cls.field_names()))
+        return cls(**{name: _parse(name, value) for name, value in kwargs.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def _parse(name: str, value: Any) -> Any:
+    """Read a string as the type of field `name`; any other value passes through."""
+    if not isinstance(value, str) or name == "train":
+        return value
+    try:
+        return int(value) if name in _INT_MINIMUM else float(value)
+    except ValueError:
+        wanted = "an integer" if name in _INT_MINIMUM else "a number"
+        raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

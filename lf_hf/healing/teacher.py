@@ -1,0 +1,161 @@
+"""What the base predicts: computed beside the training, or read from files that it was written to once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.healing.loss import LOGITS, FullTargets, TopTargets
+from lf_hf.healing.text import Kind
+from lf_hf.numerics import all_finite
+from lf_hf.progress import progress
+
+_TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
+_INDEX = "text.json"
+
+Item = Mapping[str, Tensor]
+"""A sequence, `input_ids` (tokens T,), with what is known of the base's predictions."""
+
+
+def stacked(items: Sequence[Item]) -> dict[str, Tensor]:
+    """A batch of items."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+class Teacher(Protocol):
+    """Where a training gets the base's predictions from."""
+
+    def targets(self, batch: Item) -> FullTargets | TopTargets:
+        """Of a batch of items, stacked."""
+
+
+class MemoryTeacher:
+    """The base in memory."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model.requires_grad_(False)
+
+    @torch.no_grad()
+    def targets(self, batch: Item) -> FullTargets:
+        ids = batch["input_ids"].to(self.model.device)
+        states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return FullTargets(states, self.model.lm_head.weight)
+
+
+class FileTeacher:
+    """What `write_targets` has written, which comes with the items."""
+
+    def targets(self, batch: Item) -> TopTargets:
+        return TopTargets(batch["top_ids"], batch["top_log_probs"], batch["own_log_probs"])
+
+
+class WrittenItems(Sequence[Item]):
+    """Items in files of `write_targets`; they are read when they are used."""
+
+    def __init__(self, files: Sequence[Path], counts: Sequence[int]) -> None:
+        self._places = [(file, row) for file, count in zip(files, counts, strict=True) for row in range(count)]
+        self._opened: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: Any) -> Any:
+        file, row = self._places[place]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, "pt")
+        opened = self._opened[file]
+        item = {name: opened.get_slice(name)[row : row + 1][0] for name in opened.keys()}  # noqa: SIM118
+        return item | {"input_ids": item["input_ids"].long()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": {}}  # for the processes of a data loader
+
+
+@torch.no_grad()
+def write_targets(
+    decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_k: int, temperature: float, note: dict[str, Any]
+) -> None:
+    """Write sequences, and the most likely of the base's predictions of their tokens, into a new folder.
+
+    All layers of the base are used once for each 131,072 tokens, so it may lie on disk. The folder appears when it is
+    whole.
+    """
+    new = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    new.mkdir(parents=True)
+    try:
+        sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+        together = max(1, _TOGETHER // len(sequences[0]))
+        counts: list[int] = []
+        for start in range(0, len(sequences), together):
+            part = sequences[start : start + together]
+            save_file(_targets(decoder, part, top_k, temperature), new / _file_name(len(counts)))
+            counts.append(len(part))
+        of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
+        (new / _INDEX).write_text(json.dumps({"kinds": of_kinds, "counts": counts} | note), encoding="utf-8")
+        if not folder.exists():  # else another process was faster, with the same
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def read_targets(folder: Path) -> tuple[WrittenItems, list[tuple[str, int, int]]]:
+    """The items that `write_targets` wrote, and of each kind of text its name and numbers of items.
+
+    Those of a kind are together, first those to train on, then those kept aside.
+    """
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    files = [folder / _file_name(number) for number in range(len(index["counts"]))]
+    return WrittenItems(files, index["counts"]), [(name, train, aside) for name, train, aside in index["kinds"]]
+
+
+def targets_folder(cache: Path, **made_of: Any) -> Path:
+    """Where in a cache the predictions of a base on a text are, by all that they depend on."""
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    return cache / f"targets-{key}"
+
+
+def _file_name(number: int) -> str:
+    return f"targets-{number:05}.safetensors"
+
+
+def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperature: float) -> dict[str, Tensor]:
+    """Tensors of shape (sequences, tokens T, ...). All sequences are of one length."""
+    batches = decoder.batches(sequences)
+    walk = progress(decoder.walk(batches), total=decoder.num_layers, desc="The base's predictions", unit="layer")
+    for states in walk:
+        last = states
+    rows = max(1, LOGITS // decoder.config.vocab_size)
+    ids, log_probs, own = [], [], []
+    with decoder.head() as head:
+        for batch, state in zip(batches, last, strict=True):
+            following = batch.roll(-1, dims=1).flatten()  # that of a sequence's last token is not used
+            parts = state.flatten(0, 1).split(rows)
+            for part, wanted in zip(parts, following.split(rows), strict=True):
+                logits = head(part[None])[0].float()  # (rows, vocab)
+                if not all_finite(logits):
+                    raise ValueError(
+                        "The base's predictions contain NaN or inf; use a dtype of wider range, such as bfloat16."
+                    )
+                top = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]))
+                ids.append(top.indices.int().cpu())
+                log_probs.append(top.values.half().cpu())
+                own.append(logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0].cpu())
+    shape = (len(sequences), len(sequences[0]))
+    return {
+        "input_ids": torch.cat([batch.cpu() for batch in batches]).int(),
+        "top_ids": torch.cat(ids).view(*shape, -1),
+        "top_log_probs": torch.cat(log_probs).view(*shape, -1),
+        "own_log_probs": torch.cat(own).view(shape),
+    }

@@ -1,0 +1,168 @@
+"""The text of a healing: kinds of text, each as sequences to train on and sequences that are kept aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lf_hf.healing.settings import HealSettings
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.packing import check_ids, pack_parts
+
+HELD_OUT = 4
+"""Sequences of a kind of text that are kept aside at most, to see how far the healed model is from the base."""
+
+WRITTEN = "written by the base"
+_WRITTEN_TOGETHER = 64  # sequences
+_CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that texts from the hub are enough
+
+Write = Callable[[int, int, int], list[Tensor]]
+"""Of so many sequences, tokens of each, and a seed: text that the base writes, as `Decoder.generate`."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of text. All sequences are int64 tensors of shape (length,)."""
+
+    name: str
+    training: list[Tensor]
+    held_out: list[Tensor]
+
+
+def healing_text(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int, write: Write
+) -> list[Kind]:
+    """Sequences of `settings.length` tokens of each kind of text, as many as are trained on, or as there are.
+
+    Text is taken evenly from its beginning to its end, and the base writes the share that the settings, or else the
+    corpus, ask for.
+
+    Raises
+    ------
+    ValueError
+        If the text fills fewer than two sequences, or has ids that the model does not have.
+    """
+    length = settings.length
+    share = corpus.generated_share if settings.written_share is None else settings.written_share
+    budget = settings.steps * settings.batch
+    wanted = int(budget * share)
+    aside = HELD_OUT * len(corpus.parts)
+    parts = pack_parts(tokenizer, corpus, length, (budget - wanted + aside) * length)
+    kinds = [
+        _split(name, [sequence for sequence in part if len(sequence) == length])
+        for name, part in zip(corpus.names, parts, strict=True)
+    ]
+    there = sum(len(kind.training) for kind in kinds)
+    if not there:
+        tokens = sum(len(sequence) for part in parts for sequence in part)
+        raise ValueError(
+            f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
+            f"length={length}; give more text."
+        )
+    check_ids(max(int(sequence.max()) for part in parts for sequence in part), vocab_size)
+    count = min(wanted, round(there * share / (1 - share)))  # short text keeps its share
+    if count or len([kind for kind in kinds if kind.held_out]) < 2:
+        written = []
+        for start in range(0, count + HELD_OUT, _WRITTEN_TOGETHER):
+            together = min(_WRITTEN_TOGETHER, count + HELD_OUT - start)
+            written += write(together, length, settings.seed + start)
+        kinds.append(Kind(WRITTEN, written[HELD_OUT:], written[:HELD_OUT]))
+    return [kind for kind in kinds if kind.training or kind.held_out]
+
+
+def _split(name: str, sequences: list[Tensor]) -> Kind:
+    """Sequences with some of them, spread evenly, kept aside: an eighth, or half of the last two."""
+    count = min(HELD_OUT, len(sequences) // 8 or len(sequences) // 2)
+    places = {(2 * n + 1) * len(sequences) // (2 * count) for n in range(count)}
+    return Kind(
+        name,
+        [sequence for place, sequence in enumerate(sequences) if place not in places],
+        [sequences[place] for place in sorted(places)],
+    )
+
+
+def save_kinds(kinds: Sequence[Kind], file: Path) -> None:
+    """Write kinds of text, for `load_kinds`; the file appears when it is whole."""
+    tensors = {
+        f"{number} {part}": torch.stack(sequences)
+        for number, kind in enumerate(kinds)
+        for part, sequences in (("training", kind.training), ("held_out", kind.held_out))
+        if sequences
+    }
+    new = file.with_suffix(".new")
+    save_file(tensors, new, metadata={"names": json.dumps([kind.name for kind in kinds])})
+    new.replace(file)
+
+
+def load_kinds(file: Path) -> list[Kind]:
+    """What `save_kinds` wrote."""
+    with safe_open(file, "pt") as opened:
+        names = json.loads(opened.metadata()["names"])
+        found = {name: list(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+    return [
+        Kind(name, found.get(f"{number} training", []), found.get(f"{number} held_out", []))
+        for number, name in enumerate(names)
+    ]
+
+
+def training_order(count: int, total: int, seed: int) -> list[int]:
+    """Numbers of `total` sequences out of `count`: all of them in a new order, again and again."""
+    random = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < total:
+        order += torch.randperm(count, generator=random).tolist()
+    return order[:total]
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Some of the items, each `{"input_ids": (tokens T,), ...}`, by their numbers, which may repeat."""
+
+    def __init__(self, items: Sequence[Mapping[str, Tensor]], numbers: Sequence[int]) -> None:
+        self.items, self.numbers = items, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        return dict(self.items[self.numbers[place]])
+
+
+def hub_texts(name: str, config: str | None, split: str, column: str, tokens: int) -> list[str]:
+    """The first texts of a data set on the hub, streamed, that have some `tokens` tokens together.
+
+    Raises
+    ------
+    ValueError
+        If `datasets` is not installed, or the data set, its split or its column is not there.
+    """
+    if find_spec("datasets") is None:
+        raise ValueError(f"dataset={name!r} needs the datasets package; run `pip install 'lf_hf[heal]'`.")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, streaming=True)
+        texts = list(_until(tokens * _CHARACTERS_PER_TOKEN, (row[column] for row in rows)))
+    except KeyError:
+        raise ValueError(f"The data set {name!r} has no column {column!r}; name the one with text.") from None
+    except Exception as error:  # of any kind: the hub's, the reader's, a missing split
+        reason = " ".join(f"{error}".split())
+        raise ValueError(f"The data set {name!r} cannot be read ({reason:.300}).") from None
+    return texts
+
+
+def _until(characters: int, texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return

@@ -1,0 +1,285 @@
+"""The training: transformers' Trainer, with a student that computes its own loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.trainer_callback import PrinterCallback
+
+from lf_hf.config import unknown_name
+from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
+from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.teacher import Teacher
+from lf_hf.progress import progress
+
+EVALUATIONS = 6
+"""How many times a training looks at held-out text, and keeps its state."""
+
+DIVERGENCE = "eval_divergence"
+_ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# TrainingArguments that healing itself depends on.
+_OWN = (
+    "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy greater_is_better label_names "
+    "label_smoothing_factor learning_rate load_best_model_at_end max_steps metric_for_best_model num_train_epochs "
+    "output_dir prediction_loss_only push_to_hub remove_unused_columns resume_from_checkpoint save_only_model "
+    "save_steps save_strategy seed train_sampling_strategy use_liger_kernel"
+).split()
+
+
+class Student(LlamaForCausalLM):
+    """A Llama whose forward pass is its distillation loss, so that any wrapper around it sees one ordinary module."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        targets: FullTargets | TopTargets | None = None,
+        loss: Loss | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """{"loss": ...} of a batch: ids of shape (sequences B, tokens T)."""
+        assert input_ids is not None and targets is not None
+        states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss or Loss())}
+
+
+def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers: Sequence[int]) -> nn.Module:
+    """A copy of a model to be trained as the settings say; `trained_layers` are the fused ones.
+
+    What is trained is in float32, as bfloat16 loses small steps.
+
+    Raises
+    ------
+    ValueError
+        If adapters are asked for, and peft is not installed.
+    """
+    with torch.device("meta"):
+        student = Student(model.config)
+    dtype = model.dtype if settings.train == "lora" else torch.float32
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
+    student.load_state_dict(weights, assign=True)
+    student.tie_weights()
+    if model.config.tie_word_embeddings:
+        student._keys_to_ignore_on_save = {"lm_head.weight"}  # so that the Trainer does not miss it in its checkpoints
+    student.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    if settings.train == "lora":
+        return _with_adapters(student, settings)
+    layers = tuple(f"model.layers.{number}." for number in trained_layers)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(settings.train == "all" or name.startswith(layers) or "norm" in name)
+    return student
+
+
+def _with_adapters(student: Student, settings: HealSettings) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("train='lora' needs the peft package; run `pip install 'lf_hf[heal]'`.") from None
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=_ADAPTED, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(settings.seed)
+    return get_peft_model(student, config)
+
+
+def trained_state(trainer: DistillationTrainer, model: LlamaForCausalLM, settings: HealSettings) -> dict[str, Tensor]:
+    """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return {}
+    if settings.train == "lora":
+        student: Any = make_student(model, settings, [])
+        student.load_state_dict(state)
+        state = student.merge_and_unload().state_dict()
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
+
+    `diverged` is the step and the learning rate at which the loss was not finite, where it ever was; training stops
+    there.
+    """
+
+    def __init__(self, *, teacher: Teacher, loss: Loss, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.teacher, self.loss = teacher, loss
+        self.diverged: tuple[int, float] | None = None
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Progress())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = self.loss if model.training else Loss()  # held-out text is judged by the divergence itself
+        outputs = model(input_ids=inputs["input_ids"], targets=self.teacher.targets(inputs), loss=loss)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.diverged is None and not self.accelerator.gather(loss.isfinite()).all():
+            self.diverged = self.state.global_step + 1, self._get_learning_rate()
+            self.control.should_training_stop = True
+        return loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
+        if eval_dataset is None and isinstance(self.eval_dataset, dict):  # not one kind of text of several
+            found = [metrics[f"eval_{name}_loss"] for name in self.eval_dataset]
+            metrics[DIVERGENCE] = sum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
+            self.log({DIVERGENCE: metrics[DIVERGENCE]})
+        return metrics
+
+    def curve(self) -> dict[int, dict[str, float]]:
+        """Of each step at which held-out text was looked at, the divergences, nats a token, by kind of text."""
+        found: dict[int, dict[str, float]] = {}
+        assert isinstance(self.eval_dataset, dict)
+        for entry in self.state.log_history:
+            for name in self.eval_dataset:
+                if (value := entry.get(f"eval_{name}_loss")) is not None:
+                    found.setdefault(int(entry["step"]), {})[name] = value
+        return found
+
+
+class _Progress(TrainerCallback):
+    """Shows how far a training is, and looks at held-out text after its last step too."""
+
+    def __init__(self) -> None:
+        self._shown: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._shown = progress(total=state.max_steps, desc="Healing", unit="step").__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._shown is not None:
+            self._shown.update()
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(None, None, None)
+
+
+def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """TrainingArguments of a command line, each "name=value", the value as in JSON or a string.
+
+    Raises
+    ------
+    ValueError
+        For one without a name.
+    """
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"A training argument must be NAME=VALUE, got {pair!r:.80}.")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    return given
+
+
+def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
+    """TrainingArguments for a healing whose state is kept in `folder`; those `given` count.
+
+    Making them joins the processes of a launcher.
+
+    Raises
+    ------
+    ValueError
+        For a name that TrainingArguments does not have, that healing sets itself, or a value that it refuses.
+    """
+    known = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_name("training argument", name, known))
+        if name in _OWN:
+            raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
+    every = max(1, math.ceil(settings.steps / EVALUATIONS))
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": settings.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": computes_bfloat16(),
+        "disable_tqdm": True,
+        "logging_steps": max(1, settings.steps // 50),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": DIVERGENCE,
+        "greater_is_better": False,
+    }
+    try:
+        return TrainingArguments(**values | dict(given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
+
+
+def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:
+    """Split a step's `batch` sequences over processes and, at most `most` together, over parts of a step.
+
+    Raises
+    ------
+    ValueError
+        If they do not divide.
+    """
+    world = arguments.world_size
+    of_process, left = divmod(batch, world)
+    if left:
+        raise ValueError(
+            f"A step has {batch} sequences, which {world} processes cannot share evenly; set batch_tokens."
+        )
+    size = given.get("per_device_train_batch_size")
+    if size is None and "gradient_accumulation_steps" in given:
+        size = of_process // given["gradient_accumulation_steps"]
+    if size is None:
+        size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= max(1, most))
+    if size < 1 or of_process % size:
+        raise ValueError(
+            f"per_device_train_batch_size={size} does not divide the {of_process} sequences of a step and process."
+        )
+    arguments.per_device_train_batch_size = size
+    # One by one, as the mean of a batch that is filled up for the last of several processes is another.
+    arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)
+    arguments.gradient_accumulation_steps = of_process // size
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine multiplies matrices in bfloat16 faster than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

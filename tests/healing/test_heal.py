@@ -1,0 +1,327 @@
+"""Healing: a fused model comes nearer to its base, never further from it, and is saved as what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM, FusionReport
+from lf_hf.cli import main
+from lf_hf.files.base import Base
+from lf_hf.healing import heal as module
+from lf_hf.healing import training
+from lf_hf.healing.loss import distillation_loss
+from lf_hf.text.judging import judging_texts
+from lf_hf.text.packing import pack_tokens
+
+TEXTS = make_texts(1200, seed=5)
+SETTINGS: dict[str, Any] = {"tokens": 4096, "length": 64, "batch_tokens": 256, "learning_rate": 3e-3}
+SETTINGS |= {"text": TEXTS, "training_args": {"bf16": False}}
+
+
+@pytest.fixture(scope="module")
+def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused") / "fused"
+    lf_hf.fuse_checkpoint(base, folder, num_fusions=2, method="truncate", perplexity_tokens=500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def healed(base: str, fused: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healed") / "healed"
+    lf_hf.heal(fused, folder, base=base, **SETTINGS)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def mean(divergences: dict[str, float]) -> float:
+    return sum(divergences.values()) / len(divergences)
+
+
+def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, fused: Path) -> None:
+    report = FusionReport.load(healed)
+    assert report.healed is not None and report.healed.kept > 0
+    points = {point.step: mean(point.divergences) for point in report.healed.curve}
+    assert all(len(point.divergences) >= 2 for point in report.healed.curve)
+    assert points[report.healed.kept] == min(points.values()) < 0.7 * points[0]
+    assert {judged.name for judged in report.healed.judged} == {judging.name for judging in judging_texts()}
+    for judged in report.healed.judged:
+        assert judged.divergence_after < judged.divergence_before
+        assert judged.agreement_after > judged.agreement_before
+    assert not same_bits(healed, fused) and {file.name for file in healed.iterdir()} == {
+        f.name for f in fused.iterdir()
+    }
+    assert "## Healed" in (healed / "README.md").read_text(encoding="utf-8")
+    assert FusionReport.from_dict(report.to_dict()) == report
+    assert sum(info.tokens for info in report.healed.text) * report.healed.epochs == pytest.approx(4096)
+
+
+def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> None:
+    report = FusionReport.load(healed)
+    model = AutoModelForCausalLM.from_pretrained(healed)
+    assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report
+    of_base = AutoModelForCausalLM.from_pretrained(base)
+    [judging, *_] = judging_texts()
+    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 64, 500) if len(part) == 64])
+    with torch.no_grad():
+        logits, wanted = (m(ids).logits[:, :-1].flatten(0, 1).double() for m in (model, of_base))
+    loss = cross_entropy(logits, ids[:, 1:].flatten())
+    assert report.healed is not None
+    [judged] = [entry for entry in report.healed.judged if entry.name == judging.name]
+    assert judged.perplexity_after == pytest.approx(loss.exp().item(), rel=1e-4)
+    agreement = (logits.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+    assert judged.agreement_after == pytest.approx(agreement, abs=1e-3)
+    p, q = wanted.log_softmax(-1), logits.log_softmax(-1)
+    assert judged.divergence_after == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    [perplexity] = [info for info in report.perplexities if info.name == judging.name]
+    assert perplexity.fused == judged.perplexity_after
+
+
+def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_path: Path) -> None:
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"tokens": 1024, "learning_rate": 1e-30})
+    assert same_bits(tmp_path / "out", fused)
+    assert report.healed is not None and report.healed.kept == 0
+    assert any("did not bring the model nearer" in note for note in report.notes)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = distillation_loss, list[bool]()
+
+    def breaks(states: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        calls.append(states.requires_grad)
+        return real(states, *arguments) * (float("nan") if states.requires_grad and sum(calls) > 9 else 1)
+
+    monkeypatch.setattr(training, "distillation_loss", breaks)
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert report.healed is not None and 0 < report.healed.kept < 10
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+    assert any("not finite at step 10" in note and "learning rate of" in note for note in report.notes)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
+    base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real = training.DistillationTrainer.training_step
+
+    def kill(self: Any, *arguments: Any) -> torch.Tensor:
+        if self.state.global_step == 10:
+            raise Killed
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.DistillationTrainer, "training_step", kill)
+        with pytest.raises(Killed):
+            lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert not (tmp_path / "out" / "config.json").exists()
+    steps: list[int] = []
+
+    def counted(self: Any, *arguments: Any) -> torch.Tensor:
+        steps.append(self.state.global_step)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(training.DistillationTrainer, "training_step", counted)
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert 0 < min(steps) < 10 and same_bits(tmp_path / "out", healed)
+    whole = FusionReport.load(healed).healed
+    assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
+
+
+def test_predictions_on_disk_teach_what_the_base_in_memory_teaches(
+    base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept to half precision. A second healing reads them, and no base."""
+    arguments = SETTINGS | {"top_k": 320, "cache": tmp_path / "cache", "base": base}
+    lf_hf.heal(fused, tmp_path / "out", **arguments)
+    found, wanted, before = weights(tmp_path / "out"), weights(healed), weights(fused)
+    apart = sum((found[name] - wanted[name]).norm() ** 2 for name in wanted) ** 0.5
+    moved = sum((before[name] - wanted[name]).norm() ** 2 for name in wanted) ** 0.5
+    assert apart < 0.02 * moved
+    monkeypatch.delattr(Base, "load")
+    lf_hf.heal(fused, tmp_path / "again", **arguments)
+    assert same_bits(tmp_path / "again", tmp_path / "out")
+
+
+def test_a_base_that_does_not_fit_is_read_from_disk(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "model_bytes", lambda *_: 1 << 60)
+    monkeypatch.delattr(Base, "load")
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda _: 1000)
+    monkeypatch.delattr(Base, "load")
+    with pytest.raises(ValueError, match=r"GB are free, but training takes .* take train='lora'"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("train", ["fused", "lora"])
+def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp_path: Path) -> None:
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"train": train, "lora_rank": 2})
+    before, after = weights(fused), weights(tmp_path / "out")
+    assert report.healed is not None and report.healed.kept > 0 and before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if train == "lora":
+        assert changed == {name for name in before if "_proj" in name}
+        low = {name for name in changed if torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2}
+        assert low == changed
+    else:
+        assert changed == {name for name in before if "norm" in name or name.startswith("model.layers.2.")}
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does(way: str, base: str, fused: Path, healed: Path, tmp_path: Path) -> None:
+    """With the same sequences in each step; to rounding, which training amplifies. What FSDP2 saves loads."""
+    arguments = {**SETTINGS, "fused": str(fused), "out": str(tmp_path / "out"), "base": base}
+    if way == "fsdp2":
+        arguments["training_args"] = {"bf16": False, "fsdp": True}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run(
+        [*launch.split(), str(ROOT / "tests" / "healing_processes.py"), str(tmp_path / "arguments.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, wanted = (FusionReport.load(folder).healed for folder in (tmp_path / "out", healed))
+    assert found is not None and wanted is not None
+    assert [point.step for point in found.curve] == [point.step for point in wanted.curve]
+    for point, of_one in zip(found.curve, wanted.curve, strict=True):
+        assert point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
+    loaded = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in FusedLlamaForCausalLM.from_pretrained(healed).state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)
+
+
+def test_a_plain_checkpoint_stays_plain(base: str, fused: Path, healed: Path, tmp_path: Path) -> None:
+    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", as_llama=True)
+    lf_hf.heal(tmp_path / "plain", tmp_path / "out", base=base, **SETTINGS)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+    assert same_bits(tmp_path / "out", healed)
+
+
+def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: Path) -> None:
+    lf_hf.fuse_checkpoint(
+        base, tmp_path / "fused", num_fusions=2, method="truncate", dtype="bfloat16", perplexity_tokens=500
+    )
+    arguments = SETTINGS | {"learning_rate": 1e-4, "training_args": {}}
+    report = lf_hf.heal(tmp_path / "fused", tmp_path / "out", base=base, **arguments)
+    assert report.healed is not None and report.healed.kept > 0
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert not same_bits(tmp_path / "out", tmp_path / "fused")
+
+
+def test_many_epochs_are_a_warning(base: str, fused: Path, tmp_path: Path) -> None:
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"text": TEXTS[:20], "tokens": 4096})
+    assert report.healed is not None and report.healed.epochs > 3
+    assert any("times through its text" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": 10}, "tokens must be an integer of at least 1024, got 10"),
+        ({"train": "norms"}, "Unknown train 'norms'"),
+        ({"learning_rate": 0}, "learning_rate must be greater than 0"),
+        ({"written_share": 1.0}, "written_share must be 0 to 0.9"),
+        ({"next_token_share": 2}, "next_token_share must be 0 to 1"),
+        ({"batch_tokens": 32}, "batch_tokens=32 holds no sequence of length=64"),
+        ({"learning_rat": 1e-3}, "learning_rat"),
+        ({"text": ["too short"]}, "do not fill two sequences of length=64"),
+        ({"training_args": {"bf61": True}}, "did you mean 'bf16'?"),
+        ({"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
+        ({"training_args": {"per_device_train_batch_size": 3}}, "does not divide"),
+        ({"dataset": "some/set"}, "text and dataset exclude each other"),
+        ({"base": None}, "say where it is with base="),
+    ],
+)
+def test_bad_settings_get_a_sentence(
+    values: dict[str, Any], message: str, base: str, fused: Path, tmp_path: Path
+) -> None:
+    arguments = {**SETTINGS, "base": base, **values}
+    if "text" in values:
+        arguments["written_share"] = 0
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lf_hf.heal(fused, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_another_base_gets_a_sentence(make_base: Callable[..., str], base: str, fused: Path, tmp_path: Path) -> None:
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is not the base that this model was fused from"):
+        lf_hf.heal(fused, tmp_path / "out", base=tmp_path / "other", **SETTINGS)
+    with pytest.raises(ValueError, match="has 330 embeddings, and the fused model 320"):
+        lf_hf.heal(fused, tmp_path / "out", base=make_base(vocab_size=330), **SETTINGS)
+    with pytest.raises(ValueError, match=r"holds no fusion_report\.json"):
+        lf_hf.heal(base, tmp_path / "out", base=base, **SETTINGS)
+
+
+def test_the_command_line(
+    base: str, fused: Path, healed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS), encoding="utf-8")
+    arguments = ["heal", str(fused), str(tmp_path / "out"), "--base", base, "--text", str(tmp_path / "text.jsonl")]
+    arguments += "--tokens 4096 --length 64 --batch-tokens 256 --learning-rate 3e-3 --arg bf16=false".split()
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "divergence, docs" in out and "of which step" in out
+    assert same_bits(tmp_path / "out", healed)
+    assert main([*arguments[:6], "--arg", "bf16"]) == 2
+
+
+def test_it_heals_while_loading_and_keeps_the_result(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 16384, "calibration": TEXTS}
+    arguments |= {"perplexity_tokens": 0, "fused_dir": tmp_path / "fused"}
+    with pytest.raises(ValueError, match="heal_tokens must be 0 or at least 1024, got 10"):
+        FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 10})
+    with pytest.raises(ValueError, match="heal_tokens=2048 cannot be used with low_memory=True"):
+        lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
+    assert model.fusion_report is not None and model.fusion_report.healed is not None
+    assert model.fusion_report.healed.kept > 0 and model.fusion_report.config["heal_tokens"] == 16384
+    with monkeypatch.context() as patch:
+        patch.delattr(Base, "load")
+        again = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    plain = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 0})
+    assert plain.fusion_report is not None and plain.fusion_report.healed is None

@@ -1,0 +1,86 @@
+"""The loss of a distillation: what it is, and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import normal
+from torch.nn.functional import cross_entropy, kl_div
+
+from lf_hf.healing import loss as module
+from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
+
+SEQUENCES, TOKENS, HIDDEN, VOCAB = 2, 7, 5, 11
+IDS = torch.randint(VOCAB, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def student() -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        normal(SEQUENCES, TOKENS, HIDDEN, seed=1).requires_grad_(),
+        normal(VOCAB, HIDDEN, seed=2).requires_grad_(),
+    )
+
+
+def base_logits() -> torch.Tensor:
+    return normal(SEQUENCES, TOKENS, HIDDEN, seed=3) @ normal(VOCAB, HIDDEN, seed=4).T
+
+
+def full() -> FullTargets:
+    return FullTargets(normal(SEQUENCES, TOKENS, HIDDEN, seed=3), normal(VOCAB, HIDDEN, seed=4))
+
+
+def top(k: int, temperature: float) -> TopTargets:
+    found = (base_logits() / temperature).log_softmax(-1).topk(k)
+    return TopTargets(found.indices, found.values, torch.zeros(SEQUENCES, TOKENS))
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOGITS", 3 * VOCAB)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(temperature: float, share: float) -> None:
+    states, weight = student()
+    found = distillation_loss(states, weight, IDS, full(), Loss(temperature, share))
+    logits = (states @ weight.T).flatten(0, 1).double()
+    of_base = base_logits().flatten(0, 1).double()
+    found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
+    divergence = kl_div(found_log, wanted_log, log_target=True, reduction="batchmean") * temperature**2
+    following = logits.view(SEQUENCES, TOKENS, VOCAB)[:, :-1].flatten(0, 1)
+    wanted = (1 - share) * divergence + share * cross_entropy(following, IDS[:, 1:].flatten())
+    torch.testing.assert_close(found, wanted.float())
+    gradients = torch.autograd.grad(3 * found, [states, weight])
+    torch.testing.assert_close(gradients, torch.autograd.grad(3 * wanted, [states, weight]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_all_tokens_as_the_most_likely_ones_are_all_predictions(temperature: float) -> None:
+    states, weight = student()
+    one, other = (
+        distillation_loss(states, weight, IDS, targets, Loss(temperature, 0.2))
+        for targets in (full(), top(VOCAB, temperature))
+    )
+    torch.testing.assert_close(one, other)
+    gradients = [torch.autograd.grad(value, [states, weight]) for value in (one, other)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_is_not_among_the_most_likely_counts_as_one_token() -> None:
+    states, weight = student()
+    targets = top(3, 1.0)
+    found = distillation_loss(states, weight, IDS, targets, Loss())
+    q = (states @ weight.T).double().softmax(-1)
+    p = base_logits().double().softmax(-1)
+    lumped = [
+        torch.cat([each.gather(-1, targets.ids), 1 - each.gather(-1, targets.ids).sum(-1, True)], -1) for each in (p, q)
+    ]
+    wanted = (lumped[0] * (lumped[0].log() - lumped[1].log())).sum(-1).mean()
+    torch.testing.assert_close(found, wanted.float())
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [states, weight]),
+        torch.autograd.grad(wanted, [states, weight]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
