@@ -102,6 +102,8 @@ def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None
     program, *arguments = words
     if program == "lf-hf":
         check_lf_hf(arguments or ["--help"])  # as main does
+    elif "lf_hf" in words[:8]:  # by a launcher
+        check_lf_hf(words[words.index("lf_hf") + 1 :])
     elif "lm_eval" in words[:8]:  # by itself, or by a launcher
         check_lm_eval(arguments)
     elif program.endswith("python"):
