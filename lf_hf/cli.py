@@ -491,12 +491,13 @@ def tasks() -> None:
 
 
 def _quiet_lm_eval() -> None:
-    """Keep lm-eval from telling how it builds each task, and from asking git for the version of the current folder."""
+    """Keep lm-eval from telling how it builds each task, and from asking git and the system for what nobody is told."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with suppress(ImportError):
         from lm_eval import evaluator
 
         evaluator.get_git_commit_hash = lambda: None
+        evaluator.add_env_info = lambda storage: None
 
 
 @contextmanager

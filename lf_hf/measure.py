@@ -32,7 +32,7 @@ from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_tokens,
 logger = logging.get_logger(__name__)
 
 PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
-CONTINUED_LENGTH = 32  # tokens that are added to a prompt
+CONTINUED_LENGTH = 24  # tokens that are added to a prompt
 MOST_READ = 1 << 26  # bytes that may be read from a disk for each of these
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.

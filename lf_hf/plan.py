@@ -14,26 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.config import FusionConfig
+from lf_hf.decoder.on_disk import STATES_IN_MEMORY
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.files.base import SPREAD, Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH
+from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
-from lf_hf.pipeline import STEP_TOKENS
+from lf_hf.pipeline import STEP_TOKENS, state_copies
 from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
+from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
 from lf_hf.text.mmlu import SUBJECTS
 
 _CHARACTERS_PER_TOKEN = 4
+_STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one
 _TOKENS_PER_QUESTION = 100  # of MMLU
 _CHOSEN = {
     "least_influence": "the layer of least influence joins the one before it",
@@ -141,7 +144,7 @@ def plan_fusion(
     devices = _devices(kwargs.get("device_map"))
     memory, reduced = (work.memory(devices[0], low_memory=low) for low in (False, True))
     seconds = work.seconds(devices[0])
-    needed, free = reduced if low_memory else memory, _free_memory(devices)
+    needed, free = reduced if low_memory else memory, sum(map(free_memory, devices))
     download = work.parameters * work.dtype.itemsize
     notes = {
         f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
@@ -252,7 +255,7 @@ class _Work:
     def memory(self, device: torch.device, *, low_memory: bool) -> int:
         """Bytes at the peak: the process, the weights, and the most that one phase needs beside them.
 
-        Activations of a sequence and states of running text, which go to disk early, are small beside these.
+        Activations of a sequence are small beside these. States of running text count where they would be kept there.
         """
         size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
         # Two layers, and on a device the next one, which is read meanwhile.
@@ -270,7 +273,12 @@ class _Work:
         if self.config.alignment != "none" and device.type == "cpu":
             phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
         if self.config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
-            phases.append(8 * self.candidates**2 + 2 * self.layer * size + (3 * size + 8) * self.candidates * hidden)
+            step = min(self.text, STEP_TOKENS)
+            tokens = max(_STATES_OF_A_GROUP * self.text, state_copies(self.config, self.llama.num_hidden_layers) * step)
+            states = int(tokens) * hidden * size
+            fit = 8 * self.candidates**2 + 2 * self.layer * size + (3 * size + 8) * self.candidates * hidden
+            room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
+            phases.append(fit + (states if states < room else 0))
         return process + weights * size + max(phases)
 
     def seconds(self, device: torch.device) -> float:
@@ -329,12 +337,6 @@ def _devices(device_map: Any) -> list[torch.device]:
             list(device_map.values()) if isinstance(device_map, dict) else ["cpu" if device_map is None else device_map]
         )
     return [torch.device(place) for place in dict.fromkeys(places) if place != "disk"] or [torch.device("cpu")]
-
-
-def _free_memory(devices: Sequence[torch.device]) -> int:
-    if devices[0].type == "cuda":
-        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    return psutil.virtual_memory().available
 
 
 def _change(before: int, after: int) -> str:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,10 +37,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lf_hf import FusionConfig
+from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.perplexity import perplexity
 from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
+from lf_hf.files.base import Base
+from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import calibration_sequences
 from lf_hf.pipeline import fuse
 from lf_hf.refit.group import token_weights
@@ -64,13 +68,17 @@ class Ways:
         sequences: Sequence[Tensor],
         corpus: Corpus,
         tokens: int,
+        base: Base,
+        heal_corpus: Corpus,
+        heal_tokens: int,
     ) -> None:
         self.tokenizer, self.samples, self.sequences = tokenizer, samples, sequences
         self.corpus, self.tokens = corpus, tokens
+        self.base, self.heal_corpus, self.heal_tokens = base, heal_corpus, heal_tokens
         self.dropped: list[int] = []  # by greedy_drop, in order
 
-    def fusion(self, **settings: str) -> Way:
-        """A method of the package."""
+    def fusion(self, *, healed: bool = False, **settings: str) -> Way:
+        """A method of the package, with a distillation from the base after it where that is asked for."""
 
         def run(model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
             config = FusionConfig(
@@ -79,8 +87,12 @@ class Ways:
                 calibration_tokens=self.tokens,
                 **settings,  # type: ignore[arg-type]
             )
-            fuse(GivenText(model), self.tokenizer, config, self.samples, self.corpus, base="bench")
-            return model
+            report = fuse(GivenText(model), self.tokenizer, config, self.samples, self.corpus, base="bench")
+            if not healed:
+                return model
+            fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
+            heal_loaded(fused, self.base, self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
+            return fused
 
         return run
 
@@ -138,6 +150,8 @@ class Ways:
                 selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
             ),
             "refit": self.fusion(method="refit"),
+            "drop by influence, healed": self.fusion(method="truncate", selection="least_influence", healed=True),
+            "refit, healed": self.fusion(method="refit", healed=True),
             "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
         }
 
@@ -276,6 +290,7 @@ def main() -> None:
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--ways", nargs="+", help="only these rows")
+    parser.add_argument("--heal-tokens", type=int, default=131072, help="tokens that healed rows are trained on")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny Llama on --text, and use that")
     options = parser.parse_args()
     logging.disable_progress_bar()
@@ -303,7 +318,14 @@ def main() -> None:
     sequences = calibration_sequences(
         GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     )
-    ways = Ways(tokenizer, load_calibration(), sequences, corpus, options.tokens).all()
+    scratch = tempfile.TemporaryDirectory()  # of the base, which healing reads
+    base.save_pretrained(scratch.name)
+    tokenizer.save_pretrained(scratch.name)
+    heal_corpus = load_corpus(given, max_tokens=options.heal_tokens)
+    opened = Base.open(scratch.name, {})
+    ways = Ways(
+        tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
+    ).all()
     questions = []
     if options.mmlu and set(options.quiz_fusions) & set(options.fusions):
         questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]

@@ -409,6 +409,11 @@ TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusin
 SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048}
 
 
+def gguf_loading(base: str) -> dict[str, Any]:
+    """How to load a base that is a GGUF file, as users of a sweep do."""
+    return {"gguf_file": gguf.name, "dtype": "bfloat16"} if (gguf := next(Path(base).glob("*.gguf"), None)) else {}
+
+
 def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
     from lf_hf.evaluate.sweep import sweep
 
@@ -421,6 +426,7 @@ def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str])
             tasks=TASKS,
             calibration=f"{folder}/text.txt",
             settings=SWEPT,
+            **gguf_loading(base),
         )
         return [(point.perplexities, point.scores) for point in points[1:]]
 
@@ -432,7 +438,7 @@ def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[
     from lf_hf.evaluate.evaluation import Evaluation
 
     def run() -> list[Scores]:
-        evaluation, opened = Evaluation(TASKS), Base.open(base, {})
+        evaluation, opened = Evaluation(TASKS), Base.open(base, gguf_loading(base))
         configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
         tokenizer, dense = opened.tokenizer(), opened.load()
         loaded = [load_needed(config, f"{folder}/text.txt") for config in configs]
@@ -613,7 +619,7 @@ def main() -> None:
             if "processes" in options.tables:
                 processes(base, options.processes, options.num_fusions, options.text_tokens)
             if "sweep" in options.tables:
-                sweeps(base, options.fusions, options.sweep_methods)
+                sweeps(base if options.random else options.base, options.fusions, options.sweep_methods)
             if "tokens" in options.tables:
                 tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
 

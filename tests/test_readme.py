@@ -26,7 +26,7 @@ from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
 README = PAGES[0].read_text(encoding="utf-8")
-OTHER_PROGRAMS = ("hf", "pip", ".")  # of which nothing is checked
+OTHER_PROGRAMS = ("hf", "pip", ".", "export")  # of which nothing is checked
 
 
 def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
@@ -102,6 +102,8 @@ def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None
     program, *arguments = words
     if program == "lf-hf":
         check_lf_hf(arguments or ["--help"])  # as main does
+    elif "lf_hf" in words:  # by a launcher
+        check_lf_hf(words[words.index("lf_hf") + 1 :])
     elif "lm_eval" in words[:8]:  # by itself, or by a launcher
         check_lm_eval(arguments)
     elif program.endswith("python"):

@@ -35,7 +35,7 @@ _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 _CPU = torch.device("cpu")
 _LEFT_FREE = 4  # a quarter of what is free on a device is left so where layers stay on it
-_STATES_IN_MEMORY = 1 << 27  # bytes, where the machine's memory is to be spared
+STATES_IN_MEMORY = 1 << 27  # bytes, where the machine's memory is to be spared
 
 
 class CheckpointDecoder(Decoder):
@@ -72,7 +72,7 @@ class CheckpointDecoder(Decoder):
         if device.type == "cuda" and device.index is None:  # which another thread would take for the first one
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.states_in_memory = _STATES_IN_MEMORY if device.type == "cpu" else None
+        self.states_in_memory = STATES_IN_MEMORY if device.type == "cpu" else None
         # A stream of their own, so that copies need not wait for what is computed.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rotary_emb = LlamaRotaryEmbedding(config).to(device)
