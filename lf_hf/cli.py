@@ -357,6 +357,7 @@ def heal(
     assert done.healed is not None
     if rank():  # the first process of a launch says it for all
         return
+    said = f"The base's predictions were {done.healed.teacher}."
     rows = []
     for judged in done.healed.judged:
         dense = next((info.dense for info in done.perplexities if info.name == judged.name), None)
@@ -368,7 +369,7 @@ def heal(
         for name, (before, after, of_base, form) in pairs.items():
             goal = "-" if of_base is None else format(of_base, form)
             rows.append([f"{name}, {judged.name}", format(before, form), format(after, form), goal])
-    _print(_table(out, ["", "before", "after", "base"], rows), done.healed.summary(), *done.notes)
+    _print(_table(out, ["", "before", "after", "base"], rows), done.healed.summary(), said, *done.notes)
 
 
 @app.command(
