@@ -67,8 +67,9 @@ class FusedLlamaLM(HFLM):
                 and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
                 ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
                 ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``, ``rank_normalize``, ``ratio_beta``,
-                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``heal_tokens``, ``seed``. And every
-                argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``, ``peft``, ...
+                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``heal_tokens``, ``seed``.
+                And every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
+                ``peft``, ...
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
