@@ -22,7 +22,7 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
 from lf_hf.files.base import Base
-from lf_hf.healing import heal as module
+from lf_hf.healing import lesson as module
 from lf_hf.healing import training
 from lf_hf.healing.loss import distillation_loss
 from lf_hf.text.judging import judging_texts

@@ -1,0 +1,255 @@
+"""What a student is taught: the text, and how the base's predictions of it are had."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, TrainingArguments
+from transformers.utils import logging
+
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.files.base import Base
+from lf_hf.files.fused_cache import digest
+from lf_hf.healing.memory import model_bytes, training_memory
+from lf_hf.healing.models import Fused, check_base
+from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.teacher import (
+    FileTeacher,
+    Item,
+    MemoryTeacher,
+    Teacher,
+    read_targets,
+    targets_folder,
+    write_targets,
+)
+from lf_hf.healing.text import WRITTEN, Kind, healing_text, load_kinds, save_kinds, training_order
+from lf_hf.healing.training import (
+    set_batches,
+)
+from lf_hf.memory import free_memory
+from lf_hf.processes import Processes
+from lf_hf.report.report import (
+    CalibrationInfo,
+)
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.judging import judging_texts
+from lf_hf.text.packing import pack_tokens
+
+logger = logging.get_logger(__name__)
+
+MOST_EPOCHS = 3
+_SPARE = 0.9  # of free memory: estimates leave something out
+_JUDGING = "judging: "  # before a judging text's name, among kinds of text
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the base's predictions are had: `said` to people; `folder` for files of them, and `in_memory` the base."""
+
+    said: str
+    folder: Path | None
+    in_memory: bool
+
+
+def choose_way(
+    opened: Base,
+    student: torch.nn.Module,
+    settings: HealSettings,
+    arguments: TrainingArguments,
+    given: Mapping[str, Any],
+    cache: str | os.PathLike[str] | None,
+) -> Way:
+    """Decide by free memory, and split steps into batches that fit. Raises ValueError if nothing fits."""
+    size = 2 if arguments.bf16 or arguments.fp16 else 4
+    config = getattr(student, "config", opened.config)
+    memory = training_memory(config, student, settings.length, size)
+    device = arguments.device
+    free = int(free_memory(device) * _SPARE)
+    there = sum(p.numel() * p.element_size() for p in student.parameters()) if device.type == "cpu" else 0
+    sharded = arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
+    of_base = model_bytes(opened.config, size)
+    one = memory.sequence
+    if cache is None and fixed + one + of_base <= free:
+        way = Way("computed by the base, which is in memory beside the student", None, True)
+        free -= of_base
+    elif fixed + one <= free:
+        in_memory = of_base <= free
+        how = "in memory" if in_memory else "read layer by layer"
+        place = Path(cache) if cache is not None else Path(arguments.output_dir or ".")
+        said = f"the {settings.top_k} most likely ones of each token, written to disk by the base, {how}"
+        way = Way(said, place, in_memory)
+    else:
+        needs = f"{(fixed + one) / 1e9:.1f} GB for train={settings.train!r}"
+        advice = "take train='lora', or training_args={'gradient_checkpointing': True} with a shorter length"
+        if settings.train == "lora":
+            advice = "take a device with more, several of them with FSDP, or a shorter length"
+        raise ValueError(
+            f"{free / 1e9:.1f} GB are free, but training takes {needs}, even with the base's predictions on disk; "
+            f"{advice}."
+        )
+    logger.info(f"The base's predictions: {way.said}.")
+    set_batches(arguments, settings.batch, int((free - fixed) // one), given)
+    return way
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """All sequences, and what is done with which: `order` are the numbers of those to train on, one after the other.
+
+    `held_out` has numbers by kind of text, and `judging` items by judging text.
+    """
+
+    teacher: Teacher
+    said: str
+    kinds: list[CalibrationInfo]
+    items: Sequence[Item]
+    order: list[int]
+    epochs: float
+    written_share: float
+    held_out: dict[str, list[int]]
+    judging: dict[str, list[Item]]
+
+
+def make_lesson(
+    way: Way,
+    opened: Base,
+    came_in: Fused,
+    corpus: Corpus,
+    settings: HealSettings,
+    arguments: TrainingArguments,
+    work: Path,
+    processes: Processes,
+) -> Lesson:
+    """The text and the base's predictions of it, on the way that was chosen."""
+    if way.folder is None:
+        llama = _loaded_base(opened, came_in, arguments)
+        kinds = processes.told_by_first(
+            lambda: _kinds(ModelDecoder(llama), opened, came_in, corpus, settings, work / "text.safetensors")
+        )
+        sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+        parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
+        return _arranged(
+            MemoryTeacher(llama), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
+        )
+    made_of = {
+        "base": came_in.report.base_digest or digest(opened.content_files()),
+        "text": digest_of(corpus),
+        "settings": {
+            name: getattr(settings, name)
+            for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
+        },
+        "judging_tokens": came_in.judging_tokens,
+        "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
+    }
+    folder = targets_folder(way.folder, **made_of)
+    processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
+    return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
+
+
+def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> LlamaForCausalLM:
+    llama = dataclasses.replace(opened, loading={**opened.loading, "dtype": came_in.model.dtype}).load()
+    check_base(opened, came_in, ModelDecoder(llama))
+    dtype = torch.bfloat16 if arguments.bf16 else llama.dtype
+    moved: LlamaForCausalLM = llama.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]
+    return moved
+
+
+def _write(
+    folder: Path,
+    way: Way,
+    opened: Base,
+    came_in: Fused,
+    corpus: Corpus,
+    settings: HealSettings,
+    arguments: TrainingArguments,
+) -> None:
+    """Write the base's predictions, unless they are there."""
+    if folder.is_dir():
+        return
+    with TemporaryDirectory() as scratch:
+        if way.in_memory:
+            decoder: Decoder = ModelDecoder(_loaded_base(opened, came_in, arguments))
+        else:
+            decoder = CheckpointDecoder(
+                opened.weights_folder(),
+                opened.new_config(),
+                Path(scratch),
+                dtype=came_in.model.dtype,
+                device=arguments.device,
+            )
+            check_base(opened, came_in, decoder)
+            if corpus.generated_share and settings.written_share is None:  # each token would read all of the weights
+                corpus = dataclasses.replace(corpus, generated_share=0.0)
+        kinds = _kinds(decoder, opened, came_in, corpus, settings, None)
+        write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature, note={})
+
+
+def _kinds(
+    decoder: Decoder, opened: Base, came_in: Fused, corpus: Corpus, settings: HealSettings, file: Path | None
+) -> list[Kind]:
+    """All kinds of text, judging texts among them; in `file` for a run that is cut short."""
+    if file is not None and file.is_file():
+        return load_kinds(file)
+    tokenizer = opened.tokenizer()
+
+    def write(count: int, length: int, seed: int) -> list[Tensor]:
+        return decoder.generate(count, length, seed)
+
+    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
+    for judging in judging_texts():
+        packed = pack_tokens(tokenizer, judging.text, settings.length, came_in.judging_tokens)
+        kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == settings.length]))
+    if file is not None:
+        save_kinds(kinds, file)
+    return kinds
+
+
+def _arranged(
+    teacher: Teacher, said: str, items: Sequence[Item], parts: Sequence[tuple[str, int, int]], settings: HealSettings
+) -> Lesson:
+    ranges: dict[str, range] = {}  # of what is trained on, by kind of text
+    held_out: dict[str, list[int]] = {}
+    judging: dict[str, list[Item]] = {}
+    place = 0
+    for name, count, aside in parts:
+        ranges[name] = range(place, place + count)
+        kept = range(place + count, place + count + aside)
+        place += count + aside
+        if name.startswith(_JUDGING):
+            judging |= {name.removeprefix(_JUDGING): [items[number] for number in kept]} if aside else {}
+        elif aside:
+            held_out[name] = list(kept)
+    training = [number for numbers in ranges.values() for number in numbers]
+    total = settings.steps * settings.batch
+    order = [training[number] for number in training_order(len(training), total, settings.seed)]
+    used = set(order)
+    counts = {name: len(used.intersection(numbers)) for name, numbers in ranges.items()}
+    epochs, written_share = total / len(used), counts.get(WRITTEN, 0) / len(used)
+    if epochs > MOST_EPOCHS:
+        logger.warning(epochs_note(epochs))
+    kinds = [CalibrationInfo(name, count, count * settings.length) for name, count in counts.items() if count]
+    return Lesson(teacher, said, kinds, items, order, epochs, round(written_share, 3), held_out, judging)
+
+
+def epochs_note(epochs: float) -> str:
+    return (
+        f"Healing goes {epochs:.1f} times through its text: more text, or fewer tokens, gives a better model for the "
+        "same time."
+    )
+
+
+def digest_of(corpus: Corpus) -> str:
+    return hashlib.sha256(json.dumps([corpus.parts, corpus.generated_share]).encode()).hexdigest()

@@ -1,0 +1,137 @@
+"""What came of a healing: the state that is kept, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from transformers.utils import logging
+
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.healing.judge import Judgement
+from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, epochs_note
+from lf_hf.healing.models import Fused
+from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.teacher import (
+    FileTeacher,
+)
+from lf_hf.healing.training import (
+    DistillationTrainer,
+)
+from lf_hf.measure import written_on
+from lf_hf.numerics import weights_digest
+from lf_hf.report.report import (
+    CHANGED_NOTE,
+    FusionReport,
+    HealedText,
+    HealingInfo,
+    HealingPoint,
+    PerplexityInfo,
+)
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.judging import PROMPTS, judging_texts, relation
+
+logger = logging.get_logger(__name__)
+
+
+def best_step(trainer: DistillationTrainer) -> int:
+    """The step whose state is the nearest to the base on held-out text; 0 is what came in."""
+    curve = trainer.curve()
+    means = {step: sum(found.values()) / len(found) for step, found in curve.items()}
+    best = trainer.state.best_global_step or 0
+    value = means.get(best, math.inf)
+    return best if math.isfinite(value) and value < means.get(0, math.inf) else 0
+
+
+def healed_report(
+    came_in: Fused,
+    settings: HealSettings,
+    lesson: Lesson,
+    trainer: DistillationTrainer,
+    trained: int,
+    kept: int,
+    before: Mapping[str, Judgement],
+    after: Mapping[str, Judgement],
+    corpus: Corpus,
+    seconds: float,
+) -> FusionReport:
+    """The fused model's report, of what it has become."""
+    report = came_in.report
+    curve = trainer.curve()
+    healed = HealingInfo(
+        settings=settings.in_effect(
+            on_disk=isinstance(lesson.teacher, FileTeacher), written_share=lesson.written_share
+        ),
+        text=lesson.kinds,
+        epochs=lesson.epochs,
+        trained=trained,
+        steps=trainer.state.global_step,
+        kept=kept,
+        teacher=lesson.said,
+        curve=[HealingPoint(step, found) for step, found in sorted(curve.items())],
+        judged=[
+            HealedText(
+                name,
+                sum(len(item["input_ids"]) for item in lesson.judging[name]),
+                before[name].perplexity,
+                found.perplexity,
+                before[name].divergence,
+                found.divergence,
+                before[name].agreement,
+                found.agreement,
+            )
+            for name, found in after.items()
+        ],
+        seconds=seconds,
+    )
+    notes = [note for note in report.notes if note != CHANGED_NOTE and not note.startswith("Perplexity went ")]
+    if trainer.diverged is not None:
+        step, rate = trainer.diverged
+        notes.append(
+            f"The loss of healing was not finite at step {step}, at a learning rate of {rate:.3g}, so the state of "
+            f"step {kept} is kept; a lower learning_rate goes further."
+        )
+    if not kept:
+        notes.append(
+            "Healing did not bring the model nearer to its base on text that was kept aside, so its weights are what "
+            "they were before; take more tokens or a lower learning_rate."
+        )
+    if lesson.epochs > MOST_EPOCHS:
+        notes.append(epochs_note(lesson.epochs))
+    for note in notes[len(report.notes) :]:
+        logger.warning(note)
+    texts = {judging.name: judging for judging in judging_texts()}
+    perplexities = []
+    for info in report.perplexities:
+        if info.name in after and info.name in texts:
+            near = relation(texts[info.name], corpus.parts, by_default=corpus.by_default)
+            order = ("seen", "kin", "unseen")
+            perplexities.append(
+                PerplexityInfo(
+                    name=info.name,
+                    text=info.text,
+                    tokens=sum(len(item["input_ids"]) for item in lesson.judging[info.name]),
+                    dense=after[info.name].dense,
+                    fused=after[info.name].perplexity,
+                    relation=min(near, info.relation, key=order.index),
+                    divergence=after[info.name].divergence,
+                    agreement=after[info.name].agreement,
+                )
+            )
+    continuations = report.continuations
+    if came_in.tokenizer is not None and [text.prompt for text in continuations] == list(PROMPTS):
+        texts_now = written_on(ModelDecoder(came_in.model), came_in.tokenizer)
+        continuations = [
+            dataclasses.replace(text, fused=now) for text, now in zip(continuations, texts_now, strict=True)
+        ]
+    return dataclasses.replace(
+        report,
+        continuations=continuations,
+        perplexities=perplexities or report.perplexities,
+        notes=notes,
+        seconds=report.seconds | {"healing": seconds},
+        weights_digest=weights_digest(came_in.model.named_parameters()),
+        fingerprints=None,
+        healed=healed,
+    )
