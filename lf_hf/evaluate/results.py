@@ -90,7 +90,12 @@ class Results:
             write_tables(self._folder, self.points, self._base, published=self._published)
 
     def write_tables(self) -> None:
+        """Write the tables, and remove what processes that were killed have left."""
         with self._alone():
+            for key in self._done.keys() & set(self._keys):
+                if self._claim(key).exists():
+                    with held(self._claim(key), 0):
+                        pass
             write_tables(self._folder, self.points, self._base, published=self._published)
 
     def _claimed(self, choose: Choose, stack: ExitStack) -> str | None:
