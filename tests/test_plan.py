@@ -139,7 +139,7 @@ def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None
 
 def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.plan._product_speed", lambda *_: 1e14)
-    monkeypatch.setattr("lf_hf.plan.free_memory", lambda _: 0)  # so that no states are kept there
+    monkeypatch.setattr("lf_hf.plan.free_memory", lambda _: 1 << 30)  # so that no states are kept there
     config = FusionConfig(4, "refit", perplexity_tokens=0)
     here = plan_fusion(eight_billion, config, low_memory=True)
     with TwoDevices():
