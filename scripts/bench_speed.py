@@ -383,8 +383,10 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
 def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: int) -> None:
     """The command under torchrun, with one thread a process."""
     columns = ("processes", "seconds", "first over this", *(f"{stage}, first over this" for stage in STAGES))
+    columns = (*columns, "same pairs", "perplexities over the first's")
     table(f"Refit of {num_fusions} pairs with {text_tokens} tokens by processes of one thread each", *columns)
     found: list[dict[str, float]] = []
+    reports: list[FusionReport] = []
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "text.txt")
         text.write_text(documentation_halves()[0], encoding="utf-8")
@@ -399,8 +401,13 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
                 capture_output=True,
                 check=True,
             )
-            found.append({"": time.perf_counter() - start, **FusionReport.load(out).seconds})
-            row(count, found[-1][""], *(found[0][name] / found[-1][name] for name in ("", *STAGES)))
+            seconds = time.perf_counter() - start
+            reports.append(FusionReport.load(out))
+            found.append({"": seconds, **reports[-1].seconds})
+            ratios = [found[0][name] / found[-1][name] for name in ("", *STAGES)]
+            same = [step.pair for step in reports[-1].steps] == [step.pair for step in reports[0].steps]
+            judged = zip(reports[-1].perplexities, reports[0].perplexities, strict=True)
+            row(count, seconds, *ratios, same, ", ".join(f"{here.fused / there.fused:.5f}" for here, there in judged))
 
 
 # Sweeps
