@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from accelerate.utils import get_int_from_env
 from torch import Tensor, distributed
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
 
 
 class OtherProcessError(RuntimeError):
@@ -46,7 +49,7 @@ class Processes:
         if not distributed.is_initialized():
             if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) == 1:
                 return cls()
-            PartialState(cpu=not torch.accelerator.is_available())
+            PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
@@ -195,6 +198,8 @@ def _connected() -> Iterator[None]:
     """Say in one sentence that another process is gone."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch has no class of its own for this
         raise LostProcessError(
             "Another process of this launch has ended, so this one cannot go on; see what that one said, and start "

@@ -62,6 +62,13 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
+def is_spread(device_map: object) -> bool:
+    """Whether from_pretrained's `device_map` puts a model on several devices, or may do so."""
+    if isinstance(device_map, dict):
+        return len(set(map(str, device_map.values()))) > 1
+    return isinstance(device_map, str) and device_map in SPREAD
+
+
 @dataclass(frozen=True)
 class Base:
     """A Llama checkpoint that can be fused. Its config was read; its weights are not.

@@ -159,8 +159,7 @@ def _distilled(
     student = make_student(model, settings, came_in.fused_layers)
     way = choose_way(opened, student, settings, arguments, given, cache)
     with ExitStack() as stack:
-        if processes.first:
-            stack.enter_context(only_writer(work))
+        processes.told_by_first(lambda: bool(stack.enter_context(only_writer(work))))
         resumed = processes.told_by_first(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
         before = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
@@ -187,11 +186,16 @@ def _distilled(
 
 @torch.no_grad()
 def _take_over(model: FusedLlamaForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
-    """Give a model, in all processes, the weights that the first one has."""
+    """Give a model, in all processes, the weights that the first one has; other models may share its tensors."""
+    taken = {}
     for name, parameter in model.named_parameters():
+        tensor = torch.empty_like(parameter)
         if processes.first:
-            parameter.copy_(state[name])
-        processes.given_by_first(parameter.data)
+            tensor.copy_(state[name])
+        processes.given_by_first(tensor)
+        taken[name] = tensor
+    model.load_state_dict(taken, assign=True, strict=False)
+    model.tie_weights()
 
 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
@@ -242,7 +246,8 @@ def _state_of(
                 shutil.rmtree(path)
             elif not path.name.endswith(".lock"):
                 path.unlink()
-        note.write_text(json.dumps(identity), encoding="utf-8")
+        (work / "healing.new").write_text(json.dumps(identity), encoding="utf-8")
+        (work / "healing.new").replace(note)
     for checkpoint in work.glob("checkpoint-*"):
         if not (checkpoint / _TRAINER_STATE).is_file():  # cut short while it was written
             shutil.rmtree(checkpoint)

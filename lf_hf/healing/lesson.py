@@ -76,8 +76,8 @@ def choose_way(
     config = getattr(student, "config", opened.config)
     memory = training_memory(config, student, settings.length, size)
     device = arguments.device
-    free = int(free_memory(device) * _SPARE)
-    there = sum(p.numel() * p.element_size() for p in student.parameters()) if device.type == "cpu" else 0
+    free = min(Processes.of_launch().gathered(int(free_memory(device) * _SPARE)))  # so that all choose alike
+    there = sum(p.numel() * p.element_size() for p in student.parameters() if p.device.type == device.type)
     sharded = arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
     of_base = model_bytes(opened.config, size)
@@ -160,7 +160,9 @@ def make_lesson(
 
 
 def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> LlamaForCausalLM:
-    llama = dataclasses.replace(opened, loading={**opened.loading, "dtype": came_in.model.dtype}).load()
+    llama = dataclasses.replace(
+        opened, loading={**opened.loading, "dtype": came_in.model.dtype, "device_map": None}
+    ).load()
     check_base(opened, came_in, ModelDecoder(llama))
     dtype = torch.bfloat16 if arguments.bf16 else llama.dtype
     moved: LlamaForCausalLM = llama.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]

@@ -86,6 +86,7 @@ def healed_report(
         seconds=seconds,
     )
     notes = [note for note in report.notes if note != CHANGED_NOTE and not note.startswith("Perplexity went ")]
+    old = len(notes)
     if trainer.diverged is not None:
         step, rate = trainer.diverged
         notes.append(
@@ -99,7 +100,7 @@ def healed_report(
         )
     if lesson.epochs > MOST_EPOCHS:
         notes.append(epochs_note(lesson.epochs))
-    for note in notes[len(report.notes) :]:
+    for note in notes[old:]:
         logger.warning(note)
     texts = {judging.name: judging for judging in judging_texts()}
     perplexities = []

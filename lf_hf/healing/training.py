@@ -20,6 +20,7 @@ from lf_hf.config import unknown_name
 from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
+from lf_hf.processes import PATIENCE
 from lf_hf.progress import progress
 
 EVALUATIONS = 6
@@ -218,6 +219,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     values: dict[str, Any] = {
         "output_dir": str(folder),
+        "ddp_timeout": int(PATIENCE.total_seconds()),
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",

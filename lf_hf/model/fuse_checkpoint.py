@@ -140,6 +140,7 @@ def _fuse_on_disk(
         report = pipeline.fuse(
             decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
         )
+        processes.gathered(None)  # the first one's folder, which the scratch folders are in, goes when it is done
         if not processes.first:
             return report
         decoder.write(folder, max_shard_bytes)

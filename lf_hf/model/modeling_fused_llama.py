@@ -37,6 +37,7 @@ from lf_hf.files.base import (
     check_has_config,
     check_names,
     hub_arguments,
+    is_spread,
     load_tokenizer,
     optional_file,
     without_adapter,
@@ -53,7 +54,7 @@ from lf_hf.files.saving import (
 from lf_hf.files.weights import check_floats
 from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config, fused_config
 from lf_hf.numerics import weights_digest
-from lf_hf.processes import Processes, local_rank, rank
+from lf_hf.processes import ALONE, Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 
@@ -176,7 +177,8 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
-        processes = Processes.of_launch()
+        # Where each process spreads its model over several devices, its states are not on its own one.
+        processes = ALONE if is_spread(base.loading.get("device_map")) else Processes.of_launch()
         if kept_in is None:
             return cls._load_and_fuse(inputs, processes)
         return cls._load_or_fuse(inputs, kept_in, processes)
@@ -226,7 +228,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
                     assert model.fusion_report is not None
                     model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                     processes.told_by_first(partial(model._write_whole, folder))
-            if model is not None and local_rank() == 0 and why_not_reused(folder, config, made_of):
+            if (
+                model is not None
+                and not processes.first
+                and local_rank() == 0
+                and why_not_reused(folder, config, made_of)
+            ):
                 with only_writer(folder, wait=True):
                     model._write_whole(folder)
         if model is None:

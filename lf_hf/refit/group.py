@@ -101,6 +101,8 @@ def fit_group(
     mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge, quick)
     weights |= mlp.weights
     for name, weight in weights.items():
+        weights[name] = weight = weight.contiguous()
+        decoder.processes.given_by_first(weight)  # in case machines round differently
         if not all_finite(weight):
             raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     return GroupFit(weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)

@@ -97,10 +97,13 @@ def test_healed_points_are_beside_those_that_are_not(
     run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
-    points = run(tmp_path, num_fusions=[1], methods=["truncate"], settings=SETTINGS | {"heal_tokens": 16384})
-    assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
-    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, 0, 16384]
+    levels: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"]}
+    points = run(tmp_path / "healed", **levels, settings=SETTINGS | {"heal_tokens": 16384})
+    assert [point.method for point in points] == [DENSE, *["truncate", "truncate, healed"] * 2]
+    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, *[0, 16384] * 2]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
+    unhealed = run(tmp_path / "alone", **levels, settings=SETTINGS)
+    assert [point.perplexities for point in points[:2] + points[3:4]] == [point.perplexities for point in unhealed]
 
 
 @pytest.mark.usefixtures("no_pictures")
