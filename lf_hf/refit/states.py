@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ class _Elsewhere(Sequence[Tensor]):
         numbers = range(len(self))[index]
         return self._fetch(numbers) if isinstance(numbers, int) else [self._fetch(number) for number in numbers]
 
+    @abstractmethod
     def _fetch(self, index: int) -> Tensor:
-        raise NotImplementedError
+        """One of them, where it was made."""
 
 
 class _OnHost(_Elsewhere):
