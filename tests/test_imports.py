@@ -17,7 +17,7 @@ from conftest import ROOT
 from lf_hf import fuse_checkpoint
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "processes progress memory checked_json config numerics text report files".split()
+ORDER = "processes progress memory checked_json config numerics families text report files".split()
 ORDER += "decoder stages refit measure pipeline model healing __init__ evaluate plan cli".split()
 
 
