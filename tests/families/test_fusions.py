@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer
-from test_decoders import IDS, decoders, logits
-from tiny_models import tiny_config, tiny_model
+from tiny_models import decoders, logits, tiny_config, tiny_model
 
 from lf_hf import FusionConfig, pipeline
 from lf_hf.config import CHOICES, METHODS
@@ -29,6 +28,7 @@ from lf_hf.text.calibration import Calibration, Corpus
 
 SAMPLES = Calibration(make_texts(), "made up")
 TEXT = Corpus(["\n".join(make_texts(200, seed=3))], "made up", 0.3)
+IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 LONGER = torch.randint(2, 320, (60, 24), generator=torch.Generator().manual_seed(2))
 
 
