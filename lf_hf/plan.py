@@ -281,9 +281,7 @@ class _Work:
             fit = 8 * self.candidates**2 + 2 * self.layer * size + (3 * size + 8) * self.candidates * hidden
             room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
             phases.append(fit + (states if states < room else 0))
-        if (
-            self.config.heal_tokens
-        ):  # what is trained, with gradients and the optimizer's state, and a copy to compute in
+        if self.config.heal_tokens:  # and a copy to compute in
             phases.append((_BYTES_TRAINED + 2) * self.parameters_after)
         return process + weights * size + max(phases)
 

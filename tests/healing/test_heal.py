@@ -332,7 +332,7 @@ def test_it_heals_while_loading_and_keeps_the_result(
         lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
     with monkeypatch.context() as patch:  # before anything is loaded
         patch.delattr(Base, "load")
-        with pytest.raises(ValueError, match="has only .* tokens, which do not fill two sequences"):
+        with pytest.raises(ValueError, match=r"has only .* tokens, which do not fill two sequences"):
             FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"calibration": TEXTS[:2]})
         patch.setattr("lf_hf.healing.lesson.free_memory", lambda device: 1 << 20)
         with pytest.raises(ValueError, match="GB are free, but training takes"):
