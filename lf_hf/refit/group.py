@@ -128,13 +128,14 @@ def _fit_attention(
 ) -> tuple[dict[str, Tensor], Kind, list[int] | None]:
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote.
 
-    Layers of different kinds cannot have their heads side by side: there all are from one layer, whose kind it takes.
+    Layers of different kinds cannot have their heads side by side, and where norms of queries and keys are over all
+    heads, they depend on each other: there all are from one layer, whose kind it takes.
     """
     family, half, count = decoder.family, decoder.family.attention, len(parameters)
     device = parameters[0]["self_attn.o_proj.weight"].device
     maps = input_maps(decoder, half, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
-    mixed = any(kind != kinds[0] for kind in kinds)
-    apart = count > 1 and (mixed or family.head_norms is not None)  # whether one layer cannot run all heads
+    whole = count > 1 and (family.head_norms == "all" or any(kind != kinds[0] for kind in kinds))
+    apart = count > 1 and (whole or family.head_norms is not None)  # whether one layer cannot run all heads
     layers, sizes = [], None
     if apart or (half.after and count > 1):
         layers = [
@@ -148,11 +149,11 @@ def _fit_attention(
     if not apart:
         layers = [build_layer(decoder, wide, kinds[0])]
     regression = _attention_problem(decoder, wide, layers, traces, states)
-    del layers
+    layers.clear()
 
     channels = head_dim(decoder.config)
     kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // channels
-    units = 1 if mixed else kv_heads  # of a layer, that are kept or not
+    units = 1 if whole else kv_heads  # of a layer, that are kept or not
     rows = len(parameters[0]["self_attn.k_proj.weight"]) // units
     block = len(parameters[0]["self_attn.q_proj.weight"]) // units  # channels of the queries of a unit
     start = wide["self_attn.o_proj.weight"]
@@ -162,19 +163,27 @@ def _fit_attention(
         kept = decoder.processes.computed(lambda: regression.prune(start, units, block=block, rounds=rounds), device)
     queries, keys = expanded(kept, block), expanded(kept, rows)
     weights, kind, heads_kept = with_heads(wide, queries, keys), kinds[0], _counts(kept, units, count)
-    if mixed:
+    if whole:
         chosen = int(kept)
         kind, heads_kept = kinds[chosen], [kv_heads * (layer == chosen) for layer in range(count)]
         weights |= {name: w for name, w in parameters[chosen].items() if name in _NORMS_OF_HEADS.values()}
     elif apart:
-        weights |= _with_one_norm(decoder, parameters, wide, {"q_proj": queries, "k_proj": keys}, states)
+        weights |= _with_one_norm(parameters, wide, {"q_proj": queries, "k_proj": keys})
         layers = [build_layer(decoder, weights, kind)]
         regression = _attention_problem(decoder, weights, layers, traces, states)
-    start = weights["self_attn.o_proj.weight"]
-    fitted = decoder.processes.computed(lambda: regression.ridge(start, ridge), device)
-    weights["self_attn.o_proj.weight"] = fitted.to(start)
+    del wide, layers
+
+    def fit(problem: Regression) -> None:
+        before = weights["self_attn.o_proj.weight"]
+        fitted = decoder.processes.computed(lambda: problem.ridge(before, ridge), device)
+        weights["self_attn.o_proj.weight"] = fitted.to(before)
+
+    fit(regression)
     if half.after:
         fused = build_layer(decoder, weights, kind)
+        if not quick:  # again, as sizes in front of the norm are known better now
+            fit(_attention_problem(decoder, weights, [fused], traces, states))
+            fused = build_layer(decoder, weights, kind)
         written = (written_by_attention(decoder, fused, state) for state in states)
         weights |= _fitted_gain(decoder, half, weights, written, _after_attention_of_all(traces), states, ridge)
     return weights, kind, heads_kept
@@ -194,19 +203,12 @@ def _attention_problem(
     return regression
 
 
-def _with_one_norm(
-    decoder: Decoder,
-    parameters: Sequence[Weights],
-    wide: Weights,
-    chosen: Mapping[str, Tensor],
-    states: Sequence[Tensor],
-) -> dict[str, Tensor]:
+def _with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Queries and keys of heads of several layers for one norm of each, in place of those that the layers had.
 
-    Where the heads of a layer share the gains, these are a geometric mean of the layers', weighted by their heads, and
-    the rest is folded into the heads' rows. Each head comes out as it was, but for its size, which the norm sets: that
-    is off by as much as the gains differ. This leaves less error than attention from one layer as a whole. A norm over
-    all heads has a gain for each channel, and only the sizes of the layers' queries and keys have to be made alike.
+    Its gains are a geometric mean of the layers', weighted by their heads, and the rest is folded into the heads' rows.
+    Each head comes out as it was, but for its size, which the norm sets: that is off by as much as the gains differ.
+    This leaves less error than attention from one layer as a whole.
 
     Parameters
     ----------
@@ -215,30 +217,18 @@ def _with_one_norm(
     chosen : mapping
         From "q_proj" and "k_proj" to the rows that are kept.
     """
-    half, found = decoder.family.attention, dict[str, Tensor]()
+    found: dict[str, Tensor] = {}
     for name, rows in chosen.items():
-        parts = [f"self_attn.{name}.{part}" for part in ("weight", "bias") if f"self_attn.{name}.{part}" in wide]
-        norm, count = _NORMS_OF_HEADS[name], len(parameters[0][parts[0]])
-        gains, of_layer = torch.stack([layer[norm] for layer in parameters]), rows // count
-        if decoder.family.head_norms == "each":
-            shares = torch.bincount(of_layer, minlength=len(parameters)) / len(rows)
-            found[norm] = torch.exp(shares @ gains.abs().clamp(min=_LEAST_GAIN).log())
-            channel = rows % gains.shape[1]
-            scale = gains[of_layer, channel] / found[norm][channel]
-        else:
-            found[norm] = gains.flatten()[rows]
-            read = [[wide[part][n * count : (n + 1) * count] for part in parts] for n in range(len(parameters))]
-            of_each = _sizes(decoder, [partial(_read, decoder, half, of_one) for of_one in read], states)
-            scale = 1 / torch.tensor(of_each, device=rows.device)[of_layer]
-        for part in parts:
-            by_row = scale[:, None] if part.endswith("weight") else scale
-            found[part] = (wide[part][rows] * by_row).to(wide[part].dtype)
+        norm, of_layer = _NORMS_OF_HEADS[name], rows // len(parameters[0][f"self_attn.{name}.weight"])
+        gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
+        shares = torch.bincount(of_layer, minlength=len(parameters)) / len(rows)
+        found[norm] = torch.exp(shares @ gains.float().abs().clamp(min=_LEAST_GAIN).log()).to(gains.dtype)
+        channel = rows % gains.shape[1]
+        scale = gains[of_layer, channel] / found[norm][channel]
+        for part, by_row in ((f"self_attn.{name}.weight", scale[:, None]), (f"self_attn.{name}.bias", scale)):
+            if part in wide:
+                found[part] = (wide[part][rows] * by_row).to(wide[part].dtype)
     return found
-
-
-def _read(decoder: Decoder, half: Half, projection: Sequence[Tensor], state: Tensor) -> Tensor:
-    """What a projection, a weight and a bias if it has one, makes of what a half that was stacked reads."""
-    return nn.functional.linear(normalized(decoder, half, state), *projection)
 
 
 def _after_attention_of_all(traces: Traces) -> Iterator[Tensor]:
@@ -353,13 +343,7 @@ def _fit_mlp(
     channels = _largest(decoder, weights, residuals, limit)
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = with_channels(weights, channels)
-    regression = Regression.empty(
-        len(channels), decoder.config.hidden_size, device, weights["mlp.down_proj.weight"].dtype
-    )
-    for residual, output in zip(residuals, traces.output, strict=True):
-        read = mlp_channels(decoder, weights, residual)
-        regression.add(*_in_front(decoder, half, weights, read, output, residual))
-    regression.add_up(processes)
+    regression = _mlp_problem(decoder, weights, traces, residuals)
     if len(channels) > keep:
         chosen = processes.computed(lambda: regression.prune(weights["mlp.down_proj.weight"], keep), device)
         channels, weights = channels[chosen], with_channels(weights, chosen)
@@ -371,9 +355,24 @@ def _fit_mlp(
         error_after = processes.told_by_first(lambda: regression.relative_error(fitted))
         weights["mlp.down_proj.weight"] = fitted.to(start)
         if half.after:
+            if not quick:  # again, as sizes in front of the norm are known better now
+                regression = _mlp_problem(decoder, weights, traces, residuals)
+                again = processes.computed(lambda: regression.ridge(weights["mlp.down_proj.weight"], ridge), device)
+                weights["mlp.down_proj.weight"] = again.to(start)
             written = (_written_by_channels(decoder, weights, residual) for residual in residuals)
             weights |= _fitted_gain(decoder, half, weights, written, traces.output, residuals, ridge)
     return GroupFit(weights, {}, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def _mlp_problem(decoder: Decoder, weights: Weights, traces: Traces, residuals: Sequence[Tensor]) -> Regression:
+    """What a down_proj should write, from an MLP's channels. `weights` has it as it is."""
+    start = weights["mlp.down_proj.weight"]
+    regression = Regression.empty(start.shape[1], start.shape[0], start.device, start.dtype)
+    for residual, output in zip(residuals, traces.output, strict=True):
+        read = mlp_channels(decoder, weights, residual)
+        regression.add(*_in_front(decoder, decoder.family.mlp, weights, read, output, residual))
+    regression.add_up(decoder.processes)
+    return regression
 
 
 def _written_by_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
