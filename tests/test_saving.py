@@ -179,7 +179,7 @@ def test_a_push_takes_what_was_written_and_transformers_arguments(
             pushed.update(name for name in names if allow_patterns is None or name in allow_patterns)
             return "address"
 
-    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", Hub)
+    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", Hub)
     (tmp_path / "diary.txt").write_text("mine")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
     assert pushed == {*os.listdir(tmp_path)} - {"diary.txt"}
@@ -347,7 +347,7 @@ def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCaus
 
     def save() -> None:
         with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
-            write_companions(folder, None, model.tokenizer, as_llama=False)
+            write_companions(folder, None, model.tokenizer, plain=False)
 
     with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
         save()

@@ -12,8 +12,15 @@ from lf_hf.files.model_card import CARD_NAME, model_card
 from lf_hf.report.report import FusionReport
 
 
+def is_plain(plain: bool | None, as_llama: bool | None) -> bool:
+    """Whether a plain checkpoint is asked for, by either name of that. Raises ValueError if they differ."""
+    if plain is not None and as_llama is not None and plain != as_llama:
+        raise ValueError(f"plain={plain!r} and as_llama={as_llama!r} are two names of one choice; give one of them.")
+    return bool(plain or as_llama)
+
+
 def write_companions(
-    folder: Path, report: FusionReport | None, tokenizer: PreTrainedTokenizerBase | None, *, as_llama: bool
+    folder: Path, report: FusionReport | None, tokenizer: PreTrainedTokenizerBase | None, *, plain: bool
 ) -> None:
     """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
     if tokenizer is not None:
@@ -21,11 +28,11 @@ def write_companions(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no error of its own for a full disk
             raise OSError(f"tokenizer: {error}") from error
-    if as_llama:
+    if plain:
         _write_older_names(folder)
     if report is not None:
         report.save(folder)
-        (folder / CARD_NAME).write_text(model_card(report, as_llama=as_llama), encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(report, plain=plain), encoding="utf-8")
 
 
 def _write_older_names(folder: Path) -> None:

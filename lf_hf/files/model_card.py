@@ -26,7 +26,7 @@ What both models add to three prompts, by the most likely token each time.
 """
 
 
-def model_card(report: FusionReport, *, as_llama: bool) -> str:
+def model_card(report: FusionReport, *, plain: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
     repository = _repository(report.base)
     data = ModelCardData(
@@ -35,7 +35,7 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
         pipeline_tag="text-generation",
         tags=["llama", "layer-fusion", "compressed"],
     )
-    load_import = "" if as_llama else "import lf_hf  # registers the architecture\n"
+    load_import = "" if plain else "import lf_hf  # registers the architecture\n"
     rows = "\n".join(
         f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
         for step in report.steps

@@ -39,7 +39,7 @@ from lf_hf.healing.training import (
     trained_state,
     training_arguments,
 )
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.model.modeling_fused import FusedForCausalLM
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes
 from lf_hf.report.report import (
@@ -120,14 +120,14 @@ def heal(
 
     def save() -> None:
         came_in.model.fusion_report = report
-        came_in.model.save_pretrained(folder, as_llama=came_in.plain, tokenizer=came_in.tokenizer)
+        came_in.model.save_pretrained(folder, plain=came_in.plain, tokenizer=came_in.tokenizer)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().told_by_first(save)
     return report
 
 
-def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
+def heal_loaded(model: FusedForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
     """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
     report, tokens = model.fusion_report, config.heal_tokens
     assert report is not None
@@ -185,7 +185,7 @@ def _distilled(
 
 
 @torch.no_grad()
-def _take_over(model: FusedLlamaForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
+def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Give a model, in all processes, the weights that the first one has; other models may share its tensors."""
     taken = {}
     for name, parameter in model.named_parameters():

@@ -1,14 +1,19 @@
-"""Configuration of a fused Llama: a LlamaConfig that remembers its fusion."""
+"""Configurations of fused models: the base's config class, which remembers the fusion."""
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
+from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import FusionReport
 
-Config = TypeVar("Config", bound=LlamaConfig)
+FUSED = "fused_"
+"""What the `model_type` of a fused model starts with; the base's follows."""
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 class FusedLlamaConfig(LlamaConfig):
@@ -26,14 +31,34 @@ class FusedLlamaConfig(LlamaConfig):
     fusion: dict[str, Any] | None = None
 
 
-def fused_config(config: LlamaConfig, report: FusionReport) -> FusedLlamaConfig:
+def _config_class(family: Family) -> Any:
+    """A class as FusedLlamaConfig is, for another family."""
+    stock = family.config_class
+    contents = {
+        "__doc__": f"A {stock.__name__} with fewer layers, plus `fusion`, as FusedLlamaConfig has it.",
+        "__module__": __name__,
+        "__annotations__": {"fusion": dict[str, Any] | None},
+        "model_type": FUSED + family.model_type,
+        "fusion": None,
+    }
+    return type(f"Fused{stock.__name__}", (stock,), contents)
+
+
+FUSED_CONFIGS = MappingProxyType(
+    {name: FusedLlamaConfig if name == "llama" else _config_class(family) for name, family in FAMILIES.items()}
+)
+"""Config classes of fused models by the base's `model_type`; by their names they are in this module, too."""
+globals().update({made.__name__: made for made in FUSED_CONFIGS.values()})
+
+
+def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
     """The config of a fused model from that of its layers and from what was fused.
 
     The model is another one than its base now, and in plain floats: the base's name and the GGUF file's type go.
     """
     converted = converted_config(
         config,
-        FusedLlamaConfig,
+        FUSED_CONFIGS[family_of(config).model_type],
         fusion={
             "base": report.base,
             "config": report.config,
@@ -47,7 +72,12 @@ def fused_config(config: LlamaConfig, report: FusionReport) -> FusedLlamaConfig:
     return converted
 
 
-def converted_config(config: LlamaConfig, to: type[Config], **extra: Any) -> Config:
+def plain_config(config: PreTrainedConfig) -> Any:
+    """The config of a fused model as one of the base's own class."""
+    return converted_config(config, family_of(config).config_class)
+
+
+def converted_config(config: PreTrainedConfig, to: type[Config], **extra: Any) -> Config:
     """The same architecture as a config of another class."""
     left_out = {"model_type", "architectures", "fusion", "transformers_version"}
     values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}

@@ -94,7 +94,7 @@ def test_reports(tmp_path: Path, content: bytes) -> None:
         report = FusionReport.load(tmp_path)
     except (ValueError, OSError):
         return
-    assert report.summary() and model_card(report, as_llama=False)  # whatever loads can be shown and saved
+    assert report.summary() and model_card(report, plain=False)  # whatever loads can be shown and saved
     assert len(report.groups) == report.layers_after
     report.save(tmp_path)
 
