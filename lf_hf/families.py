@@ -2,20 +2,77 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
+
+DecoderLayer: TypeAlias = Any
+"""A decoder layer of one of the families, which have no class in common; and a model with a head."""
+CausalLM: TypeAlias = Any
+Weights = Mapping[str, Tensor]
+"""Of a layer, by the parameters' names inside it: those that the layer has, or those of `Family.unpacked`."""
+Kind = Mapping[str, Any]
+"""What a layer has of its own in the config: its entry of each of `Family.layer_lists`."""
 
 HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 """Kinds of heads, besides the language model's, for `Family.head_class`."""
 
 
 @dataclass(frozen=True)
+class Half:
+    """Attention or MLP of a decoder layer: what reads the residual stream, and what writes to it.
+
+    `before` is the norm that `readers` read, and `after` the one that what `writer` writes goes through; None where the
+    layers have no such norm.
+    """
+
+    before: str | None
+    readers: tuple[str, ...]
+    writer: str
+    after: str | None = None
+
+    @property
+    def norms(self) -> list[str]:
+        return [norm for norm in (self.before, self.after) if norm is not None]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return (*self.readers, self.writer)
+
+
+def attention_half(before: str | None = "input_layernorm", after: str | None = None) -> Half:
+    return Half(before, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", after)
+
+
+def mlp_half(before: str | None = "post_attention_layernorm", after: str | None = None) -> Half:
+    return Half(before, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", after)
+
+
+PROJECTIONS = (*attention_half().projections, *mlp_half().projections)
+"""The matrices of a decoder layer of any family, by the names of `Family.unpacked`."""
+
+
+class Axis(NamedTuple):
+    """One axis of a layer's parameter, and the permutation that acts on it."""
+
+    parameter: str
+    dim: int
+    permutation: str
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
-    """One family of decoder models.
+    """One family of decoder models: RMSNorm, grouped-query attention and a gated MLP on one residual stream.
+
+    Keys are names in the config.
 
     Parameters
     ----------
@@ -28,12 +85,48 @@ class Family:
     text : str, optional
         What the names of its config, its base model and its heads have after the title where there is a model of
         images as well: "Text".
+    attention, mlp : Half
+        The two halves of a layer.
+    gain_offset : float
+        Norms multiply by this plus their weight.
+    head_norms : {None, "each", "all"}
+        Whether queries and keys have norms, of each head by itself, with gains that a layer's heads share, or over all
+        heads of a layer.
+    packed_projections : mapping
+        From projections that the layer has to those that are rows of them, in order.
+    layer_lists : tuple of str
+        Keys of lists with an entry a layer, which layers of different kinds differ in; the first is `layer_types`.
+    window : str, optional
+        Key of the sliding window that all layers have. In families with `layer_types` those have it that say so.
+    rotary_of_type : bool
+        Whether layers of different `layer_types` have rotary embeddings of their own.
+    activation : str
+        Key of the MLP's activation.
+    scaled_embedding : bool
+        Whether the embedding multiplies by the root of the width.
+    embedding_multiplier, residual_multiplier, logits_divisor, logits_cap : str, optional
+        Keys of what multiplies embeddings, what multiplies all that is written to the stream, what logits are divided
+        by, and what a tanh keeps them within.
     """
 
     model_type: str
     title: str
     module: str = ""
     text: str = ""
+    attention: Half = field(default_factory=attention_half)
+    mlp: Half = field(default_factory=mlp_half)
+    gain_offset: float = 0.0
+    head_norms: Literal["each", "all"] | None = None
+    packed_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    layer_lists: tuple[str, ...] = ()
+    window: str = ""
+    rotary_of_type: bool = False
+    activation: str = "hidden_act"
+    scaled_embedding: bool = False
+    embedding_multiplier: str = ""
+    residual_multiplier: str = ""
+    logits_divisor: str = ""
+    logits_cap: str = ""
 
     @property
     def config_class(self) -> Any:
@@ -65,9 +158,124 @@ class Family:
     def rotary_embedding(self) -> Any:
         return self._class(f"{self.title}RotaryEmbedding")
 
+    @property
+    def cache_argument(self) -> str:
+        """Name of a layer's argument for the cache, which depends on the version of transformers."""
+        names = inspect.signature(self.decoder_layer.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
     def head_class(self, kind: str) -> Any | None:
         """The model with another head, one of `HEADS`; None where transformers has none for this family."""
         return getattr(self._module("modeling"), f"{self.title}{self.text}For{kind}", None)
+
+    @property
+    def norms(self) -> list[str]:
+        """All norms of a layer."""
+        of_heads = ["self_attn.q_norm", "self_attn.k_norm"] if self.head_norms else []
+        return [*self.attention.norms, *self.mlp.norms, *of_heads]
+
+    @property
+    def parameters(self) -> set[str]:
+        """Names of all parameters that a layer may have, as `unpacked` gives them."""
+        projections = {f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
+        return projections | {f"{norm}.weight" for norm in self.norms}
+
+    @property
+    def symmetry(self) -> tuple[Axis, ...]:
+        """The permutation symmetry of a layer. Axes that are not named here are the residual stream's.
+
+        "mlp" is any permutation of the MLP's hidden neurons. "key_value" moves whole key-value heads, and "query" moves
+        whole query heads: each with its key-value head, and in any order among those that share it. Channels inside a
+        head stay where they are, since rotary embeddings tie each to its place.
+        """
+        axes = []
+        moved = {"mlp": ["mlp", "mlp"], "attention": ["query", "key_value", "key_value"]}
+        for half, of_readers in ((self.mlp, moved["mlp"]), (self.attention, moved["attention"])):
+            for name, permutation in zip(half.readers, of_readers, strict=True):
+                axes += [Axis(f"{name}.weight", 0, permutation), Axis(f"{name}.bias", 0, permutation)]
+            axes.append(Axis(f"{half.writer}.weight", 1, of_readers[0]))
+        if self.head_norms == "all":
+            axes += [Axis("self_attn.q_norm.weight", 0, "query"), Axis("self_attn.k_norm.weight", 0, "key_value")]
+        return tuple(axes)
+
+    def unpacked(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """A layer's parameters by names that all families share, each projection by itself, and norms' gains as such.
+
+        All that can be are views.
+        """
+        found = dict(weights)
+        for packed, names in self.packed_projections.items():
+            for kind in ("weight", "bias"):
+                if (tensor := found.pop(f"{packed}.{kind}", None)) is not None:
+                    sizes = [len(tensor) // len(names)] * len(names)
+                    if names == self.attention.readers:  # of which the queries may be more
+                        queries = found[f"{self.attention.writer}.weight"].shape[1]
+                        sizes = [queries, (len(tensor) - queries) // 2, (len(tensor) - queries) // 2]
+                    found |= {f"{name}.{kind}": part for name, part in zip(names, tensor.split(sizes), strict=True)}
+        if self.gain_offset:
+            for norm in self.norms:
+                gain = found[f"{norm}.weight"]
+                found[f"{norm}.weight"] = gain.to(torch.promote_types(gain.dtype, torch.float32)) + self.gain_offset
+        return found
+
+    def packed(self, weights: Weights) -> dict[str, Tensor]:
+        """The same as the layer has them, of all parameters or of some."""
+        found = dict(weights)
+        if self.gain_offset:
+            dtype = next((tensor.dtype for name, tensor in found.items() if "_proj." in name), None)
+            for norm in self.norms:
+                if (gain := found.get(f"{norm}.weight")) is not None:
+                    found[f"{norm}.weight"] = (gain - self.gain_offset).to(dtype or gain.dtype)
+        for packed, names in self.packed_projections.items():
+            for kind in ("weight", "bias"):
+                if f"{names[0]}.{kind}" in found:
+                    found[f"{packed}.{kind}"] = torch.cat([found.pop(f"{name}.{kind}") for name in names])
+        return found
+
+    def config_kind(self, config: PretrainedConfig, index: int) -> Kind:
+        """The kind of a layer, by its place in the config."""
+        return {name: getattr(config, name)[index] for name in self.layer_lists}
+
+    def layer_kind(self, layer: DecoderLayer) -> Kind:
+        """The kind of a layer, wherever it is."""
+        kind: dict[str, Any] = {}
+        if "layer_types" in self.layer_lists:
+            is_full = layer.self_attn.sliding_window is None
+            kind["layer_types"] = "full_attention" if is_full else "sliding_attention"
+        if "no_rope_layers" in self.layer_lists:
+            kind["no_rope_layers"] = layer.self_attn.use_rope
+        return kind
+
+    def new_layer(self, config: PretrainedConfig, kind: Kind) -> DecoderLayer:
+        """A decoder layer of some kind, without weights."""
+        if kind:
+            config = copy.copy(config)
+            for name, value in kind.items():
+                setattr(config, name, [value])
+        with torch.device("meta"):
+            return self.decoder_layer(config, layer_idx=0)
+
+    def layer_window(self, config: PretrainedConfig, layer: DecoderLayer) -> int | None:
+        """How many tokens, with its own, a layer's token attends to at most."""
+        window = getattr(config, self.window) if self.window else None
+        return layer.self_attn.sliding_window if self.layer_lists else window
+
+    def first_states(self, config: PretrainedConfig, embedded: Tensor, *, rows: bool = False) -> Tensor:
+        """What the first layer reads, from what the embedding gives, or from plain rows of its table."""
+        if rows and self.scaled_embedding:
+            embedded = embedded * torch.tensor(config.hidden_size**0.5).to(embedded.dtype)
+        return embedded * getattr(config, self.embedding_multiplier) if self.embedding_multiplier else embedded
+
+    def logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
+        """The model's logits from those of its head."""
+        if self.logits_divisor:
+            logits = logits / getattr(config, self.logits_divisor)
+        cap = getattr(config, self.logits_cap) if self.logits_cap else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def residual_factor(self, config: PretrainedConfig) -> float:
+        """What all that is written to the residual stream is multiplied by."""
+        return getattr(config, self.residual_multiplier) if self.residual_multiplier else 1.0
 
     def _class(self, name: str, module: str = "modeling") -> Any:
         return getattr(self._module(module), name)
@@ -82,15 +290,59 @@ FAMILIES = MappingProxyType(
         family.model_type: family
         for family in (
             Family("llama", "Llama"),
-            Family("mistral", "Mistral"),
-            Family("qwen2", "Qwen2"),
-            Family("qwen3", "Qwen3"),
-            Family("phi3", "Phi3"),
-            Family("gemma2", "Gemma2"),
-            Family("gemma3_text", "Gemma3", module="gemma3", text="Text"),
-            Family("olmo2", "Olmo2"),
-            Family("granite", "Granite"),
-            Family("smollm3", "SmolLM3"),
+            Family("mistral", "Mistral", window="sliding_window"),
+            Family("qwen2", "Qwen2", layer_lists=("layer_types",)),
+            Family("qwen3", "Qwen3", head_norms="each", layer_lists=("layer_types",)),
+            Family(
+                "phi3",
+                "Phi3",
+                packed_projections={
+                    "self_attn.qkv_proj": attention_half().readers,
+                    "mlp.gate_up_proj": mlp_half().readers,
+                },
+                window="sliding_window",
+            ),
+            Family(
+                "gemma2",
+                "Gemma2",
+                attention=attention_half(after="post_attention_layernorm"),
+                mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+                gain_offset=1.0,
+                layer_lists=("layer_types",),
+                activation="hidden_activation",
+                scaled_embedding=True,
+                logits_cap="final_logit_softcapping",
+            ),
+            Family(
+                "gemma3_text",
+                "Gemma3",
+                module="gemma3",
+                text="Text",
+                attention=attention_half(after="post_attention_layernorm"),
+                mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+                gain_offset=1.0,
+                head_norms="each",
+                layer_lists=("layer_types",),
+                rotary_of_type=True,
+                activation="hidden_activation",
+                scaled_embedding=True,
+                logits_cap="final_logit_softcapping",
+            ),
+            Family(
+                "olmo2",
+                "Olmo2",
+                attention=attention_half(before=None, after="post_attention_layernorm"),
+                mlp=mlp_half(before=None, after="post_feedforward_layernorm"),
+                head_norms="all",
+            ),
+            Family(
+                "granite",
+                "Granite",
+                embedding_multiplier="embedding_multiplier",
+                residual_multiplier="residual_multiplier",
+                logits_divisor="logits_scaling",
+            ),
+            Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
         )
     }
 )
@@ -112,3 +364,8 @@ def family_of(config: PretrainedConfig) -> Family:
             f"one of {', '.join(FAMILIES)}."
         )
     return FAMILIES[model_type]
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The pipeline: fuses pairs of layers of a Llama, in place, and reports what it did.
+"""The pipeline: fuses pairs of layers of a model, in place, and reports what it did.
 
 From top to bottom: the loop over pairs, how a pair is chosen and what it becomes, then what happens before and after
 the loop. Where fused layers are fitted, the loop decides which layers form a group, and a last pass makes each fused
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -26,13 +26,14 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer, Kind, Weights
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.layer_parts import build_layer
+from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
@@ -53,7 +54,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
             i, cost = fusion.choose()
             pair = fusion.fuse_pair(i, fusion.before(i))
             fusion.steps.append(fusion.report_step(i, pair, cost))
-            fusion.decoder.replace(i, pair.changed)
+            fusion.decoder.replace(i, pair.changed, pair.kind)
             fusion.decoder.remove(i + 1)
             fusion.update(i)
 
@@ -108,7 +109,8 @@ class Fusion:
         with ExitStack() as stack:
             pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
             traces = trace(self.decoder, pair, states if config.fits else [], self.store)
-            first, second = (dict(layer.named_parameters()) for layer in pair)
+            first, second = (layer_weights(self.decoder, layer) for layer in pair)
+            kind = self.decoder.family.layer_kind(pair[0])
             changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
             if config.merge == "average":
                 changed, matches = average_layers(
@@ -117,26 +119,28 @@ class Fusion:
                     ratio=ratio,
                     alignment=config.alignment,
                     head_dim=pair[0].self_attn.head_dim,
+                    symmetry=self.decoder.family.symmetry,
                     processes=self.decoder.processes,
                 )
                 for tensor in changed.values():  # in case machines round differently
                     self.decoder.processes.given_by_first(tensor)
             weights = first | changed
             if not config.fits:
-                return _FusedPair(changed, weights, ratio, matches, None)
+                return _FusedPair(changed, weights, kind, ratio, matches, None)
             if config.merge != "select":
-                pair = [build_layer(self.decoder, weights)]
+                pair = [build_layer(self.decoder, weights, kind)]
             del first, second, weights
             fit = fit_group(
                 self.decoder, pair, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
             )
-            return _FusedPair(fit.weights, fit.weights, ratio, matches, fit)
+            return _FusedPair(fit.weights, fit.weights, fit.kind, ratio, matches, fit)
 
-    def try_pair(self, i: int, states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Weights of a pair that may never be fused."""
+    def try_pair(self, i: int, states: Sequence[Tensor]) -> DecoderLayer:
+        """The layer that a pair would become which may never be fused."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Layers .* have no similarity")
-            return self.fuse_pair(i, states, quick=True).weights
+            pair = self.fuse_pair(i, states, quick=True)
+        return build_layer(self.decoder, pair.weights, pair.kind)
 
     def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
         """What is reported of the fusion of layers i and i + 1."""
@@ -165,10 +169,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class _FusedPair:
-    """What two layers become: the weights that differ from layer i's, all weights, and how they came about."""
+    """What two layers become: the weights that differ from layer i's, all weights, the kind, and how it came about."""
 
-    changed: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
+    changed: Weights
+    weights: Weights
+    kind: Kind
     ratio: float
     matches: dict[str, RowMatch]
     fit: GroupFit | None

@@ -9,28 +9,27 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lf_hf.decoder.interface import Decoder, remove_config_layer
+from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
+from lf_hf.families import CausalLM, DecoderLayer, Kind
 from lf_hf.processes import ALONE, Processes
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class ModelDecoder(Decoder):
-    """A LlamaForCausalLM in memory; it is changed, but none of its tensors is: a layer gets new ones.
+    """A model in memory, of any family; it is changed, but none of its tensors is: a layer gets new ones.
 
     With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
     """
 
-    def __init__(self, model: LlamaForCausalLM, *, keep_originals: bool = False, processes: Processes = ALONE) -> None:
+    def __init__(self, model: CausalLM, *, keep_originals: bool = False, processes: Processes = ALONE) -> None:
         self.model = model
         self.processes = processes
         self.device = model.model.embed_tokens.weight.device
         self._keep_originals = keep_originals
         self._sources = list(range(len(model.model.layers)))  # of each layer, its number in the dense model
-        self._originals: dict[int, LlamaDecoderLayer] = {}
+        self._originals: dict[int, DecoderLayer] = {}
         self.config = model.config
         self.rotary_emb = model.model.rotary_emb
 
@@ -38,12 +37,10 @@ class ModelDecoder(Decoder):
     def num_layers(self) -> int:
         return len(self.model.model.layers)
 
-    def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
-        layer = self.model.model.layers[index]
-        assert isinstance(layer, LlamaDecoderLayer)
-        return nullcontext(layer)
+    def layer(self, index: int) -> AbstractContextManager[DecoderLayer]:
+        return nullcontext(self.model.model.layers[index])
 
-    def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
+    def original(self, number: int) -> AbstractContextManager[DecoderLayer]:
         if number in self._originals:
             return nullcontext(self._originals[number])
         return self.layer(self._sources.index(number))
@@ -57,15 +54,21 @@ class ModelDecoder(Decoder):
         return other
 
     @torch.no_grad()
-    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+    def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         source, layer = self._sources[index], self.model.model.layers[index]
         if self._keep_originals and source not in self._originals:
             self._originals[source] = sharing_copy(layer)
-        for name, tensor in weights.items():
+        for name, tensor in self.family.packed(weights).items():
             place, _, parameter = name.rpartition(".")
             before = layer.get_parameter(name)
             after = nn.Parameter(torch.empty_like(before).copy_(tensor), requires_grad=before.requires_grad)
             setattr(layer.get_submodule(place), parameter, after)
+        if kind and kind != self.family.layer_kind(layer):
+            set_config_kind(self.config, index, kind)
+            attention = self.family.new_layer(self.config, kind).self_attn
+            for name in ("layer_type", "is_sliding", "sliding_window", "use_rope"):
+                if hasattr(attention, name):
+                    setattr(layer.self_attn, name, getattr(attention, name))
 
     def remove(self, index: int) -> None:
         remove_config_layer(self.config, index)
@@ -77,17 +80,21 @@ class ModelDecoder(Decoder):
             layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values
         device_map = getattr(self.model, "hf_device_map", None)
         if device_map:
-            vars(self.model)["hf_device_map"] = _without_layer(device_map, index)
+            self.model.hf_device_map = _without_layer(device_map, index)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         table = self.model.model.embed_tokens
-        return [table(batch.to(table.weight.device)) for batch in batches]
+        embedded = (table(batch.to(table.weight.device)) for batch in batches)
+        return [self.family.first_states(self.config, states) for states in embedded]
 
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        return nullcontext(lambda hidden_states: self.model.lm_head(self.model.model.norm(hidden_states)))
+        def predict(hidden_states: Tensor) -> Tensor:
+            return self.family.logits(self.config, self.model.lm_head(self.model.model.norm(hidden_states)))
+
+        return nullcontext(predict)
 
 
 def sharing_copy(module: M) -> M:

@@ -1,4 +1,4 @@
-"""A Llama as the pipeline sees it: embeddings, a list of decoder layers that can change, and a head.
+"""A model as the pipeline sees it: embeddings, a list of decoder layers that can change, and a head.
 
 The pipeline asks for one layer at a time, so that the layers may also lie on disk: see `on_disk.py`.
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers import DynamicCache, PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
+from lf_hf.families import DecoderLayer, Family, Kind, family_of
 from lf_hf.memory import free_memory
 from lf_hf.processes import ALONE, Processes
 from lf_hf.progress import progress
@@ -28,13 +28,14 @@ _BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below 
 
 
 class Decoder(ABC):
-    """A Llama whose layers are used one after another and may be changed.
+    """A model whose layers are used one after another and may be changed.
 
     Attributes
     ----------
-    config : LlamaConfig
-        Follows when layers are removed.
-    rotary_emb : LlamaRotaryEmbedding
+    config : PretrainedConfig
+        Follows when layers are removed, or become layers of another kind.
+    rotary_emb : nn.Module
+        The family's own rotary embeddings.
     device : torch.device
         Where hidden states begin.
     processes : Processes
@@ -43,12 +44,22 @@ class Decoder(ABC):
         Bytes of hidden states that may be in the machine's memory; None for as many as there is room for.
     """
 
-    config: LlamaConfig
-    rotary_emb: LlamaRotaryEmbedding
+    config: Any
+    rotary_emb: Any
     device: torch.device
     processes: Processes = ALONE
     states_in_memory: int | None = None
-    _inputs: tuple[Any, dict[str, Any]] | None = None  # of a layer, for the last kind of states
+    _inputs: tuple[Any, dict[Any, dict[str, Any]]] | None = None  # of layers, for the last kind of states
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    def only_kind(self) -> Kind:
+        """The kind of all layers, where they are of one."""
+        kinds = [self.family.config_kind(self.config, index) for index in range(self.config.num_hidden_layers)]
+        assert all(kind == kinds[0] for kind in kinds), "the layers are of several kinds"
+        return kinds[0]
 
     @property
     @abstractmethod
@@ -61,28 +72,28 @@ class Decoder(ABC):
         return 0
 
     @abstractmethod
-    def layer(self, index: int) -> AbstractContextManager[LlamaDecoderLayer]:
+    def layer(self, index: int) -> AbstractContextManager[DecoderLayer]:
         """A layer with its weights, to be used inside a `with` block. Not to be changed."""
 
     @abstractmethod
-    def original(self, number: int) -> AbstractContextManager[LlamaDecoderLayer]:
+    def original(self, number: int) -> AbstractContextManager[DecoderLayer]:
         """A layer of the dense model, by its number there, whatever has been replaced or removed since."""
 
-    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
         """Layers one after the other, each to be used until the next one is asked for."""
         for index in indices:
             with self.layer(index) as layer:
                 yield layer
 
-    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
         """Layers of the dense model one after the other, by their numbers there."""
         for number in numbers:
             with self.original(number) as layer:
                 yield layer
 
     @abstractmethod
-    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Give a layer new values for the named parameters."""
+    def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+        """Give a layer new values for some parameters, by the names that all families share, and another kind."""
 
     @abstractmethod
     def remove(self, index: int) -> None:
@@ -156,12 +167,9 @@ class Decoder(ABC):
                 # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
                 hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
                 position_ids = torch.full((count, 1), position, device=hidden_states.device)
-                position_embeddings = self._rotary(hidden_states, position_ids)
+                step = CachedStep(self, hidden_states, position_ids, cache)
                 for layer in self.layers(range(self.num_layers)):
-                    # By position, as the name of the cache's parameter depends on the version of transformers.
-                    hidden_states = layer(
-                        hidden_states, None, position_ids, cache, position_embeddings=position_embeddings
-                    )
+                    hidden_states = step.run(layer, hidden_states)
                 logits = head(hidden_states)[:, 0].float()  # (count, vocab)
                 finite.append(torch.isfinite(logits).all())
                 logits[:, barred] = -torch.inf
@@ -182,35 +190,50 @@ class Decoder(ABC):
         """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit."""
         return nullcontext()
 
-    def layer_inputs(self, hidden_states: Tensor) -> dict[str, Any]:
+    def layer_inputs(self, hidden_states: Tensor, layer: DecoderLayer) -> dict[str, Any]:
         """What a layer takes besides its hidden states, for sequences without padding or cache.
 
         `hidden_states` is (sequences B, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
-        kind = num_tokens, device, hidden_states.dtype
-        if self._inputs is not None and self._inputs[0] == kind:
-            return self._inputs[1]
+        of_states = num_tokens, device, hidden_states.dtype
+        if self._inputs is None or self._inputs[0] != of_states:
+            self._inputs = of_states, {}
+        window, rotary = self.window(layer, num_tokens), self.rotary_kind(layer)
+        if (window, rotary) in self._inputs[1]:
+            return self._inputs[1][window, rotary]
         position_ids = torch.arange(num_tokens, device=device)[None]
         mask = None
-        # These are causal by themselves.
-        if not (self.config._attn_implementation == "sdpa" or is_flash_attention_requested(self.config)):
+        # These are causal by themselves; the first one does not know windows.
+        by_itself = self.config._attn_implementation == "sdpa" and window is None
+        if not (by_itself or is_flash_attention_requested(self.config)):
             lowest = torch.finfo(hidden_states.dtype).min
-            mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device).triu(1)
+            mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device)
+            mask = mask.triu(1) if window is None else mask.triu(1) + mask.tril(-window)
             mask = mask[None, None]  # (1, 1, T, T)
-        cos, sin = self._rotary(hidden_states, position_ids)
+        cos, sin = self.rotary(hidden_states, position_ids, rotary)
         inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": (cos, sin)}
-        self._inputs = kind, inputs
+        self._inputs[1][window, rotary] = inputs
         return inputs
 
-    def _rotary(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def window(self, layer: DecoderLayer, num_tokens: int) -> int | None:
+        """How many tokens a layer's tokens attend to at most, with their own, where that leaves out any of some."""
+        window = self.family.layer_window(self.config, layer)
+        return window if window is not None and window < num_tokens else None
+
+    def rotary_kind(self, layer: DecoderLayer) -> str | None:
+        """Which rotary embeddings a layer has, where there is more than one kind."""
+        return layer.self_attn.layer_type if self.family.rotary_of_type else None
+
+    def rotary(self, hidden_states: Tensor, position_ids: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
         """Rotary embeddings where the states are: in a model that is spread over devices they have one of their own."""
-        cos, sin = self.rotary_emb(hidden_states, position_ids)
+        of_kind = () if kind is None else (kind,)
+        cos, sin = self.rotary_emb(hidden_states, position_ids, *of_kind)
         return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
-    def run_layer(self, layer: LlamaDecoderLayer, hidden_states: Tensor) -> Tensor:
+    def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""
-        return layer(hidden_states, **self.layer_inputs(hidden_states))
+        return layer(hidden_states, **self.layer_inputs(hidden_states, layer))
 
     @torch.no_grad()
     def walk(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -234,7 +257,66 @@ class Decoder(ABC):
             yield states
 
 
-def _special_tokens(config: LlamaConfig) -> list[int]:
+class CachedStep:
+    """What layers take for tokens that follow those in a cache; one for each pass through the layers.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    hidden_states : tensor of shape (sequences B, tokens T, hidden)
+    position_ids : tensor of shape (B, T)
+    cache : DynamicCache
+    padding : tensor of shape (B,), optional
+        How many tokens of each sequence come before its text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        cache: DynamicCache,
+        padding: Tensor | None = None,
+    ) -> None:
+        self._decoder, self._position_ids, self._cache, self._padding = decoder, position_ids, cache, padding
+        self._first, self._cache_argument = hidden_states, decoder.family.cache_argument
+        self._end = cache.get_seq_length() + hidden_states.shape[1]
+        self._inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
+
+    def run(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
+        """A layer's output, (sequences B, tokens T, hidden) -> (B, T, hidden)."""
+        window, rotary = self._decoder.window(layer, self._end), self._decoder.rotary_kind(layer)
+        if (window, rotary) not in self._inputs:
+            embeddings = self._decoder.rotary(self._first, self._position_ids, rotary)
+            self._inputs[window, rotary] = self._mask(window), embeddings
+        mask, embeddings = self._inputs[window, rotary]
+        return layer(
+            hidden_states,
+            attention_mask=mask,
+            position_ids=self._position_ids,
+            position_embeddings=embeddings,
+            **{self._cache_argument: self._cache},
+        )
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        states, padding = self._first, self._padding
+        is_flash = is_flash_attention_requested(self._decoder.config)  # which is causal by itself, and knows windows
+        if padding is None and (is_flash or (window is None and states.shape[1] == 1)):
+            return None
+        keys = torch.arange(self._end, device=states.device)
+        queries = keys[-states.shape[1] :]
+        is_text = keys >= (torch.zeros(1, device=states.device) if padding is None else padding)[:, None]  # (B, keys)
+        if is_flash:
+            return is_text
+        seen = keys <= queries[:, None]
+        if window is not None:
+            seen &= keys > queries[:, None] - window
+        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
+        lowest = torch.finfo(states.dtype).min
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
+
+
+def _special_tokens(config: PretrainedConfig) -> list[int]:
     """Token ids that begin, end or fill up texts, as far as the config names them."""
     named = [config.bos_token_id, config.pad_token_id]
     ends = config.eos_token_id
@@ -242,13 +324,20 @@ def _special_tokens(config: LlamaConfig) -> list[int]:
     return sorted({token for token in named if token is not None and 0 <= token < config.vocab_size})
 
 
-def remove_config_layer(config: LlamaConfig, index: int) -> None:
+def remove_config_layer(config: PretrainedConfig, index: int) -> None:
     """Take one layer out of `num_hidden_layers` and of lists with one entry a layer, such as `layer_types`."""
-    num_layers = config.num_hidden_layers
+    num_layers, lists = config.num_hidden_layers, family_of(config).layer_lists
     for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == num_layers:
+        if name in lists or ("layer" in name and isinstance(value, list) and len(value) == num_layers):
             setattr(config, name, value[:index] + value[index + 1 :])
     config.num_hidden_layers = num_layers - 1
+
+
+def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:
+    """Let one layer be of another kind."""
+    for name, value in kind.items():
+        values = getattr(config, name)
+        setattr(config, name, [*values[:index], value, *values[index + 1 :]])
 
 
 def check_finite(states: Sequence[Tensor], layer: int) -> None:

@@ -12,11 +12,11 @@ from typing import cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lf_hf.decoder.interface import Decoder, remove_config_layer
+from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
+from lf_hf.families import DecoderLayer, Kind
 from lf_hf.files.weights import (
     check_complete,
     check_floats,
@@ -39,7 +39,7 @@ STATES_IN_MEMORY = 1 << 27  # bytes, where the machine's memory is to be spared
 
 
 class CheckpointDecoder(Decoder):
-    """A Llama in safetensors files, read layer by layer; changed tensors go to a scratch folder.
+    """A model in safetensors files, read layer by layer; changed tensors go to a scratch folder.
 
     On another device than the CPU the next layer of a stream is read while the last one is used. On the CPU that would
     take memory where memory is short.
@@ -48,7 +48,7 @@ class CheckpointDecoder(Decoder):
     ----------
     folder : Path
         Holds model.safetensors, or its shards and their index.
-    config : LlamaConfig
+    config : PretrainedConfig
     scratch : Path
         A folder on a disk with room for the fused layers.
     dtype : torch.dtype, optional
@@ -60,7 +60,7 @@ class CheckpointDecoder(Decoder):
     def __init__(
         self,
         folder: Path,
-        config: LlamaConfig,
+        config: PretrainedConfig,
         scratch: Path,
         *,
         dtype: torch.dtype | None = None,
@@ -68,25 +68,28 @@ class CheckpointDecoder(Decoder):
     ) -> None:
         self.config = config
         if config._attn_implementation is None:
-            config._attn_implementation = "sdpa"
+            config._attn_implementation = "sdpa" if self.family.pretrained_model._supports_sdpa else "eager"
         if device.type == "cuda" and device.index is None:  # which another thread would take for the first one
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.states_in_memory = STATES_IN_MEMORY if device.type == "cpu" else None
         # A stream of their own, so that copies need not wait for what is computed.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+        self.rotary_emb = self.family.rotary_embedding(config).to(device)
         self._files = tensor_files(folder)
         check_floats(self._files)
         self._check_complete(str(folder))
         self._scratch = scratch
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
+        self._kinds = [
+            self.family.config_kind(config, number) for number in self._sources
+        ]  # of the layers in the files
         self.dtype: torch.dtype = (
             dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
         )
         self._own_head = self._has_own_head()
         self._changes = 0  # how often layers were changed
-        self._kept: dict[int, LlamaDecoderLayer] | None = None  # layers that stay on the device, where any may
+        self._kept: dict[int, DecoderLayer] | None = None  # layers that stay on the device, where any may
         self._table: Tensor | None = None  # embeddings that do
         self._least_free = 0  # bytes of the device
 
@@ -101,17 +104,17 @@ class CheckpointDecoder(Decoder):
         return 0 if stay else size
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[LlamaDecoderLayer]:
+    def layer(self, index: int) -> Iterator[DecoderLayer]:
         yield next(self.layers([index]))
 
     @contextmanager
-    def original(self, number: int) -> Iterator[LlamaDecoderLayer]:
+    def original(self, number: int) -> Iterator[DecoderLayer]:
         yield next(self.originals([number]))
 
-    def layers(self, indices: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
         return self._stream(indices, original=False)
 
-    def originals(self, numbers: Iterable[int]) -> Iterator[LlamaDecoderLayer]:
+    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
         return self._stream(numbers, original=True)
 
     @contextmanager
@@ -129,7 +132,9 @@ class CheckpointDecoder(Decoder):
         finally:
             self._kept = self._table = None
 
-    def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
+    def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+        weights = self.family.packed(weights)
+        set_config_kind(self.config, index, kind or {})
         file = self._changed(index)
         tensors = load_file(file) if file.is_file() else {}
         save_file(tensors | {name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
@@ -150,14 +155,15 @@ class CheckpointDecoder(Decoder):
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         table = self._read([_EMBEDDING])[0] if self._table is None else self._table
-        return [nn.functional.embedding(batch.to(table.device), table).to(self.device) for batch in batches]
+        embedded = (nn.functional.embedding(batch.to(table.device), table).to(self.device) for batch in batches)
+        return [self.family.first_states(self.config, states, rows=True) for states in embedded]
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING], self.device)
-        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
-        yield lambda hidden_states: nn.functional.linear(norm(hidden_states), weight)
+        yield lambda states: self.family.logits(self.config, nn.functional.linear(norm(states), weight))
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""
@@ -197,7 +203,7 @@ class CheckpointDecoder(Decoder):
         held = {tensor: shape for file in set(self._files.values()) for tensor, shape in tensor_shapes(file).items()}
         with torch.device("meta"):
             wanted = {
-                tensor: tuple(value.shape) for tensor, value in LlamaForCausalLM(self.config).state_dict().items()
+                tensor: tuple(value.shape) for tensor, value in self.family.causal_lm(self.config).state_dict().items()
             }
         missing = wanted.keys() - held.keys() - ({_HEAD} if self.config.tie_word_embeddings else set())
         mismatched = {
@@ -211,12 +217,12 @@ class CheckpointDecoder(Decoder):
             return _HEAD in self._files
         return not torch.equal(*self._read([_EMBEDDING, _HEAD]))
 
-    def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[LlamaDecoderLayer]:
+    def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[DecoderLayer]:
         """Layers of the model as it is, or of the base; each is its user's alone, so that its memory can be freed."""
         read = self._stored_weights if original else self._layer_weights
         if self.device.type == "cpu":
             for number in numbers:
-                yield self._built(read(number), number)
+                yield self._built(read(number), number, original=original)
             return
         numbers = list(numbers)
         with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
@@ -232,7 +238,7 @@ class CheckpointDecoder(Decoder):
                     continue
                 if ahead is None or ahead[:2] != (number, version()):
                     ahead = number, version(), reader.submit(self._copied, read, number)
-                layer = [self._built(self._received(ahead[2].result()), number)]
+                layer = [self._built(self._received(ahead[2].result()), number, original=original)]
                 if self._kept is kept and self._has_room():
                     kept[number] = layer[0]
                 ahead = None
@@ -265,9 +271,10 @@ class CheckpointDecoder(Decoder):
         if self._kept is not None:
             self._kept.clear()
 
-    def _built(self, weights: Mapping[str, Tensor], index: int) -> LlamaDecoderLayer:
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, layer_idx=index)
+    def _built(self, weights: Mapping[str, Tensor], index: int, *, original: bool) -> DecoderLayer:
+        kind = self._kinds[index] if original else self.family.config_kind(self.config, index)
+        layer = self.family.new_layer(self.config, kind)
+        layer.self_attn.layer_idx = index
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 

@@ -63,7 +63,7 @@ def fit_from_bottom(
                 if config.merge != "select":
                     layers = [stack.enter_context(decoder.layer(index))]
                 fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
-            decoder.replace(index, fit.weights)
+            decoder.replace(index, fit.weights, fit.kind)
             dense = traces.output
             del traces
             with decoder.layer(index) as layer:

@@ -6,25 +6,27 @@ channels that the group's output needs most, and fits what writes into the resid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import Tensor, nn
 
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
 from lf_hf.numerics import all_finite, in_float64
 from lf_hf.refit.layer_parts import (
-    Weights,
     after_attention,
     attention_heads,
     build_layer,
+    layer_weights,
     mlp_channels,
     normalized,
     stacked,
     with_channels,
+    written_by_attention,
 )
 from lf_hf.refit.regression import Regression, expanded
 from lf_hf.refit.states import StateStore
@@ -37,6 +39,7 @@ _CANDIDATES_PER_KEPT = 1.25
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
 _FIRST_SHARE = 1 / 32
+_NORMS_OF_HEADS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ class GroupFit:
 
     `heads_kept` and `channels_kept` count the key-value groups and MLP channels from each layer of the group, where
     they were selected. The errors are what is left of what the MLP should write, squared and relative, with
-    down_proj as it was and as it is.
+    down_proj as it was and as it is; where that goes through a norm, in front of it.
     """
 
     weights: dict[str, Tensor]
+    kind: Kind
     heads_kept: list[int] | None
     channels_kept: list[int] | None
     error_before: float
@@ -58,7 +62,7 @@ class GroupFit:
 @torch.no_grad()
 def fit_group(
     decoder: Decoder,
-    layers: list[LlamaDecoderLayer],
+    layers: list[DecoderLayer],
     traces: Traces,
     states: Sequence[Tensor],
     store: StateStore,
@@ -72,7 +76,7 @@ def fit_group(
     Parameters
     ----------
     decoder : Decoder
-    layers : list of LlamaDecoderLayer
+    layers : list of DecoderLayer
         The group; a single layer is only fitted. The list is emptied: layers that nobody else holds make room.
     traces : Traces
         Calibration text on its way through the group.
@@ -88,16 +92,19 @@ def fit_group(
     # Layers of a model that is spread over devices come together on the first one's.
     states = on_device(states, layers[0], store)
     device = layers[0].mlp.down_proj.weight.device
+    kinds = [decoder.family.layer_kind(layer) for layer in layers]
     parameters = [
-        {name: weight.to(device) for name, weight in layers.pop(0).named_parameters()} for _ in range(len(layers))
+        {name: weight.to(device) for name, weight in layer_weights(decoder, layers.pop(0)).items()}
+        for _ in range(len(layers))
     ]
-    weights, heads_kept = parameters[0], None
+    weights, kind, heads_kept = parameters[0], kinds[0], None
     if refit == "projections":
-        weights, heads_kept = _fit_attention(decoder, parameters, traces, states, ridge, quick)
-    fused = build_layer(decoder, weights)
+        weights, kind, heads_kept = _fit_attention(decoder, parameters, kinds, traces, states, ridge, quick)
+    fused = build_layer(decoder, weights, kind)
     residuals = store.keep(after_attention(decoder, fused, state) for state in states)
     del fused
-    weights = {name: weight for name, weight in weights.items() if "attn" in name or "input_layernorm" in name}
+    norms = [f"{norm}.weight" for norm in decoder.family.attention.norms]
+    weights = {name: weight for name, weight in weights.items() if name.startswith("self_attn.") or name in norms}
     mlp = _fit_mlp(decoder, parameters, traces, residuals, refit, ridge, quick)
     weights |= mlp.weights
     for name, weight in weights.items():
@@ -105,46 +112,157 @@ def fit_group(
         decoder.processes.given_by_first(weight)  # in case machines round differently
         if not all_finite(weight):
             raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
-    return GroupFit(weights, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
+    return GroupFit(weights, kind, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
 
 
 def _fit_attention(
     decoder: Decoder,
     parameters: Sequence[Weights],
+    kinds: Sequence[Kind],
     traces: Traces,
     states: Sequence[Tensor],
     ridge: float,
     quick: bool,
-) -> tuple[dict[str, Tensor], list[int] | None]:
-    """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote."""
-    config, count = decoder.config, len(parameters)
+) -> tuple[dict[str, Tensor], Kind, list[int] | None]:
+    """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote.
+
+    All are from one layer, whose kind it takes, where heads of several cannot be side by side: norms of queries and
+    keys have gains that the heads of a layer share, and layers may be of different kinds.
+    """
+    family, half, count = decoder.family, decoder.family.attention, len(parameters)
     device = parameters[0]["self_attn.o_proj.weight"].device
-    maps = input_maps(decoder, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
-    weights = dict(parameters[0]) | stacked(parameters, "input_layernorm", maps)
-    wide = build_layer(decoder, weights)
-    start, bias = wide.self_attn.o_proj.weight, wide.self_attn.o_proj.bias
+    maps = input_maps(decoder, half, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
+    apart = count > 1 and (family.head_norms is not None or any(kind != kinds[0] for kind in kinds))
+    layers, sizes = [], None
+    if apart or (half.after and count > 1):
+        layers = [
+            build_layer(decoder, {**of_layer, **stacked(half, [of_layer], [through])}, kind)
+            for of_layer, through, kind in zip(parameters, maps, kinds, strict=True)
+        ]
+    if half.after and count > 1:
+        sizes = _sizes(decoder, [partial(written_by_attention, decoder, layer) for layer in layers], states)
+    weights = dict(parameters[0]) | stacked(half, parameters, maps, sizes)
+    del maps
+    if not apart:
+        layers = [build_layer(decoder, weights, kinds[0])]
+    start = weights["self_attn.o_proj.weight"]
     regression = Regression.empty(start.shape[1], start.shape[0], device, start.dtype)
-    for n, state in enumerate(states):
-        target = traces.inputs[0][n] + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
-        wanted = target - state if bias is None else target - state - bias
-        regression.add(attention_heads(decoder, wide, state), wanted.flatten(0, 1), token_weights(decoder, target))
+    for state, target in zip(states, _after_attention_of_all(traces), strict=True):
+        heads = [attention_heads(decoder, layer, state) for layer in layers]
+        read = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+        regression.add(*_in_front(decoder, half, weights, read, target, state))
+    del layers
     regression.add_up(decoder.processes)
 
-    head_dim = wide.self_attn.head_dim
-    kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // head_dim
-    block = config.num_attention_heads // kv_heads * head_dim  # channels of the queries that share a key-value head
-    kept = torch.arange(kv_heads, device=start.device)
+    channels = head_dim(decoder.config)
+    kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // channels
+    units = 1 if apart else kv_heads  # of a layer, that are kept or not
+    rows = len(parameters[0]["self_attn.k_proj.weight"]) // units
+    block = len(parameters[0]["self_attn.q_proj.weight"]) // units  # channels of the queries of a unit
+    kept = torch.arange(units, device=start.device)
     if count > 1:
-        rounds = 1 if quick else (count - 1) * kv_heads
-        kept = decoder.processes.computed(lambda: regression.prune(start, kv_heads, block=block, rounds=rounds), device)
-    queries, keys = expanded(kept, block), expanded(kept, head_dim)
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        for kind in ("weight", "bias"):
-            if f"self_attn.{name}.{kind}" in weights:
-                weights[f"self_attn.{name}.{kind}"] = weights[f"self_attn.{name}.{kind}"][rows]
+        rounds = 1 if quick else (count - 1) * units
+        kept = decoder.processes.computed(lambda: regression.prune(start, units, block=block, rounds=rounds), device)
+    queries, keys = expanded(kept, block), expanded(kept, rows)
+    for name, chosen in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        for part in ("weight", "bias"):
+            if f"self_attn.{name}.{part}" in weights:
+                weights[f"self_attn.{name}.{part}"] = weights[f"self_attn.{name}.{part}"][chosen]
+    kind, heads_kept = kinds[0], _counts(kept, units, count)
+    if apart:
+        kind = kinds[int(kept)]
+        weights |= {name: w for name, w in parameters[int(kept)].items() if name in _NORMS_OF_HEADS}
+        heads_kept = [kv_heads * (layer == int(kept)) for layer in range(count)]
     fitted = decoder.processes.computed(lambda: regression.ridge(start[:, queries], ridge), device)
     weights["self_attn.o_proj.weight"] = fitted.to(start)
-    return weights, _counts(kept, kv_heads, count)
+    if half.after:
+        fused = build_layer(decoder, weights, kind)
+        written = (written_by_attention(decoder, fused, state) for state in states)
+        weights |= _fitted_gain(decoder, half, weights, written, _after_attention_of_all(traces), states, ridge)
+    return weights, kind, heads_kept
+
+
+def _after_attention_of_all(traces: Traces) -> Iterator[Tensor]:
+    """The states that the first layer read, with all that the attention of any layer wrote added."""
+    for n, first in enumerate(traces.inputs[0]):
+        yield first + sum(r[n] - i[n] for r, i in zip(traces.residuals, traces.inputs, strict=True))
+
+
+def _sizes(decoder: Decoder, writers: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor]) -> list[float]:
+    """Root mean square of what each of some writers writes for each token of some states, as a geometric mean."""
+    sums = torch.zeros(len(writers) + 1, dtype=torch.float64)
+    for state in states:
+        means = [written(state).float().square().mean(-1) + decoder.config.rms_norm_eps for written in writers]
+        found = [in_float64(mean).log().sum() / 2 for mean in means]
+        found.append(torch.full_like(found[0], means[0].numel()))
+        sums = sums.to(found[0].device) + torch.stack(found)
+    *of_writers, tokens = decoder.processes.summed(sums)
+    return [math.exp(total / tokens) for total in of_writers]
+
+
+def _in_front(
+    decoder: Decoder, half: Half, weights: Weights, read: Tensor, target: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a writer reads and should write for each token, and the tokens' weights.
+
+    Where what it writes goes through a norm, that divides each token by its size, which is taken to be the size that
+    the writer's weights as they are give it. What is wanted is divided by the norm's gains and brought to size 1: its
+    direction is all that the norm lets through, and counts as much as its size.
+
+    Parameters
+    ----------
+    read : tensor of shape (tokens B * T, channels)
+    target, state : tensors of shape (sequences B, tokens T, hidden)
+        The stream as it should be after the half, and before it.
+    """
+    wanted, counted = _wanted(decoder, target, state), token_weights(decoder, target)
+    bias = weights.get(f"{half.writer}.bias")
+    if half.after is None:
+        return read, wanted if bias is None else wanted - bias, counted
+    written = nn.functional.linear(read, weights[f"{half.writer}.weight"], bias).float()
+    scale = (written.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps).rsqrt()  # (B * T, 1)
+    gain = weights[f"{half.after}.weight"].to(wanted.device)
+    wanted = torch.where(gain == 0, 0.0, wanted.float() / gain)
+    size = wanted.square().mean(-1, keepdim=True).sqrt()
+    wanted = wanted / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return read * scale, wanted if bias is None else wanted - bias * scale, counted * size[:, 0]
+
+
+def _wanted(decoder: Decoder, target: Tensor, state: Tensor) -> Tensor:
+    """What a half should write, or its norm let through: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
+    factor = decoder.family.residual_factor(decoder.config)
+    wanted = (target - state).flatten(0, 1)
+    return wanted if factor == 1 else wanted / factor
+
+
+def _fitted_gain(
+    decoder: Decoder,
+    half: Half,
+    weights: Weights,
+    written: Iterable[Tensor],
+    targets: Iterable[Tensor],
+    states: Iterable[Tensor],
+    ridge: float,
+) -> dict[str, Tensor]:
+    """The gains of the norm after a half for what it writes, by ridge regression of each channel by itself.
+
+    Parameters
+    ----------
+    written, targets, states : tensors of shape (sequences B, tokens T, hidden)
+        What is in front of the norm, and the stream as it should be after the half, and before it.
+    """
+    start = weights[f"{half.after}.weight"]
+    squares, products = torch.zeros_like(start), torch.zeros_like(start)
+    for found, target, state in zip(written, targets, states, strict=True):
+        normed = found.float().flatten(0, 1)
+        normed = normed * (normed.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps).rsqrt()
+        counted = token_weights(decoder, target)
+        squares += counted @ normed.square()
+        products += counted @ (normed * _wanted(decoder, target, state).float())
+    for sums in (squares, products):
+        decoder.processes.add_up(sums)
+    pull = ridge * squares.mean()
+    return {f"{half.after}.weight": ((products + pull * start) / (squares + pull)).to(start.dtype)}
 
 
 def _fit_mlp(
@@ -161,24 +279,27 @@ def _fit_mlp(
     Empties `parameters`.
     """
     count, keep, processes = len(parameters), decoder.config.intermediate_size, decoder.processes
-    maps = None
+    half, maps, sizes = decoder.family.mlp, None, None
     device = parameters[0]["mlp.down_proj.weight"].device
     if refit == "projections":
-        maps = input_maps(decoder, residuals, traces.residuals, ridge, parameters[0]["mlp.down_proj.weight"])
-    weights = stacked(parameters, "post_attention_layernorm", maps)
+        maps = input_maps(decoder, half, residuals, traces.residuals, ridge, parameters[0]["mlp.down_proj.weight"])
+    if half.after and count > 1:
+        alone = [stacked(half, [layer], maps and [maps[n]]) for n, layer in enumerate(parameters)]
+        sizes = _sizes(decoder, [partial(_written_by_channels, decoder, of_layer) for of_layer in alone], residuals)
+        del alone
+    weights = stacked(half, parameters, maps, sizes)
     del maps
     parameters.clear()
     limit = keep if quick else num_candidates(weights["mlp.down_proj.weight"].shape[1], keep)
     channels = _largest(decoder, weights, residuals, limit)
     if len(channels) < weights["mlp.down_proj.weight"].shape[1]:
         weights = with_channels(weights, channels)
-    bias = weights.get("mlp.down_proj.bias")
     regression = Regression.empty(
         len(channels), decoder.config.hidden_size, device, weights["mlp.down_proj.weight"].dtype
     )
     for residual, output in zip(residuals, traces.output, strict=True):
-        wanted = output - residual if bias is None else output - residual - bias
-        regression.add(mlp_channels(decoder, weights, residual), wanted.flatten(0, 1), token_weights(decoder, output))
+        read = mlp_channels(decoder, weights, residual)
+        regression.add(*_in_front(decoder, half, weights, read, output, residual))
     regression.add_up(processes)
     if len(channels) > keep:
         chosen = processes.computed(lambda: regression.prune(weights["mlp.down_proj.weight"], keep), device)
@@ -190,7 +311,17 @@ def _fit_mlp(
         fitted = processes.computed(lambda: regression.ridge(start, ridge), device)
         error_after = processes.told_by_first(lambda: regression.relative_error(fitted))
         weights["mlp.down_proj.weight"] = fitted.to(start)
-    return GroupFit(weights, None, _counts(channels, keep, count), error_before, error_after)
+        if half.after:
+            written = (_written_by_channels(decoder, weights, residual) for residual in residuals)
+            weights |= _fitted_gain(decoder, half, weights, written, traces.output, residuals, ridge)
+    return GroupFit(weights, {}, None, _counts(channels, keep, count), error_before, error_after)
+
+
+def _written_by_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
+    """What an MLP that `stacked` made writes, in front of a norm: (sequences B, tokens T, hidden)."""
+    read = mlp_channels(decoder, weights, residual)
+    written = nn.functional.linear(read, weights["mlp.down_proj.weight"], weights.get("mlp.down_proj.bias"))
+    return written.view(residual.shape)
 
 
 def _largest(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], limit: int) -> Tensor:
@@ -214,15 +345,17 @@ def num_candidates(channels: int, keep: int) -> int:
 
 def input_maps(
     decoder: Decoder,
+    half: Half,
     states: Sequence[Tensor],
     wanted: Sequence[Sequence[Tensor]],
     ridge: float,
     weight: Tensor,
 ) -> list[Tensor]:
-    """Linear maps, near the identity, from the normalised states to each of some normalised states that were wanted.
+    """Linear maps, near the identity, from what a half reads of some states to what it should read.
 
     Parameters
     ----------
+    half : Half
     states, and each of `wanted` : sequences of tensors of shape (sequences B, tokens T, hidden)
     weight : tensor
         One of the layer's, for device and dtype.
@@ -240,8 +373,11 @@ def input_maps(
             continue
         regression = Regression.empty(hidden, hidden, device, dtype)
         for state, want in zip(states, of_map, strict=True):
-            weights = _with_first_share(torch.ones(state.shape[:2], device=state.device))
-            regression.add(normalized(decoder, state).flatten(0, 1), normalized(decoder, want).flatten(0, 1), weights)
+            weights = token_weights(decoder, want)
+            if half.before:
+                weights = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+            read, wished = (normalized(decoder, half, of_token).flatten(0, 1) for of_token in (state, want))
+            regression.add(read, wished, weights)
         regression.add_up(decoder.processes, owner)
         solves.append(partial(regression.ridge, identity, ridge))
     return decoder.processes.computed_apart(solves, device)

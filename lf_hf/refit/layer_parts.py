@@ -1,104 +1,163 @@
-"""Halves of decoder layers: building, widening and running attention and MLP apart."""
+"""Halves of decoder layers: building, widening and running attention and MLP apart.
+
+Weights have the names of `Family.unpacked` here, and norms' gains are what they multiply by.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.decoder.interface import Decoder
-
-_READERS_AND_WRITER = {  # of each norm
-    "input_layernorm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
-    "post_attention_layernorm": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-}
-Weights = Mapping[str, Tensor]  # of a layer, by the parameters' names inside it
+from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
 
 
-def stacked(parameters: Sequence[Weights], norm: str, maps: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
+    """A layer's weights, views of them where that can be."""
+    return decoder.family.unpacked(layer.named_parameters())
+
+
+def stacked(
+    half: Half,
+    parameters: Sequence[Weights],
+    maps: Sequence[Tensor] | None = None,
+    sizes: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
     """One half of a wide layer that has all heads or all channels of some layers, in order.
 
     The layers' norm gains are folded into what reads the norms, so that all of them read one norm without gains.
 
+    Where what a half writes goes through a norm, the sum of several has to go through one. Each writer's rows are
+    brought to the size that the norm would give them and take in its gains, but for those of the one norm: roots of the
+    sums of squares, as if what the layers write were unrelated. A layer whose gains are 0 leaves the others' as they
+    are.
+
     Parameters
     ----------
+    half : Half
     parameters : the layers' weights
-    norm : {"input_layernorm", "post_attention_layernorm"}
-        The half that reads it: attention or MLP.
     maps : a tensor of shape (hidden, hidden) for each layer, optional
-        What the readers of the norm read through.
+        What the readers read the stream, or its norm, through.
+    sizes : a float for each layer, optional
+        Root mean square of what it writes in front of a norm: needed for several layers that have one there.
     """
-    readers, writer = _READERS_AND_WRITER[norm]
-    wide = {f"{norm}.weight": torch.ones_like(parameters[0][f"{norm}.weight"])}
-    for reader in readers:
+    wide = {}
+    if half.before:
+        wide[f"{half.before}.weight"] = torch.ones_like(parameters[0][f"{half.before}.weight"])
+    for reader in half.readers:
         rows = []
         for n, layer in enumerate(parameters):
-            weight = layer[f"{reader}.weight"]
-            row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{norm}.weight"]
-            rows.append((row if maps is None else row @ maps[n].to(row)).to(weight.dtype))
+            row = weight = layer[f"{reader}.weight"]
+            if half.before:
+                row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{half.before}.weight"]
+            if maps is not None:
+                row = row.to(torch.promote_types(row.dtype, torch.float32))
+                row = row @ maps[n].to(row)
+            rows.append(row.to(weight.dtype))
         wide[f"{reader}.weight"] = torch.cat(rows)
         if f"{reader}.bias" in parameters[0]:
             wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
-    wide[f"{writer}.weight"] = torch.cat([layer[f"{writer}.weight"] for layer in parameters], dim=1)
-    if f"{writer}.bias" in parameters[0]:
-        wide[f"{writer}.bias"] = torch.stack([layer[f"{writer}.bias"] for layer in parameters]).sum(0)
+    writers = [layer[f"{half.writer}.weight"] for layer in parameters]
+    biases = [layer[f"{half.writer}.bias"] for layer in parameters] if f"{half.writer}.bias" in parameters[0] else []
+    if half.after:
+        gains = torch.stack([layer[f"{half.after}.weight"] for layer in parameters])  # (layers, hidden)
+        gain = gains[0]
+        if sizes is not None and len(parameters) > 1:
+            gain = gains.square().sum(0).sqrt()
+            shares = gains / torch.where(gain == 0, 1, gain) / torch.tensor(sizes, device=gain.device)[:, None]
+            writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
+            biases = [(b * share).to(b.dtype) for b, share in zip(biases, shares, strict=True)]
+        wide[f"{half.after}.weight"] = gain
+    wide[f"{half.writer}.weight"] = torch.cat(writers, dim=1)
+    if biases:
+        wide[f"{half.writer}.bias"] = torch.stack(biases).sum(0)
     return wide
 
 
-def build_layer(decoder: Decoder, weights: Weights) -> LlamaDecoderLayer:
-    """A decoder layer of given weights; it has as many heads and channels as they have."""
+def build_layer(decoder: Decoder, weights: Weights, kind: Kind | None = None) -> DecoderLayer:
+    """A decoder layer of given weights; it has as many heads and channels as they have.
+
+    `kind` may be left out where all layers of the model are of one.
+    """
     config = copy.copy(decoder.config)
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads  # LlamaConfig always fills it
+    channels = head_dim(config)
     queries, keys = (len(weights[f"self_attn.{name}_proj.weight"]) for name in "qk")
-    config.num_attention_heads = queries // head_dim
-    config.num_key_value_heads = keys // head_dim
+    config.head_dim = channels
+    config.num_attention_heads = queries // channels
+    config.num_key_value_heads = keys // channels
     config.intermediate_size = len(weights["mlp.gate_proj.weight"])
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, layer_idx=0)
-    layer.load_state_dict(weights, assign=True)
+    layer = decoder.family.new_layer(config, decoder.only_kind() if kind is None else kind)
+    layer.load_state_dict(decoder.family.packed(weights), assign=True)
     return layer.eval().requires_grad_(False)
 
 
-def normalized(decoder: Decoder, states: Tensor) -> Tensor:
-    """States as a norm without gains gives them."""
+def normalized(decoder: Decoder, half: Half, states: Tensor) -> Tensor:
+    """States as the readers of a half read them, but for gains: as a norm without them gives them, if there is one."""
+    if half.before is None:
+        return states
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps)).to(states.dtype)
 
 
 @torch.no_grad()
-def after_attention(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
-    """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
-    inputs = decoder.layer_inputs(state)
-    return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0].to(state.device)
+def written_by_attention(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
+    """What a layer's attention writes, in front of a norm if it goes through one: (sequences B, tokens T, hidden)."""
+    before = decoder.family.attention.before
+    read = layer.get_submodule(before)(state) if before else state
+    return layer.self_attn(hidden_states=read, **decoder.layer_inputs(state, layer))[0]
 
 
 @torch.no_grad()
-def after_mlp(layer: LlamaDecoderLayer, residual: Tensor) -> Tensor:
+def written_by_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> Tensor:
+    """The same of its MLP, from the residual stream after its attention."""
+    before = decoder.family.mlp.before
+    return layer.mlp(layer.get_submodule(before)(residual) if before else residual)
+
+
+def added(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor, written: Tensor) -> Tensor:
+    """The residual stream after a half that wrote something: each (sequences B, tokens T, hidden)."""
+    factor = decoder.family.residual_factor(decoder.config)
+    if half.after:
+        written = layer.get_submodule(half.after)(written)
+    if factor != 1:
+        written = written * factor
+    return state + written.to(state.device)
+
+
+@torch.no_grad()
+def after_attention(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
+    """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
+    return added(decoder, decoder.family.attention, layer, state, written_by_attention(decoder, layer, state))
+
+
+@torch.no_grad()
+def after_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> Tensor:
     """A layer's output from the residual stream after its attention: (sequences B, tokens T, hidden)."""
-    return residual + layer.mlp(layer.post_attention_layernorm(residual)).to(residual.device)
+    return added(decoder, decoder.family.mlp, layer, residual, written_by_mlp(decoder, layer, residual))
 
 
-def attention_heads(decoder: Decoder, layer: LlamaDecoderLayer, state: Tensor) -> Tensor:
+def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
     """What o_proj reads: (sequences B, tokens T, hidden) -> (B * T, query heads * head_dim)."""
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    after_attention(decoder, layer, state)
+    written_by_attention(decoder, layer, state)
     hook.remove()
     return heads[0].flatten(0, 1)
 
 
 def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
-    """What down_proj reads: (sequences B, tokens T, hidden) -> (B * T, channels)."""
-    normed = normalized(decoder, residual).flatten(0, 1)
+    """What down_proj reads, of an MLP that `stacked` made: (sequences B, tokens T, hidden) -> (B * T, channels)."""
+    family = decoder.family
+    read = normalized(decoder, family.mlp, residual).flatten(0, 1)
     gate, up = (
-        nn.functional.linear(normed, weights[f"mlp.{name}.weight"], weights.get(f"mlp.{name}.bias"))
-        for name in ("gate_proj", "up_proj")
+        nn.functional.linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        for name in family.mlp.readers
     )
-    return ACT2FN[decoder.config.hidden_act](gate) * up
+    return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
 
 
 def with_channels(weights: Weights, channels: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lf_hf.decoder.influence import divergence
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer
 from lf_hf.numerics import in_float64
 from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import on_device
 
@@ -47,8 +47,8 @@ class Roles:
         return cls([n for n in range(count) if n not in judging], judging[::2], judging[1::2])
 
 
-FusePair = Callable[[int, Sequence[Tensor]], Mapping[str, Tensor]]
-"""Weights of what layers i and i + 1 become, from i and states (sequences B, tokens T, hidden) before layer i."""
+FusePair = Callable[[int, Sequence[Tensor]], DecoderLayer]
+"""The layer that layers i and i + 1 become, from i and states (sequences B, tokens T, hidden) before layer i."""
 
 
 class PairCosts:
@@ -113,7 +113,7 @@ class PairCosts:
     def _after_fused(self, i: int) -> Sequence[Tensor]:
         """The judging states after the layer that layers i and i + 1 would become."""
         before = self._boundaries.before(i)
-        layer = build_layer(self._decoder, self._fuse(i, [before[n] for n in self._fitting]))
+        layer = self._fuse(i, [before[n] for n in self._fitting])
         states = on_device(self._judged(i), layer, self._store)
         return self._store.keep(self._decoder.run_layer(layer, state) for state in states)
 

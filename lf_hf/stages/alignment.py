@@ -6,8 +6,7 @@ moves whole neurons and attention heads, with all that belongs to them, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,39 +14,13 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lf_hf.families import FAMILIES, Axis
 from lf_hf.numerics import in_float64
 from lf_hf.report.report import RowMatch
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
-
-class Axis(NamedTuple):
-    """One axis of a layer's parameter, and the permutation that acts on it."""
-
-    parameter: str
-    dim: int
-    permutation: str
-
-
-SYMMETRY = (
-    Axis("mlp.gate_proj.weight", 0, "mlp"),
-    Axis("mlp.gate_proj.bias", 0, "mlp"),
-    Axis("mlp.up_proj.weight", 0, "mlp"),
-    Axis("mlp.up_proj.bias", 0, "mlp"),
-    Axis("mlp.down_proj.weight", 1, "mlp"),
-    Axis("self_attn.q_proj.weight", 0, "query"),
-    Axis("self_attn.q_proj.bias", 0, "query"),
-    Axis("self_attn.k_proj.weight", 0, "key_value"),
-    Axis("self_attn.k_proj.bias", 0, "key_value"),
-    Axis("self_attn.v_proj.weight", 0, "key_value"),
-    Axis("self_attn.v_proj.bias", 0, "key_value"),
-    Axis("self_attn.o_proj.weight", 1, "query"),
-)
-"""The permutation symmetry of a Llama decoder layer. Axes that are not named here are the residual stream's.
-
-"mlp" is any permutation of the MLP's hidden neurons. "key_value" moves whole key-value heads, and "query" moves
-whole query heads: each with its key-value head, and in any order among those that share it. Channels inside a
-head stay where they are, since rotary embeddings tie each to its place.
-"""
+SYMMETRY = FAMILIES["llama"].symmetry
+"""Of layers without norms over all heads of queries or keys, which have gains to be moved as well."""
 
 _ROWS = 256  # that are compared at a time, in float32
 
@@ -83,7 +56,10 @@ def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
 
 
 def match_neurons(
-    weights_i: Mapping[str, Tensor], weights_j: Mapping[str, Tensor], head_dim: int
+    weights_i: Mapping[str, Tensor],
+    weights_j: Mapping[str, Tensor],
+    head_dim: int,
+    symmetry: Sequence[Axis] = SYMMETRY,
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """The permutations in layer j's symmetry group that bring it closest to layer i.
 
@@ -96,17 +72,20 @@ def match_neurons(
     weights_i, weights_j : mappings from a parameter's name inside the layer to its tensor
     head_dim : int
         Channels of an attention head.
+    symmetry : sequence of Axis
+        The layers' own.
 
     Returns
     -------
-    permutations : dict from SYMMETRY's permutation names to int64 tensors
+    permutations : dict from the symmetry's permutation names to int64 tensors
         Channel p of the aligned layer is channel permutation[p] of layer j.
     matches : dict from projection names to RowMatch
     """
+    matrices = [axis for axis in symmetry if axis.parameter.endswith("_proj.weight")]
 
     def rows(permutation: str) -> list[Pair]:
         """The matrices that a permutation acts on, of both layers, with its axis first."""
-        axes = [axis for axis in SYMMETRY if axis.permutation == permutation and axis.parameter.endswith("weight")]
+        axes = [axis for axis in matrices if axis.permutation == permutation]
         return [(weights_i[a.parameter].movedim(a.dim, 0), weights_j[a.parameter].movedim(a.dim, 0)) for a in axes]
 
     def head_costs(permutation: str) -> Costs:  # (heads of i, heads of j)
@@ -141,16 +120,17 @@ def match_neurons(
             weights_j[axis.parameter].movedim(axis.dim, 0),
             permutations[axis.permutation],
         )
-        for axis in SYMMETRY
-        if axis.parameter.endswith("weight")
+        for axis in matrices
     }
     return permutations, matches
 
 
-def permute_neurons(weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same layer with its neurons and heads in another order; parameters outside SYMMETRY are passed through."""
+def permute_neurons(
+    weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor], symmetry: Sequence[Axis] = SYMMETRY
+) -> dict[str, Tensor]:
+    """The same layer with its neurons and heads in another order; what is outside the symmetry is passed through."""
     permuted = dict(weights)
-    for axis in SYMMETRY:
+    for axis in symmetry:
         if axis.parameter in permuted:
             weight = permuted[axis.parameter]
             permuted[axis.parameter] = weight.index_select(axis.dim, permutations[axis.permutation].to(weight.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,20 +12,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
+from lf_hf.families import PROJECTIONS, Axis
 from lf_hf.processes import ALONE, Processes
 from lf_hf.report.report import RowMatch
-from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
-
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-"""The matrices of a Llama decoder layer that fusion merges; its two norms stay layer i's."""
+from lf_hf.stages.alignment import SYMMETRY, match_neurons, match_rows, permute_neurons
 
 _ROWS = 256  # of a matrix that are merged at a time, in a wider type
 
@@ -58,6 +48,7 @@ def average_layers(
     ratio: float,
     alignment: str,
     head_dim: int,
+    symmetry: Sequence[Axis] = SYMMETRY,
     processes: Processes = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """Weights of the layer that replaces layers i and j: their average, with layer j's neurons aligned first.
@@ -71,21 +62,24 @@ def average_layers(
         As in FusionConfig.
     head_dim : int
         Channels of an attention head.
+    symmetry : sequence of Axis
+        The layers' own.
     processes : Processes
         Those that have the same weights; each matches the rows of some matrices.
 
     Returns
     -------
     fused : dict
-        New tensors under the names of `weights_i` that change: the seven projections and their biases.
+        New tensors under the names of `weights_i` that change: the seven projections and their biases. Its norms stay
+        layer i's.
     matches : dict
         How each projection's rows were matched, unless alignment="none".
     """
     fused: dict[str, Tensor] = {}
     matches: dict[str, RowMatch] = {}
     if alignment == "neurons":
-        permutations, matches = match_neurons(weights_i, weights_j, head_dim)
-        weights_j = permute_neurons(weights_j, permutations)
+        permutations, matches = match_neurons(weights_i, weights_j, head_dim, symmetry)
+        weights_j = permute_neurons(weights_j, permutations, symmetry)
     matched: dict[str, tuple[Tensor, RowMatch]] = {}
     if alignment == "rows":
         weights = {projection: f"{projection}.weight" for projection in processes.share(PROJECTIONS)}

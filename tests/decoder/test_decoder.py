@@ -75,7 +75,7 @@ def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str,
     model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
     decoder = ModelDecoder(model)
     [hidden_states] = decoder.embed([SAMPLES[0][None]])
-    assert (decoder.layer_inputs(hidden_states)["attention_mask"] is not None) == mask
+    assert (decoder.layer_inputs(hidden_states, model.model.layers[0])["attention_mask"] is not None) == mask
 
 
 def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed() -> None:

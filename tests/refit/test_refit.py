@@ -36,11 +36,9 @@ def test_layers_side_by_side_write_the_sum_of_what_each_writes(layout: str) -> N
     decoder = ModelDecoder(model)
     layers = [model.model.layers[n] for n in (1, 2, 3)]
     parameters = [dict(layer.named_parameters()) for layer in layers]
-    wide = build_layer(
-        decoder, stacked(parameters, "input_layernorm") | stacked(parameters, "post_attention_layernorm")
-    )
+    wide = build_layer(decoder, stacked(decoder.family.attention, parameters) | stacked(decoder.family.mlp, parameters))
     [state] = decoder.embed([SEQUENCES[0][None]])
-    inputs = decoder.layer_inputs(state)
+    inputs = decoder.layer_inputs(state, wide)
 
     def attention(layer: Any) -> torch.Tensor:
         return layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
@@ -109,7 +107,7 @@ def test_an_input_map_undoes_a_rotation() -> None:
     states = [torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(n)) for n in range(20)]
     rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99))).Q
     rotated = [state @ rotation.T for state in states]
-    same, found = input_maps(decoder, states, [states, rotated], ridge=1e-6, weight=states[0])
+    same, found = input_maps(decoder, decoder.family.attention, states, [states, rotated], ridge=1e-6, weight=states[0])
     torch.testing.assert_close(found, rotation, rtol=0, atol=1e-3)
     assert torch.equal(same, torch.eye(32))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import make_llama, shuffled_neurons
 
+from lf_hf.families import PROJECTIONS
 from lf_hf.report.report import RowMatch
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
-from lf_hf.stages.fusion import PROJECTIONS
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "grouped queries": {},

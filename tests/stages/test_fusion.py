@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_llama, shuffled_neurons
 
-from lf_hf.stages.fusion import PROJECTIONS, average_layers, fusion_ratio
+from lf_hf.families import PROJECTIONS
+from lf_hf.stages.fusion import average_layers, fusion_ratio
 
 Weights = dict[str, torch.Tensor]
 
