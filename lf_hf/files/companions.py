@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, logging
 
+from lf_hf.families import family_of
+from lf_hf.files.base import optional_file
 from lf_hf.files.model_card import CARD_NAME, model_card
 from lf_hf.report.report import FusionReport
+
+logger = logging.get_logger(__name__)
+_SENTENCEPIECE = "tokenizer.model"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_BY_PLACE = (
+    "The kinds of this model's layers ({}) are in an order of their own, which its config says. llama.cpp, and other "
+    "programs that know a layer's kind by its place, would compute something else."
+)
 
 
 def is_plain(plain: bool | None, as_llama: bool | None) -> bool:
@@ -28,28 +41,39 @@ def write_companions(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no error of its own for a full disk
             raise OSError(f"tokenizer: {error}") from error
-    if plain:
+        # llama.cpp makes its tokenizers for some families of that file alone; transformers 5 leaves it out.
+        if file := tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {}):
+            shutil.copyfile(file, folder / _SENTENCEPIECE)
+    notes = []
+    if plain and (folder / CONFIG_NAME).is_file():
+        notes = _notes_on_order(folder)
         _write_older_names(folder)
+    for note in notes:
+        logger.warning(note)
     if report is not None:
         report.save(folder)
-        (folder / CARD_NAME).write_text(model_card(report, plain=plain), encoding="utf-8")
+        shown = dataclasses.replace(report, notes=[*report.notes, *notes])
+        (folder / CARD_NAME).write_text(model_card(shown, plain=plain), encoding="utf-8")
+
+
+def _notes_on_order(folder: Path) -> list[str]:
+    """What is to be known about a plain checkpoint whose layers are of other kinds than those at such places are."""
+    config = AutoConfig.from_pretrained(folder)
+    lists = family_of(config).layer_lists
+    usual = type(config)(**{name: value for name, value in config.to_dict().items() if name not in lists})
+    differing = [name for name in lists if getattr(config, name) != getattr(usual, name)]
+    return [_BY_PLACE.format(", ".join(differing))] if differing else []
 
 
 def _write_older_names(folder: Path) -> None:
     """Say what transformers 5 gave new names under the old ones too, in the config and the tokenizer's.
 
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
-    10000 without a word, and does not know the tokenizer class. transformers 5 reads both.
+    its own default without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
-    if (file := folder / CONFIG_NAME).is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        rope = dict(config.get("rope_parameters") or {})
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope.pop("rope_theta")
-            config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        if "dtype" in config:
-            config["torch_dtype"] = config["dtype"]
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file = folder / CONFIG_NAME
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | _older_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (file := folder / "tokenizer_config.json").is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("tokenizer_class") == "TokenizersBackend":
@@ -57,3 +81,28 @@ def _write_older_names(folder: Path) -> None:
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a config as transformers 4 wrote them, of what transformers 5 writes otherwise."""
+    older: dict[str, Any] = {}
+    rope, kinds = config.get("rope_parameters") or {}, config.get("layer_types") or []
+    if _FULL in rope:  # rotary embeddings by kinds of layers, as Gemma 3 has them
+        older["rope_local_base_freq"] = rope[_SLIDING]["rope_theta"]
+        rope = rope[_FULL]
+        period = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
+        if all((kind == _FULL) == (place % period == 0) for place, kind in enumerate(kinds, 1)):
+            older["sliding_window_pattern"] = period
+    if "rope_theta" in rope:
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        if scaling.get("rope_type") == "longrope":  # of which Phi 3 took these three entries and no more
+            scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+        older["rope_theta"] = rope["rope_theta"]
+        older["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "max_window_layers" in config and kinds == sorted(kinds):  # first those without a window, as Qwen counts them
+        older["max_window_layers"] = kinds.count(_FULL)
+    if "dtype" in config:
+        older["torch_dtype"] = config["dtype"]
+    return older
