@@ -433,11 +433,7 @@ class FusedForCausalLM(PreTrainedModel):
         with torch.device("meta"):
             plain = self.family.causal_lm(config)
         plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        plain.model.rotary_emb = self.family.rotary_embedding(config).to(self.device)  # a long text may have changed it
-        for name, buffer in [*plain.named_buffers()]:
-            if buffer.device.type == "meta":
-                place, _, short = name.rpartition(".")
-                plain.get_submodule(place).register_buffer(short, self.get_buffer(name).clone(), persistent=False)
+        with_buffers(plain, self)
         plain.tie_weights()
         plain.generation_config = self.generation_config
         return plain.train(self.training)
@@ -578,6 +574,16 @@ def from_pretrained_fused(
     config = fusion_settings(config, kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     return fused_class(opened.config).from_pretrained_fused(opened, config, **given)
+
+
+def with_buffers(model: Any, like: Any) -> None:
+    """Give a model without buffers, which no checkpoint has, those that one of the same layers has, on its device."""
+    rotary_embedding = family_of(model.config).rotary_embedding(model.config)  # its own, as long texts change them
+    model.model.rotary_emb = rotary_embedding.to(like.device)
+    for name, buffer in [*model.named_buffers()]:
+        if buffer.device.type == "meta":
+            place, _, short = name.rpartition(".")
+            model.get_submodule(place).register_buffer(short, like.get_buffer(name).clone(), persistent=False)
 
 
 def _is_sharded(state_dict: dict[str, Any]) -> bool:
