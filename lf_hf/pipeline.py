@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, pairwise, takewhile
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
+from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
@@ -87,12 +88,21 @@ class Fusion:
             if self.changed is not None:
                 self.costs.update(self.changed)
                 self.changed = None
-            j = _cheapest(self.costs.by_layer)
+            j = self._cheapest(self.costs.by_layer)
             return j - 1, self.costs.by_layer[j]
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
-            return _cheapest(self.boundaries.influences) - 1, None
+            return self._cheapest(self.boundaries.influences) - 1, None
         return self.decoder.num_layers - 2, None
+
+    def _cheapest(self, costs: Sequence[float]) -> int:
+        """Index j of the layer that it costs least to join with layer j - 1.
+
+        The first and the last layer of the model stay out of any pair: there must be at least four layers.
+        """
+        kinds = _kinds(self.decoder)
+        pairs = [j for j in range(2, len(costs) - 1) if self.config.merge != "average" or kinds[j - 1] == kinds[j]]
+        return min(pairs, key=lambda j: costs[j])
 
     def before(self, i: int) -> Sequence[Tensor]:
         return [] if self.boundaries is None else self.boundaries.before(i)
@@ -214,14 +224,6 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
         yield fusion
         fusion.boundaries = fusion.costs = None  # the last pass needs the room
-
-
-def _cheapest(costs: Sequence[float]) -> int:
-    """Index j of the layer that it costs least to join with layer j - 1.
-
-    The first and the last layer of the model stay out of any pair: there must be at least four layers.
-    """
-    return min(range(2, len(costs) - 1), key=lambda j: costs[j])
 
 
 def state_copies(config: FusionConfig, num_layers: int) -> int:
@@ -360,6 +362,8 @@ def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[Perple
 def check_model(decoder: Decoder, config: FusionConfig) -> int:
     """Raise ValueError if the model cannot be fused as `config` says; else return its number of parameters."""
     config.check_num_layers(decoder.num_layers)
+    check_computes(decoder.config)
+    _check_kinds(decoder, config)
     count = 0
     for name, parameter in decoder.named_parameters():
         if parameter.device.type == "meta":
@@ -371,6 +375,29 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         count += parameter.numel()
     return count
+
+
+def _kinds(decoder: Decoder) -> list[Kind]:
+    """What each layer has of its own in the config: a sliding window, or no positions."""
+    return [decoder.family.config_kind(decoder.config, index) for index in range(decoder.num_layers)]
+
+
+def _check_kinds(decoder: Decoder, config: FusionConfig) -> None:
+    """Raise ValueError if averages would be taken of layers of different kinds, whose weights mean different things."""
+    if config.merge != "average":
+        return
+    kinds = _kinds(decoder)
+    if config.selection == "last":
+        from_top = [kind == kinds[-1] for kind in reversed(kinds)]
+        most = len(list(takewhile(bool, from_top))) - 1
+    else:
+        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
+    if config.num_fusions > most:
+        raise ValueError(
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: "
+            f"selection={config.selection!r} allows {most} fusions of it, not {config.num_fusions}; use method='refit' "
+            "or 'truncate', which take attention from one layer."
+        )
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare ways of making a Llama shallower: one run, one table of how well each predicts text, and accuracies.
+"""Compare ways of making a model shallower: one run, one table of how well each predicts text, and accuracies.
 
     .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
 
@@ -22,16 +22,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -41,12 +41,13 @@ from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.perplexity import perplexity
 from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
+from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.files.base import Base
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import calibration_sequences
 from lf_hf.pipeline import fuse
 from lf_hf.refit.group import token_weights
-from lf_hf.refit.layer_parts import after_attention
+from lf_hf.refit.layer_parts import after_attention, written_by_mlp
 from lf_hf.refit.regression import Regression
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves, load_calibration, load_corpus
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
@@ -55,7 +56,7 @@ from lf_hf.text.packing import pack_tokens
 ROOT = Path(__file__).parent.parent
 LENGTH = 512
 
-Way = Callable[[LlamaForCausalLM, int], LlamaForCausalLM]
+Way = Callable[[CausalLM, int], CausalLM]
 
 
 class Ways:
@@ -68,7 +69,7 @@ class Ways:
         sequences: Sequence[Tensor],
         corpus: Corpus,
         tokens: int,
-        base: Base,
+        base: Callable[[], Base],
         heal_corpus: Corpus,
         heal_tokens: int,
     ) -> None:
@@ -80,7 +81,7 @@ class Ways:
     def fusion(self, *, healed: bool = False, **settings: str) -> Way:
         """A method of the package, with a distillation from the base after it where that is asked for."""
 
-        def run(model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+        def run(model: CausalLM, count: int) -> CausalLM:
             config = FusionConfig(
                 num_fusions=count,
                 perplexity_tokens=0,
@@ -91,12 +92,12 @@ class Ways:
             if not healed:
                 return model
             fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
-            heal_loaded(fused, self.base, self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
+            heal_loaded(fused, self.base(), self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
             return fused
 
         return run
 
-    def greedy_drop(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+    def greedy_drop(self, model: CausalLM, count: int) -> CausalLM:
         """Drop, one by one, the layer without which calibration text is predicted best (SLEB, arXiv:2402.09025)."""
         decoder, judged = ModelDecoder(model), self.sequences[:4]
         for step in range(count):
@@ -111,7 +112,7 @@ class Ways:
         return model
 
     @torch.inference_mode()
-    def linear_map(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+    def linear_map(self, model: CausalLM, count: int) -> CausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
         decoder, sequences = ModelDecoder(model), self.sequences
         states = [decoder.embed(sequences), *(list(states) for states in decoder.walk(sequences))]
@@ -127,7 +128,7 @@ class Ways:
             regression = Regression.empty(model.config.hidden_size, model.config.hidden_size, model.device)
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = after_attention(decoder, layer, before)
-                written = layer.mlp(layer.post_attention_layernorm(residual))
+                written = written_by_mlp(decoder, layer, residual)
                 regression.add(written[0], (target - residual)[0], token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
             down = layer.mlp.down_proj.weight
@@ -161,7 +162,7 @@ class GivenText(ModelDecoder):
 
     written: ClassVar[dict[tuple[int, int, int], list[Tensor]]] = {}
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__(model, keep_originals=True)
 
     def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
@@ -181,7 +182,7 @@ class Judge:
         self.dense: dict[str, list[Tensor]] = {}
         self.questions = [self._packed(tokenizer, question) for question in questions]
 
-    def predictions(self, model: LlamaForCausalLM) -> dict[str, Predictions]:
+    def predictions(self, model: CausalLM) -> dict[str, Predictions]:
         decoder = ModelDecoder(model)
         ids = batched(decoder, self.texts)
         states = final_states(decoder, ids, "Judging")
@@ -189,7 +190,7 @@ class Judge:
         return predictions(decoder, ids, states, self.dense)
 
     @torch.inference_mode()
-    def correct(self, model: LlamaForCausalLM) -> list[bool]:
+    def correct(self, model: CausalLM) -> list[bool]:
         """For each question whether the right choice is the likeliest a character."""
         right = []
         for ids, positions, mask, spans, answer in self.questions:
@@ -199,7 +200,8 @@ class Judge:
             ).last_hidden_state[0]
             scores = []
             for rows, targets, characters in spans:
-                log_probabilities = model.lm_head(states[rows]).float().log_softmax(-1)
+                logits = family_of(model.config).logits(model.config, model.lm_head(states[rows]))
+                log_probabilities = logits.float().log_softmax(-1)
                 scores.append(float(log_probabilities.gather(1, targets[:, None]).sum()) / characters)
             right.append(scores.index(max(scores)) == answer)
         return right
@@ -239,19 +241,33 @@ def tiny_tokenizer(text: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def tiny_llama(tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> LlamaForCausalLM:
-    """A small Llama of another layout (untied embeddings, a key-value head a query head), trained on text."""
+# What tiny models have of their own: a Llama unlike the base, a Gemma whose window is shorter than its text.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 6, "tie_word_embeddings": False},
+    "gemma2": {"sliding_window": 64, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "head_dim": 32, "query_pre_attn_scalar": 32},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> CausalLM:
+    """A small model of a family, trained on text."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=16,
-        num_attention_heads=6,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    family = FAMILIES[model_type]
+    model = family.causal_lm(family.config_class(**settings | TINY.get(model_type, {})))
     sequences = torch.stack([s for s in pack_tokens(tokenizer, text, 128, 10**9) if len(s) == 128])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     end, losses = time.monotonic() + 60 * minutes, [0.0]
@@ -291,7 +307,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--ways", nargs="+", help="only these rows")
     parser.add_argument("--heal-tokens", type=int, default=131072, help="tokens that healed rows are trained on")
-    parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny Llama on --text, and use that")
+    parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
+    parser.add_argument("--family", default="llama", choices=FAMILIES, help="of the tiny model")
     options = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -308,9 +325,9 @@ def main() -> None:
     if options.tiny and halves:
         training_text = halves[0] + documentation_halves()[0]
         tokenizer = tiny_tokenizer(training_text)
-        base = tiny_llama(tokenizer, training_text, options.tiny)
+        base = tiny_model(options.family, tokenizer, training_text, options.tiny)
     else:
-        base = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
+        base = AutoModelForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
     base = base.to(getattr(torch, options.dtype))
 
     given = [halves[0]] if options.calibrate == "text" and halves else None
@@ -323,7 +340,9 @@ def main() -> None:
     if options.tiny:
         base.save_pretrained(scratch.name)
         tokenizer.save_pretrained(scratch.name)
-    opened = Base.open(scratch.name, {}) if options.tiny else Base.open(options.base, {"gguf_file": gguf})
+    opened = partial(
+        Base.open, scratch.name if options.tiny else options.base, {} if options.tiny else {"gguf_file": gguf}
+    )
     ways = Ways(
         tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
     ).all()

@@ -26,6 +26,7 @@ from lf_hf.refit.layer_parts import (
     normalized,
     stacked,
     with_channels,
+    with_heads,
     written_by_attention,
 )
 from lf_hf.refit.regression import Regression, expanded
@@ -164,16 +165,13 @@ def _fit_attention(
         rounds = 1 if quick else (count - 1) * units
         kept = decoder.processes.computed(lambda: regression.prune(start, units, block=block, rounds=rounds), device)
     queries, keys = expanded(kept, block), expanded(kept, rows)
-    for name, chosen in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        for part in ("weight", "bias"):
-            if f"self_attn.{name}.{part}" in weights:
-                weights[f"self_attn.{name}.{part}"] = weights[f"self_attn.{name}.{part}"][chosen]
+    weights = with_heads(weights, queries, keys)
     kind, heads_kept = kinds[0], _counts(kept, units, count)
     if apart:
         kind = kinds[int(kept)]
         weights |= {name: w for name, w in parameters[int(kept)].items() if name in _NORMS_OF_HEADS}
         heads_kept = [kv_heads * (layer == int(kept)) for layer in range(count)]
-    fitted = decoder.processes.computed(lambda: regression.ridge(start[:, queries], ridge), device)
+    fitted = decoder.processes.computed(lambda: regression.ridge(weights["self_attn.o_proj.weight"], ridge), device)
     weights["self_attn.o_proj.weight"] = fitted.to(start)
     if half.after:
         fused = build_layer(decoder, weights, kind)

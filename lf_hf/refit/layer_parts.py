@@ -70,7 +70,7 @@ def stacked(
             gain = gains.square().sum(0).sqrt()
             shares = gains / torch.where(gain == 0, 1, gain) / torch.tensor(sizes, device=gain.device)[:, None]
             writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
-            biases = [(b * share).to(b.dtype) for b, share in zip(biases, shares, strict=True)]
+            biases = [(b * share).to(b.dtype) for b, share in zip(biases, shares)]  # noqa: B905 - there may be none
         wide[f"{half.after}.weight"] = gain
     wide[f"{half.writer}.weight"] = torch.cat(writers, dim=1)
     if biases:
@@ -167,4 +167,15 @@ def with_channels(weights: Weights, channels: Tensor) -> dict[str, Tensor]:
         if name in kept:
             kept[name] = kept[name][channels]
     kept["mlp.down_proj.weight"] = kept["mlp.down_proj.weight"][:, channels]
+    return kept
+
+
+def with_heads(weights: Weights, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    """Attention with some channels of its queries, and of its keys and values: those of whole heads."""
+    kept = dict(weights)
+    for name, chosen in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        for part in (f"self_attn.{name}.weight", f"self_attn.{name}.bias"):
+            if part in kept:
+                kept[part] = kept[part][chosen]
+    kept["self_attn.o_proj.weight"] = kept["self_attn.o_proj.weight"][:, queries]
     return kept

@@ -1,0 +1,110 @@
+"""Models of every family through the decoder interface, against transformers' own forward."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from lf_hf.decoder.continuations import continuations
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.families import FAMILIES, family_of
+
+IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
+
+
+def decoders(model: Any, folder: Path) -> list[Decoder]:
+    """The same model in memory and on disk."""
+    model.save_pretrained(folder / "base")
+    (folder / "scratch").mkdir()
+    attention = model.config._attn_implementation
+    config = type(model.config).from_pretrained(folder / "base", attn_implementation=attention)
+    return [ModelDecoder(model), CheckpointDecoder(folder / "base", config, folder / "scratch")]
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    *_, last = decoder.walk([ids])
+    with decoder.head() as head:
+        return head(last[0])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_decoder_gives_the_models_own_logits(model_type: str, attention: str, tmp_path: Path) -> None:
+    if attention == "sdpa" and not FAMILIES[model_type].pretrained_model._supports_sdpa:
+        pytest.skip("transformers has no such attention for this family")
+    model = tiny_model(model_type, attn_implementation=attention)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    for decoder in decoders(model, tmp_path):
+        assert decoder.config._attn_implementation == attention
+        torch.testing.assert_close(logits(decoder, IDS), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    prompts = [IDS[0], IDS[1, :4], IDS[2, :11]]
+    expected = []
+    for prompt in prompts:
+        ids = prompt[None]
+        for _ in range(8):  # without a cache, and by itself
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        expected.append(ids[0, len(prompt) :].tolist())
+    for decoder in decoders(model, tmp_path):
+        assert [added.tolist() for added in continuations(decoder, prompts, 8)] == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Path) -> None:
+    """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions."""
+    model = tiny_model(model_type)
+    written = [torch.stack(decoder.generate(2, 14, seed=3)) for decoder in decoders(model, tmp_path)]
+    assert torch.equal(*written)
+    random = torch.Generator().manual_seed(3)
+    torch.randint(320, (2,), generator=random)
+    drawn = torch.rand(2, 13, generator=random)
+    with torch.no_grad():
+        found = model(written[0]).logits[:, :-1]
+    found[..., [0, 1]] = -torch.inf
+    ends = found.softmax(-1).cumsum(-1)  # (2, 13, vocab)
+    token = written[0][:, 1:, None]
+    above, below = ends.gather(-1, token)[..., 0], ends.gather(-1, (token - 1).clamp(min=0))[..., 0]
+    assert bool((drawn <= above + 1e-4).all()) and bool((drawn >= below - 1e-4).all())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    lists = {name: getattr(model.config, name) for name in FAMILIES[model_type].layer_lists}
+    ids = IDS[:1]
+    shorter = copy.deepcopy(model)
+    for index in (3, 1):
+        del shorter.model.layers[index]
+    for decoder in decoders(model, tmp_path):
+        for index in (3, 1):
+            decoder.remove(index)
+        assert decoder.config.num_hidden_layers == 4
+        for name, values in lists.items():
+            assert getattr(decoder.config, name) == [values[n] for n in (0, 2, 4, 5)]
+        # transformers makes the same model of that config.
+        fresh = type(model)(copy.deepcopy(decoder.config)).eval()
+        fresh.load_state_dict(shorter.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(logits(decoder, ids), fresh(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gemma3", "bert", "gpt2"])
+def test_other_models_are_refused_with_what_is_supported(name: str) -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ValueError, match=rf"type '{name}' cannot be fused: only dense decoders.*llama.*smollm3"):
+        family_of(AutoConfig.for_model(name))

@@ -1,0 +1,65 @@
+"""Tiny random models of every family, with all that sets a family apart in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lf_hf.families import FAMILIES
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5, "head_dim": 8},
+    "qwen2": WINDOWS,
+    "qwen3": WINDOWS | {"head_dim": 12},
+    "phi3": {"sliding_window": 7},
+    "gemma2": {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0},
+    "gemma3_text": {
+        "sliding_window": 5,
+        "sliding_window_pattern": 3,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 10,
+        "final_logit_softcapping": 3.0,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "attention_bias": True,
+    },
+    "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 3},
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> Any:
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return FAMILIES[model_type].config_class(**settings | SETTINGS.get(model_type, {}) | overrides)
+
+
+def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A random model of 6 layers, of several kinds where its family has them, with weights large enough to matter."""
+    family, config = FAMILIES[model_type], tiny_config(model_type, **overrides)
+    torch.manual_seed(0)
+    model = family.causal_lm(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved
+                parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+                parameter -= family.gain_offset
+    return model.to(dtype)
