@@ -347,7 +347,7 @@ def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCaus
 
     def save() -> None:
         with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
-            write_companions(folder, None, model.tokenizer, plain=False)
+            write_companions(folder, model.config, None, model.tokenizer, plain=False)
 
     with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
         save()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.families import family_of
@@ -33,7 +33,12 @@ def is_plain(plain: bool | None, as_llama: bool | None) -> bool:
 
 
 def write_companions(
-    folder: Path, report: FusionReport | None, tokenizer: PreTrainedTokenizerBase | None, *, plain: bool
+    folder: Path,
+    config: PreTrainedConfig,
+    report: FusionReport | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    plain: bool,
 ) -> None:
     """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
     if tokenizer is not None:
@@ -44,23 +49,23 @@ def write_companions(
         # llama.cpp makes its tokenizers for some families of that file alone; transformers 5 leaves it out.
         if file := tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {}):
             shutil.copyfile(file, folder / _SENTENCEPIECE)
-    notes = []
-    if plain and (folder / CONFIG_NAME).is_file():
-        notes = _notes_on_order(folder)
-        _write_older_names(folder)
+    notes = _notes_on_order(config) if plain else []
     for note in notes:
         logger.warning(note)
+    if plain:
+        _write_older_names(folder)
     if report is not None:
         report.save(folder)
         shown = dataclasses.replace(report, notes=[*report.notes, *notes])
-        (folder / CARD_NAME).write_text(model_card(shown, plain=plain), encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(shown, family_of(config), plain=plain), encoding="utf-8")
 
 
-def _notes_on_order(folder: Path) -> list[str]:
+def _notes_on_order(config: PreTrainedConfig) -> list[str]:
     """What is to be known about a plain checkpoint whose layers are of other kinds than those at such places are."""
-    config = AutoConfig.from_pretrained(folder)
-    lists = family_of(config).layer_lists
-    usual = type(config)(**{name: value for name, value in config.to_dict().items() if name not in lists})
+    lists, values = family_of(config).layer_lists, config.to_dict()
+    if "max_window_layers" in values:
+        values["max_window_layers"] = _older_names(values)["max_window_layers"]
+    usual = type(config)(**{k: v for k, v in values.items() if k not in (*lists, "sliding_window_pattern")})
     differing = [name for name in lists if getattr(config, name) != getattr(usual, name)]
     return [_BY_PLACE.format(", ".join(differing))] if differing else []
 
@@ -71,9 +76,9 @@ def _write_older_names(folder: Path) -> None:
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
     its own default without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
-    file = folder / CONFIG_NAME
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | _older_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (file := folder / CONFIG_NAME).is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(config | _older_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (file := folder / "tokenizer_config.json").is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("tokenizer_class") == "TokenizersBackend":
@@ -91,8 +96,8 @@ def _older_names(config: dict[str, Any]) -> dict[str, Any]:
         older["rope_local_base_freq"] = rope[_SLIDING]["rope_theta"]
         rope = rope[_FULL]
         period = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
-        if all((kind == _FULL) == (place % period == 0) for place, kind in enumerate(kinds, 1)):
-            older["sliding_window_pattern"] = period
+        regular = all((kind == _FULL) == (place % period == 0) for place, kind in enumerate(kinds, 1))
+        older["sliding_window_pattern"] = period if regular else None  # with which they fail, and do not go wrong
     if "rope_theta" in rope:
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
         if scaling.get("rope_type") == "longrope":  # of which Phi 3 took these three entries and no more
@@ -101,8 +106,9 @@ def _older_names(config: dict[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
     if "partial_rotary_factor" in rope:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if "max_window_layers" in config and kinds == sorted(kinds):  # first those without a window, as Qwen counts them
-        older["max_window_layers"] = kinds.count(_FULL)
+    if "max_window_layers" in config:  # how many layers without a window come before those with one, in Qwen 2 and 3
+        windowed = (place for place, kind in enumerate(kinds) if kind == _SLIDING)
+        older["max_window_layers"] = next(windowed, len(kinds))
     if "dtype" in config:
         older["torch_dtype"] = config["dtype"]
     return older

@@ -151,7 +151,7 @@ def _fuse_on_disk(
         written.architectures = [(base.family.causal_lm if plain else fused_class(base.config)).__name__]
         written.save_pretrained(folder)
         _generation_config(base).save_pretrained(folder)
-        write_companions(folder, report, inputs.tokenizer, plain=plain)
+        write_companions(folder, written, report, inputs.tokenizer, plain=plain)
     return report
 
 

@@ -390,7 +390,7 @@ class FusedForCausalLM(PreTrainedModel):
             config.architectures = [self.family.causal_lm.__name__]
             config.save_pretrained(folder)
         report = self.fusion_report and self.fusion_report.of_weights(weights_digest(self.named_parameters()))
-        write_companions(folder, report, tokenizer, plain=plain)
+        write_companions(folder, self.config, report, tokenizer, plain=plain)
 
     def push_to_hub(  # type: ignore[override]
         self,
