@@ -53,7 +53,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     with fusion.clock(_STEPS):
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            pair = fusion.fuse_pair(i, fusion.before(i))
+            pair = fusion.fuse_pair(i, fusion.before(i), quick=fusion.config.remakes)
             fusion.steps.append(fusion.report_step(i, pair, cost))
             fusion.decoder.replace(i, pair.changed, pair.kind)
             fusion.decoder.remove(i + 1)
@@ -111,7 +111,7 @@ class Fusion:
     def fuse_pair(self, i: int, states: Sequence[Tensor], *, quick: bool = False) -> _FusedPair:
         """Layers i and i + 1 as one: aligned, merged, and fitted to what they do to `states` where the config says so.
 
-        `quick` is a rough fit, to compare pairs.
+        `quick` is a rough fit: good enough to compare pairs, and where the last pass makes the layer again.
         """
         config, ratio = self.config, 1.0
         if self.similarity is not None:

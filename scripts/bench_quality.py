@@ -243,7 +243,14 @@ def tiny_tokenizer(text: str) -> PreTrainedTokenizerBase:
 
 # What tiny models have of their own: a Llama unlike the base, a Gemma whose window is shorter than its text.
 TINY: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 6, "tie_word_embeddings": False},
+    "llama": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": False,
+    },
     "gemma2": {"sliding_window": 64, "head_dim": 32, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "head_dim": 32, "query_pre_attn_scalar": 32},
     "qwen3": {"head_dim": 32},
@@ -255,11 +262,11 @@ def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, m
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": True,
         "bos_token_id": None,

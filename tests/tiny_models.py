@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import FAMILIES
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
@@ -63,3 +67,20 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrid
                 parameter.uniform_(0.5, 1.5)
                 parameter -= family.gain_offset
     return model.to(dtype)
+
+
+def decoders(model: Any, folder: Path) -> list[Decoder]:
+    """The same model in memory and on disk."""
+    model.save_pretrained(folder / "base")
+    (folder / "scratch").mkdir()
+    attention = model.config._attn_implementation
+    config = type(model.config).from_pretrained(folder / "base", attn_implementation=attention)
+    return [ModelDecoder(model), CheckpointDecoder(folder / "base", config, folder / "scratch")]
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """What a decoder predicts, (sequences B, tokens T) -> (B, T, vocab)."""
+    *_, last = decoder.walk([ids])
+    with decoder.head() as head:
+        return head(last[0])

@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import decoders, logits, tiny_model
 
 from lf_hf.decoder.continuations import continuations
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
-from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import FAMILIES, family_of
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
-
-
-def decoders(model: Any, folder: Path) -> list[Decoder]:
-    """The same model in memory and on disk."""
-    model.save_pretrained(folder / "base")
-    (folder / "scratch").mkdir()
-    attention = model.config._attn_implementation
-    config = type(model.config).from_pretrained(folder / "base", attn_implementation=attention)
-    return [ModelDecoder(model), CheckpointDecoder(folder / "base", config, folder / "scratch")]
-
-
-@torch.no_grad()
-def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    *_, last = decoder.walk([ids])
-    with decoder.head() as head:
-        return head(last[0])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.families import DecoderLayer
 from lf_hf.pipeline import fuse
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.pair_costs import PairCosts, Roles
@@ -53,10 +54,10 @@ def test_costs_are_those_of_the_whole_model_also_after_a_fusion(place: Place) ->
     decoder = ModelDecoder(model)
     seen: list[int] = []
 
-    def keep_first(i: int, states: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def keep_first(i: int, states: Sequence[Tensor]) -> DecoderLayer:
         assert len(states) == len(SEQUENCES) - len(JUDGING) // 2
         seen.append(i)
-        return dict(model.model.layers[i].named_parameters())
+        return model.model.layers[i]
 
     with StateStore(place) as store:
         boundaries = Boundaries(decoder, decoder.embed(EACH), store)
@@ -79,9 +80,11 @@ def test_costs_are_those_of_the_whole_model_also_after_a_fusion(place: Place) ->
 def test_predictions_that_overflow_are_no_candidates() -> None:
     decoder = ModelDecoder(make_llama())
 
-    def broken(i: int, states: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        weights = dict(decoder.model.model.layers[i].named_parameters())
-        return weights if i == 2 else weights | {"mlp.down_proj.weight": torch.full((32, 48), math.nan)}
+    def broken(i: int, states: Sequence[Tensor]) -> DecoderLayer:
+        layer = copy.deepcopy(decoder.model.model.layers[i])
+        if i != 2:
+            torch.nn.init.constant_(layer.mlp.down_proj.weight, math.nan)
+        return layer
 
     with StateStore() as store:
         boundaries = Boundaries(decoder, decoder.embed(EACH), store)
@@ -93,8 +96,7 @@ def test_one_sequence_judges_what_is_fitted_to_it() -> None:
     decoder = ModelDecoder(make_llama())
     with StateStore() as store:
         boundaries = Boundaries(decoder, decoder.embed([SEQUENCES[0][None]]), store)
-        keep_first = lambda i, _: dict(decoder.model.model.layers[i].named_parameters())  # noqa: E731
-        costs = PairCosts(decoder, boundaries, Roles.of(1), keep_first, store)
+        costs = PairCosts(decoder, boundaries, Roles.of(1), lambda i, _: decoder.model.model.layers[i], store)
     assert 0 < min(costs.by_layer) < math.inf
 
 
