@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
+from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.files.base import Base
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
@@ -142,9 +143,10 @@ def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpu
     settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
     given_text(tokenizer, corpus, settings, base.config.vocab_size)
     fused = copy.deepcopy(base.config)
-    fused.num_hidden_layers -= config.num_fusions
+    for _ in range(config.num_fusions):
+        remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
-        student = LlamaForCausalLM(fused)
+        student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
         choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, None)
 

@@ -132,10 +132,11 @@ def test_saved_checkpoints_give_the_same_logits_and_know_their_fusion(
     model = fused(model_type)
     model.save_pretrained(tmp_path / "fused")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
-    assert type(loaded) is type(model)
+    assert isinstance(loaded, type(model))
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.config.fusion == model.config.fusion and loaded.config.fusion["pairs"] == [[4, 5], [3, 4]]
-    assert loaded.fusion_report is not None and loaded.fusion_report.steps == model.fusion_report.steps
+    assert loaded.fusion_report is not None and model.fusion_report is not None
+    assert loaded.fusion_report.steps == model.fusion_report.steps
     decoder = AutoModel.from_pretrained(tmp_path / "fused")
     assert type(decoder).__name__ == f"Fused{FAMILIES[model_type].model_class.__name__}"
     with torch.no_grad():
@@ -183,11 +184,12 @@ def test_what_was_fused_once_is_loaded(
 def test_other_heads_stand_on_the_fused_layers(
     model_type: str, kind: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
-    if FAMILIES[model_type].head_class(kind) is None:
+    stock = FAMILIES[model_type].head_class(kind)
+    if stock is None:
         pytest.skip("transformers has no such head for this family")
     fused(model_type).save_pretrained(tmp_path / "fused")
     model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "fused", num_labels=3)
-    assert type(model).__name__ == f"Fused{FAMILIES[model_type].head_class(kind).__name__}"
+    assert type(model).__name__ == f"Fused{stock.__name__}"
     assert getattr(lf_hf, type(model).__name__) is type(model)
     layers = fused(model_type).model.state_dict()
     assert all(torch.equal(tensor, layers[name]) for name, tensor in model.base_model.state_dict().items())
