@@ -85,18 +85,7 @@ class FusionInputs:
 
 
 class FusedForCausalLM(PreTrainedModel):
-    """A language model whose layers were fused. Computes what transformers' class for its base computes.
-
-    Each family of models has a class of its own that is made of this one: FusedLlamaForCausalLM,
-    FusedQwen3ForCausalLM, ...
-
-    Attributes
-    ----------
-    fusion_report : FusionReport or None
-        What was fused and how well it went; read from the checkpoint where the model was loaded from one.
-    tokenizer : PreTrainedTokenizerBase or None
-        The base's tokenizer where the model was fused in this process; saved with the model.
-    """
+    """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
 
     family: ClassVar[Family]
 
@@ -477,14 +466,22 @@ class FusedLlamaForQuestionAnswering(LlamaForQuestionAnswering):
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
-    """A Llama whose layers were fused. Computes what LlamaForCausalLM computes. See `FusedForCausalLM`."""
+    """A Llama whose layers were fused. Computes what LlamaForCausalLM computes.
+
+    Attributes
+    ----------
+    fusion_report : FusionReport or None
+        What was fused and how well it went; read from the checkpoint where the model was loaded from one.
+    tokenizer : PreTrainedTokenizerBase or None
+        The base's tokenizer where the model was fused in this process; saved with the model.
+    """
 
     family = FAMILIES["llama"]
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
 
     def to_llama(self) -> LlamaForCausalLM:
-        """`to_plain`."""
+        """A stock LlamaForCausalLM that shares this model's weights: `to_plain`."""
         return cast(LlamaForCausalLM, self.to_plain())
 
 
@@ -562,12 +559,12 @@ def from_pretrained_fused(
     base : str or Base
         Hub name or folder of a checkpoint.
     config, **kwargs
-        As for `FusedForCausalLM.from_pretrained_fused`.
+        As for `FusedLlamaForCausalLM.from_pretrained_fused`: settings, `calibration`, `tokenizer`, `fused_dir`, ...
 
     Returns
     -------
     FusedForCausalLM
-        Of the class for the base's family: a FusedLlamaForCausalLM, a FusedQwen3ForCausalLM, ...
+        In the class for the base's family: a FusedLlamaForCausalLM, a FusedQwen3ForCausalLM, ...
 
     Raises
     ------
