@@ -7,7 +7,7 @@ channels that the group's output needs most, and fits what writes into the resid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +40,8 @@ _CANDIDATES_PER_KEPT = 1.25
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
 _FIRST_SHARE = 1 / 32
-_NORMS_OF_HEADS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_NORMS_OF_HEADS = {"q_proj": "self_attn.q_norm.weight", "k_proj": "self_attn.k_norm.weight"}
+_LEAST_GAIN = 1e-4  # of such a norm; none that was learned is near it
 
 
 @dataclass(frozen=True)
@@ -127,13 +128,13 @@ def _fit_attention(
 ) -> tuple[dict[str, Tensor], Kind, list[int] | None]:
     """Attention with key-value groups from all layers and an o_proj that writes what all of them wrote.
 
-    All are from one layer, whose kind it takes, where heads of several cannot be side by side: norms of queries and
-    keys have gains that the heads of a layer share, and layers may be of different kinds.
+    Layers of different kinds cannot have their heads side by side: there all are from one layer, whose kind it takes.
     """
     family, half, count = decoder.family, decoder.family.attention, len(parameters)
     device = parameters[0]["self_attn.o_proj.weight"].device
     maps = input_maps(decoder, half, states, traces.inputs, ridge, parameters[0]["self_attn.o_proj.weight"])
-    apart = count > 1 and (family.head_norms is not None or any(kind != kinds[0] for kind in kinds))
+    mixed = any(kind != kinds[0] for kind in kinds)
+    apart = count > 1 and (mixed or family.head_norms is not None)  # whether one layer cannot run all heads
     layers, sizes = [], None
     if apart or (half.after and count > 1):
         layers = [
@@ -142,42 +143,102 @@ def _fit_attention(
         ]
     if half.after and count > 1:
         sizes = _sizes(decoder, [partial(written_by_attention, decoder, layer) for layer in layers], states)
-    weights = dict(parameters[0]) | stacked(half, parameters, maps, sizes)
+    wide = dict(parameters[0]) | stacked(half, parameters, maps, sizes)
     del maps
     if not apart:
-        layers = [build_layer(decoder, weights, kinds[0])]
-    start = weights["self_attn.o_proj.weight"]
-    regression = Regression.empty(start.shape[1], start.shape[0], device, start.dtype)
-    for state, target in zip(states, _after_attention_of_all(traces), strict=True):
-        heads = [attention_heads(decoder, layer, state) for layer in layers]
-        read = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
-        regression.add(*_in_front(decoder, half, weights, read, target, state))
+        layers = [build_layer(decoder, wide, kinds[0])]
+    regression = _attention_problem(decoder, wide, layers, traces, states)
     del layers
-    regression.add_up(decoder.processes)
 
     channels = head_dim(decoder.config)
     kv_heads = len(parameters[0]["self_attn.k_proj.weight"]) // channels
-    units = 1 if apart else kv_heads  # of a layer, that are kept or not
+    units = 1 if mixed else kv_heads  # of a layer, that are kept or not
     rows = len(parameters[0]["self_attn.k_proj.weight"]) // units
     block = len(parameters[0]["self_attn.q_proj.weight"]) // units  # channels of the queries of a unit
+    start = wide["self_attn.o_proj.weight"]
     kept = torch.arange(units, device=start.device)
     if count > 1:
         rounds = 1 if quick else (count - 1) * units
         kept = decoder.processes.computed(lambda: regression.prune(start, units, block=block, rounds=rounds), device)
     queries, keys = expanded(kept, block), expanded(kept, rows)
-    weights = with_heads(weights, queries, keys)
-    kind, heads_kept = kinds[0], _counts(kept, units, count)
-    if apart:
-        kind = kinds[int(kept)]
-        weights |= {name: w for name, w in parameters[int(kept)].items() if name in _NORMS_OF_HEADS}
-        heads_kept = [kv_heads * (layer == int(kept)) for layer in range(count)]
-    fitted = decoder.processes.computed(lambda: regression.ridge(weights["self_attn.o_proj.weight"], ridge), device)
+    weights, kind, heads_kept = with_heads(wide, queries, keys), kinds[0], _counts(kept, units, count)
+    if mixed:
+        chosen = int(kept)
+        kind, heads_kept = kinds[chosen], [kv_heads * (layer == chosen) for layer in range(count)]
+        weights |= {name: w for name, w in parameters[chosen].items() if name in _NORMS_OF_HEADS.values()}
+    elif apart:
+        weights |= _with_one_norm(decoder, parameters, wide, {"q_proj": queries, "k_proj": keys}, states)
+        layers = [build_layer(decoder, weights, kind)]
+        regression = _attention_problem(decoder, weights, layers, traces, states)
+    start = weights["self_attn.o_proj.weight"]
+    fitted = decoder.processes.computed(lambda: regression.ridge(start, ridge), device)
     weights["self_attn.o_proj.weight"] = fitted.to(start)
     if half.after:
         fused = build_layer(decoder, weights, kind)
         written = (written_by_attention(decoder, fused, state) for state in states)
         weights |= _fitted_gain(decoder, half, weights, written, _after_attention_of_all(traces), states, ridge)
     return weights, kind, heads_kept
+
+
+def _attention_problem(
+    decoder: Decoder, weights: Weights, layers: Sequence[DecoderLayer], traces: Traces, states: Sequence[Tensor]
+) -> Regression:
+    """What an o_proj should write, from the heads of some layers side by side. `weights` has it as it is."""
+    start = weights["self_attn.o_proj.weight"]
+    regression = Regression.empty(start.shape[1], start.shape[0], start.device, start.dtype)
+    for state, target in zip(states, _after_attention_of_all(traces), strict=True):
+        heads = [attention_heads(decoder, layer, state) for layer in layers]
+        read = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+        regression.add(*_in_front(decoder, decoder.family.attention, weights, read, target, state))
+    regression.add_up(decoder.processes)
+    return regression
+
+
+def _with_one_norm(
+    decoder: Decoder,
+    parameters: Sequence[Weights],
+    wide: Weights,
+    chosen: Mapping[str, Tensor],
+    states: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """Queries and keys of heads of several layers for one norm of each, in place of those that the layers had.
+
+    Where the heads of a layer share the gains, these are a geometric mean of the layers', weighted by their heads, and
+    the rest is folded into the heads' rows. Each head comes out as it was, but for its size, which the norm sets: that
+    is off by as much as the gains differ. This leaves less error than attention from one layer as a whole. A norm over
+    all heads has a gain for each channel, and only the sizes of the layers' queries and keys have to be made alike.
+
+    Parameters
+    ----------
+    wide : mapping
+        The layers side by side.
+    chosen : mapping
+        From "q_proj" and "k_proj" to the rows that are kept.
+    """
+    half, found = decoder.family.attention, dict[str, Tensor]()
+    for name, rows in chosen.items():
+        parts = [f"self_attn.{name}.{part}" for part in ("weight", "bias") if f"self_attn.{name}.{part}" in wide]
+        norm, count = _NORMS_OF_HEADS[name], len(parameters[0][parts[0]])
+        gains, of_layer = torch.stack([layer[norm] for layer in parameters]), rows // count
+        if decoder.family.head_norms == "each":
+            shares = torch.bincount(of_layer, minlength=len(parameters)) / len(rows)
+            found[norm] = torch.exp(shares @ gains.abs().clamp(min=_LEAST_GAIN).log())
+            channel = rows % gains.shape[1]
+            scale = gains[of_layer, channel] / found[norm][channel]
+        else:
+            found[norm] = gains.flatten()[rows]
+            read = [[wide[part][n * count : (n + 1) * count] for part in parts] for n in range(len(parameters))]
+            of_each = _sizes(decoder, [partial(_read, decoder, half, of_one) for of_one in read], states)
+            scale = 1 / torch.tensor(of_each, device=rows.device)[of_layer]
+        for part in parts:
+            by_row = scale[:, None] if part.endswith("weight") else scale
+            found[part] = (wide[part][rows] * by_row).to(wide[part].dtype)
+    return found
+
+
+def _read(decoder: Decoder, half: Half, projection: Sequence[Tensor], state: Tensor) -> Tensor:
+    """What a projection, a weight and a bias if it has one, makes of what a half that was stacked reads."""
+    return nn.functional.linear(normalized(decoder, half, state), *projection)
 
 
 def _after_attention_of_all(traces: Traces) -> Iterator[Tensor]:
