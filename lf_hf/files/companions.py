@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def write_companions(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no error of its own for a full disk
             raise OSError(f"tokenizer: {error}") from error
-        # llama.cpp makes its tokenizers for some families of that file alone; transformers 5 leaves it out.
-        if file := tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {}):
+        file = None
+        with suppress(OSError):  # of a folder that is gone
+            file = tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {})
+        if file:  # of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out
             shutil.copyfile(file, folder / _SENTENCEPIECE)
     notes = _notes_on_order(config) if plain else []
     for note in notes:
