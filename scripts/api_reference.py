@@ -21,7 +21,8 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = """# API reference
 
 All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings. For each other
-[family](families.md#what-it-is-called) there are classes like those for Llama: `FusedQwen3ForCausalLM`, ...
+[family](families.md#what-it-is-called) there are classes as those for Llama are: `FusedQwen3ForCausalLM`,
+`FusedQwen3Config`, ...
 
 """
 
