@@ -148,12 +148,7 @@ class FusedForCausalLM(PreTrainedModel):
         config.check_num_layers(base.config.num_hidden_layers)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        to_heal = None
-        if config.heal_tokens:
-            from lf_hf.healing.heal import check_can_heal  # imports transformers' Trainer, which takes seconds
-
-            to_heal = load_training_text(calibration, config.heal_tokens)
-            check_can_heal(base, tokenizer, to_heal, config)
+        to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
         # Where each process spreads its model over several devices, its states are not on its own one.
         processes = ALONE if is_spread(base.loading.get("device_map")) else Processes.of_launch()
@@ -166,6 +161,10 @@ class FusedForCausalLM(PreTrainedModel):
         """Load the base and fuse it in memory."""
         from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
+        if inputs.to_heal is not None:
+            from lf_hf.healing.heal import check_can_heal, heal_loaded  # import the Trainer, which takes seconds
+
+            check_can_heal(inputs.base, inputs.tokenizer, inputs.to_heal, inputs.config)
         loaded = inputs.base.load()
         decoder = ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes)
         report = pipeline.fuse(
@@ -179,8 +178,6 @@ class FusedForCausalLM(PreTrainedModel):
         )
         model = cls.adopt(loaded, report, inputs.tokenizer)
         if inputs.to_heal is not None:
-            from lf_hf.healing.heal import heal_loaded
-
             heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
         return model
 
