@@ -1,7 +1,7 @@
-"""Make `lm_eval --model fused_llama` work in lm-eval releases that do not look for plugins themselves.
+"""Make `lm_eval --model fused` and `fused_llama` work in lm-eval releases that do not look for plugins themselves.
 
 lf_hf_startup.pth imports this module whenever Python starts, so it imports nothing but `sys` until
-lm_eval.models is imported: then it adds one name to lm-eval's model registry. It never raises. Releases that
+lm_eval.models is imported: then it adds the names to lm-eval's model registry. It never raises. Releases that
 find plugins by entry point (their registry has `load_plugins`) are left alone.
 """
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-MODEL_NAME = "fused_llama"
-MODEL_CLASS = "lf_hf.evaluate.lm_eval_model:FusedLlamaLM"
+MODELS = {
+    "fused": "lf_hf.evaluate.lm_eval_model:FusedLM",
+    "fused_llama": "lf_hf.evaluate.lm_eval_model:FusedLlamaLM",
+}
 
 
 class LmEvalFinder:
-    """Finds lm_eval.models as Python would, and has its loader register the model afterwards."""
+    """Finds lm_eval.models as Python would, and has its loader register the models afterwards."""
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
@@ -45,16 +47,17 @@ class LmEvalFinder:
 
 
 def register() -> None:
-    """Add the model to lm-eval's registry as a name that is resolved on first use."""
+    """Add the models to lm-eval's registry as names that are resolved on first use."""
     try:
         from lm_eval.api import registry
 
-        if not hasattr(registry, "load_plugins") and MODEL_NAME not in registry.model_registry:
-            registry.model_registry.register(MODEL_NAME, target=MODEL_CLASS)
+        for name, target in MODELS.items():
+            if not hasattr(registry, "load_plugins") and name not in registry.model_registry:
+                registry.model_registry.register(name, target=target)
     except Exception as error:  # an lm-eval of another shape must go on working for all its other models
         import logging
 
-        logging.getLogger(__name__).warning("lf_hf could not add %s to lm-eval: %r", MODEL_NAME, error)
+        logging.getLogger(__name__).warning("lf_hf could not add %s to lm-eval: %r", " and ".join(MODELS), error)
 
 
 sys.meta_path.insert(0, LmEvalFinder())

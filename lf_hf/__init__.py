@@ -1,26 +1,22 @@
-"""lf_hf: compress Llama models by fusing decoder layers."""
+"""lf_hf: compress Llama models, and those of other families, by fusing decoder layers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lf_hf.config import FusionConfig
-from lf_hf.model.configuration_fused_llama import FusedLlamaConfig
+from lf_hf.model.configuration_fused import FusedLlamaConfig
 from lf_hf.model.fuse_checkpoint import fuse_checkpoint
-from lf_hf.model.modeling_fused_llama import (
+from lf_hf.model.modeling_fused import (
+    FUSED_CLASSES,
     FusedLlamaForCausalLM,
     FusedLlamaForQuestionAnswering,
     FusedLlamaForSequenceClassification,
     FusedLlamaForTokenClassification,
     FusedLlamaModel,
+    from_pretrained_fused,
 )
 from lf_hf.model.peft_targets import register_with_peft
 from lf_hf.report.report import FusionReport
@@ -29,13 +25,15 @@ if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
     from lf_hf.healing.settings import HealSettings
 
-AutoConfig.register(FusedLlamaConfig.model_type, FusedLlamaConfig)
-AutoModel.register(FusedLlamaConfig, FusedLlamaModel)
-AutoModelForCausalLM.register(FusedLlamaConfig, FusedLlamaForCausalLM)
-AutoModelForSequenceClassification.register(FusedLlamaConfig, FusedLlamaForSequenceClassification)
-AutoModelForTokenClassification.register(FusedLlamaConfig, FusedLlamaForTokenClassification)
-AutoModelForQuestionAnswering.register(FusedLlamaConfig, FusedLlamaForQuestionAnswering)
-register_with_peft(FusedLlamaConfig.model_type)
+for _made in FUSED_CLASSES.values():
+    AutoConfig.register(_made.config.model_type, _made.config)
+    AutoModel.register(_made.config, _made.model)
+    AutoModelForCausalLM.register(_made.config, _made.causal_lm)
+    for _kind, _head in _made.heads.items():
+        getattr(transformers, f"AutoModelFor{_kind}").register(_made.config, _head)
+    for _class in (_made.config, _made.model, _made.causal_lm, *_made.heads.values()):
+        globals()[_class.__name__] = _class
+register_with_peft({_made.config.model_type: name for name, _made in FUSED_CLASSES.items()})
 
 __all__ = [
     "FusedLlamaConfig",
@@ -47,6 +45,7 @@ __all__ = [
     "FusionConfig",
     "FusionReport",
     "HealSettings",
+    "from_pretrained_fused",
     "fuse_checkpoint",
     "heal",
     "tasks_path",

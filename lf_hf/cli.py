@@ -46,7 +46,7 @@ Start with a dry run, which says what a fusion does and takes, and writes nothin
 """
 
 app = typer.Typer(
-    help="Make a Llama model smaller by fusing pairs of its decoder layers.",
+    help="Make a language model smaller by fusing pairs of its decoder layers.",
     epilog=_GUIDE,
     add_completion=False,
     rich_markup_mode=None,  # boxes would cut long option names off
@@ -57,7 +57,7 @@ _WIDTH = 160  # columns of a table that goes to a file
 _TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
-BaseName = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a Llama checkpoint.")]
+BaseName = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a checkpoint.")]
 CalibrationFile = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE", help="Calibration text: .txt, .jsonl, .csv or .parquet."),
@@ -181,7 +181,7 @@ def _setting_options(
 @app.command(
     epilog=_examples(
         "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method refit --calibration my_text.txt",
-        "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --as-llama",
+        "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --low-memory --plain",
         "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory --device cuda",
         "fuse path/to/Meta-Llama-3-8B out --num-fusions 4 --dry-run",
     )
@@ -204,8 +204,9 @@ def fuse(
     revision: Revision = None,
     dtype: Dtype = None,
     device: Device = None,
-    as_llama: Annotated[
-        bool, typer.Option("--as-llama", help="Write a plain Llama checkpoint, which opens without lf_hf.")
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", "--as-llama", help="Write a plain checkpoint, as BASE is, which opens without lf_hf."),
     ] = False,
     low_memory: Annotated[
         bool,
@@ -245,7 +246,7 @@ def fuse(
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table
-        done = fuse_checkpoint(opened, out, config, low_memory=low_memory, as_llama=as_llama, calibration=calibration)
+        done = fuse_checkpoint(opened, out, config, low_memory=low_memory, plain=plain, calibration=calibration)
     if rank():  # of a launch: the first one speaks
         return
     before, after = weights_size(base, hub), weights_size(out, {})

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import PreTrainedConfig
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY
@@ -207,7 +206,7 @@ def _calibration(
 class _Work:
     """A fusion in numbers: `layer`, `table` and `parameters` count parameters, the last four count tokens of text."""
 
-    llama: LlamaConfig
+    llama: PreTrainedConfig
     config: FusionConfig
     dtype: torch.dtype
     layer: int
@@ -225,7 +224,7 @@ class _Work:
         llama, files = base.config, base.files()
         stored = torch.float32 if base.hub.get("gguf_file") or not files else stored_dtype(files[0])
         with torch.device("meta"):
-            layer = sum(parameter.numel() for parameter in LlamaDecoderLayer(llama, layer_idx=0).parameters())
+            layer = sum(weights.numel() for weights in base.family.decoder_layer(llama, layer_idx=0).parameters())
         table = llama.vocab_size * llama.hidden_size
         tables = table if llama.tie_word_embeddings else 2 * table
         given = written = 0.0

@@ -20,13 +20,15 @@ PAGE = ROOT / "docs" / "api.md"
 
 HEAD = """# API reference
 
-All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings.
+All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings. For each other
+[family](families.md#what-it-is-called) there are classes as those for Llama are: `FusedQwen3ForCausalLM`,
+`FusedQwen3Config`, ...
 
 """
 
 # Methods shown with their class; all that a class inherits is as in transformers.
 _METHODS = {
-    "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub", "to_llama"],
+    "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub", "to_plain", "to_llama"],
     "FusionReport": ["layers_removed_fraction", "parameters_removed_fraction", "summary", "save", "load"],
 }
 
@@ -55,6 +57,7 @@ def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
         "heading_level": level,
         "docstring_section_style": "list",
         "members": False,
+        "inherited_members": False,
         "show_bases": False,
         "show_root_full_path": level > 2,
         "show_object_full_path": False,

@@ -179,7 +179,7 @@ def test_a_push_takes_what_was_written_and_transformers_arguments(
             pushed.update(name for name in names if allow_patterns is None or name in allow_patterns)
             return "address"
 
-    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", Hub)
+    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", Hub)
     (tmp_path / "diary.txt").write_text("mine")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
     assert pushed == {*os.listdir(tmp_path)} - {"diary.txt"}
@@ -199,6 +199,7 @@ def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
     (tmp_path / name).write_text("{}")
     (tmp_path / "training_args.bin").touch()
     monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
     fused: dict[str, Any] = SETTINGS | {"fused_dir": tmp_path}
     ways: list[Callable[[], Any]] = [
         lambda: fuse_checkpoint(base, tmp_path, **SETTINGS),
@@ -347,7 +348,7 @@ def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCaus
 
     def save() -> None:
         with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
-            write_companions(folder, None, model.tokenizer, as_llama=False)
+            write_companions(folder, model.config, None, model.tokenizer, plain=False)
 
     with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
         save()

@@ -12,10 +12,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lf_hf import FusedLlamaForCausalLM, tasks_path
+from lf_hf import tasks_path
 from lf_hf.config import unknown_name
-from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.points import Score
+from lf_hf.model.modeling_fused import FusedForCausalLM
 
 _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it
@@ -63,7 +64,7 @@ class Evaluation:
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
         """Main metric of each task; for a tag, of each of its tasks. Each process of a launch evaluates by itself."""
-        wrapper = FusedLlamaLM if isinstance(model, FusedLlamaForCausalLM) else HFLM
+        wrapper = FusedLM if isinstance(model, FusedForCausalLM) else HFLM
         lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
         with patch_environment(LOCAL_RANK=0):  # lm-eval gives its results to one process of a launch
             evaluated = simple_evaluate(

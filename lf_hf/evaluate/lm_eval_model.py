@@ -1,4 +1,4 @@
-"""`lm_eval --model fused_llama`: lm-eval's Hugging Face backend, with fusion while the model is loaded."""
+"""`lm_eval --model fused` and `fused_llama`: lm-eval's Hugging Face backend, with fusion while a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,41 +7,45 @@ import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusionConfig
+from lf_hf import FusionConfig, from_pretrained_fused
 from lf_hf.evaluate.points import check_batch_size
 from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.files.saving import finish_save
+from lf_hf.model.configuration_fused import FUSED, FUSED_CONFIGS, FusedLlamaConfig
 from lf_hf.processes import local_rank
 
 # Below lm-eval's own logger, so that its level and format hold here too.
-eval_logger = logging.getLogger("lm_eval.models.fused_llama")
+eval_logger = logging.getLogger("lm_eval.models.fused")
 # Ways in which HFLM loads weights without passing them through from_pretrained, or changes them afterwards.
 _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
-# What HFLM and this class take; from_pretrained takes more.
+# What HFLM, this class and the configs of models take; from_pretrained takes more.
 _KNOWN = (
     *FusionConfig.field_names(),
     *("calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
     *(name for name in _HFLM_ARGUMENTS if name not in ("self", "kwargs")),
+    *sorted({name for config in FUSED_CONFIGS.values() for name in config.__dataclass_fields__}),
 )
 
 
-@register_model("fused_llama")
-class FusedLlamaLM(HFLM):
-    """A fused Llama: a base that is fused while it is loaded, or a checkpoint that was saved fused.
+@register_model("fused")
+class FusedLM(HFLM):
+    """A fused model: a base that is fused while it is loaded, or a checkpoint that was saved fused.
 
     All else, from batching to data-parallel runs, is HFLM's.
     """
+
+    _families: ClassVar[tuple[str, ...]] = tuple(FUSED_CONFIGS)
 
     def __init__(
         self,
@@ -52,12 +56,11 @@ class FusedLlamaLM(HFLM):
         fused_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Initialize a FusedLlamaLM instance.
+        """Initialize a FusedLM instance.
 
         Args:
-            pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a Llama checkpoint.
-                Without, a fused checkpoint that ``FusedLlamaForCausalLM.save_pretrained`` wrote, or such a model
-                itself.
+            pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a checkpoint.
+                Without, a fused checkpoint that ``save_pretrained`` or ``lf-hf fuse`` wrote, or such a model itself.
             num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
                 are not in its test split; for ``refit`` a mixture of text that is there offline.
@@ -92,7 +95,7 @@ class FusedLlamaLM(HFLM):
             if not isinstance(pretrained, str):
                 raise ValueError(
                     f"num_fusions={num_fusions} needs `pretrained` to be a name or path, got a loaded "
-                    f"{type(pretrained).__name__}; fuse with FusedLlamaForCausalLM.from_pretrained_fused and pass that."
+                    f"{type(pretrained).__name__}; fuse with lf_hf.from_pretrained_fused and pass that."
                 )
             for name in _NOT_WHILE_FUSING:
                 if kwargs.get(name):
@@ -102,12 +105,13 @@ class FusedLlamaLM(HFLM):
                     )
             loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
             self._base = Base.open(pretrained, loading)
+            self._check_family(repr(pretrained), self._base.config)
         elif settings or calibration is not None or fused_dir is not None:
             others = {"calibration": calibration, "fused_dir": fused_dir}
             given = ", ".join([*settings, *(name for name, value in others.items() if value is not None)])
             raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
         elif not isinstance(pretrained, str):
-            _check_fused("`pretrained`", pretrained.config)
+            self._check_fused("`pretrained`", pretrained.config)
         # HFLM calls _get_config, _create_tokenizer and _create_model, in this order. It would look up a model type that
         # stock transformers does not know, and warn, if `backend` were not given.
         super().__init__(pretrained, **{"backend": "causal"} | kwargs)
@@ -118,7 +122,19 @@ class FusedLlamaLM(HFLM):
         else:
             finish_save(Path(pretrained, kwargs.get("subfolder") or ""))
             super()._get_config(pretrained, **kwargs)
-            _check_fused(repr(pretrained), self._config)
+            self._check_fused(repr(pretrained), self._config)
+
+    def _check_fused(self, name: str, config: PreTrainedConfig) -> None:
+        if not config.model_type.startswith(FUSED):
+            raise ValueError(
+                f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to "
+                "fuse it while loading, or evaluate it as it is with --model hf."
+            )
+        self._check_family(name, config)
+
+    def _check_family(self, name: str, config: PreTrainedConfig) -> None:
+        if config.model_type.removeprefix(FUSED) not in self._families:
+            raise ValueError(f"{name} is a {config.model_type!r} model; evaluate it with --model fused.")
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         with reading_tokenizer(str(tokenizer or pretrained)):
@@ -163,7 +179,7 @@ class FusedLlamaLM(HFLM):
             offload_folder=offload_folder,
             gpus=gpus,
         )
-        model = FusedLlamaForCausalLM.from_pretrained_fused(
+        model = from_pretrained_fused(
             replace(self._base, loading={**self._base.loading, **placing}),
             config,
             calibration=self.calibration,
@@ -200,6 +216,13 @@ class FusedLlamaLM(HFLM):
         return info
 
 
+@register_model("fused_llama")
+class FusedLlamaLM(FusedLM):
+    """A fused Llama, and no model of another family; see FusedLM."""
+
+    _families = ("llama",)
+
+
 def _check_adapter(name: str, revision: str | None) -> None:
     """Raise ValueError if there is no adapter of PEFT that can be read."""
     if importlib.util.find_spec("peft") is None:
@@ -220,11 +243,3 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
     check_batch_size(kwargs.get("batch_size", 1))
     if kwargs.get("peft") is not None:
         _check_adapter(kwargs["peft"], kwargs.get("revision"))
-
-
-def _check_fused(name: str, config: PreTrainedConfig) -> None:
-    if config.model_type != FusedLlamaConfig.model_type:
-        raise ValueError(
-            f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to fuse "
-            "it while loading, or evaluate it as it is with --model hf."
-        )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf import pipeline
@@ -28,7 +28,7 @@ from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
 from lf_hf.processes import Processes, local_rank, own_device
 from lf_hf.progress import progress
 from lf_hf.text.calibration import load_needed, load_training_text
@@ -37,7 +37,13 @@ if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
 
 logger = logging.get_logger(__name__)
-_LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+_LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+}
 
 
 def sweep(
@@ -66,7 +72,7 @@ def sweep(
     Parameters
     ----------
     base : str
-        Folder or hub name of a Llama checkpoint.
+        Folder or hub name of a checkpoint.
     out : path
         Folder of the results.
     num_fusions : sequence of int
@@ -79,7 +85,7 @@ def sweep(
     num_fewshot, batch_size, metadata
         As for lm-eval.
     calibration : path, optional
-        As for `FusedLlamaForCausalLM.from_pretrained_fused`.
+        As for `lf_hf.from_pretrained_fused`.
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
@@ -194,7 +200,7 @@ def _check_calibration(calibration: object) -> None:
 class _Dense:
     """The base, with what is measured on it."""
 
-    llama: LlamaForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     parameters: int
     measurements: Measurements
@@ -260,7 +266,7 @@ class _Maker:
         report = pipeline.finish(
             fusion, decoder, dense.tokenizer, base=self._base.full_name, parameters=dense.parameters
         )
-        model = FusedLlamaForCausalLM.adopt(decoder.model, report, dense.tokenizer)
+        model = fused_class(self._base.config).adopt(decoder.model, report, dense.tokenizer)
         if tokens := self._configs[key].heal_tokens:
             from lf_hf.healing.heal import heal_loaded
 
@@ -272,10 +278,10 @@ class _Maker:
         tokenizer, needs = self._base.tokenizer(), self._needs
         samples = next((load_needed(config, self._calibration)[0] for config in needs if config.needs_similarity), None)
         text = next((load_needed(config, self._calibration)[1] for config in needs if config.needs_text), None)
-        llama = self._base.load()
+        model = self._base.load()
         config = next(iter(self._configs.values()))
-        parameters = pipeline.check_model(ModelDecoder(llama), config)
-        return _Dense(llama, tokenizer, parameters, measure(ModelDecoder(llama), tokenizer, config, samples, text))
+        parameters = pipeline.check_model(ModelDecoder(model), config)
+        return _Dense(model, tokenizer, parameters, measure(ModelDecoder(model), tokenizer, config, samples, text))
 
     def _goes_on(self, config: FusionConfig) -> bool:
         """Whether the steps that this process has made are the first ones of a fusion."""
@@ -288,7 +294,7 @@ class _Maker:
         if self._held is None or not self._goes_on(config):
             self._held = None
             self._stack.close()
-            decoder = ModelDecoder(self._dense.llama, keep_originals=config.refit != "none").copy()
+            decoder = ModelDecoder(self._dense.model, keep_originals=config.refit != "none").copy()
             config, measurements = replace(config, heal_tokens=0), self._dense.measurements
             self._held = decoder, self._stack.enter_context(pipeline.start(decoder, config, measurements))
         pipeline.fuse_pairs(self._held[1], config.num_fusions)
@@ -297,12 +303,12 @@ class _Maker:
 
 def _dense_point(key: str, dense: _Dense, evaluation: Evaluation) -> Point:
     start = time.perf_counter()
-    scores = evaluation.scores(dense.llama, dense.tokenizer)
+    scores = evaluation.scores(dense.model, dense.tokenizer)
     return Point(
         key=key,
         method=DENSE,
         num_fusions=0,
-        layers=dense.llama.config.num_hidden_layers,
+        layers=dense.model.config.num_hidden_layers,
         parameters=dense.parameters,
         layers_removed_fraction=0.0,
         parameters_removed_fraction=0.0,
@@ -317,7 +323,7 @@ def _dense_point(key: str, dense: _Dense, evaluation: Evaluation) -> Point:
     )
 
 
-def _fused_point(key: str, model: FusedLlamaForCausalLM, dense: _Dense, evaluation: Evaluation) -> Point:
+def _fused_point(key: str, model: FusedForCausalLM, dense: _Dense, evaluation: Evaluation) -> Point:
     start = time.perf_counter()
     scores = evaluation.scores(model, dense.tokenizer)
     report = model.fusion_report
@@ -355,7 +361,7 @@ def check_evaluation(limit: object, num_fewshot: object, batch_size: object, met
         raise ValueError(f"metadata must be a dict, such as {{'mmlu_dir': 'DIR'}}, got {metadata!r:.80}.")
 
 
-def is_llama_3_8b(base: str, config: LlamaConfig) -> bool:
+def is_llama_3_8b(base: str, config: PreTrainedConfig) -> bool:
     """Whether a base is the model that `PUBLISHED` is about: its shape, and not tuned for instructions."""
     shape = all(getattr(config, name) == value for name, value in _LLAMA_3_8B.items())
     return shape and "instruct" not in base.lower()

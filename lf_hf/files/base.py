@@ -20,13 +20,10 @@ from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -38,6 +35,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checked_json import parse_json
 from lf_hf.config import FusionConfig, unknown_name
+from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.files.saving import finish_save
 from lf_hf.files.weights import (
     CHECKPOINT_FILES,
@@ -71,19 +69,20 @@ def is_spread(device_map: object) -> bool:
 
 @dataclass(frozen=True)
 class Base:
-    """A Llama checkpoint that can be fused. Its config was read; its weights are not.
+    """A checkpoint that can be fused. Its config was read; its weights are not.
 
     Attributes
     ----------
     name : str
         Folder or hub name.
-    config : LlamaConfig
+    config : PreTrainedConfig
+        Of one of the families in `lf_hf.families`.
     loading : dict
         `from_pretrained`'s arguments: where files are, dtype, device_map, ...
     """
 
     name: str
-    config: LlamaConfig
+    config: PreTrainedConfig
     loading: Mapping[str, Any]
 
     @classmethod
@@ -93,8 +92,8 @@ class Base:
         Raises
         ------
         ValueError
-            If there is no Llama in plain floats, or `loading` has an argument that from_pretrained does not take, or a
-            dtype or device that cannot be used.
+            If there is no model in plain floats of a family that can be fused, or `loading` has an argument that
+            from_pretrained does not take, or a dtype or device that cannot be used.
         """
         loading = dict(loading)
         if "torch_dtype" in loading:  # its older name
@@ -102,9 +101,14 @@ class Base:
         loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
         name = _checked_name(name)
         check_device(loading.get("device_map"))
-        config = _llama_config(name, loading)
+        config = _checked_config(name, loading)
         check_arguments(loading, config)
         return cls(name, config, loading)
+
+    @property
+    def family(self) -> Family:
+        """What transformers has for models of this kind."""
+        return family_of(self.config)
 
     @property
     def full_name(self) -> str:
@@ -159,7 +163,7 @@ class Base:
         """The folder of the safetensors files; those of the hub are downloaded."""
         return weights_folder(self.name, self.hub)
 
-    def load(self) -> LlamaForCausalLM:
+    def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
 
         Raises
@@ -177,15 +181,15 @@ class Base:
         if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
             # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
             loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-        loaded: Any = LlamaForCausalLM.from_pretrained(
+        loaded: Any = self.family.causal_lm.from_pretrained(
             self.name, **loading | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         )
-        llama, info = loaded
+        model, info = loaded
         mismatched = {name: (stored, wanted) for name, stored, wanted in info["mismatched_keys"]}
         check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"])
-        return llama.eval()
+        return model.eval()
 
-    def new_config(self) -> LlamaConfig:
+    def new_config(self) -> PreTrainedConfig:
         """A copy of the config, to be changed."""
         return copy.deepcopy(self.config)
 
@@ -197,7 +201,7 @@ class Base:
 def _checked_name(base: str | os.PathLike[str]) -> str:
     """A base's name as a string. Raises ValueError if it cannot be one."""
     if not isinstance(base, (str, os.PathLike)) or not os.fspath(base):
-        raise ValueError(f"base must be the folder or hub name of a Llama checkpoint, got {base!r:.80}.")
+        raise ValueError(f"base must be the folder or hub name of a checkpoint, got {base!r:.80}.")
     if os.path.isfile(base):
         raise ValueError(
             f"{os.fspath(base)!r} is a file; give the folder that it is in (and the name of a GGUF file as gguf_file=)."
@@ -229,8 +233,8 @@ def check_device(device_map: object) -> None:
         ) from None
 
 
-def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
-    """Config of the model to fuse, checked to be a Llama in plain floats."""
+def _checked_config(base: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """Config of the model to fuse, checked to be of a family that can be fused, in plain floats."""
     gguf_file = kwargs.get("gguf_file")
     hub = hub_arguments(kwargs)
     finish_save(Path(base, kwargs.get("subfolder") or ""))
@@ -246,14 +250,13 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
         if isinstance(error.__cause__ or error, HFValidationError):
             raise ValueError(f"There is no folder {base!r}, and it cannot be a name on the hub.") from None
         reason = " ".join(str(error).split())
-        raise ValueError(f"No config of a Llama can be read for {base!r}: {reason:.400}") from None
-    if config.model_type == "fused_llama":
+        raise ValueError(f"No config of a model can be read for {base!r}: {reason:.400}") from None
+    if config.model_type.startswith("fused_"):
         raise ValueError(
-            f"{base!r} is fused already; fuse its base with a larger num_fusions, or save it with as_llama=True and "
+            f"{base!r} is fused already; fuse its base with a larger num_fusions, or save it with plain=True and "
             "fuse that plain checkpoint."
         )
-    if not isinstance(config, LlamaConfig) or config.model_type != LlamaConfig.model_type:
-        raise ValueError(f"{base!r} is a {config.model_type!r} model; only Llama models (model_type 'llama') fuse.")
+    family = _family(base, config)
     if getattr(config, "quantization_config", None) and not gguf_file:
         raise ValueError(f"{base!r} is quantised; fuse the original floating-point checkpoint instead.")
     if getattr(config, "is_heterogeneous", False):
@@ -265,13 +268,24 @@ def _llama_config(base: str, kwargs: Mapping[str, Any]) -> LlamaConfig:
         )
     if config.max_position_embeddings < _SHORTEST_CONTEXT:
         raise ValueError(
-            f"The config of {base!r} has max_position_embeddings={config.max_position_embeddings}, but a Llama takes "
-            f"{_SHORTEST_CONTEXT} tokens or more; repair the config."
+            f"The config of {base!r} has max_position_embeddings={config.max_position_embeddings}, but fusing "
+            f"takes {_SHORTEST_CONTEXT} tokens or more; repair the config."
         )
-    _check_computable(base, config)
+    _check_computable(base, config, family)
     if not gguf_file and optional_file(base, ADAPTER_CONFIG_NAME, hub):
         raise ValueError(f"{base!r} is an adapter, not a model; merge it into its base, and fuse that.")
     return config
+
+
+def _family(base: str, config: PreTrainedConfig) -> Family:
+    """The family of a base. Raises ValueError if it is none of those that can be fused."""
+    family = FAMILIES.get(config.model_type)
+    if family is None or not isinstance(config, family.config_class):  # of code that came with a checkpoint
+        raise ValueError(
+            f"{base!r} is a {config.model_type!r} model; only dense decoders of text fuse, which are those of type "
+            f"{', '.join(FAMILIES)}."
+        )
+    return family
 
 
 def check_has_config(folder: Path, hub: Mapping[str, Any]) -> None:
@@ -294,11 +308,11 @@ def _is_file(file: Path) -> bool:
         raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from None
 
 
-def _check_computable(base: str, config: LlamaConfig) -> None:
-    """Raise ValueError if no Llama can be made of a config, or only an implausible one."""
+def _check_computable(base: str, config: PreTrainedConfig, family: Family) -> None:
+    """Raise ValueError if no model can be made of a config, or only an implausible one."""
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(
-            f"The config of {base!r} has num_hidden_layers={config.num_hidden_layers}, but a Llama has 1 to "
+            f"The config of {base!r} has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to "
             f"{MOST_LAYERS}; repair the config."
         )
     for name in ("bos_token_id", "pad_token_id"):
@@ -309,13 +323,13 @@ def _check_computable(base: str, config: LlamaConfig) -> None:
                 "from 0; repair the config."
             )
     try:
-        LlamaRotaryEmbedding(config)
+        family.rotary_embedding(config)
         with torch.device("meta"):
-            LlamaDecoderLayer(config, layer_idx=0)
+            family.decoder_layer(config, layer_idx=0)
     except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"No Llama can be built of the config of {base!r} ({reason:.300}); repair the config."
+            f"No {family.title} can be built of the config of {base!r} ({reason:.300}); repair the config."
         ) from None
 
 

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, logging
 
+from lf_hf.families import family_of
+from lf_hf.files.base import optional_file
 from lf_hf.files.model_card import CARD_NAME, model_card
 from lf_hf.report.report import FusionReport
 
+logger = logging.get_logger(__name__)
+_SENTENCEPIECE = "tokenizer.model"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_BY_PLACE = (
+    "The kinds of this model's layers ({}) are in an order of their own, which its config says. llama.cpp, and other "
+    "programs that know a layer's kind by its place, would compute something else."
+)
+
+
+def is_plain(plain: bool | None, as_llama: bool | None) -> bool:
+    """Whether a plain checkpoint is asked for, by either name of that. Raises ValueError if they differ."""
+    if plain is not None and as_llama is not None and plain != as_llama:
+        raise ValueError(f"plain={plain!r} and as_llama={as_llama!r} are two names of one choice; give one of them.")
+    return bool(plain or as_llama)
+
 
 def write_companions(
-    folder: Path, report: FusionReport | None, tokenizer: PreTrainedTokenizerBase | None, *, as_llama: bool
+    folder: Path,
+    config: PreTrainedConfig,
+    report: FusionReport | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    plain: bool,
 ) -> None:
     """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
     if tokenizer is not None:
@@ -21,28 +47,41 @@ def write_companions(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no error of its own for a full disk
             raise OSError(f"tokenizer: {error}") from error
-    if as_llama:
+        file = None
+        with suppress(OSError):  # of a folder that is gone
+            file = tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {})
+        if file:  # of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out
+            shutil.copyfile(file, folder / _SENTENCEPIECE)
+    notes = _notes_on_order(config) if plain else []
+    for note in notes:
+        logger.warning(note)
+    if plain:
         _write_older_names(folder)
     if report is not None:
         report.save(folder)
-        (folder / CARD_NAME).write_text(model_card(report, as_llama=as_llama), encoding="utf-8")
+        shown = dataclasses.replace(report, notes=[*report.notes, *notes])
+        (folder / CARD_NAME).write_text(model_card(shown, family_of(config), plain=plain), encoding="utf-8")
+
+
+def _notes_on_order(config: PreTrainedConfig) -> list[str]:
+    """What is to be known about a plain checkpoint whose layers are of other kinds than those at such places are."""
+    lists, values = family_of(config).layer_lists, config.to_dict()
+    if "max_window_layers" in values:
+        values["max_window_layers"] = _older_names(values)["max_window_layers"]
+    usual = type(config)(**{k: v for k, v in values.items() if k not in (*lists, "sliding_window_pattern")})
+    differing = [name for name in lists if getattr(config, name) != getattr(usual, name)]
+    return [_BY_PLACE.format(", ".join(differing))] if differing else []
 
 
 def _write_older_names(folder: Path) -> None:
     """Say what transformers 5 gave new names under the old ones too, in the config and the tokenizer's.
 
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
-    10000 without a word, and does not know the tokenizer class. transformers 5 reads both.
+    its own default without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
     if (file := folder / CONFIG_NAME).is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
-        rope = dict(config.get("rope_parameters") or {})
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope.pop("rope_theta")
-            config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        if "dtype" in config:
-            config["torch_dtype"] = config["dtype"]
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(config | _older_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (file := folder / "tokenizer_config.json").is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("tokenizer_class") == "TokenizersBackend":
@@ -50,3 +89,29 @@ def _write_older_names(folder: Path) -> None:
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a config as transformers 4 wrote them, of what transformers 5 writes otherwise."""
+    older: dict[str, Any] = {}
+    rope, kinds = config.get("rope_parameters") or {}, config.get("layer_types") or []
+    if _FULL in rope:  # rotary embeddings by kinds of layers, as Gemma 3 has them
+        older["rope_local_base_freq"] = rope[_SLIDING]["rope_theta"]
+        rope = rope[_FULL]
+        period = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
+        regular = all((kind == _FULL) == (place % period == 0) for place, kind in enumerate(kinds, 1))
+        older["sliding_window_pattern"] = period if regular else None  # with which they fail, and do not go wrong
+    if "rope_theta" in rope:
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        if scaling.get("rope_type") == "longrope":  # of which Phi 3 took these three entries and no more
+            scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+        older["rope_theta"] = rope["rope_theta"]
+        older["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
+    if "partial_rotary_factor" in rope:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "max_window_layers" in config:  # how many layers without a window come before those with one, in Qwen 2 and 3
+        windowed = (place for place, kind in enumerate(kinds) if kind == _SLIDING)
+        older["max_window_layers"] = next(windowed, len(kinds))
+    if "dtype" in config:
+        older["torch_dtype"] = config["dtype"]
+    return older

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
+from lf_hf.families import Family
 from lf_hf.report.report import FusionReport, HealingInfo
 
 CARD_NAME = "README.md"
@@ -26,16 +27,16 @@ What both models add to three prompts, by the most likely token each time.
 """
 
 
-def model_card(report: FusionReport, *, as_llama: bool) -> str:
+def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
     repository = _repository(report.base)
     data = ModelCardData(
         base_model=repository,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llama", "layer-fusion", "compressed"],
+        tags=[family.model_type, "layer-fusion", "compressed"],
     )
-    load_import = "" if as_llama else "import lf_hf  # registers the architecture\n"
+    load_import = "" if plain else "import lf_hf  # registers the architecture\n"
     rows = "\n".join(
         f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
         for step in report.steps
@@ -62,13 +63,14 @@ def model_card(report: FusionReport, *, as_llama: bool) -> str:
         for continuation in report.continuations
     )
     of_layers, of_parameters = 1 - report.layers_removed_fraction, 1 - report.parameters_removed_fraction
+    kind = f"{'An' if family.title[0] in 'AEIO' else 'A'} {family.title}"
     notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
     settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.settings.items())
     return f"""---
 {data.to_yaml()}
 ---
 
-# A Llama with {report.layers_after} layers, fused from {report.layers_before}
+# {kind} with {report.layers_after} layers, fused from {report.layers_before}
 
 Made from {as_code(report.base if repository else os.path.basename(os.path.normpath(report.base)))} by layer fusion
 ({as_code(report.config["method"])}).

@@ -62,7 +62,7 @@ def check_replaceable(path: object) -> bool:
         raise ValueError(f"{str(path)!r} holds a fused model that was changed since; choose another folder.")
     with suppress(OSError, ValueError, AttributeError):
         config = parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME)
-        if not before and config.get("model_type") == "fused_llama":  # a fused model without a report
+        if not before and str(config.get("model_type")).startswith("fused_"):  # a fused model without a report
             ours |= {CONFIG_NAME, *(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name))}
     if taken := [name for name in (CONFIG_NAME, REPORT_NAME, CARD_NAME) if (folder / name).is_dir()]:
         raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
+from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.files.base import Base
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
@@ -38,7 +39,7 @@ from lf_hf.healing.training import (
     trained_state,
     training_arguments,
 )
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.model.modeling_fused import FusedForCausalLM
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
@@ -117,14 +118,14 @@ def heal(
 
     def save() -> None:
         came_in.model.fusion_report = report
-        came_in.model.save_pretrained(folder, as_llama=came_in.plain, tokenizer=came_in.tokenizer)
+        came_in.model.save_pretrained(folder, plain=came_in.plain, tokenizer=came_in.tokenizer)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().told_by_first(save)
     return report
 
 
-def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
+def heal_loaded(model: FusedForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
     """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
     report, tokens = model.fusion_report, config.heal_tokens
     assert report is not None
@@ -142,9 +143,10 @@ def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpu
     settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
     given_text(tokenizer, corpus, settings, base.config.vocab_size)
     fused = copy.deepcopy(base.config)
-    fused.num_hidden_layers -= config.num_fusions
+    for _ in range(config.num_fusions):
+        remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
-        student = LlamaForCausalLM(fused)
+        student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
         choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, None)
 
@@ -198,7 +200,7 @@ def _distilled(
 
 
 @torch.no_grad()
-def _take_over(model: FusedLlamaForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
+def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Give a model, in all processes, the weights that the first one has; other models may share its tensors."""
     taken = {}
     for name, parameter in model.named_parameters():

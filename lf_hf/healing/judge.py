@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
-from transformers import LlamaForCausalLM
 
+from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.loss import FullTargets, TopTargets, full_divergence, parts, top_divergence
 from lf_hf.healing.teacher import Item, Teacher, stacked
 
@@ -31,9 +31,9 @@ class Judgement:
 
 
 @torch.no_grad()
-def judge(model: LlamaForCausalLM, items: Sequence[Item], teacher: Teacher) -> Judgement:
+def judge(model: CausalLM, items: Sequence[Item], teacher: Teacher) -> Judgement:
     """Compare a model in memory with the base on some sequences, which are of one length."""
-    sums = torch.zeros(5, dtype=torch.float64)
+    family, sums = family_of(model.config), torch.zeros(5, dtype=torch.float64)
     together = max(1, _TOKENS // len(items[0]["input_ids"]))
     for start in range(0, len(items), together):
         batch = {name: tensor.to(model.device) for name, tensor in stacked(items[start : start + together]).items()}
@@ -41,7 +41,8 @@ def judge(model: LlamaForCausalLM, items: Sequence[Item], teacher: Teacher) -> J
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()  # -1: predicts nothing
         for rows in parts(len(following), model.config.vocab_size):
-            found = log_softmax(linear(states[rows], model.lm_head.weight).float(), -1)
+            logits = family.logits(model.config, linear(states[rows], model.lm_head.weight).float())
+            found = log_softmax(logits, -1)
             sums += _sums(found, targets, rows, following[rows])
     count, own, dense, apart, agreed = sums.tolist()
     # A model that fusion broke can exceed what a float holds.

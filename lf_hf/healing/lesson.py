@@ -13,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.families import CausalLM
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import only_writer
@@ -132,14 +133,14 @@ def make_lesson(
 ) -> Lesson:
     """The text and the base's predictions of it, on the way that was chosen."""
     if way.folder is None:
-        llama = _loaded_base(opened, came_in, arguments)
+        base = _loaded_base(opened, came_in, arguments)
         kinds = processes.told_by_first(
-            lambda: _kinds(ModelDecoder(llama), opened, came_in, corpus, settings, work / "text.safetensors")
+            lambda: _kinds(ModelDecoder(base), opened, came_in, corpus, settings, work / "text.safetensors")
         )
         sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
         return _arranged(
-            MemoryTeacher(llama), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
+            MemoryTeacher(base), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
         )
     if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
         corpus = dataclasses.replace(corpus, generated_share=0.0)
@@ -158,14 +159,13 @@ def make_lesson(
     return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
 
 
-def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> LlamaForCausalLM:
-    llama = dataclasses.replace(
+def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> CausalLM:
+    model = dataclasses.replace(
         opened, loading={**opened.loading, "dtype": came_in.model.dtype, "device_map": None}
     ).load()
-    check_base(opened, came_in, ModelDecoder(llama))
-    dtype = torch.bfloat16 if arguments.bf16 else llama.dtype
-    moved: LlamaForCausalLM = llama.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]
-    return moved
+    check_base(opened, came_in, ModelDecoder(model))
+    dtype = torch.bfloat16 if arguments.bf16 else model.dtype
+    return model.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]
 
 
 def _write(

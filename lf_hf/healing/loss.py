@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,13 @@ from torch.nn.functional import linear, log_softmax
 
 LOGITS = 1 << 24
 """Logits of a part, about."""
+
+ToLogits = Callable[[Tensor], Tensor]
+"""Makes a model's logits of those of its head, entry by entry."""
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,12 @@ class FullTargets:
 
     states: Tensor
     weight: Tensor
+    to_logits: ToLogits = unchanged
 
     def log_probs(self, rows: slice, temperature: float) -> Tensor:
         """(rows, vocab) in float32."""
         logits = linear(self.states.flatten(0, 1)[rows].to(self.weight.dtype), self.weight)
-        return log_softmax(logits.float() / temperature, -1)
+        return log_softmax(self.to_logits(logits.float()) / temperature, -1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,12 @@ class Loss:
 
 
 def distillation_loss(
-    states: Tensor, weight: Tensor, ids: Tensor, targets: FullTargets | TopTargets, loss: Loss
+    states: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    targets: FullTargets | TopTargets,
+    loss: Loss,
+    to_logits: ToLogits = unchanged,
 ) -> Tensor:
     """Mean over tokens of KL(base || student), in nats, times temperature squared, mixed with next-token loss.
 
@@ -67,12 +80,14 @@ def distillation_loss(
         The text, for the next-token loss, which leaves each sequence's last position out.
     targets : FullTargets or TopTargets
     loss : Loss
+    to_logits : callable
+        Of the student.
 
     Returns
     -------
     float32 tensor of shape ()
     """
-    return _Distillation.apply(states, weight, ids, targets, loss)
+    return _Distillation.apply(states, weight, ids, targets, loss, to_logits)
 
 
 class _Distillation(torch.autograd.Function):
@@ -80,7 +95,13 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, targets: FullTargets | TopTargets, loss: Loss
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        targets: FullTargets | TopTargets,
+        loss: Loss,
+        to_logits: ToLogits,
     ) -> Tensor:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
@@ -93,9 +114,13 @@ class _Distillation(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             total = torch.zeros((), device=states.device)
             for rows in parts(len(flat), len(weight)):
-                logits = linear(flat[rows], head).float()  # (rows, vocab)
-                value, gradient = _of_part(logits, following[rows], rows, targets, loss, counts)
+                of_head = linear(flat[rows], head).float()  # (rows, vocab)
+                with torch.enable_grad():
+                    logits = to_logits(of_head.requires_grad_())
+                value, gradient = _of_part(logits.detach(), following[rows], rows, targets, loss, counts)
                 total += value
+                if logits is not of_head:
+                    [gradient] = torch.autograd.grad(logits, of_head, gradient)
                 if grad_states is not None or grad_weight is not None:
                     gradient = gradient.to(dtype)
                 if grad_states is not None:
@@ -113,6 +138,7 @@ class _Distillation(torch.autograd.Function):
         return (
             None if grad_states is None else grad_states.view(ctx.shape) * grad_output,
             None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig
 
+from lf_hf.families import family_of
 from lf_hf.healing.loss import LOGITS
 
 
@@ -19,7 +20,7 @@ class TrainingMemory:
     sequence: int
 
 
-def training_memory(config: LlamaConfig, student: nn.Module, length: int, bytes_per_value: int) -> TrainingMemory:
+def training_memory(config: PreTrainedConfig, student: nn.Module, length: int, bytes_per_value: int) -> TrainingMemory:
     """What training a student takes, that is not on the device yet, with AdamW and without checkpointing."""
     parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in student.parameters()]
     fixed = sum(count * (size + (12 if trained else 0)) for count, size, trained in parameters)
@@ -29,8 +30,8 @@ def training_memory(config: LlamaConfig, student: nn.Module, length: int, bytes_
     return TrainingMemory(fixed + 6 * 4 * LOGITS, length * values * bytes_per_value)
 
 
-def model_bytes(config: LlamaConfig, bytes_per_value: int) -> int:
+def model_bytes(config: PreTrainedConfig, bytes_per_value: int) -> int:
     """What a model's weights take."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = family_of(config).causal_lm(config)
     return sum(parameter.numel() for parameter in model.parameters()) * bytes_per_value

@@ -12,8 +12,8 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base, load_tokenizer
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder, finish_save
-from lf_hf.model.configuration_fused_llama import FusedLlamaConfig, converted_config
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
+from lf_hf.model.configuration_fused import FUSED_CONFIGS, converted_config
+from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
 from lf_hf.numerics import weights_digest
 from lf_hf.report.report import (
     FusionReport,
@@ -24,9 +24,9 @@ _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 
 @dataclass(frozen=True)
 class Fused:
-    """What came in. `plain` says whether it is a plain Llama's checkpoint."""
+    """What came in. `plain` says whether it is a plain checkpoint."""
 
-    model: FusedLlamaForCausalLM
+    model: FusedForCausalLM
     report: FusionReport
     plain: bool
     tokenizer: PreTrainedTokenizerBase | None
@@ -47,10 +47,10 @@ def open_fused(fused: str | os.PathLike[str]) -> Fused:
     finish_save(folder)
     report = FusionReport.load(folder)
     config = AutoConfig.from_pretrained(folder)
-    plain = config.model_type == "llama"
+    plain = config.model_type in FUSED_CONFIGS
     if plain:
-        config = converted_config(config, FusedLlamaConfig)
-    model = FusedLlamaForCausalLM.from_pretrained(folder, config=config, dtype="auto")
+        config = converted_config(config, FUSED_CONFIGS[config.model_type])
+    model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
     if len(model.model.layers) != report.layers_after:
         raise ValueError(
             f"{str(fused)!r} has {len(model.model.layers)} layers, but its report says {report.layers_after}; give the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.loss import LOGITS, FullTargets, TopTargets
 from lf_hf.healing.text import Kind
 from lf_hf.numerics import all_finite
@@ -42,14 +43,15 @@ class Teacher(Protocol):
 class MemoryTeacher:
     """The base in memory."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model.requires_grad_(False)
+        self._to_logits = partial(family_of(model.config).logits, model.config)
 
     @torch.no_grad()
     def targets(self, batch: Item) -> FullTargets:
         ids = batch["input_ids"].to(self.model.device)
         states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-        return FullTargets(states, self.model.lm_head.weight)
+        return FullTargets(states, self.model.lm_head.weight, self._to_logits)
 
 
 class FileTeacher:

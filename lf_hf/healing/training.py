@@ -7,19 +7,21 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lf_hf.config import unknown_name
+from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of
 from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
+from lf_hf.model.modeling_fused import with_buffers
 from lf_hf.processes import PATIENCE
 from lf_hf.progress import progress
 
@@ -27,7 +29,6 @@ EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""
 
 DIVERGENCE = "eval_divergence"
-_ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # TrainingArguments that healing itself depends on.
 _OWN = (
     "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy greater_is_better label_names "
@@ -37,8 +38,15 @@ _OWN = (
 ).split()
 
 
-class Student(LlamaForCausalLM):
-    """A Llama whose forward pass is its distillation loss, so that any wrapper around it sees one ordinary module."""
+class Student:
+    """What makes a model's forward pass its distillation loss, so that any wrapper around it sees an ordinary module.
+
+    It goes before the class of the model among the bases of a new one.
+    """
+
+    config: Any
+    model: Any
+    lm_head: Any
 
     def forward(
         self,
@@ -50,10 +58,11 @@ class Student(LlamaForCausalLM):
         """{"loss": ...} of a batch: ids of shape (sequences B, tokens T)."""
         assert input_ids is not None and targets is not None
         states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss or Loss())}
+        to_logits = partial(family_of(self.config).logits, self.config)
+        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss or Loss(), to_logits)}
 
 
-def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers: Sequence[int]) -> nn.Module:
+def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequence[int]) -> nn.Module:
     """A copy of a model to be trained as the settings say; `trained_layers` are the fused ones.
 
     What is trained is in float32, as bfloat16 loses small steps.
@@ -64,15 +73,16 @@ def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers
         If adapters are asked for, and peft is not installed.
     """
     config = copy.deepcopy(model.config)  # which the Trainer changes
+    stock = family_of(config).causal_lm
     with torch.device("meta"):
-        student = Student(config)
+        student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     dtype = model.dtype if settings.train == "lora" else torch.float32
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     student.tie_weights()
     if config.tie_word_embeddings:
         student._keys_to_ignore_on_save = {"lm_head.weight"}  # so that the Trainer does not miss it in its checkpoints
-    student.model.rotary_emb = LlamaRotaryEmbedding(config)
+    with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
     layers = tuple(f"model.layers.{number}." for number in trained_layers)
@@ -81,19 +91,29 @@ def make_student(model: LlamaForCausalLM, settings: HealSettings, trained_layers
     return student
 
 
-def _with_adapters(student: Student, settings: HealSettings) -> nn.Module:
+def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ValueError("train='lora' needs the peft package; run `pip install 'lf_hf[heal]'`.") from None
     adapters = LoraConfig(
-        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=_ADAPTED, task_type="CAUSAL_LM"
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules=_projections(family_of(student.config)),
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(settings.seed)
     return get_peft_model(student, adapters)
 
 
-def trained_state(trainer: DistillationTrainer, model: LlamaForCausalLM, settings: HealSettings) -> dict[str, Tensor]:
+def _projections(family: Family) -> list[str]:
+    """The modules of a layer that are matrices, by the last part of their names."""
+    parts = {name for names in family.packed_projections.values() for name in names}
+    names = [*family.packed_projections, *(name for name in PROJECTIONS if name not in parts)]
+    return [name.rpartition(".")[2] for name in names]
+
+
+def trained_state(trainer: DistillationTrainer, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
     """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
     state = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():

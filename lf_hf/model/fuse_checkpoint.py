@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
-from lf_hf.files.companions import write_companions
+from lf_hf.files.companions import is_plain, write_companions
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
-from lf_hf.model.configuration_fused_llama import converted_config, fused_config
-from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM, FusionInputs, checked_tokenizer
+from lf_hf.model.configuration_fused import fused_config, plain_config
+from lf_hf.model.modeling_fused import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
 from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import load_needed
@@ -33,30 +33,33 @@ def fuse_checkpoint(
     config: FusionConfig | None = None,
     *,
     low_memory: bool = True,
-    as_llama: bool = False,
+    plain: bool | None = None,
+    as_llama: bool | None = None,
     calibration: Sequence[str] | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,
 ) -> FusionReport:
-    """Fuse a Llama checkpoint into another folder.
+    """Fuse a checkpoint into another folder.
 
     Processes that a launcher started share the work, and the first one writes: all must call this.
 
     Parameters
     ----------
     base : str or Base
-        Folder or hub name of a Llama checkpoint in safetensors files, or one that is open.
+        Folder or hub name of a checkpoint in safetensors files, or one that is open.
     out : path
         Where to write. A fused checkpoint in that folder is replaced; what lf_hf did not write stays.
     config, calibration, tokenizer
-        As for `FusedLlamaForCausalLM.from_pretrained_fused`.
+        As for `from_pretrained_fused`.
     low_memory : bool
         Hold two layers at a time instead of the model, or for a refit the layers of one group. On the CPU the tensors
         written are the same, bit for bit. Where `device_map` is another device, layers are read onto it one at a time,
         each while the one before it is used, and all is computed there.
-    as_llama : bool
-        Write a plain Llama checkpoint that programs without lf_hf open.
+    plain : bool, optional
+        Write a plain checkpoint, of the base's own architecture, that programs without lf_hf open. Default: no.
+    as_llama : bool, optional
+        Another name of `plain`.
     max_shard_bytes : int
         Size of an output file, about; also what is held in memory while writing.
     **kwargs
@@ -76,16 +79,15 @@ def fuse_checkpoint(
     """
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
+    as_plain = is_plain(plain, as_llama)
     check_replaceable(out)
     target = checked_folder(out)
     processes = Processes.of_launch()
     if not low_memory:
         with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
-            model = FusedLlamaForCausalLM.from_pretrained_fused(
-                base, config, calibration=calibration, tokenizer=tokenizer, **kwargs
-            )
+            model = from_pretrained_fused(base, config, calibration=calibration, tokenizer=tokenizer, **kwargs)
             if processes.first:
-                model.write_files(folder, as_llama=as_llama, max_shard_size=max_shard_bytes)
+                model.write_files(folder, plain=as_plain, max_shard_size=max_shard_bytes)
         assert model.fusion_report is not None
         return model.fusion_report
 
@@ -102,7 +104,7 @@ def fuse_checkpoint(
     used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
     with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
-        return _fuse_on_disk(inputs, folder, device, processes, as_llama=as_llama, max_shard_bytes=max_shard_bytes)
+        return _fuse_on_disk(inputs, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes)
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def _fuse_on_disk(
     device: torch.device,
     processes: Processes,
     *,
-    as_llama: bool,
+    plain: bool,
     max_shard_bytes: int,
 ) -> FusionReport:
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
@@ -144,12 +146,12 @@ def _fuse_on_disk(
         if not processes.first:
             return report
         decoder.write(folder, max_shard_bytes)
-        written = converted_config(decoder.config, LlamaConfig) if as_llama else fused_config(decoder.config, report)
+        written = plain_config(decoder.config) if plain else fused_config(decoder.config, report)
         written.dtype = decoder.dtype
-        written.architectures = ["LlamaForCausalLM" if as_llama else "FusedLlamaForCausalLM"]
+        written.architectures = [(base.family.causal_lm if plain else fused_class(base.config)).__name__]
         written.save_pretrained(folder)
         _generation_config(base).save_pretrained(folder)
-        write_companions(folder, report, inputs.tokenizer, as_llama=as_llama)
+        write_companions(folder, written, report, inputs.tokenizer, plain=plain)
     return report
 
 

@@ -1,9 +1,9 @@
-"""PEFT's default target modules for fused models: those that it has for Llamas."""
+"""PEFT's default target modules for fused models: those that it has for their bases."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -11,22 +11,24 @@ from types import ModuleType
 _TABLES = "peft.utils.constants"
 
 
-def register_with_peft(model_type: str) -> None:
-    """Let every PEFT method that knows where a Llama's adapters go know the same of `model_type`.
+def register_with_peft(model_types: Mapping[str, str]) -> None:
+    """Let every PEFT method that knows where adapters go in a model of some type know the same of the fused one.
+
+    `model_types` are those of fused models, each with that of its base.
 
     PEFT is not imported for that, which would cost seconds: what it has is copied as soon as somebody else imports it.
     """
     if _TABLES in sys.modules:
-        _copy_entries(sys.modules[_TABLES], model_type)
+        _copy_entries(sys.modules[_TABLES], model_types)
     else:
-        sys.meta_path.insert(0, _TablesFinder(model_type))
+        sys.meta_path.insert(0, _TablesFinder(model_types))
 
 
 class _TablesFinder(MetaPathFinder):
     """Finds PEFT's tables as Python would, and has their loader copy the entries afterwards."""
 
-    def __init__(self, model_type: str) -> None:
-        self.model_type = model_type
+    def __init__(self, model_types: Mapping[str, str]) -> None:
+        self.model_types = model_types
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,7 +42,7 @@ class _TablesFinder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run_module(module)
-            _copy_entries(module, self.model_type)
+            _copy_entries(module, self.model_types)
 
         # On the instance: a loader of our own would hide the real one's get_source.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -48,7 +50,9 @@ class _TablesFinder(MetaPathFinder):
         return spec
 
 
-def _copy_entries(tables: ModuleType, model_type: str) -> None:
+def _copy_entries(tables: ModuleType, model_types: Mapping[str, str]) -> None:
     for name, table in vars(tables).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
-            table.setdefault(model_type, table["llama"])
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            for fused, base in model_types.items():
+                if base in table:
+                    table.setdefault(fused, table[base])

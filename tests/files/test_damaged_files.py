@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.evaluate.points import append_point, read_points
+from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.files.weights import shard_names, tensor_files
 from lf_hf.text import readers
@@ -94,7 +95,9 @@ def test_reports(tmp_path: Path, content: bytes) -> None:
         report = FusionReport.load(tmp_path)
     except (ValueError, OSError):
         return
-    assert report.summary() and model_card(report, as_llama=False)  # whatever loads can be shown and saved
+    assert report.summary() and model_card(
+        report, FAMILIES["llama"], plain=False
+    )  # whatever loads can be shown and saved
     assert len(report.groups) == report.layers_after
     report.save(tmp_path)
 

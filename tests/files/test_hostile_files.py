@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
 from lf_hf.evaluate.tables import markdown
+from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
@@ -77,7 +78,7 @@ def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, t
 
     edit_json(copy / "tokenizer_config.json", tokenizer_class="Own")
     edit_json(copy / "config.json", model_type="own")
-    with pytest.raises(ValueError, match=r"No config of a Llama can be read for .*contains custom code"):
+    with pytest.raises(ValueError, match=r"No config of a model can be read for .*contains custom code"):
         fuse(str(copy), tmp_path / "new")
     assert not marker.exists() and not (tmp_path / "new").exists()
 
@@ -215,7 +216,7 @@ def check_markdown(text: str) -> None:
 
 @pytest.mark.parametrize("as_llama", [True, False])
 def test_the_model_card_shows_hostile_text_as_text(as_llama: bool) -> None:
-    card = model_card(hostile_report(), as_llama=as_llama)
+    card = model_card(hostile_report(), FAMILIES["llama"], plain=as_llama)
     metadata, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}  # the base is no repository
     assert ModelCard(card).content == card and all(c.isprintable() or c in "\n\xa0" for c in card)
@@ -224,7 +225,7 @@ def test_the_model_card_shows_hostile_text_as_text(as_llama: bool) -> None:
 
 @pytest.mark.parametrize("base", ["some/model", "1e3/0x10"])
 def test_the_name_of_a_base_is_a_string_in_the_metadata(base: str) -> None:
-    metadata = model_card(make_report(base=base), as_llama=True).split("\n---\n")[0]
+    metadata = model_card(make_report(base=base), FAMILIES["llama"], plain=True).split("\n---\n")[0]
     assert yaml.safe_load(metadata)["base_model"] == base
 
 

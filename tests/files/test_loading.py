@@ -83,7 +83,7 @@ def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
 ) -> None:
     folder = Path(shutil.copytree(fused, tmp_path / "model"))
     (folder / "fusion_report.json").write_text(content, encoding="latin-1")
-    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.logger.parent.propagate", True)
+    monkeypatch.setattr("lf_hf.model.modeling_fused.logger.parent.propagate", True)
     for kind in (FusedLlamaForCausalLM, AutoModelForCausalLM):
         caplog.clear()
         assert kind.from_pretrained(folder).fusion_report is None
@@ -218,12 +218,12 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         "No Llama can be built of the config of .*; repair",
     ),
     "a start beyond the vocabulary": (config(bos_token_id=320), "has bos_token_id=320, but a vocabulary of 320 tokens"),
-    "layers without end": (config(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but a Llama has 1 to 10000"),
+    "layers without end": (config(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but a model has 1 to 10000"),
     "a config that is a folder": (a_folder_instead_of("config.json"), "config.json is missing"),
     "weights that are a folder": (a_folder_instead_of("model.safetensors"), "holds neither model.safetensors nor"),
     "a fused one": (
         config(model_type="fused_llama"),
-        "is fused already; fuse its base with .*, or save .* as_llama=Tr",
+        "is fused already; fuse its base with .*, or save .* plain=True",
     ),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lf_hf import FusionConfig, FusionReport
+from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, Continuation, FusionStep, PerplexityInfo
 
@@ -39,30 +40,32 @@ def settings(card: str) -> set[str]:
 
 @pytest.mark.parametrize("method", ["neural_alignment", "mka", "truncate", "refit"])
 def test_settings_without_effect_are_not_listed(method: str) -> None:
-    listed = settings(model_card(make_report(method), as_llama=False))
+    listed = settings(model_card(make_report(method), FAMILIES["llama"], plain=False))
     assert listed == FusionConfig(num_fusions=1, method=method).in_effect().keys()
     assert ("kernel_scale" in listed) == (method in ("neural_alignment", "mka"))
     assert ("calibration_tokens" in listed) == (method == "refit")
 
 
 def test_figures_say_what_they_are_of() -> None:
-    card = model_card(make_report(), as_llama=False)
+    card = model_card(make_report(), FAMILIES["llama"], plain=False)
     assert "| perplexity, docs | 10 | 12.5 | 1.25 |\n| divergence, docs | 0 | 0.25 | - |\n" in card
     assert "| agreement, docs | 1 | 0.875 | 0.875 |" in card
     assert "- docs: 4000 tokens of some documentation; part of it was used for calibration." in card
     assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
     assert "| decoder layers | 5 | 4 | 0.8 |" in card
-    written = model_card(make_report(continuations=[Continuation("def f():", "\n    a | b", "")]), as_llama=False)
+    written = model_card(
+        make_report(continuations=[Continuation("def f():", "\n    a | b", "")]), FAMILIES["llama"], plain=False
+    )
     assert "| `def f():` | ` `<br>`\xa0\xa0\xa0\xa0a \\| b` | - |" in written
-    without = model_card(make_report(perplexities=[], calibration=[]), as_llama=False)
+    without = model_card(make_report(perplexities=[], calibration=[]), FAMILIES["llama"], plain=False)
     assert "erplexity, " not in without and "Calibrated on" not in without
 
 
 def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:
     report = make_report(weights_digest="one")
-    card = model_card(report.of_weights("another"), as_llama=True)
+    card = model_card(report.of_weights("another"), FAMILIES["llama"], plain=True)
     assert card.index(f"> {CHANGED_NOTE}") < card.index("| perplexity, docs |")
-    assert CHANGED_NOTE not in model_card(report.of_weights("one"), as_llama=True)
+    assert CHANGED_NOTE not in model_card(report.of_weights("one"), FAMILIES["llama"], plain=True)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,6 @@ def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:
     ],
 )
 def test_a_folder_is_no_repository(base: str, repository: str | None) -> None:
-    card = model_card(make_report(base=base), as_llama=False)
+    card = model_card(make_report(base=base), FAMILIES["llama"], plain=False)
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == repository
     assert "/home" not in card and "model" in card

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44] * 20])  # longer than what the scaled rope was made for
@@ -292,7 +293,7 @@ def test_what_is_pushed_explains_itself(
     saved: Path, as_llama: bool, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr("lf_hf.model.modeling_fused_llama.HfApi", hub)
+    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", hub)
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
     if push == "push_to_hub":
@@ -333,6 +334,6 @@ def test_what_is_pushed_explains_itself(
 def test_the_card_names_a_base_only_where_the_hub_can_have_it(name: str, base_model: str | None, saved: Path) -> None:
     """The hub refuses a card whose base_model is no name of a repository."""
     report = dataclasses.replace(FusionReport.load(saved), base=name)
-    card = model_card(report, as_llama=False)
+    card = model_card(report, FAMILIES["llama"], plain=False)
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base_model
     assert "`llama`" in card or base_model or "C:" in name

@@ -7,6 +7,7 @@ import pytest
 from builders import make_report
 
 from lf_hf import FusionReport
+from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
 
@@ -34,7 +35,11 @@ def test_a_report_that_compares_no_predictions_is_shown_without(tmp_path: Path) 
     report = FusionReport.from_dict(values)
     assert report.continuations == [] and report.perplexities[0].divergence is None
     write_page(report, tmp_path / "page.html")
-    for text in (report.summary(), model_card(report, as_llama=True), (tmp_path / "page.html").read_text("utf-8")):
+    for text in (
+        report.summary(),
+        model_card(report, FAMILIES["llama"], plain=True),
+        (tmp_path / "page.html").read_text("utf-8"),
+    ):
         assert "agree" not in text and "How it writes" not in text
 
 

@@ -1,0 +1,87 @@
+"""Configurations of fused models: the base's config class, which remembers the fusion."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from transformers import LlamaConfig, PreTrainedConfig
+
+from lf_hf.families import FAMILIES, Family, family_of
+from lf_hf.report.report import FusionReport
+
+FUSED = "fused_"
+"""What the `model_type` of a fused model starts with; the base's follows."""
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+class FusedLlamaConfig(LlamaConfig):
+    """A LlamaConfig with fewer layers, plus `fusion`.
+
+    Attributes
+    ----------
+    fusion : dict or None
+        `base` (name of the model that was fused), `config` (all FusionConfig fields), `pairs` (original layer
+        indices (i, j) of each step), `ratios` (layer i's share at each step), `versions`.
+    """
+
+    model_type = "fused_llama"
+
+    fusion: dict[str, Any] | None = None
+
+
+def _config_class(family: Family) -> Any:
+    """A class as FusedLlamaConfig is, for another family."""
+    stock = family.config_class
+    contents = {
+        "__doc__": f"A {stock.__name__} with fewer layers, plus `fusion`, as FusedLlamaConfig has it.",
+        "__module__": __name__,
+        "__annotations__": {"fusion": dict[str, Any] | None},
+        "model_type": FUSED + family.model_type,
+        "fusion": None,
+    }
+    return type(f"Fused{stock.__name__}", (stock,), contents)
+
+
+FUSED_CONFIGS = MappingProxyType(
+    {name: FusedLlamaConfig if name == "llama" else _config_class(family) for name, family in FAMILIES.items()}
+)
+"""Config classes of fused models by the base's `model_type`; by their names they are in this module, too."""
+globals().update({made.__name__: made for made in FUSED_CONFIGS.values()})
+
+
+def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
+    """The config of a fused model from that of its layers and from what was fused.
+
+    The model is another one than its base now, and in plain floats: the base's name and the GGUF file's type go.
+    """
+    converted = converted_config(
+        config,
+        FUSED_CONFIGS[family_of(config).model_type],
+        fusion={
+            "base": report.base,
+            "config": report.config,
+            "pairs": [list(step.pair) for step in report.steps],
+            "ratios": [step.ratio_i for step in report.steps],
+            "versions": report.versions,
+        },
+    )
+    converted._name_or_path = ""
+    vars(converted).pop("quantization_config", None)
+    return converted
+
+
+def plain_config(config: PreTrainedConfig) -> Any:
+    """The config of a fused model as one of the base's own class."""
+    return converted_config(config, family_of(config).config_class)
+
+
+def converted_config(config: PreTrainedConfig, to: type[Config], **extra: Any) -> Config:
+    """The same architecture as a config of another class."""
+    left_out = {"model_type", "architectures", "fusion", "transformers_version"}
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
+    converted = to(**values, **extra)
+    converted._attn_implementation = config._attn_implementation
+    converted._name_or_path = config._name_or_path
+    return converted

@@ -1,0 +1,376 @@
+"""Fused models of every family: classes, files, and what other programs make of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_texts, make_tokenizer
+from safetensors.torch import load_file
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import lf_hf
+from lf_hf.cli import main
+from lf_hf.families import FAMILIES, HEADS
+from lf_hf.model.modeling_fused import FusedForCausalLM
+
+IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
+SETTINGS: dict[str, Any] = {
+    "num_fusions": 2,
+    "method": "refit",
+    "selection": "last",
+    "calibration_tokens": 1024,
+    "calibration_length": 32,
+    "perplexity_tokens": 0,
+}
+QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
+TEXT = ["\n".join(make_texts(200, seed=3))]
+of_every_family = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a base of some family, once for the same arguments."""
+    made: dict[str, Path] = {}
+
+    def base(model_type: str, **overrides: Any) -> Path:
+        key = f"{model_type} {overrides}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("base")
+            tiny_model(model_type, **overrides).save_pretrained(made[key])
+            make_tokenizer().save_pretrained(made[key])
+        return made[key]
+
+    return base
+
+
+def fuse(base: Path, **kwargs: Any) -> FusedForCausalLM:
+    return lf_hf.from_pretrained_fused(base, calibration=TEXT, **SETTINGS | kwargs)
+
+
+@pytest.fixture(scope="module")
+def fused(make: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]:
+    """A fused model of a family, which tests only read."""
+    made: dict[str, FusedForCausalLM] = {}
+
+    def model(model_type: str) -> FusedForCausalLM:
+        if model_type not in made:
+            made[model_type] = fuse(make(model_type))
+        return made[model_type]
+
+    return model
+
+
+# Classes
+
+
+@of_every_family
+def test_a_fused_model_is_of_the_class_that_is_named_after_its_base(
+    model_type: str, make: Callable[..., Path], fused: Callable[[str], FusedForCausalLM]
+) -> None:
+    model, family = fused(model_type), FAMILIES[model_type]
+    names = [f"Fused{stock.__name__}" for stock in (family.causal_lm, family.config_class, family.model_class)]
+    assert [type(model).__name__, type(model.config).__name__] == names[:2]
+    assert isinstance(model, family.causal_lm) and isinstance(model.config, family.config_class)
+    assert model.config.model_type == f"fused_{model_type}"
+    assert all(getattr(lf_hf, name).__name__ == name for name in names)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+
+    dense = family.causal_lm.from_pretrained(make(model_type)).state_dict()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
+    assert changed and all(".layers.3." in name for name in changed)
+
+    for twin in (pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
+        twin.load_state_dict(model.state_dict())
+        assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
+
+
+@of_every_family
+def test_a_class_of_another_family_names_the_right_one(model_type: str, make: Callable[..., Path]) -> None:
+    other = lf_hf.FusedQwen3ForCausalLM if model_type == "llama" else lf_hf.FusedLlamaForCausalLM
+    right = f"Fused{FAMILIES[model_type].causal_lm.__name__}"
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model, so it is fused with {right}, not with"):
+        other.from_pretrained_fused(make(model_type), **SETTINGS)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "qwen2_vl", "bert", "gpt2"])
+def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(
+    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    said = f"is a '{model_type}' model; only dense decoders of text fuse, which are those of type llama, mistral, "
+    with pytest.raises(ValueError, match=said):
+        lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=said):
+        lf_hf.fuse_checkpoint(tmp_path, tmp_path / "out", **SETTINGS)
+    assert main(["fuse", str(tmp_path), str(tmp_path / "out"), "--num-fusions", "2"]) == 1
+    assert said in capsys.readouterr().err
+
+
+# Files
+
+
+@of_every_family
+def test_saved_checkpoints_give_the_same_logits_and_know_their_fusion(
+    model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+) -> None:
+    model = fused(model_type)
+    model.save_pretrained(tmp_path / "fused")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert isinstance(loaded, type(model))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.fusion == model.config.fusion and loaded.config.fusion["pairs"] == [[4, 5], [3, 4]]
+    assert loaded.fusion_report is not None and model.fusion_report is not None
+    assert loaded.fusion_report.steps == model.fusion_report.steps
+    decoder = AutoModel.from_pretrained(tmp_path / "fused")
+    assert type(decoder).__name__ == f"Fused{FAMILIES[model_type].model_class.__name__}"
+    with torch.no_grad():
+        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert f" {FAMILIES[model_type].title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
+
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, uncached = (loaded.generate(IDS, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+
+
+@of_every_family
+@pytest.mark.parametrize("plain", [False, True])
+def test_files_are_the_same_however_they_were_made(
+    model_type: str, plain: bool, make: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+) -> None:
+    fused(model_type).save_pretrained(tmp_path / "in memory", plain=plain)
+    lf_hf.fuse_checkpoint(
+        make(model_type),
+        tmp_path / "low memory",
+        plain=plain,
+        calibration=TEXT,
+        max_shard_bytes=10**9,
+        **SETTINGS,
+    )
+    configs = [json.loads((tmp_path / way / "config.json").read_text()) for way in ("in memory", "low memory")]
+    assert configs[0] == configs[1]
+    tensors = [load_file(tmp_path / way / "model.safetensors") for way in ("in memory", "low memory")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+@of_every_family
+def test_what_was_fused_once_is_loaded(
+    model_type: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fuse(make(model_type), fused_dir=tmp_path / "kept")
+    monkeypatch.setattr("lf_hf.pipeline.fuse", None)
+    again = fuse(make(model_type), fused_dir=tmp_path / "kept")
+    assert type(again) is type(first) and torch.equal(logits(again), logits(first))
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [(name, kind) for name in FAMILIES for kind in HEADS])
+def test_other_heads_stand_on_the_fused_layers(
+    model_type: str, kind: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+) -> None:
+    stock = FAMILIES[model_type].head_class(kind)
+    if stock is None:
+        pytest.skip("transformers has no such head for this family")
+    fused(model_type).save_pretrained(tmp_path / "fused")
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "fused", num_labels=3)
+    assert type(model).__name__ == f"Fused{stock.__name__}"
+    assert getattr(lf_hf, type(model).__name__) is type(model)
+    layers = fused(model_type).model.state_dict()
+    assert all(torch.equal(tensor, layers[name]) for name, tensor in model.base_model.state_dict().items())
+    model.save_pretrained(tmp_path / "head")
+    loaded = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "head")
+    with torch.no_grad():
+        assert torch.equal(next(iter(loaded(IDS).values())), next(iter(model(IDS).values())))
+
+
+# Plain checkpoints
+
+WITHOUT_LF_HF = """
+import sys, torch
+class NoLfHf:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lf_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoLfHf())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids, out, *folders = sys.argv[1:]
+computed = {}
+for folder in folders:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(map(len, info.values())), info
+    assert AutoTokenizer.from_pretrained(folder)("layer model").input_ids
+    with torch.no_grad():
+        computed[folder] = type(model).__name__, model(torch.load(ids)).logits
+assert "lf_hf" not in sys.modules
+torch.save(computed, out)
+"""
+
+
+def test_stock_transformers_opens_plain_checkpoints_of_every_family(
+    fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+) -> None:
+    torch.save(IDS, tmp_path / "ids.pt")
+    for model_type in FAMILIES:
+        fused(model_type).save_pretrained(tmp_path / model_type, plain=True)
+    arguments = [tmp_path / "ids.pt", tmp_path / "out.pt", *(tmp_path / model_type for model_type in FAMILIES)]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LF_HF, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    computed = torch.load(tmp_path / "out.pt")
+    for model_type, family in FAMILIES.items():
+        name, found = computed[str(tmp_path / model_type)]
+        assert name == family.causal_lm.__name__
+        assert torch.equal(found, logits(fused(model_type)))
+
+
+@of_every_family
+def test_a_plain_model_shares_the_weights(model_type: str, fused: Callable[[str], FusedForCausalLM]) -> None:
+    model = fused(model_type)
+    plain = model.to_plain()
+    assert type(plain) is FAMILIES[model_type].causal_lm and type(plain.config) is FAMILIES[model_type].config_class
+    assert torch.equal(logits(plain), logits(model))
+    assert plain.model.layers[0].mlp.down_proj.weight is model.model.layers[0].mlp.down_proj.weight
+
+
+# What a config has beside what transformers 5 writes into one of the same shape.
+ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+OLDER: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite"), ROPE),
+    "phi3": ROPE | {"partial_rotary_factor": 1.0},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "rope_scaling": None},
+    "smollm3": ROPE | {"rope_theta": 2e6},
+}
+
+
+@of_every_family
+def test_the_config_of_a_plain_checkpoint_key_by_key(
+    model_type: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is the stock config of a model of its shape, and says what has a new name under the old one as well."""
+    lf_hf.from_pretrained_fused(make(model_type), **QUICK).save_pretrained(tmp_path / "plain", plain=True)
+    # The first four layers of the base, which are those that are left.
+    tiny_model(model_type, num_hidden_layers=4).save_pretrained(tmp_path / "stock")
+    plain, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "stock"))
+    assert plain == stock | OLDER[model_type] | {"torch_dtype": "float32"}
+
+
+@of_every_family
+def test_the_older_names_say_the_same(model_type: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    """What transformers reads of them alone is the same config."""
+    lf_hf.from_pretrained_fused(make(model_type), **QUICK).save_pretrained(tmp_path / "plain", plain=True)
+    file = tmp_path / "plain" / "config.json"
+    whole, config = AutoConfig.from_pretrained(tmp_path / "plain"), json.loads(file.read_text())
+    for name in ("rope_parameters", "layer_types", "dtype"):
+        config.pop(name, None)
+    file.write_text(json.dumps(config))
+    older = AutoConfig.from_pretrained(tmp_path / "plain")
+    assert older.to_dict() == whole.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("phi3", {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3}),
+        ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+    ],
+)
+def test_scaled_rotary_embeddings_are_written_as_they_were(
+    model_type: str, rope: dict[str, Any], make: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Phi 3 took three entries for longrope and refused more."""
+    more: dict[str, Any] = {"rope_scaling": dict(rope), "rope_theta": 5000.0}
+    if model_type == "phi3":
+        more |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
+    base = make(model_type, **more)
+    lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path, plain=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_scaling"] == rope and config["rope_theta"] == 5000.0
+    assert config.get("partial_rotary_factor") == more.get("partial_rotary_factor")
+    if model_type == "gemma3_text":
+        assert config["rope_local_base_freq"] == 10000.0
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(lf_hf.from_pretrained_fused(base, **QUICK))
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lists"),
+    [("gemma3_text", "layer_types"), ("qwen2", "layer_types"), ("smollm3", "layer_types, no_rope_layers")],
+)
+def test_layers_in_an_order_of_their_own_are_pointed_out(
+    model_type: str,
+    lists: str,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """llama.cpp knows where such families have which kind of layer, and does not read it from the config."""
+    moved = {name: getattr(tiny_config(model_type), name)[::-1] for name in lists.split(", ")}
+    said = f"The kinds of this model's layers ({lists}) are in an order of their own"
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    usual = {"sliding_window_pattern": 6} if model_type == "gemma3_text" else {}
+    for base, told in ((make(model_type, **moved), True), (make(model_type, **usual), False)):
+        caplog.clear()
+        lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path, plain=True)
+        card = " ".join((tmp_path / "README.md").read_text().replace("\\", "").split())
+        assert (said in card) == told == any(said in message for message in caplog.messages)
+        if model_type == "gemma3_text":  # transformers before 4.53 would count by it, and fails without a number
+            config = json.loads((tmp_path / "config.json").read_text())
+            assert config["sliding_window_pattern"] == (None if told else 5)  # any beyond the 4 layers
+
+
+def test_the_sentencepiece_model_goes_along(make: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp's converter makes the tokenizers of Phi 3 and Gemma 2 of nothing else."""
+    base = tmp_path / "base"
+    tiny_model("gemma2").save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    (base / "tokenizer.model").write_bytes(b"a sentencepiece model")
+    lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path / "fused")
+    lf_hf.FusedGemma2ForCausalLM.from_pretrained(tmp_path / "fused").save_pretrained(tmp_path / "plain", plain=True)
+    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", plain=True, **QUICK)
+    for folder in ("fused", "plain", "low memory"):
+        assert (tmp_path / folder / "tokenizer.model").read_bytes() == b"a sentencepiece model"
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("layer").input_ids
+
+
+# Two names of one choice
+
+
+def test_plain_and_as_llama_are_one_choice(make: Callable[..., Path], tmp_path: Path) -> None:
+    base = make("qwen3")
+    model = lf_hf.from_pretrained_fused(base, **QUICK)
+    ways: list[Callable[..., object]] = [
+        model.save_pretrained,
+        lambda out, **names: lf_hf.fuse_checkpoint(base, out, **QUICK, **names),
+        lambda out, **names: lf_hf.fuse_checkpoint(base, out, low_memory=False, **QUICK, **names),
+    ]
+    for number, way in enumerate(ways):
+        for names in ({"plain": True}, {"as_llama": True}, {"plain": True, "as_llama": True}):
+            way(tmp_path / str(number), **names)
+            assert type(AutoConfig.from_pretrained(tmp_path / str(number))).__name__ == "Qwen3Config"
+        way(tmp_path / str(number), plain=False, as_llama=False)
+        assert type(AutoConfig.from_pretrained(tmp_path / str(number))).__name__ == "FusedQwen3Config"
+        with pytest.raises(ValueError, match="plain=True and as_llama=False are two names of one choice"):
+            way(tmp_path / "none", plain=True, as_llama=False)
+    assert not (tmp_path / "none").exists()
+    for option in ("--plain", "--as-llama"):
+        command = ["fuse", str(base), str(tmp_path / option), "--num-fusions", "1", "--method", "truncate", option]
+        assert main([*command, "--perplexity-tokens", "0"]) == 0
+        assert type(AutoConfig.from_pretrained(tmp_path / option)).__name__ == "Qwen3Config"

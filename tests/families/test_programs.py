@@ -1,0 +1,149 @@
+"""lm-eval, the command line, sweeps and healing, with models of every family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_texts, make_tokenizer
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lf_hf
+from lf_hf.cli import main
+from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.families import FAMILIES
+
+QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
+of_every_family = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def base(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp("base")
+            tiny_model(model_type).save_pretrained(made[model_type])
+            make_tokenizer().save_pretrained(made[model_type])
+        return made[model_type]
+
+    return base
+
+
+PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
+
+
+@of_every_family
+def test_lm_eval_fuses_and_opens_models(model_type: str, make: Callable[[str], Path], tmp_path: Path) -> None:
+    """What it measures is what the fused model predicts."""
+    settings = ",".join(f"{name}={value}" for name, value in QUICK.items())
+    arguments: dict[str, Any] = {"device": "cpu", "batch_size": 2}
+    model_args = f"pretrained={make(model_type)},fused_dir={tmp_path},{settings}"
+    while_loading = get_model("fused").create_from_arg_string(model_args, arguments)
+    opened = get_model("fused").create_from_arg_string(f"pretrained={tmp_path}", arguments)
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(PAIRS)]
+    found = [lm.loglikelihood(requests, disable_tqdm=True) for lm in (while_loading, opened)]
+    assert found[0] == found[1]
+    assert [lm.get_model_info()["fusion"]["layers"] for lm in (while_loading, opened)] == [[6, 4], [6, 4]]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (context, continuation), (value, _) in zip(PAIRS, found[0], strict=True):
+        start, ids = len(opened.tok_encode(context)), opened.tok_encode(context + continuation)
+        with torch.no_grad():
+            predicted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        by_hand = sum(predicted[n - 1, ids[n]].item() for n in range(start, len(ids)))
+        assert value == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_lm_eval_writes_what_was_fused_into_its_results(make: Callable[[str], Path]) -> None:
+    results = simple_evaluate(
+        model="fused",
+        model_args=f"pretrained={make('gemma3_text')},num_fusions=2,method=truncate,perplexity_tokens=0",
+        device="cpu",
+        tasks=["mmlu_sample_anatomy"],
+        task_manager=TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert results["config"]["fusion"]["layers"] == [6, 4]
+    assert "acc,none" in results["results"]["mmlu_sample_anatomy"]
+
+
+def test_fused_llama_takes_llamas_only(make: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a 'qwen3' model; evaluate it with --model fused"):
+        get_model("fused_llama")(str(make("qwen3")), **QUICK)
+    lf_hf.fuse_checkpoint(make("qwen3"), tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="is a 'fused_qwen3' model; evaluate it with --model fused"):
+        get_model("fused_llama")(str(tmp_path), device="cpu")
+    assert issubclass(get_model("fused_llama"), FusedLM) and get_model("fused") is FusedLM
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mixtral"])
+def test_lm_eval_refuses_what_does_not_fuse(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model; only dense decoders of text fuse"):
+        get_model("fused")(str(tmp_path), **QUICK)
+
+
+@of_every_family
+def test_the_command_line_plans_and_fuses(
+    model_type: str, make: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fuse", str(make(model_type)), str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
+    assert main([*command, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
+    done = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text"])
+def test_a_sweep_fuses_and_evaluates(model_type: str, make: Callable[[str], Path], tmp_path: Path) -> None:
+    from lf_hf.evaluate.sweep import sweep
+
+    points = sweep(
+        str(make(model_type)),
+        tmp_path,
+        num_fusions=[1],
+        methods=["truncate"],
+        tasks=["mmlu_sample_anatomy"],
+        settings={"perplexity_tokens": 64},
+    )
+    assert [point.layers for point in points] == [6, 5]
+    assert all(math.isfinite(value) for point in points for value in point.perplexities.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "train"), [*((name, "all") for name in FAMILIES), ("gemma2", "fused"), ("phi3", "lora")]
+)
+def test_healing_brings_a_model_nearer_to_its_base(
+    model_type: str, train: str, make: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    settings = QUICK | {"perplexity_tokens": 512}
+    lf_hf.fuse_checkpoint(make(model_type), tmp_path / "fused", plain=train == "all", **settings)
+    report = lf_hf.heal(
+        tmp_path / "fused",
+        tmp_path / "healed",
+        base=make(model_type),
+        text=make_texts(2000),
+        tokens=2048,
+        length=32,
+        batch_tokens=128,
+        train=train,
+        learning_rate=1e-3,
+    )
+    assert report.healed is not None
+    assert all(judged.divergence_after < judged.divergence_before for judged in report.healed.judged)
+    assert type(AutoConfig.from_pretrained(tmp_path / "healed")) is type(AutoConfig.from_pretrained(tmp_path / "fused"))
