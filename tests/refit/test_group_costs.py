@@ -82,7 +82,7 @@ def test_layers_that_do_nothing_are_found(method: str) -> None:
 def test_a_table_is_measured_once() -> None:
     model = make_llama(num_hidden_layers=7)
     measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
-    planned, tables = [], []
+    planned, tables = list[Any](), list[Any]()
     for fusions in (2, 2, 3):
         config = FusionConfig(fusions, "truncate", selection="groups")
         with start(ModelDecoder(model).copy(), config, measured) as fusion:
