@@ -319,11 +319,12 @@ def main() -> None:
     sequences = calibration_sequences(
         GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     )
-    scratch = tempfile.TemporaryDirectory()  # of the base, which healing reads
-    base.save_pretrained(scratch.name)
-    tokenizer.save_pretrained(scratch.name)
     heal_corpus = load_corpus(given, max_tokens=options.heal_tokens)
-    opened = Base.open(scratch.name, {})
+    scratch = tempfile.TemporaryDirectory()
+    if options.tiny:
+        base.save_pretrained(scratch.name)
+        tokenizer.save_pretrained(scratch.name)
+    opened = Base.open(scratch.name, {}) if options.tiny else Base.open(options.base, {"gguf_file": gguf})
     ways = Ways(
         tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
     ).all()
