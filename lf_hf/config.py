@@ -24,9 +24,12 @@ METHODS: dict[str, dict[str, str]] = {
 }
 """What each preset sets. A field that the user gives overrides its preset."""
 
+LONGEST_GROUP = 6
+"""Layers that selection="groups" makes one, at most."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "selection": ("last", "least_influence", "least_divergence"),
+    "selection": ("last", "least_influence", "least_divergence", "groups"),
     "alignment": ("none", "rows", "neurons"),
     "merge": ("average", "keep_first", "select"),
     "refit": ("none", "down_proj", "projections"),
@@ -79,11 +82,12 @@ class FusionConfig:
         selection="last".
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
-    selection : {"last", "least_influence", "least_divergence"}, default from `method`
+    selection : {"last", "least_influence", "least_divergence", "groups"}, default from `method`
         Which pair each step fuses. "last": the last two layers of the model. "least_influence":
         the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
-        whose fusion, tried on calibration text, moves the model's predictions least. In the latter two the
-        first and the last layer stay.
+        whose fusion, tried on calibration text, moves the model's predictions least. "groups": those groups of
+        two to six layers that, each made one layer, move them least together. In the latter three the first and the
+        last layer stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
@@ -232,6 +236,8 @@ class FusionConfig:
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""
         left = 1 if self.selection == "last" else 3  # with the first and the last layer kept, three stay
+        if self.selection == "groups":
+            left = max(left, 2 + math.ceil((num_hidden_layers - 2) / LONGEST_GROUP))
         if num_hidden_layers <= left:
             raise ValueError(
                 f"The model has {num_hidden_layers} layers; fusing with selection={self.selection!r} needs at least "

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
@@ -32,10 +34,11 @@ from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.refit.group_costs import Group, GroupCosts
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import trace
+from lf_hf.refit.traces import Traces, trace
 from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
@@ -43,6 +46,7 @@ from lf_hf.text.calibration import Calibration, Corpus
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
+_TRIALS = 12  # sets of groups that are tried out whole
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -51,7 +55,8 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     with fusion.clock(_STEPS):
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            pair = fusion.fuse_pair(i, fusion.before(i))
+            again = fusion.config.selection == "groups" and fusion.config.refit == "projections"  # by the last pass
+            pair = fusion.fuse_pair(i, fusion.before(i), quick=again)
             fusion.steps.append(fusion.report_step(i, pair, cost))
             fusion.decoder.replace(i, pair.changed)
             fusion.decoder.remove(i + 1)
@@ -78,6 +83,8 @@ class Fusion:
     influences: list[float] = field(default_factory=list)
     steps: list[FusionStep] = field(default_factory=list)
     costs: PairCosts | None = None
+    planned: list[Group] = field(default_factory=list)  # that become one layer each
+    planned_costs: dict[Group, float] = field(default_factory=dict)
     changed: int | None = None  # the layer that was fused since the costs were measured
 
     def choose(self) -> tuple[int, float | None]:
@@ -88,6 +95,10 @@ class Fusion:
                 self.changed = None
             j = _cheapest(self.costs.by_layer)
             return j - 1, self.costs.by_layer[j]
+        if self.planned:
+            ends = dict(self.planned)
+            i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
+            return i, self.planned_costs[self.groups[i][0], self.groups[i + 1][-1]]
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
             return _cheapest(self.boundaries.influences) - 1, None
@@ -102,25 +113,14 @@ class Fusion:
 
         `quick` is a rough fit, to compare pairs.
         """
-        config, ratio = self.config, 1.0
-        if self.similarity is not None:
-            ratio = fusion_ratio(self.similarity, self.groups[i][0], self.groups[i + 1][0], config.ratio_beta)
+        config, ratio = self.config, self.ratio(self.groups[i][0], self.groups[i + 1][0])
         with ExitStack() as stack:
             pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
             traces = trace(self.decoder, pair, states if config.fits else [], self.store)
             first, second = (dict(layer.named_parameters()) for layer in pair)
             changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
             if config.merge == "average":
-                changed, matches = average_layers(
-                    first,
-                    second,
-                    ratio=ratio,
-                    alignment=config.alignment,
-                    head_dim=pair[0].self_attn.head_dim,
-                    processes=self.decoder.processes,
-                )
-                for tensor in changed.values():  # in case machines round differently
-                    self.decoder.processes.given_by_first(tensor)
+                changed, matches = self.averaged(first, second, ratio)
             weights = first | changed
             if not config.fits:
                 return _FusedPair(changed, weights, ratio, matches, None)
@@ -137,6 +137,44 @@ class Fusion:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Layers .* have no similarity")
             return self.fuse_pair(i, states, quick=True).weights
+
+    def try_group(
+        self, first: int, layers: list[LlamaDecoderLayer], traces: Traces, states: Sequence[Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Weights of a group of layers of the dense model that may never be fused."""
+        if self.config.merge != "select":
+            weights: dict[str, Tensor] = dict(layers[0].named_parameters())
+            for number, layer in enumerate(layers[1:], first + 1):
+                if self.config.merge == "average":
+                    other = dict(layer.named_parameters())
+                    weights |= self.averaged(weights, other, self.ratio(first, number))[0]
+            if not self.config.fits:
+                return weights
+            layers = [build_layer(self.decoder, weights)]
+        config = self.config
+        return fit_group(
+            self.decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=True
+        ).weights
+
+    def ratio(self, i: int, j: int) -> float:
+        """The share of layer i in its fusion with layer j, by their numbers in the dense model."""
+        return 1.0 if self.similarity is None else fusion_ratio(self.similarity, i, j, self.config.ratio_beta)
+
+    def averaged(
+        self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], ratio: float
+    ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+        """What two layers' weights become, and how they were matched."""
+        changed, matches = average_layers(
+            first,
+            second,
+            ratio=ratio,
+            alignment=self.config.alignment,
+            head_dim=len(first["self_attn.q_proj.weight"]) // self.decoder.config.num_attention_heads,
+            processes=self.decoder.processes,
+        )
+        for tensor in changed.values():  # in case machines round differently
+            self.decoder.processes.given_by_first(tensor)
+        return changed, matches
 
     def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
         """What is reported of the fusion of layers i and i + 1."""
@@ -181,7 +219,11 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     with ExitStack() as stack:
         with clock(_STEPS):
             text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
-            roles = Roles.of(len(text)) if config.selection == "least_divergence" else Roles(range(len(text)), [], [])
+            roles = Roles(range(len(text)), [], [])
+            if config.selection == "least_divergence":
+                roles = Roles.of(len(text))
+            elif config.selection == "groups":
+                roles = Roles.apart(len(text))
             parts = [
                 decoder.batches([text[number] for number in decoder.processes.share(of_role)])
                 for of_role in (roles.fitting, roles.both, roles.judging)
@@ -202,13 +244,24 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
             del embedded
             if fusion.boundaries is not None:
                 fusion.influences = list(fusion.boundaries.influences)
+            batches = iter(range(sum(map(len, parts))))
+            of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
             if config.selection == "least_divergence":
                 assert fusion.boundaries is not None
-                batches = iter(range(sum(map(len, parts))))
-                of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
                 fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
+            elif config.selection == "groups":
+                assert fusion.boundaries is not None
+                known = measured.group_costs.get(_group_settings(config))
+                costs = GroupCosts(decoder, fusion.boundaries, of_batches, fusion.try_group, store, known)
+                measured.group_costs[_group_settings(config)] = fusion.planned_costs = costs.by_group
+                fusion.planned = costs.best(config.num_fusions, trials=_TRIALS)
         yield fusion
         fusion.boundaries = fusion.costs = None  # the last pass needs the room
+
+
+def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
+    """What the costs of groups depend on, besides what was measured."""
+    return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
 
 
 def _cheapest(costs: Sequence[float]) -> int:

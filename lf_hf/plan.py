@@ -40,6 +40,7 @@ _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for
 _TOKENS_PER_QUESTION = 100  # of MMLU
 _CHOSEN = {
     "least_influence": "the layer of least influence joins the one before it",
+    "groups": "the groups of layers whose fusion changes predictions least",
     "least_divergence": "the pair whose fusion changes predictions least",
 }
 
