@@ -45,15 +45,26 @@ from lf_hf.files.base import Base
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import calibration_sequences
 from lf_hf.pipeline import fuse
+from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import token_weights
-from lf_hf.refit.layer_parts import after_attention
-from lf_hf.refit.regression import Regression
+from lf_hf.refit.group_costs import cheapest_sets
+from lf_hf.refit.layer_parts import (
+    after_attention,
+    attention_heads,
+    build_layer,
+    mlp_channels,
+    stacked,
+    with_channels,
+)
+from lf_hf.refit.regression import Regression, expanded
+from lf_hf.refit.states import StateStore
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves, load_calibration, load_corpus
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512
+_LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
 Way = Callable[[LlamaForCausalLM, int], LlamaForCausalLM]
 
@@ -136,6 +147,53 @@ class Ways:
             decoder.remove(start)
         return model
 
+    @torch.inference_mode()
+    def flattened(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+        """Layers of like inputs side by side, with half of their heads and channels (FlattenGPT, arXiv:2602.08858).
+
+        What is kept has the highest ridge leverage, and down_proj makes good for the rest. A layer is in one pair.
+        """
+        decoder = ModelDecoder(model)
+        states = decoder.embed(self.sequences)
+        angles = Boundaries(decoder, states, StateStore()).influences  # between the inputs of layers i and i + 1
+        chosen = cheapest_sets({(i, i + 1): angle for i, angle in enumerate(angles[:-1])}, count, count=1)
+        if not chosen:
+            raise ValueError(f"{decoder.num_layers} layers are not {count} pairs.")
+        firsts = [first - before for before, (first, _) in enumerate(chosen[0])]
+        for index in range(decoder.num_layers - count):
+            if index in firsts:
+                decoder.replace(index, self._flat(decoder, index, states))
+                decoder.remove(index + 1)
+            with decoder.layer(index) as layer:
+                states = [decoder.run_layer(layer, state) for state in states]
+        return model
+
+    def _flat(self, decoder: ModelDecoder, index: int, states: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Layers `index` and the next one as one, for states before the first."""
+        pair = [dict(layer.named_parameters()) for layer in decoder.layers((index, index + 1))]
+        attention = dict(pair[0]) | stacked(pair, "input_layernorm")
+        wide, keys = build_layer(decoder, attention), len(pair[0]["self_attn.k_proj.weight"])
+        head_dim, queries = wide.self_attn.head_dim, len(pair[0]["self_attn.q_proj.weight"])
+        heads = [attention_heads(decoder, wide, state) for state in states]
+        kept = _highest_leverage(heads, keys // head_dim, queries // (keys // head_dim))
+        of_queries, of_keys = expanded(kept, queries * head_dim // keys), expanded(kept, head_dim)
+        for name, rows in (("q_proj", of_queries), ("k_proj", of_keys), ("v_proj", of_keys)):
+            attention[f"self_attn.{name}.weight"] = attention[f"self_attn.{name}.weight"][rows]
+        attention["self_attn.o_proj.weight"] = attention["self_attn.o_proj.weight"][:, of_queries]
+        narrow = build_layer(decoder, attention)
+        residuals = [after_attention(decoder, narrow, state) for state in states]
+
+        mlp = stacked(pair, "post_attention_layernorm")
+        channels = [mlp_channels(decoder, mlp, residual) for residual in residuals]
+        kept = _highest_leverage(channels, decoder.config.intermediate_size, 1)
+        down = mlp["mlp.down_proj.weight"]
+        regression = Regression.empty(len(kept), len(down), down.device, down.dtype)
+        for of_state in channels:
+            regression.add(of_state[:, kept], of_state @ down.T, torch.ones(len(of_state)))
+        mlp = with_channels(mlp, kept)
+        mlp["mlp.down_proj.weight"] = regression.ridge(down[:, kept], _LEVERAGE_RIDGE).to(down)
+        return {name: weight for name, weight in attention.items() if "mlp" not in name} | mlp
+
     def all(self) -> dict[str, Way]:
         return {
             "truncate": self.fusion(method="truncate"),
@@ -146,6 +204,7 @@ class Ways:
             "drop by influence": self.fusion(method="truncate", selection="least_influence"),
             "drop by loss": self.greedy_drop,
             "cut and linear map": self.linear_map,
+            "FlattenGPT": self.flattened,
             "neurons, average, refit": self.fusion(
                 selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
             ),
@@ -155,6 +214,17 @@ class Ways:
             "refit, groups": self.fusion(method="refit", selection="groups"),
             "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
         }
+
+
+def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor:
+    """Numbers of the blocks of inputs, each (tokens, m), that have the highest ridge leverage scores together."""
+    regression = Regression.empty(inputs[0].shape[1], 1, inputs[0].device)
+    for part in inputs:
+        regression.add(part, part[:, :1], torch.ones(len(part)))
+    gram = regression.gram.double()
+    pulled = gram + _LEVERAGE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    scores = torch.linalg.solve(pulled, gram).diagonal().unflatten(0, (-1, block)).sum(1)
+    return scores.topk(keep).indices.sort().values
 
 
 class GivenText(ModelDecoder):
