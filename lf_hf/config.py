@@ -10,7 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024
@@ -207,6 +207,11 @@ class FusionConfig:
     def fits(self) -> bool:
         """Whether fused layers are fitted to what they should compute: channels selected, or projections refitted."""
         return self.merge == "select" or self.refit != "none"
+
+    @property
+    def remakes(self) -> bool:
+        """Whether the last pass makes fused layers again from the layers of the dense model."""
+        return self.merge == "select" and self.refit != "none"
 
     @property
     def needs_similarity(self) -> bool:

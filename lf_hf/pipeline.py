@@ -55,8 +55,10 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     with fusion.clock(_STEPS):
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            again = fusion.config.selection == "groups" and fusion.config.refit == "projections"  # by the last pass
-            pair = fusion.fuse_pair(i, fusion.before(i), quick=again)
+            if fusion.planned and fusion.config.remakes:
+                pair = _FusedPair({}, {}, 1.0, {}, None)  # the last pass makes each group at once
+            else:
+                pair = fusion.fuse_pair(i, fusion.before(i), quick=fusion.config.remakes)
             fusion.steps.append(fusion.report_step(i, pair, cost))
             fusion.decoder.replace(i, pair.changed)
             fusion.decoder.remove(i + 1)
@@ -111,7 +113,7 @@ class Fusion:
     def fuse_pair(self, i: int, states: Sequence[Tensor], *, quick: bool = False) -> _FusedPair:
         """Layers i and i + 1 as one: aligned, merged, and fitted to what they do to `states` where the config says so.
 
-        `quick` is a rough fit, to compare pairs.
+        `quick` is a rough fit: good enough to compare pairs, and where the last pass makes the layer again.
         """
         config, ratio = self.config, self.ratio(self.groups[i][0], self.groups[i + 1][0])
         with ExitStack() as stack:
@@ -178,7 +180,7 @@ class Fusion:
 
     def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
         """What is reported of the fusion of layers i and i + 1."""
-        chosen_on_text = self.boundaries is not None and self.config.selection != "last"
+        chosen_on_text = self.boundaries is not None and self.config.selection not in ("last", "groups")
         return FusionStep(
             layers_i=self.groups[i],
             layers_j=self.groups[i + 1],
@@ -197,7 +199,7 @@ class Fusion:
         """Layers i and i + 1 have become layer i."""
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
         self.changed = i
-        if self.boundaries is not None:
+        if self.boundaries is not None and not (self.planned and self.config.remakes):
             self.boundaries.update(i)
 
 
