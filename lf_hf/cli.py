@@ -24,7 +24,7 @@ from rich.table import Table
 import lf_hf
 from lf_hf import fuse_checkpoint, tasks_path
 from lf_hf.checked_json import parse_json
-from lf_hf.config import CHOICES, FusionConfig
+from lf_hf.config import CHOICES, LEVELS, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
 from lf_hf.healing.settings import TRAIN, HealSettings
@@ -143,7 +143,7 @@ def _setting_options(
     # The settings read numbers themselves, and say better what is wrong with one.
     metavars = {"int": "INTEGER", "float": "FLOAT", "float | None": "FLOAT"}
     metavars |= {name: "|".join(choices) for name, choices in (CHOICES | {"train": TRAIN}).items()}
-    absent = {"written_share": "from the text", "learning_rate": "from --train"}
+    absent = {"written_share": "from the text", "learning_rate": "from --train"} | dict.fromkeys(LEVELS, "none")
     options = []
     for field in dataclasses.fields(settings):
         if field.name in leave_out:
@@ -195,7 +195,9 @@ def fuse(
     num_fusions: Annotated[
         str | None,
         typer.Option(
-            metavar="INTEGER", help="How many pairs of layers to fuse, one after the other; or give --target-layers."
+            metavar="INTEGER",
+            help="How many pairs of layers to fuse; or give --target-layers, --max-divergence or "
+            "--max-perplexity-ratio.",
         ),
     ] = None,
     target_layers: Annotated[int | None, typer.Option(help="How many layers to leave.")] = None,
@@ -226,13 +228,16 @@ def fuse(
     token is the same.
     """
     hub = _given(gguf_file=gguf_file, revision=revision)
-    if (num_fusions is None) == (target_layers is None):
-        raise typer.BadParameter("give either --num-fusions or --target-layers.")
+    budgets = [settings.get(name) for name in LEVELS]
+    if sum(level is not None for level in (num_fusions, target_layers, *budgets)) != 1:
+        raise typer.BadParameter(
+            "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
+        )
     if target_layers is not None:
         num_fusions = str(_num_fusions(Base.open(base, hub), target_layers))
     with _usage_errors():
         checked_dtype(dtype)
-        config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
+        config = FusionConfig.from_kwargs(**settings | _given(num_fusions=num_fusions))
     loading = hub | _given(dtype=dtype, device_map=device)
     from lf_hf.plan import check_disk, plan_fusion
 
@@ -379,7 +384,7 @@ def heal(
         "sweep path/to/model results --num-fusions 1,4 --methods mka,truncate --tasks mmlu_sample --limit 1",
     )
 )
-@_setting_options(FusionConfig, leave_out=["num_fusions", "method"])
+@_setting_options(FusionConfig, leave_out=[*LEVELS, "method"])
 def sweep(
     base: BaseName,
     out: Annotated[

@@ -38,6 +38,8 @@ WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are 
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
 _FUSING_FIELDS = (
     "num_fusions",
+    "max_divergence",
+    "max_perplexity_ratio",
     "method",
     "selection",
     "alignment",

@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
-from lf_hf.config import FusionConfig
+from lf_hf.config import LEVELS, FusionConfig
 from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
@@ -39,7 +40,15 @@ from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, trace
-from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
+from lf_hf.report.report import (
+    BudgetInfo,
+    BudgetTrial,
+    FittedLayer,
+    FusionReport,
+    FusionStep,
+    PerplexityInfo,
+    RowMatch,
+)
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -327,9 +336,109 @@ def fuse(
         text if config.needs_text else None,
     )
     measured.check_serves(config)
+    if config.within_budget:
+        return _fuse_within(decoder, tokenizer, config, measured, base=base, parameters=parameters)
     with start(decoder, config, measured) as fusion:
         fuse_pairs(fusion, config.num_fusions)
     return finish(fusion, decoder, tokenizer, base=base, parameters=parameters)
+
+
+def _fuse_within(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    measured: Measurements,
+    *,
+    base: str,
+    parameters: int,
+) -> FusionReport:
+    """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on text kept aside."""
+    held, rest = _kept_aside(measured.text)
+    measured = replace(measured, text=rest)
+    ids = batched(decoder, {"": held})
+    dense = final_states(decoder, ids, "Text kept aside")
+    [before] = predictions(decoder, ids, dense).values()
+    name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
+    tried = list[BudgetTrial]()
+    best: tuple[Decoder, Fusion, list[FittedLayer]] | None = None
+    bounds = 0, config.most_fusions(decoder.num_layers) + 1
+    while (count := next_trial(tried, name, allowed, bounds)) is not None:
+        attempt = decoder.copy()
+        level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
+        with start(attempt, level, measured) as fusion:
+            fuse_pairs(fusion, count)
+        fitted = last_pass(fusion, attempt)
+        states = final_states(attempt, ids, "Measuring on text kept aside")
+        [after] = predictions(attempt, ids, states, dense).values()
+        tried.append(BudgetTrial(count, after.divergence, after.perplexity / before.perplexity))
+        if tried[-1].costs(name) <= allowed:
+            best, bounds = (attempt, fusion, fitted), (count, bounds[1])
+        else:
+            bounds = bounds[0], count
+        del attempt
+    if best is None:
+        least = min(tried, key=lambda trial: trial.num_fusions)
+        raise ValueError(
+            f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
+        )
+    fused, fusion, fitted = best
+    for index, group in enumerate(fusion.groups):
+        if len(group) > 1:
+            with fused.layer(index) as layer:
+                decoder.replace(index, dict(layer.named_parameters()))
+            for _ in group[1:]:
+                decoder.remove(index + 1)
+    report = _reported(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
+    return replace(report, budget=BudgetInfo(name, allowed, sum(map(len, held)), tried))
+
+
+def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
+    """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
+
+    Costs grow about as a power of the number, which the trials next to the bounds say.
+    """
+    low, high = bounds
+    if high - low < 2:
+        return None
+    if not tried:
+        return max(1, high // 8)
+
+    def cost(trial: BudgetTrial) -> float:
+        found = trial.costs(name)
+        return math.log(found) if name == "max_perplexity_ratio" and found > 0 else found
+
+    points = [(math.log(trial.num_fusions), math.log(cost(trial))) for trial in tried if 0 < cost(trial) < math.inf]
+    points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
+    limit = math.log(math.log(allowed) if name == "max_perplexity_ratio" else allowed)
+    if not points:
+        return (low + high) // 2
+    (at, there), power = points[0], 1.3
+    if len(points) > 1 and points[1][1] != there:
+        power = max(0.5, (points[1][1] - there) / (points[1][0] - at))
+    guess = at + (limit - there) / power
+    return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
+
+
+def _kept_aside(text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every eighth sequence, or of fewer the last one, and the others.
+
+    Raises ValueError where there is one alone.
+    """
+    if len(text) < 2:
+        raise ValueError(
+            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
+            "calibration_length."
+        )
+    aside = range(min(7, len(text) - 1), len(text), 8)
+    return [text[n] for n in aside], [sequence for n, sequence in enumerate(text) if n not in aside]
+
+
+def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
+    """Fit the fused layers of a model whose pairs are fused, where the config says so."""
+    if fusion.config.refit == "none":
+        return []
+    with fusion.clock("last pass"):
+        return fit_from_bottom(decoder, fusion.groups, fusion.measured.text, fusion.config)
 
 
 def finish(
@@ -348,13 +457,24 @@ def finish(
     parameters : int
         How many the dense model has.
     """
-    measured, steps, groups = fusion.measured, list(fusion.steps), list(fusion.groups)
-    config = replace(fusion.config, num_fusions=len(steps))
-    clock = Clock(fusion.clock.seconds)
-    fitted: list[FittedLayer] = []
-    if config.refit != "none":
-        with clock("last pass"):
-            fitted = fit_from_bottom(decoder, groups, measured.text, config)
+    config = replace(fusion.config, num_fusions=len(fusion.steps))
+    fusion = replace(fusion, clock=Clock(fusion.clock.seconds))
+    return _reported(
+        fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters
+    )
+
+
+def _reported(
+    fusion: Fusion,
+    fitted: list[FittedLayer],
+    config: FusionConfig,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: str,
+    parameters: int,
+) -> FusionReport:
+    measured, steps, groups, clock = fusion.measured, list(fusion.steps), list(fusion.groups), fusion.clock
     with clock("perplexity"):
         judged = perplexities(decoder, measured, config)
     with clock("continuations"):

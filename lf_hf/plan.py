@@ -83,9 +83,12 @@ class FusionPlan:
             pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
         where = "" if self.device.type == "cpu" else f" on {self.device}"
         low_memory = "cannot be used here" if self.low_memory is None else _gib(self.low_memory)
+        fusions = f"{self.config.num_fusions} fusions"
+        if self.config.within_budget:
+            fusions = "as many fusions as the budget allows; all figures are of one"
         return "\n".join(
             [
-                f"Plan: {self.base} with {self.config.method}, {self.config.num_fusions} fusions. Nothing was done.",
+                f"Plan: {self.base} with {self.config.method}, {fusions}. Nothing was done.",
                 f"  layers: {_change(self.layers_before, self.layers_after)}",
                 f"  pairs, layers numbered from 0 as in the base: {pairs}",
                 f"  parameters: {_change(self.parameters_before, self.parameters_after)}",
@@ -132,7 +135,7 @@ def plan_fusion(
             raise
         low_memory_fits = False
     opened = Base.open(base, kwargs)
-    layers, fused = opened.config.num_hidden_layers, config.num_fusions
+    layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
     config.check_num_layers(layers)
     samples, text = _calibration(config, calibration)
     if not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
@@ -246,7 +249,12 @@ class _Work:
 
     @property
     def parameters_after(self) -> int:
-        return self.parameters - self.config.num_fusions * self.layer
+        return self.parameters - self.fused * self.layer
+
+    @property
+    def fused(self) -> int:
+        """How many fusions there are; one where a budget says how many."""
+        return self.config.num_fusions or 1
 
     @property
     def candidates(self) -> int:
@@ -262,7 +270,7 @@ class _Work:
         # Two layers, and on a device the next one, which is read meanwhile.
         weights = (2 if device.type == "cpu" else 3) * self.layer + self.table
         if not low_memory:
-            originals = self.config.num_fusions if self.config.refit != "none" else 0  # of layers that change, at most
+            originals = self.fused if self.config.refit != "none" else 0  # of layers that change, at most
             weights = self.parameters + originals * self.layer
         process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
@@ -285,7 +293,7 @@ class _Work:
     def seconds(self, device: torch.device) -> float:
         """Operations over the speed of this machine now: of text through layers, of fits; and matching of rows."""
         speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
-        config, layers, fused = self.config, self.llama.num_hidden_layers, self.config.num_fusions
+        config, layers, fused = self.config, self.llama.num_hidden_layers, self.fused
         step = min(self.text, STEP_TOKENS)
 
         def fit(tokens: float) -> float:  # sums of squares over tokens, and solving with them
@@ -303,7 +311,7 @@ class _Work:
 
     def _matching(self) -> float:
         """Seconds of all assignments: a small one is timed, and they grow with about that power of their rows."""
-        mlp, hidden, fused = self.llama.intermediate_size, self.llama.hidden_size, self.config.num_fusions
+        mlp, hidden, fused = self.llama.intermediate_size, self.llama.hidden_size, self.fused
         problems = {"none": [], "rows": [mlp] * 2 + [hidden] * 3, "neurons": [mlp]}[self.config.alignment]
         if not problems:
             return 0.0

@@ -81,6 +81,10 @@ class Decoder(ABC):
                 yield layer
 
     @abstractmethod
+    def copy(self) -> Decoder:
+        """The model as it is now, to be changed apart from this one."""
+
+    @abstractmethod
     def replace(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Give a layer new values for the named parameters."""
 

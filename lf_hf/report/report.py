@@ -184,6 +184,37 @@ class HealingInfo:
 
 
 @dataclass(frozen=True)
+class BudgetTrial:
+    """What a fusion costs on text that nothing was fitted to: nats a token, and times the dense model's perplexity."""
+
+    num_fusions: int
+    divergence: float
+    perplexity_ratio: float
+
+    def costs(self, name: str) -> float:
+        """The figure that a setting, "max_divergence" or "max_perplexity_ratio", limits."""
+        return self.divergence if name == "max_divergence" else self.perplexity_ratio
+
+
+@dataclass(frozen=True)
+class BudgetInfo:
+    """The budget that a fusion was to keep, and what was tried for it, on `tokens` tokens of calibration text."""
+
+    name: str
+    allowed: float
+    tokens: int
+    tried: list[BudgetTrial]
+
+    def summary(self) -> str:
+        """One sentence: what was allowed, and what came out."""
+        found = ", ".join(
+            f"{trial.costs(self.name):.4g} with {trial.num_fusions}"
+            for trial in sorted(self.tried, key=lambda trial: trial.num_fusions)
+        )
+        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of calibration text kept aside: {found} fused."
+
+
+@dataclass(frozen=True)
 class Continuation:
     """How the dense and the fused model go on from a prompt: by their most likely token each time, to their end or
     for some tokens.
@@ -205,7 +236,8 @@ class FusionReport:
     for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
     model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
-    trained after the fusion, None where it was not.
+    trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where the
+    number was given.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
     local paths are private.
@@ -233,6 +265,7 @@ class FusionReport:
     continuations: list[Continuation] = field(default_factory=list)
     base_digest: str | None = None
     healed: HealingInfo | None = None
+    budget: BudgetInfo | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))
@@ -311,6 +344,8 @@ class FusionReport:
             lines.append(f"  last fit of layers {fitted.layers}{kept}, {error}")
         for info in self.calibration:
             lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
+        if self.budget is not None:
+            lines.append(f"  budget: {self.budget.summary()}")
         for judged in self.perplexities:
             figures = f"{judged.dense:.4g} -> {judged.fused:.4g}, x {judged.ratio:.3g}"
             if judged.divergence is not None and judged.agreement is not None:
