@@ -35,7 +35,7 @@ from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.group_costs import Group, GroupCosts
+from lf_hf.refit.group_costs import Group, GroupCosts, cheapest_sets
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
@@ -46,6 +46,7 @@ from lf_hf.report.report import (
     FittedLayer,
     FusionReport,
     FusionStep,
+    GroupCost,
     PerplexityInfo,
     RowMatch,
 )
@@ -62,6 +63,8 @@ STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass
 def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
     with fusion.clock(_STEPS):
+        if fusion.table is not None and not fusion.planned:
+            fusion.planned = fusion.table.best(num_fusions, trials=_TRIALS)
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
             if fusion.planned and fusion.config.remakes:
@@ -94,8 +97,8 @@ class Fusion:
     influences: list[float] = field(default_factory=list)
     steps: list[FusionStep] = field(default_factory=list)
     costs: PairCosts | None = None
+    table: GroupCosts | None = None
     planned: list[Group] = field(default_factory=list)  # that become one layer each
-    planned_costs: dict[Group, float] = field(default_factory=dict)
     changed: int | None = None  # the layer that was fused since the costs were measured
 
     def choose(self) -> tuple[int, float | None]:
@@ -109,7 +112,8 @@ class Fusion:
         if self.planned:
             ends = dict(self.planned)
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
-            return i, self.planned_costs[self.groups[i][0], self.groups[i + 1][-1]]
+            assert self.table is not None
+            return i, self.table.by_group[self.groups[i][0], self.groups[i + 1][-1]]
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
             return _cheapest(self.boundaries.influences) - 1, None
@@ -263,11 +267,10 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
             elif config.selection == "groups":
                 assert fusion.boundaries is not None
                 known = measured.group_costs.get(_group_settings(config))
-                costs = GroupCosts(decoder, fusion.boundaries, of_batches, fusion.try_group, store, known)
-                measured.group_costs[_group_settings(config)] = fusion.planned_costs = costs.by_group
-                fusion.planned = costs.best(config.num_fusions, trials=_TRIALS)
+                fusion.table = GroupCosts(decoder, fusion.boundaries, of_batches, fusion.try_group, store, known)
+                measured.group_costs[_group_settings(config)] = fusion.table.by_group
         yield fusion
-        fusion.boundaries = fusion.costs = None  # the last pass needs the room
+        fusion.boundaries = fusion.costs = fusion.table = None  # the last pass needs the room
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
@@ -459,9 +462,7 @@ def finish(
     """
     config = replace(fusion.config, num_fusions=len(fusion.steps))
     fusion = replace(fusion, clock=Clock(fusion.clock.seconds))
-    return _reported(
-        fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters
-    )
+    return _reported(fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters)
 
 
 def _reported(
@@ -504,7 +505,25 @@ def _reported(
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
         continuations=continuations,
+        **_costs_of_groups(fusion, len(groups) + len(steps)),
     )
+
+
+def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
+    """What a report says of the costs of groups, where these were measured."""
+    if not fusion.planned:
+        return {}
+    costs = fusion.measured.group_costs[_group_settings(fusion.config)]
+    return {
+        "group_costs": [GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
+        "predicted": [predicted for predicted, _ in cost_curve(costs, fusion.config.most_fusions(layers))],
+    }
+
+
+def cost_curve(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
+    """For 1, 2, ... fusions the divergence that is expected of the cheapest groups, and these; `most` levels at most."""
+    found = [cheapest_sets(costs, count, count=1) for count in range(1, most + 1)]
+    return [(sum(costs[group] for group in groups[0]), groups[0]) for groups in found if groups]
 
 
 def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[PerplexityInfo]) -> list[str]:

@@ -184,6 +184,15 @@ class HealingInfo:
 
 
 @dataclass(frozen=True)
+class GroupCost:
+    """What making one layer of layers `first` to `last` of the dense model costs by itself, in nats a token."""
+
+    first: int
+    last: int
+    divergence: float
+
+
+@dataclass(frozen=True)
 class BudgetTrial:
     """What a fusion costs on text that nothing was fitted to: nats a token, and times the dense model's perplexity."""
 
@@ -237,7 +246,8 @@ class FusionReport:
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
     model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
     trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where the
-    number was given.
+    number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the best of
+    them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by cost.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
     local paths are private.
@@ -266,6 +276,8 @@ class FusionReport:
     base_digest: str | None = None
     healed: HealingInfo | None = None
     budget: BudgetInfo | None = None
+    group_costs: list[GroupCost] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))

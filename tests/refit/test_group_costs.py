@@ -13,7 +13,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, start
+from lf_hf.pipeline import fuse, fuse_pairs, start
 from lf_hf.refit.group_costs import cheapest_sets, moved, removed
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -86,7 +86,8 @@ def test_a_table_is_measured_once() -> None:
     for fusions in (2, 2, 3):
         config = FusionConfig(fusions, "truncate", selection="groups")
         with start(ModelDecoder(model).copy(), config, measured) as fusion:
-            planned.append(fusion.planned)
+            fuse_pairs(fusion, fusions)
+        planned.append(fusion.planned)
         tables += measured.group_costs.values()
     table = tables[0]
     assert len(tables) == 3 and all(other is table for other in tables)
