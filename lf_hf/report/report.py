@@ -356,6 +356,8 @@ class FusionReport:
             lines.append(f"  last fit of layers {fitted.layers}{kept}, {error}")
         for info in self.calibration:
             lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
+        if chosen := self._chosen_costs():
+            lines.append(f"  groups by cost, nats a token each: {chosen}")
         if self.budget is not None:
             lines.append(f"  budget: {self.budget.summary()}")
         for judged in self.perplexities:
@@ -366,6 +368,13 @@ class FusionReport:
         lines += self._healed_lines()
         lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _chosen_costs(self) -> str:
+        """The fused groups, each with what it costs by itself."""
+        costs = {(cost.first, cost.last): cost.divergence for cost in self.group_costs}
+        ends = [(min(group), max(group)) for group in self.groups]
+        chosen = [f"{first} to {last} {costs[first, last]:.3f}" for first, last in ends if (first, last) in costs]
+        return ", ".join(chosen)
 
     def _healed_lines(self) -> list[str]:
         if self.healed is None:
