@@ -53,6 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_BAR = 30  # characters of the longest bar
 _WIDTH = 160  # columns of a table that goes to a file
 _TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -255,6 +256,54 @@ def fuse(
         return
     before, after = weights_size(base, hub), weights_size(out, {})
     _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
+
+
+@app.command(
+    epilog=_examples(
+        "plan path/to/model --calibration my_text.txt",
+        "plan path/to/Meta-Llama-3-8B --low-memory --device cuda",
+    )
+)
+@_setting_options(FusionConfig, leave_out=[*LEVELS, "selection", "perplexity_tokens", "heal_tokens"])
+def plan(
+    base: BaseName,
+    *,
+    settings: dict[str, Any],
+    calibration: CalibrationFile = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Hold a group of layers in memory instead of the model.")
+    ] = False,
+) -> None:
+    """Measure what groups of layers of BASE would cost as one layer each, and draw the curve. Writes nothing.
+
+    For each number of layers fewer: the groups that cost least together, each as its first and last layer, and how far
+    they are expected to move the predictions of the next token from BASE's, in nats a token. The method is refit if
+    none is given. What a fusion costs as a whole is measured by `lf-hf fuse --max-divergence`.
+    """
+    with _usage_errors():
+        checked_dtype(dtype)
+        FusionConfig.from_kwargs(**settings, num_fusions=1)
+    from lf_hf.plan import cost_curve
+
+    loading = _given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device)
+    levels = cost_curve(base, low_memory=low_memory, calibration=calibration, settings=settings, **loading)
+    if rank():  # of a launch: the first one speaks
+        return
+    longest = max(level.divergence for level in levels)
+    rows = [
+        [
+            str(level.num_fusions),
+            f"{level.divergence:.3f}",
+            "#" * round(_BAR * level.divergence / longest),
+            ", ".join(f"{first}-{last}" for first, last in level.groups),
+        ]
+        for level in levels
+    ]
+    _print(_table(base, ["layers fewer", "nats a token", "", "groups of layers"], rows, left=(2, 3)))
 
 
 def _num_fusions(base: Base, target_layers: int) -> int:
@@ -531,10 +580,12 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = frozenset([0])
+) -> Table:
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="left" if number in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -516,12 +516,12 @@ def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
     costs = fusion.measured.group_costs[_group_settings(fusion.config)]
     return {
         "group_costs": [GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
-        "predicted": [predicted for predicted, _ in cost_curve(costs, fusion.config.most_fusions(layers))],
+        "predicted": [predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
     }
 
 
-def cost_curve(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
-    """For 1, 2, ... fusions the divergence that is expected of the cheapest groups, and these; `most` levels at most."""
+def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
+    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are."""
     found = [cheapest_sets(costs, count, count=1) for count in range(1, most + 1)]
     return [(sum(costs[group] for group in groups[0]), groups[0]) for groups in found if groups]
 

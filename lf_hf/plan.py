@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -19,15 +20,18 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lf_hf.config import FusionConfig
-from lf_hf.decoder.on_disk import STATES_IN_MEMORY
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
-from lf_hf.files.base import SPREAD, Base
+from lf_hf.files.base import SPREAD, Base, is_spread
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
-from lf_hf.measure import PERPLEXITY_LENGTH
+from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
-from lf_hf.pipeline import STEP_TOKENS, state_copies
+from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
+from lf_hf.processes import Processes
 from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
 from lf_hf.refit.states import SHARE
@@ -173,6 +177,63 @@ def plan_fusion(
         seconds=(seconds / 2, seconds * 2),
         notes=[note for note, applies in notes.items() if applies],
     )
+
+
+@dataclass(frozen=True)
+class PlannedLevel:
+    """The groups, each its first and last layer, that cost least for a number of fusions: `divergence` nats a token."""
+
+    num_fusions: int
+    divergence: float
+    groups: tuple[tuple[int, int], ...]
+
+
+def cost_curve(
+    base: str | os.PathLike[str],
+    *,
+    low_memory: bool = False,
+    calibration: Sequence[str] | str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[PlannedLevel]:
+    """Measure what groups of layers cost by themselves, and say for each number of fusions which are cheapest together.
+
+    Nothing is fused or written. Costs are added up: what a fusion costs as a whole is often somewhat more.
+
+    Parameters
+    ----------
+    base, low_memory, calibration, **kwargs
+        As for `fuse_checkpoint`.
+    settings : mapping, optional
+        FusionConfig fields; method="refit" if there is none.
+
+    Raises
+    ------
+    ValueError
+        For settings, a base or calibration text that cannot be used.
+    """
+    fixed = {"num_fusions": 1, "selection": "groups", "perplexity_tokens": 0}
+    config = FusionConfig.from_kwargs(**{"method": "refit", **(settings or {}), **fixed})
+    device = low_memory_device(kwargs) if low_memory else None
+    opened = Base.open(base, kwargs)
+    config.check_num_layers(opened.config.num_hidden_layers)
+    samples, text = load_needed(config, calibration)
+    tokenizer = opened.tokenizer()
+    with TemporaryDirectory() as scratch:
+        decoder: Decoder
+        if device is None:
+            decoder = ModelDecoder(opened.load())
+        else:
+            decoder = CheckpointDecoder(
+                opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype, device=device
+            )
+        if not is_spread(kwargs.get("device_map")):
+            decoder.processes = Processes.of_launch()
+        check_model(decoder, config)
+        with start(decoder, config, measure(decoder, tokenizer, config, samples, text)) as fusion:
+            assert fusion.table is not None
+            levels = cheapest_levels(fusion.table.by_group, config.most_fusions(decoder.num_layers))
+    return [PlannedLevel(count, cost, groups) for count, (cost, groups) in enumerate(levels, 1)]
 
 
 def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) -> None:

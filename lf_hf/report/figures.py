@@ -180,7 +180,7 @@ def group_costs(report: FusionReport) -> Figure:
             corner = min(group) - 0.5, len(group) - 2.5
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#f56565", linewidth=1.8))
     axis.set(xlabel="first layer of the group", ylabel="layers")
-    axis.set_yticks(range(longest), range(2, longest + 2))
+    axis.set_yticks(range(longest), [str(layers) for layers in range(2, longest + 2)])
     _whole_ticks(axis.xaxis)
     figure.colorbar(image, ax=axis, label="nats a token", extend="max")
     return figure
