@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
-from lf_hf.config import LEVELS, FusionConfig
+from lf_hf.config import LEVELS, LONGEST_GROUP, FusionConfig
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
@@ -57,6 +57,8 @@ logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
 _TRIALS = 12  # sets of groups that are tried out whole
+GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
+JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge groups, and the tokens of each
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -233,16 +235,8 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     clock = Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(_STEPS):
-            text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
-            roles = Roles(range(len(text)), [], [])
-            if config.selection == "least_divergence":
-                roles = Roles.of(len(text))
-            elif config.selection == "groups":
-                roles = Roles.apart(len(text))
-            parts = [
-                decoder.batches([text[number] for number in decoder.processes.share(of_role)])
-                for of_role in (roles.fitting, roles.both, roles.judging)
-            ]
+            roles = _texts_of_roles(config, measured.text)
+            parts = [decoder.batches(decoder.processes.share(of_role)) for of_role in roles]
             embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
@@ -253,7 +247,7 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 similarity=measured.similarity if config.needs_similarity else None,
                 groups=[[index] for index in range(decoder.num_layers)],
                 store=store,
-                boundaries=Boundaries(decoder, embedded, store) if text else None,
+                boundaries=Boundaries(decoder, embedded, store) if config.needs_text else None,
                 clock=clock,
             )
             del embedded
@@ -273,6 +267,35 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
         fusion.boundaries = fusion.costs = fusion.table = None  # the last pass needs the room
 
 
+def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Sequences of calibration text that steps fit to, fit to and judge on, and judge on alone."""
+    if not config.needs_text:
+        return [], [], []
+    if config.selection == "groups":
+        fitting, judging = text_for_groups(text)
+        return fitting, [], judging
+    text = _beginning(text, STEP_TOKENS)
+    if config.selection == "least_divergence":
+        roles = Roles.of(len(text))
+        return tuple([text[number] for number in of_role] for of_role in (roles.fitting, roles.both, roles.judging))
+    return text, [], []
+
+
+def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Sequences that candidates are fitted to, and beginnings of others that judge them, from all over the text.
+
+    So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
+    single sequence is for both.
+    """
+    ends = np.cumsum([len(sequence) for sequence in text])
+    points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
+    chosen = set(np.searchsorted(ends, points, side="right").tolist())
+    if len(chosen) > len(text) // 2:
+        chosen = set(range(1, len(text), 2)) or {0}
+    rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
+    return _beginning(rest or text, GROUP_TOKENS), [text[number][:JUDGING_LENGTH] for number in sorted(chosen)]
+
+
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
     """What the costs of groups depend on, besides what was measured."""
     return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
@@ -288,7 +311,11 @@ def _cheapest(costs: Sequence[float]) -> int:
 
 def state_copies(config: FusionConfig, num_layers: int) -> int:
     """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
-    tried = num_judging_copies(num_layers) if config.selection == "least_divergence" else 0
+    tried = 0
+    if config.selection == "least_divergence":
+        tried = num_judging_copies(num_layers)
+    elif config.selection == "groups":  # the judging states, a third of all, after each group
+        tried = (LONGEST_GROUP - 1) * num_layers // 3 + LONGEST_GROUP
     return num_layers + 7 + tried
 
 

@@ -43,7 +43,7 @@ from lf_hf.decoder.perplexity import perplexity
 from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
 from lf_hf.files.base import Base
 from lf_hf.healing.heal import heal_loaded
-from lf_hf.measure import calibration_sequences
+from lf_hf.measure import Measurements, calibration_sequences, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import token_weights
@@ -87,6 +87,7 @@ class Ways:
         self.corpus, self.tokens = corpus, tokens
         self.base, self.heal_corpus, self.heal_tokens = base, heal_corpus, heal_tokens
         self.dropped: list[int] = []  # by greedy_drop, in order
+        self.measured: Measurements | None = None  # on the dense model, for all levels
 
     def fusion(self, *, healed: bool = False, **settings: str) -> Way:
         """A method of the package, with a distillation from the base after it where that is asked for."""
@@ -98,7 +99,15 @@ class Ways:
                 calibration_tokens=self.tokens,
                 **settings,  # type: ignore[arg-type]
             )
-            report = fuse(GivenText(model), self.tokenizer, config, self.samples, self.corpus, base="bench")
+            decoder = GivenText(model)
+            if not config.needs_similarity and self.measured is None:
+                self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
+            measured = None if config.needs_similarity else self.measured
+            report = fuse(
+                decoder, self.tokenizer, config, self.samples, self.corpus, base="bench", measurements=measured
+            )
+            if groups := [[*group] for group in report.groups if len(group) > 1]:
+                print(f"<!-- {groups} -->", flush=True)
             if not healed:
                 return model
             fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)

@@ -46,14 +46,6 @@ class Roles:
         judging = list(range(JUDGING_STRIDE - 1, count, JUDGING_STRIDE) or range(count))
         return cls([n for n in range(count) if n not in judging], judging[::2], judging[1::2])
 
-    @classmethod
-    def apart(cls, count: int) -> Roles:
-        """Of `count` sequences, with none for both where there are enough."""
-        judging = list(range(JUDGING_STRIDE - 1, count, JUDGING_STRIDE))
-        if not judging:
-            return cls([], range(count), [])
-        return cls([n for n in range(count) if n not in judging], [], judging)
-
 
 FusePair = Callable[[int, Sequence[Tensor]], Mapping[str, Tensor]]
 """Weights of what layers i and i + 1 become, from i and states (sequences B, tokens T, hidden) before layer i."""
