@@ -92,9 +92,10 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
 
 
 def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str], tmp_path: Path) -> None:
-    base, settings = make_base(num_hidden_layers=7), {"method": "refit", "selection": "groups", "max_divergence": 0.3}
-    for name, low in (("low", True), ("high", False)):
-        fuse_checkpoint(base, tmp_path / name, calibration=TEXTS, low_memory=low, **SETTINGS, **settings)
+    base = make_base(num_hidden_layers=7)
+    settings: dict[str, Any] = {"method": "refit", "selection": "groups", "max_divergence": 0.3}
+    for name, low_memory in (("low", True), ("high", False)):
+        fuse_checkpoint(base, tmp_path / name, calibration=TEXTS, low_memory=low_memory, **SETTINGS, **settings)
     low, high = (load_file(tmp_path / name / "model.safetensors") for name in ("low", "high"))
     assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
     assert {file.name for file in tmp_path.iterdir()} == {"low", "high"}

@@ -25,6 +25,11 @@ FuseGroup = Callable[[int, list[LlamaDecoderLayer], Traces, Sequence[Tensor]], M
 """Weights of what a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
 
+_JUDGED = slice(
+    1, None, 2
+)  # tokens: half, as predictions take as long as the layers, and neighbours' say much the same
+
+
 class GroupCosts:
     """Costs of groups, and of sets of them, as divergences of predictions from the dense model's.
 
@@ -63,7 +68,7 @@ class GroupCosts:
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
         self._fitting, self._judging = [*roles.fitting, *roles.both], [*roles.both, *roles.judging]
-        self._dense = self._part(decoder.num_layers, self._judging)
+        self._dense = store.keep(state[:, _JUDGED] for state in self._part(decoder.num_layers, self._judging))
         self.tried: dict[tuple[Group, ...], float] = {}
         self.by_group = known or self._measured()
 
@@ -100,8 +105,10 @@ class GroupCosts:
         upwards = range(1, self._decoder.num_layers)
         bar = progress(upwards, desc="Costs of groups", unit="layer", leave=False)
         for last, layer in zip(bar, self._decoder.layers(upwards), strict=True):
+            tokens = _JUDGED if last == upwards[-1] else slice(None)
             for group, before in states.items():
-                states[group] = self._store.keep(self._decoder.run_layer(layer, state) for state in before)
+                after = (self._decoder.run_layer(layer, state) for state in before)
+                states[group] = self._store.keep(state[:, tokens] for state in after)
             if last == upwards[-1]:
                 break
             window[last] = layer, self._residuals(layer, self._part(last, self._fitting))
@@ -152,7 +159,7 @@ class GroupCosts:
                     window[number] = of_group, self._residuals(of_group, self._part(number, self._fitting))
                 layer = self._fused(first, by_first[first], window, fitted)
             fitted, judged = self._run(layer, fitted), self._run(layer, judged)
-        [cost] = divergences(self._decoder, self._dense, [judged])
+        [cost] = divergences(self._decoder, self._dense, [[state[:, _JUDGED] for state in judged]])
         self.tried[groups] = cost
         return cost
 
