@@ -47,6 +47,7 @@ _CHOSEN = {
     "groups": "the groups of layers whose fusion changes predictions least",
     "least_divergence": "the pair whose fusion changes predictions least",
 }
+_BYTES_TRAINED = 16  # of a parameter: itself, its gradient and two moments, in float32
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class FusionPlan:
                 f"  layers: {_change(self.layers_before, self.layers_after)}",
                 f"  pairs, layers numbered from 0 as in the base: {pairs}",
                 f"  parameters: {_change(self.parameters_before, self.parameters_after)}",
+                *([f"  healing: on {self.config.heal_tokens:,} tokens"] if self.config.heal_tokens else []),
                 f"  bytes on disk: {_change(self.bytes_before, self.bytes_after)}, as {str(self.dtype)[6:]}",
                 *(f"  calibration: {source}" for source in self.calibration),
                 f"  peak memory{where}, about: {_gib(self.memory)}; with low memory: {low_memory}",
@@ -349,6 +351,8 @@ class _Work:
             fit = 8 * self.candidates**2 + 2 * self.layer * size + (3 * size + 8) * self.candidates * hidden
             room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
             phases.append(fit + (states if states < room else 0))
+        if self.config.heal_tokens:  # and a copy to compute in
+            phases.append((_BYTES_TRAINED + 2) * self.parameters_after)
         return process + weights * size + max(phases)
 
     def seconds(self, device: torch.device) -> float:
@@ -368,6 +372,9 @@ class _Work:
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
         run = 2 * passes * self.layer + 6 * self.judging * self.table
+        run += config.heal_tokens * (
+            6 * self.parameters_after + 2 * self.parameters
+        )  # forwards and backwards; the base
         return 2 * run / speed + fits / single + self._matching()  # layers reach about half of the speed of a product
 
     def _matching(self) -> float:

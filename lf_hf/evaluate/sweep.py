@@ -115,6 +115,12 @@ def sweep(
             )
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
+    for config in configs:
+        if config.heal_tokens:
+            from lf_hf.healing.heal import check_can_heal
+
+            check_can_heal(opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens), config)
+            break  # the lowest level, which takes most
     identity = {
         "base": _fingerprint(opened),
         "dtype": str(opened.dtype).removeprefix("torch."),

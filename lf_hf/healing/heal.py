@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -29,10 +30,8 @@ from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import (
-    stacked,
-)
-from lf_hf.healing.text import Sequences, hub_texts
+from lf_hf.healing.teacher import stacked
+from lf_hf.healing.text import Sequences, given_text, hub_texts
 from lf_hf.healing.training import (
     DistillationTrainer,
     make_student,
@@ -42,9 +41,7 @@ from lf_hf.healing.training import (
 from lf_hf.model.modeling_fused_llama import FusedLlamaForCausalLM
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes
-from lf_hf.report.report import (
-    FusionReport,
-)
+from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Corpus, load_training_text
 
 logger = logging.get_logger(__name__)
@@ -140,6 +137,23 @@ def heal_loaded(model: FusedLlamaForCausalLM, base: Base, corpus: Corpus, config
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
+def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, config: FusionConfig) -> None:
+    """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
+    settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
+    given_text(tokenizer, corpus, settings, base.config.vocab_size)
+    fused = copy.deepcopy(base.config)
+    fused.num_hidden_layers -= config.num_fusions
+    with torch.device("meta"):
+        student = LlamaForCausalLM(fused)
+    with TemporaryDirectory() as work:
+        choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, None)
+
+
+def _limited(settings: HealSettings, config: PreTrainedConfig) -> HealSettings:
+    """Settings with sequences that are no longer than the model takes."""
+    return dataclasses.replace(settings, length=min(settings.length, config.max_position_embeddings))
+
+
 def _distilled(
     came_in: Fused,
     opened: Base,
@@ -152,8 +166,7 @@ def _distilled(
     """Train the model that came in, in place and in all processes; returns what its report is then."""
     start = time.monotonic()
     model = came_in.model
-    length = min(settings.length, model.config.max_position_embeddings)
-    settings = dataclasses.replace(settings, length=length)
+    settings = _limited(settings, model.config)
     arguments = training_arguments(settings, work, given)
     processes = Processes.of_launch()
     student = make_student(model, settings, came_in.fused_layers)

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM, TrainingArguments
 from transformers.utils import logging
 
@@ -22,6 +21,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
+from lf_hf.files.saving import only_writer
 from lf_hf.healing.memory import model_bytes, training_memory
 from lf_hf.healing.models import Fused, check_base
 from lf_hf.healing.settings import HealSettings
@@ -30,19 +30,16 @@ from lf_hf.healing.teacher import (
     Item,
     MemoryTeacher,
     Teacher,
+    are_written,
     read_targets,
     targets_folder,
     write_targets,
 )
 from lf_hf.healing.text import WRITTEN, Kind, healing_text, load_kinds, save_kinds, training_order
-from lf_hf.healing.training import (
-    set_batches,
-)
+from lf_hf.healing.training import set_batches
 from lf_hf.memory import free_memory
 from lf_hf.processes import Processes
-from lf_hf.report.report import (
-    CalibrationInfo,
-)
+from lf_hf.report.report import CalibrationInfo
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
@@ -144,6 +141,8 @@ def make_lesson(
         return _arranged(
             MemoryTeacher(llama), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
         )
+    if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
+        corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {
         "base": came_in.report.base_digest or digest(opened.content_files()),
         "text": digest_of(corpus),
@@ -179,9 +178,9 @@ def _write(
     arguments: TrainingArguments,
 ) -> None:
     """Write the base's predictions, unless they are there."""
-    if folder.is_dir():
-        return
-    with TemporaryDirectory() as scratch:
+    with only_writer(folder, wait=True), TemporaryDirectory() as scratch:
+        if are_written(folder):
+            return
         if way.in_memory:
             decoder: Decoder = ModelDecoder(_loaded_base(opened, came_in, arguments))
         else:
@@ -193,10 +192,8 @@ def _write(
                 device=arguments.device,
             )
             check_base(opened, came_in, decoder)
-            if corpus.generated_share and settings.written_share is None:  # each token would read all of the weights
-                corpus = dataclasses.replace(corpus, generated_share=0.0)
         kinds = _kinds(decoder, opened, came_in, corpus, settings, None)
-        write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature, note={})
+        write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature)
 
 
 def _kinds(
@@ -207,9 +204,8 @@ def _kinds(
         return load_kinds(file)
     tokenizer = opened.tokenizer()
 
-    def write(count: int, length: int, seed: int) -> list[Tensor]:
-        return decoder.generate(count, length, seed)
-
+    reads_all = decoder.bytes_read > 0  # of the weights, for each token
+    write = None if reads_all and not settings.written_share else decoder.generate
     kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
     for judging in judging_texts():
         packed = pack_tokens(tokenizer, judging.text, settings.length, came_in.judging_tokens)

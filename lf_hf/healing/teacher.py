@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,30 +82,28 @@ class WrittenItems(Sequence[Item]):
 
 
 @torch.no_grad()
-def write_targets(
-    decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_k: int, temperature: float, note: dict[str, Any]
-) -> None:
-    """Write sequences, and the most likely of the base's predictions of their tokens, into a new folder.
+def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_k: int, temperature: float) -> None:
+    """Write sequences, and the most likely of the base's predictions of their tokens, into a folder.
 
-    All layers of the base are used once for each 131,072 tokens, so it may lie on disk. The folder appears when it is
-    whole.
+    All layers of the base are used once for each 131,072 tokens, so it may lie on disk. The index comes last: without
+    it, what is there is what a killed process left, and is written again.
     """
-    new = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    new.mkdir(parents=True)
-    try:
-        sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
-        together = max(1, _TOGETHER // len(sequences[0]))
-        counts: list[int] = []
-        for start in range(0, len(sequences), together):
-            part = sequences[start : start + together]
-            save_file(_targets(decoder, part, top_k, temperature), new / _file_name(len(counts)))
-            counts.append(len(part))
-        of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
-        (new / _INDEX).write_text(json.dumps({"kinds": of_kinds, "counts": counts} | note), encoding="utf-8")
-        if not folder.exists():  # else another process was faster, with the same
-            new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+    together = max(1, _TOGETHER // len(sequences[0]))
+    counts: list[int] = []
+    for start in range(0, len(sequences), together):
+        part = sequences[start : start + together]
+        save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
+        counts.append(len(part))
+    of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
+    new = folder / f"{_INDEX}.new"
+    new.write_text(json.dumps({"kinds": of_kinds, "counts": counts}), encoding="utf-8")
+    new.replace(folder / _INDEX)
+
+
+def are_written(folder: Path) -> bool:
+    """Whether `write_targets` has written all of a folder."""
+    return (folder / _INDEX).is_file()
 
 
 def read_targets(folder: Path) -> tuple[WrittenItems, list[tuple[str, int, int]]]:

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
-from lf_hf.text.calibration import Corpus
-from lf_hf.text.packing import check_ids, pack_parts
+from lf_hf.text.calibration import Corpus, load_corpus
+from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
 HELD_OUT = 4
 """Sequences of a kind of text that are kept aside at most, to see how far the healed model is from the base."""
@@ -39,13 +39,12 @@ class Kind:
     held_out: list[Tensor]
 
 
-def healing_text(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int, write: Write
+def given_text(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int
 ) -> list[Kind]:
     """Sequences of `settings.length` tokens of each kind of text, as many as are trained on, or as there are.
 
-    Text is taken evenly from its beginning to its end, and the base writes the share that the settings, or else the
-    corpus, ask for.
+    Text is taken evenly from its beginning to its end, and what the base writes has no part in it.
 
     Raises
     ------
@@ -53,25 +52,49 @@ def healing_text(
         If the text fills fewer than two sequences, or has ids that the model does not have.
     """
     length = settings.length
-    share = corpus.generated_share if settings.written_share is None else settings.written_share
-    budget = settings.steps * settings.batch
-    wanted = int(budget * share)
-    aside = HELD_OUT * len(corpus.parts)
-    parts = pack_parts(tokenizer, corpus, length, (budget - wanted + aside) * length)
+    of_text = settings.sequences - settings.written_sequences(corpus.generated_share)
+    parts = pack_parts(tokenizer, corpus, length, (of_text + HELD_OUT * len(corpus.parts)) * length)
     kinds = [
         _split(name, [sequence for sequence in part if len(sequence) == length])
         for name, part in zip(corpus.names, parts, strict=True)
     ]
-    there = sum(len(kind.training) for kind in kinds)
-    if not there:
+    if not any(kind.training for kind in kinds):
         tokens = sum(len(sequence) for part in parts for sequence in part)
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
             f"length={length}; give more text."
         )
     check_ids(max(int(sequence.max()) for part in parts for sequence in part), vocab_size)
-    count = min(wanted, round(there * share / (1 - share)))  # short text keeps its share
-    if count or len([kind for kind in kinds if kind.held_out]) < 2:
+    return kinds
+
+
+def healing_text(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int, write: Write | None
+) -> list[Kind]:
+    """The text of a healing: `given_text`, and the share that the settings, or else the corpus, leave to the base.
+
+    There are two kinds of held-out text at least: where one was given, and the base writes none, some of the text that
+    comes with this package is kept aside too.
+
+    Raises
+    ------
+    ValueError
+        If the text fills fewer than two sequences, or has ids that the model does not have.
+    """
+    length = settings.length
+    kinds = given_text(tokenizer, corpus, settings, vocab_size)
+    there = sum(len(kind.training) for kind in kinds)
+    share = settings.share_written(corpus.generated_share)
+    # Short text keeps its share.
+    count = min(settings.written_sequences(corpus.generated_share), round(there * share / (1 - share)))
+    lacks_kind = len([kind for kind in kinds if kind.held_out]) < 2
+    if write is None:
+        if lacks_kind:
+            bundled = load_corpus()
+            sequences = pack_tokens(tokenizer, bundled.parts[0], length, HELD_OUT * length)
+            aside = [sequence for sequence in sequences if len(sequence) == length]
+            kinds.append(Kind(f"{bundled.names[0]}, for comparison", [], aside))
+    elif count or lacks_kind:
         written = []
         for start in range(0, count + HELD_OUT, _WRITTEN_TOGETHER):
             together = min(_WRITTEN_TOGETHER, count + HELD_OUT - start)

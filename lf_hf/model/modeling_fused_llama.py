@@ -175,7 +175,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         config.check_num_layers(base.config.num_hidden_layers)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
+        to_heal = None
+        if config.heal_tokens:
+            from lf_hf.healing.heal import check_can_heal  # imports transformers' Trainer, which takes seconds
+
+            to_heal = load_training_text(calibration, config.heal_tokens)
+            check_can_heal(base, tokenizer, to_heal, config)
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
         # Where each process spreads its model over several devices, its states are not on its own one.
         processes = ALONE if is_spread(base.loading.get("device_map")) else Processes.of_launch()
@@ -201,7 +206,7 @@ class FusedLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         )
         model = cls.adopt(llama, report, inputs.tokenizer)
         if inputs.to_heal is not None:
-            from lf_hf.healing.heal import heal_loaded  # imports transformers' Trainer, which takes seconds
+            from lf_hf.healing.heal import heal_loaded
 
             heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
         return model

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
+from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import training
@@ -168,9 +169,12 @@ def test_predictions_on_disk_teach_what_the_base_in_memory_teaches(
     apart = sum((found[name] - wanted[name]).norm() ** 2 for name in wanted) ** 0.5
     moved = sum((before[name] - wanted[name]).norm() ** 2 for name in wanted) ** 0.5
     assert apart < 0.02 * moved
+    [index] = (tmp_path / "cache").glob("*/text.json")
+    index.unlink()  # as where a process was killed while it wrote
+    lf_hf.heal(fused, tmp_path / "once more", **arguments)
     monkeypatch.delattr(Base, "load")
     lf_hf.heal(fused, tmp_path / "again", **arguments)
-    assert same_bits(tmp_path / "again", tmp_path / "out")
+    assert all(same_bits(tmp_path / name, tmp_path / "out") for name in ("once more", "again"))
 
 
 def test_a_base_that_does_not_fit_is_read_from_disk(
@@ -178,6 +182,7 @@ def test_a_base_that_does_not_fit_is_read_from_disk(
 ) -> None:
     monkeypatch.setattr(module, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
+    monkeypatch.delattr(Decoder, "generate")  # which would read all of it for each token
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
     assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
 
@@ -325,6 +330,13 @@ def test_it_heals_while_loading_and_keeps_the_result(
         FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"heal_tokens": 10})
     with pytest.raises(ValueError, match="heal_tokens=2048 cannot be used with low_memory=True"):
         lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
+    with monkeypatch.context() as patch:  # before anything is loaded
+        patch.delattr(Base, "load")
+        with pytest.raises(ValueError, match=r"has only .* tokens, which do not fill two sequences"):
+            FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments | {"calibration": TEXTS[:2]})
+        patch.setattr("lf_hf.healing.lesson.free_memory", lambda device: 1 << 20)
+        with pytest.raises(ValueError, match="GB are free, but training takes"):
+            FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
     assert model.fusion_report is not None and model.fusion_report.healed is not None
     assert model.fusion_report.healed.kept > 0 and model.fusion_report.config["heal_tokens"] == 16384

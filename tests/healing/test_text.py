@@ -48,6 +48,14 @@ def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:
     ]
 
 
+def test_a_base_that_writes_nothing_is_judged_on_text_that_comes_with_the_package() -> None:
+    kinds = healing_text(make_tokenizer(), Corpus(["\n".join(make_texts(400))], "a text", 0.25), SETTINGS, 320, None)
+    assert [(kind.name == "a text", bool(kind.training), len(kind.held_out)) for kind in kinds] == [
+        (True, True, HELD_OUT),
+        (False, False, HELD_OUT),
+    ]
+
+
 def test_every_sequence_is_used_before_any_is_used_again() -> None:
     order = training_order(10, 25, seed=1)
     assert sorted(Counter(order[:20]).values()) == [2] * 10 and sorted(order[:10]) == list(range(10))
