@@ -133,12 +133,13 @@ class Ways:
     @torch.inference_mode()
     def linear_map(self, model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
-        decoder, sequences = ModelDecoder(model), self.sequences
-        states = [decoder.embed(sequences), *(list(states) for states in decoder.walk(sequences))]
+        decoder = ModelDecoder(model)
+        batches = decoder.batches(self.sequences)
+        states = [decoder.embed(batches), *(list(states) for states in decoder.walk(batches))]
 
         def distance(start: int) -> float:  # between the states before and after the run that starts there
             return statistics.mean(
-                1 - float(torch.cosine_similarity(a[0, 1:].float(), b[0, 1:].float(), dim=-1).mean())
+                1 - float(torch.cosine_similarity(a[:, 1:].float(), b[:, 1:].float(), dim=-1).mean())
                 for a, b in zip(states[start], states[start + count], strict=True)
             )
 
@@ -148,7 +149,8 @@ class Ways:
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = after_attention(decoder, layer, before)
                 written = layer.mlp(layer.post_attention_layernorm(residual))
-                regression.add(written[0], (target - residual)[0], token_weights(decoder, target))
+                wanted = (target - residual).flatten(0, 1)
+                regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
             down = layer.mlp.down_proj.weight
             decoder.replace(start - 1, {"mlp.down_proj.weight": (through @ down.float()).to(down.dtype)})
@@ -163,7 +165,7 @@ class Ways:
         What is kept has the highest ridge leverage, and down_proj makes good for the rest. A layer is in one pair.
         """
         decoder = ModelDecoder(model)
-        states = decoder.embed(self.sequences)
+        states = decoder.embed(decoder.batches(self.sequences))
         angles = Boundaries(decoder, states, StateStore()).influences  # between the inputs of layers i and i + 1
         chosen = cheapest_sets({(i, i + 1): angle for i, angle in enumerate(angles[:-1])}, count, count=1)
         if not chosen:
