@@ -200,8 +200,7 @@ def cost_curve(report: FusionReport) -> Figure:
     if report.budget is not None and report.budget.name == "max_divergence":
         axis.axhline(report.budget.allowed, color=COLORS[1], linewidth=0.8, linestyle="dashed", label="budget")
     axis.axvline(len(report.steps), color="black", linewidth=0.8, linestyle="dotted")
-    axis.set(xlabel="layers fewer (dotted: what was fused)", ylabel="nats a token", yscale="log")
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set(xlabel="layers fewer (dotted: what was fused)", ylabel="nats a token", ylim=(0, None))
     axis.grid(alpha=0.25)
     _whole_ticks(axis.xaxis)
     legend_above(axis)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
-from lf_hf.config import FusionConfig
+from lf_hf.config import LEVELS, FusionConfig
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
@@ -442,6 +442,11 @@ class FusionReport:
             kept = _are_counts(fitted.channels_kept, len(fitted.layers))
             checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
         checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        for cost in self.group_costs:
+            name = f"group_costs has a group of layers {cost.first} to {cost.last}, which are not there"
+            checks[name] = not 0 <= cost.first < cost.last < layers
+        if self.budget is not None:
+            checks[f"budget limits {self.budget.name!r}, which is no figure"] = self.budget.name not in LEVELS[1:]
         if self.healed is not None:
             checks["healed has no train among its settings"] = "train" not in self.healed.settings
         perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
