@@ -56,7 +56,7 @@ from lf_hf.text.calibration import Calibration, Corpus
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
-_TRIALS = 12  # sets of groups that are tried out whole
+_TRIALS = 6  # sets of groups that are tried out whole
 GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
 JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge groups, and the tokens of each
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
