@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lf_hf.config import FusionConfig
+from lf_hf.config import LONGEST_GROUP, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
@@ -30,7 +30,16 @@ from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
-from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
+from lf_hf.pipeline import (
+    GROUP_TOKENS,
+    JUDGING_LENGTH,
+    JUDGING_PIECES,
+    STEP_TOKENS,
+    cheapest_levels,
+    check_model,
+    start,
+    state_copies,
+)
 from lf_hf.processes import Processes
 from lf_hf.progress import duration
 from lf_hf.refit.group import num_candidates
@@ -371,7 +380,14 @@ class _Work:
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
-        run = 2 * passes * self.layer + 6 * self.judging * self.table
+        groups = (LONGEST_GROUP - 1) * layers if config.selection == "groups" else 0
+        judged = groups * JUDGING_PIECES * JUDGING_LENGTH  # each group, half of it through the head
+        passes += judged * layers / 2
+        if config.fits:  # of 3.5 layers as they come, and of as many channels as are kept
+            mlp, hidden, tokens = self.llama.intermediate_size, self.llama.hidden_size, min(self.text, GROUP_TOKENS)
+            passes += groups * 3.5 * tokens
+            fits += groups * (2 * tokens * mlp * (mlp + hidden) + 4 * mlp**3)
+        run = 2 * passes * self.layer + (6 * self.judging + judged) * self.table
         run += config.heal_tokens * (
             6 * self.parameters_after + 2 * self.parameters
         )  # forwards and backwards; the base
