@@ -285,7 +285,8 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
     """Sequences that candidates are fitted to, and beginnings of others that judge them, from all over the text.
 
     So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
-    single sequence is for both.
+    single sequence is for both. Every other beginning is half as long and there twice: only the heads that look up what
+    followed before predict the second time, and no other text shows as clearly where they are lost.
     """
     ends = np.cumsum([len(sequence) for sequence in text])
     points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
@@ -293,7 +294,9 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
     if len(chosen) > len(text) // 2:
         chosen = set(range(1, len(text), 2)) or {0}
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    return _beginning(rest or text, GROUP_TOKENS), [text[number][:JUDGING_LENGTH] for number in sorted(chosen)]
+    pieces = [text[number][:JUDGING_LENGTH] for number in sorted(chosen)]
+    pieces[1::2] = [torch.cat([piece[: JUDGING_LENGTH // 2]] * 2) for piece in pieces[1::2]]
+    return _beginning(rest or text, GROUP_TOKENS), pieces
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, fuse_pairs, start
+from lf_hf.pipeline import fuse, fuse_pairs, start, text_for_groups
 from lf_hf.refit.group_costs import cheapest_sets, moved, removed
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -93,3 +93,21 @@ def test_a_table_is_measured_once() -> None:
     assert len(tables) == 3 and all(other is table for other in tables)
     assert planned[0] == planned[1] and removed(planned[2]) == 3
     assert set(table) == {(i, j) for i in range(1, 6) for j in range(i + 1, 6)}
+
+
+@pytest.mark.parametrize("lengths", [[512] * 40, [128] * 90 + [512] * 20, [64] * 3, [40]])
+def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
+    text = [torch.full((length,), number) for number, length in enumerate(lengths)]
+    fitting, judging = text_for_groups(text)
+    fitted, judged = ({int(sequence[0]) for sequence in of_role} for of_role in (fitting, judging))
+    assert fitted and judged and (not fitted & judged or len(text) == 1)
+    assert sum(map(len, fitting)) <= 4096 and sum(map(len, judging)) <= 2048
+    ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
+    assert ends[-1] > 0.9 and ends[0] < 0.5 or len(text) < 4
+
+
+def test_groups_are_judged_on_what_comes_twice_too() -> None:
+    text = [torch.arange(512) + 1000 * number for number in range(40)]
+    _, judging = text_for_groups(text)
+    twice = [len(set(piece.tolist())) * 2 == len(piece) for piece in judging]
+    assert twice == [bool(number % 2) for number in range(16)]
