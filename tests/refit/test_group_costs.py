@@ -103,7 +103,7 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     assert fitted and judged and (not fitted & judged or len(text) == 1)
     assert sum(map(len, fitting)) <= 4096 and sum(map(len, judging)) <= 2048
     ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
-    assert ends[-1] > 0.9 and ends[0] < 0.5 or len(text) < 4
+    assert (ends[-1] > 0.9 and ends[0] < 0.5) or len(text) < 4
 
 
 def test_groups_are_judged_on_what_comes_twice_too() -> None:
