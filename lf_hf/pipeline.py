@@ -151,8 +151,7 @@ class Fusion:
 
     def try_pair(self, i: int, states: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Weights of a pair that may never be fused."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Layers .* have no similarity")
+        with _without_similarity_warnings():
             return self.fuse_pair(i, states, quick=True).weights
 
     def try_group(
@@ -164,7 +163,9 @@ class Fusion:
             for number, layer in enumerate(layers[1:], first + 1):
                 if self.config.merge == "average":
                     other = dict(layer.named_parameters())
-                    weights |= self.averaged(weights, other, self.ratio(first, number))[0]
+                    with _without_similarity_warnings():
+                        ratio = self.ratio(first, number)
+                    weights |= self.averaged(weights, other, ratio)[0]
             if not self.config.fits:
                 return weights
             layers = [build_layer(self.decoder, weights)]
@@ -216,6 +217,14 @@ class Fusion:
         self.changed = i
         if self.boundaries is not None and not (self.planned and self.config.remakes):
             self.boundaries.update(i)
+
+
+@contextmanager
+def _without_similarity_warnings() -> Iterator[None]:
+    """Without what is said of layers that are fused, where they may never be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layers .* have no similarity")
+        yield
 
 
 @dataclass(frozen=True)
