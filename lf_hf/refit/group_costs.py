@@ -133,10 +133,11 @@ class GroupCosts:
         states: Sequence[Tensor] | None = None,
     ) -> LlamaDecoderLayer:
         """The layer that a group becomes, for `states` before it; by default the dense model's."""
-        numbers = range(first, last + 1)
-        inputs = [self._part(number, self._fitting) for number in (*numbers, last + 1)]
-        traces = Traces(list(inputs[:-1]), [window[number][1] for number in numbers], inputs[-1])
-        layers = [window[number][0] for number in numbers]
+        layers = [window[number][0] for number in range(first, last + 1)]
+        store, start = self._store, layers[0]  # where all states come together
+        inputs = [on_device(self._part(number, self._fitting), start, store) for number in range(first, last + 2)]
+        residuals = [on_device(window[number][1], start, store) for number in range(first, last + 1)]
+        traces = Traces(inputs[:-1], residuals, inputs[-1])
         weights = self._fuse(first, layers, traces, traces.inputs[0] if states is None else states)
         return build_layer(self._decoder, weights)
 
