@@ -24,7 +24,7 @@ from rich.table import Table
 import lf_hf
 from lf_hf import fuse_checkpoint, tasks_path
 from lf_hf.checked_json import parse_json
-from lf_hf.config import CHOICES, FusionConfig
+from lf_hf.config import CHOICES, LEVELS, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
 from lf_hf.files.weights import weights_size
 from lf_hf.healing.settings import TRAIN, HealSettings
@@ -53,6 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_BAR = 30  # characters of the longest bar
 _WIDTH = 160  # columns of a table that goes to a file
 _TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -143,7 +144,7 @@ def _setting_options(
     # The settings read numbers themselves, and say better what is wrong with one.
     metavars = {"int": "INTEGER", "float": "FLOAT", "float | None": "FLOAT"}
     metavars |= {name: "|".join(choices) for name, choices in (CHOICES | {"train": TRAIN}).items()}
-    absent = {"written_share": "from the text", "learning_rate": "from --train"}
+    absent = {"written_share": "from the text", "learning_rate": "from --train"} | dict.fromkeys(LEVELS, "none")
     options = []
     for field in dataclasses.fields(settings):
         if field.name in leave_out:
@@ -195,7 +196,9 @@ def fuse(
     num_fusions: Annotated[
         str | None,
         typer.Option(
-            metavar="INTEGER", help="How many pairs of layers to fuse, one after the other; or give --target-layers."
+            metavar="INTEGER",
+            help="How many pairs of layers to fuse; or give --target-layers, --max-divergence or "
+            "--max-perplexity-ratio.",
         ),
     ] = None,
     target_layers: Annotated[int | None, typer.Option(help="How many layers to leave.")] = None,
@@ -227,13 +230,16 @@ def fuse(
     token is the same.
     """
     hub = _given(gguf_file=gguf_file, revision=revision)
-    if (num_fusions is None) == (target_layers is None):
-        raise typer.BadParameter("give either --num-fusions or --target-layers.")
+    budgets = [settings.get(name) for name in LEVELS]
+    if sum(level is not None for level in (num_fusions, target_layers, *budgets)) != 1:
+        raise typer.BadParameter(
+            "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
+        )
     if target_layers is not None:
         num_fusions = str(_num_fusions(Base.open(base, hub), target_layers))
     with _usage_errors():
         checked_dtype(dtype)
-        config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
+        config = FusionConfig.from_kwargs(**settings | _given(num_fusions=num_fusions))
     loading = hub | _given(dtype=dtype, device_map=device)
     from lf_hf.plan import check_disk, plan_fusion
 
@@ -251,6 +257,54 @@ def fuse(
         return
     before, after = weights_size(base, hub), weights_size(out, {})
     _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
+
+
+@app.command(
+    epilog=_examples(
+        "plan path/to/model --calibration my_text.txt",
+        "plan path/to/Meta-Llama-3-8B --low-memory --device cuda",
+    )
+)
+@_setting_options(FusionConfig, leave_out=[*LEVELS, "selection", "perplexity_tokens", "heal_tokens"])
+def plan(
+    base: BaseName,
+    *,
+    settings: dict[str, Any],
+    calibration: CalibrationFile = None,
+    gguf_file: GgufFile = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Hold a group of layers in memory instead of the model.")
+    ] = False,
+) -> None:
+    """Measure what groups of layers of BASE would cost as one layer each, and draw the curve. Writes nothing.
+
+    For each number of layers fewer: the groups that cost least together, each as its first and last layer, and how far
+    they are expected to move the predictions of the next token from BASE's, in nats a token. The method is refit if
+    none is given. What a fusion costs as a whole is measured by `lf-hf fuse --max-divergence`.
+    """
+    with _usage_errors():
+        checked_dtype(dtype)
+        FusionConfig.from_kwargs(**settings, num_fusions=1)
+    from lf_hf.plan import cost_curve
+
+    loading = _given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device)
+    levels = cost_curve(base, low_memory=low_memory, calibration=calibration, settings=settings, **loading)
+    if rank():  # of a launch: the first one speaks
+        return
+    longest = max(level.divergence for level in levels)
+    rows = [
+        [
+            str(level.num_fusions),
+            f"{level.divergence:.3f}",
+            "#" * round(_BAR * level.divergence / longest),
+            ", ".join(f"{first}-{last}" for first, last in level.groups),
+        ]
+        for level in levels
+    ]
+    _print(_table(base, ["layers fewer", "nats a token", "", "groups of layers"], rows, left=(2, 3)))
 
 
 def _num_fusions(base: Base, target_layers: int) -> int:
@@ -380,7 +434,7 @@ def heal(
         "sweep path/to/model results --num-fusions 1,4 --methods mka,truncate --tasks mmlu_sample --limit 1",
     )
 )
-@_setting_options(FusionConfig, leave_out=["num_fusions", "method"])
+@_setting_options(FusionConfig, leave_out=[*LEVELS, "method"])
 def sweep(
     base: BaseName,
     out: Annotated[
@@ -527,10 +581,12 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(
+    title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = frozenset([0])
+) -> Table:
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="left" if number in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -24,9 +24,12 @@ METHODS: dict[str, dict[str, str]] = {
 }
 """What each preset sets. A field that the user gives overrides its preset."""
 
+LONGEST_GROUP = 6
+"""Layers that selection="groups" makes one, at most."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "selection": ("last", "least_influence", "least_divergence"),
+    "selection": ("last", "least_influence", "least_divergence", "groups"),
     "alignment": ("none", "rows", "neurons"),
     "merge": ("average", "keep_first", "select"),
     "refit": ("none", "down_proj", "projections"),
@@ -65,7 +68,11 @@ _FLOAT_RANGE = {
     "kernel_alpha": (-math.inf, math.inf),
     "ratio_beta": (-math.inf, math.inf),
     "ridge": (0.0, math.inf),
+    "max_divergence": (0.0, math.inf),
+    "max_perplexity_ratio": (1.0, math.inf),
 }
+LEVELS = ("num_fusions", "max_divergence", "max_perplexity_ratio")
+"""Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,20 @@ class FusionConfig:
     ----------
     num_fusions : int
         How many times two layers become one: 1 to L - 1 for a model of L layers, to L - 3 unless
-        selection="last".
+        selection="last". One of this and the next two is given.
+    max_divergence : float > 0
+        Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in nats a
+        token. It is measured on an eighth of the calibration text, which nothing is fitted to then.
+    max_perplexity_ratio : float > 1
+        Fuse as many as keep the perplexity of that text within this many times the dense model's.
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
-    selection : {"last", "least_influence", "least_divergence"}, default from `method`
+    selection : {"last", "least_influence", "least_divergence", "groups"}, default from `method`
         Which pair each step fuses. "last": the last two layers of the model. "least_influence":
         the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
-        whose fusion, tried on calibration text, moves the model's predictions least. In the latter two the
-        first and the last layer stay.
+        whose fusion, tried on calibration text, moves the model's predictions least. "groups": those groups of
+        two to six layers that, each made one layer, move them least together. In the latter three the first and the
+        last layer stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so
@@ -136,7 +149,7 @@ class FusionConfig:
         If a value has the wrong type, is out of range, or is no known choice.
     """
 
-    num_fusions: int
+    num_fusions: int = None  # type: ignore[assignment]  # None where a budget is given
     method: str = "neural_alignment"
     selection: str = None  # type: ignore[assignment]  # filled from `method` in __post_init__
     alignment: str = None  # type: ignore[assignment]
@@ -157,8 +170,14 @@ class FusionConfig:
     perplexity_tokens: int = 4000
     heal_tokens: int = 0
     seed: int = 0
+    max_divergence: float | None = None
+    max_perplexity_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        given = [name for name in LEVELS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"{name}={getattr(self, name)!r:.80}" for name in given) or "none of them"
+            raise ValueError(f"Give one of {', '.join(LEVELS)}, which say how many layers to fuse; got {found}.")
         _check_choice("method", self.method)
         for name, preset in METHODS[self.method].items():
             if getattr(self, name) is None:
@@ -166,12 +185,16 @@ class FusionConfig:
             _check_choice(name, getattr(self, name))
         for name, minimum in _INT_MINIMUM.items():
             value = getattr(self, name)
+            if name in LEVELS and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
             if operator.index(value) > _INT_MAXIMUM:
                 raise ValueError(f"{name} must be at most {_INT_MAXIMUM}, got {value!r:.80}.")
             object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
+            if name in LEVELS and getattr(self, name) is None:
+                continue
             number = _finite(getattr(self, name))
             if number is None:
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r:.80}.")
@@ -197,7 +220,12 @@ class FusionConfig:
     @property
     def needs_text(self) -> bool:
         """Whether any step runs calibration text through the layers: for influence, selection or refit."""
-        return self.selection != "last" or self.fits
+        return self.selection != "last" or self.fits or self.within_budget
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether a budget says how many layers are fused."""
+        return self.num_fusions is None
 
     @property
     def fits(self) -> bool:
@@ -216,7 +244,7 @@ class FusionConfig:
 
     def in_effect(self) -> dict[str, Any]:
         """The fields that this fusion depends on, JSON-ready."""
-        without: set[str] = set()
+        without = {name for name in LEVELS if getattr(self, name) is None}
         if not self.needs_similarity:
             without |= _SIMILARITY_FIELDS
         if not self.needs_text:
@@ -234,17 +262,24 @@ class FusionConfig:
         """How many samples stages 2 and 3 need at least."""
         return max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
 
-    def check_num_layers(self, num_hidden_layers: int) -> None:
-        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`."""
+    def most_fusions(self, num_hidden_layers: int) -> int:
+        """How many fusions a model of `num_hidden_layers` layers allows; below 1 where it allows none."""
         left = 1 if self.selection == "last" else 3  # with the first and the last layer kept, three stay
-        if num_hidden_layers <= left:
+        if self.selection == "groups":
+            left = max(left, 2 + math.ceil((num_hidden_layers - 2) / LONGEST_GROUP))
+        return num_hidden_layers - left
+
+    def check_num_layers(self, num_hidden_layers: int) -> None:
+        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""
+        most = self.most_fusions(num_hidden_layers)
+        if most < 1:
             raise ValueError(
                 f"The model has {num_hidden_layers} layers; fusing with selection={self.selection!r} needs at least "
-                f"{left + 1}."
+                f"{num_hidden_layers - most + 1}."
             )
-        if self.num_fusions > num_hidden_layers - left:
+        if not self.within_budget and self.num_fusions > most:
             raise ValueError(
-                f"num_fusions must be 1 to {num_hidden_layers - left} for a model of {num_hidden_layers} layers and "
+                f"num_fusions must be 1 to {most} for a model of {num_hidden_layers} layers and "
                 f"selection={self.selection!r}, got {self.num_fusions}."
             )
 
@@ -278,8 +313,6 @@ class FusionConfig:
         for name in kwargs:
             if name not in cls.field_names():
                 raise ValueError(unknown_name("fusion setting", name, cls.field_names()))
-        if "num_fusions" not in kwargs:
-            raise ValueError("num_fusions is required: the number of times that two layers become one.")
         return cls(**{name: _parse(name, value) for name, value in kwargs.items()})
 
 

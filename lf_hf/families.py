@@ -387,14 +387,21 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
     if config.merge != "average":
         return
     kinds = family_of(model_config).config_kinds(model_config)
+    differ = " and ".join(kinds[0])
+    if any(kind != kinds[0] for kind in kinds) and (config.within_budget or config.selection == "groups"):
+        raise ValueError(
+            f"Only layers of one kind are averaged, and this model's differ in {differ}: for averages give "
+            "num_fusions and another selection than 'groups', or use method='refit' or 'truncate', which take "
+            "attention from one layer."
+        )
     if config.selection == "last":
         from_top = [kind == kinds[-1] for kind in reversed(kinds)]
         most = len(list(takewhile(bool, from_top))) - 1
     else:
         most = sum(above == below for below, above in pairwise(kinds[1:-1]))
-    if config.num_fusions > most:
+    if not config.within_budget and config.num_fusions > most:
         raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: "
+            f"Only layers of one kind are averaged, and this model's differ in {differ}: "
             f"selection={config.selection!r} allows {most} fusions of it, not {config.num_fusions}; use method='refit' "
             "or 'truncate', which take attention from one layer."
         )

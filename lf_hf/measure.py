@@ -38,6 +38,8 @@ WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are 
 # Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
 _FUSING_FIELDS = (
     "num_fusions",
+    "max_divergence",
+    "max_perplexity_ratio",
     "method",
     "selection",
     "alignment",
@@ -93,6 +95,8 @@ class Measurements:
         How the model goes on from each of `PROMPTS`; empty where no tokens were asked for, or it would take long.
     base_digest : str or None
         `lf_hf.numerics.weights_digest` of the model.
+    group_costs : dict
+        Costs of groups of layers, by the settings that they depend on; what a fusion measures is added.
     seconds : dict of float
     notes : list of str
     """
@@ -109,6 +113,7 @@ class Measurements:
     offline_text: bool = False
     of_text: CalibrationInfo | None = None
     continuations: list[str] = field(default_factory=list)
+    group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
 

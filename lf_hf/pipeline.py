@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.config import FusionConfig
+from lf_hf.config import LEVELS, LONGEST_GROUP, FusionConfig
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer, Kind, Weights, check_layers
+from lf_hf.decoder.predictions import batched, final_states, predictions
+from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
@@ -34,26 +36,44 @@ from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.refit.group_costs import Group, GroupCosts, cheapest_sets
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import trace
-from lf_hf.report.report import FittedLayer, FusionReport, FusionStep, PerplexityInfo, RowMatch
+from lf_hf.refit.traces import Traces, trace
+from lf_hf.report.report import (
+    BudgetInfo,
+    BudgetTrial,
+    FittedLayer,
+    FusionReport,
+    FusionStep,
+    GroupCost,
+    PerplexityInfo,
+    RowMatch,
+)
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
 
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
+_TRIALS = 6  # sets of groups that are tried out whole
+GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
+JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge groups, and the tokens of each
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
 def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
     with fusion.clock(_STEPS):
+        if fusion.table is not None and not fusion.planned:
+            fusion.planned = fusion.table.best(num_fusions, trials=_TRIALS)
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            pair = fusion.fuse_pair(i, fusion.before(i), quick=fusion.config.remakes)
+            if fusion.planned and fusion.config.remakes:
+                pair = _FusedPair({}, {}, {}, 1.0, {}, None)  # the last pass makes each group at once
+            else:
+                pair = fusion.fuse_pair(i, fusion.before(i), quick=fusion.config.remakes)
             fusion.steps.append(fusion.report_step(i, pair, cost))
             fusion.decoder.replace(i, pair.changed, pair.kind)
             fusion.decoder.remove(i + 1)
@@ -80,6 +100,8 @@ class Fusion:
     influences: list[float] = field(default_factory=list)
     steps: list[FusionStep] = field(default_factory=list)
     costs: PairCosts | None = None
+    table: GroupCosts | None = None
+    planned: list[Group] = field(default_factory=list)  # that become one layer each
     changed: int | None = None  # the layer that was fused since the costs were measured
 
     def choose(self) -> tuple[int, float | None]:
@@ -90,6 +112,11 @@ class Fusion:
                 self.changed = None
             j = self._cheapest(self.costs.by_layer)
             return j - 1, self.costs.by_layer[j]
+        if self.planned:
+            ends = dict(self.planned)
+            i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
+            assert self.table is not None
+            return i, self.table.by_group[self.groups[i][0], self.groups[i + 1][-1]]
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
             return self._cheapest(self.boundaries.influences) - 1, None
@@ -113,9 +140,7 @@ class Fusion:
 
         `quick` is a rough fit: good enough to compare pairs, and where the last pass makes the layer again.
         """
-        config, ratio = self.config, 1.0
-        if self.similarity is not None:
-            ratio = fusion_ratio(self.similarity, self.groups[i][0], self.groups[i + 1][0], config.ratio_beta)
+        config, ratio = self.config, self.ratio(self.groups[i][0], self.groups[i + 1][0])
         with ExitStack() as stack:
             pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
             traces = trace(self.decoder, pair, states if config.fits else [], self.store)
@@ -123,17 +148,7 @@ class Fusion:
             kind = self.decoder.family.layer_kind(pair[0])
             changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
             if config.merge == "average":
-                changed, matches = average_layers(
-                    first,
-                    second,
-                    ratio=ratio,
-                    alignment=config.alignment,
-                    head_dim=pair[0].self_attn.head_dim,
-                    symmetry=self.decoder.family.symmetry,
-                    processes=self.decoder.processes,
-                )
-                for tensor in changed.values():  # in case machines round differently
-                    self.decoder.processes.given_by_first(tensor)
+                changed, matches = self.averaged(first, second, ratio)
             weights = first | changed
             if not config.fits:
                 return _FusedPair(changed, weights, kind, ratio, matches, None)
@@ -147,14 +162,52 @@ class Fusion:
 
     def try_pair(self, i: int, states: Sequence[Tensor]) -> DecoderLayer:
         """The layer that a pair would become which may never be fused."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Layers .* have no similarity")
+        with _without_similarity_warnings():
             pair = self.fuse_pair(i, states, quick=True)
         return build_layer(self.decoder, pair.weights, pair.kind)
 
+    def try_group(
+        self, first: int, layers: list[DecoderLayer], traces: Traces, states: Sequence[Tensor]
+    ) -> DecoderLayer:
+        """The layer that a group of layers of the dense model would become which may never be fused."""
+        config, kind = self.config, self.decoder.family.layer_kind(layers[0])
+        if config.merge != "select":
+            weights = layer_weights(self.decoder, layers[0])
+            for number, layer in enumerate(layers[1:], first + 1):
+                if config.merge == "average":
+                    with _without_similarity_warnings():
+                        ratio = self.ratio(first, number)
+                    weights |= self.averaged(weights, layer_weights(self.decoder, layer), ratio)[0]
+            layers = [build_layer(self.decoder, weights, kind)]
+            if not config.fits:
+                return layers[0]
+        fit = fit_group(
+            self.decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=True
+        )
+        return build_layer(self.decoder, fit.weights, fit.kind)
+
+    def ratio(self, i: int, j: int) -> float:
+        """The share of layer i in its fusion with layer j, by their numbers in the dense model."""
+        return 1.0 if self.similarity is None else fusion_ratio(self.similarity, i, j, self.config.ratio_beta)
+
+    def averaged(self, first: Weights, second: Weights, ratio: float) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+        """What two layers' weights become, and how they were matched."""
+        changed, matches = average_layers(
+            first,
+            second,
+            ratio=ratio,
+            alignment=self.config.alignment,
+            head_dim=head_dim(self.decoder.config),
+            symmetry=self.decoder.family.symmetry,
+            processes=self.decoder.processes,
+        )
+        for tensor in changed.values():  # in case machines round differently
+            self.decoder.processes.given_by_first(tensor)
+        return changed, matches
+
     def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
         """What is reported of the fusion of layers i and i + 1."""
-        chosen_on_text = self.boundaries is not None and self.config.selection != "last"
+        chosen_on_text = self.boundaries is not None and self.config.selection not in ("last", "groups")
         return FusionStep(
             layers_i=self.groups[i],
             layers_j=self.groups[i + 1],
@@ -173,8 +226,16 @@ class Fusion:
         """Layers i and i + 1 have become layer i."""
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
         self.changed = i
-        if self.boundaries is not None:
+        if self.boundaries is not None and not (self.planned and self.config.remakes):
             self.boundaries.update(i)
+
+
+@contextmanager
+def _without_similarity_warnings() -> Iterator[None]:
+    """Without what is said of layers that are fused, where they may never be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Layers .* have no similarity")
+        yield
 
 
 @dataclass(frozen=True)
@@ -195,12 +256,8 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     clock = Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(_STEPS):
-            text = _beginning(measured.text, STEP_TOKENS) if config.needs_text else []
-            roles = Roles.of(len(text)) if config.selection == "least_divergence" else Roles(range(len(text)), [], [])
-            parts = [
-                decoder.batches([text[number] for number in decoder.processes.share(of_role)])
-                for of_role in (roles.fitting, roles.both, roles.judging)
-            ]
+            roles = _texts_of_roles(config, measured.text)
+            parts = [decoder.batches(decoder.processes.share(of_role)) for of_role in roles]
             embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
@@ -211,24 +268,70 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 similarity=measured.similarity if config.needs_similarity else None,
                 groups=[[index] for index in range(decoder.num_layers)],
                 store=store,
-                boundaries=Boundaries(decoder, embedded, store) if text else None,
+                boundaries=Boundaries(decoder, embedded, store) if config.needs_text else None,
                 clock=clock,
             )
             del embedded
             if fusion.boundaries is not None:
                 fusion.influences = list(fusion.boundaries.influences)
+            batches = iter(range(sum(map(len, parts))))
+            of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
             if config.selection == "least_divergence":
                 assert fusion.boundaries is not None
-                batches = iter(range(sum(map(len, parts))))
-                of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
                 fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
+            elif config.selection == "groups":
+                assert fusion.boundaries is not None
+                known = measured.group_costs.get(_group_settings(config))
+                fusion.table = GroupCosts(decoder, fusion.boundaries, of_batches, fusion.try_group, store, known)
+                measured.group_costs[_group_settings(config)] = fusion.table.by_group
         yield fusion
-        fusion.boundaries = fusion.costs = None  # the last pass needs the room
+        fusion.boundaries = fusion.costs = fusion.table = None  # the last pass needs the room
+
+
+def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Sequences of calibration text that steps fit to, fit to and judge on, and judge on alone."""
+    if not config.needs_text:
+        return [], [], []
+    if config.selection == "groups":
+        fitting, judging = text_for_groups(text)
+        return fitting, [], judging
+    text = _beginning(text, STEP_TOKENS)
+    if config.selection == "least_divergence":
+        roles = Roles.of(len(text))
+        return tuple([text[number] for number in of_role] for of_role in (roles.fitting, roles.both, roles.judging))
+    return text, [], []
+
+
+def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Sequences that candidates are fitted to, and beginnings of others that judge them, from all over the text.
+
+    So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
+    single sequence is for both. Every other beginning is half as long and there twice: only the heads that look up what
+    followed before predict the second time, and no other text shows as clearly where they are lost.
+    """
+    ends = np.cumsum([len(sequence) for sequence in text])
+    points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
+    chosen = set(np.searchsorted(ends, points, side="right").tolist())
+    if len(chosen) > len(text) // 2:
+        chosen = set(range(1, len(text), 2)) or {0}
+    rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
+    pieces = [text[number][:JUDGING_LENGTH] for number in sorted(chosen)]
+    pieces[1::2] = [torch.cat([piece[: JUDGING_LENGTH // 2]] * 2) for piece in pieces[1::2]]
+    return _beginning(rest or text, GROUP_TOKENS), pieces
+
+
+def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
+    """What the costs of groups depend on, besides what was measured."""
+    return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
 
 
 def state_copies(config: FusionConfig, num_layers: int) -> int:
     """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
-    tried = num_judging_copies(num_layers) if config.selection == "least_divergence" else 0
+    tried = 0
+    if config.selection == "least_divergence":
+        tried = num_judging_copies(num_layers)
+    elif config.selection == "groups":  # the judging states, a third of all, after each group
+        tried = (LONGEST_GROUP - 1) * num_layers // 3 + LONGEST_GROUP
     return num_layers + 7 + tried
 
 
@@ -279,9 +382,109 @@ def fuse(
         text if config.needs_text else None,
     )
     measured.check_serves(config)
+    if config.within_budget:
+        return _fuse_within(decoder, tokenizer, config, measured, base=base, parameters=parameters)
     with start(decoder, config, measured) as fusion:
         fuse_pairs(fusion, config.num_fusions)
     return finish(fusion, decoder, tokenizer, base=base, parameters=parameters)
+
+
+def _fuse_within(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    measured: Measurements,
+    *,
+    base: str,
+    parameters: int,
+) -> FusionReport:
+    """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on text kept aside."""
+    held, rest = _kept_aside(measured.text)
+    measured = replace(measured, text=rest)
+    ids = batched(decoder, {"": held})
+    dense = final_states(decoder, ids, "Text kept aside")
+    [before] = predictions(decoder, ids, dense).values()
+    name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
+    tried = list[BudgetTrial]()
+    best: tuple[Decoder, Fusion, list[FittedLayer]] | None = None
+    bounds = 0, config.most_fusions(decoder.num_layers) + 1
+    while (count := next_trial(tried, name, allowed, bounds)) is not None:
+        attempt = decoder.copy()
+        level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
+        with start(attempt, level, measured) as fusion:
+            fuse_pairs(fusion, count)
+        fitted = last_pass(fusion, attempt)
+        states = final_states(attempt, ids, "Measuring on text kept aside")
+        [after] = predictions(attempt, ids, states, dense).values()
+        tried.append(BudgetTrial(count, after.divergence, after.perplexity / before.perplexity))
+        if tried[-1].costs(name) <= allowed:
+            best, bounds = (attempt, fusion, fitted), (count, bounds[1])
+        else:
+            bounds = bounds[0], count
+        del attempt
+    if best is None:
+        least = min(tried, key=lambda trial: trial.num_fusions)
+        raise ValueError(
+            f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
+        )
+    fused, fusion, fitted = best
+    for index, group in enumerate(fusion.groups):
+        if len(group) > 1:
+            with fused.layer(index) as layer:
+                decoder.replace(index, dict(layer.named_parameters()))
+            for _ in group[1:]:
+                decoder.remove(index + 1)
+    report = _reported(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
+    return replace(report, budget=BudgetInfo(name, allowed, sum(map(len, held)), tried))
+
+
+def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
+    """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
+
+    Costs grow about as a power of the number, which the trials next to the bounds say.
+    """
+    low, high = bounds
+    if high - low < 2:
+        return None
+    if not tried:
+        return max(1, high // 8)
+
+    def cost(trial: BudgetTrial) -> float:
+        found = trial.costs(name)
+        return math.log(found) if name == "max_perplexity_ratio" and found > 0 else found
+
+    points = [(math.log(trial.num_fusions), math.log(cost(trial))) for trial in tried if 0 < cost(trial) < math.inf]
+    points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
+    limit = math.log(math.log(allowed) if name == "max_perplexity_ratio" else allowed)
+    if not points:
+        return (low + high) // 2
+    (at, there), power = points[0], 1.3
+    if len(points) > 1 and points[1][1] != there:
+        power = max(0.5, (points[1][1] - there) / (points[1][0] - at))
+    guess = at + (limit - there) / power
+    return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
+
+
+def _kept_aside(text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every eighth sequence, or of fewer the last one, and the others.
+
+    Raises ValueError where there is one alone.
+    """
+    if len(text) < 2:
+        raise ValueError(
+            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
+            "calibration_length."
+        )
+    aside = range(min(7, len(text) - 1), len(text), 8)
+    return [text[n] for n in aside], [sequence for n, sequence in enumerate(text) if n not in aside]
+
+
+def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
+    """Fit the fused layers of a model whose pairs are fused, where the config says so."""
+    if fusion.config.refit == "none":
+        return []
+    with fusion.clock("last pass"):
+        return fit_from_bottom(decoder, fusion.groups, fusion.measured.text, fusion.config)
 
 
 def finish(
@@ -300,13 +503,22 @@ def finish(
     parameters : int
         How many the dense model has.
     """
-    measured, steps, groups = fusion.measured, list(fusion.steps), list(fusion.groups)
-    config = replace(fusion.config, num_fusions=len(steps))
-    clock = Clock(fusion.clock.seconds)
-    fitted: list[FittedLayer] = []
-    if config.refit != "none":
-        with clock("last pass"):
-            fitted = fit_from_bottom(decoder, groups, measured.text, config)
+    config = replace(fusion.config, num_fusions=len(fusion.steps))
+    fusion = replace(fusion, clock=Clock(fusion.clock.seconds))
+    return _reported(fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters)
+
+
+def _reported(
+    fusion: Fusion,
+    fitted: list[FittedLayer],
+    config: FusionConfig,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base: str,
+    parameters: int,
+) -> FusionReport:
+    measured, steps, groups, clock = fusion.measured, list(fusion.steps), list(fusion.groups), fusion.clock
     with clock("perplexity"):
         judged = perplexities(decoder, measured, config)
     with clock("continuations"):
@@ -336,7 +548,25 @@ def finish(
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
         continuations=continuations,
+        **_costs_of_groups(fusion, len(groups) + len(steps)),
     )
+
+
+def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
+    """What a report says of the costs of groups, where these were measured."""
+    if not fusion.planned:
+        return {}
+    costs = fusion.measured.group_costs[_group_settings(fusion.config)]
+    return {
+        "group_costs": [GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
+        "predicted": [predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
+    }
+
+
+def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
+    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are."""
+    found = [cheapest_sets(costs, count, count=1) for count in range(1, most + 1)]
+    return [(sum(costs[group] for group in groups[0]), groups[0]) for groups in found if groups]
 
 
 def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[PerplexityInfo]) -> list[str]:

@@ -9,25 +9,38 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig
 
-from lf_hf.config import FusionConfig
-from lf_hf.decoder.on_disk import STATES_IN_MEMORY
+from lf_hf.config import LONGEST_GROUP, FusionConfig
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
-from lf_hf.files.base import SPREAD, Base
+from lf_hf.files.base import SPREAD, Base, is_spread
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
-from lf_hf.measure import PERPLEXITY_LENGTH
+from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
-from lf_hf.pipeline import STEP_TOKENS, state_copies
+from lf_hf.pipeline import (
+    GROUP_TOKENS,
+    JUDGING_LENGTH,
+    JUDGING_PIECES,
+    STEP_TOKENS,
+    cheapest_levels,
+    check_model,
+    start,
+    state_copies,
+)
+from lf_hf.processes import Processes
 from lf_hf.progress import duration
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import num_candidates
@@ -41,6 +54,7 @@ _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for
 _TOKENS_PER_QUESTION = 100  # of MMLU
 _CHOSEN = {
     "least_influence": "the layer of least influence joins the one before it",
+    "groups": "the groups of layers whose fusion changes predictions least",
     "least_divergence": "the pair whose fusion changes predictions least",
 }
 _BYTES_TRAINED = 16  # of a parameter: itself, its gradient and two moments, in float32
@@ -84,9 +98,12 @@ class FusionPlan:
             pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
         where = "" if self.device.type == "cpu" else f" on {self.device}"
         low_memory = "cannot be used here" if self.low_memory is None else _gib(self.low_memory)
+        fusions = f"{self.config.num_fusions} fusions"
+        if self.config.within_budget:
+            fusions = "as many fusions as the budget allows; all figures are of one"
         return "\n".join(
             [
-                f"Plan: {self.base} with {self.config.method}, {self.config.num_fusions} fusions. Nothing was done.",
+                f"Plan: {self.base} with {self.config.method}, {fusions}. Nothing was done.",
                 f"  layers: {_change(self.layers_before, self.layers_after)}",
                 f"  pairs, layers numbered from 0 as in the base: {pairs}",
                 f"  parameters: {_change(self.parameters_before, self.parameters_after)}",
@@ -134,7 +151,7 @@ def plan_fusion(
             raise
         low_memory_fits = False
     opened = Base.open(base, kwargs)
-    layers, fused = opened.config.num_hidden_layers, config.num_fusions
+    layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
     check_layers(config, opened.config)
     check_computes(opened.config)
     samples, text = _calibration(config, calibration)
@@ -173,6 +190,63 @@ def plan_fusion(
         seconds=(seconds / 2, seconds * 2),
         notes=[note for note, applies in notes.items() if applies],
     )
+
+
+@dataclass(frozen=True)
+class PlannedLevel:
+    """The groups, each its first and last layer, that cost least for a number of fusions: `divergence` nats a token."""
+
+    num_fusions: int
+    divergence: float
+    groups: tuple[tuple[int, int], ...]
+
+
+def cost_curve(
+    base: str | os.PathLike[str],
+    *,
+    low_memory: bool = False,
+    calibration: Sequence[str] | str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[PlannedLevel]:
+    """Measure what groups of layers cost by themselves, and say for each number of fusions which are cheapest together.
+
+    Nothing is fused or written. Costs are added up: what a fusion costs as a whole is often somewhat more.
+
+    Parameters
+    ----------
+    base, low_memory, calibration, **kwargs
+        As for `fuse_checkpoint`.
+    settings : mapping, optional
+        FusionConfig fields; method="refit" if there is none.
+
+    Raises
+    ------
+    ValueError
+        For settings, a base or calibration text that cannot be used.
+    """
+    fixed = {"num_fusions": 1, "selection": "groups", "perplexity_tokens": 0}
+    config = FusionConfig.from_kwargs(**{"method": "refit", **(settings or {}), **fixed})
+    device = low_memory_device(kwargs) if low_memory else None
+    opened = Base.open(base, kwargs)
+    config.check_num_layers(opened.config.num_hidden_layers)
+    samples, text = load_needed(config, calibration)
+    tokenizer = opened.tokenizer()
+    with TemporaryDirectory() as scratch:
+        decoder: Decoder
+        if device is None:
+            decoder = ModelDecoder(opened.load())
+        else:
+            decoder = CheckpointDecoder(
+                opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype, device=device
+            )
+        if not is_spread(kwargs.get("device_map")):
+            decoder.processes = Processes.of_launch()
+        check_model(decoder, config)
+        with start(decoder, config, measure(decoder, tokenizer, config, samples, text)) as fusion:
+            assert fusion.table is not None
+            levels = cheapest_levels(fusion.table.by_group, config.most_fusions(decoder.num_layers))
+    return [PlannedLevel(count, cost, groups) for count, (cost, groups) in enumerate(levels, 1)]
 
 
 def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) -> None:
@@ -249,7 +323,12 @@ class _Work:
 
     @property
     def parameters_after(self) -> int:
-        return self.parameters - self.config.num_fusions * self.layer
+        return self.parameters - self.fused * self.layer
+
+    @property
+    def fused(self) -> int:
+        """How many fusions there are; one where a budget says how many."""
+        return self.config.num_fusions or 1
 
     @property
     def candidates(self) -> int:
@@ -265,7 +344,7 @@ class _Work:
         # Two layers, and on a device the next one, which is read meanwhile.
         weights = (2 if device.type == "cpu" else 3) * self.layer + self.table
         if not low_memory:
-            originals = self.config.num_fusions if self.config.refit != "none" else 0  # of layers that change, at most
+            originals = self.fused if self.config.refit != "none" else 0  # of layers that change, at most
             weights = self.parameters + originals * self.layer
         process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
@@ -290,7 +369,7 @@ class _Work:
     def seconds(self, device: torch.device) -> float:
         """Operations over the speed of this machine now: of text through layers, of fits; and matching of rows."""
         speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
-        config, layers, fused = self.config, self.llama.num_hidden_layers, self.config.num_fusions
+        config, layers, fused = self.config, self.llama.num_hidden_layers, self.fused
         step = min(self.text, STEP_TOKENS)
 
         def fit(tokens: float) -> float:  # sums of squares over tokens, and solving with them
@@ -303,7 +382,14 @@ class _Work:
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
-        run = 2 * passes * self.layer + 6 * self.judging * self.table
+        groups = (LONGEST_GROUP - 1) * layers if config.selection == "groups" else 0
+        judged = groups * JUDGING_PIECES * JUDGING_LENGTH  # each group, half of it through the head
+        passes += judged * layers / 2
+        if config.fits:  # of 3.5 layers as they come, and of as many channels as are kept
+            mlp, hidden, tokens = self.llama.intermediate_size, self.llama.hidden_size, min(self.text, GROUP_TOKENS)
+            passes += groups * 3.5 * tokens
+            fits += groups * (2 * tokens * mlp * (mlp + hidden) + 4 * mlp**3)
+        run = 2 * passes * self.layer + (6 * self.judging + judged) * self.table
         run += config.heal_tokens * (
             6 * self.parameters_after + 2 * self.parameters
         )  # forwards and backwards; the base
@@ -311,7 +397,7 @@ class _Work:
 
     def _matching(self) -> float:
         """Seconds of all assignments: a small one is timed, and they grow with about that power of their rows."""
-        mlp, hidden, fused = self.llama.intermediate_size, self.llama.hidden_size, self.config.num_fusions
+        mlp, hidden, fused = self.llama.intermediate_size, self.llama.hidden_size, self.fused
         problems = {"none": [], "rows": [mlp] * 2 + [hidden] * 3, "neurons": [mlp]}[self.config.alignment]
         if not problems:
             return 0.0

@@ -44,17 +44,31 @@ from lf_hf.decoder.predictions import Predictions, batched, final_states, predic
 from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.files.base import Base
 from lf_hf.healing.heal import heal_loaded
-from lf_hf.measure import calibration_sequences
+from lf_hf.measure import Measurements, calibration_sequences, measure
 from lf_hf.pipeline import fuse
+from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.group import token_weights
-from lf_hf.refit.layer_parts import after_attention, written_by_mlp
-from lf_hf.refit.regression import Regression
+from lf_hf.refit.group_costs import cheapest_sets
+from lf_hf.refit.layer_parts import (
+    after_attention,
+    attention_heads,
+    build_layer,
+    layer_weights,
+    mlp_channels,
+    stacked,
+    with_channels,
+    with_heads,
+    written_by_mlp,
+)
+from lf_hf.refit.regression import Regression, expanded
+from lf_hf.refit.states import StateStore
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves, load_calibration, load_corpus
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512
+_LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
 Way = Callable[[CausalLM, int], CausalLM]
 
@@ -77,6 +91,7 @@ class Ways:
         self.corpus, self.tokens = corpus, tokens
         self.base, self.heal_corpus, self.heal_tokens = base, heal_corpus, heal_tokens
         self.dropped: list[int] = []  # by greedy_drop, in order
+        self.measured: Measurements | None = None  # on the dense model, for all levels
 
     def fusion(self, *, healed: bool = False, **settings: str) -> Way:
         """A method of the package, with a distillation from the base after it where that is asked for."""
@@ -88,7 +103,15 @@ class Ways:
                 calibration_tokens=self.tokens,
                 **settings,  # type: ignore[arg-type]
             )
-            report = fuse(GivenText(model), self.tokenizer, config, self.samples, self.corpus, base="bench")
+            decoder = GivenText(model)
+            if not config.needs_similarity and self.measured is None:
+                self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
+            measured = None if config.needs_similarity else self.measured
+            report = fuse(
+                decoder, self.tokenizer, config, self.samples, self.corpus, base="bench", measurements=measured
+            )
+            if groups := [[*group] for group in report.groups if len(group) > 1]:
+                print(f"<!-- {groups} -->", flush=True)
             if not healed:
                 return model
             fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
@@ -114,12 +137,13 @@ class Ways:
     @torch.inference_mode()
     def linear_map(self, model: CausalLM, count: int) -> CausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
-        decoder, sequences = ModelDecoder(model), self.sequences
-        states = [decoder.embed(sequences), *(list(states) for states in decoder.walk(sequences))]
+        decoder = ModelDecoder(model)
+        batches = decoder.batches(self.sequences)
+        states = [decoder.embed(batches), *(list(states) for states in decoder.walk(batches))]
 
         def distance(start: int) -> float:  # between the states before and after the run that starts there
             return statistics.mean(
-                1 - float(torch.cosine_similarity(a[0, 1:].float(), b[0, 1:].float(), dim=-1).mean())
+                1 - float(torch.cosine_similarity(a[:, 1:].float(), b[:, 1:].float(), dim=-1).mean())
                 for a, b in zip(states[start], states[start + count], strict=True)
             )
 
@@ -129,13 +153,60 @@ class Ways:
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = after_attention(decoder, layer, before)
                 written = written_by_mlp(decoder, layer, residual)
-                regression.add(written[0], (target - residual)[0], token_weights(decoder, target))
+                wanted = (target - residual).flatten(0, 1)
+                regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
             down = layer.mlp.down_proj.weight
             decoder.replace(start - 1, {"mlp.down_proj.weight": (through @ down.float()).to(down.dtype)})
         for _ in range(count):
             decoder.remove(start)
         return model
+
+    @torch.inference_mode()
+    def flattened(self, model: CausalLM, count: int) -> CausalLM:
+        """Layers of like inputs side by side, with half of their heads and channels (FlattenGPT, arXiv:2602.08858).
+
+        What is kept has the highest ridge leverage, and down_proj makes good for the rest. A layer is in one pair.
+        """
+        decoder = ModelDecoder(model)
+        states = decoder.embed(decoder.batches(self.sequences))
+        angles = Boundaries(decoder, states, StateStore()).influences  # between the inputs of layers i and i + 1
+        chosen = cheapest_sets({(i, i + 1): angle for i, angle in enumerate(angles[:-1])}, count, count=1)
+        if not chosen:
+            raise ValueError(f"{decoder.num_layers} layers are not {count} pairs.")
+        firsts = [first - before for before, (first, _) in enumerate(chosen[0])]
+        for index in range(decoder.num_layers - count):
+            if index in firsts:
+                decoder.replace(index, self._flat(decoder, index, states))
+                decoder.remove(index + 1)
+            with decoder.layer(index) as layer:
+                states = [decoder.run_layer(layer, state) for state in states]
+        return model
+
+    def _flat(self, decoder: ModelDecoder, index: int, states: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Layers `index` and the next one as one, for states before the first."""
+        layers = list(decoder.layers((index, index + 1)))
+        kind, pair = decoder.family.layer_kind(layers[0]), [layer_weights(decoder, layer) for layer in layers]
+        attention = dict(pair[0]) | stacked(decoder.family.attention, pair)
+        wide, keys = build_layer(decoder, attention, kind), len(pair[0]["self_attn.k_proj.weight"])
+        head_dim, queries = wide.self_attn.head_dim, len(pair[0]["self_attn.q_proj.weight"])
+        heads = [attention_heads(decoder, wide, state) for state in states]
+        kept = _highest_leverage(heads, keys // head_dim, queries // (keys // head_dim))
+        of_queries, of_keys = expanded(kept, queries * head_dim // keys), expanded(kept, head_dim)
+        attention = with_heads(attention, of_queries, of_keys)
+        narrow = build_layer(decoder, attention, kind)
+        residuals = [after_attention(decoder, narrow, state) for state in states]
+
+        mlp = stacked(decoder.family.mlp, pair)
+        channels = [mlp_channels(decoder, mlp, residual) for residual in residuals]
+        kept = _highest_leverage(channels, decoder.config.intermediate_size, 1)
+        down = mlp["mlp.down_proj.weight"]
+        regression = Regression.empty(len(kept), len(down), down.device, down.dtype)
+        for of_state in channels:
+            regression.add(of_state[:, kept], of_state @ down.T, torch.ones(len(of_state)))
+        mlp = with_channels(mlp, kept)
+        mlp["mlp.down_proj.weight"] = regression.ridge(down[:, kept], _LEVERAGE_RIDGE).to(down)
+        return {name: weight for name, weight in attention.items() if "mlp" not in name} | mlp
 
     def all(self) -> dict[str, Way]:
         return {
@@ -147,14 +218,27 @@ class Ways:
             "drop by influence": self.fusion(method="truncate", selection="least_influence"),
             "drop by loss": self.greedy_drop,
             "cut and linear map": self.linear_map,
+            "FlattenGPT": self.flattened,
             "neurons, average, refit": self.fusion(
                 selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
             ),
             "refit": self.fusion(method="refit"),
             "drop by influence, healed": self.fusion(method="truncate", selection="least_influence", healed=True),
             "refit, healed": self.fusion(method="refit", healed=True),
+            "refit, groups": self.fusion(method="refit", selection="groups"),
             "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
         }
+
+
+def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor:
+    """Numbers of the blocks of inputs, each (tokens, m), that have the highest ridge leverage scores together."""
+    regression = Regression.empty(inputs[0].shape[1], 1, inputs[0].device)
+    for part in inputs:
+        regression.add(part, part[:, :1], torch.ones(len(part)))
+    gram = regression.gram.double()
+    pulled = gram + _LEVERAGE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    scores = torch.linalg.solve(pulled, gram).diagonal().unflatten(0, (-1, block)).sum(1)
+    return scores.topk(keep).indices.sort().values
 
 
 class GivenText(ModelDecoder):

@@ -24,6 +24,8 @@ from lf_hf.text.calibration import Calibration, Corpus
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
+    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3},
+    "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
 }

@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mka, refitted": {"method": "mka", "refit": "down_proj"},
     "least divergent dropped": {"method": "truncate", "selection": "least_divergence"},
     "least divergent averaged and refitted": {"method": "mka", "selection": "least_divergence", "refit": "down_proj"},
+    "groups averaged and refitted": {"method": "mka", "selection": "groups", "refit": "down_proj"},
+    "groups": {"method": "refit", "selection": "groups"},
     "least influential averaged": {"method": "neural_alignment", "selection": "least_influence"},
 }
 

@@ -181,7 +181,7 @@ Row = tuple[Call, Any, str, Edit] | tuple[Call, Any, str]
 # How to call, with what, the message, and what is wrong with the checkpoint, if it is that.
 PYTHON: dict[str, Row] = {
     # Settings: types and ranges
-    "nothing said": (lambda at: FusedLlamaForCausalLM.from_pretrained_fused(at.base), {}, "num_fusions is required"),
+    "nothing said": (lambda at: FusedLlamaForCausalLM.from_pretrained_fused(at.base), {}, "Give one of num_fusions"),
     "none": (settings, {"num_fusions": None}, "num_fusions must be an integer of at least 1, got None"),
     "a string": (settings, {"num_fusions": "4"}, "num_fusions must be an integer of at least 1, got '4'"),
     "a float": (settings, {"num_fusions": 4.0}, "num_fusions must be an integer of at least 1, got 4.0"),

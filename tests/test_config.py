@@ -43,7 +43,10 @@ def test_strings_are_read_as_the_fields_types() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "num_fusions is required"),
+        ({}, "Give one of num_fusions, max_divergence, max_perplexity_ratio, .* got none of them"),
+        ({"num_fusions": 4, "max_divergence": 0.1}, "got num_fusions=4 and max_divergence=0.1"),
+        ({"max_divergence": 0}, "max_divergence must be greater than 0, got 0"),
+        ({"max_perplexity_ratio": "1"}, "max_perplexity_ratio must be greater than 1, got 1"),
         ({"num_fusions": 0}, "num_fusions must be an integer of at least 1, got 0"),
         ({"num_fusions": True}, "at least 1, got True"),
         ({"num_fusions": "four"}, "num_fusions must be an integer, got 'four'"),

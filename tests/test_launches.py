@@ -29,7 +29,8 @@ def launched(count: int, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("count", "names"), [(2, ["refit", "by divergence", "neural_alignment"]), (3, ["refit", "down_proj"])]
+    ("count", "names"),
+    [(2, ["refit", "by divergence", "by groups", "within a budget", "neural_alignment"]), (3, ["refit", "down_proj"])],
 )
 def test_processes_together_find_what_one_does(count: int, names: list[str]) -> None:
     done = launched(count, str(ROOT / "tests" / "run_launched.py"), *names)

@@ -30,6 +30,7 @@ TEXTS = make_texts(100)
         {"method": "refit"},
         {"method": "mka", "selection": "least_influence", "alignment": "neurons", "refit": "down_proj"},
         {"method": "refit", "selection": "least_divergence"},
+        {"method": "refit", "selection": "groups"},
     ],
 )
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}])

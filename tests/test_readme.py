@@ -22,6 +22,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from lf_hf import FusionConfig
 from lf_hf.cli import app
+from lf_hf.config import LEVELS
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
@@ -124,10 +125,12 @@ def check_lf_hf(arguments: list[str]) -> None:
     except typer.Exit:  # --help has no more to say
         return
     settings = {name: params[name] for name in FusionConfig.field_names() if params.get(name) is not None}
-    levels = str(settings.pop("num_fusions", 1)).split(",")
+    levels = [{"num_fusions": level} for level in str(settings.pop("num_fusions", 1)).split(",")]
+    if settings.keys() & set(LEVELS):  # a budget
+        levels = [{}]
     for method in params.get("methods", params.get("method") or "mka").split(","):
         for level in levels:
-            FusionConfig.from_kwargs(num_fusions=level, **settings | {"method": method})
+            FusionConfig.from_kwargs(**settings | level | {"method": method})
 
 
 def check_lm_eval(arguments: list[str]) -> None:

@@ -92,6 +92,10 @@ class Decoder(ABC):
                 yield layer
 
     @abstractmethod
+    def copy(self) -> Decoder:
+        """The model as it is now, to be changed apart from this one."""
+
+    @abstractmethod
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         """Give a layer new values for some parameters, by the names that all families share, and another kind."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
@@ -80,6 +83,7 @@ class CheckpointDecoder(Decoder):
         check_floats(self._files)
         self._check_complete(str(folder))
         self._scratch = scratch
+        self._own_scratch: TemporaryDirectory[str] | None = None  # a copy's
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
         self._kinds = [
             self.family.config_kind(config, number) for number in self._sources
@@ -131,6 +135,16 @@ class CheckpointDecoder(Decoder):
             yield
         finally:
             self._kept = self._table = None
+
+    def copy(self) -> CheckpointDecoder:
+        """The model as it is now, to be changed apart from this one; its changed layers go when it does."""
+        other = copy.copy(self)
+        other.config, other._sources = copy.deepcopy(self.config), list(self._sources)
+        other._own_scratch = TemporaryDirectory(dir=self._scratch)
+        other._scratch = Path(other._own_scratch.name)
+        for file in self._scratch.glob("layer-*.safetensors"):
+            shutil.copyfile(file, other._scratch / file.name)
+        return other
 
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         weights = self.family.packed(weights)

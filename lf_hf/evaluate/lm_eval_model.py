@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusionConfig, from_pretrained_fused
+from lf_hf.config import LEVELS
 from lf_hf.evaluate.points import check_batch_size
 from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.files.saving import finish_save
@@ -61,7 +62,8 @@ class FusedLM(HFLM):
         Args:
             pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a checkpoint.
                 Without, a fused checkpoint that ``save_pretrained`` or ``lf-hf fuse`` wrote, or such a model itself.
-            num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers.
+            num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers. Instead of it,
+                ``max_divergence`` or ``max_perplexity_ratio`` may say what the fusions may cost.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
                 are not in its test split; for ``refit`` a mixture of text that is there offline.
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
@@ -70,7 +72,8 @@ class FusedLM(HFLM):
                 and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
                 ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
                 ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``, ``rank_normalize``, ``ratio_beta``,
-                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``heal_tokens``, ``seed``.
+                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``heal_tokens``, ``seed``,
+                ``max_divergence``, ``max_perplexity_ratio``.
                 And every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
                 ``peft``, ...
 
@@ -91,16 +94,18 @@ class FusedLM(HFLM):
         self.calibration, self.fused_dir = calibration, fused_dir
         self.fusion_config: FusionConfig | None = None
         if num_fusions is not None:
-            self.fusion_config = FusionConfig.from_kwargs(num_fusions=num_fusions, **settings)
+            settings["num_fusions"] = num_fusions
+        if level := ", ".join(f"{name}={settings[name]}" for name in LEVELS if name in settings):
+            self.fusion_config = FusionConfig.from_kwargs(**settings)
             if not isinstance(pretrained, str):
                 raise ValueError(
-                    f"num_fusions={num_fusions} needs `pretrained` to be a name or path, got a loaded "
+                    f"{level} needs `pretrained` to be a name or path, got a loaded "
                     f"{type(pretrained).__name__}; fuse with lf_hf.from_pretrained_fused and pass that."
                 )
             for name in _NOT_WHILE_FUSING:
                 if kwargs.get(name):
                     raise ValueError(
-                        f"{name}={kwargs[name]} cannot be combined with num_fusions; fuse and save the model first, "
+                        f"{name}={kwargs[name]} cannot be combined with {level}; fuse and save the model first, "
                         "then evaluate the saved one."
                     )
             loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}

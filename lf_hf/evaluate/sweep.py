@@ -289,6 +289,8 @@ class _Maker:
         if self._held is None:
             return False
         fusion = self._held[1]
+        if config.selection == "groups" and config.num_fusions != fusion.config.num_fusions:
+            return False  # the best groups of one level need not be parts of those of the next
         return fusion.config.method == config.method and len(fusion.steps) <= config.num_fusions
 
     def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, pipeline.Fusion]:

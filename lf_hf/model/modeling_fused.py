@@ -116,7 +116,7 @@ class FusedForCausalLM(PreTrainedModel):
             Hub name or folder of a checkpoint of the class's family, or one that `lf_hf.files.base.Base.open` has
             opened.
         config : FusionConfig, optional
-            Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` is required.
+            Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
         calibration : list of str or path, optional
             Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
             `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of

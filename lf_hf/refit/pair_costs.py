@@ -87,7 +87,7 @@ class PairCosts:
     def update(self, i: int) -> None:
         """Layers i and i + 1 have become layer i, which the boundaries know."""
         del self.by_layer[i + 1]
-        (current,) = self._divergences([self._judged(self._decoder.num_layers)])
+        (current,) = divergences(self._decoder, self._dense, [self._judged(self._decoder.num_layers)])
         self._measure([j for j in (i, i + 1) if 2 <= j < len(self.by_layer) - 1], current=current)
 
     def _judged(self, index: int) -> list[Tensor]:
@@ -107,7 +107,7 @@ class PairCosts:
                 states[j] = self._store.keep(self._decoder.run_layer(layer, state) for state in before)
             if index in joined:
                 states[index] = self._after_fused(index - 1)
-        for j, cost in zip(states, self._divergences(states.values()), strict=True):
+        for j, cost in zip(states, divergences(self._decoder, self._dense, states.values()), strict=True):
             self.by_layer[j] = cost - current
 
     def _after_fused(self, i: int) -> Sequence[Tensor]:
@@ -117,23 +117,30 @@ class PairCosts:
         states = on_device(self._judged(i), layer, self._store)
         return self._store.keep(self._decoder.run_layer(layer, state) for state in states)
 
-    @torch.no_grad()
-    def _divergences(self, candidates: Iterable[Sequence[Tensor]]) -> list[float]:
-        """Mean divergence per token from the dense model's predictions, of final states of the judging sequences."""
-        candidates = list(candidates)
-        totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
-        with self._decoder.head() as head:
-            for n, dense in enumerate(self._dense):
-                states = [_rows(candidate[n].to(dense.device)) for candidate in candidates]
-                for rows, *fused_rows in zip(_rows(dense), *states, strict=True):
-                    expected = head(rows).float().log_softmax(-1)
-                    found = [divergence(expected, head(fused)) for fused in fused_rows]
-                    found.append(torch.full_like(found[0], rows.shape[1]))
-                    sums = in_float64(torch.stack(found))
-                    totals = totals.to(sums.device) + sums
-        *of_candidates, tokens = self._decoder.processes.summed(totals)
-        # What cannot be computed with, as where float16 overflows, is no candidate.
-        return [total / tokens if math.isfinite(total) else math.inf for total in of_candidates]
+
+@torch.no_grad()
+def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Mean divergence per token from the dense model's predictions, of final states of the same sequences.
+
+    Each process has a share of the sequences. What cannot be computed with, as where float16 overflows, is inf.
+
+    Parameters
+    ----------
+    dense, and each of `candidates` : sequences of tensors of shape (sequences B, tokens T, hidden)
+    """
+    candidates = list(candidates)
+    totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
+    with decoder.head() as head:
+        for n, states in enumerate(dense):
+            others = [_rows(candidate[n].to(states.device)) for candidate in candidates]
+            for rows, *fused_rows in zip(_rows(states), *others, strict=True):
+                expected = head(rows).float().log_softmax(-1)
+                found = [divergence(expected, head(fused)) for fused in fused_rows]
+                found.append(torch.full_like(found[0], rows.shape[1]))
+                sums = in_float64(torch.stack(found))
+                totals = totals.to(sums.device) + sums
+    *of_candidates, tokens = decoder.processes.summed(totals)
+    return [total / tokens if math.isfinite(total) else math.inf for total in of_candidates]
 
 
 def _rows(states: Tensor) -> tuple[Tensor, ...]:

@@ -163,6 +163,50 @@ def matched_cosines(report: FusionReport) -> Figure:
     return figure
 
 
+def group_costs(report: FusionReport) -> Figure:
+    """A triangle: what each group of layers costs as one layer, with the groups that were fused framed."""
+    figure = new_figure(_WIDTH, 2.6)
+    axis = figure.subplots()
+    longest = max(cost.last - cost.first for cost in report.group_costs)
+    values = np.full((longest, report.layers_before), np.nan)
+    for cost in report.group_costs:
+        values[cost.last - cost.first - 1, cost.first] = max(cost.divergence, 1e-6)
+    # The norm's range ends where most groups are: a few that break the model would leave all others equally dark.
+    high = float(np.nanquantile(values, 0.9))
+    norm = PowerNorm(0.5, vmin=min(0.0, high), vmax=high)
+    image = axis.imshow(values, cmap="viridis", origin="lower", norm=norm, aspect="auto", interpolation="nearest")
+    for group in report.groups:
+        if 1 < len(group) <= longest + 1:
+            corner = min(group) - 0.5, len(group) - 2.5
+            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#f56565", linewidth=1.8))
+    axis.set(xlabel="first layer of the group", ylabel="layers")
+    axis.set_yticks(range(longest), [str(layers) for layers in range(2, longest + 2)])
+    _whole_ticks(axis.xaxis)
+    figure.colorbar(image, ax=axis, label="nats a token", extend="max")
+    return figure
+
+
+def cost_curve(report: FusionReport) -> Figure:
+    """What the best groups of each number of fusions are expected to cost together, and what was measured."""
+    figure = new_figure(_WIDTH, 2.6)
+    axis = figure.subplots()
+    numbers = range(1, len(report.predicted) + 1)
+    axis.plot(numbers, report.predicted, marker="o", markersize=3, color=_AFTER, label="expected")
+    tried = sorted(report.budget.tried, key=lambda trial: trial.num_fusions) if report.budget else []
+    tried = [trial for trial in tried if trial.divergence < math.inf]
+    if tried:
+        found = [trial.divergence for trial in tried]
+        axis.scatter([trial.num_fusions for trial in tried], found, s=26, color=COLORS[1], label="measured", zorder=2)
+    if report.budget is not None and report.budget.name == "max_divergence":
+        axis.axhline(report.budget.allowed, color=COLORS[1], linewidth=0.8, linestyle="dashed", label="budget")
+    axis.axvline(len(report.steps), color="black", linewidth=0.8, linestyle="dotted")
+    axis.set(xlabel="layers fewer (dotted: what was fused)", ylabel="nats a token", ylim=(0, None))
+    axis.grid(alpha=0.25)
+    _whole_ticks(axis.xaxis)
+    legend_above(axis)
+    return figure
+
+
 def fit_errors(report: FusionReport) -> Figure:
     """Error of what each fused layer's MLP adds to the stream, before and after its last fit."""
     figure = new_figure(_WIDTH, max(1.6, 0.3 * len(report.fitted_layers) + 0.9))

@@ -76,6 +76,8 @@ def report_sections(report: FusionReport) -> list[Section]:
         (True, figures.layer_map, "Which layers became which", _MAP),
         (report.similarity is not None, figures.similarity_heatmap, "How alike the layers are", _SIMILARITY),
         (report.embeddings is not None, figures.manifolds, "How each layer sees the samples", _MANIFOLD),
+        (bool(report.group_costs), figures.group_costs, "What groups of layers cost", _GROUPS),
+        (bool(report.predicted), figures.cost_curve, "How many layers to fuse", _CURVE),
         (report.influences is not None or averaged, figures.along_depth, "Along the depth of the model", _DEPTH),
         (matched, figures.matched_cosines, "How well neurons matched", _COSINES),
         (bool(report.fitted_layers), figures.fit_errors, "How well fused layers were fitted", _FIT),
@@ -105,6 +107,16 @@ _MANIFOLD = (
     "Each dot is a calibration sample, and each panel shows how one layer arranges the samples: those close together "
     "are alike to that layer. Where two layers show the same arrangement, they do similar work. Axes have no unit; "
     "only the order of the samples along them counts, unless rank_normalize was switched off."
+)
+_GROUPS = (
+    "Each square is a group of adjacent layers, and how far the predictions of the base move when that group alone "
+    "becomes one layer, on calibration text that it was not fitted to; darker costs less. Those that were fused are "
+    "framed: the ones that cost least together, for as many layers fewer."
+)
+_CURVE = (
+    "For each number of layers fewer, what the best groups are expected to cost together: the sum of their own costs. "
+    "All of them in one model cost about that, often somewhat more. Where a budget said how many layers to fuse, what "
+    "was measured is there too, on text that nothing was fitted to."
 )
 _DEPTH = (
     "Influence is how much a layer turns the stream of activations that passes through it, from 0 for not at all; the "

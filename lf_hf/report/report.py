@@ -10,7 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
-from lf_hf.config import FusionConfig
+from lf_hf.config import LEVELS, FusionConfig
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
@@ -184,6 +184,46 @@ class HealingInfo:
 
 
 @dataclass(frozen=True)
+class GroupCost:
+    """What making one layer of layers `first` to `last` of the dense model costs by itself, in nats a token."""
+
+    first: int
+    last: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """What a fusion costs on text that nothing was fitted to: nats a token, and times the dense model's perplexity."""
+
+    num_fusions: int
+    divergence: float
+    perplexity_ratio: float
+
+    def costs(self, name: str) -> float:
+        """The figure that a setting, "max_divergence" or "max_perplexity_ratio", limits."""
+        return self.divergence if name == "max_divergence" else self.perplexity_ratio
+
+
+@dataclass(frozen=True)
+class BudgetInfo:
+    """The budget that a fusion was to keep, and what was tried for it, on `tokens` tokens of calibration text."""
+
+    name: str
+    allowed: float
+    tokens: int
+    tried: list[BudgetTrial]
+
+    def summary(self) -> str:
+        """One sentence: what was allowed, and what came out."""
+        found = ", ".join(
+            f"{trial.costs(self.name):.4g} with {trial.num_fusions}"
+            for trial in sorted(self.tried, key=lambda trial: trial.num_fusions)
+        )
+        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of calibration text kept aside: {found} fused."
+
+
+@dataclass(frozen=True)
 class Continuation:
     """How the dense and the fused model go on from a prompt: by their most likely token each time, to their end or
     for some tokens.
@@ -205,7 +245,9 @@ class FusionReport:
     for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
     model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
-    trained after the fusion, None where it was not.
+    trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where the
+    number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the best
+    of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by cost.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
     local paths are private.
@@ -233,6 +275,9 @@ class FusionReport:
     continuations: list[Continuation] = field(default_factory=list)
     base_digest: str | None = None
     healed: HealingInfo | None = None
+    budget: BudgetInfo | None = None
+    group_costs: list[GroupCost] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))
@@ -311,6 +356,10 @@ class FusionReport:
             lines.append(f"  last fit of layers {fitted.layers}{kept}, {error}")
         for info in self.calibration:
             lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
+        if chosen := self._chosen_costs():
+            lines.append(f"  groups by cost, nats a token each: {chosen}")
+        if self.budget is not None:
+            lines.append(f"  budget: {self.budget.summary()}")
         for judged in self.perplexities:
             figures = f"{judged.dense:.4g} -> {judged.fused:.4g}, x {judged.ratio:.3g}"
             if judged.divergence is not None and judged.agreement is not None:
@@ -319,6 +368,13 @@ class FusionReport:
         lines += self._healed_lines()
         lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _chosen_costs(self) -> str:
+        """The fused groups, each with what it costs by itself."""
+        costs = {(cost.first, cost.last): cost.divergence for cost in self.group_costs}
+        ends = [(min(group), max(group)) for group in self.groups]
+        chosen = [f"{first} to {last} {costs[first, last]:.3f}" for first, last in ends if (first, last) in costs]
+        return ", ".join(chosen)
 
     def _healed_lines(self) -> list[str]:
         if self.healed is None:
@@ -386,6 +442,11 @@ class FusionReport:
             kept = _are_counts(fitted.channels_kept, len(fitted.layers))
             checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
         checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
+        for cost in self.group_costs:
+            name = f"group_costs has a group of layers {cost.first} to {cost.last}, which are not there"
+            checks[name] = not 0 <= cost.first < cost.last < layers
+        if self.budget is not None:
+            checks[f"budget limits {self.budget.name!r}, which is no figure"] = self.budget.name not in LEVELS[1:]
         if self.healed is not None:
             checks["healed has no train among its settings"] = "train" not in self.healed.settings
         perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]

@@ -37,6 +37,11 @@ def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fu
         model = FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, calibration=calibration, **settings)
         assert model.fusion_report is not None
         made[method] = model.fusion_report
+    settings |= {"method": "refit", "selection": "groups", "max_divergence": 10.0, "calibration_length": 64}
+    del settings["num_fusions"]
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=text, **settings)
+    assert model.fusion_report is not None
+    made["within a budget"] = model.fusion_report
     return made
 
 
@@ -47,6 +52,7 @@ def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fu
         ("mka", ["similarity_heatmap", "manifolds", "along_depth"]),
         ("truncate", []),
         ("refit", ["along_depth", "fit_errors"]),
+        ("within a budget", ["group_costs", "cost_curve", "along_depth", "fit_errors"]),
     ],
 )
 def test_a_page_shows_what_its_method_measured(

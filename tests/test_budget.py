@@ -1,0 +1,140 @@
+"""Budgets: as many layers are fused as what they cost allows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_texts, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.measure import measure
+from lf_hf.pipeline import fuse, next_trial
+from lf_hf.plan import cost_curve
+from lf_hf.report.report import BudgetTrial, FusionReport
+from lf_hf.text.calibration import Corpus
+
+TEXTS = make_texts(100)
+SETTINGS: dict[str, Any] = {"calibration_length": 64, "calibration_tokens": 2048, "perplexity_tokens": 0}
+
+
+def predicted(model: Any, text: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Log-probabilities of all next tokens, and the mean loss of those that come."""
+    with torch.no_grad():
+        found = [model(sequence[None]).logits[0, :-1].double().log_softmax(-1) for sequence in text]
+    losses = [-of.gather(1, sequence[1:, None]) for of, sequence in zip(found, text, strict=True)]
+    return torch.cat(found), float(torch.cat(losses).mean())
+
+
+def fused_within(**settings: Any) -> tuple[Any, Any, Any, list[torch.Tensor]]:
+    """A dense model, what was fused within a budget, its report, and the text that was kept aside."""
+    tokenizer, config = make_tokenizer(), FusionConfig(**SETTINGS, **settings)
+    dense, model = make_llama(num_hidden_layers=7), make_llama(num_hidden_layers=7)
+    measured = measure(ModelDecoder(dense), tokenizer, config, None, Corpus(TEXTS, "texts"))
+    decoder = ModelDecoder(model, keep_originals=True)
+    report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
+    return dense, model, report, measured.text[7::8]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "truncate"},
+        {"method": "truncate", "selection": "groups"},
+        {"method": "refit"},
+        {"method": "refit", "selection": "groups"},
+    ],
+)
+def test_a_budget_is_kept_by_the_result_and_used_up(settings: dict[str, Any]) -> None:
+    _, smallest, everything, _ = fused_within(**settings, max_divergence=1e9)
+    most = FusionConfig(1, **settings).most_fusions(7)
+    assert len(everything.steps) == most and len(smallest.model.layers) == 7 - most
+    allowed = everything.budget.tried[-1].divergence / 2
+    dense, model, report, aside = fused_within(**settings, max_divergence=allowed)
+    expected, before = predicted(dense, aside)
+    found, after = predicted(model, aside)
+    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+    at = {trial.num_fusions: trial for trial in report.budget.tried}
+    number = len(report.steps)
+    assert at[number].divergence == pytest.approx(divergence, rel=1e-3)
+    assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)
+    assert divergence <= allowed * 1.001 and at[number + 1].divergence > allowed
+    assert report.config["max_divergence"] == allowed and report.config["num_fusions"] is None
+    assert f"max_divergence={allowed:g} on" in report.summary()
+    assert FusionReport.from_dict(report.to_dict()) == report
+
+
+def test_a_ratio_of_perplexities_is_kept() -> None:
+    dense, model, report, aside = fused_within(method="truncate", max_perplexity_ratio=1.5)
+    ratio = math.exp(predicted(model, aside)[1] - predicted(dense, aside)[1])
+    trials = {trial.num_fusions: trial.perplexity_ratio for trial in report.budget.tried}
+    assert trials[len(report.steps)] == pytest.approx(ratio, rel=1e-4) and ratio <= 1.5
+    assert trials.get(len(report.steps) + 1, math.inf) > 1.5
+
+
+def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    before = [parameter.clone() for parameter in model.parameters()]
+    config = FusionConfig(method="truncate", max_divergence=1e-30, **SETTINGS)
+    with pytest.raises(ValueError, match=r"max_divergence=1e-30 allows no fusion: with 1 it is \S+; raise it\."):
+        fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, Corpus(TEXTS, "texts"), base="tiny")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert len(model.model.layers) == model.config.num_hidden_layers == 5
+
+
+def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str], tmp_path: Path) -> None:
+    base = make_base(num_hidden_layers=7)
+    settings: dict[str, Any] = {"method": "refit", "selection": "groups", "max_divergence": 0.3}
+    for name, low_memory in (("low", True), ("high", False)):
+        fuse_checkpoint(base, tmp_path / name, calibration=TEXTS, low_memory=low_memory, **SETTINGS, **settings)
+    low, high = (load_file(tmp_path / name / "model.safetensors") for name in ("low", "high"))
+    assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
+    assert {file.name for file in tmp_path.iterdir()} == {"low", "high"}
+
+
+@given(st.lists(st.floats(1e-6, 2.0), min_size=1, max_size=60), st.floats(1e-4, 10.0))
+def test_trials_end_at_the_last_number_that_is_allowed(growth: list[float], allowed: float) -> None:
+    costs = list(itertools.accumulate(growth))  # of 1, 2, ... fusions
+    tried, bounds = list[BudgetTrial](), (0, len(costs) + 1)
+    while (count := next_trial(tried, "max_divergence", allowed, bounds)) is not None:
+        assert bounds[0] < count < bounds[1]
+        tried.append(BudgetTrial(count, costs[count - 1], 1.0))
+        bounds = (count, bounds[1]) if costs[count - 1] <= allowed else (bounds[0], count)
+    assert bounds[0] == sum(cost <= allowed for cost in costs)
+
+
+@pytest.mark.parametrize("power", [0.8, 1.0, 1.5, 2.5])
+@pytest.mark.parametrize("last", [1, 3, 9, 20])
+def test_few_trials_are_needed_where_costs_grow_as_they_do(power: float, last: int) -> None:
+    costs = [0.01 * number**power for number in range(1, 28)]
+    tried, bounds = list[BudgetTrial](), (0, 28)
+    while (count := next_trial(tried, "max_divergence", costs[last - 1] * 1.01, bounds)) is not None:
+        tried.append(BudgetTrial(count, costs[count - 1], 1.0))
+        bounds = (count, bounds[1]) if count <= last else (bounds[0], count)
+    assert bounds[0] == last and len(tried) <= 5
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_curve_has_the_cheapest_groups_of_each_level(make_base: Callable[..., str], low_memory: bool) -> None:
+    base = make_base(num_hidden_layers=7)
+    settings = SETTINGS | {"method": "truncate"}
+    levels = cost_curve(base, low_memory=low_memory, calibration=TEXTS, settings=settings)
+    assert [level.num_fusions for level in levels] == [1, 2, 3, 4]
+    for level in levels:
+        assert sum(last - first for first, last in level.groups) == level.num_fusions
+        assert min(level.groups)[0] > 0 and max(level.groups)[1] < 6
+    assert levels == cost_curve(base, low_memory=not low_memory, calibration=TEXTS, settings=settings)
+    del settings["perplexity_tokens"]
+    report = fuse_checkpoint(
+        base, Path(base).parent / "out", num_fusions=2, calibration=TEXTS, selection="groups", **settings
+    )
+    assert report.predicted == pytest.approx([level.divergence for level in levels])
