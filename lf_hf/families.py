@@ -7,12 +7,15 @@ import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+
+from lf_hf.config import FusionConfig
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common; and a model with a head."""
@@ -236,6 +239,10 @@ class Family:
         """The kind of a layer, by its place in the config."""
         return {name: getattr(config, name)[index] for name in self.layer_lists}
 
+    def config_kinds(self, config: PretrainedConfig) -> list[Kind]:
+        """The kinds of all layers."""
+        return [self.config_kind(config, index) for index in range(config.num_hidden_layers)]
+
     def layer_kind(self, layer: DecoderLayer) -> Kind:
         """The kind of a layer, wherever it is."""
         kind: dict[str, Any] = {}
@@ -369,3 +376,25 @@ def family_of(config: PretrainedConfig) -> Family:
 def head_dim(config: PretrainedConfig) -> int:
     """Channels of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
+    """Raise ValueError if a model has too few layers for a fusion.
+
+    Averages are of layers of one kind, as weights of others mean different things.
+    """
+    config.check_num_layers(model_config.num_hidden_layers)
+    if config.merge != "average":
+        return
+    kinds = family_of(model_config).config_kinds(model_config)
+    if config.selection == "last":
+        from_top = [kind == kinds[-1] for kind in reversed(kinds)]
+        most = len(list(takewhile(bool, from_top))) - 1
+    else:
+        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
+    if config.num_fusions > most:
+        raise ValueError(
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: "
+            f"selection={config.selection!r} allows {most} fusions of it, not {config.num_fusions}; use method='refit' "
+            "or 'truncate', which take attention from one layer."
+        )

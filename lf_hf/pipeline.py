@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice, pairwise, takewhile
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer, Kind, Weights
+from lf_hf.families import DecoderLayer, Kind, Weights, check_layers
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.numerics import all_finite, weights_digest
 from lf_hf.progress import progress
@@ -100,7 +100,7 @@ class Fusion:
 
         The first and the last layer of the model stay out of any pair: there must be at least four layers.
         """
-        kinds = _kinds(self.decoder)
+        kinds = self.decoder.family.config_kinds(self.decoder.config)
         pairs = [j for j in range(2, len(costs) - 1) if self.config.merge != "average" or kinds[j - 1] == kinds[j]]
         return min(pairs, key=lambda j: costs[j])
 
@@ -361,9 +361,8 @@ def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[Perple
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:
     """Raise ValueError if the model cannot be fused as `config` says; else return its number of parameters."""
-    config.check_num_layers(decoder.num_layers)
+    check_layers(config, decoder.config)
     check_computes(decoder.config)
-    _check_kinds(decoder, config)
     count = 0
     for name, parameter in decoder.named_parameters():
         if parameter.device.type == "meta":
@@ -375,29 +374,6 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         count += parameter.numel()
     return count
-
-
-def _kinds(decoder: Decoder) -> list[Kind]:
-    """What each layer has of its own in the config: a sliding window, or no positions."""
-    return [decoder.family.config_kind(decoder.config, index) for index in range(decoder.num_layers)]
-
-
-def _check_kinds(decoder: Decoder, config: FusionConfig) -> None:
-    """Raise ValueError if averages would be taken of layers of different kinds, whose weights mean different things."""
-    if config.merge != "average":
-        return
-    kinds = _kinds(decoder)
-    if config.selection == "last":
-        from_top = [kind == kinds[-1] for kind in reversed(kinds)]
-        most = len(list(takewhile(bool, from_top))) - 1
-    else:
-        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
-    if config.num_fusions > most:
-        raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: "
-            f"selection={config.selection!r} allows {most} fusions of it, not {config.num_fusions}; use method='refit' "
-            "or 'truncate', which take attention from one layer."
-        )
 
 
 def versions() -> dict[str, str]:

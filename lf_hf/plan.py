@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY
 from lf_hf.decoder.predictions import LOGITS
+from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
@@ -28,6 +29,7 @@ from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
 from lf_hf.pipeline import STEP_TOKENS, state_copies
 from lf_hf.progress import duration
+from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import num_candidates
 from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
@@ -133,7 +135,8 @@ def plan_fusion(
         low_memory_fits = False
     opened = Base.open(base, kwargs)
     layers, fused = opened.config.num_hidden_layers, config.num_fusions
-    config.check_num_layers(layers)
+    check_layers(config, opened.config)
+    check_computes(opened.config)
     samples, text = _calibration(config, calibration)
     if not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         opened.tokenizer()

@@ -1,1 +1,1 @@
-"""A Llama as the pipeline sees it, in memory or on disk, and what is measured by running it."""
+"""A model as the pipeline sees it, in memory or on disk, and what is measured by running it."""

@@ -24,6 +24,7 @@ from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, Point, check_batch_size
 from lf_hf.evaluate.results import Results
+from lf_hf.families import check_layers
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder
@@ -114,7 +115,7 @@ def sweep(
     _check_calibration(calibration)
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:
-        config.check_num_layers(opened.config.num_hidden_layers)
+        check_layers(config, opened.config)
         if config.heal_tokens and Processes.of_launch().count > 1:
             raise ValueError(
                 "heal_tokens cannot be used where processes share a sweep's points; start it as one process."

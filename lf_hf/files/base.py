@@ -244,8 +244,10 @@ def _checked_config(base: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     for name in _QUANTIZATION_ARGUMENTS:
         if kwargs.get(name):
             raise ValueError(f"{name} cannot be used while fusing; fuse in bfloat16, save, and quantise the result.")
+    if kwargs.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
+        raise ValueError("attn_implementation='flex_attention' cannot be used while fusing; take 'sdpa' or 'eager'.")
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=bool(kwargs.get("trust_remote_code")), **hub)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         if isinstance(error.__cause__ or error, HFValidationError):
             raise ValueError(f"There is no folder {base!r}, and it cannot be a name on the hub.") from None

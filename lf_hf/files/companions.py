@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.families import family_of
-from lf_hf.files.base import optional_file
 from lf_hf.files.model_card import CARD_NAME, model_card
 from lf_hf.report.report import FusionReport
 
@@ -47,10 +45,9 @@ def write_companions(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library has no error of its own for a full disk
             raise OSError(f"tokenizer: {error}") from error
-        file = None
-        with suppress(OSError):  # of a folder that is gone
-            file = tokenizer.name_or_path and optional_file(tokenizer.name_or_path, _SENTENCEPIECE, {})
-        if file:  # of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out
+        file = Path(getattr(tokenizer, "vocab_file", None) or "")
+        # Of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out.
+        if file.name == _SENTENCEPIECE and file.is_file():
             shutil.copyfile(file, folder / _SENTENCEPIECE)
     notes = _notes_on_order(config) if plain else []
     for note in notes:
@@ -103,8 +100,11 @@ def _older_names(config: dict[str, Any]) -> dict[str, Any]:
         older["sliding_window_pattern"] = period if regular else None  # with which they fail, and do not go wrong
     if "rope_theta" in rope:
         scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        if scaling.get("rope_type") == "longrope":  # of which Phi 3 took these three entries and no more
-            scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+        if scaling.get("rope_type") == "longrope":
+            # Phi 3 took these three entries and no more; what else there is has to be at the top of the config.
+            most = {"type", "rope_type", "short_factor", "long_factor"}
+            if all(config.get(name) == value for name, value in scaling.items() if name not in most):
+                scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
         older["rope_theta"] = rope["rope_theta"]
         older["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
     if "partial_rotary_factor" in rope:

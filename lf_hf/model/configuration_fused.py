@@ -79,7 +79,8 @@ def plain_config(config: PreTrainedConfig) -> Any:
 
 def converted_config(config: PreTrainedConfig, to: type[Config], **extra: Any) -> Config:
     """The same architecture as a config of another class."""
-    left_out = {"model_type", "architectures", "fusion", "transformers_version"}
+    # `auto_map` is of code that came with the base, in whose place transformers' own is used.
+    left_out = {"model_type", "architectures", "fusion", "transformers_version", "auto_map"}
     values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
     converted = to(**values, **extra)
     converted._attn_implementation = config._attn_implementation

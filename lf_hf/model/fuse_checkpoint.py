@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
 from lf_hf.files.companions import is_plain, write_companions
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
@@ -99,7 +100,7 @@ def fuse_checkpoint(
         )
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
-    config.check_num_layers(opened.config.num_hidden_layers)
+    check_layers(config, opened.config)
     samples, text = load_needed(config, calibration)
     used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)

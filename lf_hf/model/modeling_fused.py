@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, HEADS, Family, family_of
+from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of
 from lf_hf.files.base import (
     Base,
     check_has_config,
@@ -145,7 +145,7 @@ class FusedForCausalLM(PreTrainedModel):
                 f"{fused_class(base.config).__name__}, not with {cls.__name__}; or use lf_hf.from_pretrained_fused, "
                 "which finds the class itself."
             )
-        config.check_num_layers(base.config.num_hidden_layers)
+        check_layers(config, base.config)
         samples, text = (None, None) if measurements else load_needed(config, calibration)
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
@@ -271,6 +271,11 @@ class FusedForCausalLM(PreTrainedModel):
                 f"The config of {pretrained_model_name_or_path!r} is of no {cls.family.title}: {reason:.300}"
             ) from None
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if (family := family_of(model.config)) is not cls.family:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} is a {family.title}; load it with "
+                f"{fused_class(model.config).__name__}."
+            )
         if not isinstance(model.config.fusion, dict | None):
             raise ValueError(
                 f"fusion in the config of {pretrained_model_name_or_path!r} must be an object or null, got "

@@ -56,7 +56,7 @@ def check_computes(config: PretrainedConfig) -> None:
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
         ids = torch.randint(model.config.vocab_size, (1, _TOKENS))
-        states = torch.randn(1, _TOKENS, model.config.hidden_size)
+        states = torch.randn(1, _TOKENS, model.config.hidden_size, dtype=torch.float32)
         for what, found, expected in _compared(model, ids, states):
             if not (found - expected).norm() <= _TOLERANCE * expected.norm():
                 raise ValueError(_refusal(family, what))

@@ -21,8 +21,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lf_hf
 from lf_hf.cli import main
+from lf_hf.config import FusionConfig
+from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES, HEADS
+from lf_hf.files.base import Base
 from lf_hf.model.modeling_fused import FusedForCausalLM
+from lf_hf.plan import plan_fusion
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
 SETTINGS: dict[str, Any] = {
@@ -286,6 +290,16 @@ def test_the_older_names_say_the_same(model_type: str, make: Callable[..., Path]
     ("model_type", "rope"),
     [
         ("phi3", {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3}),
+        (
+            "llama",
+            {
+                "rope_type": "longrope",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "long_factor": [1.5] * 4,
+                "short_factor": [1.1] * 4,
+            },
+        ),
         ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
         ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
     ],
@@ -307,6 +321,31 @@ def test_scaled_rotary_embeddings_are_written_as_they_were(
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(lf_hf.from_pretrained_fused(base, **QUICK))
     )
+
+
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qwen3, gemma2 = make("qwen3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}), make("gemma2")
+    lf_hf.from_pretrained_fused(qwen3, trust_remote_code=True, **QUICK).save_pretrained(tmp_path, plain=True)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    lf_hf.from_pretrained_fused(qwen3, **QUICK).save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match="is a Qwen3; load it with FusedQwen3ForCausalLM"):
+        lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused")
+    monkeypatch.delattr(Base, "load")
+    with pytest.raises(ValueError, match="flex_attention"):
+        lf_hf.from_pretrained_fused(qwen3, attn_implementation="flex_attention", **QUICK)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(make_texts()), encoding="utf-8")
+    for start in (
+        lambda: lf_hf.from_pretrained_fused(gemma2, num_fusions=2, method="mka"),
+        lambda: plan_fusion(gemma2, FusionConfig(2, "mka")),
+        lambda: sweep(
+            gemma2, tmp_path / "sweep", num_fusions=[2], methods=["refit", "mka"], tasks=["piqa"], calibration=text
+        ),
+    ):
+        with pytest.raises(ValueError, match="Only layers of one kind are averaged"):
+            start()
 
 
 @pytest.mark.parametrize(

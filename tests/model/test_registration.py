@@ -97,6 +97,7 @@ def test_peft_is_not_imported_for_that(first: str) -> None:
         assert {first!r} == "peft" or "peft" not in sys.modules
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table, constants
         assert table["fused_llama"] == table["llama"]
+        assert all(table[f"fused_{{name}}"] == table[name] for name in ("mistral", "qwen2", "gemma2"))
         assert "TARGET_MODULES" in inspect.getsource(constants)
         assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("lf_hf.")]
         """
