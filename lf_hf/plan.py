@@ -153,12 +153,12 @@ def plan_fusion(
     opened = Base.open(base, kwargs)
     layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
     check_layers(config, opened.config)
-    check_computes(opened.config)
     samples, text = _calibration(config, calibration)
     if not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         opened.tokenizer()
     if out is not None:
         check_disk(opened, config, out)
+    check_computes(opened.config)
 
     work = _Work.of(opened, config, samples, text)
     bytes_before = sum(file.stat().st_size for file in opened.files())

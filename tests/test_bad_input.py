@@ -182,7 +182,11 @@ Row = tuple[Call, Any, str, Edit] | tuple[Call, Any, str]
 PYTHON: dict[str, Row] = {
     # Settings: types and ranges
     "nothing said": (lambda at: FusedLlamaForCausalLM.from_pretrained_fused(at.base), {}, "Give one of num_fusions"),
-    "none": (settings, {"num_fusions": None}, "num_fusions must be an integer of at least 1, got None"),
+    "none": (
+        settings,
+        {"num_fusions": None},
+        "Give one of num_fusions, max_divergence, max_perplexity_ratio, .*; got none of them",
+    ),
     "a string": (settings, {"num_fusions": "4"}, "num_fusions must be an integer of at least 1, got '4'"),
     "a float": (settings, {"num_fusions": 4.0}, "num_fusions must be an integer of at least 1, got 4.0"),
     "negative": (settings, {"num_fusions": -1}, "num_fusions must be an integer of at least 1, got -1"),
@@ -433,7 +437,8 @@ def at(base: str, fused: str, tmp_path: Path) -> Places:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer may be run."""
     monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
-    monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
+    for module in ("pipeline", "plan"):
+        monkeypatch.setattr(f"lf_hf.{module}.check_computes", lambda _: None)  # runs layers of its own
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

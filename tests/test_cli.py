@@ -126,8 +126,8 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--num-fusions or --target-layers"),
-        (["--num-fusions", 1, "--target-layers", 3], "--num-fusions or --target-layers"),
+        ([], "give one of --num-fusions, --target-layers"),
+        (["--num-fusions", 1, "--target-layers", 3], "give one of --num-fusions, --target-layers"),
         (["--num-fusions", 1, "--method", "mkaa"], "did you mean 'mka'?"),
         (["--num-fusions", 1, "--kernel-scale", -1], "kernel_scale must be greater than 0"),
         (["--num-fusion", 1], "--num-fusions"),

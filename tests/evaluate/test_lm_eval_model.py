@@ -191,7 +191,7 @@ def test_results_carry_the_fusion(base: str) -> None:
         ({"fused_dir": "x"}, "fused_dir without num_fusions has no effect"),
         ({"num_fusions": 1, "method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
         ({"num_fusions": 1, "kernal_scale": 4}, "Unknown argument 'kernal_scale'; did you mean 'kernel_scale'"),
-        ({"num_fusions": 1, "delta": "x"}, "delta=x cannot be combined with num_fusions; fuse and save"),
+        ({"num_fusions": 1, "delta": "x"}, "delta=x cannot be combined with num_fusions=1; fuse and save"),
         ({"num_fusions": 1, "tp_plan": "auto"}, "tp_plan=auto cannot be combined with num_fusions"),
     ],
 )
