@@ -59,24 +59,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Settings of tiny models: grouped-query attention, and weights large enough to matter."""
+
+
 def make_llama(**overrides: Any) -> LlamaForCausalLM:
     """A random Llama of 5 layers with grouped-query attention, weights large enough to matter."""
-    settings: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
     dtype = overrides.pop("dtype", torch.float32)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**settings | overrides)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**TINY | overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved

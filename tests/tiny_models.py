@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import TINY
 
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
@@ -38,20 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    settings = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    return FAMILIES[model_type].config_class(**settings | SETTINGS.get(model_type, {}) | overrides)
+    return FAMILIES[model_type].config_class(
+        **TINY | {"num_hidden_layers": 6} | SETTINGS.get(model_type, {}) | overrides
+    )
 
 
 def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
