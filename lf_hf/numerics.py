@@ -1,10 +1,11 @@
-"""Numbers of any device: float64, whether they are finite, and whether they are the same."""
+"""Numbers of any device: float64, bfloat16, whether they are finite, and whether they are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,23 @@ def all_finite(tensor: Tensor) -> bool:
 def in_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64; on the CPU where its device, Apple's mps, has no such numbers."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine multiplies matrices in bfloat16 faster than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+def slow_bfloat16_note(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say of a model whose dtype the CPU can only imitate, if it is one."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or computes_bfloat16():
+        return None
+    return "This CPU has no instructions for bfloat16, so it is several times as slow as float32; give dtype=float32."
 
 
 def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:

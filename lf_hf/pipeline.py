@@ -30,7 +30,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
-from lf_hf.numerics import all_finite, weights_digest
+from lf_hf.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
@@ -603,6 +603,8 @@ def check_model(decoder: Decoder, config: FusionConfig) -> int:
         if not all_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         count += parameter.numel()
+    if note := slow_bfloat16_note(parameter.dtype, decoder.device):
+        logger.warning(note)
     return count
 
 

@@ -30,6 +30,7 @@ from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
+from lf_hf.numerics import slow_bfloat16_note
 from lf_hf.pipeline import (
     GROUP_TOKENS,
     JUDGING_LENGTH,
@@ -170,6 +171,7 @@ def plan_fusion(
     notes = {
         f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
         f"The base is not on this machine yet; about {_gib(download)} will be downloaded.": not bytes_before,
+        slow_bfloat16_note(work.dtype, devices[0]): True,
         f"{_gib(free)} of memory are free now, less than the {_gib(needed)} that this may take.": needed > free,
     }
     return FusionPlan(
@@ -188,7 +190,7 @@ def plan_fusion(
         memory=memory,
         low_memory=reduced if low_memory_fits else None,
         seconds=(seconds / 2, seconds * 2),
-        notes=[note for note, applies in notes.items() if applies],
+        notes=[note for note, applies in notes.items() if note and applies],
     )
 
 

@@ -48,6 +48,18 @@ def test_a_fusion_does_what_its_plan_says(
     assert 0 <= weights_size(tmp_path / "out", {}) - plan.bytes_after < 20_000  # the header
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bfloat16_is_said_beforehand(
+    make_base: Callable[..., str], tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("lf_hf.numerics.computes_bfloat16", lambda: fast)
+    base, config = make_base(dtype=torch.bfloat16), FusionConfig(1, method="truncate", perplexity_tokens=0)
+    assert plan_fusion(base, config, dtype="float32").notes == []
+    assert any("no instructions for bfloat16" in note for note in plan_fusion(base, config).notes) != fast
+    fuse_checkpoint(base, tmp_path / "out", config)
+    assert ("no instructions for bfloat16" in caplog.text) != fast
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -164,7 +164,8 @@ def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> 
         opened, loading={**opened.loading, "dtype": came_in.model.dtype, "device_map": None}
     ).load()
     check_base(opened, came_in, ModelDecoder(model))
-    dtype = torch.bfloat16 if arguments.bf16 else model.dtype
+    # Where training is not in bfloat16, the machine is faster without it, or the user wants none.
+    dtype = torch.bfloat16 if arguments.bf16 else torch.promote_types(model.dtype, torch.float32)
     return model.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]
 
 

@@ -22,6 +22,7 @@ from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
 from lf_hf.model.modeling_fused import with_buffers
+from lf_hf.numerics import computes_bfloat16
 from lf_hf.processes import PATIENCE
 from lf_hf.progress import progress
 
@@ -298,13 +299,3 @@ def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapp
     # One by one, as the mean of a batch that is filled up for the last of several processes is another.
     arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)
     arguments.gradient_accumulation_steps = of_process // size
-
-
-def computes_bfloat16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16 faster than in float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():
-        return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
