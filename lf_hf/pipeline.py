@@ -57,9 +57,10 @@ from lf_hf.text.calibration import Calibration, Corpus
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
-_TRIALS = 6  # sets of groups that are tried out whole
+_TRIALS = 12  # sets of groups that are tried out whole
 GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
-JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge groups, and the tokens of each
+JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
+_JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -275,26 +276,33 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
             if fusion.boundaries is not None:
                 fusion.influences = list(fusion.boundaries.influences)
             batches = iter(range(sum(map(len, parts))))
-            of_batches = Roles(*(list(islice(batches, len(part))) for part in parts))
+            first, second, third = (list(islice(batches, len(part))) for part in parts)
             if config.selection == "least_divergence":
                 assert fusion.boundaries is not None
-                fusion.costs = PairCosts(decoder, fusion.boundaries, of_batches, fusion.try_pair, store)
+                fusion.costs = PairCosts(
+                    decoder, fusion.boundaries, Roles(first, second, third), fusion.try_pair, store
+                )
             elif config.selection == "groups":
                 assert fusion.boundaries is not None
                 known = measured.group_costs.get(_group_settings(config))
-                fusion.table = GroupCosts(decoder, fusion.boundaries, of_batches, fusion.try_group, store, known)
+                fusion.table = GroupCosts(
+                    decoder, fusion.boundaries, first, second, third, fusion.try_group, store, known
+                )
                 measured.group_costs[_group_settings(config)] = fusion.table.by_group
         yield fusion
         fusion.boundaries = fusion.costs = fusion.table = None  # the last pass needs the room
 
 
 def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Sequences of calibration text that steps fit to, fit to and judge on, and judge on alone."""
+    """Sequences of calibration text for what steps do with it.
+
+    Those that they fit to, fit to and judge on, and judge on alone; where groups are chosen, those that they are fitted
+    to, that judge each, and that judge sets.
+    """
     if not config.needs_text:
         return [], [], []
     if config.selection == "groups":
-        fitting, judging = text_for_groups(text)
-        return fitting, [], judging
+        return text_for_groups(text)
     text = _beginning(text, STEP_TOKENS)
     if config.selection == "least_divergence":
         roles = Roles.of(len(text))
@@ -302,12 +310,13 @@ def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Seque
     return text, [], []
 
 
-def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Sequences that candidates are fitted to, and beginnings of others that judge them, from all over the text.
+def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Sequences that candidates are fitted to, and others that judge groups, and sets of them, from all over the text.
 
     So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
-    single sequence is for both. Every other beginning is half as long and there twice: only the heads that look up what
-    followed before predict the second time, and no other text shows as clearly where they are lost.
+    single sequence is for all. Of those that judge groups the beginning is enough. Every other sequence that judges is
+    half as long and there twice: only the heads that look up what followed before predict the second time, and no
+    other text shows as clearly where they are lost.
     """
     ends = np.cumsum([len(sequence) for sequence in text])
     points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
@@ -315,9 +324,18 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
     if len(chosen) > len(text) // 2:
         chosen = set(range(1, len(text), 2)) or {0}
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    pieces = [text[number][:JUDGING_LENGTH] for number in sorted(chosen)]
-    pieces[1::2] = [torch.cat([piece[: JUDGING_LENGTH // 2]] * 2) for piece in pieces[1::2]]
-    return _beginning(rest or text, GROUP_TOKENS), pieces
+    wholes = [text[number] for number in sorted(chosen)]
+    pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
+    some = wholes[:: max(1, len(wholes) // _JUDGING_SETS)]
+    return _beginning(rest or text, GROUP_TOKENS), _half_twice(pieces), _half_twice(some)
+
+
+def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Sequences, of every other one the first half two times."""
+    return [
+        torch.cat([sequence[: len(sequence) // 2]] * 2) if number % 2 else sequence
+        for number, sequence in enumerate(sequences)
+    ]
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
@@ -330,8 +348,8 @@ def state_copies(config: FusionConfig, num_layers: int) -> int:
     tried = 0
     if config.selection == "least_divergence":
         tried = num_judging_copies(num_layers)
-    elif config.selection == "groups":  # the judging states, a third of all, after each group
-        tried = (LONGEST_GROUP - 1) * num_layers // 3 + LONGEST_GROUP
+    elif config.selection == "groups":  # the states that judge each, a fifth of all, after each group
+        tried = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP
     return num_layers + 7 + tried
 
 

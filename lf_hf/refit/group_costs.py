@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lf_hf.config import LONGEST_GROUP
@@ -15,7 +17,7 @@ from lf_hf.families import DecoderLayer
 from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import after_attention
-from lf_hf.refit.pair_costs import Roles, divergences
+from lf_hf.refit.pair_costs import divergences
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
 
@@ -24,16 +26,16 @@ Group = tuple[int, int]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-
-_JUDGED = slice(
-    1, None, 2
-)  # tokens: half, as predictions take as long as the layers, and neighbours' say much the same
+_SHRINKAGE = 3.0  # of what joins cost beyond the table, which a dozen trials are to say
+# Tokens: half, as predictions take as long as the layers, and neighbours' say much the same.
+_JUDGED = slice(1, None, 2)
 
 
 class GroupCosts:
     """Costs of groups, and of sets of them, as divergences of predictions from the dense model's.
 
-    Groups are fused to some batches of the text, and judged on others.
+    Groups are fitted to some batches of the text, and judged on others: short ones judge single groups, as there are
+    many, and long ones whole sets.
 
     Parameters
     ----------
@@ -41,7 +43,7 @@ class GroupCosts:
         The dense model.
     boundaries : Boundaries
         Its states on calibration text.
-    roles : Roles
+    fitting, judging, judging_sets : sequences of int
         What the batches of these states are for.
     fuse : FuseGroup
     store : StateStore
@@ -61,37 +63,28 @@ class GroupCosts:
         self,
         decoder: Decoder,
         boundaries: Boundaries,
-        roles: Roles,
+        fitting: Sequence[int],
+        judging: Sequence[int],
+        judging_sets: Sequence[int],
         fuse: FuseGroup,
         store: StateStore,
         known: dict[Group, float] | None = None,
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
-        self._fitting, self._judging = [*roles.fitting, *roles.both], [*roles.both, *roles.judging]
-        self._dense = store.keep(state[:, _JUDGED] for state in self._part(decoder.num_layers, self._judging))
+        self._fitting, self._judging, self._judging_sets = fitting, judging, judging_sets
         self.tried: dict[tuple[Group, ...], float] = {}
         self.by_group = known or self._measured()
 
     def best(self, num_fusions: int, *, trials: int) -> list[Group]:
-        """The groups that cost least together, where they leave `num_fusions` layers fewer.
-
-        Sets that promise most are tried out whole, then those that differ from the best one by a move, while it helps.
-        """
-        promising = cheapest_sets(self.by_group, num_fusions, count=max(1, trials // 2))
-        for groups in promising:
+        """The groups that cost least together, where they leave `num_fusions` layers fewer."""
+        for _ in progress(range(trials), desc="Trying sets of groups", unit="set", leave=False):
+            groups = self._decoder.processes.told_by_first(partial(promising, self.by_group, self.tried, num_fusions))
+            if groups is None:
+                break
             self._try(groups)
-        while True:
-            mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
-            best = min(mine, key=lambda groups: mine[groups])
-            untried = [groups for groups in moved(best, self.by_group) if groups not in self.tried]
-            untried.sort(key=lambda groups: sum(self.by_group[group] for group in groups))
-            better = False
-            for groups in untried[: max(0, trials - len(mine))]:
-                if self._try(groups) < mine[best]:
-                    better = True
-                    break
-            if not better:
-                return list(best)
+        mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
+        best = min(mine, key=lambda groups: mine[groups])
+        return list(best)
 
     def _part(self, index: int, numbers: Sequence[int]) -> list[Tensor]:
         states = self._boundaries.before(index)
@@ -116,7 +109,12 @@ class GroupCosts:
             for first in range(min(window), last):
                 states[first, last] = self._run(self._fused(first, last, window), self._part(first, self._judging))
         del window
-        return dict(zip(states, divergences(self._decoder, self._dense, states.values()), strict=True))
+        return dict(zip(states, self._divergences(self._judging, states.values()), strict=True))
+
+    def _divergences(self, numbers: Sequence[int], found: Iterable[Sequence[Tensor]]) -> list[float]:
+        """Of final states of some batches, each of which has the tokens that judge."""
+        dense = self._store.keep(state[:, _JUDGED] for state in self._part(self._decoder.num_layers, numbers))
+        return divergences(self._decoder, dense, found)
 
     def _residuals(self, layer: DecoderLayer, states: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._store.keep(after_attention(self._decoder, layer, state) for state in states)
@@ -146,7 +144,7 @@ class GroupCosts:
         by_first = dict(groups)
         start = min(by_first)
         fitted: Sequence[Tensor] = self._part(start, self._fitting)
-        judged: Sequence[Tensor] = self._part(start, self._judging)
+        judged: Sequence[Tensor] = self._part(start, self._judging_sets)
         rest = iter(range(start, self._decoder.num_layers))
         layers = self._decoder.layers(range(start, self._decoder.num_layers))
         for first in rest:
@@ -159,7 +157,7 @@ class GroupCosts:
                     window[number] = of_group, self._residuals(of_group, self._part(number, self._fitting))
                 layer = self._fused(first, by_first[first], window, fitted)
             fitted, judged = self._run(layer, fitted), self._run(layer, judged)
-        [cost] = divergences(self._decoder, self._dense, [[state[:, _JUDGED] for state in judged]])
+        [cost] = self._divergences(self._judging_sets, [[state[:, _JUDGED] for state in judged]])
         self.tried[groups] = cost
         return cost
 
@@ -193,27 +191,26 @@ def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int)
     return [groups for _, groups in best[top + 1][num_fusions]]
 
 
-def moved(groups: Sequence[Group], costs: Mapping[Group, float]) -> set[tuple[Group, ...]]:
-    """Sets that differ from one by a move and leave as many layers.
+def promising(
+    costs: Mapping[Group, float], tried: Mapping[tuple[Group, ...], float], num_fusions: int
+) -> tuple[Group, ...] | None:
+    """The set that is expected to cost least of those that were not tried; None where all were.
 
-    A move cuts a group in two, and joins two neighbours elsewhere, layers or groups. So groups are moved by a layer,
-    grow, shrink, split and join.
+    Costs of groups do not add up: joining one more layer costs more where its neighbours have gone too. What sets cost
+    beyond the sum of their groups is put down to the layers that they join to the one below, by ridge regression.
     """
-    found: set[tuple[Group, ...]] = set()
-    for group in groups:
-        others = [other for other in groups if other != group]
-        for cut in range(*group):
-            parts = (group[0], cut), (cut + 1, group[1])
-            left = [*others, *(part for part in parts if part[0] < part[1])]
-            taken = {layer for first, last in left for layer in range(first, last + 1)}
-            for first, last in costs:
-                inside = [other for other in left if first <= other[0] and other[1] <= last]
-                free = all(layer not in taken for layer in range(first, last + 1) if not _within(layer, inside))
-                if free and removed(inside) == last - first - 1:
-                    found.add(tuple(sorted([*(other for other in left if other not in inside), (first, last)])))
-    found.discard(tuple(sorted(groups)))
-    return {groups for groups in found if all(math.isfinite(costs[group]) for group in groups)}
+    known = {groups: cost for groups, cost in tried.items() if removed(groups) == num_fusions}
+    finite = [groups for groups, cost in known.items() if math.isfinite(cost)]
+    if len(finite) > 1:
+        top = max(last for _, last in costs)
+        joined = [[_joins(groups, layer) for layer in range(top + 1)] for groups in finite]
+        beyond = [known[groups] - sum(costs[group] for group in groups) for groups in finite]
+        weights = Ridge(_SHRINKAGE).fit(joined, beyond).coef_
+        costs = {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}
+    found = cheapest_sets(costs, num_fusions, count=len(known) + 1)
+    return next((groups for groups in found if groups not in known), None)
 
 
-def _within(layer: int, groups: Iterable[Group]) -> bool:
-    return any(first <= layer <= last for first, last in groups)
+def _joins(groups: Iterable[Group], layer: int) -> bool:
+    """Whether a layer is in a group with the one below it."""
+    return any(first < layer <= last for first, last in groups)

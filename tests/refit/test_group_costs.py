@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
 from lf_hf.pipeline import fuse, fuse_pairs, start, text_for_groups
-from lf_hf.refit.group_costs import cheapest_sets, moved, removed
+from lf_hf.refit.group_costs import cheapest_sets, promising, removed
 from lf_hf.text.calibration import Calibration, Corpus
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
@@ -44,14 +45,31 @@ def test_the_cheapest_sets_are_those_of_an_exhaustive_search(fewer: int) -> None
     assert found == [groups for _, groups in expected[:4]]
 
 
-def test_moves_leave_as_many_layers_and_reach_every_set() -> None:
-    costs = random_costs(8, 0)
-    sets = {groups for _, groups in all_sets(costs, 3)}
-    reached, new = set[Any](), {next(iter(sets))}
-    while new:
-        reached |= new
-        new = {groups for old in new for groups in moved(old, costs)} - reached
-    assert reached == sets
+def test_trials_find_what_costs_of_groups_do_not_show() -> None:
+    """Here each layer that goes costs far more where the one next to it went too, as in real models."""
+    costs = {(i, j): (j - i) * (1 + 0.01 * i) for i, j in random_costs(12, 0)}
+
+    def whole(groups: tuple[tuple[int, int], ...]) -> float:
+        joined = [layer for first, last in groups for layer in range(first + 1, last + 1)]
+        dear = sum(layer in (2, 3, 4, 5) for layer in joined)
+        return sum(costs[group] for group in groups) + dear
+
+    tried: dict[tuple[tuple[int, int], ...], float] = {}
+    for _ in range(8):
+        groups = promising(costs, tried, 4)
+        assert groups is not None and groups not in tried and removed(groups) == 4
+        tried[groups] = whole(groups)
+    first, best = next(iter(tried)), min(tried, key=lambda groups: tried[groups])
+    assert first == cheapest_sets(costs, 4, count=1)[0] and tried[first] == whole(first)
+    assert tried[best] == min(whole(groups) for _, groups in all_sets(costs, 4)) < tried[first] - 2
+
+
+def test_sets_are_tried_until_none_is_left() -> None:
+    costs = random_costs(6, 1)
+    every, tried = {groups for _, groups in all_sets(costs, 2)}, dict[Any, float]()
+    while (groups := promising(costs, tried, 2)) is not None:
+        tried[groups] = math.inf if len(tried) == 1 else 1.0
+    assert set(tried) == every
 
 
 def idle(model: Any, *layers: int) -> Any:
@@ -98,16 +116,20 @@ def test_a_table_is_measured_once() -> None:
 @pytest.mark.parametrize("lengths", [[512] * 40, [128] * 90 + [512] * 20, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    fitting, judging = text_for_groups(text)
-    fitted, judged = ({int(sequence[0]) for sequence in of_role} for of_role in (fitting, judging))
-    assert fitted and judged and (not fitted & judged or len(text) == 1)
-    assert sum(map(len, fitting)) <= 4096 and sum(map(len, judging)) <= 2048
-    ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
-    assert (ends[-1] > 0.9 and ends[0] < 0.5) or len(text) < 4
+    fitting, *judging = text_for_groups(text)
+    fitted = {int(sequence[0]) for sequence in fitting}
+    assert fitted and sum(map(len, fitting)) <= 4096
+    for sequences, most in zip(judging, (16 * 128, 8 * 512), strict=True):
+        judged = {int(sequence[0]) for sequence in sequences}
+        assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, sequences)) <= most
+        ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
+        assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
 
 
 def test_groups_are_judged_on_what_comes_twice_too() -> None:
     text = [torch.arange(512) + 1000 * number for number in range(40)]
-    _, judging = text_for_groups(text)
-    twice = [len(set(piece.tolist())) * 2 == len(piece) for piece in judging]
-    assert twice == [bool(number % 2) for number in range(16)]
+    _, pieces, wholes = text_for_groups(text)
+    for judging, count, length in ((pieces, 16, 128), (wholes, 8, 512)):
+        assert [len(sequence) for sequence in judging] == [length] * count
+        twice = [len(set(sequence.tolist())) * 2 == length for sequence in judging]
+        assert twice == [bool(number % 2) for number in range(count)]
