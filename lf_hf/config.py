@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
     "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
-    "refit": {"selection": "least_influence", "alignment": "none", "merge": "select", "refit": "projections"},
+    "refit": {"selection": "groups", "alignment": "none", "merge": "select", "refit": "projections"},
 }
 """What each preset sets. A field that the user gives overrides its preset."""
 
@@ -95,8 +95,8 @@ class FusionConfig:
         Which pair each step fuses. "last": the last two layers of the model. "least_influence":
         the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
         whose fusion, tried on calibration text, moves the model's predictions least. "groups": those groups of
-        two to six layers that, each made one layer, move them least together. In the latter three the first and the
-        last layer stay.
+        two to six layers that, each made one layer, move them least together, tried on that text too. In the latter
+        three the first and the last layer stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so

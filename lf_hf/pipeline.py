@@ -57,10 +57,10 @@ from lf_hf.text.calibration import Calibration, Corpus
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
-_TRIALS = 12  # sets of groups that are tried out whole
+_TRIALS = 12  # sets of groups that are tried out whole, at most
 GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
 JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
-_JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
+JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -68,7 +68,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
     with fusion.clock(_STEPS):
         if fusion.table is not None and not fusion.planned:
-            fusion.planned = fusion.table.best(num_fusions, trials=_TRIALS)
+            fusion.planned = fusion.table.best(num_fusions, trials=num_trials(num_fusions))
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
             if fusion.planned and fusion.config.remakes:
@@ -326,7 +326,7 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
     wholes = [text[number] for number in sorted(chosen)]
     pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
-    some = wholes[:: max(1, len(wholes) // _JUDGING_SETS)]
+    some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
     return _beginning(rest or text, GROUP_TOKENS), _half_twice(pieces), _half_twice(some)
 
 
@@ -336,6 +336,11 @@ def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
         torch.cat([sequence[: len(sequence) // 2]] * 2) if number % 2 else sequence
         for number, sequence in enumerate(sequences)
     ]
+
+
+def num_trials(num_fusions: int) -> int:
+    """How many sets of groups are tried out whole: a few where there are few groups in a set."""
+    return min(_TRIALS, 2 * num_fusions)
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:

@@ -35,9 +35,11 @@ from lf_hf.pipeline import (
     GROUP_TOKENS,
     JUDGING_LENGTH,
     JUDGING_PIECES,
+    JUDGING_SETS,
     STEP_TOKENS,
     cheapest_levels,
     check_model,
+    num_trials,
     start,
     state_copies,
 )
@@ -384,13 +386,16 @@ class _Work:
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
-        groups = (LONGEST_GROUP - 1) * layers if config.selection == "groups" else 0
-        judged = groups * JUDGING_PIECES * JUDGING_LENGTH  # each group, half of it through the head
-        passes += judged * layers / 2
+        groups, trials = (LONGEST_GROUP - 1) * layers, num_trials(fused)
+        if config.selection != "groups":
+            groups = trials = 0
+        of_groups, of_sets = groups * JUDGING_PIECES * JUDGING_LENGTH, trials * JUDGING_SETS * config.calibration_length
+        judged = of_groups + of_sets  # half of it through the head
+        passes += (of_groups / 2 + of_sets) * layers
         if config.fits:  # of 3.5 layers as they come, and of as many channels as are kept
             mlp, hidden, tokens = self.llama.intermediate_size, self.llama.hidden_size, min(self.text, GROUP_TOKENS)
-            passes += groups * 3.5 * tokens
-            fits += groups * (2 * tokens * mlp * (mlp + hidden) + 4 * mlp**3)
+            passes += groups * 3.5 * tokens + trials * layers * tokens
+            fits += (groups + trials * fused / 2) * (2 * tokens * mlp * (mlp + hidden) + 4 * mlp**3)
         run = 2 * passes * self.layer + (6 * self.judging + judged) * self.table
         run += config.heal_tokens * (
             6 * self.parameters_after + 2 * self.parameters
