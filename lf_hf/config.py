@@ -20,7 +20,7 @@ METHODS: dict[str, dict[str, str]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
     "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
-    "refit": {"selection": "groups", "alignment": "none", "merge": "select", "refit": "projections"},
+    "refit": {"selection": "least_influence", "alignment": "none", "merge": "select", "refit": "projections"},
 }
 """What each preset sets. A field that the user gives overrides its preset."""
 

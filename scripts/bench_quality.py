@@ -225,7 +225,7 @@ class Ways:
             "refit": self.fusion(method="refit"),
             "drop by influence, healed": self.fusion(method="truncate", selection="least_influence", healed=True),
             "refit, healed": self.fusion(method="refit", healed=True),
-            "refit, least_influence": self.fusion(method="refit", selection="least_influence"),
+            "refit, groups": self.fusion(method="refit", selection="groups"),
             "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
         }
 

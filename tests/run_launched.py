@@ -22,7 +22,7 @@ from lf_hf.processes import ALONE, Processes
 from lf_hf.text.calibration import Calibration, Corpus
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "refit": {"method": "refit", "selection": "least_influence", "num_fusions": 3},
+    "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
     "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},

@@ -141,7 +141,6 @@ def test_measurements_serve_every_fusion_that_would_measure_the_same() -> None:
 
 LEVELS = {
     **{method: {"method": method} for method in METHODS},
-    "refit": {"method": "refit", "selection": "least_influence"},
     "by divergence": {"method": "refit", "selection": "least_divergence"},
     "averaged and fitted": {"method": "mka", "selection": "least_influence", "refit": "down_proj"},
 }

@@ -145,7 +145,7 @@ def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None
     refit = plan(method="refit")
     squares = 2 * 4 * 17920**2 / 2**30  # Gram matrices of the channels that a fit chooses from, in float32
     assert squares + 0.8 < gib(refit.low_memory) < 3 * squares
-    assert "chosen while fusing, on calibration text: the groups of layers whose fusion changes" in refit.summary()
+    assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in refit.summary()
     # Each estimate measures the machine anew, so only large differences say anything.
     assert plan(perplexity_tokens=400_000).seconds[0] > 5 * four.seconds[0]
 
