@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
 
 TRAIN = ("all", "fused", "lora")
-LEARNING_RATES = {"all": 2e-4, "fused": 2e-4, "lora": 5e-4}
+LEARNING_RATES = {"all": 1e-4, "fused": 1e-4, "lora": 5e-4}
 _INT_MINIMUM = {"tokens": LEAST_HEAL_TOKENS, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
 # Inclusive lower and upper bounds; zero is excluded where it would mean that nothing is learnt.
 _FLOAT_RANGE = {"learning_rate": (0.0, 1.0), "temperature": (0.0, 100.0)}
@@ -30,7 +30,7 @@ class HealSettings:
         What is trained. "fused": the fused layers and all norms. "lora": adapters on every projection, which are
         merged at the end. "all": all weights.
     learning_rate : float > 0, default from `train`
-        The highest one, after the warm-up: 5e-4 for "lora", else 2e-4.
+        The highest one, after the warm-up: 5e-4 for "lora", else 1e-4.
     temperature : float > 0, default=1.0
         What both models' logits are divided by before they are compared.
     next_token_share : float in 0..1, default=0.0
