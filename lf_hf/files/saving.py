@@ -113,19 +113,20 @@ def held(file: Path, seconds: float) -> Iterator[bool]:
     """
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        yield False
-        return
-    try:
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            yield False
+            return
         yield True
     finally:
-        try:
-            file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        except PermissionError:  # Windows removes no file that is open
-            pass
-        finally:
-            lock.release()
+        if lock.is_locked:  # also where Ctrl-C came before anything was done with it
+            try:
+                file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            except PermissionError:  # Windows removes no file that is open
+                pass
+            finally:
+                lock.release()
 
 
 @contextmanager
