@@ -46,7 +46,7 @@ def test_the_cheapest_sets_are_those_of_an_exhaustive_search(fewer: int) -> None
 
 
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
-    """Here each layer that goes costs far more where the one next to it went too, as in real models."""
+    """Here four layers cost far more to join than the table says."""
     costs = {(i, j): (j - i) * (1 + 0.01 * i) for i, j in random_costs(12, 0)}
 
     def whole(groups: tuple[tuple[int, int], ...]) -> float:
@@ -119,11 +119,11 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     fitting, *judging = text_for_groups(text)
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096
-    for sequences, most in zip(judging, (16 * 128, 8 * 512), strict=True):
+    for sequences, most, last in zip(judging, (16 * 128, 8 * 512), (0.9, 0.8), strict=True):
         judged = {int(sequence[0]) for sequence in sequences}
         assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, sequences)) <= most
         ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
-        assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
+        assert (ends[-1] > last and ends[0] < 0.5) or len(text) < 4
 
 
 def test_groups_are_judged_on_what_comes_twice_too() -> None:
