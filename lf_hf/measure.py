@@ -258,7 +258,7 @@ def _judged(
     states = final_states(decoder, ids, "Perplexity before fusing")
     dense = predictions(decoder, ids, states)
     compared = samples.texts if samples is not None else []
-    fitted, by_default = (text.parts, text.by_default) if text is not None else ([], False)
+    fitted, names = (text.parts, text.names) if text is not None else ([], [])
     return [
         Judged(
             name=judging.name,
@@ -267,8 +267,8 @@ def _judged(
             tokens=sum(map(len, sequences[judging.name])),
             states=[state.cpu() for state in states[judging.name]],
             dense=dense[judging.name].perplexity,
-            to_samples=relation(judging, ["\n\n".join(compared)], by_default=False),
-            to_text=relation(judging, fitted, by_default=by_default),
+            to_samples=relation(judging, ["\n\n".join(compared)]),
+            to_text=relation(judging, fitted, names),
         )
         for judging in texts
         if judging.name in dense

@@ -6,6 +6,7 @@
 All ways get the same model and the same calibration text, and are judged on text that it does not contain:
   text  the second half of --text, a file of prose; with --calibrate text its first half is what is calibrated on
   docs  the second half of Python's documentation
+  reasoning  worked questions that lm-eval ships
   quiz  MMLU questions (the original CSV release, --mmlu) as cloze: choices are scored as text by log-likelihood a
         character. `diff` is against the dense model, question by question, with its standard error.
 Perplexities are ratios to the dense model's. `nats` is the divergence of predictions from the dense model's,
@@ -62,7 +63,15 @@ from lf_hf.refit.layer_parts import (
 )
 from lf_hf.refit.regression import Regression, expanded
 from lf_hf.refit.states import StateStore
-from lf_hf.text.calibration import Calibration, Corpus, documentation_halves, load_calibration, load_corpus
+from lf_hf.text.calibration import (
+    Calibration,
+    Corpus,
+    documentation_halves,
+    load_calibration,
+    load_corpus,
+    load_training_text,
+)
+from lf_hf.text.judging import judging_texts
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 
@@ -393,10 +402,11 @@ def main() -> None:
     parser.add_argument("--calibrate", default="default", choices=["default", "text"])
     parser.add_argument("--tokens", type=int, default=49152, help="calibration tokens")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
-    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 12, 15])
+    parser.add_argument("--fusions", type=int, nargs="*", default=[1, 4, 10, 12, 15])
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--ways", nargs="+", help="only these rows")
+    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="made of the base by any program")
     parser.add_argument("--heal-tokens", type=int, default=131072, help="tokens that healed rows are trained on")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
     parser.add_argument("--family", default="llama", choices=FAMILIES, help="of the tiny model")
@@ -426,7 +436,7 @@ def main() -> None:
     sequences = calibration_sequences(
         GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     )
-    heal_corpus = load_corpus(given, max_tokens=options.heal_tokens)
+    heal_corpus = load_training_text(given, options.heal_tokens)
     scratch = tempfile.TemporaryDirectory()
     if options.tiny:
         base.save_pretrained(scratch.name)
@@ -438,13 +448,13 @@ def main() -> None:
         tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
     ).all()
     questions = []
-    if options.mmlu and set(options.quiz_fusions) & set(options.fusions):
+    if options.mmlu and (options.checkpoints or set(options.quiz_fusions) & set(options.fusions)):
         questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
         questions = [q for q in questions if len(q.question) < 200 and max(map(len, q.choices)) < 80]
         questions = random.Random(0).sample(questions, options.questions)
     judge = Judge(
         tokenizer,
-        ({"text": halves[1]} if halves else {}) | {"docs": documentation_halves()[1]},
+        ({"text": halves[1]} if halves else {}) | {judging.name: judging.text for judging in judging_texts()},
         options.judge_tokens,
         questions,
     )
@@ -457,21 +467,26 @@ def main() -> None:
     heads = [*dense, *(f"{text}, {figure}" for figure in ("nats", "same") for text in dense)]
     print(f"| way | fused | {' | '.join(heads)} | quiz (diff) | seconds |")
     print("|---" * (4 + len(heads)) + "|")
+
+    def judged(name: str, count: int, model: CausalLM, seconds: float) -> None:
+        quiz = ""
+        if questions and (count in options.quiz_fusions or name in options.checkpoints):
+            correct = judge.correct(model)
+            changes = [float(a) - float(b) for a, b in zip(correct, dense_correct, strict=True)]
+            error = statistics.stdev(changes) / len(changes) ** 0.5
+            quiz = f"{statistics.mean(correct):.3f} ({statistics.mean(changes):+.3f} +- {error:.3f})"
+        row(name, count, dense, judge.predictions(model), quiz, seconds)
+
     for count in options.fusions:
         for name, way in ways.items():
             if options.ways and name not in options.ways:
                 continue
             start = time.monotonic()
             model = way(copy.deepcopy(base), count)
-            seconds = time.monotonic() - start
-            found = judge.predictions(model)
-            quiz = ""
-            if questions and count in options.quiz_fusions:
-                correct = judge.correct(model)
-                changes = [float(a) - float(b) for a, b in zip(correct, dense_correct, strict=True)]
-                error = statistics.stdev(changes) / len(changes) ** 0.5
-                quiz = f"{statistics.mean(correct):.3f} ({statistics.mean(changes):+.3f} +- {error:.3f})"
-            row(name, count, dense, found, quiz, seconds)
+            judged(name, count, model, time.monotonic() - start)
+    for folder in options.checkpoints:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype).eval()
+        judged(folder, base.config.num_hidden_layers - model.config.num_hidden_layers, model, 0.0)
 
 
 if __name__ == "__main__":

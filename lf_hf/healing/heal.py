@@ -81,8 +81,8 @@ def heal(
     base : str or Base, optional
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
     text : list of str or path, optional
-        Text to heal on, as `lf_hf.text.calibration.load_corpus` takes it: best what the model will be used for.
-        Default: the mixture of that function.
+        Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
+        for. Default: a mixture that is there offline.
     dataset, dataset_config, dataset_split, dataset_column : str, optional
         A data set on the hub in place of `text`: its beginning is streamed.
     settings : HealSettings, optional

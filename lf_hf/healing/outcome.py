@@ -106,7 +106,7 @@ def healed_report(
     perplexities = []
     for info in report.perplexities:
         if info.name in after and info.name in texts:
-            near = relation(texts[info.name], corpus.parts, by_default=corpus.by_default)
+            near = relation(texts[info.name], corpus.parts, corpus.names)
             order = ("seen", "kin", "unseen")
             perplexities.append(
                 PerplexityInfo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -22,6 +22,11 @@ _GENERATED_SHARE_OF_USERS = 1 / 3
 # Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
 _QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
 _QUESTIONS_SOURCE = "MMLU development questions"
+DOCUMENTATION = "Python documentation (first half)"
+"""The name of a part of a corpus, whose kind the second half is of."""
+# Where a model is trained, documentation stands beside a user's text in the same way: a seventh of all tokens.
+_DOCUMENTATION_CHARACTERS_PER_TOKEN = 0.6
+_DOCUMENTATION_EXCERPT = 2048  # characters
 _TRAINING_CHARACTERS_PER_TOKEN = 8
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 
@@ -126,7 +131,7 @@ def load_corpus(
     """
     if calibration is None:
         parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
-        source = f"Python documentation (first half), {_QUESTIONS_SOURCE}"
+        source = f"{DOCUMENTATION}, {_QUESTIONS_SOURCE}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
     excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
@@ -145,9 +150,25 @@ def load_corpus(
 
 
 def load_training_text(text: Sequence[str] | str | Path | None, tokens: int) -> Corpus:
-    """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual."""
+    """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual.
+
+    Beside a user's text goes some of Python's documentation too, evenly from its first half: a seventh of the tokens,
+    but no more than half as much as the user's text has.
+    """
     excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
-    return load_corpus(text, max_tokens=tokens, excerpt=excerpt)
+    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt)
+    given, *others = corpus.parts
+    characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
+    pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
+    kept, _ = spread_evenly(pieces, max(1, characters // _DOCUMENTATION_EXCERPT))
+    if corpus.by_default or not kept:
+        return corpus
+    name, *names = corpus.names
+    return replace(
+        corpus,
+        parts=[given, "\n\n".join(kept)[:characters], *others],
+        source=", ".join([name, DOCUMENTATION, *names]),
+    )
 
 
 def _answered_questions() -> str:

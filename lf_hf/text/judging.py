@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lf_hf.text.calibration import documentation_halves
+from lf_hf.text.calibration import DOCUMENTATION, documentation_halves
 
 _REASONING = Path("tasks", "bbh", "cot_fewshot")
 _PROBES = 40  # paragraphs that are looked for in calibration text
@@ -29,11 +29,15 @@ Relation = Literal["unseen", "kin", "seen"]
 
 @dataclass(frozen=True)
 class JudgingText:
-    """`name` is a column's head, `source` says where the text is from, and `text` is all of it."""
+    """`name` is a column's head, `source` says where the text is from, and `text` is all of it.
+
+    `kin` is the part of a corpus that is of its kind, if any is.
+    """
 
     name: str
     source: str
     text: str
+    kin: str | None = None
 
 
 def judging_texts() -> list[JudgingText]:
@@ -43,19 +47,22 @@ def judging_texts() -> list[JudgingText]:
     have: the BIG-bench Hard examples (Suzgun et al., arXiv:2210.09261) that lm-eval ships for its prompts.
     """
     docs = JudgingText(
-        "docs", f"documentation of Python {platform.python_version()}, second half", documentation_halves()[1]
+        "docs",
+        f"documentation of Python {platform.python_version()}, second half",
+        documentation_halves()[1],
+        DOCUMENTATION,
     )
     reasoning = JudgingText("reasoning", "worked BIG-bench Hard questions that lm-eval ships", _reasoning())
     return [judging for judging in (docs, reasoning) if judging.text]
 
 
-def relation(judging: JudgingText, fitted: Sequence[str], *, by_default: bool) -> Relation:
-    """How a judging text relates to the texts that a model was fitted on, `by_default` the built-in mixture."""
+def relation(judging: JudgingText, fitted: Sequence[str], names: Sequence[str] = ()) -> Relation:
+    """How a judging text relates to the texts that a model was fitted on, and to what is known of them by name."""
     paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
     probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
     if any(sum(probe in text for probe in probes) > len(probes) / 10 for text in fitted):
         return "seen"
-    return "kin" if by_default and judging.name == "docs" else "unseen"
+    return "kin" if judging.kin in names else "unseen"
 
 
 def _reasoning() -> str:

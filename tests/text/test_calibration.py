@@ -10,7 +10,15 @@ import pytest
 import torch
 from conftest import make_texts, make_tokenizer
 
-from lf_hf.text.calibration import MAX_SAMPLES, Calibration, Corpus, documentation_halves, load_calibration, load_corpus
+from lf_hf.text.calibration import (
+    MAX_SAMPLES,
+    Calibration,
+    Corpus,
+    documentation_halves,
+    load_calibration,
+    load_corpus,
+    load_training_text,
+)
 from lf_hf.text.mmlu import SUBJECTS, bundled_questions
 from lf_hf.text.packing import interleaved, pack_corpus, pack_tokens, tokenize_samples
 
@@ -124,6 +132,20 @@ def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: 
     assert len(questions) == int(min(len(text) / 2, max_tokens * 4 / 5))
     assert "Answer: " in questions
     assert "MMLU development questions, text by the model itself" in corpus.full_source
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(2_000_000, 131072), (40_000, 131072), (2_000_000, 4096)])
+def test_documentation_stands_beside_a_users_text_that_is_trained_on(length: int, tokens: int) -> None:
+    corpus = load_training_text(["a" * length], tokens)
+    text, documentation, questions = corpus.parts
+    assert corpus.names[1:] == ["Python documentation (first half)", "MMLU development questions"]
+    assert set(text) == {"a", "\n"} and questions == load_corpus(["a" * length], max_tokens=tokens).parts[1]
+    assert 0.8 < len(documentation) / min(length / 2, tokens * 0.6) <= 1
+    first = documentation_halves()[0]
+    pieces = documentation.split("\n\n")[1:-1]
+    places = [first.index(piece) for piece in pieces if len(piece) > 200]
+    assert places[-1] > len(first) / 2 or length < 100_000 or tokens < 8192
+    assert load_training_text(None, tokens) == load_corpus(max_tokens=tokens)
 
 
 def test_a_users_text_serves_without_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:

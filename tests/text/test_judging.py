@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import make_texts
 
-from lf_hf.text.calibration import load_calibration, load_corpus
+from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
 from lf_hf.text.judging import JudgingText, judging_texts, relation
 from lf_hf.text.mmlu import bundled_questions
 
@@ -37,9 +37,11 @@ def test_no_paragraph_is_in_default_calibration_text_or_among_the_questions() ->
 @pytest.mark.parametrize("judging", [DOCS, REASONING], ids=lambda judging: judging.name)
 def test_relation_says_what_was_fitted(judging: JudgingText) -> None:
     own = " ".join(make_texts(400))
-    assert relation(judging, [], by_default=False) == "unseen"
-    assert relation(judging, [own], by_default=False) == "unseen"
-    assert relation(judging, load_corpus().parts, by_default=True) == ("kin" if judging is DOCS else "unseen")
+    assert relation(judging, []) == relation(judging, [own], ["my text"]) == "unseen"
+    corpora = load_corpus(), load_training_text([own], 8192)
+    assert {relation(judging, corpus.parts, corpus.names) for corpus in corpora} == {
+        "kin" if judging is DOCS else "unseen"
+    }
     half = judging.text[len(judging.text) // 4 : len(judging.text) * 3 // 4]
-    for by_default in (False, True):
-        assert relation(judging, [own, own + "\n\n" + half], by_default=by_default) == "seen"
+    for corpus in corpora:
+        assert relation(judging, [own, own + "\n\n" + half], corpus.names) == "seen"
