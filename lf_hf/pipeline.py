@@ -36,7 +36,7 @@ from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.group_costs import Group, GroupCosts, cheapest_sets
+from lf_hf.refit.group_costs import Group, GroupCosts, cheapest_sets, num_trials, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
@@ -53,14 +53,11 @@ from lf_hf.report.report import (
 )
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.packing import beginning
 
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
-_TRIALS = 12  # sets of groups that are tried out whole, at most
-GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
-JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
-JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -303,44 +300,11 @@ def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Seque
         return [], [], []
     if config.selection == "groups":
         return text_for_groups(text)
-    text = _beginning(text, STEP_TOKENS)
+    text = beginning(text, STEP_TOKENS)
     if config.selection == "least_divergence":
         roles = Roles.of(len(text))
         return tuple([text[number] for number in of_role] for of_role in (roles.fitting, roles.both, roles.judging))
     return text, [], []
-
-
-def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Sequences that candidates are fitted to, and others that judge groups, and sets of them, from all over the text.
-
-    So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
-    single sequence is for all. Of those that judge groups the beginning is enough. Every other sequence that judges is
-    half as long and there twice: only the heads that look up what followed before predict the second time, and no
-    other text shows as clearly where they are lost.
-    """
-    ends = np.cumsum([len(sequence) for sequence in text])
-    points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
-    chosen = set(np.searchsorted(ends, points, side="right").tolist())
-    if len(chosen) > len(text) // 2:
-        chosen = set(range(1, len(text), 2)) or {0}
-    rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    wholes = [text[number] for number in sorted(chosen)]
-    pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
-    some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
-    return _beginning(rest or text, GROUP_TOKENS), _half_twice(pieces), _half_twice(some)
-
-
-def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Sequences, of every other one the first half two times."""
-    return [
-        torch.cat([sequence[: len(sequence) // 2]] * 2) if number % 2 else sequence
-        for number, sequence in enumerate(sequences)
-    ]
-
-
-def num_trials(num_fusions: int) -> int:
-    """How many sets of groups are tried out whole: a few where there are few groups in a set."""
-    return min(_TRIALS, 2 * num_fusions)
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
@@ -356,12 +320,6 @@ def state_copies(config: FusionConfig, num_layers: int) -> int:
     elif config.selection == "groups":  # the states that judge each, a fifth of all, after each group
         tried = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP
     return num_layers + 7 + tried
-
-
-def _beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
-    """As many of the first sequences as have `tokens` tokens together, but one at least."""
-    ends = np.cumsum([len(sequence) for sequence in text])
-    return text[: max(1, int((ends <= tokens).sum()))]
 
 
 def fuse(

@@ -31,22 +31,12 @@ from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
 from lf_hf.model.fuse_checkpoint import low_memory_device
 from lf_hf.numerics import slow_bfloat16_note
-from lf_hf.pipeline import (
-    GROUP_TOKENS,
-    JUDGING_LENGTH,
-    JUDGING_PIECES,
-    JUDGING_SETS,
-    STEP_TOKENS,
-    cheapest_levels,
-    check_model,
-    num_trials,
-    start,
-    state_copies,
-)
+from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
 from lf_hf.processes import Processes
 from lf_hf.progress import duration
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import num_candidates
+from lf_hf.refit.group_costs import GROUP_TOKENS, JUDGING_LENGTH, JUDGING_PIECES, JUDGING_SETS, num_trials
 from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
@@ -20,12 +21,17 @@ from lf_hf.refit.layer_parts import after_attention
 from lf_hf.refit.pair_costs import divergences
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
+from lf_hf.text.packing import beginning
 
 Group = tuple[int, int]
 """The first and the last layer of a group, by their numbers in the dense model."""
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
+_TRIALS = 12  # sets of groups that are tried out whole, at most
+GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
+JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
+JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
 _SHRINKAGE = 3.0  # of what joins cost beyond the table, which a dozen trials are to say
 # Tokens: half, as predictions take as long as the layers, and neighbours' say much the same.
 _JUDGED = slice(1, None, 2)
@@ -214,3 +220,36 @@ def promising(
 def _joins(groups: Iterable[Group], layer: int) -> bool:
     """Whether a layer is in a group with the one below it."""
     return any(first < layer <= last for first, last in groups)
+
+
+def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Sequences that candidates are fitted to, and others that judge groups, and sets of them, from all over the text.
+
+    So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
+    single sequence is for all. Of those that judge groups the beginning is enough. Every other sequence that judges is
+    half as long and there twice: only the heads that look up what followed before predict the second time, and no
+    other text shows as clearly where they are lost.
+    """
+    ends = np.cumsum([len(sequence) for sequence in text])
+    points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
+    chosen = set(np.searchsorted(ends, points, side="right").tolist())
+    if len(chosen) > len(text) // 2:
+        chosen = set(range(1, len(text), 2)) or {0}
+    rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
+    wholes = [text[number] for number in sorted(chosen)]
+    pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
+    some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
+    return beginning(rest or text, GROUP_TOKENS), _half_twice(pieces), _half_twice(some)
+
+
+def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Sequences, of every other one the first half two times."""
+    return [
+        torch.cat([sequence[: len(sequence) // 2]] * 2) if number % 2 else sequence
+        for number, sequence in enumerate(sequences)
+    ]
+
+
+def num_trials(num_fusions: int) -> int:
+    """How many sets of groups are tried out whole: a few where there are few groups in a set."""
+    return min(_TRIALS, 2 * num_fusions)

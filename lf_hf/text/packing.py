@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -111,3 +112,9 @@ def check_ids(largest: int, vocab_size: int) -> None:
             f"The tokenizer gives token id {largest}, but the model has {vocab_size} embeddings; use the tokenizer "
             "that belongs to the model."
         )
+
+
+def beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
+    """As many of the first sequences as have `tokens` tokens together, but one at least."""
+    ends = np.cumsum([len(sequence) for sequence in text])
+    return text[: max(1, int((ends <= tokens).sum()))]
