@@ -93,6 +93,20 @@ def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_by_groups_each_level_has_its_own(
+    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
+    settings = SETTINGS | {"selection": "groups"}
+    points = run(tmp_path, num_fusions=[1, 2], methods=["refit"], settings=settings)
+    for point in points[1:]:
+        config = FusionConfig(point.num_fusions, "refit", **settings)  # type: ignore[arg-type]
+        report = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text).fusion_report
+        assert report is not None
+        assert point.perplexities == {info.name: info.fused for info in report.perplexities}
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_healed_points_are_beside_those_that_are_not(
     run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
