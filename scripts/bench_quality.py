@@ -3,7 +3,8 @@
 
     .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
 
-All ways get the same model and the same calibration text, and are judged on text that it does not contain:
+All ways get the same model and the same calibration text, and are judged on text that it does not contain. Healed ones
+are trained on more of it, with documentation beside it; what --checkpoints are made of is theirs to say.
   text  the second half of --text, a file of prose; with --calibrate text its first half is what is calibrated on
   docs  the second half of Python's documentation
   reasoning  worked questions that lm-eval ships
@@ -433,9 +434,8 @@ def main() -> None:
 
     given = [halves[0]] if options.calibrate == "text" and halves else None
     corpus = load_corpus(given, max_tokens=options.tokens)
-    sequences = calibration_sequences(
-        GivenText(base), tokenizer, corpus, FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
-    )
+    settings = FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
+    sequences = calibration_sequences(GivenText(base), tokenizer, corpus, settings) if options.fusions else []
     heal_corpus = load_training_text(given, options.heal_tokens)
     scratch = tempfile.TemporaryDirectory()
     if options.tiny:
@@ -462,7 +462,8 @@ def main() -> None:
     dense = judge.predictions(base)
     dense_correct = judge.correct(base)
     accuracy = f", quiz {statistics.mean(dense_correct):.3f}" if questions else ""
-    print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.full_source}.")
+    if sequences:
+        print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.full_source}.")
     print(f"Dense: {', '.join(f'{name} {found.perplexity:.4g}' for name, found in dense.items())}{accuracy}.\n")
     heads = [*dense, *(f"{text}, {figure}" for figure in ("nats", "same") for text in dense)]
     print(f"| way | fused | {' | '.join(heads)} | quiz (diff) | seconds |")

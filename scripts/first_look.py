@@ -51,7 +51,7 @@ def main() -> None:
     console.print(table(models, scores), soft_wrap=False)
     last = list(models)[-1]
     for judged in models[last].fusion_report.perplexities:
-        of_whom = "" if judged.relation == "unseen" else f" of {last}"
+        of_whom = "" if judged.relation == "unseen" else f" by {last}"
         console.print(f"{judged.name}, {judged.tokens} tokens: {judged.label}{of_whom}")
     if SMOKE_TEST in scores["dense"]:
         console.print(f"accuracy: {SMOKE_TEST}, 57 questions, too few to tell models apart; chance is 0.25")

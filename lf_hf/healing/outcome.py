@@ -106,7 +106,9 @@ def healed_report(
     perplexities = []
     for info in report.perplexities:
         if info.name in after and info.name in texts:
-            near = relation(texts[info.name], corpus.parts, corpus.names)
+            near = (
+                relation(texts[info.name], corpus.parts, [kind.source for kind in lesson.kinds]) if kept else "unseen"
+            )
             order = ("seen", "kin", "unseen")
             perplexities.append(
                 PerplexityInfo(

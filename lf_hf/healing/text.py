@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
-from lf_hf.text.calibration import Corpus, load_corpus
+from lf_hf.text.calibration import DOCUMENTATION, Corpus, documentation_halves
 from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
 HELD_OUT = 4
@@ -89,11 +89,11 @@ def healing_text(
     count = min(settings.written_sequences(corpus.generated_share), round(there * share / (1 - share)))
     lacks_kind = len([kind for kind in kinds if kind.held_out]) < 2
     if write is None:
-        if lacks_kind:
-            bundled = load_corpus()
-            sequences = pack_tokens(tokenizer, bundled.parts[0], length, HELD_OUT * length)
+        trained = {kind.name for kind in kinds if kind.training}
+        if lacks_kind and DOCUMENTATION not in trained:
+            sequences = pack_tokens(tokenizer, documentation_halves()[0], length, HELD_OUT * length)
             aside = [sequence for sequence in sequences if len(sequence) == length]
-            kinds.append(Kind(f"{bundled.names[0]}, for comparison", [], aside))
+            kinds.append(Kind(f"{DOCUMENTATION}, for comparison", [], aside))
     elif count or lacks_kind:
         written = []
         for start in range(0, count + HELD_OUT, _WRITTEN_TOGETHER):

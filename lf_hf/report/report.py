@@ -14,9 +14,9 @@ from lf_hf.config import LEVELS, FusionConfig
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
-    "unseen": "; it was not used for calibration",
-    "kin": "; text of its kind was used for calibration",
-    "seen": "; part of it was used for calibration",
+    "unseen": "; it was not fitted on",
+    "kin": "; text of its kind was fitted on",
+    "seen": "; part of it was fitted on",
 }
 MOST_LAYERS = 10_000  # larger counts are errors
 CHANGED_NOTE = (
@@ -103,8 +103,8 @@ class PerplexityInfo:
     average. `agreement` is the share of tokens, 0..1, at which both have the same most likely next token. They are None
     in a report of an older version.
 
-    `relation` is that of the text to what was used for calibration: "unseen", "kin" (a text of its kind was used) or
-    "seen" (part of the text itself was).
+    `relation` is that of the text to what was fitted or trained on: "unseen", "kin" (a text of its kind was) or "seen"
+    (part of the text itself was).
     """
 
     name: str
@@ -123,7 +123,7 @@ class PerplexityInfo:
 
     @property
     def label(self) -> str:
-        """The text, and what of it was used for calibration."""
+        """The text, and what of it was fitted or trained on."""
         return self.text + _RELATIONS.get(self.relation, "")
 
 

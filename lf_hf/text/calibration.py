@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ _GENERATED_SHARE_OF_USERS = 1 / 3
 _QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
 _QUESTIONS_SOURCE = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
-"""The name of a part of a corpus, whose kind the second half is of."""
+"""The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
 # Where a model is trained, documentation stands beside a user's text in the same way: a seventh of all tokens.
 _DOCUMENTATION_CHARACTERS_PER_TOKEN = 0.6
 _DOCUMENTATION_EXCERPT = 2048  # characters
@@ -153,15 +154,15 @@ def load_training_text(text: Sequence[str] | str | Path | None, tokens: int) -> 
     """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual.
 
     Beside a user's text goes some of Python's documentation too, evenly from its first half: a seventh of the tokens,
-    but no more than half as much as the user's text has.
+    but no more than half as much as the user's text has, and nothing where that is this documentation itself.
     """
     excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
     corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt)
     given, *others = corpus.parts
     characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
     pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
-    kept, _ = spread_evenly(pieces, max(1, characters // _DOCUMENTATION_EXCERPT))
-    if corpus.by_default or not kept:
+    kept, _ = spread_evenly(pieces, max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT)))
+    if corpus.by_default or not kept or any(piece in given for piece in kept):
         return corpus
     name, *names = corpus.names
     return replace(

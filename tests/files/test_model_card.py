@@ -50,7 +50,7 @@ def test_figures_say_what_they_are_of() -> None:
     card = model_card(make_report(), FAMILIES["llama"], plain=False)
     assert "| perplexity, docs | 10 | 12.5 | 1.25 |\n| divergence, docs | 0 | 0.25 | - |\n" in card
     assert "| agreement, docs | 1 | 0.875 | 0.875 |" in card
-    assert "- docs: 4000 tokens of some documentation; part of it was used for calibration." in card
+    assert "- docs: 4000 tokens of some documentation; part of it was fitted on." in card
     assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
     assert "| decoder layers | 5 | 4 | 0.8 |" in card
     written = model_card(

@@ -26,6 +26,7 @@ from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import training
 from lf_hf.healing.loss import distillation_loss
+from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -79,6 +80,8 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert "## Healed" in (healed / "README.md").read_text(encoding="utf-8")
     assert FusionReport.from_dict(report.to_dict()) == report
     assert sum(info.tokens for info in report.healed.text) * report.healed.epochs == pytest.approx(4096)
+    assert DOCUMENTATION in [info.source for info in report.healed.text]  # beside the text that was given
+    assert {info.name: info.relation for info in report.perplexities} == {"docs": "kin", "reasoning": "unseen"}
 
 
 def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> None:
@@ -108,6 +111,7 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert same_bits(tmp_path / "out", fused)
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
+    assert {info.relation for info in report.perplexities} == {"unseen"}
     assert any("did not bring the model nearer" in note for note in report.notes)
     assert any("times through its text" in note for note in report.notes)
 

@@ -50,7 +50,7 @@ def test_summary_says_it_in_a_few_lines() -> None:
     assert "note: Mind the gap." in summary
     docs, reasoning = [line for line in summary.splitlines() if line.startswith("  perplexity: ")]
     assert "divergence 1.25, agreement 62.5%" in docs and "agreement" not in reasoning  # of an older version
-    assert "6.1 -> 30" in docs and "text of its kind was used for calibration" in docs
+    assert "6.1 -> 30" in docs and "text of its kind was fitted on" in docs
     assert "5.2 -> 20" in reasoning and "of its kind" not in reasoning
 
 

@@ -100,8 +100,8 @@ def test_ratios_and_what_helps_come_before_anything_else(tmp_path: Path) -> None
     places = [page.index(part) for part in in_order]
     assert places == sorted(places)
     for words in (
-        "some documentation; text of its kind was used for calibration",
-        "some questions; it was not used for calibration",
+        "some documentation; text of its kind was fitted on",
+        "some questions; it was not fitted on",
     ):
         assert words in page
     assert report_sections(make_report())[0].name == "cost_and_gain"

@@ -11,6 +11,7 @@ import torch
 from conftest import make_texts, make_tokenizer
 
 from lf_hf.text.calibration import (
+    DOCUMENTATION,
     MAX_SAMPLES,
     Calibration,
     Corpus,
@@ -134,18 +135,28 @@ def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: 
     assert "MMLU development questions, text by the model itself" in corpus.full_source
 
 
-@pytest.mark.parametrize(("length", "tokens"), [(2_000_000, 131072), (40_000, 131072), (2_000_000, 4096)])
+@pytest.mark.parametrize(
+    ("length", "tokens"), [(2_000_000, 131072), (40_000, 131072), (8000, 131072), (2_000_000, 6800), (10, 131072)]
+)
 def test_documentation_stands_beside_a_users_text_that_is_trained_on(length: int, tokens: int) -> None:
     corpus = load_training_text(["a" * length], tokens)
     text, documentation, questions = corpus.parts
-    assert corpus.names[1:] == ["Python documentation (first half)", "MMLU development questions"]
+    assert corpus.names[1:] == [DOCUMENTATION, "MMLU development questions"]
     assert set(text) == {"a", "\n"} and questions == load_corpus(["a" * length], max_tokens=tokens).parts[1]
-    assert 0.8 < len(documentation) / min(length / 2, tokens * 0.6) <= 1
+    assert len(documentation) == int(min(len(text) / 2, tokens * 0.6))
     first = documentation_halves()[0]
-    pieces = documentation.split("\n\n")[1:-1]
-    places = [first.index(piece) for piece in pieces if len(piece) > 200]
-    assert places[-1] > len(first) / 2 or length < 100_000 or tokens < 8192
-    assert load_training_text(None, tokens) == load_corpus(max_tokens=tokens)
+    pieces = [documentation[start : start + 200] for start in range(0, len(documentation), 2050)]
+    places = [first.index(piece) for piece in pieces]
+    assert places == sorted(places)
+    assert places[-1] > len(first) * (0.7 if len(pieces) > 5 else 0.3 if len(pieces) > 1 else -1)
+
+
+def test_documentation_goes_beside_no_text_of_its_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_training_text(None, 8192) == load_corpus(max_tokens=8192)
+    own = load_training_text([documentation_halves()[0]], 131072)
+    assert DOCUMENTATION not in own.names and len(own.parts) == 2
+    monkeypatch.setattr("lf_hf.text.calibration.documentation_halves", lambda: ("", ""))  # a Python without it
+    assert load_training_text(make_texts(), 8192) == load_corpus(make_texts(), max_tokens=8192, excerpt=1024)
 
 
 def test_a_users_text_serves_without_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:
