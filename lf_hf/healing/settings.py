@@ -10,8 +10,8 @@ from typing import Any, SupportsIndex
 
 from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
 
-TRAIN = ("all", "fused", "lora")
-LEARNING_RATES = {"all": 1e-4, "fused": 1e-4, "lora": 5e-4}
+TRAIN = ("layers", "all", "fused", "lora")
+LEARNING_RATES = {"layers": 1e-4, "all": 1e-4, "fused": 1e-4, "lora": 5e-4}
 _INT_MINIMUM = {"tokens": LEAST_HEAL_TOKENS, "length": 16, "batch_tokens": 16, "lora_rank": 1, "top_k": 1, "seed": 0}
 # Inclusive lower and upper bounds; zero is excluded where it would mean that nothing is learnt.
 _FLOAT_RANGE = {"learning_rate": (0.0, 1.0), "temperature": (0.0, 100.0)}
@@ -26,9 +26,9 @@ class HealSettings:
     ----------
     tokens : int >= 1024, default=131072
         Tokens to train on, repeats counted.
-    train : {"all", "fused", "lora"}, default="all"
-        What is trained. "fused": the fused layers and all norms. "lora": adapters on every projection, which are
-        merged at the end. "all": all weights.
+    train : {"layers", "all", "fused", "lora"}, default="layers"
+        What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.
+        "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the end.
     learning_rate : float > 0, default from `train`
         The highest one, after the warm-up: 5e-4 for "lora", else 1e-4.
     temperature : float > 0, default=1.0
@@ -55,7 +55,7 @@ class HealSettings:
     """
 
     tokens: int = 131072
-    train: str = "all"
+    train: str = "layers"
     learning_rate: float = None  # type: ignore[assignment]  # filled from `train` in __post_init__
     temperature: float = 1.0
     next_token_share: float = 0.0

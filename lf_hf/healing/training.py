@@ -86,9 +86,10 @@ def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequen
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    layers = tuple(f"model.layers.{number}." for number in trained_layers)
+    fused = tuple(f"model.layers.{number}." for number in trained_layers)
+    trained = {"all": "", "layers": "model.layers.", "fused": fused}[settings.train]
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(settings.train == "all" or name.startswith(layers) or "norm" in name)
+        parameter.requires_grad_(name.startswith(trained) or "norm" in name)
     return student
 
 

@@ -201,7 +201,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("train", ["fused", "lora"])
+@pytest.mark.parametrize("train", ["layers", "all", "fused", "lora"])
 def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp_path: Path) -> None:
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"train": train, "lora_rank": 2})
     before, after = weights(fused), weights(tmp_path / "out")
@@ -212,7 +212,8 @@ def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp
         low = {name for name in changed if torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2}
         assert low == changed
     else:
-        assert changed == {name for name in before if "norm" in name or name.startswith("model.layers.2.")}
+        trained = {"layers": "model.layers.", "all": "", "fused": "model.layers.2."}[train]
+        assert changed == {name for name in before if "norm" in name or name.startswith(trained)}
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
