@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
+from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import DOCUMENTATION, Corpus, documentation_halves
 from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
@@ -23,7 +24,7 @@ HELD_OUT = 4
 """Sequences of a kind of text that are kept aside at most, to see how far the healed model is from the base."""
 
 WRITTEN = "written by the base"
-_WRITTEN_TOGETHER = 64  # sequences
+_WRITTEN_TOGETHER = 256  # pieces
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that texts from the hub are enough
 
 Write = Callable[[int, int, int], list[Tensor]]
@@ -95,12 +96,19 @@ def healing_text(
             aside = [sequence for sequence in sequences if len(sequence) == length]
             kinds.append(Kind(f"{DOCUMENTATION}, for comparison", [], aside))
     elif count or lacks_kind:
-        written = []
-        for start in range(0, count + HELD_OUT, _WRITTEN_TOGETHER):
-            together = min(_WRITTEN_TOGETHER, count + HELD_OUT - start)
-            written += write(together, length, settings.seed + start)
+        written = _written(write, count + HELD_OUT, length, settings.seed)
         kinds.append(Kind(WRITTEN, written[HELD_OUT:], written[:HELD_OUT]))
     return [kind for kind in kinds if kind.training or kind.held_out]
+
+
+def _written(write: Write, count: int, length: int, seed: int) -> list[Tensor]:
+    """Sequences of short pieces: at length a small model's text no longer resembles any, and takes long to write."""
+    short = min(WRITTEN_LENGTH, length)
+    of_each = -(-length // short)
+    pieces = []
+    for start in range(0, count * of_each, _WRITTEN_TOGETHER):
+        pieces += write(min(_WRITTEN_TOGETHER, count * of_each - start), short, seed + start)
+    return [torch.cat(pieces[n * of_each : (n + 1) * of_each])[:length] for n in range(count)]
 
 
 def _split(name: str, sequences: list[Tensor]) -> Kind:

@@ -105,6 +105,17 @@ def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> N
     assert perplexity.fused == judged.perplexity_after
 
 
+def test_a_data_set_is_healed_on(base: str, fused: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = "\n".join(json.dumps({"body": text}) for text in TEXTS)
+    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
+    named = {"dataset": str(folder), "dataset_column": "body"}
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"text": None}, **named)
+    assert report.healed is not None and report.healed.kept > 0
+    assert any(info.source == f"{folder} (train)" and info.tokens > 500 for info in report.healed.text)
+
+
 def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_path: Path) -> None:
     """And many times through a short text is a warning."""
     arguments = SETTINGS | {"text": TEXTS[:10], "learning_rate": 1e-30}
