@@ -167,7 +167,7 @@ class Decoder(ABC):
         barred = _special_tokens(self.config)
         written, cache, finite = [tokens], DynamicCache(), []
         with self.kept_at_hand(), self.head() as head:
-            for position in progress(range(steps), desc="Writing calibration text", unit="token"):
+            for position in progress(range(steps), desc="Writing text", unit="token"):
                 # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
                 hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
                 position_ids = torch.full((count, 1), position, device=hidden_states.device)

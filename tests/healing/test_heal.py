@@ -38,7 +38,7 @@ SETTINGS |= {"text": TEXTS, "training_args": {"bf16": False}}
 @pytest.fixture(scope="module")
 def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused") / "fused"
-    lf_hf.fuse_checkpoint(base, folder, num_fusions=2, method="truncate", perplexity_tokens=500)
+    lf_hf.fuse_checkpoint(base, folder, num_fusions=2, method="truncate", perplexity_tokens=2000)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> N
     assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report
     of_base = AutoModelForCausalLM.from_pretrained(base)
     [judging, *_] = judging_texts()
-    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 64, 500) if len(part) == 64])
+    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 64, 2000) if len(part) == 64])
     with torch.no_grad():
         logits, wanted = (m(ids).logits[:, :-1].flatten(0, 1).double() for m in (model, of_base))
     loss = cross_entropy(logits, ids[:, 1:].flatten())
