@@ -110,8 +110,8 @@ def test_a_data_set_is_healed_on(base: str, fused: Path, tmp_path: Path) -> None
     folder.mkdir()
     rows = "\n".join(json.dumps({"body": text}) for text in TEXTS)
     (folder / "train.jsonl").write_text(rows, encoding="utf-8")
-    named = {"dataset": str(folder), "dataset_column": "body"}
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"text": None}, **named)
+    arguments = SETTINGS | {"text": None, "dataset": str(folder), "dataset_column": "body"}
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert report.healed is not None and report.healed.kept > 0
     assert any(info.source == f"{folder} (train)" and info.tokens > 500 for info in report.healed.text)
 
