@@ -12,6 +12,7 @@ from conftest import make_texts, make_tokenizer
 
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.text import HELD_OUT, WRITTEN, healing_text, hub_texts, training_order
+from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.packing import pack_tokens
 
@@ -38,6 +39,23 @@ def test_what_is_kept_aside_is_not_trained_on_and_the_base_writes_its_share() ->
     places = {tuple(part.tolist()): n for n, part in enumerate(pack_tokens(make_tokenizer(), text, 32, 1 << 30))}
     found = sorted(places[sequence] for sequence in training | aside)
     assert found[0] == 0 and found[-1] > 0.95 * len(places)
+
+
+def test_long_sequences_of_the_base_are_made_of_short_pieces_that_differ() -> None:
+    asked: list[int] = []
+
+    def write_pieces(count: int, length: int, seed: int) -> list[torch.Tensor]:
+        asked.append(length)
+        return write(count, length, seed)
+
+    settings = HealSettings(tokens=300 * 96, length=300, batch_tokens=300)  # 300 is no multiple of a piece
+    text = "\n\n".join(make_texts(3000, seed=3))
+    [_, written] = healing_text(make_tokenizer(), Corpus([text], "a text", 0.25), settings, 320, write_pieces)
+    sequences = [*written.training, *written.held_out]
+    assert [tuple(sequence.shape) for sequence in sequences] == [(300,)] * (24 + HELD_OUT)
+    assert max(asked) <= WRITTEN_LENGTH
+    pieces = [piece for sequence in sequences for piece in sequence[:256].split(128)]
+    assert len(as_sets(pieces)[0]) == len(pieces)
 
 
 def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:
