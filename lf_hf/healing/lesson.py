@@ -137,11 +137,12 @@ def make_lesson(
         kinds = processes.told_by_first(
             lambda: _kinds(ModelDecoder(base), opened, came_in, corpus, settings, work / "text.safetensors")
         )
-        sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+        teacher, items = MemoryTeacher(base), list[Item]()
+        for kind in kinds:
+            items += [{"input_ids": sequence} for sequence in kind.training]
+            items += [teacher.read(sequence) for sequence in kind.held_out]
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
-        return _arranged(
-            MemoryTeacher(base), way.said, [{"input_ids": sequence} for sequence in sequences], parts, settings
-        )
+        return _arranged(teacher, way.said, items, parts, settings)
     if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {

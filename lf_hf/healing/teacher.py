@@ -23,6 +23,7 @@ from lf_hf.progress import progress
 
 _TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
 _INDEX = "text.json"
+_STATES = "base_states"  # (tokens T, hidden) of an item: the base's final ones, after the norm
 
 Item = Mapping[str, Tensor]
 """A sequence, `input_ids` (tokens T,), with what is known of the base's predictions."""
@@ -47,11 +48,20 @@ class MemoryTeacher:
         self.model = model.requires_grad_(False)
         self._to_logits = partial(family_of(model.config).logits, model.config)
 
-    @torch.no_grad()
     def targets(self, batch: Item) -> FullTargets:
-        ids = batch["input_ids"].to(self.model.device)
-        states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-        return FullTargets(states, self.model.lm_head.weight, self._to_logits)
+        states = batch.get(_STATES)
+        if states is None:
+            states = self._states(batch["input_ids"])
+        return FullTargets(states.to(self.model.device), self.model.lm_head.weight, self._to_logits)
+
+    def read(self, ids: Tensor) -> Item:
+        """The item of a sequence, (tokens T,), that is used again and again: the base reads it now, and never later."""
+        return {"input_ids": ids, _STATES: self._states(ids[None])[0].cpu()}
+
+    @torch.no_grad()
+    def _states(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.model.model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state
+        return states
 
 
 class FileTeacher:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,24 @@ def test_a_data_set_is_healed_on(base: str, fused: Path, tmp_path: Path) -> None
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert report.healed is not None and report.healed.kept > 0
     assert any(info.source == f"{folder} (train)" and info.tokens > 500 for info in report.healed.text)
+
+
+def test_the_base_reads_no_text_twice(base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often held-out and judging text is looked at."""
+    load, read = module._loaded_base, Counter[tuple[int, ...]]()
+
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        read.update(map(tuple, inputs["input_ids"].tolist()))
+
+    def loaded(*arguments: Any) -> Any:
+        model = load(*arguments)
+        model.model.register_forward_pre_hook(count, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(module, "_loaded_base", loaded)
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert report.healed is not None and report.healed.epochs == 1
+    assert len(read) > 64 and set(read.values()) == {1}
 
 
 def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_path: Path) -> None:
