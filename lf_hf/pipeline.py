@@ -254,7 +254,7 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     clock = Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(_STEPS):
-            roles = _texts_of_roles(config, measured.text)
+            *roles, final = _texts_of_roles(config, measured.text)
             parts = [decoder.batches(decoder.processes.share(of_role)) for of_role in roles]
             embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
@@ -281,9 +281,10 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
                 )
             elif config.selection == "groups":
                 assert fusion.boundaries is not None
+                final_text = decoder.batches(decoder.processes.share(final)) if final else None
                 known = measured.group_costs.get(_group_settings(config))
                 fusion.table = GroupCosts(
-                    decoder, fusion.boundaries, first, second, third, fusion.try_group, store, known
+                    decoder, fusion.boundaries, first, second, third, final_text, fusion.try_group, store, known
                 )
                 measured.group_costs[_group_settings(config)] = fusion.table.by_group
         yield fusion
@@ -294,17 +295,18 @@ def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Seque
     """Sequences of calibration text for what steps do with it.
 
     Those that they fit to, fit to and judge on, and judge on alone; where groups are chosen, those that they are fitted
-    to, that judge each, and that judge sets.
+    to, that judge each, and that judge sets. Fourth, for groups, those that the best few sets are fitted to.
     """
     if not config.needs_text:
-        return [], [], []
+        return [], [], [], []
     if config.selection == "groups":
         return text_for_groups(text)
     text = beginning(text, STEP_TOKENS)
     if config.selection == "least_divergence":
         roles = Roles.of(len(text))
-        return tuple([text[number] for number in of_role] for of_role in (roles.fitting, roles.both, roles.judging))
-    return text, [], []
+        of_roles = roles.fitting, roles.both, roles.judging, ()
+        return tuple([text[number] for number in of_role] for of_role in of_roles)
+    return text, [], [], []
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:

@@ -36,7 +36,15 @@ from lf_hf.processes import Processes
 from lf_hf.progress import duration
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import num_candidates
-from lf_hf.refit.group_costs import GROUP_TOKENS, JUDGING_LENGTH, JUDGING_PIECES, JUDGING_SETS, num_trials
+from lf_hf.refit.group_costs import (
+    FINAL_TOKENS,
+    FINALISTS,
+    GROUP_TOKENS,
+    JUDGING_LENGTH,
+    JUDGING_PIECES,
+    JUDGING_SETS,
+    num_trials,
+)
 from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
@@ -379,13 +387,17 @@ class _Work:
         groups, trials = (LONGEST_GROUP - 1) * layers, num_trials(fused)
         if config.selection != "groups":
             groups = trials = 0
-        of_groups, of_sets = groups * JUDGING_PIECES * JUDGING_LENGTH, trials * JUDGING_SETS * config.calibration_length
+        finalists = min(FINALISTS, trials)
+        sets = trials + finalists
+        of_groups, of_sets = groups * JUDGING_PIECES * JUDGING_LENGTH, sets * JUDGING_SETS * config.calibration_length
         judged = of_groups + of_sets  # half of it through the head
         passes += (of_groups / 2 + of_sets) * layers
         if config.fits:  # of 3.5 layers as they come, and of as many channels as are kept
-            mlp, hidden, tokens = self.llama.intermediate_size, self.llama.hidden_size, min(self.text, GROUP_TOKENS)
-            passes += groups * 3.5 * tokens + trials * layers * tokens
-            fits += (groups + trials * fused / 2) * (2 * tokens * mlp * (mlp + hidden) + 4 * mlp**3)
+            mlp, hidden = self.llama.intermediate_size, self.llama.hidden_size
+            for tokens, singles, wholes in ((GROUP_TOKENS, groups, trials), (FINAL_TOKENS, 0, finalists)):
+                seen = min(self.text, tokens)
+                passes += (singles * 3.5 + wholes * layers) * seen
+                fits += (singles + wholes * fused / 2) * (2 * seen * mlp * (mlp + hidden) + 4 * mlp**3)
         run = 2 * passes * self.layer + (6 * self.judging + judged) * self.table
         run += config.heal_tokens * (
             6 * self.parameters_after + 2 * self.parameters

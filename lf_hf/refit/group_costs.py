@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ Group = tuple[int, int]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-_TRIALS = 12  # sets of groups that are tried out whole, at most
-GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to, to compare them
+_TRIALS = 16  # sets of groups that are tried out whole, at most
+FINALISTS = 4  # of these, that are compared once more, fitted to more text
+GROUP_TOKENS, FINAL_TOKENS = 4096, 16384  # of the calibration text that groups are fitted to, and finalists
 JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
 JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
 _SHRINKAGE = 3.0  # of what joins cost beyond the table, which a dozen trials are to say
@@ -37,11 +39,25 @@ _SHRINKAGE = 3.0  # of what joins cost beyond the table, which a dozen trials ar
 _JUDGED = slice(1, None, 2)
 
 
+class _Crossing(NamedTuple):
+    """A layer of the dense model, and the model's states before and after it, of text to fit to.
+
+    `residuals` are those between its attention and its MLP, where it is in a group.
+    """
+
+    number: int
+    layer: DecoderLayer
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    residuals: Sequence[Tensor] = ()
+
+
 class GroupCosts:
     """Costs of groups, and of sets of them, as divergences of predictions from the dense model's.
 
     Groups are fitted to some batches of the text, and judged on others: short ones judge single groups, as there are
-    many, and long ones whole sets.
+    many, and long ones whole sets. Little text is unfair to sets of many groups, and to late layers, which need more of
+    it: the best few sets are fitted to more, and compared again.
 
     Parameters
     ----------
@@ -51,6 +67,8 @@ class GroupCosts:
         Its states on calibration text.
     fitting, judging, judging_sets : sequences of int
         What the batches of these states are for.
+    final_text : sequence of int64 tensors of shape (sequences B, tokens T), or None
+        What the best few sets are fitted to; None where there is no more than what groups are fitted to.
     fuse : FuseGroup
     store : StateStore
     known : dict, optional
@@ -72,24 +90,32 @@ class GroupCosts:
         fitting: Sequence[int],
         judging: Sequence[int],
         judging_sets: Sequence[int],
+        final_text: Sequence[Tensor] | None,
         fuse: FuseGroup,
         store: StateStore,
         known: dict[Group, float] | None = None,
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
         self._fitting, self._judging, self._judging_sets = fitting, judging, judging_sets
+        self._final_text = final_text
         self.tried: dict[tuple[Group, ...], float] = {}
         self.by_group = known or self._measured()
 
     def best(self, num_fusions: int, *, trials: int) -> list[Group]:
         """The groups that cost least together, where they leave `num_fusions` layers fewer."""
         for _ in progress(range(trials), desc="Trying sets of groups", unit="set", leave=False):
-            groups = self._decoder.processes.told_by_first(partial(promising, self.by_group, self.tried, num_fusions))
+            promised = partial(promising, self.by_group, self.tried, num_fusions)
+            groups: tuple[Group, ...] | None = self._decoder.processes.told_by_first(promised)
             if groups is None:
                 break
-            self._try(groups)
+            start = min(first for first, _ in groups)
+            [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(start))
         mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
-        best = min(mine, key=lambda groups: mine[groups])
+        finalists = heapq.nsmallest(FINALISTS, mine, key=mine.__getitem__)
+        if len(finalists) > 1 and self._final_text is not None:
+            costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text))
+            mine = dict(zip(finalists, costs, strict=True))
+        best = min(mine, key=mine.__getitem__)
         return list(best)
 
     def _part(self, index: int, numbers: Sequence[int]) -> list[Tensor]:
@@ -100,20 +126,21 @@ class GroupCosts:
     def _measured(self) -> dict[Group, float]:
         """Fuse each group when its last layer comes by, and run what comes out through all layers above."""
         states: dict[Group, Sequence[Tensor]] = {}
-        window: dict[int, tuple[DecoderLayer, Sequence[Tensor]]] = {}  # layers, and states after their attention
-        upwards = range(1, self._decoder.num_layers)
-        bar = progress(upwards, desc="Costs of groups", unit="layer", leave=False)
-        for last, layer in zip(bar, self._decoder.layers(upwards), strict=True):
-            tokens = _JUDGED if last == upwards[-1] else slice(None)
+        window: dict[int, _Crossing] = {}
+        top = self._decoder.num_layers - 1
+        bar = progress(self._crossings(1), total=top, desc="Costs of groups", unit="layer", leave=False)
+        for crossing in bar:
+            last, tokens = crossing.number, _JUDGED if crossing.number == top else slice(None)
             for group, before in states.items():
-                after = (self._decoder.run_layer(layer, state) for state in before)
+                after = (self._decoder.run_layer(crossing.layer, state) for state in before)
                 states[group] = self._store.keep(state[:, tokens] for state in after)
-            if last == upwards[-1]:
+            if last == top:
                 break
-            window[last] = layer, self._residuals(layer, self._part(last, self._fitting))
+            window[last] = self._traced(crossing)
             window.pop(last - LONGEST_GROUP, None)
             for first in range(min(window), last):
-                states[first, last] = self._run(self._fused(first, last, window), self._part(first, self._judging))
+                fused = self._fused([window[number] for number in range(first, last + 1)], window[first].before)
+                states[first, last] = self._run(fused, self._part(first, self._judging))
         del window
         return dict(zip(states, self._divergences(self._judging, states.values()), strict=True))
 
@@ -122,50 +149,65 @@ class GroupCosts:
         dense = self._store.keep(state[:, _JUDGED] for state in self._part(self._decoder.num_layers, numbers))
         return divergences(self._decoder, dense, found)
 
-    def _residuals(self, layer: DecoderLayer, states: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._store.keep(after_attention(self._decoder, layer, state) for state in states)
+    def _traced(self, crossing: _Crossing) -> _Crossing:
+        residuals = (after_attention(self._decoder, crossing.layer, state) for state in crossing.before)
+        return crossing._replace(residuals=self._store.keep(residuals))
 
     def _run(self, layer: DecoderLayer, states: Sequence[Tensor]) -> Sequence[Tensor]:
         there = on_device(states, layer, self._store)
         return self._store.keep(self._decoder.run_layer(layer, state) for state in there)
 
-    def _fused(
-        self,
-        first: int,
-        last: int,
-        window: Mapping[int, tuple[DecoderLayer, Sequence[Tensor]]],
-        states: Sequence[Tensor] | None = None,
-    ) -> DecoderLayer:
-        """The layer that a group becomes, for `states` before it; by default the dense model's."""
-        layers = [window[number][0] for number in range(first, last + 1)]
-        store, start = self._store, layers[0]  # where all states come together
-        inputs = [on_device(self._part(number, self._fitting), start, store) for number in range(first, last + 2)]
-        residuals = [on_device(window[number][1], start, store) for number in range(first, last + 1)]
-        traces = Traces(inputs[:-1], residuals, inputs[-1])
-        return self._fuse(first, layers, traces, traces.inputs[0] if states is None else states)
+    def _fused(self, group: Sequence[_Crossing], states: Sequence[Tensor]) -> DecoderLayer:
+        """The layer that a group becomes, for `states` before it."""
+        layers, store = [crossing.layer for crossing in group], self._store
+        start = layers[0]  # where all states come together
+        traces = Traces(
+            [on_device(crossing.before, start, store) for crossing in group],
+            [on_device(crossing.residuals, start, store) for crossing in group],
+            on_device(group[-1].after, start, store),
+        )
+        return self._fuse(group[0].number, layers, traces, on_device(states, start, store))
+
+    def _crossings(self, start: int) -> Iterator[_Crossing]:
+        """Of the layers from `start` on, and what groups are fitted to."""
+        upwards = range(start, self._decoder.num_layers)
+        for number, layer in zip(upwards, self._decoder.layers(upwards), strict=True):
+            yield _Crossing(number, layer, self._part(number, self._fitting), self._part(number + 1, self._fitting))
+
+    def _final_crossings(self, text: Sequence[Tensor]) -> Iterator[_Crossing]:
+        upwards = range(self._decoder.num_layers)
+        before = self._store.keep(self._decoder.embed(text))
+        bar = progress(upwards, desc="Comparing sets of groups", unit="layer", leave=False)
+        for number, layer in zip(bar, self._decoder.layers(upwards), strict=True):
+            after = self._run(layer, before)
+            yield _Crossing(number, layer, before, after)
+            before = after
 
     @torch.no_grad()
-    def _try(self, groups: tuple[Group, ...]) -> float:
-        """Fuse all groups of a set, from the bottom up, and note what that costs."""
-        by_first = dict(groups)
-        start = min(by_first)
-        fitted: Sequence[Tensor] = self._part(start, self._fitting)
-        judged: Sequence[Tensor] = self._part(start, self._judging_sets)
-        rest = iter(range(start, self._decoder.num_layers))
-        layers = self._decoder.layers(range(start, self._decoder.num_layers))
-        for first in rest:
-            if first not in by_first:
-                layer = next(layers)
-            else:
-                window = {}
-                for number in (first, *(next(rest) for _ in range(by_first[first] - first))):
-                    of_group = next(layers)
-                    window[number] = of_group, self._residuals(of_group, self._part(number, self._fitting))
-                layer = self._fused(first, by_first[first], window, fitted)
-            fitted, judged = self._run(layer, fitted), self._run(layer, judged)
-        [cost] = self._divergences(self._judging_sets, [[state[:, _JUDGED] for state in judged]])
-        self.tried[groups] = cost
-        return cost
+    def _costs_of_sets(self, sets: Sequence[tuple[Group, ...]], upwards: Iterable[_Crossing]) -> list[float]:
+        """Fuse all groups of each set, from the bottom up, all sets together; what each set costs as a whole."""
+        fitted: dict[tuple[Group, ...], Sequence[Tensor]] = {}
+        judged: dict[tuple[Group, ...], Sequence[Tensor]] = {}
+        window: dict[int, _Crossing] = {}
+        for crossing in upwards:
+            number = crossing.number
+            within = {groups: next((g for g in groups if g[0] <= number <= g[1]), None) for groups in sets}
+            if any(within.values()):
+                window[number] = self._traced(crossing)
+            window.pop(number - LONGEST_GROUP, None)
+            for groups, group in within.items():
+                if number < groups[0][0]:  # all is as in the dense model
+                    continue
+                if number == groups[0][0]:
+                    fitted[groups], judged[groups] = crossing.before, self._part(number, self._judging_sets)
+                layer = crossing.layer
+                if group is not None:
+                    if number < group[1]:
+                        continue
+                    layer = self._fused([window[member] for member in range(group[0], number + 1)], fitted[groups])
+                fitted[groups], judged[groups] = self._run(layer, fitted[groups]), self._run(layer, judged[groups])
+        found = ([state[:, _JUDGED] for state in judged[groups]] for groups in sets)
+        return self._divergences(self._judging_sets, found)
 
 
 def removed(groups: Iterable[Group]) -> int:
@@ -222,8 +264,10 @@ def _joins(groups: Iterable[Group], layer: int) -> bool:
     return any(first < layer <= last for first, last in groups)
 
 
-def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
     """Sequences that candidates are fitted to, and others that judge groups, and sets of them, from all over the text.
+
+    And fourth those that the best few sets are fitted to, if there are more than candidates are fitted to.
 
     So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
     single sequence is for all. Of those that judge groups the beginning is enough. Every other sequence that judges is
@@ -239,7 +283,8 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[
     wholes = [text[number] for number in sorted(chosen)]
     pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
     some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
-    return beginning(rest or text, GROUP_TOKENS), _half_twice(pieces), _half_twice(some)
+    fitting, final = (beginning(rest or text, tokens) for tokens in (GROUP_TOKENS, FINAL_TOKENS))
+    return fitting, _half_twice(pieces), _half_twice(some), final if len(final) > len(fitting) else []
 
 
 def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -252,4 +297,4 @@ def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
 
 def num_trials(num_fusions: int) -> int:
     """How many sets of groups are tried out whole: a few where there are few groups in a set."""
-    return min(_TRIALS, 2 * num_fusions)
+    return min(_TRIALS, 4 * num_fusions)

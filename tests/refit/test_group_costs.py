@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -116,9 +117,11 @@ def test_a_table_is_measured_once() -> None:
 @pytest.mark.parametrize("lengths", [[512] * 40, [128] * 90 + [512] * 20, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    fitting, *judging = text_for_groups(text)
+    fitting, *judging, final = text_for_groups(text)
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096
+    assert not final or sum(map(len, fitting)) < sum(map(len, final)) <= 16384
+    fitted |= {int(sequence[0]) for sequence in final}
     for sequences, most, last in zip(judging, (16 * 128, 8 * 512), (0.9, 0.8), strict=True):
         judged = {int(sequence[0]) for sequence in sequences}
         assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, sequences)) <= most
@@ -128,8 +131,58 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
 
 def test_groups_are_judged_on_what_comes_twice_too() -> None:
     text = [torch.arange(512) + 1000 * number for number in range(40)]
-    _, pieces, wholes = text_for_groups(text)
+    _, pieces, wholes, _ = text_for_groups(text)
     for judging, count, length in ((pieces, 16, 128), (wholes, 8, 512)):
         assert [len(sequence) for sequence in judging] == [length] * count
         twice = [len(set(sequence.tolist())) * 2 == length for sequence in judging]
         assert twice == [bool(number % 2) for number in range(count)]
+
+
+@pytest.mark.parametrize("method", ["truncate", "refit"])
+def test_sets_cost_the_same_together_as_alone_and_from_states_that_are_there_as_from_text(method: str) -> None:
+    decoder = ModelDecoder(make_llama(num_hidden_layers=8))
+    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
+    fitting, _, judging, _ = text_for_groups(TEXT)
+    sets = [((1, 2), (4, 5)), ((2, 4),), ((1, 3), (5, 6))]
+    with start(decoder, FusionConfig(2, method, selection="groups"), measured) as fusion:
+        table = fusion.table
+        assert table is not None
+        together = table._costs_of_sets(sets, table._final_crossings(decoder.batches(fitting)))
+        alone = [table._costs_of_sets([groups], table._crossings(groups[0][0]))[0] for groups in sets]
+    assert together == pytest.approx(alone, rel=1e-4) and len(set(alone)) == 3
+    if method == "truncate":
+        assert together == pytest.approx([cost_of_cut(decoder.model, groups, judging) for groups in sets], rel=1e-3)
+
+
+@torch.no_grad()
+def cost_of_cut(model: Any, groups: tuple[tuple[int, int], ...], judging: Sequence[torch.Tensor]) -> float:
+    """Divergence of a model without all layers but the first of each group, at every other token."""
+    cut = copy.deepcopy(model)
+    gone = {layer for first, last in groups for layer in range(first + 1, last + 1)}
+    cut.model.layers = torch.nn.ModuleList(layer for n, layer in enumerate(cut.model.layers) if n not in gone)
+    found = []
+    for ids in judging:
+        p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, cut))
+        found.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(found).mean().item()
+
+
+def test_the_best_few_sets_are_compared_on_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that a rough fit finds as good, the one that more text shows to be best."""
+    text = [torch.randint(0, 64, (512,), generator=torch.Generator().manual_seed(n)) for n in range(60)]
+    measured = Measurements(settings={}, judged=[], seconds={}, text=text)
+    config = FusionConfig(2, "truncate", selection="groups")
+    with start(ModelDecoder(make_llama(num_hidden_layers=6)), config, measured) as fusion:
+        table, compared = fusion.table, list[Any]()
+        assert table is not None
+
+        def costs(sets: Any, upwards: Any) -> list[float]:
+            tokens = sum(state.shape[:2].numel() for state in next(iter(upwards)).before)
+            compared.append((list(sets), tokens))
+            return [1.0] if len(sets) == 1 else [3.0, *[2.0] * (len(sets) - 2), 1.0]
+
+        monkeypatch.setattr(table, "_costs_of_sets", costs)
+        best = table.best(2, trials=3)
+    *trials, (finalists, tokens) = compared
+    assert [(len(sets), rough) for sets, rough in trials] == [(1, 4096)] * 3
+    assert tokens == 16384 and len(finalists) == 3 and best == list(finalists[-1])
