@@ -36,7 +36,7 @@ from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.group_costs import Group, GroupCosts, cheapest_sets, num_trials, text_for_groups
+from lf_hf.refit.group_costs import FINALISTS, Group, GroupCosts, cheapest_sets, num_trials, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.pair_costs import PairCosts, Roles, num_judging_copies
 from lf_hf.refit.states import StateStore
@@ -319,8 +319,10 @@ def state_copies(config: FusionConfig, num_layers: int) -> int:
     tried = 0
     if config.selection == "least_divergence":
         tried = num_judging_copies(num_layers)
-    elif config.selection == "groups":  # the states that judge each, a fifth of all, after each group
-        tried = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP
+    elif config.selection == "groups":
+        of_groups = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP  # what judges each, a fifth of all, after it
+        of_finalists = 2 * (FINALISTS + 2 * LONGEST_GROUP)  # on twice as much text, with the window that is fitted to
+        tried = max(of_groups, of_finalists)
     return num_layers + 7 + tried
 
 

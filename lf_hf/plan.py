@@ -384,9 +384,10 @@ class _Work:
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)
-        groups, trials = (LONGEST_GROUP - 1) * layers, num_trials(fused)
-        if config.selection != "groups":
-            groups = trials = 0
+        groups = trials = 0
+        if config.selection == "groups":
+            groups, trials = (LONGEST_GROUP - 1) * layers, num_trials(fused)
+            passes += min(self.text, FINAL_TOKENS) * layers
         finalists = min(FINALISTS, trials)
         sets = trials + finalists
         of_groups, of_sets = groups * JUDGING_PIECES * JUDGING_LENGTH, sets * JUDGING_SETS * config.calibration_length

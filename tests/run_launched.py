@@ -24,7 +24,7 @@ from lf_hf.text.calibration import Calibration, Corpus
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
-    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3},
+    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3, "calibration_tokens": 16384},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
@@ -41,8 +41,8 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
         shared = processes.told_by_first(lambda: llama.save_pretrained(folder / "base") or folder)
         decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
         decoder.processes = processes
-    texts = make_texts(100)
-    config = FusionConfig(**settings, calibration_tokens=4096, calibration_length=64, perplexity_tokens=300)
+    config = FusionConfig(**{"calibration_tokens": 4096, "calibration_length": 64, "perplexity_tokens": 300} | settings)
+    texts = make_texts(config.calibration_tokens // 40)
     samples, text = Calibration(texts[:60], "samples"), Corpus(texts, "texts", generated_share=0.25)
     report = fuse(decoder, make_tokenizer(), config, samples, text, base="base")
     return {

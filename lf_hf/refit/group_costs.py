@@ -108,8 +108,7 @@ class GroupCosts:
             groups: tuple[Group, ...] | None = self._decoder.processes.told_by_first(promised)
             if groups is None:
                 break
-            start = min(first for first, _ in groups)
-            [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(start))
+            [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(groups[0][0]))
         mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
         finalists = heapq.nsmallest(FINALISTS, mine, key=mine.__getitem__)
         if len(finalists) > 1 and self._final_text is not None:

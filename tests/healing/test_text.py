@@ -48,12 +48,12 @@ def test_long_sequences_of_the_base_are_made_of_short_pieces_that_differ() -> No
         asked.append(length)
         return write(count, length, seed)
 
-    settings = HealSettings(tokens=300 * 96, length=300, batch_tokens=300)  # 300 is no multiple of a piece
+    settings = HealSettings(tokens=300 * 128, length=300, batch_tokens=300)  # 300 is no multiple of a piece
     text = "\n\n".join(make_texts(3000, seed=3))
-    [_, written] = healing_text(make_tokenizer(), Corpus([text], "a text", 0.25), settings, 320, write_pieces)
+    [_, written] = healing_text(make_tokenizer(), Corpus([text], "a text", 0.75), settings, 320, write_pieces)
     sequences = [*written.training, *written.held_out]
-    assert [tuple(sequence.shape) for sequence in sequences] == [(300,)] * (24 + HELD_OUT)
-    assert max(asked) <= WRITTEN_LENGTH
+    assert [tuple(sequence.shape) for sequence in sequences] == [(300,)] * (96 + HELD_OUT)
+    assert max(asked) <= WRITTEN_LENGTH and len(asked) > 1
     pieces = [piece for sequence in sequences for piece in sequence[:256].split(128)]
     assert len(as_sets(pieces)[0]) == len(pieces)
 

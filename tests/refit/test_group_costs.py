@@ -139,7 +139,7 @@ def test_groups_are_judged_on_what_comes_twice_too() -> None:
 
 
 @pytest.mark.parametrize("method", ["truncate", "refit"])
-def test_sets_cost_the_same_together_as_alone_and_from_states_that_are_there_as_from_text(method: str) -> None:
+def test_sets_cost_the_same_together_as_alone_and_as_models(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = ModelDecoder(make_llama(num_hidden_layers=8))
     measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
     fitting, _, judging, _ = text_for_groups(TEXT)
@@ -148,21 +148,33 @@ def test_sets_cost_the_same_together_as_alone_and_from_states_that_are_there_as_
         table = fusion.table
         assert table is not None
         together = table._costs_of_sets(sets, table._final_crossings(decoder.batches(fitting)))
-        alone = [table._costs_of_sets([groups], table._crossings(groups[0][0]))[0] for groups in sets]
-    assert together == pytest.approx(alone, rel=1e-4) and len(set(alone)) == 3
-    if method == "truncate":
-        assert together == pytest.approx([cost_of_cut(decoder.model, groups, judging) for groups in sets], rel=1e-3)
+        made, fuse_group = list[Any](), table._fuse
+
+        def spy(*arguments: Any) -> Any:
+            made.append(fuse_group(*arguments))
+            return made[-1]
+
+        monkeypatch.setattr(table, "_fuse", spy)
+        for groups, cost in zip(sets, together, strict=True):
+            made.clear()
+            [alone] = table._costs_of_sets([groups], table._crossings(groups[0][0]))
+            assert alone == pytest.approx(cost, rel=1e-4)
+            assert alone == pytest.approx(cost_as_a_model(decoder.model, groups, made, judging), rel=1e-3)
+    assert len(set(together)) == 3
 
 
 @torch.no_grad()
-def cost_of_cut(model: Any, groups: tuple[tuple[int, int], ...], judging: Sequence[torch.Tensor]) -> float:
-    """Divergence of a model without all layers but the first of each group, at every other token."""
-    cut = copy.deepcopy(model)
-    gone = {layer for first, last in groups for layer in range(first + 1, last + 1)}
-    cut.model.layers = torch.nn.ModuleList(layer for n, layer in enumerate(cut.model.layers) if n not in gone)
+def cost_as_a_model(model: Any, groups: Sequence[Any], fused: Sequence[Any], judging: Sequence[torch.Tensor]) -> float:
+    """Divergence of a model in which some layers stand for groups, at every other token."""
+    shallow, there = copy.deepcopy(model), dict(enumerate(model.model.layers))
+    for (first, last), layer in zip(groups, fused, strict=True):
+        there[first] = layer
+        for gone in range(first + 1, last + 1):
+            del there[gone]
+    shallow.model.layers = torch.nn.ModuleList(copy.deepcopy(layer) for _, layer in sorted(there.items()))
     found = []
     for ids in judging:
-        p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, cut))
+        p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, shallow))
         found.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(found).mean().item()
 
