@@ -275,11 +275,11 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
     """
     ends = np.cumsum([len(sequence) for sequence in text])
     points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
-    chosen = set(np.searchsorted(ends, points, side="right").tolist())
-    if len(chosen) > len(text) // 2:
-        chosen = set(range(1, len(text), 2)) or {0}
+    chosen = sorted(set(np.searchsorted(ends, points, side="right").tolist()))
+    if sum(len(text[number]) for number in chosen) > ends[-1] / 2:
+        chosen = chosen[1::2] or chosen
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    wholes = [text[number] for number in sorted(chosen)]
+    wholes = [text[number] for number in chosen]
     pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
     some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
     fitting, final = (beginning(rest or text, tokens) for tokens in (GROUP_TOKENS, FINAL_TOKENS))

@@ -114,15 +114,16 @@ def test_a_table_is_measured_once() -> None:
     assert set(table) == {(i, j) for i in range(1, 6) for j in range(i + 1, 6)}
 
 
-@pytest.mark.parametrize("lengths", [[512] * 40, [128] * 90 + [512] * 20, [64] * 3, [40]])
+@pytest.mark.parametrize("lengths", [[512] * 40, [128] * 90 + [512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
     fitting, *judging, final = text_for_groups(text)
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096
+    assert max(map(len, [*fitting, *final])) == max(lengths)  # no kind of text judges alone
     assert not final or sum(map(len, fitting)) < sum(map(len, final)) <= 16384
     fitted |= {int(sequence[0]) for sequence in final}
-    for sequences, most, last in zip(judging, (16 * 128, 8 * 512), (0.9, 0.8), strict=True):
+    for sequences, most, last in zip(judging, (16 * 128, 8 * max(lengths)), (0.9, 0.8), strict=True):
         judged = {int(sequence[0]) for sequence in sequences}
         assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, sequences)) <= most
         ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
