@@ -133,11 +133,11 @@ def _options(
 
 
 def _setting_options(
-    settings: type[FusionConfig] | type[HealSettings], leave_out: Collection[str] = ()
+    settings: type[FusionConfig] | type[HealSettings], leave_out: Collection[str] = (), **defaults: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of `settings`; it gets those that were used as `settings`.
 
-    Names, types, defaults and help texts are the fields' own.
+    Names, types, help texts and defaults are the fields' own. Of `defaults`, it gets those too that were not used.
     """
     entries = re.findall(r"^(\w+) : (.+)\n((?:    .+\n?)+)", inspect.getdoc(settings) or "", re.MULTILINE)
     texts = {name: " ".join(text.split()) for name, _, text in entries}
@@ -150,7 +150,7 @@ def _setting_options(
         if field.name in leave_out:
             continue
         required = field.default is dataclasses.MISSING
-        default = "required" if required else str(field.default)
+        default = "required" if required else defaults.get(field.name, str(field.default))
         if field.default is None:
             default = absent.get(field.name, "from --method")
         option = typer.Option(
@@ -168,7 +168,8 @@ def _setting_options(
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
             given = {option.name: arguments.pop(option.name) for option in options}
-            command(**arguments, settings={name: value for name, value in given.items() if value is not None})
+            used = {name: value for name, value in given.items() if value is not None}
+            command(**arguments, settings=defaults | used)
 
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
@@ -265,7 +266,7 @@ def fuse(
         "plan path/to/Meta-Llama-3-8B --low-memory --device cuda",
     )
 )
-@_setting_options(FusionConfig, leave_out=[*LEVELS, "selection", "perplexity_tokens", "heal_tokens"])
+@_setting_options(FusionConfig, leave_out=[*LEVELS, "selection", "perplexity_tokens", "heal_tokens"], method="refit")
 def plan(
     base: BaseName,
     *,
@@ -282,8 +283,8 @@ def plan(
     """Measure what groups of layers of BASE would cost as one layer each, and draw the curve. Writes nothing.
 
     For each number of layers fewer: the groups that cost least together, each as its first and last layer, and how far
-    they are expected to move the predictions of the next token from BASE's, in nats a token. The method is refit if
-    none is given. What a fusion costs as a whole is measured by `lf-hf fuse --max-divergence`.
+    they are expected to move the predictions of the next token from BASE's, in nats a token. What a fusion costs as a
+    whole is measured by `lf-hf fuse --max-divergence`.
     """
     with _usage_errors():
         checked_dtype(dtype)

@@ -114,7 +114,8 @@ class Fusion:
             ends = dict(self.planned)
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
             assert self.table is not None
-            return i, self.table.by_group[self.groups[i][0], self.groups[i + 1][-1]]
+            costs, (first, *_, last) = self.table.by_group, (*self.groups[i], *self.groups[i + 1])
+            return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
             return self._cheapest(self.boundaries.influences) - 1, None
@@ -385,20 +386,24 @@ def _fuse_within(
 ) -> FusionReport:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on text kept aside."""
     held, rest = _kept_aside(measured.text)
-    measured = replace(measured, text=rest)
+    assert measured.of_text is not None
+    of_text = replace(measured.of_text, samples=len(rest), tokens=sum(map(len, rest)))
+    measured = replace(measured, text=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
     ids = batched(decoder, {"": held})
     dense = final_states(decoder, ids, "Text kept aside")
     [before] = predictions(decoder, ids, dense).values()
     name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
     tried = list[BudgetTrial]()
     best: tuple[Decoder, Fusion, list[FittedLayer]] | None = None
+    clock = Clock(measured.seconds)
     bounds = 0, config.most_fusions(decoder.num_layers) + 1
     while (count := next_trial(tried, name, allowed, bounds)) is not None:
         attempt = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
-        with start(attempt, level, measured) as fusion:
+        with start(attempt, level, replace(measured, seconds=clock.seconds)) as fusion:
             fuse_pairs(fusion, count)
         fitted = last_pass(fusion, attempt)
+        clock = fusion.clock  # which goes on from trial to trial
         states = final_states(attempt, ids, "Measuring on text kept aside")
         [after] = predictions(attempt, ids, states, dense).values()
         tried.append(BudgetTrial(count, after.divergence, after.perplexity / before.perplexity))
@@ -413,14 +418,15 @@ def _fuse_within(
             f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
         )
     fused, fusion, fitted = best
+    fusion = replace(fusion, clock=clock)
     for index, group in enumerate(fusion.groups):
         if len(group) > 1:
             with fused.layer(index) as layer:
-                decoder.replace(index, dict(layer.named_parameters()))
+                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             for _ in group[1:]:
                 decoder.remove(index + 1)
     report = _reported(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
-    return replace(report, budget=BudgetInfo(name, allowed, sum(map(len, held)), tried))
+    return replace(report, budget=BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source))
 
 
 def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
@@ -505,13 +511,14 @@ def _reported(
 ) -> FusionReport:
     measured, steps, groups, clock = fusion.measured, list(fusion.steps), list(fusion.groups), fusion.clock
     with clock("perplexity"):
-        judged = perplexities(decoder, measured, config)
+        judged = perplexities(decoder, measured, fusion.config)
     with clock("continuations"):
         continuations = continued(decoder, tokenizer, measured)
     with decoder.layer(0) as layer:
         layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
+        dtype = str(next(layer.parameters()).dtype).removeprefix("torch.")
 
-    similar = config.needs_similarity
+    similar = fusion.config.needs_similarity
     return FusionReport(
         base=base,
         config=config.to_dict(),
@@ -521,17 +528,18 @@ def _reported(
         layers_after=len(groups),
         parameters_before=parameters,
         parameters_after=parameters - len(steps) * layer_parameters,
-        calibration=measured.sources(config),
+        calibration=measured.sources(fusion.config),
         perplexities=judged,
         similarity=measured.similarity.tolist() if similar and measured.similarity is not None else None,
         embeddings=measured.embeddings.tolist() if similar and measured.embeddings is not None else None,
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(measured, config, judged),
+        notes=_notes(measured, fusion.config, judged),
         sample_labels=measured.sample_labels if similar else None,
         influences=fusion.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
+        dtype=dtype,
         continuations=continuations,
         **_costs_of_groups(fusion, len(groups) + len(steps)),
     )

@@ -427,10 +427,9 @@ def main() -> None:
     if options.tiny and halves:
         training_text = halves[0] + documentation_halves()[0]
         tokenizer = tiny_tokenizer(training_text)
-        base = tiny_model(options.family, tokenizer, training_text, options.tiny)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(options.base, gguf_file=gguf).eval()
-    base = base.to(getattr(torch, options.dtype))
+        base = tiny_model(options.family, tokenizer, training_text, options.tiny).to(getattr(torch, options.dtype))
+    else:  # in its type from the beginning, as angles of positions stay in float32 then
+        base = AutoModelForCausalLM.from_pretrained(options.base, gguf_file=gguf, dtype=options.dtype).eval()
 
     given = [halves[0]] if options.calibrate == "text" and halves else None
     corpus = load_corpus(given, max_tokens=options.tokens)

@@ -14,6 +14,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
@@ -35,10 +36,10 @@ def predicted(model: Any, text: list[torch.Tensor]) -> tuple[torch.Tensor, float
     return torch.cat(found), float(torch.cat(losses).mean())
 
 
-def fused_within(**settings: Any) -> tuple[Any, Any, Any, list[torch.Tensor]]:
+def fused_within(model_type: str = "llama", **settings: Any) -> tuple[Any, Any, Any, list[torch.Tensor]]:
     """A dense model, what was fused within a budget, its report, and the text that was kept aside."""
     tokenizer, config = make_tokenizer(), FusionConfig(**SETTINGS, **settings)
-    dense, model = make_llama(num_hidden_layers=7), make_llama(num_hidden_layers=7)
+    dense, model = (tiny_model(model_type, num_hidden_layers=7) for _ in range(2))
     measured = measure(ModelDecoder(dense), tokenizer, config, None, Corpus(TEXTS, "texts"))
     decoder = ModelDecoder(model, keep_originals=True)
     report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
@@ -52,11 +53,14 @@ def fused_within(**settings: Any) -> tuple[Any, Any, Any, list[torch.Tensor]]:
         {"method": "truncate", "selection": "groups"},
         {"method": "refit"},
         {"method": "refit", "selection": "groups"},
+        {"method": "refit", "model_type": "gemma3_text"},
+        {"method": "refit", "model_type": "smollm3", "selection": "groups"},
+        {"method": "refit", "model_type": "phi3"},
     ],
 )
 def test_a_budget_is_kept_by_the_result_and_used_up(settings: dict[str, Any]) -> None:
     _, smallest, everything, _ = fused_within(**settings, max_divergence=1e9)
-    most = FusionConfig(1, **settings).most_fusions(7)
+    most = FusionConfig(1, **{name: settings[name] for name in settings if name != "model_type"}).most_fusions(7)
     assert len(everything.steps) == most and len(smallest.model.layers) == 7 - most
     allowed = everything.budget.tried[-1].divergence / 2
     dense, model, report, aside = fused_within(**settings, max_divergence=allowed)
@@ -71,6 +75,36 @@ def test_a_budget_is_kept_by_the_result_and_used_up(settings: dict[str, Any]) ->
     assert report.config["max_divergence"] == allowed and report.config["num_fusions"] is None
     assert f"max_divergence={allowed:g} on" in report.summary()
     assert FusionReport.from_dict(report.to_dict()) == report
+
+
+def test_a_budget_measures_costs_of_groups_on_its_own_text() -> None:
+    """Beside fusions of a number that are given, with the same measurements."""
+    tokenizer, model = make_tokenizer(), make_llama(num_hidden_layers=7)
+    settings: dict[str, Any] = SETTINGS | {"method": "refit", "selection": "groups"}
+    budget, number = FusionConfig(max_divergence=1e9, **settings), FusionConfig(2, **settings)
+    measured = measure(ModelDecoder(model), tokenizer, number, None, Corpus(TEXTS, "texts"))
+    alone, within, after = (
+        fuse(
+            ModelDecoder(model, keep_originals=True).copy(),
+            tokenizer,
+            config,
+            None,
+            None,
+            base="tiny",
+            measurements=measured,
+        )
+        for config in (number, budget, number)
+    )
+    assert after.group_costs == alone.group_costs != within.group_costs
+    [of_all], [of_rest] = alone.calibration, within.calibration
+    assert within.budget is not None and within.budget.text == of_rest.source == of_all.source
+    assert of_rest.tokens + within.budget.tokens == of_all.tokens and of_rest.samples < of_all.samples
+
+
+def test_what_only_judges_is_no_calibration() -> None:
+    _, _, report, aside = fused_within(method="truncate", max_divergence=1e9)
+    assert report.calibration == [] and not any("Calibrated" in note for note in report.notes)
+    assert report.budget.text == "texts" and report.budget.tokens == sum(map(len, aside))
 
 
 def test_a_ratio_of_perplexities_is_kept() -> None:
@@ -138,3 +172,6 @@ def test_a_curve_has_the_cheapest_groups_of_each_level(make_base: Callable[..., 
         base, Path(base).parent / "out", num_fusions=2, calibration=TEXTS, selection="groups", **settings
     )
     assert report.predicted == pytest.approx([level.divergence for level in levels])
+    costs = {(cost.first, cost.last): cost.divergence for cost in report.group_costs}
+    wanted = sum(costs[min(group), max(group)] for group in report.groups if len(group) > 1)
+    assert sum(step.divergence or 0 for step in report.steps) == pytest.approx(wanted)

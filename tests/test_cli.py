@@ -77,6 +77,20 @@ def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
         assert rows[f"agreement, {judged.name}"].split()[2:4] == ["100.0%", f"{judged.agreement:.1%}"]
 
 
+def test_a_budget_and_the_curve_before_it(run: Run, make_base: Callable[..., str], text: Path, tmp_path: Path) -> None:
+    base, short = make_base(num_hidden_layers=7), ("--calibration-tokens", 2048, "--calibration-length", 64)
+    code, out, err = run("plan", base, "--calibration", text, *short, "--refit", "projections", "--merge", "select")
+    assert code == 0 and err == ""
+    rows = [line.split() for line in out.splitlines() if line[:2] == "  " and line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    allowed = float(rows[-1][1])
+    options = ("--method", "refit", "--max-divergence", allowed, "--perplexity-tokens", 0)
+    assert run("fuse", base, tmp_path / "out", *options, "--calibration", text, *short)[0] == 0
+    report = FusionReport.load(tmp_path / "out")
+    assert report.budget is not None and report.budget.allowed == allowed and report.steps
+    assert report.budget.text.startswith("text.txt") and f"tokens of {report.budget.text}, kept" in report.summary()
+
+
 def test_low_memory_and_plain_llama(run: Run, base: str, tmp_path: Path) -> None:
     code, _, _ = run(
         *("fuse", base, tmp_path / "out", "--num-fusions", 1, "--method", "truncate"), "--low-memory", "--as-llama"

@@ -143,7 +143,7 @@ def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpu
     settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
     given_text(tokenizer, corpus, settings, base.config.vocab_size)
     fused = copy.deepcopy(base.config)
-    for _ in range(config.num_fusions):
+    for _ in range(config.num_fusions or 1):  # one at least, where a budget says how many
         remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
         student = base.family.causal_lm(fused)
@@ -216,7 +216,7 @@ def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
     """Settings with the HealSettings fields among `kwargs`, which are taken out there, in place of their own."""
     given = {name: kwargs.pop(name) for name in HealSettings.field_names() if name in kwargs}
-    return dataclasses.replace(settings or HealSettings(), **given)
+    return HealSettings(**given) if settings is None else dataclasses.replace(settings, **given)
 
 
 def healing_corpus(

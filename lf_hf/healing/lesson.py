@@ -72,11 +72,13 @@ def choose_way(
     """Decide by free memory, and split steps into batches that fit. Raises ValueError if nothing fits."""
     size = 2 if arguments.bf16 or arguments.fp16 else 4
     config = getattr(student, "config", opened.config)
-    memory = training_memory(config, student, settings.length, size)
+    checkpointing = bool(arguments.gradient_checkpointing)
+    memory = training_memory(config, student, settings.length, size, checkpointing=checkpointing)
     device = arguments.device
     free = min(Processes.of_launch().gathered(int(free_memory(device) * _SPARE)))  # so that all choose alike
     there = sum(p.numel() * p.element_size() for p in student.parameters() if p.device.type == device.type)
-    sharded = arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    launcher = [os.environ.get(f"ACCELERATE_USE_{kind}", "false") for kind in ("FSDP", "DEEPSPEED")]
+    sharded = arguments.fsdp or arguments.deepspeed or "true" in launcher
     fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
     of_base = model_bytes(opened.config, size)
     one = memory.sequence
@@ -91,9 +93,11 @@ def choose_way(
         way = Way(said, place, in_memory)
     else:
         needs = f"{(fixed + one) / 1e9:.1f} GB for train={settings.train!r}"
-        advice = "take train='lora', or training_args={'gradient_checkpointing': True} with a shorter length"
-        if settings.train == "lora":
-            advice = "take a device with more, several of them with FSDP, or a shorter length"
+        ways = [] if checkpointing else ["training_args={'gradient_checkpointing': True}"]
+        ways += ["a shorter length"] if fixed < free else []
+        if settings.train != "lora" and size * sum(p.numel() for p in student.parameters()) < free:
+            ways.append("train='lora'")
+        advice = f"take {', '.join([*ways, 'a device with more, or several of them with FSDP'])}"
         raise ValueError(
             f"{free / 1e9:.1f} GB are free, but training takes {needs}, even with the base's predictions on disk; "
             f"{advice}."
@@ -153,7 +157,7 @@ def make_lesson(
             for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
         },
         "judging_tokens": came_in.judging_tokens,
-        "dtype": "bfloat16" if arguments.bf16 else str(came_in.model.dtype),
+        "dtype": "bfloat16" if arguments.bf16 else str(came_in.base_dtype),
     }
     folder = targets_folder(way.folder, **made_of)
     processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
@@ -162,12 +166,14 @@ def make_lesson(
 
 def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> CausalLM:
     model = dataclasses.replace(
-        opened, loading={**opened.loading, "dtype": came_in.model.dtype, "device_map": None}
+        opened, loading={**opened.loading, "dtype": came_in.base_dtype, "device_map": None}
     ).load()
     check_base(opened, came_in, ModelDecoder(model))
     # Where training is not in bfloat16, the machine is faster without it, or the user wants none.
     dtype = torch.bfloat16 if arguments.bf16 else torch.promote_types(model.dtype, torch.float32)
-    return model.to(device=arguments.device, dtype=dtype)  # type: ignore[call-arg]
+    for parameter in model.parameters():  # not the buffers: angles of positions need float32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(arguments.device)  # type: ignore[arg-type]
 
 
 def _write(
@@ -190,7 +196,7 @@ def _write(
                 opened.weights_folder(),
                 opened.new_config(),
                 Path(scratch),
-                dtype=came_in.model.dtype,
+                dtype=came_in.base_dtype,
                 device=arguments.device,
             )
             check_base(opened, came_in, decoder)
@@ -204,13 +210,14 @@ def _kinds(
     """All kinds of text, judging texts among them; in `file` for a run that is cut short."""
     if file is not None and file.is_file():
         return load_kinds(file)
-    tokenizer = opened.tokenizer()
+    tokenizer = came_in.tokenizer or opened.tokenizer()
 
     reads_all = decoder.bytes_read > 0  # of the weights, for each token
     write = None if reads_all and not settings.written_share else decoder.generate
     kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
     for judging in judging_texts():
-        packed = pack_tokens(tokenizer, judging.text, settings.length, came_in.judging_tokens)
+        tokens = max(settings.length, came_in.judging_tokens)
+        packed = pack_tokens(tokenizer, judging.text, settings.length, tokens)
         kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == settings.length]))
     if file is not None:
         save_kinds(kinds, file)

@@ -42,14 +42,22 @@ class FullTargets:
 class TopTargets:
     """The most likely of the base's predictions of each token.
 
-    `ids` and `log_probs` are (sequences B, tokens T, k); the latter at the temperature of the training. What they leave
-    of probability 1 is that of all other tokens together. `own_log_probs` (B, T) is that of the text's next token, at
-    temperature 1.
+    `ids` and `log_probs` are (sequences B, tokens T, k). What they leave of probability 1 is that of all other tokens
+    together. `own_log_probs` (B, T) is that of the text's next token. `norms` (B, T) is what is to be taken off
+    log-probabilities of all tokens over the training's temperature, so that they are such at that temperature.
     """
 
     ids: Tensor
     log_probs: Tensor
     own_log_probs: Tensor
+    norms: Tensor
+
+    def at(self, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities, (rows, k), at temperature 1 or that of the training."""
+        ids, log_probs, norms = (tensor.flatten(0, 1)[rows] for tensor in (self.ids, self.log_probs, self.norms))
+        if temperature == 1:
+            return ids, log_probs
+        return ids, log_probs.float() / temperature - norms[:, None]
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ def _of_part(
         if isinstance(targets, FullTargets):
             divergence, gradient = full_divergence(found, targets.log_probs(rows, temperature))
         else:
-            divergence, gradient = top_divergence(found, *(t.flatten(0, 1)[rows] for t in _tensors(targets)))
+            divergence, gradient = top_divergence(found, *targets.at(rows, temperature))
         weight = (1 - share) * temperature / counts[0]
         value, gradient = divergence.sum() * weight * temperature, gradient.mul_(weight)
     if share > 0:
@@ -180,10 +188,6 @@ def _of_part(
         own = found.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=found.dtype))
         gradient = gradient + own * (there * weight)
     return value, gradient
-
-
-def _tensors(targets: TopTargets) -> tuple[Tensor, Tensor]:
-    return targets.ids, targets.log_probs
 
 
 def full_divergence(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.files.base import Base, load_tokenizer
+from lf_hf.files.base import Base, checked_dtype, load_tokenizer
 from lf_hf.files.fused_cache import digest
 from lf_hf.files.saving import checked_folder, finish_save
 from lf_hf.model.configuration_fused import FUSED_CONFIGS, converted_config
@@ -35,6 +36,11 @@ class Fused:
     def judging_tokens(self) -> int:
         """Of each judging text: as many as the fusion was judged by."""
         return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the base was in when it was fused, as far as the report says."""
+        return checked_dtype(self.report.dtype) or self.model.dtype
 
     @property
     def fused_layers(self) -> list[int]:
@@ -73,12 +79,20 @@ def open_base(base: str | os.PathLike[str] | Base | None, came_in: Fused, kwargs
             f"{opened.full_name!r} has {sizes[0]} embeddings, and the fused model {sizes[1]}; give the base "
             "that it was fused from."
         )
-    if came_in.tokenizer is not None and came_in.tokenizer.get_vocab() != opened.tokenizer().get_vocab():
+    if came_in.tokenizer is not None and came_in.tokenizer.get_vocab() != _vocabulary(opened, came_in.tokenizer):
         raise ValueError(
             f"The tokenizer of {opened.full_name!r} has other tokens than the fused model's; give the base that it was "
             "fused from."
         )
     return opened
+
+
+def _vocabulary(opened: Base, otherwise: PreTrainedTokenizerBase) -> dict[str, int]:
+    """That of the base's own tokenizer; where it has none, another one's."""
+    try:
+        return opened.tokenizer().get_vocab()
+    except ValueError:
+        return otherwise.get_vocab()
 
 
 def check_base(opened: Base, came_in: Fused, decoder: Decoder) -> None:

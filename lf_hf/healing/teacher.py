@@ -68,7 +68,7 @@ class FileTeacher:
     """What `write_targets` has written, which comes with the items."""
 
     def targets(self, batch: Item) -> TopTargets:
-        return TopTargets(batch["top_ids"], batch["top_log_probs"], batch["own_log_probs"])
+        return TopTargets(batch["top_ids"], batch["top_log_probs"], batch["own_log_probs"], batch["norms"])
 
 
 class WrittenItems(Sequence[Item]):
@@ -145,7 +145,7 @@ def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperat
     for states in walk:
         last = states
     rows = max(1, LOGITS // decoder.config.vocab_size)
-    ids, log_probs, own = [], [], []
+    ids, log_probs, own, norms = [], [], [], []
     with decoder.head() as head:
         for batch, state in zip(batches, last, strict=True):
             following = batch.roll(-1, dims=1).flatten()  # that of a sequence's last token is not used
@@ -156,14 +156,17 @@ def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperat
                     raise ValueError(
                         "The base's predictions contain NaN or inf; use a dtype of wider range, such as bfloat16."
                     )
-                top = (logits / temperature).log_softmax(-1).topk(min(top_k, logits.shape[-1]))
+                found = logits.log_softmax(-1)
+                top = found.topk(min(top_k, found.shape[-1]))
                 ids.append(top.indices.int().cpu())
                 log_probs.append(top.values.half().cpu())
-                own.append(logits.log_softmax(-1).gather(1, wanted.to(logits.device)[:, None])[:, 0].cpu())
+                own.append(found.gather(1, wanted.to(found.device)[:, None])[:, 0].cpu())
+                norms.append((found / temperature).logsumexp(-1).cpu())
     shape = (len(sequences), len(sequences[0]))
     return {
         "input_ids": torch.cat([batch.cpu() for batch in batches]).int(),
         "top_ids": torch.cat(ids).view(*shape, -1),
         "top_log_probs": torch.cat(log_probs).view(*shape, -1),
         "own_log_probs": torch.cat(own).view(shape),
+        "norms": torch.cat(norms).view(shape),
     }

@@ -268,9 +268,12 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "greater_is_better": False,
     }
     try:
-        return TrainingArguments(**values | dict(given))
+        arguments = TrainingArguments(**values | dict(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
+    if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
+        arguments._n_gpu = 1
+    return arguments
 
 
 def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:
@@ -288,8 +291,12 @@ def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapp
             f"A step has {batch} sequences, which {world} processes cannot share evenly; set batch_tokens."
         )
     size = given.get("per_device_train_batch_size")
-    if size is None and "gradient_accumulation_steps" in given:
-        size = of_process // given["gradient_accumulation_steps"]
+    if size is None and (parts := given.get("gradient_accumulation_steps")) is not None:
+        if parts < 1 or of_process % parts:
+            raise ValueError(
+                f"gradient_accumulation_steps={parts} does not divide the {of_process} sequences of a step and process."
+            )
+        size = of_process // parts
     if size is None:
         size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= max(1, most))
     if size < 1 or of_process % size:

@@ -207,12 +207,13 @@ class BudgetTrial:
 
 @dataclass(frozen=True)
 class BudgetInfo:
-    """The budget that a fusion was to keep, and what was tried for it, on `tokens` tokens of calibration text."""
+    """The budget that a fusion was to keep, and what was tried for it, on `tokens` tokens of `text`."""
 
     name: str
     allowed: float
     tokens: int
     tried: list[BudgetTrial]
+    text: str = "calibration text"
 
     def summary(self) -> str:
         """One sentence: what was allowed, and what came out."""
@@ -220,7 +221,7 @@ class BudgetInfo:
             f"{trial.costs(self.name):.4g} with {trial.num_fusions}"
             for trial in sorted(self.tried, key=lambda trial: trial.num_fusions)
         )
-        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of calibration text kept aside: {found} fused."
+        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {found} fused."
 
 
 @dataclass(frozen=True)
@@ -244,13 +245,12 @@ class FusionReport:
     what a user should know, one sentence each. `continuations` shows what both models write, empty where nobody asked
     for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
-    model and `base_digest` that of the dense one, see `lf_hf.numerics.weights_digest`. `healed` says how the model was
-    trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where the
-    number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the best
-    of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by cost.
-
-    `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and
-    local paths are private.
+    model and `base_digest` that of the dense one in `dtype`, see `lf_hf.numerics.weights_digest`. `healed` says how the
+    model was trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where
+    the number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the
+    best of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by
+    cost. `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local
+    paths are private.
     """
 
     base: str
@@ -274,6 +274,7 @@ class FusionReport:
     weights_digest: str | None = None
     continuations: list[Continuation] = field(default_factory=list)
     base_digest: str | None = None
+    dtype: str | None = None
     healed: HealingInfo | None = None
     budget: BudgetInfo | None = None
     group_costs: list[GroupCost] = field(default_factory=list)

@@ -85,6 +85,14 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibr
         assert value == pytest.approx(by_hand, abs=1e-4)
 
 
+def test_a_budget_and_a_healing_after_it(base: str, calibration: str) -> None:
+    settings = {"method": "truncate", "max_divergence": "1e9", "calibration_length": "32", "calibration_tokens": "1024"}
+    lm = make_lm(base, **settings, heal_tokens="1024", perplexity_tokens="0", calibration=calibration)
+    report = lm.model.fusion_report
+    assert report.budget is not None and report.budget.allowed == 1e9 and report.layers_after == 1
+    assert report.healed is not None and report.healed.steps == 1
+
+
 def test_what_was_fused_is_kept(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = fuse_lm(base, fused_dir=str(tmp_path / "fused"))
     monkeypatch.setattr("lf_hf.pipeline.fuse", None)

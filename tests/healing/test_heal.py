@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
@@ -25,7 +25,8 @@ from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
-from lf_hf.healing import training
+from lf_hf.healing import memory, training
+from lf_hf.healing.heal import heal_settings
 from lf_hf.healing.loss import distillation_loss
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
@@ -211,6 +212,44 @@ def test_predictions_on_disk_teach_what_the_base_in_memory_teaches(
     assert all(same_bits(tmp_path / name, tmp_path / "out") for name in ("once more", "again"))
 
 
+def test_a_temperature_is_the_same_on_disk_and_is_for_training_alone(
+    base: str, fused: Path, healed: Path, tmp_path: Path
+) -> None:
+    arguments = SETTINGS | {"base": base, "temperature": 3.0, "top_k": 320}
+    reports = [
+        lf_hf.heal(fused, tmp_path / name, **arguments, cache=cache)
+        for name, cache in (("out", None), ("from disk", tmp_path / "cache"))
+    ]
+    one, other, cold = (report.healed for report in (*reports, FusionReport.load(healed)))
+    assert one is not None and other is not None and cold is not None
+    assert one.curve[-1].divergences != pytest.approx(cold.curve[-1].divergences, rel=0.02)
+    for point, on_disk in zip(one.curve, other.curve, strict=True):
+        assert on_disk.divergences == pytest.approx(point.divergences, rel=0.01)
+    assert other.curve[0].divergences == pytest.approx(cold.curve[0].divergences, rel=0.01)
+    for judged, of_disk in zip(one.judged, other.judged, strict=True):
+        assert of_disk.divergence_after == pytest.approx(judged.divergence_after, rel=0.01)
+        assert of_disk.perplexity_after == pytest.approx(judged.perplexity_after, rel=0.01)
+
+
+def test_in_bfloat16_it_is_the_base_that_teaches(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With angles of positions as exact as in any model in bfloat16."""
+    load, loaded = module._loaded_base, list[Any]()
+
+    def spy(*arguments: Any) -> Any:
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(module, "_loaded_base", spy)
+    arguments = SETTINGS | {"training_args": {"bf16": True}, "tokens": 1024}
+    lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
+    ids = torch.randint(300, (1, 250), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)(ids).logits
+        assert torch.equal(loaded[0](ids).logits, wanted)
+
+
 def test_a_base_that_does_not_fit_is_read_from_disk(
     base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,11 +263,25 @@ def test_a_base_that_does_not_fit_is_read_from_disk(
 def test_too_little_memory_is_said_before_anything_is_loaded(
     base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "free_memory", lambda _: 1000)
+    """With what would fit."""
     monkeypatch.delattr(Base, "load")
-    with pytest.raises(ValueError, match=r"GB are free, but training takes .* take train='lora'"):
-        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    monkeypatch.setattr(module, "training_memory", lambda *_, **__: memory.TrainingMemory(10**6, 10**9))
+    checkpointing = {"training_args": {"gradient_checkpointing": True}}
+    for free, given, ways in (
+        (1000, checkpointing, "take a device with more"),
+        (10**7, checkpointing, "take a shorter length, train='lora', a device with more"),
+        (10**7, {}, "take training_args={'gradient_checkpointing': True}, a shorter length, train='lora', a device"),
+    ):
+        monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
+        with pytest.raises(ValueError, match=f"GB are free, but training takes .* on disk; {re.escape(ways)}"):
+            lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | given)
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpointing_takes_less_memory() -> None:
+    config, student = make_llama(num_hidden_layers=12).config, make_llama()
+    plain, less = (memory.training_memory(config, student, 64, 4, checkpointing=kept) for kept in (False, True))
+    assert plain.fixed == less.fixed and less.sequence < plain.sequence / 5
 
 
 @pytest.mark.parametrize("train", ["layers", "all", "fused", "lora"])
@@ -297,6 +350,7 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: 
         ({"training_args": {"bf61": True}}, "did you mean 'bf16'?"),
         ({"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
         ({"training_args": {"per_device_train_batch_size": 3}}, "does not divide"),
+        ({"training_args": {"gradient_accumulation_steps": 3}}, "gradient_accumulation_steps=3 does not divide"),
         ({"dataset": "some/set"}, "text and dataset exclude each other"),
         ({"base": None}, "say where it is with base="),
     ],
@@ -354,6 +408,50 @@ def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
     assert same_bits(tmp_path / "out", healed)
     assert main([*arguments, "--arg", "bf16"]) == 2
+
+
+def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused: Path, tmp_path: Path) -> None:
+    FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    report = lf_hf.heal(tmp_path / "again", tmp_path / "out", base=base, **SETTINGS)
+    assert report.healed is not None and report.healed.kept > 0
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_long_sequences_are_judged_too(base: str, fused: Path, tmp_path: Path) -> None:
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", num_fusions=2, method="truncate", perplexity_tokens=100)
+    report = lf_hf.heal(tmp_path / "fused", tmp_path / "out", base=base, **SETTINGS | {"length": 128})
+    assert report.healed is not None and report.healed.kept > 0
+    assert [judged.name for judged in report.healed.judged] == [judging.name for judging in judging_texts()]
+    assert [info.fused for info in report.perplexities] == [judged.perplexity_after for judged in report.healed.judged]
+
+
+@pytest.mark.parametrize(("values", "rate"), [({}, 1e-4), ({"train": "lora"}, 5e-4), ({"learning_rate": 1.0}, 1.0)])
+def test_the_default_rate_follows_what_is_trained(values: dict[str, Any], rate: float) -> None:
+    assert heal_settings(None, values).learning_rate == rate
+
+
+def test_one_process_takes_one_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets are nothing that the Trainer's own way of using all would spread."""
+    real = TrainingArguments.__post_init__
+
+    def with_two(self: Any) -> None:
+        real(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two)
+    arguments = training.training_arguments(heal_settings(None, {}), tmp_path, {"per_device_train_batch_size": 3})
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 3
+
+
+def test_what_is_fused_within_a_budget_is_healed_while_loading(base: str, tmp_path: Path) -> None:
+    """With a tokenizer that is given, where the base has none."""
+    make_llama(num_hidden_layers=6).save_pretrained(tmp_path / "base")
+    arguments: dict[str, Any] = {"method": "truncate", "max_divergence": 1e9, "perplexity_tokens": 0}
+    arguments |= {"calibration_length": 64, "calibration_tokens": 2048, "heal_tokens": 4096, "calibration": TEXTS}
+    model = FusedLlamaForCausalLM.from_pretrained_fused(tmp_path / "base", tokenizer=make_tokenizer(), **arguments)
+    report = model.fusion_report
+    assert report is not None and report.healed is not None and report.budget is not None
+    assert report.healed.steps == 2 and report.config["max_divergence"] == 1e9
 
 
 def test_it_heals_while_loading_and_keeps_the_result(

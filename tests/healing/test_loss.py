@@ -30,8 +30,10 @@ def full() -> FullTargets:
 
 
 def top(k: int, temperature: float) -> TopTargets:
-    found = (base_logits() / temperature).log_softmax(-1).topk(k)
-    return TopTargets(found.indices, found.values, torch.zeros(SEQUENCES, TOKENS))
+    every = base_logits().log_softmax(-1)
+    found = every.topk(k)
+    norms = (every / temperature).logsumexp(-1)
+    return TopTargets(found.indices, found.values, torch.zeros(SEQUENCES, TOKENS), norms)
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from builders import Page, make_report
 from conftest import make_texts
+from matplotlib.patches import Rectangle
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
 from lf_hf.report import figures
 from lf_hf.report.page import report_sections, write_page
-from lf_hf.report.report import FittedLayer, FusionStep
+from lf_hf.report.report import CalibrationInfo, FittedLayer, FusionStep, HealedText, HealingInfo, HealingPoint
 from lf_hf.text.mmlu import SUBJECTS
 
 HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
@@ -143,6 +144,41 @@ def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport
         assert list(offsets[:, axis].argsort()) == list(np.array(report.embeddings)[2, :, axis].argsort())
     numbers = [text.get_text() for text in figures.layer_map(report).axes[0].texts]
     assert sorted(int(number) for number in numbers if number.isdigit()) == sorted([*range(5), *range(3)])
+
+
+def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(reports: dict[str, FusionReport]) -> None:
+    report = reports["within a budget"]
+    axis = figures.group_costs(report).axes[0]
+    values = np.asarray(axis.get_images()[0].get_array())  # rows: groups of 2, 3, ... layers
+    for cost in report.group_costs:
+        assert values[cost.last - cost.first - 1, cost.first] == pytest.approx(max(cost.divergence, 1e-6))
+    frames = [(frame.get_x() + 0.5, frame.get_y() + 2.5) for frame in axis.patches if isinstance(frame, Rectangle)]
+    assert frames == [(min(group), len(group)) for group in report.groups if len(group) > 1]
+    axis = figures.cost_curve(report).axes[0]
+    curve, budget, chosen = axis.get_lines()
+    assert list(np.asarray(curve.get_ydata())) == report.predicted
+    assert report.budget is not None and set(np.asarray(budget.get_ydata())) == {report.budget.allowed}
+    assert set(np.asarray(chosen.get_xdata())) == {len(report.steps)}
+    measured = {tuple(point) for point in np.asarray(axis.collections[0].get_offsets()).tolist()}
+    assert measured == {(trial.num_fusions, trial.divergence) for trial in report.budget.tried}
+
+
+def test_a_healed_model_s_page_has_the_curve_and_what_changed(tmp_path: Path) -> None:
+    curve = [HealingPoint(step, {"a": 2.0 - step, "b": 1.0}) for step in (0, 1)]
+    judged = [HealedText("docs", 4000, 30.0, 12.0, 1.25, 0.5, 0.5, 0.75)]
+    text = [CalibrationInfo("a text", 2, 1024)]
+    healed = HealingInfo({"train": "fused"}, text, 1.0, 10, 1, 1, "read from disk", curve, judged, 60.0)
+    report = make_report(healed=healed)
+    axis = figures.healing_curve(report).axes[0]
+    *lines, kept = axis.get_lines()
+    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[2.0, 1.0], [1.0, 1.0]]
+    assert set(np.asarray(kept.get_xdata())) == {1}
+    write_page(report, tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert {"healing_curve", "healed"} <= {attributes.get("id") for _, attributes in page.tags}
+    shown = " ".join(page.text.split())
+    for part in ("1,024 of a text", "read from disk", "30 → 12", "1.250 → 0.500", "50.0 % → 75.0 %"):
+        assert part in shown, part
 
 
 def test_command(reports: dict[str, FusionReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
