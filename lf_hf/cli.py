@@ -465,6 +465,14 @@ def sweep(
         str | None, typer.Option(metavar="JSON", help='Passed on to the tasks, such as {"mmlu_dir": "DIR"}.')
     ] = None,
     calibration: CalibrationFile = None,
+    heal_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --heal-tokens: write BASE's predictions into this folder once, for all points, as heal --cache.",
+            show_default="no",
+        ),
+    ] = None,
     gguf_file: GgufFile = None,
     revision: Revision = None,
     dtype: Dtype = None,
@@ -503,6 +511,7 @@ def sweep(
         batch_size=batch_size,
         metadata=values,
         calibration=calibration,
+        heal_cache=heal_cache,
         settings=settings,
         **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
     )

@@ -59,6 +59,7 @@ def sweep(
     batch_size: int | str = 1,
     metadata: dict[str, Any] | None = None,
     calibration: str | Path | None = None,
+    heal_cache: str | os.PathLike[str] | None = None,
     settings: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> list[Point]:
@@ -87,6 +88,8 @@ def sweep(
         As for lm-eval.
     calibration : path, optional
         As for `lf_hf.from_pretrained_fused`.
+    heal_cache : path, optional
+        Where the base's predictions are kept for all healed points, as `cache` of `lf_hf.heal`.
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
@@ -126,7 +129,8 @@ def sweep(
         if config.heal_tokens:
             from lf_hf.healing.heal import check_can_heal
 
-            check_can_heal(opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens), config)
+            corpus = load_training_text(calibration, config.heal_tokens)
+            check_can_heal(opened, opened.tokenizer(), corpus, config, cache=heal_cache)
             break  # the lowest level, which takes most
     identity = {
         "base": _fingerprint(opened),
@@ -135,7 +139,10 @@ def sweep(
         "evaluation": {"tasks": sorted(tasks), **asked},
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
-    keys = [_key(identity, of_point) for of_point in (dense_settings, *(config.to_dict() for config in configs))]
+    keys = [_key(identity, dense_settings)]
+    for config in configs:  # what learns from the cache is not quite what learns from the base beside it
+        cached = {"heal_cache": True} if heal_cache is not None and config.heal_tokens else {}
+        keys.append(_key(identity | cached, config.to_dict()))
     results = Results(folder, opened.full_name, keys, published=is_llama_3_8b(opened.name, opened.config))
     of_keys = dict(zip(keys[1:], configs, strict=True))
     with results.open(), _telling_what_is_missing(results, of_keys):
@@ -143,7 +150,7 @@ def sweep(
             needs = [of_keys[key] for key in missing if key in of_keys]
             with (
                 progress(total=len(missing), desc="Sweep", unit="point") as bar,
-                _Maker(opened, keys[0], of_keys, needs, calibration, evaluation) as maker,
+                _Maker(opened, keys[0], of_keys, needs, calibration, heal_cache, evaluation) as maker,
             ):
                 while True:
                     with results.next_point(maker.choose) as key:
@@ -218,7 +225,7 @@ class _Maker:
         The fusions by their keys, from low levels to high ones.
     needs : sequence of FusionConfig
         Those whose measurements and calibration text may be needed.
-    calibration, evaluation
+    calibration, heal_cache, evaluation
     """
 
     def __init__(
@@ -228,10 +235,11 @@ class _Maker:
         configs: Mapping[str, FusionConfig],
         needs: Sequence[FusionConfig],
         calibration: str | Path | None,
+        heal_cache: str | os.PathLike[str] | None,
         evaluation: Evaluation,
     ) -> None:
         self._base, self._dense_key, self._configs, self._needs = base, dense_key, configs, needs
-        self._calibration, self._evaluation = calibration, evaluation
+        self._calibration, self._heal_cache, self._evaluation = calibration, heal_cache, evaluation
         self._held: tuple[ModelDecoder, pipeline.Fusion] | None = None
         self._stack = ExitStack()
 
@@ -271,7 +279,8 @@ class _Maker:
         if tokens := self._configs[key].heal_tokens:
             from lf_hf.healing.heal import heal_loaded
 
-            heal_loaded(model, self._base, load_training_text(self._calibration, tokens), self._configs[key])
+            corpus = load_training_text(self._calibration, tokens)
+            heal_loaded(model, self._base, corpus, self._configs[key], cache=self._heal_cache)
         return _fused_point(key, model, dense, self._evaluation)
 
     @cached_property

@@ -125,7 +125,14 @@ def heal(
     return report
 
 
-def heal_loaded(model: FusedForCausalLM, base: Base, corpus: Corpus, config: FusionConfig) -> None:
+def heal_loaded(
+    model: FusedForCausalLM,
+    base: Base,
+    corpus: Corpus,
+    config: FusionConfig,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+) -> None:
     """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
     report, tokens = model.fusion_report, config.heal_tokens
     assert report is not None
@@ -134,11 +141,18 @@ def heal_loaded(model: FusedForCausalLM, base: Base, corpus: Corpus, config: Fus
     settings = HealSettings(tokens=tokens, seed=config.seed)
     with ExitStack() as stack:
         work = Processes.of_launch().told_by_first(lambda: stack.enter_context(TemporaryDirectory()))
-        model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), None, {})
+        model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), cache, {})
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
-def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, config: FusionConfig) -> None:
+def check_can_heal(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    config: FusionConfig,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+) -> None:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
     settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
     given_text(tokenizer, corpus, settings, base.config.vocab_size)
@@ -148,7 +162,7 @@ def check_can_heal(base: Base, tokenizer: PreTrainedTokenizerBase, corpus: Corpu
     with torch.device("meta"):
         student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
-        choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, None)
+        choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, cache)
 
 
 def _limited(settings: HealSettings, config: PreTrainedConfig) -> HealSettings:

@@ -116,6 +116,13 @@ def test_healed_points_are_beside_those_that_are_not(
     assert [point.method for point in points] == [DENSE, *["truncate", "truncate, healed"] * 2]
     assert [(point.config or {}).get("heal_tokens") for point in points] == [None, *[0, 16384] * 2]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
+    cached = {"heal_cache": tmp_path / "cache", "settings": SETTINGS | {"heal_tokens": 16384}}
+    others = run(tmp_path / "healed", **levels, **cached)  # with the points that are not healed
+    assert len(list((tmp_path / "cache").glob("*/text.json"))) == 1
+    for healed, other in zip(points[2::2], others[2::2], strict=True):
+        assert healed.key != other.key
+        assert other.perplexities == pytest.approx(healed.perplexities, rel=0.05)
+    assert others[:2] == points[:2]
     unhealed = run(tmp_path / "alone", **levels, settings=SETTINGS)
     assert [point.perplexities for point in points[:2] + points[3:4]] == [point.perplexities for point in unhealed]
 
