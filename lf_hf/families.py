@@ -373,6 +373,11 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[model_type]
 
 
+def is_tied(model: CausalLM) -> bool:
+    """Whether a model's head is its embeddings. A checkpoint may have one of its own where the config says so too."""
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def head_dim(config: PretrainedConfig) -> int:
     """Channels of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -50,6 +50,7 @@ from lf_hf.report.report import (
     GroupCost,
     PerplexityInfo,
     RowMatch,
+    collapse_note,
 )
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
@@ -567,18 +568,9 @@ def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[Perple
     notes = list(measured.notes)
     if config.needs_text and measured.offline_text:
         notes.append("Calibrated on text that is there offline; text of your own domain gives a better model.")
-    if collapsed := [info for info in judged if not info.fused <= 2 * info.dense]:
-        moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
-        notes.append(
-            f"Perplexity went {moved}: the fused model predicts text far worse than its base, even where "
-            "multiple-choice scores look fine. "
-            + (
-                "method=refit fits the fused layers to the base and keeps far more of it."
-                if config.refit == "none"
-                else "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
-            )
-        )
-        logger.warning(notes[-1])
+    if note := collapse_note(judged, fitted=config.refit != "none"):
+        notes.append(note)
+        logger.warning(note)
     return notes
 
 

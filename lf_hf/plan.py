@@ -25,11 +25,11 @@ from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, is_spread
-from lf_hf.files.saving import check_replaceable
+from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
-from lf_hf.model.fuse_checkpoint import low_memory_device
+from lf_hf.model.fuse_checkpoint import check_low_memory, low_memory_device
 from lf_hf.numerics import slow_bfloat16_note
 from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
 from lf_hf.processes import Processes
@@ -47,7 +47,7 @@ from lf_hf.refit.group_costs import (
 )
 from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
-from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed
+from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed, load_training_text
 from lf_hf.text.mmlu import SUBJECTS
 
 _CHARACTERS_PER_TOKEN = 4
@@ -144,6 +144,10 @@ def plan_fusion(
         If the disk of `out` has no room for the result.
     """
     replaces = out is not None and check_replaceable(out)
+    if out is not None:
+        check_is_not(checked_folder(out), os.fspath(base))
+    if low_memory:
+        check_low_memory(config)
     low_memory_fits = True
     try:
         low_memory_device(kwargs)
@@ -155,7 +159,11 @@ def plan_fusion(
     layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
     check_layers(config, opened.config)
     samples, text = _calibration(config, calibration)
-    if not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
+    if config.heal_tokens:
+        from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+
+        check_can_heal(opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens), config)
+    elif not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         opened.tokenizer()
     if out is not None:
         check_disk(opened, config, out)

@@ -163,7 +163,7 @@ class Ways:
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = after_attention(decoder, layer, before)
                 written = written_by_mlp(decoder, layer, residual)
-                wanted = (target - residual).flatten(0, 1)
+                wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
                 regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
             down = layer.mlp.down_proj.weight

@@ -19,16 +19,19 @@ from lm_eval.api.instance import Instance
 from test_saving import no_privileges
 from tokenizers import normalizers
 
+import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.evaluate.sweep import _key
 from lf_hf.files.saving import only_writer
+from lf_hf.measure import Measurements
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 
 # Leaves a file for each fusion that is run, and one with what the process ends up with.
 COUNTED = """
 import json, os, pathlib, sys
+import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 
 out, base, arguments = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
@@ -152,6 +155,27 @@ def test_what_differs_is_said_and_fused_again(
     assert len(fusions) == 2
     assert [text for text in caplog.messages if message in text and text.endswith("Fusing, to replace it.")]
     assert same(again, load(str(tmp_path / "base"), tmp_path / "fused", **arguments)) and len(fusions) == 2
+
+
+def test_what_changes_the_base_while_it_loads_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    first, other = load(base, tmp_path / "fused"), load(base, tmp_path / "fused", rms_norm_eps=0.5)
+    assert fusions == [base, base] and other.config.rms_norm_eps == 0.5 != first.config.rms_norm_eps
+
+
+def test_measurements_do_not_say_what_they_are_of(base: str, tmp_path: Path) -> None:
+    measured = Measurements(settings={}, judged=[], seconds={})
+    with pytest.raises(ValueError, match="fused_dir and measurements exclude each other"):
+        load(base, tmp_path / "fused", measurements=measured)
+
+
+def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    load(base, tmp_path / "fused")
+    settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
+    lf_hf.heal(tmp_path / "fused", tmp_path / "fused", base=base, text=make_texts(1200), **settings)
+    before = (tmp_path / "fused" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a healed model that does not say by content what it was made of"):
+        load(base, tmp_path / "fused")
+    assert fusions == [base] and (tmp_path / "fused" / "model.safetensors").read_bytes() == before
 
 
 def test_another_tokenizer_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:

@@ -74,6 +74,8 @@ def test_a_cpu_without_bfloat16_is_said_beforehand(
         {"device_map": "auto", "low_memory": True},
         {"device_map": "cuda:99", "low_memory": True},
         {"load_in_8bit": True, "low_memory": False},
+        {"heal_tokens": 2048, "low_memory": True, "method": "truncate"},
+        {"heal_tokens": 2048, "method": "truncate", "calibration": ["too little to heal on"]},
     ],
 )
 def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:

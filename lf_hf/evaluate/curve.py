@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from lf_hf.evaluate.points import DENSE, Point, judging_names
+from lf_hf.evaluate.points import DENSE, HEALED, Point, judging_names
 from lf_hf.report.figures import COLORS, new_figure
 
 
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
     """Score of each task, and perplexity, divergence and agreement on each text, against the share of layers removed.
 
-    There is one line a method.
+    There is one line a method, and a dashed one where it was healed.
 
     What is infinite is marked at the top of its panel; what has no finite value at all gets no panel.
 
@@ -29,7 +30,8 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
         Drawn as markers where the score is of MMLU; empty for none.
     """
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
-    colors = dict(zip([*methods, *(method for method in published if method not in methods)], COLORS, strict=False))
+    names = dict.fromkeys(method.removesuffix(HEALED) for method in (*methods, *published))
+    colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
     tasks = points[0].scores
     panels = {
         f"{score.metric}, {task}": (score.is_perplexity, {p.key: p.scores[task].value for p in points})
@@ -66,10 +68,11 @@ def _panel(
     """One line a method through the heights of its points, by their keys, and the dense model's."""
     for method in methods:
         line = [(100 * p.layers_removed_fraction, heights[p.key]) for p in points if p.method in (DENSE, method)]
-        axis.plot(*zip(*line, strict=True), color=colors[method], marker="o", markersize=4, label=method)
+        color, style = colors[method.removesuffix(HEALED)], "--" if method.endswith(HEALED) else "-"
+        axis.plot(*zip(*line, strict=True), color=color, linestyle=style, marker="o", markersize=4, label=method)
         beyond = [share for share, height in line if height == math.inf]
         if beyond:
-            marks: dict[str, Any] = {"color": colors[method], "marker": "^", "linestyle": "none", "label": "infinite"}
+            marks: dict[str, Any] = {"color": color, "marker": "^", "linestyle": "none", "label": "infinite"}
             axis.plot(beyond, [0.97] * len(beyond), transform=axis.get_xaxis_transform(), **marks)
     for point in points:
         if point.method == DENSE and math.isfinite(heights[point.key]):

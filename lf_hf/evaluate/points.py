@@ -14,6 +14,7 @@ from typing import Any
 from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
 
 DENSE = "dense"
+HEALED = ", healed"  # after a method
 RESULTS = "results.jsonl"
 _BEGINNING = b'{"key": "'  # of each line of it
 

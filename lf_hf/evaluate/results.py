@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lf_hf.evaluate.points import RESULTS, Point, append_point, read_points
-from lf_hf.evaluate.tables import write_tables
+from lf_hf.evaluate.tables import TABLES, write_tables
 from lf_hf.files.saving import gone_if_empty, held, only_writer
 
 _POLL = 1.0  # seconds from one look at what others have made to the next
@@ -47,13 +47,18 @@ class Results:
         OSError
             If it cannot be written.
         ValueError
-            If it holds results of something else.
+            If it holds results of something else, or tables without results.
         """
         with ExitStack() as stack:
             with _writing(self._folder):
                 stack.enter_context(gone_if_empty(self._folder))
             with self._alone():
-                pass
+                others = [name for name in TABLES if (self._folder / name).exists()]
+                if others and not (self._folder / RESULTS).exists():
+                    raise ValueError(
+                        f"{str(self._folder)!r} holds {', '.join(others)}, which no sweep has written; choose another "
+                        "folder."
+                    )
             yield
 
     @property

@@ -22,11 +22,11 @@ from transformers.utils import logging
 from lf_hf import pipeline
 from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.evaluate.points import DENSE, Point, check_batch_size
+from lf_hf.evaluate.points import DENSE, HEALED, Point, check_batch_size
 from lf_hf.evaluate.results import Results
 from lf_hf.families import check_layers
 from lf_hf.files.base import Base
-from lf_hf.files.fused_cache import digest
+from lf_hf.files.fused_cache import base_fingerprint, digest
 from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
 from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
@@ -133,7 +133,7 @@ def sweep(
             check_can_heal(opened, opened.tokenizer(), corpus, config, cache=heal_cache)
             break  # the lowest level, which takes most
     identity = {
-        "base": _fingerprint(opened),
+        "base": base_fingerprint(opened),
         "dtype": str(opened.dtype).removeprefix("torch."),
         "calibration": None if calibration is None else digest([Path(calibration)]),
         "evaluation": {"tasks": sorted(tasks), **asked},
@@ -342,7 +342,7 @@ def _fused_point(key: str, model: FusedForCausalLM, dense: _Dense, evaluation: E
     assert report is not None
     return Point(
         key=key,
-        method=report.config["method"] + (", healed" if report.healed else ""),
+        method=report.config["method"] + (HEALED if report.healed else ""),
         num_fusions=len(report.steps),
         layers=report.layers_after,
         parameters=report.parameters_after,
@@ -382,11 +382,3 @@ def is_llama_3_8b(base: str, config: PreTrainedConfig) -> bool:
 def _key(identity: dict[str, Any], settings: dict[str, Any]) -> str:
     text = json.dumps(identity | {"settings": settings, "algorithm": ALGORITHM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _fingerprint(base: Base) -> str:
-    """A base's commit on the hub, or a digest of its files."""
-    commit: str | None = getattr(base.config, "_commit_hash", None)
-    if commit is not None and not os.path.isdir(base.name):
-        return f"{base.name}@{commit}"
-    return digest([*([] if base.hub.get("gguf_file") else [Path(base.name, "config.json")]), *base.files()])

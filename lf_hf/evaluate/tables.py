@@ -148,6 +148,10 @@ def _stability(method: str, quantity: str, levels: Sequence[int], values: Sequen
     )
 
 
+TABLES = ("results.csv", "results.md", "curve.png", "curve.svg")
+"""What `write_tables` writes."""
+
+
 def write_tables(folder: Path, points: Sequence[Point], base: str, *, published: bool) -> None:
     """Write `results.csv`, `results.md` and, with matplotlib, `curve.png` and `curve.svg` into a folder."""
     replace_file(folder / "results.csv", _csv(points))

@@ -43,7 +43,7 @@ def fingerprints(
     Returns
     -------
     dict with
-        base : SHA-256 over the names and the SHA-256 of the base's weights, configs and tokenizer files
+        base : `base_fingerprint`
         calibration : SHA-256 over the calibration texts, and over the tokens of their beginning
         dtype, algorithm : as they are
     """
@@ -53,15 +53,29 @@ def fingerprints(
         calibration.update(hashlib.sha256(part.encode()).digest())
         calibration.update(str(tokenizer(part[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
     return {
-        "base": digest(base.content_files()),
+        "base": base_fingerprint(base),
         "calibration": calibration.hexdigest(),
         "dtype": str(base.dtype or base.config.dtype).removeprefix("torch."),
         "algorithm": str(ALGORITHM),
     }
 
 
+def base_fingerprint(base: Base) -> str:
+    """SHA-256 over the names and the SHA-256 of a base's weights, configs and tokenizer files.
+
+    And over those arguments of loading that choose among files or change the config, where there are any.
+    """
+    found = digest(base.content_files())
+    changes = [name for name in base.loading if name == "variant" or name in vars(base.config)]
+    chosen = {name: repr(base.loading[name]) for name in sorted(changes) if name != "dtype"}
+    return hashlib.sha256(json.dumps([found, chosen]).encode()).hexdigest() if chosen else found
+
+
 def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -> str | None:
-    """One sentence that says what keeps a saved fusion from being used; None where nothing does."""
+    """One sentence that says what keeps a saved fusion from being used; None where nothing does.
+
+    Raises ValueError for a healed one that does not say what it was made of: training is not to be lost.
+    """
     try:
         report = FusionReport.load(folder)
     except ValueError as error:
@@ -71,6 +85,11 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
     if changed := changed_files(folder):
         return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
     if report.fingerprints is None:
+        if report.healed is not None:
+            raise ValueError(
+                f"{str(folder)!r} holds a healed model that does not say by content what it was made of; load it with "
+                "from_pretrained, or choose another folder."
+            )
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
     if differing:

@@ -48,6 +48,12 @@ def checked_folder(path: object) -> Path:
     return folder
 
 
+def check_is_not(folder: Path, base: str) -> None:
+    """Raise ValueError if a folder to write into is that of the base, which would be lost."""
+    if folder.is_dir() and Path(base).resolve() == folder:
+        raise ValueError(f"{base!r} is the base itself; choose another folder for the result.")
+
+
 def check_replaceable(path: object) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion would replace.
 

@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
+from lf_hf.families import is_tied
 from lf_hf.files.base import Base
-from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
+from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
 from lf_hf.healing.lesson import choose_way, digest_of, make_lesson
 from lf_hf.healing.loss import Loss
@@ -112,6 +113,7 @@ def heal(
     check_replaceable(folder)
     came_in = open_fused(fused)
     opened = open_base(base, came_in, kwargs)
+    check_is_not(folder, opened.name)
     corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
     work = folder / _WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, dict(training_args or {}))
@@ -216,7 +218,7 @@ def _distilled(
 @torch.no_grad()
 def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Give a model, in all processes, the weights that the first one has; other models may share its tensors."""
-    taken = {}
+    taken, tied = {}, is_tied(model)
     for name, parameter in model.named_parameters():
         tensor = torch.empty_like(parameter)
         if processes.first:
@@ -224,7 +226,8 @@ def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: 
         processes.given_by_first(tensor)
         taken[name] = tensor
     model.load_state_dict(taken, assign=True, strict=False)
-    model.tie_weights()
+    if tied:
+        model.tie_weights()
 
 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:

@@ -21,7 +21,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import CausalLM
 from lf_hf.files.base import Base
-from lf_hf.files.fused_cache import digest
+from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import only_writer
 from lf_hf.healing.memory import model_bytes, training_memory
 from lf_hf.healing.models import Fused, check_base
@@ -150,7 +150,7 @@ def make_lesson(
     if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {
-        "base": came_in.report.base_digest or digest(opened.content_files()),
+        "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
         "settings": {
             name: getattr(settings, name)

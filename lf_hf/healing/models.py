@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base, checked_dtype, load_tokenizer
-from lf_hf.files.fused_cache import digest
+from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import checked_folder, finish_save
 from lf_hf.model.configuration_fused import FUSED_CONFIGS, converted_config
 from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
@@ -102,7 +102,7 @@ def check_base(opened: Base, came_in: Fused, decoder: Decoder) -> None:
     if report.base_digest is not None:
         wrong = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
     elif report.fingerprints is not None:
-        wrong = digest(opened.content_files()) != report.fingerprints["base"]
+        wrong = base_fingerprint(opened) != report.fingerprints["base"]
     if wrong:
         raise ValueError(
             f"{opened.full_name!r} is not the base that this model was fused from, which was {report.base!r}: its "

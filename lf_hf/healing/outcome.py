@@ -23,11 +23,13 @@ from lf_hf.measure import written_on
 from lf_hf.numerics import weights_digest
 from lf_hf.report.report import (
     CHANGED_NOTE,
+    COLLAPSED,
     FusionReport,
     HealedText,
     HealingInfo,
     HealingPoint,
     PerplexityInfo,
+    collapse_note,
 )
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.judging import PROMPTS, judging_texts, relation
@@ -85,7 +87,7 @@ def healed_report(
         ],
         seconds=seconds,
     )
-    notes = [note for note in report.notes if note != CHANGED_NOTE and not note.startswith("Perplexity went ")]
+    notes = [note for note in report.notes if note != CHANGED_NOTE and not note.startswith(COLLAPSED)]
     old = len(notes)
     if trainer.diverged is not None:
         step, rate = trainer.diverged
@@ -100,8 +102,6 @@ def healed_report(
         )
     if lesson.epochs > MOST_EPOCHS:
         notes.append(epochs_note(lesson.epochs))
-    for note in notes[old:]:
-        logger.warning(note)
     texts = {judging.name: judging for judging in judging_texts()}
     perplexities = []
     for info in report.perplexities:
@@ -122,6 +122,11 @@ def healed_report(
                     agreement=after[info.name].agreement,
                 )
             )
+    perplexities = perplexities or report.perplexities
+    if note := collapse_note(perplexities, fitted=report.config.get("refit") != "none"):
+        notes.append(note)
+    for note in notes[old:]:
+        logger.warning(note)
     continuations = report.continuations
     if came_in.tokenizer is not None and [text.prompt for text in continuations] == list(PROMPTS):
         texts_now = written_on(ModelDecoder(came_in.model), came_in.tokenizer)
@@ -131,7 +136,7 @@ def healed_report(
     return dataclasses.replace(
         report,
         continuations=continuations,
-        perplexities=perplexities or report.perplexities,
+        perplexities=perplexities,
         notes=notes,
         seconds=report.seconds | {"healing": seconds},
         weights_digest=weights_digest(came_in.model.named_parameters()),

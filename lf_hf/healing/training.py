@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from lf_hf.config import unknown_name
-from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of
+from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of, is_tied
 from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
@@ -74,10 +74,13 @@ def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequen
         If adapters are asked for, and peft is not installed.
     """
     config = copy.deepcopy(model.config)  # which the Trainer changes
+    config.tie_word_embeddings = is_tied(model)
     stock = family_of(config).causal_lm
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
-    dtype = model.dtype if settings.train == "lora" else torch.float32
+    # What adapters leave as it is may be in bfloat16; gradients through float16 would need scaling.
+    keeps = settings.train == "lora" and model.dtype != torch.float16
+    dtype = model.dtype if keeps else torch.float32
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     student.tie_weights()

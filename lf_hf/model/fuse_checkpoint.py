@@ -17,7 +17,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
 from lf_hf.files.companions import is_plain, write_companions
-from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
+from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.model.configuration_fused import fused_config, plain_config
 from lf_hf.model.modeling_fused import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
 from lf_hf.processes import Processes
@@ -83,6 +83,7 @@ def fuse_checkpoint(
     as_plain = is_plain(plain, as_llama)
     check_replaceable(out)
     target = checked_folder(out)
+    check_is_not(target, base.name if isinstance(base, Base) else str(base))
     processes = Processes.of_launch()
     if not low_memory:
         with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
@@ -93,11 +94,7 @@ def fuse_checkpoint(
         return model.fusion_report
 
     config = fusion_settings(config, kwargs)
-    if config.heal_tokens:
-        raise ValueError(
-            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; fuse without it, and heal the "
-            "result with lf_hf.heal."
-        )
+    check_low_memory(config)
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     check_layers(config, opened.config)
@@ -106,6 +103,15 @@ def fuse_checkpoint(
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
     with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
         return _fuse_on_disk(inputs, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes)
+
+
+def check_low_memory(config: FusionConfig) -> None:
+    """Raise ValueError for settings that need the whole model in memory."""
+    if config.heal_tokens:
+        raise ValueError(
+            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; fuse without it, and heal the "
+            "result with lf_hf.heal."
+        )
 
 
 @contextmanager

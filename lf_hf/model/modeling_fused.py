@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of
+from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of, is_tied
 from lf_hf.files.base import (
     Base,
     check_has_config,
@@ -49,6 +49,7 @@ from lf_hf.files.base import (
 from lf_hf.files.companions import is_plain, write_companions
 from lf_hf.files.fused_cache import fingerprints, why_not_reused
 from lf_hf.files.saving import (
+    check_is_not,
     check_replaceable,
     checked_folder,
     finish_save,
@@ -127,7 +128,8 @@ class FusedForCausalLM(PreTrainedModel):
             What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
         fused_dir : path, optional
             Where to keep the fused model. If one is there that was made of the same base (by content), calibration
-            text and settings, it is loaded; else the base is fused and saved there, once on each machine.
+            text and settings, it is loaded; else the base is fused and saved there, once on each machine. Not with
+            `measurements`.
         **kwargs
             FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
@@ -137,8 +139,15 @@ class FusedForCausalLM(PreTrainedModel):
             Before any long work, for settings, a base or calibration text that cannot be used.
         """
         kept_in = None if fused_dir is None else checked_folder(fused_dir)
+        if kept_in is not None and measurements is not None:
+            raise ValueError(
+                "fused_dir and measurements exclude each other: measurements do not say what text they are of. Leave "
+                "one of them out."
+            )
         config = fusion_settings(config, kwargs)
         base = base if isinstance(base, Base) else Base.open(base, kwargs)
+        if kept_in is not None:
+            check_is_not(kept_in, base.name)
         if base.family != cls.family:
             raise ValueError(
                 f"{base.full_name!r} is a {base.config.model_type!r} model, so it is fused with "
@@ -430,7 +439,8 @@ class FusedForCausalLM(PreTrainedModel):
             plain = self.family.causal_lm(config)
         plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         with_buffers(plain, self)
-        plain.tie_weights()
+        if is_tied(self):
+            plain.tie_weights()
         plain.generation_config = self.generation_config
         return plain.train(self.training)
 

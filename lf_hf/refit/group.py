@@ -300,7 +300,8 @@ def _fitted_gain(
     written, targets, states : tensors of shape (sequences B, tokens T, hidden)
         What is in front of the norm, and the stream as it should be after the half, and before it.
     """
-    start = weights[f"{half.after}.weight"]
+    gain = weights[f"{half.after}.weight"]
+    start = gain.float()  # sums over tokens need it
     squares, products = torch.zeros_like(start), torch.zeros_like(start)
     for found, target, state in zip(written, targets, states, strict=True):
         normed = found.float().flatten(0, 1)
@@ -311,7 +312,7 @@ def _fitted_gain(
     for sums in (squares, products):
         decoder.processes.add_up(sums)
     pull = ridge * squares.mean()
-    return {f"{half.after}.weight": ((products + pull * start) / (squares + pull)).to(start.dtype)}
+    return {f"{half.after}.weight": ((products + pull * start) / (squares + pull)).to(gain.dtype)}
 
 
 def _fit_mlp(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -19,6 +20,7 @@ _RELATIONS = {
     "seen": "; part of it was fitted on",
 }
 MOST_LAYERS = 10_000  # larger counts are errors
+COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
@@ -472,6 +474,23 @@ class FusionReport:
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
         return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
+
+
+def collapse_note(judged: Sequence[PerplexityInfo], *, fitted: bool) -> str | None:
+    """A sentence about perplexities that more than doubled, if any did; `fitted` says whether layers were."""
+    collapsed = [info for info in judged if not info.fused <= 2 * info.dense]
+    if not collapsed:
+        return None
+    moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
+    return (
+        f"{COLLAPSED} {moved}: the fused model predicts text far worse than its base, even where multiple-choice "
+        "scores look fine. "
+        + (
+            "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
+            if fitted
+            else "method=refit fits the fused layers to the base and keeps far more of it."
+        )
+    )
 
 
 def published_name(base: str) -> str:

@@ -22,7 +22,7 @@ from lf_hf import FusedLlamaForCausalLM, FusionConfig, measure, tasks_path
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, Point, Score, read_points
+from lf_hf.evaluate.points import DENSE, HEALED, Point, Score, read_points
 from lf_hf.evaluate.sweep import is_llama_3_8b, sweep
 from lf_hf.evaluate.tables import PUBLISHED, markdown, stability
 
@@ -297,6 +297,39 @@ def test_mistakes_are_found_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_base_on_the_hub(
+    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
+    shutil.copytree(base, tmp_path / "models--you--model" / "snapshots" / "0")
+    (tmp_path / "models--you--model" / "refs").mkdir()
+    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
+    settings: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": TASKS, "settings": SETTINGS}
+    there = sweep("you/model", tmp_path / "out", **settings, cache_dir=str(tmp_path))
+    here = run(tmp_path / "here", num_fusions=[1], methods=["truncate"], calibration=None)
+    assert [point.key for point in there] == [point.key for point in here]
+    assert [point.perplexities for point in there] == [point.perplexities for point in here]
+
+
+def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds results\.csv, which no sweep has written; choose another folder"):
+        run(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_healed_points_are_a_dashed_line_of_their_method_s_colour() -> None:
+    names = [method + healed for method in ("neural_alignment", "mka", "truncate", "refit") for healed in ("", HEALED)]
+    points = [make_point(DENSE, 0, 0.5), *(make_point(name, 1, 0.4) for name in names)]
+    lines = {str(line.get_label()): line for line in sweep_curve(points, {}).axes[0].get_lines()}
+    for name in names[::2]:
+        assert lines[name].get_color() == lines[name + HEALED].get_color()
+        assert (lines[name].get_linestyle(), lines[name + HEALED].get_linestyle()) == ("-", "--")
+    assert len({lines[name].get_color() for name in names}) == 4
 
 
 def test_a_file_of_something_else_is_named(run: Callable[..., list[Point]], tmp_path: Path) -> None:

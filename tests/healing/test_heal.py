@@ -28,6 +28,7 @@ from lf_hf.healing import lesson as module
 from lf_hf.healing import memory, training
 from lf_hf.healing.heal import heal_settings
 from lf_hf.healing.loss import distillation_loss
+from lf_hf.report.report import COLLAPSED
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
@@ -144,6 +145,8 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
     assert {info.relation for info in report.perplexities} == {"unseen"}
     assert any("did not bring the model nearer" in note for note in report.notes)
+    collapsed = any(info.ratio > 2 for info in report.perplexities)
+    assert any(note.startswith(COLLAPSED) for note in report.notes) == collapsed
     assert any("times through its text" in note for note in report.notes)
 
 
@@ -428,6 +431,14 @@ def test_long_sequences_are_judged_too(base: str, fused: Path, tmp_path: Path) -
 @pytest.mark.parametrize(("values", "rate"), [({}, 1e-4), ({"train": "lora"}, 5e-4), ({"learning_rate": 1.0}, 1.0)])
 def test_the_default_rate_follows_what_is_trained(values: dict[str, Any], rate: float) -> None:
     assert heal_settings(None, values).learning_rate == rate
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_adapters_are_trained_beside_weights_that_gradients_go_through(dtype: torch.dtype) -> None:
+    student = training.make_student(make_llama(dtype=dtype), heal_settings(None, {"train": "lora"}), [1])
+    for name, parameter in student.named_parameters():
+        wanted = torch.bfloat16 if dtype == torch.bfloat16 and "lora" not in name else torch.float32
+        assert parameter.dtype == wanted, name
 
 
 def test_one_process_takes_one_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

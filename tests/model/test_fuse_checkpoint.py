@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_devices import TwoDevices
 
-from lf_hf import FusionReport, fuse_checkpoint
+import lf_hf
+from lf_hf import FusionConfig, FusionReport, fuse_checkpoint
+from lf_hf.plan import plan_fusion
 
 METHODS = ("neural_alignment", "mka", "truncate", "refit")
 
@@ -89,6 +91,22 @@ def test_reads_a_file_larger_than_memory(make_base: Callable[..., str], tmp_path
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -> None:
+    """Where it is a plain checkpoint that was fused itself."""
+    fuse(base, tmp_path / "plain", plain=True, method="truncate")
+    before = tensors(tmp_path / "plain")
+    for again in (
+        lambda: fuse(str(tmp_path / "plain"), tmp_path / "plain", plain=True, low_memory=low_memory),
+        lambda: plan_fusion(tmp_path / "plain", FusionConfig(1), out=tmp_path / "plain", low_memory=low_memory),
+        lambda: lf_hf.from_pretrained_fused(tmp_path / "plain", num_fusions=1, fused_dir=tmp_path / "plain"),
+    ):
+        with pytest.raises(ValueError, match="is the base itself; choose another folder for the result"):
+            again()
+    after = tensors(tmp_path / "plain")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callable[..., str], tmp_path: Path) -> None:
     base = make_base(tie_word_embeddings=False)
     config = json.loads(Path(base, "config.json").read_text())
@@ -99,6 +117,12 @@ def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callabl
     assert "lm_head.weight" in low
     assert reports[0].perplexities == reports[1].perplexities and reports[0].perplexities
     assert reports[0].continuations == reports[1].continuations and reports[0].continuations
+    model, ids = lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "True"), torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(model.to_plain()(ids).logits, model(ids).logits)
+    settings: dict[str, Any] = {"text": make_texts(1200), "tokens": 1024, "length": 64, "batch_tokens": 256}
+    lf_hf.heal(tmp_path / "True", tmp_path / "healed", base=base, **settings, training_args={"bf16": False})
+    assert torch.equal(tensors(tmp_path / "healed")["lm_head.weight"], low["lm_head.weight"])
 
 
 def test_a_head_that_is_stored_beside_equal_embeddings_is_one(make_base: Callable[..., str], tmp_path: Path) -> None:

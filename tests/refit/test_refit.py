@@ -6,14 +6,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from builders import normal
 from conftest import make_llama
+from tiny_models import tiny_model
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.group import fit_group, input_maps, token_weights
-from lf_hf.refit.layer_parts import build_layer, stacked
+from lf_hf.refit.group import _fitted_gain, fit_group, input_maps, token_weights
+from lf_hf.refit.layer_parts import build_layer, layer_weights, stacked
 from lf_hf.refit.states import Place, StateStore
 from lf_hf.refit.traces import trace
 
@@ -238,3 +240,17 @@ def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path
             del kept
             assert psutil.Process().num_fds() == opened - 1
     assert not list(tmp_path.iterdir())
+
+
+def test_gains_are_fitted_in_bfloat16_as_exactly_as_they_can_be_stored() -> None:
+    """Over many batches, whose sums bfloat16 could not hold."""
+    decoder = ModelDecoder(tiny_model("olmo2", dtype=torch.bfloat16))
+    half, weights = decoder.family.attention, layer_weights(decoder, decoder.model.model.layers[1])
+    written, targets, states = (
+        [normal(1, 16, 32, seed=100 * n + batch, dtype=torch.bfloat16) for batch in range(300)] for n in range(3)
+    )
+    exact = {name: weight.float() for name, weight in weights.items()}
+    found, wanted = (_fitted_gain(decoder, half, given, written, targets, states, 0.1) for given in (weights, exact))
+    [(gain, best)] = zip(found.values(), wanted.values(), strict=True)
+    assert gain.dtype == torch.bfloat16
+    torch.testing.assert_close(gain.float(), best, rtol=0.005, atol=1e-4)

@@ -10,11 +10,20 @@ from lf_hf import FusionReport
 from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
+from lf_hf.report.report import PerplexityInfo, collapse_note
 
 
 def test_both_compression_figures() -> None:
     assert make_report().layers_removed_fraction == 0.125
     assert make_report().parameters_removed_fraction == pytest.approx(0.1086, abs=5e-5)
+
+
+@pytest.mark.parametrize(("fitted", "advice"), [(True, "Fewer fusions"), (False, "method=refit")])
+def test_perplexities_that_more_than_double_are_named(fitted: bool, advice: str) -> None:
+    broken, sound = make_report().perplexities[0], PerplexityInfo("reasoning", "riddles", 4000, 5.0, 10.0)
+    note = collapse_note([broken, sound], fitted=fitted)
+    assert note is not None and note.startswith("Perplexity went from 6.1 to 30 (docs): ") and advice in note
+    assert "reasoning" not in note and collapse_note([sound], fitted=fitted) is None
 
 
 def test_round_trip_through_a_folder(tmp_path: Path) -> None:
