@@ -35,6 +35,7 @@ from lf_hf.report.report import FusionReport
 _GUIDE = """\b
 Examples:
   lf-hf fuse path/to/model out --num-fusions 4 --method refit
+  lf-hf plan path/to/model --calibration my_text.txt
   lf-hf heal out healed --base path/to/model --text my_text.txt
   lf-hf sweep path/to/model results --num-fusions 1,4 --methods neural_alignment,refit
   lf-hf report out

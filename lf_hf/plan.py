@@ -148,7 +148,7 @@ def plan_fusion(
         check_is_not(checked_folder(out), os.fspath(base))
     if low_memory:
         check_low_memory(config)
-    low_memory_fits = True
+    low_memory_fits = not config.heal_tokens
     try:
         low_memory_device(kwargs)
     except ValueError:
@@ -237,6 +237,7 @@ def cost_curve(
     """
     fixed = {"num_fusions": 1, "selection": "groups", "perplexity_tokens": 0}
     config = FusionConfig.from_kwargs(**{"method": "refit", **(settings or {}), **fixed})
+    processes = Processes.of_launch()  # each of which has a device of its own
     device = low_memory_device(kwargs) if low_memory else None
     opened = Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)
@@ -251,7 +252,7 @@ def cost_curve(
                 opened.weights_folder(), opened.new_config(), Path(scratch), dtype=opened.dtype, device=device
             )
         if not is_spread(kwargs.get("device_map")):
-            decoder.processes = Processes.of_launch()
+            decoder.processes = processes
         check_model(decoder, config)
         with start(decoder, config, measure(decoder, tokenizer, config, samples, text)) as fusion:
             assert fusion.table is not None
@@ -351,8 +352,9 @@ class _Work:
         Activations of a sequence are small beside these. States of running text count where they would be kept there.
         """
         size, hidden, mlp = self.dtype.itemsize, self.llama.hidden_size, self.llama.intermediate_size
-        # Two layers, and on a device the next one, which is read meanwhile.
-        weights = (2 if device.type == "cpu" else 3) * self.layer + self.table
+        # Two layers, or those of a group, and on a device the next one, which is read meanwhile.
+        held = LONGEST_GROUP + 1 if self.config.selection == "groups" else 2
+        weights = (held + (device.type != "cpu")) * self.layer + self.table
         if not low_memory:
             originals = self.fused if self.config.refit != "none" else 0  # of layers that change, at most
             weights = self.parameters + originals * self.layer

@@ -152,6 +152,16 @@ def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None
     assert plan(perplexity_tokens=400_000).seconds[0] > 5 * four.seconds[0]
 
 
+def test_healing_does_not_go_with_low_memory_and_groups_take_more_of_it(base: str) -> None:
+    plans = [
+        plan_fusion(base, FusionConfig(2, "refit", **settings), calibration=make_texts(2500))
+        for settings in ({"heal_tokens": 2048}, {}, {"selection": "groups"})
+    ]
+    assert plans[0].low_memory is None and "cannot be used here" in plans[0].summary()
+    assert plans[1].low_memory is not None and plans[2].low_memory is not None
+    assert plans[2].low_memory > plans[1].low_memory
+
+
 def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.plan._product_speed", lambda *_: 1e14)
     monkeypatch.setattr("lf_hf.plan.free_memory", lambda _: 1 << 30)  # so that no states are kept there

@@ -77,14 +77,37 @@ class Evaluation:
                 confirm_run_unsafe_code=self._may_run_code,
             )
         results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
-        asked = [task for task in self._tasks if task in results]
         better = evaluated.get("higher_is_better", {})
-        return {task: _score(results[task], better.get(task, {})) for task in (asked or results)}
+        asked = _asked(self._tasks, results, evaluated.get("group_subtasks", {}))
+        return {task: _score(results[task], better.get(task, {})) for task in asked}
+
+
+def _asked(
+    tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]], subtasks: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The results of the tasks that were asked for: of a tag, or a group without a figure, those of its tasks."""
+
+    def with_figures(task: str) -> list[str]:
+        if _figures(results.get(task, {})):
+            return [task]
+        return [name for part in subtasks.get(task, []) for name in with_figures(part)]
+
+    def members(task: str) -> set[str]:
+        return {task}.union(*map(members, subtasks.get(task, [])))
+
+    named = [task for task in tasks if task in results or task in subtasks]
+    others = set(results).difference(*map(members, named)) if len(named) < len(tasks) else set()
+    shown = [*named, *(task for task in results if task in others)]
+    return list(dict.fromkeys(name for task in shown for name in with_figures(task)))
+
+
+def _figures(values: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
 
 
 def _score(values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> Score:
     """The main metric of one task's results, which lm-eval names `metric,filter`; the filter takes the answer out."""
-    metrics = [name for name, value in values.items() if isinstance(value, float) and "_stderr" not in name]
+    metrics = _figures(values)
     name = min(metrics, key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
     metric, _, filtered = name.partition(",")
     stderr = values.get(f"{metric}_stderr,{filtered}")

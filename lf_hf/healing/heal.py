@@ -6,16 +6,20 @@ import copy
 import dataclasses
 import gc
 import json
+import math
 import os
+import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -49,6 +53,7 @@ from lf_hf.text.calibration import Corpus, load_training_text
 logger = logging.get_logger(__name__)
 
 _WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
+_LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -121,6 +126,8 @@ def heal(
     def save() -> None:
         came_in.model.fusion_report = report
         came_in.model.save_pretrained(folder, plain=came_in.plain, tokenizer=came_in.tokenizer)
+        if (work / _LOGS).is_dir():
+            shutil.copytree(work / _LOGS, folder / _LOGS, dirs_exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().told_by_first(save)
@@ -156,20 +163,44 @@ def check_can_heal(
     cache: str | os.PathLike[str] | None = None,
 ) -> None:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
-    settings = _limited(HealSettings(tokens=config.heal_tokens, seed=config.seed), base.config)
-    given_text(tokenizer, corpus, settings, base.config.vocab_size)
+    settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)
     fused = copy.deepcopy(base.config)
     for _ in range(config.num_fusions or 1):  # one at least, where a budget says how many
         remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
         student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
-        choose_way(base, student, settings, training_arguments(settings, Path(work), {}), {}, cache)
+        settings, arguments = _fitting(settings, base.config, Path(work), {})
+        given_text(tokenizer, corpus, settings, base.config.vocab_size)
+        choose_way(base, student, settings, arguments, {}, cache)
 
 
-def _limited(settings: HealSettings, config: PreTrainedConfig) -> HealSettings:
-    """Settings with sequences that are no longer than the model takes."""
-    return dataclasses.replace(settings, length=min(settings.length, config.max_position_embeddings))
+def _fitting(
+    settings: HealSettings, config: PreTrainedConfig, work: Path, given: dict[str, Any]
+) -> tuple[HealSettings, TrainingArguments]:
+    """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly."""
+    settings = dataclasses.replace(settings, length=min(settings.length, config.max_position_embeddings))
+    arguments = training_arguments(settings, work, given)
+    batch = math.ceil(settings.batch / arguments.world_size) * arguments.world_size
+    if batch == settings.batch:
+        return settings, arguments
+    logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that all processes have as many.")
+    settings = dataclasses.replace(settings, batch_tokens=batch * settings.length)
+    return settings, training_arguments(settings, work, given)
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Give back, after a training, the random numbers and the precision that it sets for the whole process."""
+    python, of_numpy, set_before = random.getstate(), np.random.get_state(), bool(AcceleratorState._shared_state)
+    try:
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
+        if not set_before and Processes.of_launch().count == 1:
+            AcceleratorState._reset_state()
 
 
 def _distilled(
@@ -184,12 +215,12 @@ def _distilled(
     """Train the model that came in, in place and in all processes; returns what its report is then."""
     start = time.monotonic()
     model = came_in.model
-    settings = _limited(settings, model.config)
-    arguments = training_arguments(settings, work, given)
+    settings, arguments = _fitting(settings, model.config, work, given)
     processes = Processes.of_launch()
     student = make_student(model, settings, came_in.fused_layers)
     way = choose_way(opened, student, settings, arguments, given, cache)
     with ExitStack() as stack:
+        stack.enter_context(_as_it_was())
         processes.told_by_first(lambda: bool(stack.enter_context(only_writer(work))))
         resumed = processes.told_by_first(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)

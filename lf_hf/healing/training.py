@@ -288,11 +288,7 @@ def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapp
         If they do not divide.
     """
     world = arguments.world_size
-    of_process, left = divmod(batch, world)
-    if left:
-        raise ValueError(
-            f"A step has {batch} sequences, which {world} processes cannot share evenly; set batch_tokens."
-        )
+    of_process = batch // world
     size = given.get("per_device_train_batch_size")
     if size is None and (parts := given.get("gradient_accumulation_steps")) is not None:
         if parts < 1 or of_process % parts:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -48,6 +48,7 @@ from lf_hf.files.base import (
 )
 from lf_hf.files.companions import is_plain, write_companions
 from lf_hf.files.fused_cache import fingerprints, why_not_reused
+from lf_hf.files.model_card import CARD_NAME
 from lf_hf.files.saving import (
     check_is_not,
     check_replaceable,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from lf_hf.measure import Measurements
 
 logger = logging.get_logger(__name__)
+_UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # of save_pretrained
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,7 @@ class FusedForCausalLM(PreTrainedModel):
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
             kwargs |= {"token": token, "repo_id": repo_id or folder.name}
             return super().save_pretrained(folder, writes, state_dict, push_to_hub, *args, **kwargs)
+        uploading = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
         tensors = self.state_dict() if state_dict is None else state_dict
         sharded = _is_sharded(tensors)
         if sharded:
@@ -368,7 +371,7 @@ class FusedForCausalLM(PreTrainedModel):
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
         if push_to_hub and writes:
-            _upload(folder, repo_id or folder.name, token=token, allow_patterns=names)
+            _upload(folder, repo_id or folder.name, token=token, allow_patterns=names, **uploading)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """What transformers asks before it writes weights; who calls it has decided before."""
@@ -402,10 +405,12 @@ class FusedForCausalLM(PreTrainedModel):
         repo_id: str,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        tags: list[str] | None = None,
         **kwargs: Any,
     ) -> str:
         """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address."""
@@ -413,10 +418,13 @@ class FusedForCausalLM(PreTrainedModel):
             name = self.name_or_path or repo_id
             self.save_pretrained(folder, **kwargs)
             self.name_or_path = self.config._name_or_path = name
+            if tags:
+                _add_tags(Path(folder, CARD_NAME), tags)
             return _upload(
                 folder,
                 repo_id,
                 commit_message=commit_message,
+                commit_description=commit_description,
                 private=private,
                 token=token,
                 revision=revision,
@@ -437,7 +445,10 @@ class FusedForCausalLM(PreTrainedModel):
         config = plain_config(self.config)
         with torch.device("meta"):
             plain = self.family.causal_lm(config)
-        plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)  # which lets all be trained
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trained[name])
         with_buffers(plain, self)
         if is_tied(self):
             plain.tie_weights()
@@ -620,11 +631,21 @@ def _upload(
     *,
     private: bool | None = None,
     token: bool | str | None = None,
+    revision: str | None = None,
     **commit: Any,
 ) -> str:
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit))
+
+
+def _add_tags(file: Path, tags: list[str]) -> None:
+    """Add tags to those of a model card, which is made where there is none."""
+    card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
+    card.data["tags"] = [*(card.data.get("tags") or []), *tags]
+    card.save(file)
 
 
 def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | None:

@@ -45,7 +45,7 @@ def check_computes(config: PretrainedConfig) -> None:
     """
     family = family_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of GPUs, which are not put back
         model = family.causal_lm(_tiny(family, config)).eval().float()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

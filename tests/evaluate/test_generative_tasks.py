@@ -12,7 +12,7 @@ import yaml
 from conftest import make_llama, make_tokenizer
 from lm_eval.tasks import TaskManager
 
-from lf_hf.evaluate.evaluation import Evaluation
+from lf_hf.evaluate.evaluation import Evaluation, _asked
 from lf_hf.evaluate.points import Score
 
 QUESTIONS = ["layer model", "neuron weight fuse", "match row column", "head state"]
@@ -72,3 +72,21 @@ def test_a_task_that_runs_what_the_model_writes_asks_first(
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(ValueError, match=r"The task writing runs programs .* set HF_ALLOW_CODE_EVAL=1"):
         Evaluation(["writing"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shown"),
+    [
+        (["task"], ["task"]),
+        (["group"], ["group"]),
+        (["silent"], ["part", "other"]),
+        (["tag"], ["task", "group", "a", "b", "part", "other"]),
+        (["task", "tag"], ["task", "group", "a", "b", "part", "other"]),
+        (["group", "tag"], ["group", "task", "part", "other"]),
+    ],
+)
+def test_tags_and_groups_without_figures_show_their_tasks(tasks: list[str], shown: list[str]) -> None:
+    figure = {"alias": "x", "acc,none": 0.5}
+    results = dict.fromkeys(("task", "group", "a", "b", "part", "other"), figure) | {"silent": {"alias": "x"}}
+    subtasks = {"group": ["a", "b"], "silent": ["part", "other"], "task": []}
+    assert _asked(tasks, results, subtasks) == shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -26,7 +29,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import memory, training
-from lf_hf.healing.heal import heal_settings
+from lf_hf.healing.heal import _fitting, heal_settings
 from lf_hf.healing.loss import distillation_loss
 from lf_hf.report.report import COLLAPSED
 from lf_hf.text.calibration import DOCUMENTATION
@@ -452,6 +455,41 @@ def test_one_process_takes_one_of_several_devices(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(TrainingArguments, "__post_init__", with_two)
     arguments = training.training_arguments(heal_settings(None, {}), tmp_path, {"per_device_train_batch_size": 3})
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 3
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (3, 6), (4, 4), (8, 8)])
+def test_a_step_is_shared_evenly_by_any_number_of_processes(
+    world: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", world)
+    config = make_llama(max_position_embeddings=512).config
+    settings, arguments = _fitting(heal_settings(None, {}), config, tmp_path, {})
+    assert settings.batch == batch and arguments.max_steps == settings.steps == 131072 // 512 // batch
+    training.set_batches(arguments, settings.batch, 100, {})
+    assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world == batch
+
+
+def test_logs_are_kept_and_random_numbers_and_precision_are_as_they_were(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.DistillationTrainer.training_step
+
+    def logs(self: Any, *arguments: Any) -> torch.Tensor:
+        (Path(self.args.output_dir) / "runs").mkdir(exist_ok=True)
+        (Path(self.args.output_dir) / "runs" / "events").write_text(str(self.state.global_step))
+        return real(self, *arguments)
+
+    def numbers() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]
+
+    monkeypatch.setattr(training.DistillationTrainer, "training_step", logs)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    AcceleratorState._reset_state()
+    wanted = numbers()
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {"bf16": True}, "tokens": 1024})
+    assert numbers() == wanted and not AcceleratorState._shared_state
+    assert (tmp_path / "out" / "runs" / "events").read_text() == "3"
 
 
 def test_what_is_fused_within_a_budget_is_healed_while_loading(base: str, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def test_a_head_that_the_config_ties_but_that_differs_is_kept(make_base: Callabl
     assert reports[0].continuations == reports[1].continuations and reports[0].continuations
     model, ids = lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "True"), torch.arange(30)[None]
     with torch.no_grad():
-        assert torch.equal(model.to_plain()(ids).logits, model(ids).logits)
+        assert torch.equal(model.requires_grad_(False).to_plain()(ids).logits, model(ids).logits)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     settings: dict[str, Any] = {"text": make_texts(1200), "tokens": 1024, "length": 64, "batch_tokens": 256}
     lf_hf.heal(tmp_path / "True", tmp_path / "healed", base=base, **settings, training_args={"bf16": False})
     assert torch.equal(tensors(tmp_path / "healed")["lm_head.weight"], low["lm_head.weight"])

@@ -273,14 +273,23 @@ class Hub:
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self.private: bool | None = None
+        self.branches: list[str] = []
+        self.commit: dict[str, object] = {}
 
     def __call__(self, token: object = None) -> Hub:
         return self
 
-    def create_repo(self, repo_id: str, **_: object) -> Any:
+    def create_repo(self, repo_id: str, *, private: bool | None = None, **_: object) -> Any:
+        self.private = private
         return type("Repo", (), {"repo_id": f"me/{repo_id}"})
 
-    def upload_folder(self, repo_id: str, folder_path: str | Path, **_: object) -> str:
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        assert repo_id == "me/small" and exist_ok
+        self.branches.append(branch)
+
+    def upload_folder(self, repo_id: str, folder_path: str | Path, **commit: object) -> str:
+        self.commit = commit
         texts = (path for path in Path(folder_path).iterdir() if path.suffix != ".safetensors")
         weights = dict.fromkeys((path.name for path in Path(folder_path).glob("*.safetensors")), "")
         self.files = {path.name: path.read_text(encoding="utf-8") for path in texts} | weights
@@ -317,6 +326,26 @@ def test_what_is_pushed_explains_itself(
     assert f"| {report.perplexities[0].dense:.4g} | {report.perplexities[0].fused:.4g} |" in text
     for name, value in report.settings.items():
         assert f"| `{name}` | `{value}` |" in text
+
+
+@pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
+def test_what_is_asked_of_an_upload_is_done(
+    saved: Path, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A private model above all."""
+    hub = Hub()
+    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", hub)
+    model = FusedLlamaForCausalLM.from_pretrained(saved)
+    asked: dict[str, Any] = {"commit_message": "mine", "commit_description": "a fusion", "create_pr": True}
+    asked |= {"revision": "branch"}
+    if push == "push_to_hub":
+        model.push_to_hub("small", private=True, tags=["small"], **asked)
+        tags = yaml.safe_load(hub.files["README.md"].split("---\n")[1])["tags"]
+        assert tags[-1] == "small" and "layer-fusion" in tags and "## " in hub.files["README.md"]
+    else:
+        model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="small", private=True, **asked)
+    assert hub.private is True and hub.branches == ["branch"]
+    assert {name: hub.commit[name] for name in asked} == asked
 
 
 @pytest.mark.parametrize(
