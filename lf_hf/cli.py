@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import io
 import itertools
 import logging
 import re
@@ -84,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
     for name in ("configuration_utils", "modeling_rope_utils"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that an old terminal cannot show is no failure
+        sys.stdout.reconfigure(errors="replace")
     code = 0
     try:
         code = app(args=arguments or ["--help"], prog_name="lf-hf", standalone_mode=False) or 0

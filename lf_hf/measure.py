@@ -232,7 +232,8 @@ def calibration_sequences(
     """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
     length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
     short = min(WRITTEN_LENGTH, length)
-    count = int(config.calibration_tokens * share) // short
+    # The text that is given fills one sequence at least.
+    count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
     packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, decoder.config.vocab_size)
     count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
     return interleaved(packed, decoder.generate(count, short, config.seed)) if count else packed

@@ -367,6 +367,25 @@ def no_privileges() -> Iterator[None]:
             os.seteuid(0)
 
 
+def test_a_file_that_cannot_be_read_is_the_user_s_and_costs_nothing(
+    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.json").write_text("mine")
+    real = Path.open
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "secret.json":
+            raise PermissionError
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "secret.json").read_text() == "mine"
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "fusion_report.json").is_file()
+
+
 def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
     """A folder that can be written may lie in one that cannot, as a mount point does."""
     with tempfile.TemporaryDirectory() as name:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from lf_hf.evaluate.points import DENSE, HEALED, Point, judging_names
+from lf_hf.evaluate.points import DENSE, HEALED, Point, judging_names, task_names
 from lf_hf.report.figures import COLORS, new_figure
 
 
@@ -32,11 +32,11 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
     names = dict.fromkeys(method.removesuffix(HEALED) for method in (*methods, *published))
     colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
-    tasks = points[0].scores
-    panels = {
-        f"{score.metric}, {task}": (score.is_perplexity, {p.key: p.scores[task].value for p in points})
-        for task, score in tasks.items()
-    }
+    panels: dict[str, tuple[bool, dict[str, float]]] = {}
+    for task in task_names(points):
+        score = next(p.scores[task] for p in points if task in p.scores)
+        heights = {p.key: p.scores[task].value if task in p.scores else math.nan for p in points}
+        panels[f"{score.metric}, {task}"] = score.is_perplexity, heights
     for text in judging_names(points):
         panels[f"perplexity, {text}"] = (True, {p.key: p.perplexities.get(text, math.nan) for p in points})
         panels[f"divergence, {text} (nats)"] = (False, {p.key: p.divergences.get(text, math.nan) for p in points})

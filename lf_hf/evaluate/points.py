@@ -69,6 +69,11 @@ def judging_names(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(name for point in points for name in point.perplexities))
 
 
+def task_names(points: Sequence[Point]) -> list[str]:
+    """Names of the tasks that any of some points has a score of."""
+    return list(dict.fromkeys(name for point in points for name in point.scores))
+
+
 def read_points(path: Path) -> dict[str, Point]:
     """The points of a results file by their keys, without a last line that an interruption cut short.
 

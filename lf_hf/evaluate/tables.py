@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from lf_hf.evaluate.points import DENSE, Point, Score, judging_names
+from lf_hf.evaluate.points import DENSE, Point, Score, judging_names, task_names
 from lf_hf.files.model_card import as_code
 from lf_hf.report.page import missing_plot_packages
 from lf_hf.report.report import published_name
@@ -52,10 +52,12 @@ def stability(points: Sequence[Point]) -> list[Stability]:
         if len(of_method) < 2:
             continue
         for task, score in of_method[0].scores.items():
-            values = [point.scores[task].value for point in of_method]
+            values = [point.scores[task].value if task in point.scores else math.nan for point in of_method]
+            if not all(map(math.isfinite, values)):
+                continue
             if not score.is_perplexity:
                 found.append(_stability(method, task, levels, values, 1 if score.higher_is_better else -1))
-            elif all(map(math.isfinite, values)):
+            else:
                 found.append(_stability(method, f"log {score.metric}, {task}", levels, list(map(math.log, values)), -1))
         for text in judging_names(of_method):
             values = [point.perplexities.get(text, math.nan) for point in of_method]
@@ -67,7 +69,7 @@ def stability(points: Sequence[Point]) -> list[Stability]:
 
 def results_rows(points: Sequence[Point]) -> list[list[str]]:
     """A head and one row a point, for people."""
-    tasks, texts = list(points[0].scores) if points else [], judging_names(points)
+    tasks, texts = task_names(points), judging_names(points)
     compared = [text for text in texts if any(text in point.divergences for point in points)]
     heads = [f"perplexity, {text}" for text in texts]
     heads += [f"{figure}, {text}" for figure in ("divergence", "agreement") for text in compared]
@@ -80,7 +82,7 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
                 str(point.layers),
                 f"{point.layers_removed_fraction:.1%}",
                 f"{point.parameters_removed_fraction:.1%}",
-                *(_score_cell(point.scores[task]) for task in tasks),
+                *(_score_cell(point.scores.get(task)) for task in tasks),
                 *(_cell(point.perplexities.get(text), ".4g") for text in texts),
                 *(_cell(point.divergences.get(text), ".4g") for text in compared),
                 *(_cell(point.agreements.get(text), ".1%") for text in compared),
@@ -93,7 +95,9 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _score_cell(score: Score) -> str:
+def _score_cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
     value = f"{score.value:.4g}" if score.is_perplexity else f"{score.value:.4f}"
     return value if score.stderr is None else f"{value} ± {score.stderr:.4f}"
 
@@ -167,7 +171,7 @@ def write_tables(folder: Path, points: Sequence[Point], base: str, *, published:
 
 
 def _csv(points: Sequence[Point]) -> str:
-    tasks, texts = list(points[0].scores) if points else [], judging_names(points)
+    tasks, texts = task_names(points), judging_names(points)
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
     head = ["method", "num_fusions", "layers", "parameters", "layers_removed_fraction", "parameters_removed_fraction"]
@@ -175,7 +179,8 @@ def _csv(points: Sequence[Point]) -> str:
     columns += [f"{task}{end}" for task in tasks for end in ("", "_stderr")]
     writer.writerow([*head, *columns])
     for point in points:
-        scores = [value for task in tasks for value in (point.scores[task].value, point.scores[task].stderr)]
+        found = [point.scores.get(task) for task in tasks]
+        scores = [value for score in found for value in ((score.value, score.stderr) if score else (None, None))]
         of_texts = (point.perplexities, point.divergences, point.agreements)
         judged = [figures.get(text) for figures in of_texts for text in texts]
         writer.writerow([*(getattr(point, name) for name in head), *judged, *scores])

@@ -262,22 +262,30 @@ def _digests(folder: Path) -> dict[str, str]:
     templates = folder / _TEMPLATES
     places = [folder, *([templates] if templates.is_dir() and not templates.is_symlink() else [])]
     files = [file for place in places for file in place.iterdir() if file.is_file()]
-    return {name: _digest(file) for file in sorted(files) if _is_name(name := file.relative_to(folder).as_posix())}
+    found = {name: _digest(file) for file in sorted(files) if _is_name(name := file.relative_to(folder).as_posix())}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
-def _digest(file: Path) -> str:
-    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests."""
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests.
+
+    None for one that cannot be read, which is a user's.
+    """
     if file.name == REPORT_NAME:
         return ""
-    if file.suffix != ".safetensors":
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    size = file.stat().st_size
-    found = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
+    with suppress(PermissionError), file.open("rb") as opened:
+        if file.suffix != ".safetensors":
+            found = hashlib.sha256()
+            while part := opened.read(1 << 20):
+                found.update(part)
+            return found.hexdigest()
+        size = file.stat().st_size
+        found = hashlib.sha256(str(size).encode())
         for place in range(_PLACES):
             opened.seek(place * size // _PLACES)
             found.update(opened.read(4096))
-    return found.hexdigest()
+        return found.hexdigest()
+    return None
 
 
 def _variant(name: str) -> str | None:

@@ -312,7 +312,8 @@ def _fitted_gain(
     for sums in (squares, products):
         decoder.processes.add_up(sums)
     pull = ridge * squares.mean()
-    return {f"{half.after}.weight": ((products + pull * start) / (squares + pull)).to(gain.dtype)}
+    fitted = (products + pull * start) / (squares + pull)
+    return {f"{half.after}.weight": torch.where(squares + pull > 0, fitted, start).to(gain.dtype)}  # 0: nothing written
 
 
 def _fit_mlp(

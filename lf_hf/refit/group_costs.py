@@ -102,7 +102,10 @@ class GroupCosts:
         self.by_group = known or self._measured()
 
     def best(self, num_fusions: int, *, trials: int) -> list[Group]:
-        """The groups that cost least together, where they leave `num_fusions` layers fewer."""
+        """The groups that cost least together, where they leave `num_fusions` layers fewer.
+
+        Raises ValueError if no such set has costs that are finite.
+        """
         for _ in progress(range(trials), desc="Trying sets of groups", unit="set", leave=False):
             promised = partial(promising, self.by_group, self.tried, num_fusions)
             groups: tuple[Group, ...] | None = self._decoder.processes.told_by_first(promised)
@@ -114,6 +117,11 @@ class GroupCosts:
         if len(finalists) > 1 and self._final_text is not None:
             costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text))
             mine = dict(zip(finalists, costs, strict=True))
+        if not mine:
+            raise ValueError(
+                f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
+                "wider range, such as bfloat16, or fewer fusions."
+            )
         best = min(mine, key=mine.__getitem__)
         return list(best)
 

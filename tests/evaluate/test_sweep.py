@@ -24,7 +24,7 @@ from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, HEALED, Point, Score, read_points
 from lf_hf.evaluate.sweep import is_llama_3_8b, sweep
-from lf_hf.evaluate.tables import PUBLISHED, markdown, stability
+from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability, write_tables
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}
@@ -257,6 +257,17 @@ def test_stability_follows_from_the_table() -> None:
     assert perplexity.deviation == pytest.approx(np.std([1, 4, 11, 13, 15], ddof=1))
     assert perplexity.worst_step == pytest.approx(7)
     assert (perplexity.worst_from, perplexity.worst_to) == (4, 11)
+
+
+def test_scores_that_are_missing_or_no_number_leave_the_tables(tmp_path: Path) -> None:
+    """As of a task that a newer lm-eval renamed, or of a model that has collapsed."""
+    points = [make_point(DENSE, 0, 0.66), make_point("mka", 1, math.nan), make_point("mka", 4, 0.5)]
+    points.append(dataclasses.replace(make_point("mka", 8, 0.4), scores={"another": Score("acc", 0.5, None)}))
+    write_tables(tmp_path, points, "a base", published=False)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md", "curve.png", "curve.svg"}
+    head, *rows = results_rows(points)
+    assert head[5:7] == ["mmlu_5shot", "another"] and [row[6] for row in rows] == ["-", "-", "-", "0.5000"]
+    assert [entry.quantity for entry in stability(points)] == ["log perplexity, docs"]
 
 
 def test_what_never_gets_worse_has_no_worst_step() -> None:

@@ -98,6 +98,15 @@ def test_layers_that_do_nothing_are_found(method: str) -> None:
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=0.05)
 
 
+def test_groups_that_cannot_be_computed_with_are_said() -> None:
+    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
+    with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
+        assert fusion.table is not None
+        fusion.table.by_group = dict.fromkeys(fusion.table.by_group, math.inf)
+        with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
+            fuse_pairs(fusion, 1)
+
+
 def test_a_table_is_measured_once() -> None:
     model = make_llama(num_hidden_layers=7)
     measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)

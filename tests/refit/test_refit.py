@@ -242,6 +242,15 @@ def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
+def test_a_half_that_writes_nothing_keeps_its_gain(model_type: str) -> None:
+    decoder = ModelDecoder(tiny_model(model_type))
+    half, weights = decoder.family.attention, layer_weights(decoder, decoder.model.model.layers[1])
+    states = [normal(1, 16, 32, seed=n) for n in range(3)]
+    found = _fitted_gain(decoder, half, weights, [torch.zeros_like(state) for state in states], states, states, 0.1)
+    assert all(torch.equal(gain, weights[name]) for name, gain in found.items())
+
+
 def test_gains_are_fitted_in_bfloat16_as_exactly_as_they_can_be_stored() -> None:
     """Over many batches, whose sums bfloat16 could not hold."""
     decoder = ModelDecoder(tiny_model("olmo2", dtype=torch.bfloat16))

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer
+from conftest import make_llama, make_texts, make_tokenizer
 
+from lf_hf import FusionConfig
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.measure import calibration_sequences
 from lf_hf.text.calibration import (
     DOCUMENTATION,
     MAX_SAMPLES,
@@ -200,3 +203,10 @@ def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> N
     sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 200)
     assert all(sequence[0] == 0 for sequence in sequences)
     assert [len(sequence) for sequence in sequences] == [50] * 4
+
+
+def test_text_that_is_given_fills_a_sequence_beside_what_the_model_writes() -> None:
+    config = FusionConfig(1, "refit", calibration_tokens=1024, calibration_length=1000)
+    decoder = ModelDecoder(make_llama(max_position_embeddings=2048))
+    corpus = Corpus(["\n".join(make_texts(200))], "a text", generated_share=0.5)
+    assert [len(sequence) for sequence in calibration_sequences(decoder, make_tokenizer(), corpus, config)] == [1000]
