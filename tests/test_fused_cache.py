@@ -160,6 +160,8 @@ def test_what_differs_is_said_and_fused_again(
 def test_what_changes_the_base_while_it_loads_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
     first, other = load(base, tmp_path / "fused"), load(base, tmp_path / "fused", rms_norm_eps=0.5)
     assert fusions == [base, base] and other.config.rms_norm_eps == 0.5 != first.config.rms_norm_eps
+    load(base, tmp_path / "fused", rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    assert fusions == [base] * 3
 
 
 def test_measurements_do_not_say_what_they_are_of(base: str, tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ class Results:
                 others = [name for name in TABLES if (self._folder / name).exists()]
                 if others and not (self._folder / RESULTS).exists():
                     raise ValueError(
-                        f"{str(self._folder)!r} holds {', '.join(others)}, which no sweep has written; choose another "
-                        "folder."
+                        f"{str(self._folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; "
+                        "choose another folder, or move them."
                     )
             yield
 

@@ -66,7 +66,7 @@ def base_fingerprint(base: Base) -> str:
     And over those arguments of loading that choose among files or change the config, where there are any.
     """
     found = digest(base.content_files())
-    changes = [name for name in base.loading if name == "variant" or name in vars(base.config)]
+    changes = [name for name in base.loading if name == "variant" or hasattr(base.config, name)]
     chosen = {name: repr(base.loading[name]) for name in sorted(changes) if name != "dtype"}
     return hashlib.sha256(json.dumps([found, chosen]).encode()).hexdigest() if chosen else found
 

@@ -93,8 +93,10 @@ def choose_way(
         way = Way(said, place, in_memory)
     else:
         needs = f"{(fixed + one) / 1e9:.1f} GB for train={settings.train!r}"
-        ways = [] if checkpointing else ["training_args={'gradient_checkpointing': True}"]
-        ways += ["a shorter length"] if fixed < free else []
+        ways = []
+        if fixed < free:  # so what is too much are the activations
+            ways += [] if checkpointing else ["training_args={'gradient_checkpointing': True}"]
+            ways.append("a shorter length")
         if settings.train != "lora" and size * sum(p.numel() for p in student.parameters()) < free:
             ways.append("train='lora'")
         advice = f"take {', '.join([*ways, 'a device with more, or several of them with FSDP'])}"
@@ -150,6 +152,7 @@ def make_lesson(
     if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {
+        "format": 2,  # of the files: rises when they change
         "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
         "settings": {

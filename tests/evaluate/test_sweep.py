@@ -327,7 +327,7 @@ def test_a_base_on_the_hub(
 
 def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds results\.csv, which no sweep has written; choose another folder"):
+    with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
         run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
     assert (tmp_path / "results.csv").read_text() == "mine"
