@@ -25,7 +25,7 @@ from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, is_spread
-from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder
+from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import free_memory
@@ -143,9 +143,7 @@ def plan_fusion(
     OSError
         If the disk of `out` has no room for the result.
     """
-    replaces = out is not None and check_replaceable(out)
-    if out is not None:
-        check_is_not(checked_folder(out), os.fspath(base))
+    replaces = out is not None and check_replaceable(out, os.fspath(base))
     if low_memory:
         check_low_memory(config)
     low_memory_fits = not config.heal_tokens

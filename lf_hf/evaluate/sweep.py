@@ -115,6 +115,8 @@ def sweep(
     folder = checked_folder(out)
     check_evaluation(limit, num_fewshot, batch_size, metadata)
     configs = _configs(num_fusions, methods, tasks, settings)
+    if heal_cache is not None and not any(config.heal_tokens for config in configs):
+        raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
     _check_calibration(calibration)
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:

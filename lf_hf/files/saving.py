@@ -48,19 +48,15 @@ def checked_folder(path: object) -> Path:
     return folder
 
 
-def check_is_not(folder: Path, base: str) -> None:
-    """Raise ValueError if a folder to write into is that of the base, which would be lost."""
-    if folder.is_dir() and Path(base).resolve() == folder:
-        raise ValueError(f"{base!r} is the base itself; choose another folder for the result.")
+def check_replaceable(path: object, base: str) -> bool:
+    """Whether a folder holds a fused checkpoint, which a fusion of `base`, a name or path, would replace.
 
-
-def check_replaceable(path: object) -> bool:
-    """Whether a folder holds a fused checkpoint, which a fusion would replace.
-
-    Raises ValueError if it holds weights or a config.json that lf_hf has not written, or that were changed since, or is
-    no folder.
+    Raises ValueError if it is the base's own, holds weights or a config.json that lf_hf has not written, or that were
+    changed since, or is no folder.
     """
     folder = checked_folder(path)
+    if folder.is_dir() and Path(base).resolve() == folder:
+        raise ValueError(f"{base!r} is the base itself; choose another folder for the result.")
     finish_save(folder)
     before = _report(folder)
     ours = {name for name, digest in _written(before).items() if _is_written(folder / name, digest)}

@@ -29,7 +29,7 @@ from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
 from lf_hf.files.base import Base
-from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder, only_writer
+from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
 from lf_hf.healing.lesson import choose_way, digest_of, make_lesson
 from lf_hf.healing.loss import Loss
@@ -115,10 +115,9 @@ def heal(
     """
     settings = heal_settings(settings, kwargs)
     folder = checked_folder(out)
-    check_replaceable(folder)
     came_in = open_fused(fused)
     opened = open_base(base, came_in, kwargs)
-    check_is_not(folder, opened.name)
+    check_replaceable(folder, opened.name)
     corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
     work = folder / _WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, dict(training_args or {}))

@@ -17,7 +17,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
 from lf_hf.files.companions import is_plain, write_companions
-from lf_hf.files.saving import check_is_not, check_replaceable, checked_folder, only_writer, replaced_files
+from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.model.configuration_fused import fused_config, plain_config
 from lf_hf.model.modeling_fused import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
 from lf_hf.processes import Processes
@@ -81,9 +81,8 @@ def fuse_checkpoint(
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
     as_plain = is_plain(plain, as_llama)
-    check_replaceable(out)
+    check_replaceable(out, base.name if isinstance(base, Base) else str(base))
     target = checked_folder(out)
-    check_is_not(target, base.name if isinstance(base, Base) else str(base))
     processes = Processes.of_launch()
     if not low_memory:
         with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:

@@ -50,7 +50,6 @@ from lf_hf.files.companions import is_plain, write_companions
 from lf_hf.files.fused_cache import fingerprints, why_not_reused
 from lf_hf.files.model_card import CARD_NAME
 from lf_hf.files.saving import (
-    check_is_not,
     check_replaceable,
     checked_folder,
     finish_save,
@@ -148,8 +147,6 @@ class FusedForCausalLM(PreTrainedModel):
             )
         config = fusion_settings(config, kwargs)
         base = base if isinstance(base, Base) else Base.open(base, kwargs)
-        if kept_in is not None:
-            check_is_not(kept_in, base.name)
         if base.family != cls.family:
             raise ValueError(
                 f"{base.full_name!r} is a {base.config.model_type!r} model, so it is fused with "
@@ -205,7 +202,7 @@ class FusedForCausalLM(PreTrainedModel):
 
         with ExitStack() as stack:
             if to_fuse():
-                check_replaceable(folder)
+                check_replaceable(folder, base.name)
                 processes.told_by_first(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
                 if reasons := to_fuse():  # checked again under the lock
                     if (folder / REPORT_NAME).is_file():

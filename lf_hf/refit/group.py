@@ -301,14 +301,14 @@ def _fitted_gain(
         What is in front of the norm, and the stream as it should be after the half, and before it.
     """
     gain = weights[f"{half.after}.weight"]
-    start = gain.float()  # sums over tokens need it
+    start = gain.to(torch.promote_types(gain.dtype, torch.float32))  # sums over tokens need it
     squares, products = torch.zeros_like(start), torch.zeros_like(start)
     for found, target, state in zip(written, targets, states, strict=True):
-        normed = found.float().flatten(0, 1)
+        normed = found.to(start).flatten(0, 1)
         normed = normed * (normed.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps).rsqrt()
         counted = token_weights(decoder, target)
         squares += counted @ normed.square()
-        products += counted @ (normed * _wanted(decoder, target, state).float())
+        products += counted @ (normed * _wanted(decoder, target, state).to(start))
     for sums in (squares, products):
         decoder.processes.add_up(sums)
     pull = ridge * squares.mean()

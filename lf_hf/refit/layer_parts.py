@@ -67,7 +67,7 @@ def stacked(
         gains = torch.stack([layer[f"{half.after}.weight"] for layer in parameters])  # (layers, hidden)
         gain = gains[0]
         if sizes is not None and len(parameters) > 1:
-            gain = gains.float().square().sum(0).sqrt()
+            gain = gains.to(torch.promote_types(gains.dtype, torch.float32)).square().sum(0).sqrt()
             shares = gains / torch.where(gain == 0, 1, gain) / torch.tensor(sizes, device=gain.device)[:, None]
             writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
             biases = [(b * share).to(b.dtype) for b, share in zip(biases, shares)]  # noqa: B905 - there may be none

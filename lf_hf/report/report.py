@@ -251,8 +251,10 @@ class FusionReport:
     model was trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where
     the number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the
     best of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by
-    cost. `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local
-    paths are private.
+    cost.
+
+    `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local paths
+    are private.
     """
 
     base: str

@@ -123,6 +123,8 @@ def test_healed_points_are_beside_those_that_are_not(
         assert healed.key != other.key
         assert other.perplexities == pytest.approx(healed.perplexities, rel=0.05)
     assert others[:2] == points[:2]
+    with pytest.raises(ValueError, match="heal_cache is for healed points"):
+        run(tmp_path / "alone", **levels, heal_cache=tmp_path / "cache", settings=SETTINGS)
     unhealed = run(tmp_path / "alone", **levels, settings=SETTINGS)
     assert [point.perplexities for point in points[:2] + points[3:4]] == [point.perplexities for point in unhealed]
 

@@ -148,9 +148,22 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
     assert {info.relation for info in report.perplexities} == {"unseen"}
     assert any("did not bring the model nearer" in note for note in report.notes)
-    collapsed = any(info.ratio > 2 for info in report.perplexities)
-    assert any(note.startswith(COLLAPSED) for note in report.notes) == collapsed
     assert any("times through its text" in note for note in report.notes)
+
+
+def test_a_collapsed_model_that_healing_does_not_help_is_still_called_so(
+    base: str, fused: Path, tmp_path: Path
+) -> None:
+    model = FusedLlamaForCausalLM.from_pretrained(fused)
+    with torch.no_grad():
+        model.model.norm.weight *= 100
+    model.save_pretrained(tmp_path / "sharp")
+    report = lf_hf.heal(tmp_path / "sharp", tmp_path / "out", base=base, **SETTINGS | {"learning_rate": 1e-30})
+    assert report.healed is not None and report.healed.kept == 0
+    assert all(info.ratio > 2 for info in report.perplexities)
+    notes = [note for note in report.notes if note.startswith(COLLAPSED)]
+    assert len(notes) == 1
+    assert all(f"to {info.fused:.4g} ({info.name})" in notes[0] for info in report.perplexities)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
