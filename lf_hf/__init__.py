@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lf_hf.config import FusionConfig
 from lf_hf.model.configuration_fused import FusedLlamaConfig
@@ -29,6 +30,7 @@ for _made in FUSED_CLASSES.values():
     AutoConfig.register(_made.config.model_type, _made.config)
     AutoModel.register(_made.config, _made.model)
     AutoModelForCausalLM.register(_made.config, _made.causal_lm)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_made.config.model_type] = _made.causal_lm.__name__  # who shifts labels asks it
     for _kind, _head in _made.heads.items():
         getattr(transformers, f"AutoModelFor{_kind}").register(_made.config, _head)
     for _class in (_made.config, _made.model, _made.causal_lm, *_made.heads.values()):

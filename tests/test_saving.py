@@ -23,12 +23,13 @@ from run_faults import foreign, put_foreign
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.files.companions import write_companions
 from lf_hf.files.saving import only_writer, replaced_files
+from lf_hf.report.report import CHANGED_NOTE
 
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
 
@@ -118,6 +119,46 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
     model.save_pretrained(out, tokenizer=make_tokenizer())
     assert len(AutoTokenizer.from_pretrained(out)) == len(make_tokenizer())
     assert (out / "README.md").read_text() == "my card"
+
+
+def test_a_template_or_a_list_of_words_is_no_tokenizer(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    """So it stays, and the model's tokenizer comes beside it."""
+    (tmp_path / "chat_template.jinja").write_text("mine")
+    (tmp_path / "vocab.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert tokenizer.chat_template == (tmp_path / "chat_template.jinja").read_text() == "mine"
+    assert (tmp_path / "vocab.json").read_text() == "{}"
+
+
+def test_a_tokenizer_that_cannot_be_read_costs_no_weights(
+    model: FusedLlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    loaded.save_pretrained(tmp_path / "out")
+    assert "No tokenizer can be read" in caplog.text and "saved without a tokenizer" in caplog.text
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_tokenizer_is_that_of_the_subfolder(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "of many" / "one")
+    other = make_tokenizer()
+    other.add_tokens(["<new>"])
+    other.save_pretrained(tmp_path / "of many")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "of many", subfolder="one").save_pretrained(tmp_path / "out")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(make_tokenizer())
+
+
+def test_the_report_is_of_the_weights_that_were_given(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    given = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "other", state_dict=given)
+    model.save_pretrained(tmp_path / "same", state_dict=model.state_dict())
+    assert CHANGED_NOTE in FusionReport.load(tmp_path / "other").notes
+    assert CHANGED_NOTE not in FusionReport.load(tmp_path / "same").notes
 
 
 def test_what_transformers_accepts_is_accepted(

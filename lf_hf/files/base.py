@@ -173,7 +173,7 @@ class Base:
             run code, and the user did not ask for it with use_safetensors=False.
         """
         variant = self.loading.get("variant")
-        loading = {k: v for k, v in self.loading.items() if k not in ("state_dict", "ignore_mismatched_sizes")}
+        loading = {**self.loading}
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
             check_floats(tensor_files(weights_folder(self.name, self.hub, variant), variant))

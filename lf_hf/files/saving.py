@@ -34,6 +34,7 @@ _PLACES = 64
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 _TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
+_WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
@@ -210,8 +211,10 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     if not own_tokenizer and users & _TOKENIZER:
         if any((new / name).is_file() and not _is_written(new / name, there[name]) for name in users & _TOKENIZER):
             logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
-        kept |= _TOKENIZER
-        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+        kept |= users & _TOKENIZER
+        if users & _WHOLE_TOKENIZER:  # else a template, or words, which go with the new one
+            kept |= _TOKENIZER
+            shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
     if (folder / _TEMPLATES).is_symlink():
         shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
     for name in kept:

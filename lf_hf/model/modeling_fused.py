@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +90,7 @@ class FusedForCausalLM(PreTrainedModel):
     """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
 
     family: ClassVar[Family]
+    _opened_with: Mapping[str, Any] = MappingProxyType({})  # arguments with which its tokenizer is read, too
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -279,6 +280,7 @@ class FusedForCausalLM(PreTrainedModel):
                 f"The config of {pretrained_model_name_or_path!r} is of no {cls.family.title}: {reason:.300}"
             ) from None
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._opened_with = hub | {"trust_remote_code": kwargs.get("trust_remote_code")}
         if (family := family_of(model.config)) is not cls.family:
             raise ValueError(
                 f"{pretrained_model_name_or_path!r} is a {family.title}; load it with "
@@ -329,7 +331,8 @@ class FusedForCausalLM(PreTrainedModel):
         as_llama : bool, optional
             Another name of `plain`.
         tokenizer : optional
-            Default: the base's, unless there is one in the folder that lf_hf did not write.
+            Default: the base's, or that in the folder that the model was loaded from, unless there is one in the folder
+            to save into that lf_hf did not write.
         is_main_process, state_dict, *args, **kwargs
             As for any transformers model: max_shard_size, variant, ...
 
@@ -357,7 +360,7 @@ class FusedForCausalLM(PreTrainedModel):
             if writes:
                 with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
                     chosen: dict[str, Any] = {"plain": as_plain, "tokenizer": tokenizer}
-                    self.write_files(new, True, state_dict, False, *args, **chosen, **kwargs)
+                    self.write_files(new, state_dict, *args, **chosen, **kwargs)
                     names = [str(file.relative_to(new)) for file in new.rglob("*")]
         except BaseException as error:
             failure = str(error)
@@ -377,16 +380,17 @@ class FusedForCausalLM(PreTrainedModel):
     def write_files(
         self,
         folder: Path,
+        state_dict: dict[str, Any] | None = None,
         *args: Any,
         plain: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
-        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path)
+        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path, self._opened_with)
         spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
         try:
-            super().save_pretrained(folder, *args, **kwargs)
+            super().save_pretrained(folder, True, state_dict, False, *args, **kwargs)
         finally:
             if spread is not None:
                 self.config.distributed_config = spread
@@ -394,7 +398,10 @@ class FusedForCausalLM(PreTrainedModel):
             config = plain_config(self.config)
             config.architectures = [self.family.causal_lm.__name__]
             config.save_pretrained(folder)
-        report = self.fusion_report and self.fusion_report.of_weights(weights_digest(self.named_parameters()))
+        written = dict(self.named_parameters())
+        if state_dict is not None:  # what is saved in place of them
+            written = {name: state_dict[name] for name in written if name in state_dict}
+        report = self.fusion_report and self.fusion_report.of_weights(weights_digest(written.items()))
         write_companions(folder, self.config, report, tokenizer, plain=plain)
 
     def push_to_hub(  # type: ignore[override]
@@ -645,11 +652,15 @@ def _add_tags(file: Path, tags: list[str]) -> None:
     card.save(file)
 
 
-def _tokenizer_beside(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+def _tokenizer_beside(name_or_path: str | None, opened_with: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer in the folder that a model was loaded from, if there is one."""
-    if not name_or_path or not os.path.isfile(os.path.join(name_or_path, "tokenizer_config.json")):
+    if not name_or_path or not Path(name_or_path, opened_with.get("subfolder", ""), "tokenizer_config.json").is_file():
         return None
-    return load_tokenizer(name_or_path, {})
+    try:
+        return load_tokenizer(name_or_path, opened_with)
+    except ValueError as error:  # the weights may be all that is left of a long training
+        logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
+        return None
 
 
 def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:

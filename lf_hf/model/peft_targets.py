@@ -12,9 +12,10 @@ _TABLES = "peft.utils.constants"
 
 
 def register_with_peft(model_types: Mapping[str, str]) -> None:
-    """Let every PEFT method that knows where adapters go in a model of some type know the same of the fused one.
+    """Let PEFT methods that know where adapters go in a model of some type know the same of the fused one.
 
-    `model_types` are those of fused models, each with that of its base.
+    That is all but AdaptionPrompt, which has tables of its own, with classes in them. `model_types` are those of fused
+    models, each with that of its base.
 
     PEFT is not imported for that, which would cost seconds: what it has is copied as soon as somebody else imports it.
     """

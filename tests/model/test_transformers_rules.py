@@ -16,7 +16,7 @@ from accelerate import dispatch_model
 from conftest import make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lf_hf import FusedLlamaForCausalLM
 
@@ -171,6 +171,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(fresh: FusedLlamaForCau
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().max() > 0
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    """It shifts them for classes alone that it knows by name."""
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    found, wanted = (
+        Trainer(model, arguments).compute_loss(model, {"input_ids": IDS, "labels": IDS})
+        for model in (fresh, fresh.to_plain())
+    )
+    assert found == wanted
 
 
 def test_eager_and_sdpa_attention_agree(base: str, model: FusedLlamaForCausalLM, saved: Path) -> None:
