@@ -11,22 +11,25 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import lf_hf
 from lf_hf import fuse_checkpoint, tasks_path
 from lf_hf.checked_json import parse_json
 from lf_hf.config import CHOICES, LEVELS, FusionConfig
 from lf_hf.files.base import Base, checked_dtype
+from lf_hf.files.saving import gone_if_empty
 from lf_hf.files.weights import weights_size
 from lf_hf.healing.settings import TRAIN, HealSettings
 from lf_hf.model.fuse_checkpoint import low_memory_device
@@ -56,7 +59,8 @@ app = typer.Typer(
 )
 
 _BAR = 30  # characters of the longest bar
-_WIDTH = 160  # columns of a table that goes to a file
+_WIDTH = 160  # columns of notes that go to a file
+_WIDEST = 10_000  # columns of a table
 _TRACEBACK = "--traceback"
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
@@ -256,7 +260,7 @@ def fuse(
         low_memory_device(loading)
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
-    with _without_warnings("lf_hf.pipeline"):  # its notes stand below the table
+    with _without_warnings("lf_hf.pipeline"), _without_warnings("lf_hf.healing.outcome"):  # notes stand below the table
         done = fuse_checkpoint(opened, out, config, low_memory=low_memory, plain=plain, calibration=calibration)
     if rank():  # of a launch: the first one speaks
         return
@@ -399,7 +403,7 @@ def heal(
     with _usage_errors():
         chosen = HealSettings.from_kwargs(**settings)
         training = given_arguments(arg or [])
-    with _without_warnings("lf_hf.healing"):  # its notes stand below the table
+    with _without_warnings("lf_hf.healing.outcome"):  # its notes stand below the table
         done = lf_hf.heal(
             fused,
             out,
@@ -522,8 +526,9 @@ def sweep(
     if local_rank():  # of a launch: the first one on a machine speaks
         return
     head, *rows = results_rows(points)
-    steady = _table("Stability", STABILITY_HEAD, stability_rows(stability(points)))
-    _print(_table(base, head, rows), steady, STABILITY_NOTE, *filter(None, [missing_plot_packages()]))
+    steady = stability_rows(stability(points))
+    below: list[Table | str] = [_table("Stability", STABILITY_HEAD, steady), STABILITY_NOTE] if steady else []
+    _print(_table(base, head, rows), *below, *filter(None, [missing_plot_packages()]))
 
 
 @app.command(epilog=_examples("report out --html out.html", "report out --png pictures"))
@@ -548,8 +553,11 @@ def report(
         raise typer.BadParameter("a path is empty; '.' is the current folder.")
     found, place = FusionReport.load(folder), Path(folder)
     page = Path(html) if html else (place if place.is_dir() else place.parent) / "fusion_report.html"
-    write_page(found, page)
-    pictures = write_pictures(found, png) if png is not None else []
+    place_of_pictures = gone_if_empty(Path(png)) if png else nullcontext()  # made before the page is written
+    with _writing(png, "--png"), place_of_pictures:
+        with _writing(page, "--html"):
+            write_page(found, page)
+        pictures = write_pictures(found, png) if png else []
     for file in (page, *pictures):
         print(file)
 
@@ -591,6 +599,17 @@ def _usage_errors() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
+@contextmanager
+def _writing(place: str | Path | None, option: str) -> Iterator[None]:
+    """Say of what cannot be written which option to change."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it was said
+            raise
+        raise OSError(f"{str(place)!r} cannot be written ({error.strerror}); give another place by {option}.") from None
+
+
 def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -598,9 +617,19 @@ def _given(**arguments: Any) -> dict[str, Any]:
 def _table(
     title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = frozenset([0])
 ) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    """Numbers and names stay whole: cells wrap in a last column of words alone, heads and those at spaces."""
+    rows, name = list(rows), Text(title, "table.title", no_wrap=True, overflow="ignore")
+    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(head):
-        table.add_column(column, justify="left" if number in left else "right", overflow="fold")
+        wraps = number in left and number == len(head) - 1
+        cells = [row[number] for row in rows]
+        whole = [*column.split(), *(" ".join(cells).split() if wraps else cells)]
+        table.add_column(
+            Text(column, no_wrap=False),
+            justify="left" if number in left else "right",
+            min_width=max(map(cell_len, whole), default=1),
+            no_wrap=not wraps,
+        )
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -608,7 +637,13 @@ def _table(
 
 def _print(*parts: Table | str) -> None:
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    shown = console.width if console.is_terminal else _WIDTH
     for part in parts:
-        console.print(part, markup=False)
+        console.width = shown
+        if isinstance(part, Table):
+            console.width = _WIDEST
+            if console.is_terminal and console.measure(part).maximum > shown:
+                for column in part.columns:
+                    column.width = column.min_width if column.no_wrap else None
+                console.width = max(shown, console.measure(part).minimum)
+        console.print(part, markup=False, crop=False)

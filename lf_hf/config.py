@@ -330,7 +330,13 @@ def fusion_settings(config: FusionConfig | None, kwargs: dict[str, Any]) -> Fusi
     for name in kwargs:
         if difflib.get_close_matches(name, FusionConfig.field_names(), n=1, cutoff=0.85):
             raise ValueError(unknown_name("argument", name, FusionConfig.field_names()))
-    return FusionConfig.from_kwargs(**settings) if config is None else dataclasses.replace(config, **settings)
+    if config is None:
+        return FusionConfig.from_kwargs(**settings)
+    values = config.to_dict()
+    if "method" in settings:  # what the old one stood for goes with it
+        preset = METHODS[config.method]
+        values = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
+    return FusionConfig.from_kwargs(**values | settings)
 
 
 def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:

@@ -98,7 +98,7 @@ class FusionPlan:
             pairs = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
             pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
         where = "" if self.device.type == "cpu" else f" on {self.device}"
-        low_memory = "cannot be used here" if self.low_memory is None else _gib(self.low_memory)
+        low_memory = "cannot be used here" if self.low_memory is None else _size(self.low_memory)
         fusions = f"{self.config.num_fusions} fusions"
         if self.config.within_budget:
             fusions = "as many fusions as the budget allows; all figures are of one"
@@ -111,7 +111,7 @@ class FusionPlan:
                 *([f"  healing: on {self.config.heal_tokens:,} tokens"] if self.config.heal_tokens else []),
                 f"  bytes on disk: {_change(self.bytes_before, self.bytes_after)}, as {str(self.dtype)[6:]}",
                 *(f"  calibration: {source}" for source in self.calibration),
-                f"  peak memory{where}, about: {_gib(self.memory)}; with low memory: {low_memory}",
+                f"  peak memory{where}, about: {_size(self.memory)}; with low memory: {low_memory}",
                 f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
                 *(f"  note: {note}" for note in self.notes),
             ]
@@ -176,9 +176,9 @@ def plan_fusion(
     download = work.parameters * work.dtype.itemsize
     notes = {
         f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
-        f"The base is not on this machine yet; about {_gib(download)} will be downloaded.": not bytes_before,
+        f"The base is not on this machine yet; about {_size(download)} will be downloaded.": not bytes_before,
         slow_bfloat16_note(work.dtype, devices[0]): True,
-        f"{_gib(free)} of memory are free now, less than the {_gib(needed)} that this may take.": needed > free,
+        f"{_size(free)} of memory are free now, less than the {_size(needed)} that this may take.": needed > free,
     }
     return FusionPlan(
         base=opened.full_name,
@@ -268,8 +268,8 @@ def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) ->
     free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
     if free < needed:
         raise OSError(
-            f"The disk of {str(out)!r} has {_gib(free)} free, and the fused model takes {_gib(needed)}; make room, or "
-            "give a folder on another disk."
+            f"The disk of {str(out)!r} has {_size(free)} free, and the fused model takes {_size(needed)}; make room, "
+            "or give a folder on another disk."
         )
 
 
@@ -456,5 +456,5 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size > 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

@@ -107,7 +107,7 @@ class Processes:
     def computed_apart(self, computes: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
         """Tensors that are computed each by one process, the n-th by process n % count, and sent to all."""
         if self.count == 1:
-            return [compute() for compute in computes]
+            return [compute().to(device) for compute in computes]
         results: list[Tensor] = []
         mine = {n: _attempt(computes[n]) for n in range(self.rank, len(computes), self.count)}
         for n in range(len(computes)):

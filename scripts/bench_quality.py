@@ -3,8 +3,10 @@
 
     .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
 
-All ways get the same model and the same calibration text, and are judged on text that it does not contain. Healed ones
-are trained on more of it, with documentation beside it; what --checkpoints are made of is theirs to say.
+All ways get the same model and the same calibration text, and are judged on text that it does not contain; but mka and
+neural_alignment take MMLU questions instead, and drop by loss takes some 16 sequences of the text. Healed ones are
+trained on more of it, with documentation beside it; what --checkpoints are made of is theirs to say. A way that cannot
+do a level has dashes there, and the reason in a comment above them.
   text  the second half of --text, a file of prose; with --calibrate text its first half is what is calibrated on
   docs  the second half of Python's documentation
   reasoning  worked questions that lm-eval ships
@@ -80,8 +82,6 @@ ROOT = Path(__file__).parent.parent
 LENGTH = 512
 _LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
-Way = Callable[[CausalLM, int], CausalLM]
-
 
 class Ways:
     """The methods of the package and simple forms of their rivals; each changes the model that it is given."""
@@ -103,36 +103,35 @@ class Ways:
         self.dropped: list[int] = []  # by greedy_drop, in order
         self.measured: Measurements | None = None  # on the dense model, for all levels
 
-    def fusion(self, *, healed: bool = False, **settings: str) -> Way:
+    def fusion(self, model: CausalLM, count: int, *, healed: bool = False, **settings: str) -> CausalLM:
         """A method of the package, with a distillation from the base after it where that is asked for."""
-
-        def run(model: CausalLM, count: int) -> CausalLM:
-            config = FusionConfig(
-                num_fusions=count,
-                perplexity_tokens=0,
-                calibration_tokens=self.tokens,
-                **settings,  # type: ignore[arg-type]
-            )
-            decoder = GivenText(model)
-            if not config.needs_similarity and self.measured is None:
-                self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
-            measured = None if config.needs_similarity else self.measured
-            report = fuse(
-                decoder, self.tokenizer, config, self.samples, self.corpus, base="bench", measurements=measured
-            )
-            if groups := [[*group] for group in report.groups if len(group) > 1]:
-                print(f"<!-- {groups} -->", flush=True)
-            if not healed:
-                return model
-            fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
-            heal_loaded(fused, self.base(), self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
-            return fused
-
-        return run
+        config = FusionConfig(
+            num_fusions=count,
+            perplexity_tokens=0,
+            calibration_tokens=self.tokens,
+            **settings,  # type: ignore[arg-type]
+        )
+        decoder = GivenText(model)
+        if not config.needs_similarity and self.measured is None:
+            self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
+        measured = None if config.needs_similarity else self.measured
+        report = fuse(decoder, self.tokenizer, config, self.samples, self.corpus, base="bench", measurements=measured)
+        if groups := [[*group] for group in report.groups if len(group) > 1]:
+            print(f"<!-- {groups} -->", flush=True)
+        if not healed:
+            return model
+        fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
+        heal_loaded(fused, self.base(), self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
+        return fused
 
     def greedy_drop(self, model: CausalLM, count: int) -> CausalLM:
-        """Drop, one by one, the layer without which calibration text is predicted best (SLEB, arXiv:2402.09025)."""
-        decoder, judged = ModelDecoder(model), self.sequences[:4]
+        """Drop, one by one, the layer without which calibration text is predicted best (SLEB, arXiv:2402.09025).
+
+        Judged on some 16 sequences of full length, spread evenly over the text.
+        """
+        longest = max(map(len, self.sequences))
+        full = [sequence for sequence in self.sequences if len(sequence) == longest]
+        decoder, judged = ModelDecoder(model), full[:: max(1, len(full) // 16)]
         for step in range(count):
             if step == len(self.dropped):
                 losses = {}
@@ -148,6 +147,8 @@ class Ways:
     def linear_map(self, model: CausalLM, count: int) -> CausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
         decoder = ModelDecoder(model)
+        if decoder.family.mlp.after:
+            raise ValueError("A linear map cannot be folded into an MLP whose output goes through a norm.")
         batches = decoder.batches(self.sequences)
         states = [decoder.embed(batches), *(list(states) for states in decoder.walk(batches))]
 
@@ -166,8 +167,9 @@ class Ways:
                 wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
                 regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
-            down = layer.mlp.down_proj.weight
-            decoder.replace(start - 1, {"mlp.down_proj.weight": (through @ down.float()).to(down.dtype)})
+            down = layer.mlp.down_proj.named_parameters()  # it may have a bias
+            mapped = {f"mlp.down_proj.{name}": (through @ part.float()).to(part.dtype) for name, part in down}
+            decoder.replace(start - 1, mapped)
         for _ in range(count):
             decoder.remove(start)
         return model
@@ -179,11 +181,15 @@ class Ways:
         What is kept has the highest ridge leverage, and down_proj makes good for the rest. A layer is in one pair.
         """
         decoder = ModelDecoder(model)
+        if decoder.family.attention.after or decoder.family.head_norms:
+            raise ValueError("Layers whose queries, keys or outputs go through norms are not flattened here.")
         states = decoder.embed(decoder.batches(self.sequences))
         angles = Boundaries(decoder, states, StateStore()).influences  # between the inputs of layers i and i + 1
-        chosen = cheapest_sets({(i, i + 1): angle for i, angle in enumerate(angles[:-1])}, count, count=1)
+        kinds = decoder.family.config_kinds(decoder.config)
+        pairs = {(i, i + 1): angle for i, angle in enumerate(angles[:-1]) if kinds[i] == kinds[i + 1]}
+        chosen = cheapest_sets(pairs, count, count=1)
         if not chosen:
-            raise ValueError(f"{decoder.num_layers} layers are not {count} pairs.")
+            raise ValueError(f"{decoder.num_layers} layers have no {count} pairs of one kind.")
         firsts = [first - before for before, (first, _) in enumerate(chosen[0])]
         for index in range(decoder.num_layers - count):
             if index in firsts:
@@ -218,26 +224,27 @@ class Ways:
         mlp["mlp.down_proj.weight"] = regression.ridge(down[:, kept], _LEVERAGE_RIDGE).to(down)
         return {name: weight for name, weight in attention.items() if "mlp" not in name} | mlp
 
-    def all(self) -> dict[str, Way]:
-        return {
-            "truncate": self.fusion(method="truncate"),
-            "mka": self.fusion(method="mka"),
-            "neural_alignment": self.fusion(),
-            "mka, least_influence": self.fusion(method="mka", selection="least_influence"),
-            "neural_alignment, least_influence": self.fusion(selection="least_influence"),
-            "drop by influence": self.fusion(method="truncate", selection="least_influence"),
-            "drop by loss": self.greedy_drop,
-            "cut and linear map": self.linear_map,
-            "FlattenGPT": self.flattened,
-            "neurons, average, refit": self.fusion(
-                selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
-            ),
-            "refit": self.fusion(method="refit"),
-            "drop by influence, healed": self.fusion(method="truncate", selection="least_influence", healed=True),
-            "refit, healed": self.fusion(method="refit", healed=True),
-            "refit, groups": self.fusion(method="refit", selection="groups"),
-            "refit, least_divergence": self.fusion(method="refit", selection="least_divergence"),
-        }
+
+Way = Callable[[Ways, CausalLM, int], CausalLM]
+WAYS: dict[str, Way] = {
+    "truncate": partial(Ways.fusion, method="truncate"),
+    "mka": partial(Ways.fusion, method="mka"),
+    "neural_alignment": Ways.fusion,
+    "mka, least_influence": partial(Ways.fusion, method="mka", selection="least_influence"),
+    "neural_alignment, least_influence": partial(Ways.fusion, selection="least_influence"),
+    "drop by influence": partial(Ways.fusion, method="truncate", selection="least_influence"),
+    "drop by loss": Ways.greedy_drop,
+    "cut and linear map": Ways.linear_map,
+    "FlattenGPT": Ways.flattened,
+    "neurons, average, refit": partial(
+        Ways.fusion, selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
+    ),
+    "refit": partial(Ways.fusion, method="refit"),
+    "drop by influence, healed": partial(Ways.fusion, method="truncate", selection="least_influence", healed=True),
+    "refit, healed": partial(Ways.fusion, method="refit", healed=True),
+    "refit, groups": partial(Ways.fusion, method="refit", selection="groups"),
+    "refit, least_divergence": partial(Ways.fusion, method="refit", selection="least_divergence"),
+}
 
 
 def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor:
@@ -273,6 +280,7 @@ class Judge:
         self, tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], tokens: int, questions: Sequence[Question]
     ) -> None:
         self.texts = {name: pack_tokens(tokenizer, text, LENGTH, tokens) for name, text in texts.items()}
+        self.base: ModelDecoder | None = None
         self.dense: dict[str, list[Tensor]] = {}
         self.questions = [self._packed(tokenizer, question) for question in questions]
 
@@ -280,8 +288,9 @@ class Judge:
         decoder = ModelDecoder(model)
         ids = batched(decoder, self.texts)
         states = final_states(decoder, ids, "Judging")
-        self.dense = self.dense or states
-        return predictions(decoder, ids, states, self.dense)
+        if self.base is None:
+            self.base, self.dense = decoder, states
+        return predictions(decoder, ids, states, self.dense, self.base)
 
     @torch.inference_mode()
     def correct(self, model: CausalLM) -> list[bool]:
@@ -384,6 +393,13 @@ def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, m
     return model.eval()
 
 
+def smallest_window(model: CausalLM) -> int | None:
+    """How many tokens, with its own, a token attends to at most in some layer."""
+    family = family_of(model.config)
+    windows = (family.layer_window(model.config, layer) for layer in model.model.layers)
+    return min((window for window in windows if window is not None), default=None)
+
+
 def row(
     name: str, count: int, dense: dict[str, Predictions], found: dict[str, Predictions], quiz: str, seconds: float
 ) -> None:
@@ -396,7 +412,7 @@ def row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder or hub name")
-    parser.add_argument("--gguf-file", help="default: the embedded base's")
+    parser.add_argument("--gguf-file", help="default: the first *.gguf in --base")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--text", type=Path, help="a file of prose")
     parser.add_argument("--mmlu", type=Path, help="folder of the MMLU CSV release")
@@ -405,22 +421,25 @@ def main() -> None:
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
     parser.add_argument("--fusions", type=int, nargs="*", default=[1, 4, 10, 12, 15])
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
-    parser.add_argument("--questions", type=int, default=1500)
-    parser.add_argument("--ways", nargs="+", help="only these rows")
+    parser.add_argument("--questions", type=int, default=1500, help="of the quiz, at most")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="only these rows")
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="made of the base by any program")
     parser.add_argument("--heal-tokens", type=int, default=131072, help="tokens that healed rows are trained on")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
     parser.add_argument("--family", default="llama", choices=FAMILIES, help="of the tiny model")
     options = parser.parse_args()
+    if options.questions < 2:
+        parser.error("--questions must be 2 or more.")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-    gguf = options.gguf_file or next((file.name for file in Path(options.base).glob("*.gguf")), None)
+    gguf = options.gguf_file or min((file.name for file in Path(options.base).glob("*.gguf")), default=None)
     tokenizer = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
     halves: tuple[str, str] | None = None
     if options.text:
         text = options.text.read_text(encoding="utf-8")
-        middle = text.index("\n", len(text) // 2)
+        middle = len(text) // 2
+        middle = max(middle, text.find("\n", middle))
         halves = text[:middle], text[middle:]
     if (options.calibrate == "text" or options.tiny) and halves is None:
         parser.error("--calibrate text and --tiny need --text FILE.")
@@ -430,6 +449,21 @@ def main() -> None:
         base = tiny_model(options.family, tokenizer, training_text, options.tiny).to(getattr(torch, options.dtype))
     else:  # in its type from the beginning, as angles of positions stay in float32 then
         base = AutoModelForCausalLM.from_pretrained(options.base, gguf_file=gguf, dtype=options.dtype).eval()
+
+    questions = []
+    if options.mmlu and (options.checkpoints or set(options.quiz_fusions) & set(options.fusions)):
+        questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
+        questions = [q for q in questions if len(q.question) < 200 and max(map(len, q.choices)) < 80]
+        questions = random.Random(0).sample(questions, min(options.questions, len(questions)))
+    judge = Judge(
+        tokenizer,
+        ({"text": halves[1]} if halves else {}) | {judging.name: judging.text for judging in judging_texts()},
+        options.judge_tokens,
+        questions,
+    )
+    window, reach = smallest_window(base), max((int(question[1].max()) for question in judge.questions), default=0)
+    if window is not None and reach >= window:
+        parser.error(f"Leave out --mmlu: the model's window of {window} tokens is shorter than a question.")
 
     given = [halves[0]] if options.calibrate == "text" and halves else None
     corpus = load_corpus(given, max_tokens=options.tokens)
@@ -445,17 +479,6 @@ def main() -> None:
     )
     ways = Ways(
         tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
-    ).all()
-    questions = []
-    if options.mmlu and (options.checkpoints or set(options.quiz_fusions) & set(options.fusions)):
-        questions = [q for subject in SUBJECTS for q in read_csv_questions(options.mmlu, "test", subject)]
-        questions = [q for q in questions if len(q.question) < 200 and max(map(len, q.choices)) < 80]
-        questions = random.Random(0).sample(questions, options.questions)
-    judge = Judge(
-        tokenizer,
-        ({"text": halves[1]} if halves else {}) | {judging.name: judging.text for judging in judging_texts()},
-        options.judge_tokens,
-        questions,
     )
 
     dense = judge.predictions(base)
@@ -478,11 +501,17 @@ def main() -> None:
         row(name, count, dense, judge.predictions(model), quiz, seconds)
 
     for count in options.fusions:
-        for name, way in ways.items():
-            if options.ways and name not in options.ways:
+        for name, way in WAYS.items():
+            if name not in options.ways:
                 continue
             start = time.monotonic()
-            model = way(copy.deepcopy(base), count)
+            try:
+                if count >= base.config.num_hidden_layers:
+                    raise ValueError(f"The model has only {base.config.num_hidden_layers} layers.")
+                model = way(ways, copy.deepcopy(base), count)
+            except ValueError as error:
+                print(f"<!-- {error} -->\n| {name} | {count} {'| - ' * (2 + len(heads))}|", flush=True)
+                continue
             judged(name, count, model, time.monotonic() - start)
     for folder in options.checkpoints:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype).eval()

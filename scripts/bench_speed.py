@@ -390,17 +390,20 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "text.txt")
         text.write_text(documentation_halves()[0], encoding="utf-8")
-        options = f"--method refit --num-fusions {num_fusions} --calibration-tokens {text_tokens} --calibration {text}"
+        options = ["--method", "refit", "--num-fusions", str(num_fusions)]
+        options += ["--calibration-tokens", str(text_tokens), "--calibration", str(text)]
         for count in counts:
             out = Path(scratch, str(count))
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
             start = time.perf_counter()
-            subprocess.run(
-                [*torchrun, "-m", "lf_hf", "fuse", base, str(out), *options.split()],
+            done = subprocess.run(
+                [*torchrun, "-m", "lf_hf", "fuse", base, str(out), *options],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
-                check=True,
+                text=True,
             )
+            if done.returncode:
+                sys.exit(done.stderr)
             seconds = time.perf_counter() - start
             reports.append(FusionReport.load(out))
             found.append({"": seconds, **reports[-1].seconds})

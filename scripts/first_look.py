@@ -84,15 +84,25 @@ def table(models: dict[str, Any], scores: dict[str, dict[str, float]]) -> Table:
 
 
 def main_scores(folder: Path) -> dict[str, float]:
-    """The first metric of each group that lm_eval was asked for; of each task, where it was asked for tasks."""
+    """The first metric of each group or task that lm_eval was asked for; of its members, where a group has none."""
     [path] = folder.rglob("results_*.json")
     written = json.loads(path.read_text(encoding="utf-8"))
-    subgroups = {name for children in written.get("group_subtasks", {}).values() for name in children}
-    return {
-        name: next(value for metric, value in values.items() if isinstance(value, float) and "_stderr" not in metric)
-        for name, values in written["results"].items()
-        if name not in subgroups
-    }
+    members = written.get("group_subtasks", {})
+    subgroups = {name for children in members.values() for name in children}
+    found: dict[str, float] = {}
+
+    def add(name: str) -> None:
+        for metric, value in written["results"].get(name, {}).items():  # "acc,none", and things that are no metrics
+            if "," in metric and "_stderr" not in metric and isinstance(value, (int, float)):
+                found[name] = value
+                return
+        for member in members.get(name, []):
+            add(member)
+
+    for name in written["results"]:
+        if name not in subgroups:
+            add(name)
+    return found
 
 
 def continuation(model: Any, tokenizer: Any) -> str:

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from lf_hf.text.calibration import documentation_halves
 
+_FEWEST_TOKENS = 258  # all bytes, and two special ones
 _MAX_LEARNED_TOKENS = 8192  # more take long to train, and no text here needs them
 
 
@@ -79,7 +80,7 @@ def add_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlp", type=int, default=5632)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--vocab", type=_vocab_size, default=32000)
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--tie", action="store_true", help="tie the head to the embeddings")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -102,6 +103,12 @@ def llama_config(options: argparse.Namespace) -> LlamaConfig:
     )
 
 
+def _vocab_size(text: str) -> int:
+    if (size := int(text)) < _FEWEST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be {_FEWEST_TOKENS} or more: all bytes, and two special tokens.")
+    return size
+
+
 def _split(parameters: dict[str, nn.Parameter], max_numbers: int) -> list[list[str]]:
     """Names, in order, in groups of at most `max_numbers` numbers, or of a single larger tensor."""
     shards: list[list[str]] = [[]]
@@ -117,11 +124,13 @@ def _split(parameters: dict[str, nn.Parameter], max_numbers: int) -> list[list[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder; files of the same names are replaced")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder without weights")
     add_shape(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-bytes", type=int, default=500_000_000)
     options = parser.parse_args()
+    if any(options.out.glob("*.safetensors")) or (options.out / SAFE_WEIGHTS_INDEX_NAME).exists():
+        parser.error(f"{options.out} has weights already, which could be taken for those that are to be written.")
     write_checkpoint(options.out, llama_config(options), seed=options.seed, max_shard_bytes=options.shard_bytes)
 
 

@@ -114,7 +114,7 @@ def test_a_disk_without_room_is_found_out_before_fusing(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     monkeypatch.delattr("lf_hf.cli.fuse_checkpoint")
     code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, *dry)
-    assert code == 1 and out == "" and "has 0.0 GiB free" in err and err.count("\n") == 0
+    assert code == 1 and out == "" and "has 0.0 MiB free" in err and err.count("\n") == 0
 
 
 def test_without_a_command_it_says_what_there_is(run: Run) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lf_hf import FusionConfig
-from lf_hf.config import CHOICES, METHODS
+from lf_hf.config import CHOICES, METHODS, fusion_settings
 
 
 def test_defaults_are_the_published_hyper_parameters() -> None:
@@ -87,3 +87,10 @@ def test_limits_that_depend_on_the_model_and_the_data() -> None:
         config.check_num_samples(50)
     config.check_num_samples(51)
     FusionConfig(num_fusions=1, method="truncate").check_num_samples(0)
+
+
+def test_a_method_given_over_a_config_brings_its_preset() -> None:
+    config = FusionConfig(num_fusions=1, ridge=0.2)
+    assert fusion_settings(config, {"method": "refit"}) == FusionConfig(1, "refit", ridge=0.2)
+    chosen = FusionConfig(num_fusions=1, selection="groups")
+    assert fusion_settings(chosen, {"method": "refit", "ridge": "0.2"}).selection == "groups"

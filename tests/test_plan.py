@@ -184,7 +184,7 @@ def test_too_little_memory_and_a_folder_to_be_replaced_are_said(
     fuse_checkpoint(base, out, config)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
     replaced, memory = plan_fusion(base, config, out=out).notes
-    assert str(out) in replaced and "0.0 GiB of memory are free now" in memory
+    assert str(out) in replaced and "1.0 MiB of memory are free now" in memory
 
 
 def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:

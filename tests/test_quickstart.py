@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT
 
 from lf_hf import FusedLlamaForCausalLM
@@ -53,3 +54,21 @@ def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) ->
         assert judged.label in text
     assert "0.250" in lines["dense"] and "0.260" in lines["truncate"] and "0.270" in lines["refit"]
     assert [line.split()[0] for line in continuations.splitlines()[1:4]] == ["dense", *folders]
+
+
+def test_groups_without_a_metric_show_their_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from first_look import main_scores  # type: ignore[import-not-found]
+
+    of_task = {"alias": "task", "sample_len": 3, "exact,none": 1, "exact_stderr,none": 0.5}
+    results = {"group": {" ": " ", "alias": "group"}, "a": of_task, "b": of_task, "alone": of_task}
+    written = {"results": results, "group_subtasks": {"group": ["a", "b"], "alone": []}}
+    (tmp_path / "results_2026.json").write_text(json.dumps(written))
+    assert main_scores(tmp_path) == {"a": 1, "b": 1, "alone": 1}
+
+
+@pytest.mark.parametrize("argument", ["-o", "--output_path=out"])
+def test_a_comparison_says_in_advance_that_it_needs_its_own_results(argument: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "BASE"}
+    done = subprocess.run([ROOT / "scripts" / "quickstart", argument], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(f"Without BASE, {argument} cannot be given")

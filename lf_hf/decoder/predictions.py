@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -53,19 +54,21 @@ def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Te
 
 @torch.no_grad()
 def predictions(
-    decoder: Decoder, ids: Batches, states: Batches, dense: Batches | None = None
+    decoder: Decoder, ids: Batches, states: Batches, dense: Batches | None = None, base: Decoder | None = None
 ) -> dict[str, Predictions]:
     """Predictions of each text that has tokens, from final states, and from the dense model's to compare with.
 
-    Each process gives its share of the text, and gets what all of them find.
-    Fusing changes neither final norm nor head, so the decoder's are the dense model's too.
+    Each process gives its share of the text, and gets what all of them find. `base` is the dense model where it may
+    have another final norm or head than the decoder's; fusing changes neither.
     """
     if not ids:
         return {}
-    with decoder.head() as head:
+    with ExitStack() as stack:
+        head = stack.enter_context(decoder.head())
+        of_base = head if base is None else stack.enter_context(base.head())
         sums = [
             prediction_sums(
-                head,
+                (head, of_base),
                 zip(states[name], of_text, [None] * len(of_text) if dense is None else dense[name], strict=True),
                 max(1, LOGITS // decoder.config.vocab_size),
             )
@@ -82,14 +85,16 @@ def predictions(
 
 
 def prediction_sums(
-    head: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor, Tensor | None]], rows: int
+    heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    rows: int,
 ) -> Tensor:
     """Sums over predicted tokens, on the head's device.
 
     Parameters
     ----------
-    head : callable
-        From states (1, tokens, hidden) to logits (1, tokens, vocab).
+    heads : pair of callables
+        The model's and the dense model's, from states (1, tokens, hidden) to logits (1, tokens, vocab).
     batches : iterable of tuples
         Final states of shape (sequences B, tokens T, hidden), token ids (B, T), and the dense model's states; None for
         these where the model is the dense one.
@@ -107,13 +112,13 @@ def prediction_sums(
         targets = ids[:, 1:].flatten().to(states.device).split(rows)
         expected = _rows(states if dense is None else dense.to(states.device), rows)
         for part, wanted, compared in zip(_rows(states, rows), targets, expected, strict=True):
-            logits = head(part)[0].float()  # (tokens, vocab)
+            logits = heads[0](part)[0].float()  # (tokens, vocab)
             found = logits.log_softmax(-1)
             loss = nll_loss(found, wanted.to(found.device), reduction="none")  # (tokens,), as all that follows
             count = torch.ones_like(loss)
             apart, agreed = torch.zeros_like(loss), count
             if dense is not None:
-                of_dense = head(compared)[0].float()
+                of_dense = heads[1](compared)[0].float()
                 agreed = logits.argmax(-1) == of_dense.argmax(-1)
                 apart = kl_div(found, of_dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
             of_rows = in_float64(torch.stack([count, loss, apart, agreed.to(loss)]))  # (4, tokens)

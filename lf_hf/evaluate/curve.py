@@ -14,6 +14,8 @@ from matplotlib.ticker import FormatStrFormatter
 from lf_hf.evaluate.points import DENSE, HEALED, Point, judging_names, task_names
 from lf_hf.report.figures import COLORS, new_figure
 
+_PUBLISHED = ("acc, mmlu", "acc, mmlu_5shot")  # labels of the panels of what was published
+
 
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
     """Score of each task, and perplexity, divergence and agreement on each text, against the share of layers removed.
@@ -27,7 +29,7 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     points : sequence of Point
         At least one; the dense model's is a point of every line.
     published : mapping from methods to mappings from layers fused to accuracy
-        Drawn as markers where the score is of MMLU; empty for none.
+        Drawn as markers where the score is of mmlu or mmlu_5shot; empty for none.
     """
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
     names = dict.fromkeys(method.removesuffix(HEALED) for method in (*methods, *published))
@@ -49,7 +51,7 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
         axis.set_ylabel(f"{label} (log scale)" if is_log else label, parse_math=False)
         if is_log:
             _logarithmic(axis, [height for height in heights.values() if math.isfinite(height)])
-        for method, numbers in published.items() if "mmlu" in label and points[0].method == DENSE else ():
+        for method, numbers in published.items() if label in _PUBLISHED and points[0].method == DENSE else ():
             shares = [100 * number / points[0].layers for number in numbers]
             marks: dict[str, Any] = {"color": colors[method], "marker": "s", "fillstyle": "none"}
             axis.plot(shares, list(numbers.values()), linestyle="none", label=f"{method}, published", **marks)

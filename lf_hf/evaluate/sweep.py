@@ -366,8 +366,9 @@ def _fused_point(key: str, model: FusedForCausalLM, dense: _Dense, evaluation: E
 
 def check_evaluation(limit: object, num_fewshot: object, batch_size: object, metadata: object) -> None:
     """Raise ValueError unless these are what `sweep` takes."""
-    if limit is not None and (not isinstance(limit, int | float) or not 0 < limit < math.inf):
-        raise ValueError(f"limit must be a number of questions, or their share below 1, got {limit!r:.80}.")
+    fits = isinstance(limit, int | float) and 0 < limit < math.inf and (limit < 1 or limit % 1 == 0)
+    if limit is not None and not fits:
+        raise ValueError(f"limit must be a number of questions, whole, or their share below 1, got {limit!r:.80}.")
     if num_fewshot is not None and (not isinstance(num_fewshot, int) or num_fewshot < 0):
         raise ValueError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r:.80}.")
     check_batch_size(batch_size)

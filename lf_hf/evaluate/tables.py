@@ -157,10 +157,13 @@ TABLES = ("results.csv", "results.md", "curve.png", "curve.svg")
 
 
 def write_tables(folder: Path, points: Sequence[Point], base: str, *, published: bool) -> None:
-    """Write `results.csv`, `results.md` and, with matplotlib, `curve.png` and `curve.svg` into a folder."""
+    """Write `results.csv`, `results.md` and, with matplotlib, `curve.png` and `curve.svg` into a folder.
+
+    Of the dense model alone there is no curve.
+    """
     replace_file(folder / "results.csv", _csv(points))
     replace_file(folder / "results.md", markdown(points, base, published=published))
-    if points and not missing_plot_packages():
+    if any(point.method != DENSE for point in points) and not missing_plot_packages():
         from lf_hf.evaluate.curve import sweep_curve
 
         figure = sweep_curve(points, PUBLISHED if published else {})

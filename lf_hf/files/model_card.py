@@ -37,10 +37,6 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         tags=[family.model_type, "layer-fusion", "compressed"],
     )
     load_import = "" if plain else "import lf_hf  # registers the architecture\n"
-    rows = "\n".join(
-        f"| {step.pair[0]} | {step.pair[1]} | {f'{step.ratio_i:.4f} : {step.ratio_j:.4f}' if step.ratio_j else '-'} |"
-        for step in report.steps
-    )
     predictions = "".join(
         f"| perplexity, {_as_text(judged.name)} | {judged.dense:.4g} | {judged.fused:.4g} | {judged.ratio:.3g} |\n"
         for judged in report.perplexities
@@ -54,10 +50,13 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         f"- {_as_text(judged.name)}: {judged.tokens} tokens of {_as_text(judged.label)}.\n"
         for judged in report.perplexities
     )
-    calibration = "".join(
+    made_with = "".join(
         f"- Calibrated on {_as_text(info.source)}: {info.samples} samples, {info.tokens} tokens.\n"
         for info in report.calibration
     )
+    if report.budget is not None:
+        made_with += f"- Budget: {_as_text(report.budget.summary())}\n"
+    made_with += "\n" if made_with else ""
     written = "\n".join(
         f"| {_as_lines(continuation.prompt)} | {_as_lines(continuation.dense)} | {_as_lines(continuation.fused)} |"
         for continuation in report.continuations
@@ -94,14 +93,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.
 
-| layer i | layer j | averaged |
-|---|---|---|
-{rows}
-
+{_fused_layers(report)}
 {_healed(report.healed) if report.healed else ""}## Settings
 
-{calibration}
-Those settings that had an effect:
+{made_with}The settings that had an effect:
 
 | setting | value |
 |---|---|
@@ -109,6 +104,18 @@ Those settings that had an effect:
 
 `fusion_report.json` beside this file has the details.
 """
+
+
+def _fused_layers(report: FusionReport) -> str:
+    """What became one layer, then the steps."""
+    ends = [(min(group), max(group)) for group in report.groups if len(group) > 1]
+    lines = [*(f"- Layers {first}-{last} became one layer." for first, last in ends), ""]
+    averaged = any(step.ratio_j for step in report.steps)
+    lines.append(f"| layer i | layer j |{' averaged |' if averaged else ''}\n|---|---|{'---|' if averaged else ''}")
+    for step in report.steps:
+        shares = f" {step.ratio_i:.4f} : {step.ratio_j:.4f} |" if averaged else ""
+        lines.append(f"| {step.pair[0]} | {step.pair[1]} |{shares}")
+    return "\n".join(lines) + "\n"
 
 
 def _healed(healed: HealingInfo) -> str:

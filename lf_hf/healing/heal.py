@@ -31,15 +31,16 @@ from lf_hf.families import is_tied
 from lf_hf.files.base import Base
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
-from lf_hf.healing.lesson import choose_way, digest_of, make_lesson
+from lf_hf.healing.lesson import Way, choose_way, digest_of, make_lesson
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
-from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.settings import LEARNING_RATES, HealSettings
 from lf_hf.healing.teacher import stacked
 from lf_hf.healing.text import Sequences, given_text, hub_texts
 from lf_hf.healing.training import (
     DistillationTrainer,
+    choose_trained,
     make_student,
     trained_state,
     training_arguments,
@@ -115,10 +116,14 @@ def heal(
     """
     settings = heal_settings(settings, kwargs)
     folder = checked_folder(out)
+    if folder == checked_folder(fused):
+        raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
+    if base is not None and not isinstance(base, Base):
+        base = Base.open(base, kwargs)
+    corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
     came_in = open_fused(fused)
     opened = open_base(base, came_in, kwargs)
     check_replaceable(folder, opened.name)
-    corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
     work = folder / _WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, dict(training_args or {}))
 
@@ -170,6 +175,7 @@ def check_can_heal(
         student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
         settings, arguments = _fitting(settings, base.config, Path(work), {})
+        choose_trained(student, settings.train, [])
         given_text(tokenizer, corpus, settings, base.config.vocab_size)
         choose_way(base, student, settings, arguments, {}, cache)
 
@@ -221,7 +227,9 @@ def _distilled(
     with ExitStack() as stack:
         stack.enter_context(_as_it_was())
         processes.told_by_first(lambda: bool(stack.enter_context(only_writer(work))))
-        resumed = processes.told_by_first(lambda: _state_of(work, came_in, opened, settings, corpus, arguments, given))
+        resumed = processes.told_by_first(
+            lambda: _state_of(work, came_in, opened, settings, corpus, way, arguments, given)
+        )
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
         before = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
         trainer = DistillationTrainer(
@@ -263,7 +271,11 @@ def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: 
 def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
     """Settings with the HealSettings fields among `kwargs`, which are taken out there, in place of their own."""
     given = {name: kwargs.pop(name) for name in HealSettings.field_names() if name in kwargs}
-    return HealSettings(**given) if settings is None else dataclasses.replace(settings, **given)
+    if settings is None:
+        return HealSettings(**given)
+    if "train" in given and settings.learning_rate == LEARNING_RATES[settings.train]:  # which is of what was trained
+        given.setdefault("learning_rate", None)
+    return dataclasses.replace(settings, **given)
 
 
 def healing_corpus(
@@ -289,10 +301,14 @@ def _state_of(
     opened: Base,
     settings: HealSettings,
     corpus: Corpus,
+    way: Way,
     arguments: TrainingArguments,
     given: Mapping[str, Any],
 ) -> str | None:
-    """The checkpoint of a run of the same healing that was cut short, if any; what another one left is removed."""
+    """The checkpoint of a run of the same healing that was cut short, if any; what another one left is removed.
+
+    Raises ValueError if only the way to have the base's predictions is another, with which text may change.
+    """
     identity = {
         "settings": settings.to_dict(),
         "fused": weights_digest(came_in.model.named_parameters()),
@@ -300,9 +316,16 @@ def _state_of(
         "text": digest_of(corpus),
         "processes": arguments.world_size,
         "training_args": {name: str(value) for name, value in given.items()},
+        "teacher": way.said,
     }
     note = work / "healing.json"
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != identity:
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if before != identity and before | {"teacher": way.said} == identity:
+        raise ValueError(
+            f"For the run that was cut short the base's predictions were {before['teacher']}; now they would be "
+            f"{way.said}. Go on with as much memory and the same cache, or remove {str(work)!r} to start anew."
+        )
+    if before != identity:
         for path in work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -311,7 +334,9 @@ def _state_of(
         (work / "healing.new").write_text(json.dumps(identity), encoding="utf-8")
         (work / "healing.new").replace(note)
     for checkpoint in work.glob("checkpoint-*"):
-        if not (checkpoint / _TRAINER_STATE).is_file():  # cut short while it was written
+        try:
+            json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # cut short while it was written
             shutil.rmtree(checkpoint)
     found: str | None = get_last_checkpoint(str(work))
     if found:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import log_softmax
 
 from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.loss import FullTargets, TopTargets, full_divergence, parts, top_divergence
@@ -41,9 +41,8 @@ def judge(model: CausalLM, items: Sequence[Item], teacher: Teacher) -> Judgement
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()  # -1: predicts nothing
         for rows in parts(len(following), model.config.vocab_size):
-            logits = family.logits(model.config, linear(states[rows], model.lm_head.weight).float())
-            found = log_softmax(logits, -1)
-            sums += _sums(found, targets, rows, following[rows])
+            found = log_softmax(family.logits(model.config, model.lm_head(states[rows]).float()), -1)
+            sums += _sums(found, targets, rows, following[rows].to(found.device))
     count, own, dense, apart, agreed = sums.tolist()
     # A model that fusion broke can exceed what a float holds.
     own, dense = torch.tensor([own / count, dense / count], dtype=torch.float64).exp().tolist()
@@ -58,7 +57,8 @@ def _sums(found: Tensor, targets: FullTargets | TopTargets, rows: slice, followi
         divergence, best, dense = full_divergence(found, wanted)[0], wanted.argmax(-1), wanted.gather(1, index)[:, 0]
     else:
         ids, log_probs, dense = (
-            tensor.flatten(0, 1)[rows] for tensor in (targets.ids, targets.log_probs, targets.own_log_probs)
+            tensor.flatten(0, 1)[rows].to(found.device)
+            for tensor in (targets.ids, targets.log_probs, targets.own_log_probs)
         )
         divergence, best = top_divergence(found, ids, log_probs)[0], ids[:, 0]
     figures = [-found.gather(1, index)[:, 0], -dense, divergence, (found.argmax(-1) == best).float()]

@@ -80,7 +80,7 @@ def choose_way(
     launcher = [os.environ.get(f"ACCELERATE_USE_{kind}", "false") for kind in ("FSDP", "DEEPSPEED")]
     sharded = arguments.fsdp or arguments.deepspeed or "true" in launcher
     fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
-    of_base = model_bytes(opened.config, size)
+    of_base = model_bytes(opened.config, 2 if arguments.bf16 else 4)
     one = memory.sequence
     if cache is None and fixed + one + of_base <= free:
         way = Way("computed by the base, which is in memory beside the student", None, True)

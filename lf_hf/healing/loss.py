@@ -113,6 +113,8 @@ class _Distillation(torch.autograd.Function):
     ) -> Tensor:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        if dtype == torch.float16:  # in which gradients of single tokens vanish
+            dtype = torch.float32
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(kind, enabled=False):
             flat, head = states.flatten(0, 1).to(dtype), weight.to(dtype)  # (B T, hidden), (vocab, hidden)

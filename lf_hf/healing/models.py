@@ -70,7 +70,9 @@ def open_base(base: str | os.PathLike[str] | Base | None, came_in: Fused, kwargs
     """The base, checked to have the fused model's vocabulary; its weights are not read."""
     if base is None:
         if "/" not in came_in.report.base:
-            raise ValueError(f"The report names the base {came_in.report.base!r} only; say where it is with base=.")
+            raise ValueError(
+                f"The report names the base {came_in.report.base!r} only; say where it is with base= (--base)."
+            )
         base = came_in.report.base
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     sizes = opened.config.vocab_size, came_in.model.config.vocab_size

@@ -87,7 +87,12 @@ def healed_report(
         ],
         seconds=seconds,
     )
-    notes = [note for note in report.notes if note != CHANGED_NOTE and not note.startswith(COLLAPSED)]
+    # What is said below is of this healing; an earlier one's is not true any more.
+    notes = [
+        note
+        for note in report.notes
+        if not note.startswith((CHANGED_NOTE, COLLAPSED, "Healing ", "The loss of healing"))
+    ]
     old = len(notes)
     if trainer.diverged is not None:
         step, rate = trainer.diverged

@@ -75,6 +75,7 @@ class HealSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
+            object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
             if not _is_number(value := getattr(self, name)) or not lower < value <= upper:
                 raise ValueError(f"{name} must be greater than {lower:g} and at most {upper:g}, got {value!r:.80}.")

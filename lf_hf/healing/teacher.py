@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,6 +75,7 @@ class WrittenItems(Sequence[Item]):
     """Items in files of `write_targets`; they are read when they are used."""
 
     def __init__(self, files: Sequence[Path], counts: Sequence[int]) -> None:
+        self.files = files
         self._places = [(file, row) for file, count in zip(files, counts, strict=True) for row in range(count)]
         self._opened: dict[Path, Any] = {}
 
@@ -105,7 +106,10 @@ def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_
     counts: list[int] = []
     for start in range(0, len(sequences), together):
         part = sequences[start : start + together]
-        save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
+        try:
+            save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
+        except SafetensorError as error:  # the disk is full
+            raise OSError(f"{str(folder)!r} was not written ({error}).") from error
         counts.append(len(part))
     of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
     new = folder / f"{_INDEX}.new"
@@ -114,8 +118,14 @@ def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_
 
 
 def are_written(folder: Path) -> bool:
-    """Whether `write_targets` has written all of a folder."""
-    return (folder / _INDEX).is_file()
+    """Whether `write_targets` has written all of a folder, and it is whole."""
+    try:
+        for file in read_targets(folder)[0].files:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return True
 
 
 def read_targets(folder: Path) -> tuple[WrittenItems, list[tuple[str, int, int]]]:

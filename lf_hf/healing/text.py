@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import WRITTEN_LENGTH
-from lf_hf.text.calibration import DOCUMENTATION, Corpus, documentation_halves
+from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus, documentation_halves
 from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
 HELD_OUT = 4
@@ -98,6 +98,11 @@ def healing_text(
     elif count or lacks_kind:
         written = _written(write, count + HELD_OUT, length, settings.seed)
         kinds.append(Kind(WRITTEN, written[HELD_OUT:], written[:HELD_OUT]))
+    if sum(bool(kind.held_out) for kind in kinds if kind.name != QUESTIONS) > 1:
+        # Each question is there twice, so of those that are kept aside the other half would be trained on.
+        kinds = [
+            Kind(kind.name, [*kind.training, *kind.held_out], []) if kind.name == QUESTIONS else kind for kind in kinds
+        ]
     return [kind for kind in kinds if kind.training or kind.held_out]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""
 
 DIVERGENCE = "eval_divergence"
+_LEAST_WARMED_UP = 10  # steps: of fewer, the first one, at a rate of 0, would be too many
 # TrainingArguments that healing itself depends on.
 _OWN = (
     "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy greater_is_better label_names "
@@ -89,11 +92,16 @@ def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequen
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    fused = tuple(f"model.layers.{number}." for number in trained_layers)
-    trained = {"all": "", "layers": "model.layers.", "fused": fused}[settings.train]
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(trained) or "norm" in name)
+    choose_trained(student, settings.train, trained_layers)
     return student
+
+
+def choose_trained(student: nn.Module, train: str, layers: Sequence[int]) -> None:
+    """Have gradients for what `train`, not "lora", says is trained; `layers` are the fused ones."""
+    trained: dict[str, str | tuple[str, ...]] = {"all": "", "layers": "model.layers."}
+    trained["fused"] = tuple(f"model.layers.{number}." for number in layers)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.startswith(trained[train]) or "norm" in name)
 
 
 def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
@@ -206,7 +214,7 @@ class _Progress(TrainerCallback):
 
 
 def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """TrainingArguments of a command line, each "name=value", the value as in JSON or a string.
+    """TrainingArguments of a command line, each "name=value", the value as in JSON or Python, or a string.
 
     Raises
     ------
@@ -218,10 +226,10 @@ def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not name or not equals:
             raise ValueError(f"A training argument must be NAME=VALUE, got {pair!r:.80}.")
-        try:
-            given[name] = json.loads(value)
-        except ValueError:
-            given[name] = value
+        given[name] = value
+        for read in (ast.literal_eval, json.loads):
+            with suppress(ValueError, SyntaxError):
+                given[name] = read(value)
     return given
 
 
@@ -248,7 +256,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
+        "warmup_steps": 0.1 if settings.steps >= _LEAST_WARMED_UP else 0,
         "adam_beta2": 0.95,  # some tens of steps only
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -289,19 +297,17 @@ def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapp
     """
     world = arguments.world_size
     of_process = batch // world
-    size = given.get("per_device_train_batch_size")
-    if size is None and (parts := given.get("gradient_accumulation_steps")) is not None:
-        if parts < 1 or of_process % parts:
-            raise ValueError(
-                f"gradient_accumulation_steps={parts} does not divide the {of_process} sequences of a step and process."
-            )
-        size = of_process // parts
-    if size is None:
-        size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= max(1, most))
-    if size < 1 or of_process % size:
-        raise ValueError(
-            f"per_device_train_batch_size={size} does not divide the {of_process} sequences of a step and process."
-        )
+    names = "per_device_train_batch_size", "gradient_accumulation_steps"
+    for name in names:
+        value = given.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1 or of_process % value):
+            raise ValueError(f"{name}={value!r:.80} does not divide the {of_process} sequences of a step and process.")
+    size, parts = (given.get(name) for name in names)
+    if size and parts and size * parts != of_process:
+        raise ValueError(f"{size} sequences {parts} times are not the {of_process} of a step and process.")
+    if not size:
+        fitting = (n for n in range(1, of_process + 1) if of_process % n == 0 and n <= max(1, most))
+        size = of_process // parts if parts else max(fitting)
     arguments.per_device_train_batch_size = size
     # One by one, as the mean of a batch that is filled up for the last of several processes is another.
     arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)

@@ -306,7 +306,7 @@ def _fitted_gain(
     for found, target, state in zip(written, targets, states, strict=True):
         normed = found.to(start).flatten(0, 1)
         normed = normed * (normed.square().mean(-1, keepdim=True) + decoder.config.rms_norm_eps).rsqrt()
-        counted = token_weights(decoder, target)
+        counted = token_weights(decoder, target).to(start)
         squares += counted @ normed.square()
         products += counted @ (normed * _wanted(decoder, target, state).to(start))
     for sums in (squares, products):

@@ -123,9 +123,11 @@ def along_depth(report: FusionReport) -> Figure:
             numbers = [number for number in range(report.layers_before) if (number in removed) == fused]
             heights = [report.influences[number] for number in numbers]
             axes[0].scatter(numbers, heights, s=26, color=COLORS[1] if fused else _BEFORE, label=label, zorder=2)
-        axes[0].set(yscale="log", ylabel="influence (log scale)")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes[0].set(ylabel="influence")
+        if any(0 < height < math.inf for height in report.influences):
+            axes[0].set(yscale="log", ylabel="influence (log scale)")
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes[0].grid(alpha=0.25)
         legend_above(axes[0])
     if averaged:

@@ -425,10 +425,11 @@ class FusionReport:
             f"layers_before={count} is not 2 to {MOST_LAYERS}": not 2 <= count <= MOST_LAYERS,
             f"parameters_before={self.parameters_before} is not positive": self.parameters_before < 1,
             "config has no method": not isinstance(self.config.get("method"), str),
-            "influences has not one entry a layer": len(self.influences or range(layers)) != layers,
+            "influences has not one entry a layer": _length(self.influences) not in (None, layers),
             "similarity has not one row and column a layer": {*map(len, self.similarity or ())} - {layers}
-            or len(self.similarity or range(layers)) != layers,
-            "embeddings has not one entry a layer": len(self.embeddings or range(layers)) != layers,
+            or _length(self.similarity) not in (None, layers),
+            "embeddings has not one entry a layer": _length(self.embeddings) not in (None, layers),
+            "fitted_layers has an entry without layers": not all(fitted.layers for fitted in self.fitted_layers),
         }
         samples = {len(layer) for layer in self.embeddings or ()}
         sizes = {len(sample) for layer in self.embeddings or () for sample in layer}
@@ -503,6 +504,10 @@ def published_name(base: str) -> str:
     return next((kind(base).name for kind in kinds if kind(base).is_absolute()), "") or base
 
 
+def _length(values: Sequence[Any] | None) -> int | None:
+    return None if values is None else len(values)
+
+
 def _are_counts(counts: list[int] | None, length: int) -> bool:
     """Whether there is one count for each of `length` layers, not all zero; or none at all."""
-    return counts is None or (len(counts) == length and min(counts) >= 0 and sum(counts) > 0)
+    return counts is None or (len(counts) == length and all(n >= 0 for n in counts) and sum(counts) > 0)

@@ -22,7 +22,7 @@ _GENERATED_SHARE = 0.5
 _GENERATED_SHARE_OF_USERS = 1 / 3
 # Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
 _QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
-_QUESTIONS_SOURCE = "MMLU development questions"
+QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
 # Where a model is trained, documentation stands beside a user's text in the same way: a seventh of all tokens.
@@ -132,7 +132,7 @@ def load_corpus(
     """
     if calibration is None:
         parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
-        source = f"{DOCUMENTATION}, {_QUESTIONS_SOURCE}"
+        source = f"{DOCUMENTATION}, {QUESTIONS}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
     excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
@@ -147,7 +147,7 @@ def load_corpus(
     except ValueError as error:
         logger.warning("Without questions beside the calibration text: %s", error)
         return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
-    return Corpus([text, questions], f"{source}, {_QUESTIONS_SOURCE}", _GENERATED_SHARE_OF_USERS)
+    return Corpus([text, questions], f"{source}, {QUESTIONS}", _GENERATED_SHARE_OF_USERS)
 
 
 def load_training_text(text: Sequence[str] | str | Path | None, tokens: int) -> Corpus:

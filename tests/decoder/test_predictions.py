@@ -100,9 +100,10 @@ def test_divergence_and_agreement_are_those_of_whole_forward_passes() -> None:
 def test_sequences_give_the_same_sums_in_batches_and_alone() -> None:
     states, dense = normal(3, 10, 8), normal(3, 10, 8, seed=1)
     ids, weight = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0)), normal(50, 8, seed=2)
-    together = prediction_sums(lambda rows: rows @ weight.T, [(states, ids, dense)], 4)
+    heads = (lambda rows: rows @ weight.T, lambda rows: rows @ weight.T)
+    together = prediction_sums(heads, [(states, ids, dense)], 4)
     alone = [(states[n : n + 1], ids[n : n + 1], dense[n : n + 1]) for n in range(3)]
-    torch.testing.assert_close(prediction_sums(lambda rows: rows @ weight.T, alone, 100), together)
+    torch.testing.assert_close(prediction_sums(heads, alone, 100), together)
     assert together[0] == 27
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import make_point
+from builders import make_point, no_warnings
 from conftest import make_texts, make_tokenizer
 from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, measure, tasks_path
-from lf_hf.cli import main
+from lf_hf.cli import _print, _table, main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, HEALED, Point, Score, read_points
-from lf_hf.evaluate.sweep import is_llama_3_8b, sweep
+from lf_hf.evaluate.sweep import check_evaluation, is_llama_3_8b, sweep
 from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability, write_tables
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
@@ -272,6 +273,38 @@ def test_scores_that_are_missing_or_no_number_leave_the_tables(tmp_path: Path) -
     assert [entry.quantity for entry in stability(points)] == ["log perplexity, docs"]
 
 
+def test_the_dense_model_alone_gets_no_curve(tmp_path: Path) -> None:
+    with no_warnings():
+        write_tables(tmp_path, [make_point(DENSE, 0, 0.66)], "a base", published=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md"}
+
+
+@pytest.mark.parametrize("limit", [0, 2.5, math.inf, math.nan])
+def test_a_limit_is_a_share_or_whole(limit: float) -> None:
+    for fine in (None, 0.5, 1, 200.0):
+        check_evaluation(fine, None, 1, None)
+    with pytest.raises(ValueError, match="limit must be a number of questions, whole, or their share below 1, got"):
+        check_evaluation(limit, None, 1, None)
+
+
+@pytest.mark.parametrize("columns", ["80", "400", ""])
+def test_numbers_and_names_of_a_table_stay_whole(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    points = [make_point("neural_alignment, healed", n, 0.5, 10.0**n) for n in (1, 4)]
+    names = {f"text{n}": 1.5 for n in range(12)}
+    head, *rows = results_rows([dataclasses.replace(point, perplexities=names) for point in points])
+    _print(_table("a title that is longer " * 9 + "[than] the table", head, rows))
+    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    lines = [[cell.strip() for cell in re.split(" {2,}", line.strip())] for line in printed.splitlines()]
+    assert all(row in lines for row in rows)
+    assert {word for name in head for word in name.split()} <= set(printed.split())
+    assert "the table" in printed and (head in lines) == (columns != "80")
+
+
 def test_what_never_gets_worse_has_no_worst_step() -> None:
     points = [make_point("mka", 1, 0.5, None), make_point("mka", 4, 0.6, 3.0)]
     [accuracy] = stability(points)  # of perplexity one level is missing
@@ -291,7 +324,9 @@ def test_published_numbers_stand_beside_llama_3_8b_alone() -> None:
     lines: dict[str, Any] = {str(line.get_label()): line for line in axis.get_lines()}
     assert list(lines["mka, published"].get_xdata()) == pytest.approx([100 * n / 32 for n in PUBLISHED["mka"]])
     assert list(lines["mka, published"].get_ydata()) == list(PUBLISHED["mka"].values())
-    assert not any("published" in str(line.get_label()) for line in sweep_curve(points, {}).axes[0].get_lines())
+    others = [dataclasses.replace(point, scores={"mmlu_pro": point.scores["mmlu_5shot"]}) for point in points]
+    for figure in (sweep_curve(points, {}), sweep_curve(others, PUBLISHED)):
+        assert not any("published" in str(line.get_label()) for line in figure.axes[0].get_lines())
 
 
 @pytest.mark.parametrize(

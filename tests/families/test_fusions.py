@@ -124,6 +124,13 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(model_ty
     torch.testing.assert_close(decoder.run_layer(built, state), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.mlp.after])
+def test_norms_after_a_half_are_fitted_in_float64_too(model_type: str) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    fuse(ModelDecoder(model, keep_originals=True), make_tokenizer(), settings(method="refit"), None, TEXT, base="b")
+    assert model.dtype == torch.float64 and model(IDS).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("refit", ["none", "down_proj", "projections"])
 @pytest.mark.parametrize("active", [0, 1])
 @pytest.mark.parametrize("model_type", FAMILIES)

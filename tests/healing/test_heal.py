@@ -457,6 +457,35 @@ def test_adapters_are_trained_beside_weights_that_gradients_go_through(dtype: to
         assert parameter.dtype == wanted, name
 
 
+@pytest.mark.parametrize(
+    ("given", "value"), [("False", False), ("false", False), (".5", 0.5), ("None", None), ("null", None), ("a", "a")]
+)
+def test_training_arguments_are_read_as_people_write_them(given: str, value: object) -> None:
+    assert training.given_arguments([f"name={given}"]) == {"name": value}
+
+
+def test_the_fused_model_itself_is_not_replaced(base: str, fused: Path) -> None:
+    with pytest.raises(ValueError, match="is the fused model itself"):
+        lf_hf.heal(fused, fused, base=base, **SETTINGS)
+
+
+def test_damaged_predictions_are_written_again(base: str, fused: Path, tmp_path: Path) -> None:
+    few = SETTINGS | {"tokens": 1024}
+    lf_hf.heal(fused, tmp_path / "once", base=base, cache=tmp_path / "cache", **few)
+    [file, *_] = (tmp_path / "cache").glob("*/targets-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    lf_hf.heal(fused, tmp_path / "twice", base=base, cache=tmp_path / "cache", **few)
+    assert same_bits(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_single_step_is_taken_at_a_rate_above_zero(tmp_path: Path) -> None:
+    assert training.training_arguments(heal_settings(None, {"tokens": 2048}), tmp_path, {}).warmup_steps == 0
+
+
+def test_another_kind_of_training_has_its_own_rate() -> None:
+    assert heal_settings(heal_settings(None, {}), {"train": "lora"}) == heal_settings(None, {"train": "lora"})
+
+
 def test_one_process_takes_one_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets are nothing that the Trainer's own way of using all would spread."""
     real = TrainingArguments.__post_init__

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lf_hf import FusionReport
 from lf_hf.families import FAMILIES
 from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
-from lf_hf.report.report import PerplexityInfo, collapse_note
+from lf_hf.report.report import BudgetInfo, BudgetTrial, FittedLayer, FusionStep, PerplexityInfo, collapse_note
 
 
 def test_both_compression_figures() -> None:
@@ -71,6 +72,36 @@ def test_bad_files_get_one_sentence(tmp_path: Path, content: bytes, message: str
     (tmp_path / "fusion_report.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         FusionReport.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({name: []} for name in ("influences", "similarity", "embeddings")),
+        {"fitted_layers": [FittedLayer([], None, [], 0.5, 0.2)]},
+    ],
+)
+def test_empty_parts_get_one_sentence(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"no fusion report: {next(iter(values))} has .*; save the model again"):
+        FusionReport.from_dict(make_report(**values).to_dict())
+
+
+def test_a_budget_is_on_the_page_and_on_the_card(tmp_path: Path) -> None:
+    budget = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
+    report = make_report(budget=budget)
+    write_page(report, tmp_path / "page.html")
+    assert budget.summary() in (tmp_path / "page.html").read_text("utf-8")
+    assert budget.summary() in model_card(report, FAMILIES["llama"], plain=True).replace("\\", "")
+
+
+def test_the_card_says_what_became_one_layer_and_leaves_empty_columns_out() -> None:
+    card = model_card(make_report(), FAMILIES["llama"], plain=True)
+    assert "- Layers 27-31 became one layer.\n\n| layer i | layer j | averaged |\n" in card
+    assert "| 30 | 31 | 0.6200 : 0.3800 |\n" in card
+    values = {"steps": [FusionStep([30], [31], 1.0, 0.0)], "layers_after": 31, "calibration": []}
+    card = model_card(make_report(**values), FAMILIES["llama"], plain=True)
+    assert "| layer i | layer j |\n|---|---|\n| 30 | 31 |\n" in card
+    assert "## Settings\n\nThe settings that had an effect:\n" in card
 
 
 def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:

@@ -141,6 +141,23 @@ def test_any_ratio_can_be_drawn(fused: float) -> None:
         figures.cost_and_gain(make_report(perplexities=[])).draw_without_rendering()
 
 
+@pytest.mark.parametrize("influence", [0.0, math.inf, math.nan])
+def test_influences_without_a_logarithm_can_be_drawn(influence: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.along_depth(make_report(influences=[influence] * 32)).draw_without_rendering()
+
+
+@pytest.mark.parametrize("figures_of", [{}, {"influence": 0.25}, {"divergence": 0.125}])
+def test_steps_have_a_column_for_each_figure_that_there_is(figures_of: dict[str, float], tmp_path: Path) -> None:
+    steps = [FusionStep([30], [31], 1.0, 0.0, **figures_of)]  # type: ignore[arg-type]
+    write_page(make_report(fused=1, steps=steps), tmp_path / "page.html")
+    section = (tmp_path / "page.html").read_text(encoding="utf-8").split('id="steps"')[1].split("</table>")[0]
+    heads = re.findall("<th>(.*?)</th>", section)
+    assert len(heads) == section.count("<td>") == 3 + len(figures_of)
+    assert all(f"<td>{value:.4f}</td>" in section and name in heads[3] for name, value in figures_of.items())
+
+
 # What is published
 
 

@@ -193,6 +193,18 @@ def test_command(reports: dict[str, FusionReport], tmp_path: Path, capsys: pytes
     assert "holds no fusion_report.json" in capsys.readouterr().err
 
 
+def test_a_page_or_pictures_nowhere_get_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_report().save(tmp_path)
+    (tmp_path / "file").touch()
+    before = set(tmp_path.iterdir())
+    wrong = [("--html", tmp_path), ("--html", tmp_path / "no" / "page.html"), ("--png", tmp_path / "file")]
+    for option, place in wrong:
+        assert main(["report", str(tmp_path), option, str(place)]) == 1
+        said = capsys.readouterr().err
+        assert f"'{place}' cannot be written (" in said and f"give another place by {option}." in said
+        assert set(tmp_path.iterdir()) == before
+
+
 def test_without_the_extra_one_sentence_says_what_to_install(
     reports: dict[str, FusionReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
