@@ -173,11 +173,11 @@ def test_measurements_do_not_say_what_they_are_of(base: str, tmp_path: Path) -> 
 def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
     load(base, tmp_path / "fused")
     settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
-    lf_hf.heal(tmp_path / "fused", tmp_path / "fused", base=base, text=make_texts(1200), **settings)
-    before = (tmp_path / "fused" / "model.safetensors").read_bytes()
+    lf_hf.heal(tmp_path / "fused", tmp_path / "healed", base=base, text=make_texts(1200), **settings)
+    before = (tmp_path / "healed" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds a healed model that does not say by content what it was made of"):
-        load(base, tmp_path / "fused")
-    assert fusions == [base] and (tmp_path / "fused" / "model.safetensors").read_bytes() == before
+        load(base, tmp_path / "healed")
+    assert fusions == [base] and (tmp_path / "healed" / "model.safetensors").read_bytes() == before
 
 
 def test_another_tokenizer_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
