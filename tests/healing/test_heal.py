@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
+from two_devices import TwoDevices, spread
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
@@ -30,7 +31,9 @@ from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import memory, training
 from lf_hf.healing.heal import _fitting, heal_settings
+from lf_hf.healing.judge import judge
 from lf_hf.healing.loss import distillation_loss
+from lf_hf.healing.teacher import Item, MemoryTeacher
 from lf_hf.report.report import COLLAPSED
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
@@ -149,6 +152,20 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     assert {info.relation for info in report.perplexities} == {"unseen"}
     assert any("did not bring the model nearer" in note for note in report.notes)
     assert any("times through its text" in note for note in report.notes)
+    report = lf_hf.heal(tmp_path / "out", tmp_path / "again", base=base, **SETTINGS)
+    assert report.healed is not None and report.healed.kept > 0
+    assert not any("did not bring" in note or "times through its text" in note for note in report.notes)
+
+
+def test_a_model_on_two_devices_is_judged_as_on_one(base: str, fused: Path) -> None:
+    whole, parts = (FusedLlamaForCausalLM.from_pretrained(fused) for _ in range(2))
+    items: list[Item] = [{"input_ids": torch.arange(2, 34) + n} for n in range(2)]
+    teacher = MemoryTeacher(LlamaForCausalLM.from_pretrained(base))
+    found = judge(whole, items, teacher)
+    with TwoDevices() as devices:
+        spread(parts, 2, devices)
+        assert judge(parts, items, teacher) == found
+    assert devices.moved > 0
 
 
 def test_a_collapsed_model_that_healing_does_not_help_is_still_called_so(
@@ -200,6 +217,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         with pytest.raises(Killed):
             lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
     assert not (tmp_path / "out" / "config.json").exists()
+    [work] = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    (work / "checkpoint-99").mkdir()
+    (work / "checkpoint-99" / "trainer_state.json").write_text("{")  # cut short while it was written
+    with pytest.raises(ValueError, match="For the run that was cut short the base's predictions were computed by"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, cache=tmp_path / "cache", **SETTINGS)
     steps: list[int] = []
 
     def counted(self: Any, *arguments: Any) -> torch.Tensor:

@@ -57,6 +57,18 @@ def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(temperatur
     torch.testing.assert_close(gradients, torch.autograd.grad(3 * wanted, [states, weight]))
 
 
+def test_small_gradients_do_not_vanish_in_float16() -> None:
+    """They are made before a scaler can scale them."""
+    states, weight = normal(1, 512, HIDDEN, seed=1).requires_grad_(), normal(4096, HIDDEN, seed=2).requires_grad_()
+    targets = FullTargets(normal(1, 512, HIDDEN, seed=3), normal(4096, HIDDEN, seed=4))
+    gradients = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = distillation_loss(states, weight, torch.zeros(1, 512, dtype=torch.int64), targets, Loss())
+        gradients.append(torch.autograd.grad(loss, [states, weight]))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_all_tokens_as_the_most_likely_ones_are_all_predictions(temperature: float) -> None:
     states, weight = student()

@@ -13,7 +13,7 @@ from conftest import make_texts, make_tokenizer
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.text import HELD_OUT, WRITTEN, healing_text, hub_texts, training_order
 from lf_hf.measure import WRITTEN_LENGTH
-from lf_hf.text.calibration import Corpus
+from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.packing import pack_tokens
 
 SETTINGS = HealSettings(tokens=4096, length=32, batch_tokens=256)
@@ -64,6 +64,16 @@ def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:
         ("a text", True, True),
         (WRITTEN, False, True),
     ]
+
+
+def test_questions_are_kept_aside_only_where_there_is_no_other_text() -> None:
+    """Each is there in two forms, so the other one would be trained on."""
+    parts = ["\n".join(make_texts(400, seed=seed)) for seed in (1, 2)]
+    corpus = Corpus(parts, f"a text, {QUESTIONS}", 0.25)
+    for writer, kept in ((write, {"a text", WRITTEN}), (None, {"a text", QUESTIONS})):
+        kinds = healing_text(make_tokenizer(), corpus, SETTINGS, 320, writer)
+        assert {kind.name for kind in kinds if kind.held_out} == kept
+        assert all(kind.training for kind in kinds)
 
 
 def test_a_base_that_writes_nothing_is_judged_on_text_that_comes_with_the_package() -> None:
