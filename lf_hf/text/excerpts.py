@@ -22,11 +22,14 @@ def spread_evenly(items: Iterable[str], count: int) -> tuple[list[str], int]:
 
 
 def windows(texts: Iterable[str], size: int) -> Iterator[str]:
-    """All of some texts, with an empty line between two, in pieces of `size` characters; the last may be shorter."""
+    """Pieces of `size` characters of all of some texts, which end with a newline; an empty line is between two of them.
+
+    The last piece may be shorter.
+    """
     rest, between = "", ""
     for text in texts:
         rest += between + text
-        between = "\n\n"
+        between = "\n"
         for start in range(0, len(rest) - size + 1, size):
             yield rest[start : start + size]
         rest = rest[len(rest) // size * size :]
