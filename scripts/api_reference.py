@@ -62,7 +62,7 @@ def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
         "show_root_full_path": level > 2,
         "show_object_full_path": False,
     }
-    return render_object_docs(shown, options)  # type: ignore[arg-type]
+    return render_object_docs(shown, options)
 
 
 def _entry(parameter: griffe.DocstringParameter) -> str:

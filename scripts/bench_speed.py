@@ -335,6 +335,7 @@ def one_inverse(inputs: int, outputs: int, block: int, keep: int) -> Callable[[]
 
 
 def groups() -> None:
+    columns: tuple[str, ...]
     columns = ("inputs", "outputs", "blocks", "kept", "anew, CPU seconds", "one inverse, CPU seconds", "ratio")
     columns += ("anew, GiB", "one inverse, GiB", "the same are kept")
     table("Choice of key-value groups, one block a round", *columns)
@@ -451,7 +452,7 @@ def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[
         evaluation, opened = Evaluation(TASKS), Base.open(base, gguf_loading(base))
         configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
         tokenizer, dense = opened.tokenizer(), opened.load()
-        loaded = [load_needed(config, f"{folder}/text.txt") for config in configs]
+        loaded = [load_needed(config, f"{folder}/text.txt", lambda: tokenizer) for config in configs]
         samples = next((samples for samples, _ in loaded if samples), None)
         text = next((text for _, text in loaded if text), None)
         measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)

@@ -58,7 +58,7 @@ def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) ->
 
 def test_groups_without_a_metric_show_their_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from first_look import main_scores  # type: ignore[import-not-found]
+    from first_look import main_scores
 
     of_task = {"alias": "task", "sample_len": 3, "exact,none": 1, "exact_stderr,none": 0.5}
     results = {"group": {" ": " ", "alias": "group"}, "a": of_task, "b": of_task, "alone": of_task}
