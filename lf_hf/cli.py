@@ -67,7 +67,11 @@ _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 BaseName = Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub name of a checkpoint.")]
 CalibrationFile = Annotated[
     str | None,
-    typer.Option("--calibration", metavar="FILE", help="Calibration text: .txt, .jsonl, .csv or .parquet."),
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
+    ),
 ]
 GgufFile = Annotated[
     str | None, typer.Option(metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read.")
@@ -367,7 +371,7 @@ def heal(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text to heal on: .txt, .jsonl, .csv or .parquet.",
+            help="Text to heal on: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
             show_default="a mixture that is there offline",
         ),
     ] = None,
@@ -376,7 +380,9 @@ def heal(
     ] = None,
     dataset_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of the data set.")] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the data set.")] = "train",
-    column: Annotated[str, typer.Option(metavar="NAME", help="Column of the data set that has the text.")] = "text",
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the data set that has the text, or chats.")
+    ] = "text",
     cache: Annotated[
         str | None,
         typer.Option(

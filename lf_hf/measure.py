@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import Calibration, Corpus
-from lf_hf.text.judging import PROMPTS, Relation, judging_texts, relation
+from lf_hf.text.chats import CHATS, chat_form, chat_text
+from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, relation
 from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_tokens, tokenize_samples
 
 logger = logging.get_logger(__name__)
@@ -91,8 +92,8 @@ class Measurements:
         How much each layer changes the residual stream, on the samples.
     of_samples, of_text : CalibrationInfo or None
         Where the samples behind `similarity`, and `text`, came from.
-    continuations : list of str
-        How the model goes on from each of `PROMPTS`; empty where no tokens were asked for, or it would take long.
+    continuations : dict of str
+        `written_on`, empty where no tokens were asked for, or it would take long.
     base_digest : str or None
         `lf_hf.numerics.weights_digest` of the model.
     group_costs : dict
@@ -112,7 +113,7 @@ class Measurements:
     text: list[Tensor] = field(default_factory=list)
     offline_text: bool = False
     of_text: CalibrationInfo | None = None
-    continuations: list[str] = field(default_factory=list)
+    continuations: dict[str, str] = field(default_factory=dict)
     group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
     base_digest: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -155,7 +156,7 @@ def measure(
     if config.perplexity_tokens:
         with clock("continuations"):
             found["continuations"] = decoder.processes.told_by_first(
-                lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else []
+                lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else {}
             )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
@@ -164,11 +165,12 @@ def measure(
         notes += found.pop("notes")
     if text is not None:
         with clock("calibration text"):
-            packed = calibration_sequences(decoder, tokenizer, text, config)
+            packed, chats = calibration_sequences(decoder, tokenizer, text, config)
+        written = f", {chats} sequences of it as chats" if chats else ""
         found |= {
             "text": packed,
             "offline_text": text.by_default,
-            "of_text": CalibrationInfo(text.full_source, len(packed), sum(map(len, packed))),
+            "of_text": CalibrationInfo(text.full_source + written, len(packed), sum(map(len, packed))),
         }
     for note in notes:
         logger.warning(note)
@@ -228,15 +230,22 @@ def _similarity(
 
 def calibration_sequences(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
-) -> list[Tensor]:
-    """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it."""
+) -> tuple[list[Tensor], int]:
+    """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it.
+
+    And how many of the sequences are chats that it wrote.
+    """
     length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
     short = min(WRITTEN_LENGTH, length)
     # The text that is given fills one sequence at least.
     count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
     packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, decoder.config.vocab_size)
     count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
-    return interleaved(packed, decoder.generate(count, short, config.seed)) if count else packed
+    if not count:
+        return packed, 0
+    form = chat_form(tokenizer, decoder.config.vocab_size)
+    written = decoder.generate(count, short, config.seed, form)
+    return interleaved(packed, written), len(written[CHATS]) if form else 0
 
 
 def _judged(
@@ -276,23 +285,29 @@ def _judged(
     ]
 
 
-def written_on(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the model adds to each of `PROMPTS`, up to its end."""
-    prompts = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    if not all(map(len, prompts)):
-        return []
-    for prompt in prompts:
-        check_ids(int(prompt.max()), decoder.config.vocab_size)
+def written_on(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What the model adds to each of `PROMPTS`, and to `QUESTION` if its tokenizer has chats, up to its end."""
+    vocab_size = decoder.config.vocab_size
+    prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
+    if not all(prompts.values()):
+        return {}
+    check_ids(max(map(max, prompts.values())), vocab_size)
+    with suppress(ValueError):  # without a template, or with one that takes no question alone
+        chat = chat_text(tokenizer, [{"role": "user", "content": QUESTION}], to_reply=True)
+        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        if ids and max(ids) < vocab_size:  # a template may be there that the model knows nothing of
+            prompts[f"In the chat template: {QUESTION}"] = ids
     ends = decoder.config.eos_token_id
     stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    texts = []
-    for prompt, added in zip(prompts, continuations(decoder, prompts, CONTINUED_LENGTH), strict=True):
-        kept = list(itertools.takewhile(lambda token: token not in stop, added.tolist()))
+    if form := chat_form(tokenizer, vocab_size):
+        stop.add(form.replied[0])
+    added = continuations(decoder, [torch.tensor(ids) for ids in prompts.values()], CONTINUED_LENGTH)
+    texts = {}
+    for (prompt, ids), written in zip(prompts.items(), added, strict=True):
+        kept = list(itertools.takewhile(lambda token: token not in stop, written.tolist()))
         # Many tokenizers take a space off the beginning of what they decode.
-        before, whole = (
-            str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt.tolist(), *kept])
-        )
-        texts.append(whole[len(before) :])
+        before, whole = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids, [*ids, *kept]))
+        texts[prompt] = whole[len(before) :]
     return texts
 
 
@@ -321,7 +336,11 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
     if not measured.continuations:
         return []
     fused = decoder.processes.told_by_first(lambda: written_on(decoder, tokenizer))
-    return [Continuation(*texts) for texts in zip(PROMPTS, measured.continuations, fused, strict=True)]
+    return [
+        Continuation(prompt, dense, fused[prompt])
+        for prompt, dense in measured.continuations.items()
+        if prompt in fused
+    ]
 
 
 def _nearer(text: Judged, config: FusionConfig) -> Relation:

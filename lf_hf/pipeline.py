@@ -44,6 +44,7 @@ from lf_hf.refit.traces import Traces, trace
 from lf_hf.report.report import (
     BudgetInfo,
     BudgetTrial,
+    Continuation,
     FittedLayer,
     FusionReport,
     FusionStep,
@@ -51,6 +52,7 @@ from lf_hf.report.report import (
     PerplexityInfo,
     RowMatch,
     collapse_note,
+    silence_note,
 )
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
@@ -535,7 +537,7 @@ def _reported(
         embeddings=measured.embeddings.tolist() if similar and measured.embeddings is not None else None,
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(measured, fusion.config, judged),
+        notes=_notes(measured, fusion.config, judged, continuations),
         sample_labels=measured.sample_labels if similar else None,
         influences=fusion.influences or (measured.influences if similar else None),
         weights_digest=weights_digest(decoder.named_parameters()),
@@ -563,14 +565,20 @@ def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float
     return [(sum(costs[group] for group in groups[0]), groups[0]) for groups in found if groups]
 
 
-def _notes(measured: Measurements, config: FusionConfig, judged: Sequence[PerplexityInfo]) -> list[str]:
+def _notes(
+    measured: Measurements,
+    config: FusionConfig,
+    judged: Sequence[PerplexityInfo],
+    continuations: Sequence[Continuation],
+) -> list[str]:
     """What a user should know, one sentence each."""
     notes = list(measured.notes)
     if config.needs_text and measured.offline_text:
         notes.append("Calibrated on text that is there offline; text of your own domain gives a better model.")
-    if note := collapse_note(judged, fitted=config.refit != "none"):
-        notes.append(note)
-        logger.warning(note)
+    for note in (collapse_note(judged, fitted=config.refit != "none"), silence_note(continuations)):
+        if note:
+            notes.append(note)
+            logger.warning(note)
     return notes
 
 

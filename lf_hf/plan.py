@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +49,7 @@ from lf_hf.refit.states import SHARE
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed, load_training_text
 from lf_hf.text.mmlu import SUBJECTS
+from lf_hf.text.readers import Samples
 
 _CHARACTERS_PER_TOKEN = 4
 _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one
@@ -124,7 +125,7 @@ def plan_fusion(
     *,
     out: str | os.PathLike[str] | None = None,
     low_memory: bool = False,
-    calibration: Sequence[str] | str | Path | None = None,
+    calibration: Samples | None = None,
     **kwargs: Any,
 ) -> FusionPlan:
     """Say what `fuse_checkpoint` with these arguments would do and take.
@@ -156,11 +157,13 @@ def plan_fusion(
     opened = Base.open(base, kwargs)
     layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
     check_layers(config, opened.config)
-    samples, text = _calibration(config, calibration)
+    samples, text = _calibration(config, calibration, opened)
     if config.heal_tokens:
         from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
 
-        check_can_heal(opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens), config)
+        check_can_heal(
+            opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens, opened.tokenizer), config
+        )
     elif not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
         opened.tokenizer()
     if out is not None:
@@ -213,7 +216,7 @@ def cost_curve(
     base: str | os.PathLike[str],
     *,
     low_memory: bool = False,
-    calibration: Sequence[str] | str | Path | None = None,
+    calibration: Samples | None = None,
     settings: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> list[PlannedLevel]:
@@ -239,7 +242,7 @@ def cost_curve(
     device = low_memory_device(kwargs) if low_memory else None
     opened = Base.open(base, kwargs)
     config.check_num_layers(opened.config.num_hidden_layers)
-    samples, text = load_needed(config, calibration)
+    samples, text = load_needed(config, calibration, opened.tokenizer)
     tokenizer = opened.tokenizer()
     with TemporaryDirectory() as scratch:
         decoder: Decoder
@@ -274,11 +277,11 @@ def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) ->
 
 
 def _calibration(
-    config: FusionConfig, calibration: Sequence[str] | str | Path | None
+    config: FusionConfig, calibration: Samples | None, base: Base
 ) -> tuple[Calibration | None, Corpus | None]:
     """As `load_needed`, without asking the hub for the default samples: as many texts of their usual length."""
     if calibration is not None:
-        return load_needed(config, calibration)
+        return load_needed(config, calibration, base.tokenizer)
     samples = None
     if config.needs_similarity:
         count = len(SUBJECTS) * config.samples_per_subject

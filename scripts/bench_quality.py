@@ -74,6 +74,7 @@ from lf_hf.text.calibration import (
     load_corpus,
     load_training_text,
 )
+from lf_hf.text.chats import ChatForm
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
@@ -266,10 +267,10 @@ class GivenText(ModelDecoder):
     def __init__(self, model: CausalLM) -> None:
         super().__init__(model, keep_originals=True)
 
-    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+    def generate(self, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
         key = (count, length, seed)
         if key not in self.written:
-            self.written[key] = super().generate(count, length, seed)
+            self.written[key] = super().generate(count, length, seed, chat)
         return self.written[key]
 
 
@@ -434,7 +435,7 @@ def main() -> None:
     logging.set_verbosity_error()
 
     gguf = options.gguf_file or min((file.name for file in Path(options.base).glob("*.gguf")), default=None)
-    tokenizer = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
     halves: tuple[str, str] | None = None
     if options.text:
         text = options.text.read_text(encoding="utf-8")
@@ -468,7 +469,9 @@ def main() -> None:
     given = [halves[0]] if options.calibrate == "text" and halves else None
     corpus = load_corpus(given, max_tokens=options.tokens)
     settings = FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
-    sequences = calibration_sequences(GivenText(base), tokenizer, corpus, settings) if options.fusions else []
+    sequences: list[Tensor] = []
+    if options.fusions:
+        sequences, _ = calibration_sequences(GivenText(base), tokenizer, corpus, settings)
     heal_corpus = load_training_text(given, options.heal_tokens)
     scratch = tempfile.TemporaryDirectory()
     if options.tiny:

@@ -23,6 +23,8 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.evaluate.sweep import _key
+from lf_hf.files.base import Base
+from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import only_writer
 from lf_hf.measure import Measurements
 
@@ -185,6 +187,19 @@ def test_another_tokenizer_is_noticed(base: str, tmp_path: Path, fusions: list[s
     other = make_tokenizer()
     other.backend_tokenizer.normalizer = normalizers.Replace("layer", "laier")
     load(base, tmp_path / "fused", tokenizer=other)
+    assert len(fusions) == 2
+
+
+def test_another_chat_template_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    """The base writes part of the text in it."""
+    other = make_tokenizer()
+    other.chat_template = "{{ messages[0].content }}"
+    load(base, tmp_path / "fused")
+    load(base, tmp_path / "fused", tokenizer=other)
+    copy = tmp_path / "with a template"
+    shutil.copytree(base, copy)
+    other.save_pretrained(copy)
+    assert base_fingerprint(Base.open(str(copy), {})) != base_fingerprint(Base.open(base, {}))
     assert len(fusions) == 2
 
 

@@ -213,7 +213,7 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
     short = min(WRITTEN_LENGTH, length)
     brief = "deep layer " * 75
     for text, given in ((TEXT.parts[0], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
-        sequences = calibration_sequences(ModelDecoder(model), tokenizer, Corpus([text], "x", 0.5), config)
+        sequences, _ = calibration_sequences(ModelDecoder(model), tokenizer, Corpus([text], "x", 0.5), config)
         known = " ".join(map(str, tokenizer(text)["input_ids"]))
         written = [s for s in sequences if " ".join(map(str, s.tolist())) not in known]
         assert {len(sequence) for sequence in written} == {short}

@@ -19,6 +19,7 @@ from lf_hf.families import DecoderLayer, Family, Kind, family_of
 from lf_hf.memory import free_memory
 from lf_hf.processes import ALONE, Processes
 from lf_hf.progress import progress
+from lf_hf.text.chats import CHATS, Chat, ChatForm
 
 _CPU_BATCH = 1 << 26
 """Bytes that a batch may take inside a layer on the CPU."""
@@ -141,11 +142,12 @@ class Decoder(ABC):
         return [part.view(len(numbers), -1) for part, numbers in zip(ids.split(sizes), groups, strict=True)]
 
     @torch.no_grad()
-    def generate(self, count: int, length: int, seed: int) -> list[Tensor]:
+    def generate(self, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
         """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
 
         All sequences take a step together, so that each layer is used once a step, and each process writes a share of
-        them. None of them ends early. What is written follows from the seed, whichever process writes it.
+        them. None of them ends early. What is written follows from the seed, whichever process writes it. With a form
+        of chats those of `CHATS` are beginnings of some, in which the model writes both sides.
         """
         random = torch.Generator().manual_seed(seed)
         # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
@@ -153,18 +155,22 @@ class Decoder(ABC):
         if self.config.bos_token_id is not None:
             starts[::2] = self.config.bos_token_id
         drawn = torch.rand(count, length - 1, generator=random)
-        mine = self.processes.share(range(count))
-        written = list(self._written(starts[mine], drawn[mine])) if mine else []
+        mine = list(self.processes.share(range(count)))
+        are_chats = range(count)[CHATS]
+        chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
+        written = list(self._written(starts[mine], drawn[mine], chats)) if mine else []
         shares = self.processes.gathered(written)
         return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
 
-    def _written(self, tokens: Tensor, drawn: Tensor) -> Tensor:
+    def _written(self, tokens: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
         """Sequences that begin with `tokens` (count,); each later one is where `drawn` (count, length - 1) falls.
 
-        `drawn` is uniform from 0 to 1, and a token's part of that is its probability.
+        `drawn` is uniform from 0 to 1, and a token's part of that is its probability. Chats begin as they do.
         """
         count, steps = drawn.shape
         barred = _special_tokens(self.config)
+        for row, chat in chats.items():
+            tokens[row] = chat.next()
         written, cache, finite = [tokens], DynamicCache(), []
         with self.kept_at_hand(), self.head() as head:
             for position in progress(range(steps), desc="Writing text", unit="token"):
@@ -176,12 +182,18 @@ class Decoder(ABC):
                     hidden_states = step.run(layer, hidden_states)
                 logits = head(hidden_states)[:, 0].float()  # (count, vocab)
                 finite.append(torch.isfinite(logits).all())
+                places = list(chats), [chat.end for chat in chats.values()]
+                empty = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
+                of_ends = logits[places].masked_fill(empty.to(logits.device), -torch.inf)
                 logits[:, barred] = -torch.inf
+                logits[places] = of_ends
                 sums = logits.softmax(-1).cumsum(-1)
                 drawn = drawn.to(sums.device)
                 wanted = drawn[:, position : position + 1] * sums[:, -1:] * _BELOW_ONE
                 found = torch.searchsorted(sums, wanted, right=True)[:, 0]
                 tokens = found.clamp(max=sums.shape[1] - 1)  # of what is not finite, too
+                for (row, chat), token in zip(chats.items(), tokens[list(chats)].tolist(), strict=True):
+                    tokens[row] = chat.next(token)
                 written.append(tokens)
         if not all(torch.stack(finite).tolist()):
             raise ValueError(

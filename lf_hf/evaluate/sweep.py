@@ -131,7 +131,7 @@ def sweep(
         if config.heal_tokens:
             from lf_hf.healing.heal import check_can_heal
 
-            corpus = load_training_text(calibration, config.heal_tokens)
+            corpus = load_training_text(calibration, config.heal_tokens, opened.tokenizer)
             check_can_heal(opened, opened.tokenizer(), corpus, config, cache=heal_cache)
             break  # the lowest level, which takes most
     identity = {
@@ -281,15 +281,25 @@ class _Maker:
         if tokens := self._configs[key].heal_tokens:
             from lf_hf.healing.heal import heal_loaded
 
-            corpus = load_training_text(self._calibration, tokens)
+            corpus = load_training_text(self._calibration, tokens, self._base.tokenizer)
             heal_loaded(model, self._base, corpus, self._configs[key], cache=self._heal_cache)
         return _fused_point(key, model, dense, self._evaluation)
 
     @cached_property
     def _dense(self) -> _Dense:
         tokenizer, needs = self._base.tokenizer(), self._needs
-        samples = next((load_needed(config, self._calibration)[0] for config in needs if config.needs_similarity), None)
-        text = next((load_needed(config, self._calibration)[1] for config in needs if config.needs_text), None)
+        samples = next(
+            (
+                load_needed(config, self._calibration, lambda: tokenizer)[0]
+                for config in needs
+                if config.needs_similarity
+            ),
+            None,
+        )
+        text = next(
+            (load_needed(config, self._calibration, lambda: tokenizer)[1] for config in needs if config.needs_text),
+            None,
+        )
         model = self._base.load()
         config = next(iter(self._configs.values()))
         parameters = pipeline.check_model(ModelDecoder(model), config)

@@ -44,11 +44,11 @@ def fingerprints(
     -------
     dict with
         base : `base_fingerprint`
-        calibration : SHA-256 over the calibration texts, and over the tokens of their beginning
+        calibration : SHA-256 over the calibration texts, the tokens of their beginning, and the chat template
         dtype, algorithm : as they are
     """
     texts = [*(samples.texts if samples else []), *(text.parts if text else []), *(to_heal.parts if to_heal else [])]
-    calibration = hashlib.sha256()
+    calibration = hashlib.sha256(str(tokenizer.chat_template).encode())
     for part in texts:
         calibration.update(hashlib.sha256(part.encode()).digest())
         calibration.update(str(tokenizer(part[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())

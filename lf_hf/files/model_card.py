@@ -19,7 +19,7 @@ nats a token. Agreement: how often the most likely next token is the base's. The
 _WRITTEN = """
 ## How it writes
 
-What both models add to three prompts, by the most likely token each time.
+What both models add to some prompts, by the most likely token each time.
 
 | prompt | base | fused |
 |---|---|---|

@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from lf_hf.checked_json import parse_json
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model")
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
 Shape = Sequence[int]
 _BLOCK = 1 << 24  # bytes that are read at a time onto a device
 

@@ -11,8 +11,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +26,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from lf_hf.config import FusionConfig
+from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
-from lf_hf.files.base import Base
+from lf_hf.files.base import Base, load_tokenizer
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
-from lf_hf.healing.lesson import Way, choose_way, digest_of, make_lesson
+from lf_hf.healing.lesson import Way, choose_way, digest_of, make_lesson, tokenizer_of
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
@@ -50,6 +51,7 @@ from lf_hf.numerics import weights_digest
 from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Corpus, load_training_text
+from lf_hf.text.readers import OpenTokenizer, Samples
 
 logger = logging.get_logger(__name__)
 
@@ -63,7 +65,7 @@ def heal(
     out: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | Base | None = None,
-    text: Sequence[str] | str | Path | None = None,
+    text: Samples | None = None,
     dataset: str | None = None,
     dataset_config: str | None = None,
     dataset_split: str = "train",
@@ -87,7 +89,7 @@ def heal(
         Where to write one of the same kind. A fused checkpoint in that folder is replaced.
     base : str or Base, optional
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
-    text : list of str or path, optional
+    text : list of str or chats, or path, optional
         Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
         for. Default: a mixture that is there offline.
     dataset, dataset_config, dataset_split, dataset_column : str, optional
@@ -120,7 +122,9 @@ def heal(
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     if base is not None and not isinstance(base, Base):
         base = Base.open(base, kwargs)
-    corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column)
+    own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()
+    open_tokenizer = base.tokenizer if base is not None and not own else partial(load_tokenizer, str(fused), {})
+    corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column, open_tokenizer)
     came_in = open_fused(fused)
     opened = open_base(base, came_in, kwargs)
     check_replaceable(folder, opened.name)
@@ -279,18 +283,20 @@ def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> Heal
 
 
 def healing_corpus(
-    text: Sequence[str] | str | Path | None,
+    text: Samples | None,
     settings: HealSettings,
     dataset: str | None,
     config: str | None,
     split: str,
     column: str,
+    open_tokenizer: OpenTokenizer,
 ) -> Corpus:
     if dataset is None:
-        return load_training_text(text, settings.tokens)
+        return load_training_text(text, settings.tokens, open_tokenizer)
     if text is not None:
         raise ValueError("text and dataset exclude each other; give one of them.")
-    corpus = load_training_text(hub_texts(dataset, config, split, column, settings.tokens), settings.tokens)
+    texts = hub_texts(dataset, config, split, column, settings.tokens)
+    corpus = load_training_text(texts, settings.tokens, open_tokenizer)
     names = [f"{dataset} ({split})", *corpus.names[1:]]
     return dataclasses.replace(corpus, source=", ".join(names))
 
@@ -317,6 +323,8 @@ def _state_of(
         "processes": arguments.world_size,
         "training_args": {name: str(value) for name, value in given.items()},
         "teacher": way.said,
+        "chat_template": str(tokenizer_of(opened, came_in).chat_template),
+        "algorithm": ALGORITHM,
     }
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
@@ -36,12 +37,13 @@ from lf_hf.healing.teacher import (
     targets_folder,
     write_targets,
 )
-from lf_hf.healing.text import WRITTEN, Kind, healing_text, load_kinds, save_kinds, training_order
+from lf_hf.healing.text import WRITTEN, WRITTEN_CHATS, Kind, healing_text, load_kinds, save_kinds, training_order
 from lf_hf.healing.training import set_batches
 from lf_hf.memory import free_memory
 from lf_hf.processes import Processes
 from lf_hf.report.report import CalibrationInfo
 from lf_hf.text.calibration import Corpus
+from lf_hf.text.chats import chat_form
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -152,9 +154,10 @@ def make_lesson(
     if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {
-        "format": 2,  # of the files: rises when they change
+        "format": 3,  # of the files: rises when they change
         "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
+        "chat_template": str(tokenizer_of(opened, came_in).chat_template),
         "settings": {
             name: getattr(settings, name)
             for name in ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
@@ -165,6 +168,11 @@ def make_lesson(
     folder = targets_folder(way.folder, **made_of)
     processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
     return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
+
+
+def tokenizer_of(opened: Base, came_in: Fused) -> PreTrainedTokenizerBase:
+    """The fused model's own, or its base's."""
+    return came_in.tokenizer or opened.tokenizer()
 
 
 def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> CausalLM:
@@ -213,11 +221,11 @@ def _kinds(
     """All kinds of text, judging texts among them; in `file` for a run that is cut short."""
     if file is not None and file.is_file():
         return load_kinds(file)
-    tokenizer = came_in.tokenizer or opened.tokenizer()
-
+    tokenizer = tokenizer_of(opened, came_in)
     reads_all = decoder.bytes_read > 0  # of the weights, for each token
-    write = None if reads_all and not settings.written_share else decoder.generate
-    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write)
+    form = chat_form(tokenizer, decoder.config.vocab_size)
+    write = None if reads_all and not settings.written_share else partial(decoder.generate, chat=form)
+    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=form is not None)
     for judging in judging_texts():
         tokens = max(settings.length, came_in.judging_tokens)
         packed = pack_tokens(tokenizer, judging.text, settings.length, tokens)
@@ -247,7 +255,7 @@ def _arranged(
     order = [training[number] for number in training_order(len(training), total, settings.seed)]
     used = set(order)
     counts = {name: len(used.intersection(numbers)) for name, numbers in ranges.items()}
-    epochs, written_share = total / len(used), counts.get(WRITTEN, 0) / len(used)
+    epochs, written_share = total / len(used), (counts.get(WRITTEN, 0) + counts.get(WRITTEN_CHATS, 0)) / len(used)
     if epochs > MOST_EPOCHS:
         logger.warning(epochs_note(epochs))
     kinds = [CalibrationInfo(name, count, count * settings.length) for name, count in counts.items() if count]

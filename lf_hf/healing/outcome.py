@@ -24,15 +24,17 @@ from lf_hf.numerics import weights_digest
 from lf_hf.report.report import (
     CHANGED_NOTE,
     COLLAPSED,
+    SILENT,
     FusionReport,
     HealedText,
     HealingInfo,
     HealingPoint,
     PerplexityInfo,
     collapse_note,
+    silence_note,
 )
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.judging import PROMPTS, judging_texts, relation
+from lf_hf.text.judging import judging_texts, relation
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +93,7 @@ def healed_report(
     notes = [
         note
         for note in report.notes
-        if not note.startswith((CHANGED_NOTE, COLLAPSED, "Healing ", "The loss of healing"))
+        if not note.startswith((CHANGED_NOTE, COLLAPSED, SILENT, "Healing ", "The loss of healing"))
     ]
     old = len(notes)
     if trainer.diverged is not None:
@@ -130,14 +132,14 @@ def healed_report(
     perplexities = perplexities or report.perplexities
     if note := collapse_note(perplexities, fitted=report.config.get("refit") != "none"):
         notes.append(note)
+    continuations = report.continuations
+    if came_in.tokenizer is not None and continuations:
+        now = written_on(ModelDecoder(came_in.model), came_in.tokenizer)
+        continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
+    if note := silence_note(continuations):
+        notes.append(note)
     for note in notes[old:]:
         logger.warning(note)
-    continuations = report.continuations
-    if came_in.tokenizer is not None and [text.prompt for text in continuations] == list(PROMPTS):
-        texts_now = written_on(ModelDecoder(came_in.model), came_in.tokenizer)
-        continuations = [
-            dataclasses.replace(text, fused=now) for text, now in zip(continuations, texts_now, strict=True)
-        ]
     return dataclasses.replace(
         report,
         continuations=continuations,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus, documentation_halves
+from lf_hf.text.chats import CHATS, is_chat
 from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
 HELD_OUT = 4
 """Sequences of a kind of text that are kept aside at most, to see how far the healed model is from the base."""
 
-WRITTEN = "written by the base"
-_WRITTEN_TOGETHER = 256  # pieces
+WRITTEN, WRITTEN_CHATS = "written by the base", "chats written by the base"
+_WRITTEN_TOGETHER = 256  # pieces; a multiple of the step of CHATS
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that texts from the hub are enough
 
 Write = Callable[[int, int, int], list[Tensor]]
@@ -70,12 +73,18 @@ def given_text(
 
 
 def healing_text(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int, write: Write | None
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    settings: HealSettings,
+    vocab_size: int,
+    write: Write | None,
+    *,
+    chats: bool = False,
 ) -> list[Kind]:
     """The text of a healing: `given_text`, and the share that the settings, or else the corpus, leave to the base.
 
-    There are two kinds of held-out text at least: where one was given, and the base writes none, some of the text that
-    comes with this package is kept aside too.
+    `chats` says whether `CHATS` of what `write` gives are chats. There are two kinds of held-out text at least: where
+    one was given, and the base writes none, some of the text that comes with this package is kept aside too.
 
     Raises
     ------
@@ -96,8 +105,15 @@ def healing_text(
             aside = [sequence for sequence in sequences if len(sequence) == length]
             kinds.append(Kind(f"{DOCUMENTATION}, for comparison", [], aside))
     elif count or lacks_kind:
-        written = _written(write, count + HELD_OUT, length, settings.seed)
-        kinds.append(Kind(WRITTEN, written[HELD_OUT:], written[:HELD_OUT]))
+        of_chats = len(range(count)[CHATS]) if chats else 0
+        aside_chats, of_text = min(HELD_OUT, of_chats), count - of_chats + HELD_OUT
+        enough = max(CHATS.step * (of_chats + aside_chats), math.ceil(of_text * CHATS.step / (CHATS.step - 1)))
+        pieces = _written(write, length, settings.seed, enough if chats else of_text)
+        written_chats = pieces[CHATS]
+        if chats:
+            del pieces[CHATS]
+        kinds.append(_joined(WRITTEN, pieces, length, count - of_chats, HELD_OUT))
+        kinds.append(_joined(WRITTEN_CHATS, written_chats, length, of_chats, aside_chats))
     if sum(bool(kind.held_out) for kind in kinds if kind.name != QUESTIONS) > 1:
         # Each question is there twice, so of those that are kept aside the other half would be trained on.
         kinds = [
@@ -106,14 +122,20 @@ def healing_text(
     return [kind for kind in kinds if kind.training or kind.held_out]
 
 
-def _written(write: Write, count: int, length: int, seed: int) -> list[Tensor]:
-    """Sequences of short pieces: at length a small model's text no longer resembles any, and takes long to write."""
-    short = min(WRITTEN_LENGTH, length)
-    of_each = -(-length // short)
-    pieces = []
-    for start in range(0, count * of_each, _WRITTEN_TOGETHER):
-        pieces += write(min(_WRITTEN_TOGETHER, count * of_each - start), short, seed + start)
-    return [torch.cat(pieces[n * of_each : (n + 1) * of_each])[:length] for n in range(count)]
+def _written(write: Write, length: int, seed: int, count: int) -> list[Tensor]:
+    """Short pieces for `count` sequences: at length a small model's text no longer resembles any, and takes long."""
+    short, pieces = min(WRITTEN_LENGTH, length), list[Tensor]()
+    total = count * -(-length // short)
+    for start in range(0, total, _WRITTEN_TOGETHER):
+        pieces += write(min(_WRITTEN_TOGETHER, total - start), short, seed + start)
+    return pieces
+
+
+def _joined(name: str, pieces: list[Tensor], length: int, count: int, aside: int) -> Kind:
+    """Sequences of short pieces, `count` to train on and `aside` that are kept aside."""
+    of_each = -(-length // len(pieces[0]))
+    sequences = [torch.cat(pieces[n * of_each : (n + 1) * of_each])[:length] for n in range(aside + count)]
+    return Kind(name, sequences[aside:], sequences[:aside])
 
 
 def _split(name: str, sequences: list[Tensor]) -> Kind:
@@ -173,8 +195,8 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return dict(self.items[self.numbers[place]])
 
 
-def hub_texts(name: str, config: str | None, split: str, column: str, tokens: int) -> list[str]:
-    """The first texts of a data set on the hub, streamed, that have some `tokens` tokens together.
+def hub_texts(name: str, config: str | None, split: str, column: str, tokens: int) -> list[Any]:
+    """The first texts, or chats, of a data set on the hub, streamed, that have some `tokens` tokens together.
 
     Raises
     ------
@@ -196,9 +218,9 @@ def hub_texts(name: str, config: str | None, split: str, column: str, tokens: in
     return texts
 
 
-def _until(characters: int, texts: Iterator[str]) -> Iterator[str]:
+def _until(characters: int, texts: Iterator[Any]) -> Iterator[Any]:
     for text in texts:
         yield text
-        characters -= len(text)
-        if characters <= 0:
+        characters -= len(str(text))
+        if characters <= 0 or not (isinstance(text, str) or is_chat(text)):
             return

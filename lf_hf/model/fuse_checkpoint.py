@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lf_hf.model.modeling_fused import FusionInputs, checked_tokenizer, from_pre
 from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import load_needed
+from lf_hf.text.readers import Samples
 
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
@@ -36,7 +37,7 @@ def fuse_checkpoint(
     low_memory: bool = True,
     plain: bool | None = None,
     as_llama: bool | None = None,
-    calibration: Sequence[str] | str | Path | None = None,
+    calibration: Samples | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,
@@ -97,8 +98,9 @@ def fuse_checkpoint(
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     check_layers(config, opened.config)
-    samples, text = load_needed(config, calibration)
-    used_tokenizer = checked_tokenizer(tokenizer) or opened.tokenizer()
+    used_tokenizer = checked_tokenizer(tokenizer)
+    samples, text = load_needed(config, calibration, lambda: used_tokenizer or opened.tokenizer())
+    used_tokenizer = used_tokenizer or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
     with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
         return _fuse_on_disk(inputs, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +62,7 @@ from lf_hf.numerics import weights_digest
 from lf_hf.processes import ALONE, Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
+from lf_hf.text.readers import Samples
 
 if TYPE_CHECKING:
     from lf_hf.measure import Measurements
@@ -103,7 +104,7 @@ class FusedForCausalLM(PreTrainedModel):
         base: str | os.PathLike[str] | Base,
         config: FusionConfig | None = None,
         *,
-        calibration: Sequence[str] | str | Path | None = None,
+        calibration: Samples | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         measurements: Measurements | None = None,
         fused_dir: str | os.PathLike[str] | None = None,
@@ -120,7 +121,7 @@ class FusedForCausalLM(PreTrainedModel):
             opened.
         config : FusionConfig, optional
             Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
-        calibration : list of str or path, optional
+        calibration : list of str or chats, or path, optional
             Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
             `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of
             `lf_hf.text.calibration.load_corpus`.
@@ -155,9 +156,12 @@ class FusedForCausalLM(PreTrainedModel):
                 "which finds the class itself."
             )
         check_layers(config, base.config)
-        samples, text = (None, None) if measurements else load_needed(config, calibration)
-        tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
-        to_heal = load_training_text(calibration, config.heal_tokens) if config.heal_tokens else None
+        own, opened = checked_tokenizer(tokenizer), base
+        samples, text = (
+            (None, None) if measurements else load_needed(config, calibration, lambda: own or opened.tokenizer())
+        )
+        tokenizer = own or base.tokenizer()
+        to_heal = load_training_text(calibration, config.heal_tokens, lambda: tokenizer) if config.heal_tokens else None
         inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
         # Where each process spreads its model over several devices, its states are not on its own one.
         processes = ALONE if is_spread(base.loading.get("device_map")) else Processes.of_launch()

@@ -21,6 +21,7 @@ _RELATIONS = {
 }
 MOST_LAYERS = 10_000  # larger counts are errors
 COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
+SILENT = "The fused model writes nothing"  # begins the note about that
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
@@ -493,6 +494,17 @@ def collapse_note(judged: Sequence[PerplexityInfo], *, fitted: bool) -> str | No
             if fitted
             else "method=refit fits the fused layers to the base and keeps far more of it."
         )
+    )
+
+
+def silence_note(continuations: Sequence[Continuation]) -> str | None:
+    """A sentence about prompts after which the base writes something and the fused model only blanks, if any are."""
+    prompts = [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]
+    if not prompts:
+        return None
+    return (
+        f"{SILENT} where its base goes on, after {', '.join(prompts)}. Fewer fusions help, or text of that kind "
+        "to calibrate and heal on."
     )
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from string import ascii_uppercase
 
 from lf_hf.config import FusionConfig
 from lf_hf.text.excerpts import spread_evenly, windows
 from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question
-from lf_hf.text.readers import checked_strings, open_samples
+from lf_hf.text.readers import OpenTokenizer, Samples, checked_strings, open_samples
 
 logger = logging.getLogger(__name__)
 # What the model writes itself keeps what no other text touches: a share of the tokens of the default corpus, and of
@@ -55,7 +53,7 @@ class Calibration:
 
 
 def load_needed(
-    config: FusionConfig, calibration: Sequence[str] | str | Path | None
+    config: FusionConfig, calibration: Samples | None, open_tokenizer: OpenTokenizer
 ) -> tuple[Calibration | None, Corpus | None]:
     """What a fusion with `config` needs of samples for layer similarity and of running text.
 
@@ -67,10 +65,15 @@ def load_needed(
     samples = None
     if config.needs_similarity:
         samples = load_calibration(
-            calibration, samples_per_subject=config.samples_per_subject, sample_length=config.sample_length
+            calibration,
+            samples_per_subject=config.samples_per_subject,
+            sample_length=config.sample_length,
+            open_tokenizer=open_tokenizer,
         )
         config.check_num_samples(len(samples.texts))
-    text = load_corpus(calibration, max_tokens=config.calibration_tokens) if config.needs_text else None
+    text = None
+    if config.needs_text:
+        text = load_corpus(calibration, max_tokens=config.calibration_tokens, open_tokenizer=open_tokenizer)
     return samples, text
 
 
@@ -107,7 +110,11 @@ class Corpus:
 
 
 def load_corpus(
-    calibration: Sequence[str] | str | Path | None = None, *, max_tokens: int = 49152, excerpt: int | None = None
+    calibration: Samples | None = None,
+    *,
+    max_tokens: int = 49152,
+    excerpt: int | None = None,
+    open_tokenizer: OpenTokenizer | None = None,
 ) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
 
@@ -116,7 +123,7 @@ def load_corpus(
 
     Parameters
     ----------
-    calibration : list of str, path, or None
+    calibration : list of str or chats, path, or None
         As for `load_calibration`. None: text that the model writes itself, the first half of Python's
         documentation, and one MMLU development question a subject, with its answer.
     max_tokens : int
@@ -124,11 +131,13 @@ def load_corpus(
         spread evenly over it, and the source says so.
     excerpt : int, optional
         Characters of an excerpt; `max_tokens` by default.
+    open_tokenizer : callable, optional
+        Returns the model's tokenizer, by whose template chats are written out; without it they are refused.
 
     Raises
     ------
     ValueError
-        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
+        If the file is missing, empty, of an unknown kind or not text, or a sample is neither a string nor a chat.
     """
     if calibration is None:
         parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
@@ -136,7 +145,7 @@ def load_corpus(
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
     excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
-    kept, total = spread_evenly(windows(checked_strings(samples, source), excerpt), TOKEN_CHARACTERS)
+    kept, total = spread_evenly(windows(checked_strings(samples, source, open_tokenizer), excerpt), TOKEN_CHARACTERS)
     if not total:
         raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
     text = ("" if len(kept) == total else "\n\n").join(kept)
@@ -150,14 +159,14 @@ def load_corpus(
     return Corpus([text, questions], f"{source}, {QUESTIONS}", _GENERATED_SHARE_OF_USERS)
 
 
-def load_training_text(text: Sequence[str] | str | Path | None, tokens: int) -> Corpus:
+def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
     """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual.
 
     Beside a user's text goes some of Python's documentation too, evenly from its first half: a seventh of the tokens,
     but no more than half as much as the user's text has, and nothing where that is this documentation itself.
     """
     excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
-    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt)
+    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt, open_tokenizer=open_tokenizer)
     given, *others = corpus.parts
     characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
     pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
@@ -182,33 +191,42 @@ def _answered_questions() -> str:
 
 
 def load_calibration(
-    calibration: Sequence[str] | str | Path | None = None, *, samples_per_subject: int = 1, sample_length: int = 512
+    calibration: Samples | None = None,
+    *,
+    samples_per_subject: int = 1,
+    sample_length: int = 512,
+    open_tokenizer: OpenTokenizer | None = None,
 ) -> Calibration:
     """Calibration texts from a user's strings or file, or, with None, one MMLU question a subject.
 
     Parameters
     ----------
-    calibration : list of str, path, or None
-        Path: .txt (samples separated by blank lines), .jsonl (strings, or objects with "text"), .csv or
-        .parquet (a column "text"). None: questions without answers of MMLU's validation split if the Hugging
-        Face hub or its cache answers, else of the development questions that lm-eval ships. Never MMLU's test
-        split.
+    calibration : list of str or chats, path, or None
+        A chat is a list of messages, as chat templates take them: [{"role": "user", "content": "..."}, ...].
+        Path: .txt (samples separated by blank lines), .jsonl (strings, chats, or objects with "text" or "messages"),
+        .csv (a column "text") or .parquet ("text", or "messages" of chats). None: questions without answers of MMLU's
+        validation split if the Hugging Face hub or its cache answers, else of the development questions that lm-eval
+        ships. Never MMLU's test split.
     samples_per_subject : int
         Questions a subject where `calibration` is None.
     sample_length : int
         How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
         samples as many are taken, spread evenly over them, and the source says so.
+    open_tokenizer : callable, optional
+        As for `load_corpus`.
 
     Raises
     ------
     ValueError
-        If the file is missing, empty, of an unknown kind or not text, or a sample is not a string.
+        If the file is missing, empty, of an unknown kind or not text, or a sample is neither a string nor a chat.
     """
     if calibration is None:
         return _mmlu_calibration(samples_per_subject)
     samples, source = open_samples(calibration)
     longest = sample_length * TOKEN_CHARACTERS
-    texts, total = spread_evenly((sample[:longest] for sample in checked_strings(samples, source)), MAX_SAMPLES)
+    texts, total = spread_evenly(
+        (sample[:longest] for sample in checked_strings(samples, source, open_tokenizer)), MAX_SAMPLES
+    )
     if not texts:
         raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
     if len(texts) < total:

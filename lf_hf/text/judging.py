@@ -22,6 +22,8 @@ PROMPTS = (
     'def mean(numbers):\n    """The average of a list of numbers, 0 for an empty list."""\n    if',
 )
 """What the dense and the fused model go on from, to be looked at: prose, arithmetic and a program."""
+QUESTION = "Which city is the capital of France, and what is it known for?"
+"""What both are asked in the base's chat template, if there is one."""
 
 Relation = Literal["unseen", "kin", "seen"]
 """Of a judging text to what was fitted: nothing of it, text of its kind, or part of the text itself."""

@@ -1,20 +1,29 @@
-"""Calibration samples from a user's strings or file: .txt, .jsonl, .csv and .parquet."""
+"""Calibration samples from a user's strings, chats or file: .txt, .jsonl, .csv and .parquet."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lf_hf.checked_json import parse_json
+from lf_hf.text.chats import Messages, chat_text, is_chat
 
 _PARQUET_ROWS = 256  # that are in memory together
 _MAX_LINE = 1 << 24  # characters, of a calibration file
 
+Samples = Sequence[str | Messages] | str | Path
+"""Text that a user gives: strings and chats, or the path of a file with them."""
 
-def open_samples(calibration: Sequence[str] | str | Path) -> tuple[Iterable[Any], str]:
+OpenTokenizer = Callable[[], PreTrainedTokenizerBase]
+"""Opens the model's tokenizer, for whose chat template chats are written out; other text does without."""
+
+
+def open_samples(calibration: Samples) -> tuple[Iterable[Any], str]:
     """The samples that a user gave, unchecked, and what to call them."""
     if isinstance(calibration, (str, os.PathLike)):
         path = Path(calibration)
@@ -24,11 +33,28 @@ def open_samples(calibration: Sequence[str] | str | Path) -> tuple[Iterable[Any]
     return calibration, "strings given by the caller"
 
 
-def checked_strings(samples: Iterable[Any], source: str) -> Iterator[str]:
-    """The samples that are not blank, checked to be strings; each ends with one newline, as paragraphs of a file do."""
+def checked_strings(samples: Iterable[Any], source: str, open_tokenizer: OpenTokenizer | None) -> Iterator[str]:
+    """The samples that are not blank, checked to be strings; each ends with one newline, as paragraphs of a file do.
+
+    Chats are written out by the tokenizer's template.
+    """
+    tokenizer: PreTrainedTokenizerBase | None = None
     for number, sample in enumerate(samples):
+        if is_chat(sample):
+            if open_tokenizer is None:
+                raise ValueError(
+                    f"Calibration sample {number} of {source} is a chat, which needs the model's tokenizer; give "
+                    "open_tokenizer."
+                )
+            tokenizer = tokenizer or open_tokenizer()
+            try:
+                sample = _without_first(tokenizer, chat_text(tokenizer, sample))
+            except ValueError as error:
+                raise ValueError(f"Calibration sample {number} of {source} is a chat, but {error}.") from None
         if not isinstance(sample, str):
-            raise ValueError(f"Calibration sample {number} of {source} must be a string, got {sample!r:.80}.")
+            raise ValueError(
+                f"Calibration sample {number} of {source} must be a string or a list of messages, got {sample!r:.80}."
+            )
         try:
             sample.encode()
         except UnicodeEncodeError:
@@ -37,6 +63,13 @@ def checked_strings(samples: Iterable[Any], source: str) -> Iterator[str]:
             ) from None
         if sample.strip():
             yield sample.rstrip("\n") + "\n"
+
+
+def _without_first(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the token that the tokenizer itself puts before each."""
+    first = tokenizer.bos_token
+    adds = first is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(first) if adds else text
 
 
 def _read(path: Path) -> Iterator[Any]:
@@ -89,9 +122,10 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
             continue
         sample = parse_json(line, f"Line {number} of {path.name!r}")
         if isinstance(sample, dict):
-            if "text" not in sample:
-                raise ValueError(f"Line {number} of {path.name!r} has no field 'text'.")
-            sample = sample["text"]
+            field = next((name for name in ("text", "messages") if name in sample), None)
+            if field is None:
+                raise ValueError(f"Line {number} of {path.name!r} has no field 'text' or 'messages'.")
+            sample = sample[field]
         yield sample
 
 
@@ -115,11 +149,15 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         raise ValueError(f"Reading {path.name!r} needs pyarrow; run `pip install pyarrow`.") from None
     try:
         schema = pyarrow.parquet.read_schema(path)
-        if "text" not in schema.names or pyarrow.types.is_nested(schema.field("text").type):
-            raise ValueError(f"{path.name!r} has no column 'text' of strings, but {schema.names!s:.200}.")
+        nested = {name: pyarrow.types.is_nested(schema.field(name).type) for name in schema.names}
+        name = next((name for name, holds in (("text", False), ("messages", True)) if nested.get(name) is holds), None)
+        if name is None:
+            raise ValueError(
+                f"{path.name!r} has no column 'text' of strings or 'messages' of chats, but {schema.names!s:.200}."
+            )
         # As a dictionary, in which a text that many rows have is there once.
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=["text"]) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=["text"]):
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=None if nested[name] else [name]) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[name]):
                 for value in batch.column(0):
                     yield value.as_py()
     except (pyarrow.ArrowException, OSError) as error:

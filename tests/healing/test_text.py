@@ -11,9 +11,18 @@ import torch
 from conftest import make_texts, make_tokenizer
 
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.text import HELD_OUT, WRITTEN, healing_text, hub_texts, training_order
+from lf_hf.healing.text import (
+    _WRITTEN_TOGETHER,
+    HELD_OUT,
+    WRITTEN,
+    WRITTEN_CHATS,
+    healing_text,
+    hub_texts,
+    training_order,
+)
 from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import QUESTIONS, Corpus
+from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import pack_tokens
 
 SETTINGS = HealSettings(tokens=4096, length=32, batch_tokens=256)
@@ -56,6 +65,22 @@ def test_long_sequences_of_the_base_are_made_of_short_pieces_that_differ() -> No
     assert max(asked) <= WRITTEN_LENGTH and len(asked) > 1
     pieces = [piece for sequence in sequences for piece in sequence[:256].split(128)]
     assert len(as_sets(pieces)[0]) == len(pieces)
+
+
+def test_chats_that_the_base_writes_are_a_kind_of_their_own() -> None:
+    assert _WRITTEN_TOGETHER % CHATS.step == 0  # so that they keep their places
+
+    def write_both(count: int, length: int, seed: int) -> list[torch.Tensor]:
+        return [torch.full((length,), int(n in range(count)[CHATS])) for n in range(count)]
+
+    corpus = Corpus(["\n\n".join(make_texts(9000, seed=3))], "a text", 0.25)
+    for length in (32, 160):  # one piece and two
+        settings = HealSettings(tokens=36 * length, length=length, batch_tokens=4 * length)
+        kinds = healing_text(make_tokenizer(), corpus, settings, 320, write_both, chats=True)
+        assert [kind.name for kind in kinds] == ["a text", WRITTEN, WRITTEN_CHATS]
+        assert [(len(kind.training), len(kind.held_out)) for kind in kinds[1:]] == [(7, HELD_OUT), (2, 2)]
+        for number, kind in enumerate(kinds[1:]):
+            assert all(sequence.tolist() == [number] * length for sequence in (*kind.training, *kind.held_out))
 
 
 def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:

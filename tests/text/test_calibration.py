@@ -79,7 +79,7 @@ def test_samples_per_subject_beyond_what_is_there_is_an_error() -> None:
     ("name", "content", "message"),
     [
         ("blank.txt", b"\n \n\n", r"\(blank.txt\) is empty"),
-        ("number.jsonl", b'{"text": 3}', "sample 0 of number.jsonl must be a string, got 3"),
+        ("number.jsonl", b'{"text": 3}', "sample 0 of number.jsonl must be a string or a list of messages, got 3"),
         ("empty.csv", b"", "'empty.csv' has no column 'text'"),
     ],
 )
@@ -89,7 +89,9 @@ def test_bad_files_get_one_sentence(tmp_path: Path, name: str, content: bytes, m
         load_calibration(tmp_path / name)
 
 
-@pytest.mark.parametrize(("value", "message"), [([], "is empty"), ([1, 2], "sample 0 .* must be a string, got 1")])
+@pytest.mark.parametrize(
+    ("value", "message"), [([], "is empty"), ([1, 2], "sample 0 .* must be a string or a list of messages, got 1")]
+)
 def test_bad_strings_get_one_sentence(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_calibration(value)
@@ -209,4 +211,5 @@ def test_text_that_is_given_fills_a_sequence_beside_what_the_model_writes() -> N
     config = FusionConfig(1, "refit", calibration_tokens=1024, calibration_length=1000)
     decoder = ModelDecoder(make_llama(max_position_embeddings=2048))
     corpus = Corpus(["\n".join(make_texts(200))], "a text", generated_share=0.5)
-    assert [len(sequence) for sequence in calibration_sequences(decoder, make_tokenizer(), corpus, config)] == [1000]
+    sequences, _ = calibration_sequences(decoder, make_tokenizer(), corpus, config)
+    assert [len(sequence) for sequence in sequences] == [1000]

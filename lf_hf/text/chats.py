@@ -1,0 +1,131 @@
+"""Chats: written out by a tokenizer's template, and by the model itself in the template's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import dropwhile
+from typing import Any, TypeGuard
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat, as chat templates take it: [{"role": "user", "content": "..."}, ...]."""
+
+CHATS = slice(2, None, 4)
+"""Which of the sequences that a model writes are chats, where it has a form for them."""
+
+logger = logging.get_logger(__name__)
+_ASKS, _REPLIES, _ASKS_AGAIN = "Q1q1Q", "R1r1R", "Q2q2Q"  # in place of what is said
+_LONGEST_OPENING = 64  # tokens: a longer one, of instructions, would leave no room for a chat
+# Hides the clock from a template, as the text of a fusion must not depend on the day.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July')"
+    " | replace('%m', '07') | replace('%Y', '2024') }}{%- endmacro +%}"
+)
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """Token ids around what is said in a chat.
+
+    Attributes
+    ----------
+    opening : list of int
+        Before the user's first message.
+    asked : list of int
+        From the end of a user's message to the beginning of the reply. The first one ends the message.
+    replied : list of int
+        From the end of a reply to the beginning of the user's next message. The first one ends the reply.
+    """
+
+    opening: list[int]
+    asked: list[int]
+    replied: list[int]
+
+
+def chat_form(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ChatForm | None:
+    """The form of a chat by the tokenizer's template, without long instructions.
+
+    None without a template, where no token of its own ends a turn, or for tokens that a model with `vocab_size`
+    embeddings does not have.
+    """
+    asks = [{"role": "user", "content": _ASKS}]
+    chat = [*asks, {"role": "assistant", "content": _REPLIES}, {"role": "user", "content": _ASKS_AGAIN}]
+    try:
+        opening, asked = chat_text(tokenizer, asks, to_reply=True).split(_ASKS)
+        replied = chat_text(tokenizer, chat).split(_REPLIES)[1].split(_ASKS_AGAIN)[0]
+    except (ValueError, IndexError) as error:  # a template that leaves out or repeats what is said, too
+        logger.info("The chat template cannot be used (%s).", error)
+        return None
+    # Words bring the space before them along.
+    parts = [tokenizer(part.rstrip(" "), add_special_tokens=False)["input_ids"] for part in (opening, asked, replied)]
+    of_their_own = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
+    if not (all(parts[1:]) and parts[1][0] in of_their_own and parts[2][0] in of_their_own):
+        return None
+    if len(parts[0]) > _LONGEST_OPENING:
+        user = dropwhile(lambda token: not str(tokenizer.decode([token])).strip(), parts[2][1:])
+        parts[0] = [*parts[0][: parts[0][0] == tokenizer.bos_token_id], *user]
+    return ChatForm(*parts) if parts[0] and max(map(max, parts)) < vocab_size else None
+
+
+def is_chat(sample: object) -> TypeGuard[Messages]:
+    """Whether a sample is a list of messages, as chat templates take them."""
+    return isinstance(sample, list) and bool(sample) and all(isinstance(m, dict) and "role" in m for m in sample)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_reply: bool = False) -> str:
+    """A chat written out by the tokenizer's template, up to its end or to the beginning of a reply.
+
+    Raises
+    ------
+    ValueError
+        If there is no template, or it does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the model's tokenizer has no chat template")
+    # Tables have all fields of all messages.
+    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    try:
+        template = _FIXED_DATE + tokenizer.get_chat_template()
+        found = tokenizer.apply_chat_template(
+            given, chat_template=template, tokenize=False, add_generation_prompt=to_reply
+        )
+    except Exception as error:  # of any kind: a template is a program
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"the model's chat template does not take it ({reason:.300})") from None
+    return str(found)
+
+
+class Chat:
+    """A chat that is being written, token by token.
+
+    Attributes
+    ----------
+    may_end : bool
+        Whether the turn may end here: it has a token.
+    """
+
+    def __init__(self, form: ChatForm) -> None:
+        self._form = form
+        self._given, self._asks, self.may_end = form.opening[::-1], True, False
+
+    @property
+    def _after(self) -> list[int]:
+        return self._form.asked if self._asks else self._form.replied
+
+    @property
+    def end(self) -> int:
+        """The token that ends the turn."""
+        return self._after[0]
+
+    def next(self, drawn: int | None = None) -> int:
+        """The next token: what the template gives, or else what was drawn."""
+        if self._given:
+            return self._given.pop()
+        assert drawn is not None
+        self.may_end = drawn != self.end
+        if not self.may_end:
+            self._given, self._asks = self._after[:0:-1], not self._asks
+        return drawn

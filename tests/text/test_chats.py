@@ -1,0 +1,211 @@
+"""Chats: the form that a template gives them, chats that a model writes, and a user's chats as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer
+from tokenizers import decoders
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.measure import written_on
+from lf_hf.report.report import Continuation, silence_note
+from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
+from lf_hf.text.chats import CHATS, Chat, ChatForm, chat_form, chat_text
+from lf_hf.text.judging import QUESTION
+from lf_hf.text.packing import pack_corpus
+
+TEMPLATES = {
+    "chatml": "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama 3": "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<x>\n\n' + m.content | trim + "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<x>\n\n' }}{% endif %}",
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+}
+CHAT = [
+    {"role": "user", "content": "layer model"},
+    {"role": "assistant", "content": "neuron"},
+    {"role": "user", "content": "weight"},
+]
+
+
+def with_template(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<x>", "[INST]", "[/INST]"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_form_puts_a_chat_together_as_the_template_does(template: str) -> None:
+    tokenizer = with_template(template)
+    form = chat_form(tokenizer, 400)
+    assert form is not None
+    [asks, reply, again] = (tokenizer(message["content"], add_special_tokens=False)["input_ids"] for message in CHAT)
+    ids = [*form.opening, *asks, *form.asked, *reply, *form.replied, *again, *form.asked]
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",  # nothing special ends a turn
+        "{{ messages[1].content }}",
+        "{{ raise_exception('no chats') }}",
+        "{% for",
+        "",
+    ],
+)
+def test_where_no_form_can_be_told_there_is_none(template: str | None) -> None:
+    assert chat_form(with_template(template), 400) is None
+
+
+def test_a_form_has_room_for_a_chat_and_no_token_that_the_model_lacks() -> None:
+    long = with_template(TEMPLATES["chatml"].replace("Be kind.", "Be kind. " * 40))
+    form, usual = chat_form(long, 400), chat_form(with_template(TEMPLATES["chatml"]), 400)
+    assert form is not None and usual is not None
+    assert long.decode(form.opening) == "<|im_start|>user\n"
+    assert form.asked == usual.asked and form.replied == usual.replied
+    long.chat_template = "{{ bos_token }}" + str(long.chat_template)
+    form = chat_form(long, 400)
+    assert form is not None and form.opening[0] == long.bos_token_id and len(form.opening) < 20
+    assert chat_form(with_template(TEMPLATES["chatml"]), 320) is None
+
+
+def test_tokens_of_a_template_need_not_be_special() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|User|>", "<|Assistant|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|User|>' + m.content if m.role == 'user' else "
+        "'<|Assistant|>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
+    )
+    assert chat_form(tokenizer, 400) == ChatForm([320], [321], [1, 320])
+
+
+def test_what_a_template_writes_does_not_depend_on_the_day() -> None:
+    tokenizer = with_template("{{ strftime_now('%d %b %Y, %Y-%m-%d') + ': ' + messages[0].content }}")
+    assert chat_text(tokenizer, CHAT) == "26 Jul 2024, 2024-07-26: layer model"
+
+
+def test_a_token_that_begins_all_texts_is_there_once() -> None:
+    tokenizer = with_template("{{ bos_token + messages[0].content }}")
+    for adds in (False, True):
+        if adds:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+            )
+        corpus = load_corpus([CHAT], max_tokens=1024, open_tokenizer=lambda: tokenizer)
+        [first, *_] = pack_corpus(tokenizer, corpus, 8, 1024, 400)
+        assert first[0] == tokenizer.bos_token_id and first[1] != tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_a_model_writes_both_sides_of_a_chat(in_config: bool) -> None:
+    tokenizer = with_template(TEMPLATES["chatml"])
+    form = chat_form(tokenizer, 400)
+    assert form is not None
+    end = form.asked[0]
+    model = make_llama(vocab_size=len(tokenizer), eos_token_id=[1, end] if in_config else 1)
+    with torch.no_grad():
+        model.lm_head.weight *= 0  # so that all tokens are alike
+    written = torch.stack(ModelDecoder(model).generate(16, 240, seed=0, chat=form))
+    chats = written[CHATS]
+    assert len(chats) == 4 and (not in_config or (written == end).sum() == (chats == end).sum())
+    turns = 0
+    for sequence in chats.tolist():
+        assert sequence[: len(form.opening)] == form.opening
+        chat = Chat(form)
+        for token in sequence:
+            may_end, expected = chat.may_end, chat.end
+            assert chat.next(token) == token  # what the template gives stands where it belongs
+            assert token != expected or may_end or token in form.opening  # no turn is empty
+        turns += sequence[len(form.opening) :].count(end)
+    assert turns > 1
+    assert torch.equal(written, torch.stack(ModelDecoder(model).generate(16, 240, seed=0, chat=form)))
+
+
+def test_a_chat_is_written_turn_by_turn() -> None:
+    chat = Chat(ChatForm(opening=[10, 11], asked=[20, 21], replied=[30, 31]))
+    drawn = iter([5, 20, 6, 20, 30, 7])
+    written: list[int] = []
+    for _ in range(10):
+        written.append(chat.next(next(drawn) if len(written) in (2, 3, 5, 6, 7, 9) else 99))
+    assert written == [10, 11, 5, 20, 21, 6, 20, 30, 31, 7]  # 20 ends no reply
+
+
+@pytest.mark.parametrize("kind", ["list", "jsonl", "bare jsonl", "parquet"])
+def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Path) -> None:
+    tokenizer = with_template(TEMPLATES["chatml"])
+    given: Any = [CHAT, CHAT[:2]]
+    expected = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in given]
+    if kind.endswith("jsonl"):
+        lines = [json.dumps(chat if kind == "bare jsonl" else {"messages": chat}) for chat in given]
+        given = tmp_path / "chats.jsonl"
+        given.write_text("\n".join([*lines, json.dumps("plain text")]))
+    elif kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
+        given = tmp_path / "chats.parquet"
+    expected += ["plain text\n"] * kind.endswith("jsonl")
+    assert load_calibration(given, open_tokenizer=lambda: tokenizer).texts == expected
+    for corpus in (
+        load_corpus(given, open_tokenizer=lambda: tokenizer),
+        load_training_text(given, 4096, lambda: tokenizer),
+    ):
+        assert corpus.parts[0] == "\n".join(expected)
+
+
+def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
+    with pytest.raises(
+        ValueError, match=r"^Calibration sample 1 of strings .* is a chat, but the model's tokenizer has"
+    ):
+        load_corpus(["text", CHAT], open_tokenizer=make_tokenizer)
+    refusing = with_template("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match=r"is a chat, but the model's chat template .* \(roles must alternate\)\.$"):
+        load_corpus([CHAT], open_tokenizer=lambda: refusing)
+    samples: list[Any] = [[], [{"content": "no role"}], ["a", "b"]]
+    for sample in samples:
+        with pytest.raises(ValueError, match="must be a string or a list of messages"):
+            load_corpus([sample], open_tokenizer=make_tokenizer)
+
+
+def test_a_model_is_asked_a_question_in_its_template() -> None:
+    tokenizer = with_template(TEMPLATES["chatml"])
+    model = make_llama(vocab_size=len(tokenizer))
+    *_, (prompt, answer) = written_on(ModelDecoder(model), tokenizer).items()
+    assert prompt == f"In the chat template: {QUESTION}"
+    chat = [{"role": "user", "content": QUESTION}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    generated = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert answer.strip() == str(tokenizer.decode(generated)).strip()
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the config says."""
+    tokenizer = with_template(TEMPLATES["chatml"])
+    model = make_llama(vocab_size=len(tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in (tokenizer.eos_token_id, model.config.eos_token_id)
+    word = tokenizer("layer")["input_ids"]
+    monkeypatch.setattr("lf_hf.measure.continuations", lambda *_: [torch.tensor([*word, end, *word])] * 4)
+    assert [text.replace(" ", "") for text in written_on(ModelDecoder(model), tokenizer).values()] == ["layer"] * 4
+
+
+def test_a_model_that_writes_nothing_gets_a_note() -> None:
+    written, silent = Continuation("A", "b", "c"), Continuation("In the chat template: D", "e", " ")
+    assert silence_note([written, Continuation("A", "", "")]) is None
+    note = silence_note([written, silent])
+    assert note is not None and "after 'In the chat template: D'. Fewer" in note and "'A'" not in note
