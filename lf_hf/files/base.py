@@ -204,7 +204,8 @@ def _checked_name(base: str | os.PathLike[str]) -> str:
         raise ValueError(f"base must be the folder or hub name of a checkpoint, got {base!r:.80}.")
     if os.path.isfile(base):
         raise ValueError(
-            f"{os.fspath(base)!r} is a file; give the folder that it is in (and the name of a GGUF file as gguf_file=)."
+            f"{os.fspath(base)!r} is a file; give the folder that it is in (and name a GGUF file with gguf_file= or "
+            "--gguf-file)."
         )
     return os.fspath(base)
 
@@ -255,8 +256,8 @@ def _checked_config(base: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"No config of a model can be read for {base!r}: {reason:.400}") from None
     if config.model_type.startswith("fused_"):
         raise ValueError(
-            f"{base!r} is fused already; fuse its base with a larger num_fusions, or save it with plain=True and "
-            "fuse that plain checkpoint."
+            f"{base!r} is fused already; fuse its base with a larger num_fusions, or save it with plain=True "
+            "(--plain) and fuse that plain checkpoint."
         )
     family = _family(base, config)
     if getattr(config, "quantization_config", None) and not gguf_file:
@@ -296,7 +297,7 @@ def check_has_config(folder: Path, hub: Mapping[str, Any]) -> None:
         return
     if not any(_is_file(folder / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         raise ValueError(
-            f"{str(folder)!r} holds no model: config.json is missing (for a GGUF file name it with gguf_file=)."
+            f"{str(folder)!r} holds no model: config.json is missing (name a GGUF file with gguf_file= or --gguf-file)."
         )
 
 
