@@ -26,7 +26,7 @@ from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 HELD_OUT = 4
 """Sequences of a kind of text that are kept aside at most, to see how far the healed model is from the base."""
 
-WRITTEN, WRITTEN_CHATS = "written by the base", "chats written by the base"
+WRITTEN, WRITTEN_CHATS = "text written by the base", "chats written by the base"
 _WRITTEN_TOGETHER = 256  # pieces; a multiple of the step of CHATS
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that texts from the hub are enough
 
