@@ -460,7 +460,9 @@ def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused
 
 def test_long_sequences_are_judged_too(base: str, fused: Path, tmp_path: Path) -> None:
     lf_hf.fuse_checkpoint(base, tmp_path / "fused", num_fusions=2, method="truncate", perplexity_tokens=100)
-    report = lf_hf.heal(tmp_path / "fused", tmp_path / "out", base=base, **SETTINGS | {"length": 128, "learning_rate": 1e-3})
+    report = lf_hf.heal(
+        tmp_path / "fused", tmp_path / "out", base=base, **SETTINGS | {"length": 128, "learning_rate": 1e-3}
+    )
     assert report.healed is not None and report.healed.kept > 0
     assert [judged.name for judged in report.healed.judged] == [judging.name for judging in judging_texts()]
     assert [info.fused for info in report.perplexities] == [judged.perplexity_after for judged in report.healed.judged]
