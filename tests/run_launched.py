@@ -21,6 +21,10 @@ from lf_hf.pipeline import fuse
 from lf_hf.processes import ALONE, Processes
 from lf_hf.text.calibration import Calibration, Corpus
 
+TEMPLATE = (  # so that processes share chats to write, too
+    "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
@@ -44,7 +48,11 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
     config = FusionConfig(**{"calibration_tokens": 4096, "calibration_length": 64, "perplexity_tokens": 300} | settings)
     texts = make_texts(config.calibration_tokens // 40)
     samples, text = Calibration(texts[:60], "samples"), Corpus(texts, "texts", generated_share=0.25)
-    report = fuse(decoder, make_tokenizer(), config, samples, text, base="base")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    report = fuse(decoder, tokenizer, config, samples, text, base="base")
+    assert len(report.continuations) == 4
+    assert not config.needs_text or "sequences of it as chats" in report.calibration[-1].source
     return {
         "pairs": [(step.pair, step.heads_kept, step.channels_kept) for step in report.steps],
         "fitted": [(layer.layers, layer.heads_kept, layer.channels_kept) for layer in report.fitted_layers],
