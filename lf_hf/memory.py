@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
 from lf_hf.processes import local_processes
+
+# By the version of Linux's control groups: where they are, what holds a limit and what is in use, and what comes before
+# the names of the file pages in memory.stat, which the kernel gives back when memory runs short.
+_CONTROL_GROUPS = {
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
 
 
 def free_memory(device: torch.device) -> int:
@@ -13,4 +22,31 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // local_processes()
+    return min([psutil.virtual_memory().available, *left_to_control_groups()]) // local_processes()
+
+
+def left_to_control_groups(root: Path = Path("/")) -> list[int]:
+    """Bytes that are left of each limit that a container or a scheduler's job sets for this process.
+
+    `root` is where `proc` and `sys` are. Without limits, and on other systems than Linux, there are none.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    left = []
+    for number, controllers, path in (line.split(":", 2) for line in lines):
+        if "memory" not in controllers.split(",") and number != "0":
+            continue
+        place, limit, usage, total = _CONTROL_GROUPS[2 if number == "0" else 1]
+        group = Path(path.lstrip("/"))
+        for folder in (root / place / parent for parent in (group, *group.parents)):
+            try:  # a container may not see the groups above it, and some have no limit ("max")
+                most, used = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, usage))
+                stat = (folder / "memory.stat").read_text(encoding="utf-8").split()
+            except (OSError, ValueError):
+                continue
+            pages = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            files = sum(pages.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
+            left.append(max(0, most - used + files))
+    return left
