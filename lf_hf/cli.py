@@ -397,6 +397,10 @@ def heal(
     ] = None,
     gguf_file: GgufFile = None,
     revision: Revision = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done: text, steps, memory and time. Writes nothing."),
+    ] = False,
 ) -> None:
     """Train the fused model FUSED for a short time to predict what its base predicts, and write it to OUT.
 
@@ -409,21 +413,27 @@ def heal(
     with _usage_errors():
         chosen = HealSettings.from_kwargs(**settings)
         training = given_arguments(arg or [])
+    asked: dict[str, Any] = {
+        "base": base,
+        "text": text,
+        "dataset": dataset,
+        "dataset_config": dataset_config,
+        "dataset_split": split,
+        "dataset_column": column,
+        "settings": chosen,
+        "cache": cache,
+        "training_args": training,
+        **_given(gguf_file=gguf_file, revision=revision),
+    }
+    if dry_run:
+        from lf_hf.healing.plan import plan_heal
+
+        said = plan_heal(fused, out, **asked).summary()
+        if not rank():
+            print(said)
+        return
     with _without_warnings("lf_hf.healing.outcome"):  # its notes stand below the table
-        done = lf_hf.heal(
-            fused,
-            out,
-            base=base,
-            text=text,
-            dataset=dataset,
-            dataset_config=dataset_config,
-            dataset_split=split,
-            dataset_column=column,
-            settings=chosen,
-            cache=cache,
-            training_args=training,
-            **_given(gguf_file=gguf_file, revision=revision),
-        )
+        done = lf_hf.heal(fused, out, **asked)
     assert done.healed is not None
     if rank():  # the first process of a launch says it for all
         return

@@ -1,4 +1,4 @@
-"""How much memory is free."""
+"""How much memory is free, and sizes of it for people."""
 
 from __future__ import annotations
 
@@ -50,3 +50,8 @@ def left_to_control_groups(root: Path = Path("/")) -> list[int]:
             files = sum(pages.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
             left.append(max(0, most - used + files))
     return left
+
+
+def in_gib(size: float) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 2**30:.1f} GiB" if size > 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

@@ -28,9 +28,9 @@ from lf_hf.files.base import SPREAD, Base, is_spread
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
-from lf_hf.memory import free_memory
+from lf_hf.memory import free_memory, in_gib
 from lf_hf.model.fuse_checkpoint import check_low_memory, low_memory_device
-from lf_hf.numerics import slow_bfloat16_note
+from lf_hf.numerics import product_speed, slow_bfloat16_note
 from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
 from lf_hf.processes import Processes
 from lf_hf.progress import duration
@@ -99,7 +99,7 @@ class FusionPlan:
             pairs = ", then ".join(f"{j} into {i}" for i, j in self.pairs)
             pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
         where = "" if self.device.type == "cpu" else f" on {self.device}"
-        low_memory = "cannot be used here" if self.low_memory is None else _size(self.low_memory)
+        low_memory = "cannot be used here" if self.low_memory is None else in_gib(self.low_memory)
         fusions = f"{self.config.num_fusions} fusions"
         if self.config.within_budget:
             fusions = "as many fusions as the budget allows; all figures are of one"
@@ -112,7 +112,7 @@ class FusionPlan:
                 *([f"  healing: on {self.config.heal_tokens:,} tokens"] if self.config.heal_tokens else []),
                 f"  bytes on disk: {_change(self.bytes_before, self.bytes_after)}, as {str(self.dtype)[6:]}",
                 *(f"  calibration: {source}" for source in self.calibration),
-                f"  peak memory{where}, about: {_size(self.memory)}; with low memory: {low_memory}",
+                f"  peak memory{where}, about: {in_gib(self.memory)}; with low memory: {low_memory}",
                 f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
                 *(f"  note: {note}" for note in self.notes),
             ]
@@ -179,9 +179,9 @@ def plan_fusion(
     download = work.parameters * work.dtype.itemsize
     notes = {
         f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
-        f"The base is not on this machine yet; about {_size(download)} will be downloaded.": not bytes_before,
+        f"The base is not on this machine yet; about {in_gib(download)} will be downloaded.": not bytes_before,
         slow_bfloat16_note(work.dtype, devices[0]): True,
-        f"{_size(free)} of memory are free now, less than the {_size(needed)} that this may take.": needed > free,
+        f"{in_gib(free)} of memory are free now, less than the {in_gib(needed)} that this may take.": needed > free,
     }
     return FusionPlan(
         base=opened.full_name,
@@ -271,7 +271,7 @@ def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) ->
     free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
     if free < needed:
         raise OSError(
-            f"The disk of {str(out)!r} has {_size(free)} free, and the fused model takes {_size(needed)}; make room, "
+            f"The disk of {str(out)!r} has {in_gib(free)} free, and the fused model takes {in_gib(needed)}; make room, "
             "or give a folder on another disk."
         )
 
@@ -381,7 +381,7 @@ class _Work:
 
     def seconds(self, device: torch.device) -> float:
         """Operations over the speed of this machine now: of text through layers, of fits; and matching of rows."""
-        speed, single = (_product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
+        speed, single = (product_speed(dtype, device) for dtype in (self.dtype, torch.float32))
         config, layers, fused = self.config, self.llama.num_hidden_layers, self.fused
         step = min(self.text, STEP_TOKENS)
 
@@ -433,17 +433,6 @@ def _num_tokens(text: str) -> int:
     return max(1, len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def _product_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a product that is large enough to be typical of the device."""
-    size = 1024 if device.type == "cpu" else 4096
-    matrix, seconds = torch.ones(size, size, device=device).to(dtype), []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
-
-
 def _devices(device_map: Any) -> list[torch.device]:
     """Where layers run, as from_pretrained's `device_map` says."""
     if device_map in SPREAD:
@@ -457,7 +446,3 @@ def _devices(device_map: Any) -> list[torch.device]:
 
 def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size > 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

@@ -163,7 +163,7 @@ def test_healing_does_not_go_with_low_memory_and_groups_take_more_of_it(base: st
 
 
 def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.plan._product_speed", lambda *_: 1e14)
+    monkeypatch.setattr("lf_hf.plan.product_speed", lambda *_: 1e14)
     monkeypatch.setattr("lf_hf.plan.free_memory", lambda _: 1 << 30)  # so that no states are kept there
     config = FusionConfig(4, "refit", perplexity_tokens=0)
     here = plan_fusion(eight_billion, config, low_memory=True)

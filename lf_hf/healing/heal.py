@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -116,20 +117,11 @@ def heal(
     OSError
         If another process is at work in that folder, or if files cannot be written.
     """
-    settings = heal_settings(settings, kwargs)
-    folder = checked_folder(out)
-    if folder == checked_folder(fused):
-        raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    if base is not None and not isinstance(base, Base):
-        base = Base.open(base, kwargs)
-    own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()
-    open_tokenizer = base.tokenizer if base is not None and not own else partial(load_tokenizer, str(fused), {})
-    corpus = healing_corpus(text, settings, dataset, dataset_config, dataset_split, dataset_column, open_tokenizer)
-    came_in = open_fused(fused)
-    opened = open_base(base, came_in, kwargs)
-    check_replaceable(folder, opened.name)
+    source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
+    settings, given = heal_settings(settings, kwargs), dict(training_args or {})
+    came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
     work = folder / _WORK
-    report = _distilled(came_in, opened, corpus, settings, work, cache, dict(training_args or {}))
+    report = _distilled(came_in, opened, corpus, settings, work, cache, given)
 
     def save() -> None:
         came_in.model.fusion_report = report
@@ -140,6 +132,54 @@ def heal(
 
     Processes.of_launch().told_by_first(save)
     return report
+
+
+@dataclass(frozen=True)
+class HealingText:
+    """Where the text of a healing comes from, as `heal` takes it."""
+
+    text: Samples | None
+    dataset: str | None
+    config: str | None
+    split: str
+    column: str
+
+    def load(self, settings: HealSettings, open_tokenizer: OpenTokenizer) -> Corpus:
+        if self.dataset is None:
+            return load_training_text(self.text, settings.tokens, open_tokenizer)
+        if self.text is not None:
+            raise ValueError("text and dataset exclude each other; give one of them.")
+        texts = hub_texts(self.dataset, self.config, self.split, self.column, settings.tokens)
+        corpus = load_training_text(texts, settings.tokens, open_tokenizer)
+        names = [f"{self.dataset} ({self.split})", *corpus.names[1:]]
+        return dataclasses.replace(corpus, source=", ".join(names))
+
+
+def open_healing(
+    fused: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Base | None,
+    source: HealingText,
+    settings: HealSettings,
+    given: Mapping[str, Any],
+    hub: dict[str, Any],
+    *,
+    reads_weights: bool = True,
+) -> tuple[Fused, Base, Corpus, Path]:
+    """What `heal` starts from, checked: the fused model, its base, the text, and the folder of the result."""
+    folder = checked_folder(out)
+    if folder == checked_folder(fused):
+        raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
+    training_arguments(settings, folder / _WORK, given)  # refuses them before weights are read
+    if base is not None and not isinstance(base, Base):
+        base = Base.open(base, hub)
+    own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()
+    open_tokenizer = base.tokenizer if base is not None and not own else partial(load_tokenizer, str(fused), {})
+    corpus = source.load(settings, open_tokenizer)
+    came_in = open_fused(fused, reads_weights=reads_weights)
+    opened = open_base(base, came_in, hub)
+    check_replaceable(folder, opened.name)
+    return came_in, opened, corpus, folder
 
 
 def heal_loaded(
@@ -178,13 +218,13 @@ def check_can_heal(
     with torch.device("meta"):
         student = base.family.causal_lm(fused)
     with TemporaryDirectory() as work:
-        settings, arguments = _fitting(settings, base.config, Path(work), {})
+        settings, arguments = fitted_arguments(settings, base.config, Path(work), {})
         choose_trained(student, settings.train, [])
         given_text(tokenizer, corpus, settings, base.config.vocab_size)
         choose_way(base, student, settings, arguments, {}, cache)
 
 
-def _fitting(
+def fitted_arguments(
     settings: HealSettings, config: PreTrainedConfig, work: Path, given: dict[str, Any]
 ) -> tuple[HealSettings, TrainingArguments]:
     """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly."""
@@ -224,7 +264,7 @@ def _distilled(
     """Train the model that came in, in place and in all processes; returns what its report is then."""
     start = time.monotonic()
     model = came_in.model
-    settings, arguments = _fitting(settings, model.config, work, given)
+    settings, arguments = fitted_arguments(settings, model.config, work, given)
     processes = Processes.of_launch()
     student = make_student(model, settings, came_in.fused_layers)
     way = choose_way(opened, student, settings, arguments, given, cache)
@@ -280,25 +320,6 @@ def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> Heal
     if "train" in given and settings.learning_rate == LEARNING_RATES[settings.train]:  # which is of what was trained
         given.setdefault("learning_rate", None)
     return dataclasses.replace(settings, **given)
-
-
-def healing_corpus(
-    text: Samples | None,
-    settings: HealSettings,
-    dataset: str | None,
-    config: str | None,
-    split: str,
-    column: str,
-    open_tokenizer: OpenTokenizer,
-) -> Corpus:
-    if dataset is None:
-        return load_training_text(text, settings.tokens, open_tokenizer)
-    if text is not None:
-        raise ValueError("text and dataset exclude each other; give one of them.")
-    texts = hub_texts(dataset, config, split, column, settings.tokens)
-    corpus = load_training_text(texts, settings.tokens, open_tokenizer)
-    names = [f"{dataset} ({split})", *corpus.names[1:]]
-    return dataclasses.replace(corpus, source=", ".join(names))
 
 
 def _state_of(

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from lf_hf.memory import free_memory
 from lf_hf.processes import Processes
 from lf_hf.report.report import CalibrationInfo
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.chats import chat_form
+from lf_hf.text.chats import ChatForm, chat_form
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -56,11 +56,15 @@ _JUDGING = "judging: "  # before a judging text's name, among kinds of text
 
 @dataclass(frozen=True)
 class Way:
-    """How the base's predictions are had: `said` to people; `folder` for files of them, and `in_memory` the base."""
+    """How the base's predictions are had: `said` to people; `folder` for files of them, and `in_memory` the base.
+
+    `memory` is about how many bytes training takes of a device so.
+    """
 
     said: str
     folder: Path | None
     in_memory: bool
+    memory: int = 0
 
 
 def choose_way(
@@ -108,7 +112,8 @@ def choose_way(
         )
     logger.info(f"The base's predictions: {way.said}.")
     set_batches(arguments, settings.batch, int((free - fixed) // one), given)
-    return way
+    together = arguments.per_device_train_batch_size * one
+    return dataclasses.replace(way, memory=fixed + there + together + (of_base if way.folder is None else 0))
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,12 @@ def make_lesson(
     processes: Processes,
 ) -> Lesson:
     """The text and the base's predictions of it, on the way that was chosen."""
+    corpus = _teachable(corpus, way, settings)
     if way.folder is None:
         base = _loaded_base(opened, came_in, arguments)
+        generate = ModelDecoder(base).generate
         kinds = processes.told_by_first(
-            lambda: _kinds(ModelDecoder(base), opened, came_in, corpus, settings, work / "text.safetensors")
+            lambda: _kinds(generate, way, opened, came_in, corpus, settings, work / "text.safetensors")
         )
         teacher, items = MemoryTeacher(base), list[Item]()
         for kind in kinds:
@@ -151,8 +158,6 @@ def make_lesson(
             items += [teacher.read(sequence) for sequence in kind.held_out]
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
         return _arranged(teacher, way.said, items, parts, settings)
-    if not way.in_memory and settings.written_share is None:  # each token would read all of the weights
-        corpus = dataclasses.replace(corpus, generated_share=0.0)
     made_of = {
         "format": 3,  # of the files: rises when they change
         "base": came_in.report.base_digest or base_fingerprint(opened),
@@ -168,6 +173,25 @@ def make_lesson(
     folder = targets_folder(way.folder, **made_of)
     processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
     return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
+
+
+def plan_lesson(way: Way, opened: Base, came_in: Fused, corpus: Corpus, settings: HealSettings) -> Lesson:
+    """A lesson to count with, without the base: nothing is predicted, and all that it would write is zeros."""
+
+    def generate(count: int, length: int, seed: int, *, chat: ChatForm | None) -> list[torch.Tensor]:
+        return [torch.zeros(length, dtype=torch.int64)] * count
+
+    kinds = _kinds(generate, way, opened, came_in, _teachable(corpus, way, settings), settings, None)
+    items: list[Item] = [{"input_ids": ids} for kind in kinds for ids in (*kind.training, *kind.held_out)]
+    parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
+    return _arranged(FileTeacher(), way.said, items, parts, settings)
+
+
+def _teachable(corpus: Corpus, way: Way, settings: HealSettings) -> Corpus:
+    """The text, to which a base that reads all of its weights for each token adds none, unless the settings say so."""
+    if way.in_memory or settings.written_share is not None:
+        return corpus
+    return dataclasses.replace(corpus, generated_share=0.0)
 
 
 def tokenizer_of(opened: Base, came_in: Fused) -> PreTrainedTokenizerBase:
@@ -211,21 +235,26 @@ def _write(
                 device=arguments.device,
             )
             check_base(opened, came_in, decoder)
-        kinds = _kinds(decoder, opened, came_in, corpus, settings, None)
+        kinds = _kinds(decoder.generate, way, opened, came_in, corpus, settings, None)
         write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature)
 
 
 def _kinds(
-    decoder: Decoder, opened: Base, came_in: Fused, corpus: Corpus, settings: HealSettings, file: Path | None
+    generate: Callable[..., list[torch.Tensor]],
+    way: Way,
+    opened: Base,
+    came_in: Fused,
+    corpus: Corpus,
+    settings: HealSettings,
+    file: Path | None,
 ) -> list[Kind]:
     """All kinds of text, judging texts among them; in `file` for a run that is cut short."""
     if file is not None and file.is_file():
         return load_kinds(file)
-    tokenizer = tokenizer_of(opened, came_in)
-    reads_all = decoder.bytes_read > 0  # of the weights, for each token
-    form = chat_form(tokenizer, decoder.config.vocab_size)
-    write = None if reads_all and not settings.written_share else partial(decoder.generate, chat=form)
-    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=form is not None)
+    tokenizer, vocab_size = tokenizer_of(opened, came_in), opened.config.vocab_size
+    form = chat_form(tokenizer, vocab_size)
+    write = partial(generate, chat=form) if way.in_memory or settings.written_share else None
+    kinds = healing_text(tokenizer, corpus, settings, vocab_size, write, chats=form is not None)
     for judging in judging_texts():
         tokens = max(settings.length, came_in.judging_tokens)
         packed = pack_tokens(tokenizer, judging.text, settings.length, tokens)

@@ -26,7 +26,7 @@ def training_memory(
     """What training a student takes, that is not on the device yet, with AdamW; `checkpointing` is of gradients."""
     parameters = [(p.numel(), p.element_size(), p.requires_grad) for p in student.parameters()]
     fixed = sum(count * (size + (12 if trained else 0)) for count, size, trained in parameters)
-    fixed += 4 * sum(count for count, _, _ in parameters) // 2  # copies of weights in what autocast computes in
+    fixed += 2 * sum(count for count, size, _ in parameters if size > 2)  # copies in what autocast computes in
     # Of each layer: its input, two norms, queries, keys, values, what attention and the MLP give, and the MLP's inside.
     values, layers = 10 * config.hidden_size + 4 * config.intermediate_size, config.num_hidden_layers
     values = values + layers * config.hidden_size if checkpointing else values * layers

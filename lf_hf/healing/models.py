@@ -48,7 +48,8 @@ class Fused:
         return [number for number, group in enumerate(self.report.groups) if len(group) > 1]
 
 
-def open_fused(fused: str | os.PathLike[str]) -> Fused:
+def open_fused(fused: str | os.PathLike[str], *, reads_weights: bool = True) -> Fused:
+    """A fused checkpoint; without its weights the model is on the meta device."""
     folder = checked_folder(fused)
     finish_save(folder)
     report = FusionReport.load(folder)
@@ -56,7 +57,11 @@ def open_fused(fused: str | os.PathLike[str]) -> Fused:
     plain = config.model_type in FUSED_CONFIGS
     if plain:
         config = converted_config(config, FUSED_CONFIGS[config.model_type])
-    model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
+    if reads_weights:
+        model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
+    else:
+        with torch.device("meta"):
+            model = fused_class(config)(config).to(config.dtype)
     if len(model.model.layers) != report.layers_after:
         raise ValueError(
             f"{str(fused)!r} has {len(model.model.layers)} layers, but its report says {report.layers_after}; give the "

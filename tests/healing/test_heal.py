@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,9 +31,10 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import memory, training
-from lf_hf.healing.heal import _fitting, heal_settings
+from lf_hf.healing.heal import fitted_arguments, heal_settings
 from lf_hf.healing.judge import judge
-from lf_hf.healing.loss import distillation_loss
+from lf_hf.healing.loss import LOGITS, distillation_loss
+from lf_hf.healing.plan import plan_heal
 from lf_hf.healing.teacher import Item, MemoryTeacher
 from lf_hf.report.report import COLLAPSED
 from lf_hf.text.calibration import DOCUMENTATION
@@ -296,7 +298,7 @@ def test_a_base_that_does_not_fit_is_read_from_disk(
 ) -> None:
     monkeypatch.setattr(module, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
-    monkeypatch.delattr(Decoder, "generate")  # which would read all of it for each token
+    monkeypatch.setattr(Decoder, "generate", lambda *_, **__: pytest.fail("reads all of it for each token"))
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
     assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
 
@@ -325,11 +327,24 @@ def test_checkpointing_takes_less_memory() -> None:
     assert plain.fixed == less.fixed and less.sequence < plain.sequence / 5
 
 
+def test_frozen_weights_in_bfloat16_need_no_copy_to_compute_in() -> None:
+    """As under adapters."""
+    of_weights = []
+    for dtype in (torch.bfloat16, torch.float32):
+        student = make_llama(dtype=dtype).requires_grad_(False)
+        of_weights.append(memory.training_memory(student.config, student, 64, 2).fixed - 24 * LOGITS)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert of_weights == [2 * count, 6 * count]
+
+
 @pytest.mark.parametrize("train", ["layers", "all", "fused", "lora"])
 def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp_path: Path) -> None:
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"train": train, "lora_rank": 2})
+    settings = SETTINGS | {"train": train, "lora_rank": 2}
+    plan = plan_heal(fused, tmp_path / "out", base=base, **settings)
+    report = lf_hf.heal(fused, tmp_path / "out", base=base, **settings)
     before, after = weights(fused), weights(tmp_path / "out")
     assert report.healed is not None and report.healed.kept > 0 and before.keys() == after.keys()
+    assert plan.trained == report.healed.trained
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if train == "lora":
         assert changed == {name for name in before if "_proj" in name}
@@ -451,6 +466,60 @@ def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
     assert main([*arguments, "--arg", "bf16"]) == 2
 
 
+@pytest.fixture
+def without_weights(base: str, fused: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The fused model and its base, as folders from which no weights can be read."""
+    folders = tmp_path / "fused", tmp_path / "base"
+    for folder, source in zip(folders, (fused, Path(base)), strict=True):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folders
+
+
+def test_a_plan_says_what_healing_does_and_reads_no_weights(
+    healed: Path, without_weights: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fused, base = without_weights
+    plan, done = plan_heal(fused, tmp_path / "out", base=base, **SETTINGS), FusionReport.load(healed).healed
+    assert done is not None and not (tmp_path / "out").exists()
+    assert plan.text == done.text and plan.trained == done.trained and plan.epochs == done.epochs
+    assert (plan.settings.steps, plan.way.said) == (done.steps, done.teacher)
+    assert 0 < plan.way.memory < plan.free and 0 < plan.seconds[0] < plan.seconds[1]
+
+
+def test_a_plan_of_predictions_on_disk_has_no_text_that_reads_the_base_for_each_token(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan_heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    monkeypatch.setattr(module, "model_bytes", lambda *_: 10**15)
+    plan = plan_heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert plan.way.said.endswith("read layer by layer")
+    written = {"text written by the base"}
+    assert written == {kind.source for kind in whole.text} - {kind.source for kind in plan.text}
+
+
+def test_a_dry_run_on_the_command_line(
+    base: str, fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    command = ["heal", str(fused), str(out), "--base", base, "--text", str(tmp_path / "text.txt"), "--dry-run"]
+    assert main([*command, "--tokens", "2048", "--length", "64", "--batch-tokens", "128"]) == 0
+    said = capsys.readouterr().out
+    assert "steps: 16 of 128 tokens" in said and "tokens of text.txt" in said and not out.exists()
+    assert main([*command, "--tokens", "1000000", "--length", "64"]) == 0
+    assert "times through its text" in capsys.readouterr().out
+    assert main([*command, "--arg", "bf61=true"]) == 1
+    assert "did you mean 'bf16'?" in capsys.readouterr().err
+
+
+def test_training_arguments_are_refused_before_weights_are_read(
+    without_weights: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fused, base = without_weights
+    with pytest.raises(ValueError, match="did you mean 'bf16'"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {"bf61": True}})
+
+
 def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused: Path, tmp_path: Path) -> None:
     FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
     report = lf_hf.heal(tmp_path / "again", tmp_path / "out", base=base, **SETTINGS)
@@ -529,7 +598,7 @@ def test_a_step_is_shared_evenly_by_any_number_of_processes(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", world)
     config = make_llama(max_position_embeddings=512).config
-    settings, arguments = _fitting(heal_settings(None, {}), config, tmp_path, {})
+    settings, arguments = fitted_arguments(heal_settings(None, {}), config, tmp_path, {})
     assert settings.batch == batch and arguments.max_steps == settings.steps == 131072 // 512 // batch
     training.set_batches(arguments, settings.batch, 100, {})
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world == batch

@@ -1,0 +1,126 @@
+"""What a healing will do and about what it will take, without doing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from lf_hf.files.base import Base
+from lf_hf.healing.heal import HealingText, fitted_arguments, heal_settings, open_healing
+from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, epochs_note, plan_lesson
+from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.training import EVALUATIONS, make_student
+from lf_hf.memory import free_memory, in_gib
+from lf_hf.numerics import product_speed
+from lf_hf.progress import duration
+from lf_hf.report.report import CalibrationInfo
+from lf_hf.text.readers import Samples
+
+_PASSES_WRITTEN = 3  # what a token that the base writes takes, in passes of text through it
+
+
+@dataclass(frozen=True)
+class HealPlan:
+    """What a healing will do and take.
+
+    `text` is what is trained on, by kind, and `epochs` how often it goes through all of that. `trained` counts
+    parameters of the student's `parameters`. `way` is how the base's predictions are had, and how many bytes of the
+    memory of `device` training takes, of which `free` are free now. `seconds` is a range, for a machine that stays as
+    busy as it is.
+    """
+
+    fused: str
+    base: str
+    settings: HealSettings
+    text: list[CalibrationInfo]
+    epochs: float
+    parameters: int
+    trained: int
+    way: Way
+    device: torch.device
+    free: int
+    seconds: tuple[float, float]
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        settings = self.settings
+        where = "" if self.device.type == "cpu" else f" on {self.device}"
+        return "\n".join(
+            [
+                f"Plan: {self.fused}, healed by its base {self.base}. Nothing was done.",
+                f"  trained: {self.trained:,} of {self.parameters:,} parameters ({settings.train})",
+                f"  steps: {settings.steps:,} of {settings.batch * settings.length:,} tokens; "
+                f"{self.epochs:.1f} times through the text",
+                *(f"  text: {kind.tokens:,} tokens of {kind.source}" for kind in self.text),
+                f"  the base's predictions: {self.way.said}",
+                f"  peak memory{where}, about: {in_gib(self.way.memory)}; free now: {in_gib(self.free)}",
+                f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
+                *([f"  note: {epochs_note(self.epochs)}"] if self.epochs > MOST_EPOCHS else []),
+            ]
+        )
+
+
+def plan_heal(
+    fused: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | Base | None = None,
+    text: Samples | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
+    dataset_column: str = "text",
+    settings: HealSettings | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> HealPlan:
+    """Say what `heal` with these arguments would do and take. Neither model's weights are read.
+
+    Raises
+    ------
+    ValueError
+        For settings, models or text that `heal` would refuse, or too little memory; but not for a base with other
+        weights than the one that was fused.
+    """
+    source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
+    settings, given = heal_settings(settings, kwargs), dict(training_args or {})
+    came_in, opened, corpus, _ = open_healing(fused, out, base, source, settings, given, kwargs, reads_weights=False)
+    with TemporaryDirectory() as work:
+        settings, arguments = fitted_arguments(settings, came_in.model.config, Path(work), given)
+        student = make_student(came_in.model, settings, came_in.fused_layers)
+        way = choose_way(opened, student, settings, arguments, given, cache)
+    lesson = plan_lesson(way, opened, came_in, corpus, settings)
+    parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
+    count, trained = sum(n for n, _ in parameters), sum(n for n, needs_gradient in parameters if needs_gradient)
+    with torch.device("meta"):
+        of_base = sum(p.numel() for p in opened.family.causal_lm(opened.config).parameters())
+    # Two operations for each parameter and token of a pass; backwards one more for gradients of what is trained.
+    tokens = settings.sequences * settings.length
+    aside = settings.length * sum(len(numbers) for numbers in lesson.held_out.values())
+    judged = settings.length * sum(len(items) for items in lesson.judging.values())
+    written = tokens * lesson.written_share / lesson.epochs
+    step = 4 * count + 2 * trained + (2 * count if arguments.gradient_checkpointing else 0)
+    run = tokens * step + 2 * count * (aside * (EVALUATIONS + 1) + 2 * judged)
+    run += 2 * of_base * (tokens + aside + judged + _PASSES_WRITTEN * written)
+    speed = product_speed(torch.bfloat16 if arguments.bf16 else torch.float32, arguments.device)
+    seconds = 3 * run / speed / arguments.world_size  # training reaches about a third of the speed of a product
+    return HealPlan(
+        fused=Path(fused).resolve().name,
+        base=opened.name,
+        settings=settings,
+        text=lesson.kinds,
+        epochs=lesson.epochs,
+        parameters=count,
+        trained=trained,
+        way=way,
+        device=arguments.device,
+        free=free_memory(arguments.device),
+        seconds=(seconds / 2, seconds * 2),
+    )
