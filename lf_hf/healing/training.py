@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from lf_hf.config import unknown_name
@@ -128,7 +129,7 @@ def _projections(family: Family) -> list[str]:
 
 def trained_state(trainer: DistillationTrainer, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
     """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
-    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model)
     if not trainer.is_world_process_zero():
         return {}
     if settings.train == "lora":
@@ -282,6 +283,10 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         arguments = TrainingArguments(**values | dict(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
+    unset_hf_deepspeed_config()  # so that both models load whole; DeepSpeed splits the student when training begins
+    if arguments.deepspeed_plugin is not None:  # which can else give what it has split to nobody
+        zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments

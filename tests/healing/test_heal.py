@@ -355,12 +355,19 @@ def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp
         assert changed == {name for name in before if "norm" in name or name.startswith(trained)}
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_two_processes_do_what_one_does(way: str, base: str, fused: Path, healed: Path, tmp_path: Path) -> None:
-    """With the same sequences in each step; to rounding, which training amplifies. What FSDP2 saves loads."""
+ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
+ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
+
+
+@pytest.mark.parametrize(("way", "given"), [("ddp", {}), ("fsdp2", {"fsdp": True}), ("deepspeed", {"deepspeed": ZERO})])
+def test_two_processes_do_what_one_does(
+    way: str, given: dict[str, Any], base: str, fused: Path, healed: Path, tmp_path: Path
+) -> None:
+    """With the same sequences in each step; to rounding, which training amplifies. What was split loads whole."""
+    if way == "deepspeed":
+        pytest.importorskip("deepspeed")
     arguments = {**SETTINGS, "fused": str(fused), "out": str(tmp_path / "out"), "base": base}
-    if way == "fsdp2":
-        arguments["training_args"] = {"bf16": False, "fsdp": True}
+    arguments["training_args"] = {"bf16": False, **given}
     (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     done = subprocess.run(
