@@ -101,7 +101,7 @@ def choose_way(
         needs = f"{(fixed + one) / 1e9:.1f} GB for train={settings.train!r}"
         ways = []
         if fixed < free:  # so what is too much are the activations
-            ways += [] if checkpointing else ["training_args={'gradient_checkpointing': True}"]
+            ways += [] if checkpointing else ["the training argument gradient_checkpointing=True"]
             ways.append("a shorter length")
         if settings.train != "lora" and size * sum(p.numel() for p in student.parameters()) < free:
             ways.append("train='lora'")

@@ -313,7 +313,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     for free, given, ways in (
         (1000, checkpointing, "take a device with more"),
         (10**7, checkpointing, "take a shorter length, train='lora', a device with more"),
-        (10**7, {}, "take training_args={'gradient_checkpointing': True}, a shorter length, train='lora', a device"),
+        (10**7, {}, "take the training argument gradient_checkpointing=True, a shorter length, train='lora', a device"),
     ):
         monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
         with pytest.raises(ValueError, match=f"GB are free, but training takes .* on disk; {re.escape(ways)}"):
