@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -9,11 +10,14 @@ import torch
 
 from lf_hf.processes import local_processes
 
-# By the version of Linux's control groups: where they are, what holds a limit and what is in use, and what comes before
+PROCESS = 11 << 26
+"""Bytes that Python takes with torch and transformers."""
+
+# By the version of Linux's control groups: where they are, what holds limits and what is in use, and what comes before
 # the names of the file pages in memory.stat, which the kernel gives back when memory runs short.
 _CONTROL_GROUPS = {
-    2: ("sys/fs/cgroup", "memory.max", "memory.current", ""),
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("sys/fs/cgroup", ["memory.max", "memory.high"], "memory.current", ""),
+    1: ("sys/fs/cgroup/memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"),
 }
 
 
@@ -30,26 +34,32 @@ def left_to_control_groups(root: Path = Path("/")) -> list[int]:
 
     `root` is where `proc` and `sys` are. Without limits, and on other systems than Linux, there are none.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     left = []
-    for number, controllers, path in (line.split(":", 2) for line in lines):
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, _, named = line.partition(":")
+        controllers, _, path = named.partition(":")
         if "memory" not in controllers.split(",") and number != "0":
             continue
-        place, limit, usage, total = _CONTROL_GROUPS[2 if number == "0" else 1]
+        place, limits, usage, total = _CONTROL_GROUPS[2 if number == "0" else 1]
         group = Path(path.lstrip("/"))
         for folder in (root / place / parent for parent in (group, *group.parents)):
-            try:  # a container may not see the groups above it, and some have no limit ("max")
-                most, used = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, usage))
-                stat = (folder / "memory.stat").read_text(encoding="utf-8").split()
-            except (OSError, ValueError):
-                continue
-            pages = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
-            files = sum(pages.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
-            left.append(max(0, most - used + files))
+            # A container may not see the groups above it, and some have no limit ("max").
+            most = [int(word) for name in limits for word in _text(folder / name).split() if word.isdecimal()]
+            used = [int(word) for word in _text(folder / usage).split() if word.isdecimal()]
+            if most and used:
+                stat = pairwise(_text(folder / "memory.stat").split())
+                pages = {name: int(word) for name, word in stat if word.isdecimal()}
+                files = sum(pages.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
+                left.append(max(0, min(most) - used[0] + files))
     return left
+
+
+def _text(file: Path) -> str:
+    """What a small file has; nothing, if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def in_gib(size: float) -> str:

@@ -28,7 +28,7 @@ from lf_hf.files.base import SPREAD, Base, is_spread
 from lf_hf.files.saving import check_replaceable
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
-from lf_hf.memory import free_memory, in_gib
+from lf_hf.memory import PROCESS, free_memory, in_gib
 from lf_hf.model.fuse_checkpoint import check_low_memory, low_memory_device
 from lf_hf.numerics import product_speed, slow_bfloat16_note
 from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
@@ -359,7 +359,7 @@ class _Work:
         if not low_memory:
             originals = self.fused if self.config.refit != "none" else 0  # of layers that change, at most
             weights = self.parameters + originals * self.layer
-        process = 0 if device.type == "cuda" else 11 << 26  # Python with torch and transformers
+        process = 0 if device.type == "cuda" else PROCESS
         phases = [2 * self.samples * hidden * size]  # states of all samples before and after a layer
         if self.judging:
             # Predictions of some tokens, six times in float32, and final states of all, the dense model's too.

@@ -56,6 +56,19 @@ def test_a_container_has_what_is_left_of_its_limit(
     assert memory.left_to_control_groups(machine) == [62 * MIB]
 
 
+def test_the_lower_of_two_limits_counts_and_damaged_files_cost_no_more_than_they_say(machine: Path) -> None:
+    (machine / "proc/self/cgroup").write_text("\nnonsense\n0::/job\n")
+    job = machine / "sys/fs/cgroup/job"
+    for stat in ("anon", "anon x\nactive_file", ""):
+        write_group(job, V2, str(100 * MIB), 40 * MIB, stat)
+        assert memory.left_to_control_groups(machine) == [60 * MIB]
+    (job / "memory.high").write_text(f"{90 * MIB}\n")
+    (job / "memory.stat").unlink()
+    assert memory.left_to_control_groups(machine) == [50 * MIB]
+    (job / "memory.current").write_text("many\n")
+    assert memory.left_to_control_groups(machine) == []
+
+
 def test_a_machine_without_control_groups_has_no_such_limits(tmp_path: Path) -> None:
     assert memory.left_to_control_groups(tmp_path) == []
 

@@ -33,7 +33,7 @@ from lf_hf.families import is_tied
 from lf_hf.files.base import Base, load_tokenizer
 from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
 from lf_hf.healing.judge import judge
-from lf_hf.healing.lesson import Way, choose_way, digest_of, make_lesson, tokenizer_of
+from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, digest_of, epochs_note, make_lesson, tokenizer_of
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
@@ -42,6 +42,7 @@ from lf_hf.healing.teacher import stacked
 from lf_hf.healing.text import Sequences, given_text, hub_texts
 from lf_hf.healing.training import (
     DistillationTrainer,
+    check_names,
     choose_trained,
     make_student,
     trained_state,
@@ -56,7 +57,7 @@ from lf_hf.text.readers import OpenTokenizer, Samples
 
 logger = logging.get_logger(__name__)
 
-_WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
+WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
 _LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
@@ -120,7 +121,7 @@ def heal(
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = heal_settings(settings, kwargs), dict(training_args or {})
     came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
-    work = folder / _WORK
+    work = folder / WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, given)
 
     def save() -> None:
@@ -170,7 +171,7 @@ def open_healing(
     folder = checked_folder(out)
     if folder == checked_folder(fused):
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    training_arguments(settings, folder / _WORK, given)  # refuses them before weights are read
+    check_names(given)
     if base is not None and not isinstance(base, Base):
         base = Base.open(base, hub)
     own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()
@@ -275,6 +276,8 @@ def _distilled(
             lambda: _state_of(work, came_in, opened, settings, corpus, way, arguments, given)
         )
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
+        if lesson.epochs > MOST_EPOCHS:
+            logger.warning(epochs_note(lesson.epochs))
         before = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
         trainer = DistillationTrainer(
             teacher=lesson.teacher,

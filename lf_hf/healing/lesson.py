@@ -58,7 +58,7 @@ _JUDGING = "judging: "  # before a judging text's name, among kinds of text
 class Way:
     """How the base's predictions are had: `said` to people; `folder` for files of them, and `in_memory` the base.
 
-    `memory` is about how many bytes training takes of a device so.
+    `memory` is about how many bytes of a device the base and the student then take at most.
     """
 
     said: str
@@ -74,15 +74,23 @@ def choose_way(
     arguments: TrainingArguments,
     given: Mapping[str, Any],
     cache: str | os.PathLike[str] | None,
+    *,
+    planned: torch.nn.Module | None = None,
 ) -> Way:
-    """Decide by free memory, and split steps into batches that fit. Raises ValueError if nothing fits."""
+    """Decide by free memory, and split steps into batches that fit. Raises ValueError if nothing fits.
+
+    `planned` is the fused model where it and the student are still to be loaded, and are on the meta device.
+    """
     size = 2 if arguments.bf16 or arguments.fp16 else 4
     config = getattr(student, "config", opened.config)
     checkpointing = bool(arguments.gradient_checkpointing)
     memory = training_memory(config, student, settings.length, size, checkpointing=checkpointing)
     device = arguments.device
     free = min(Processes.of_launch().gathered(int(free_memory(device) * _SPARE)))  # so that all choose alike
-    there = sum(p.numel() * p.element_size() for p in student.parameters() if p.device.type == device.type)
+    there = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
+    if planned is not None and device.type == "cpu":
+        there = sum(p.nbytes for p in student.parameters())
+        free -= int((there + sum(p.nbytes for p in planned.parameters())) * _SPARE)
     launcher = [os.environ.get(f"ACCELERATE_USE_{kind}", "false") for kind in ("FSDP", "DEEPSPEED")]
     sharded = arguments.fsdp or arguments.deepspeed or "true" in launcher
     fixed = memory.fixed // (arguments.world_size if sharded else 1) - there
@@ -112,8 +120,12 @@ def choose_way(
         )
     logger.info(f"The base's predictions: {way.said}.")
     set_batches(arguments, settings.batch, int((free - fixed) // one), given)
-    together = arguments.per_device_train_batch_size * one
-    return dataclasses.replace(way, memory=fixed + there + together + (of_base if way.folder is None else 0))
+    peak = fixed + there + arguments.per_device_train_batch_size * one
+    if way.folder is None:
+        peak += of_base
+    elif way.in_memory:
+        peak = max(peak, there + of_base)
+    return dataclasses.replace(way, memory=peak)
 
 
 @dataclass(frozen=True)
@@ -285,8 +297,6 @@ def _arranged(
     used = set(order)
     counts = {name: len(used.intersection(numbers)) for name, numbers in ranges.items()}
     epochs, written_share = total / len(used), (counts.get(WRITTEN, 0) + counts.get(WRITTEN_CHATS, 0)) / len(used)
-    if epochs > MOST_EPOCHS:
-        logger.warning(epochs_note(epochs))
     kinds = [CalibrationInfo(name, count, count * settings.length) for name, count in counts.items() if count]
     return Lesson(teacher, said, kinds, items, order, epochs, round(written_share, 3), held_out, judging)
 

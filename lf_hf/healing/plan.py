@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from lf_hf.files.base import Base
-from lf_hf.healing.heal import HealingText, fitted_arguments, heal_settings, open_healing
+from lf_hf.healing.heal import WORK, HealingText, fitted_arguments, heal_settings, open_healing
 from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, epochs_note, plan_lesson
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.training import EVALUATIONS, make_student
-from lf_hf.memory import free_memory, in_gib
+from lf_hf.memory import PROCESS, free_memory, in_gib
 from lf_hf.numerics import product_speed
 from lf_hf.progress import duration
 from lf_hf.report.report import CalibrationInfo
 from lf_hf.text.readers import Samples
 
-_PASSES_WRITTEN = 3  # what a token that the base writes takes, in passes of text through it
+_WRITTEN = 3  # how many tokens the base reads in the time in which it writes one, about, a batch at a time
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class HealPlan:
     """What a healing will do and take.
 
     `text` is what is trained on, by kind, and `epochs` how often it goes through all of that. `trained` counts
-    parameters of the student's `parameters`. `way` is how the base's predictions are had, and how many bytes of the
-    memory of `device` training takes, of which `free` are free now. `seconds` is a range, for a machine that stays as
-    busy as it is.
+    parameters of the student's `parameters`. `way` is how the base's predictions are had. `memory` is about how many
+    bytes of `device` each process takes at its peak, of which `free` are free now. `seconds` is a range, for a machine
+    that stays as busy as it is. `notes` are what a user should know, one sentence each.
     """
 
     fused: str
@@ -44,8 +44,10 @@ class HealPlan:
     trained: int
     way: Way
     device: torch.device
+    memory: int
     free: int
     seconds: tuple[float, float]
+    notes: list[str]
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -59,9 +61,9 @@ class HealPlan:
                 f"{self.epochs:.1f} times through the text",
                 *(f"  text: {kind.tokens:,} tokens of {kind.source}" for kind in self.text),
                 f"  the base's predictions: {self.way.said}",
-                f"  peak memory{where}, about: {in_gib(self.way.memory)}; free now: {in_gib(self.free)}",
+                f"  peak memory{where}, about: {in_gib(self.memory)}; free now: {in_gib(self.free)}",
                 f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
-                *([f"  note: {epochs_note(self.epochs)}"] if self.epochs > MOST_EPOCHS else []),
+                *(f"  note: {note}" for note in self.notes),
             ]
         )
 
@@ -87,15 +89,17 @@ def plan_heal(
     ------
     ValueError
         For settings, models or text that `heal` would refuse, or too little memory; but not for a base with other
-        weights than the one that was fused.
+        weights than the one that was fused, nor for an earlier run in `out` that cannot go on.
     """
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = heal_settings(settings, kwargs), dict(training_args or {})
-    came_in, opened, corpus, _ = open_healing(fused, out, base, source, settings, given, kwargs, reads_weights=False)
+    came_in, opened, corpus, folder = open_healing(
+        fused, out, base, source, settings, given, kwargs, reads_weights=False
+    )
     with TemporaryDirectory() as work:
         settings, arguments = fitted_arguments(settings, came_in.model.config, Path(work), given)
         student = make_student(came_in.model, settings, came_in.fused_layers)
-        way = choose_way(opened, student, settings, arguments, given, cache)
+        way = choose_way(opened, student, settings, arguments, given, cache, planned=came_in.model)
     lesson = plan_lesson(way, opened, came_in, corpus, settings)
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
     count, trained = sum(n for n, _ in parameters), sum(n for n, needs_gradient in parameters if needs_gradient)
@@ -107,10 +111,23 @@ def plan_heal(
     judged = settings.length * sum(len(items) for items in lesson.judging.values())
     written = tokens * lesson.written_share / lesson.epochs
     step = 4 * count + 2 * trained + (2 * count if arguments.gradient_checkpointing else 0)
-    run = tokens * step + 2 * count * (aside * (EVALUATIONS + 1) + 2 * judged)
-    run += 2 * of_base * (tokens + aside + judged + _PASSES_WRITTEN * written)
-    speed = product_speed(torch.bfloat16 if arguments.bf16 else torch.float32, arguments.device)
-    seconds = 3 * run / speed / arguments.world_size  # training reaches about a third of the speed of a product
+    shared = tokens * step + 2 * count * aside * (EVALUATIONS + 1)  # by all processes
+    by_base = 2 * of_base * (tokens + aside + judged + _WRITTEN * written)
+    run = (shared + by_base) / arguments.world_size if way.folder is None else shared / arguments.world_size + by_base
+    half = torch.bfloat16 if arguments.bf16 else torch.float16
+    speed = product_speed(half if arguments.bf16 or arguments.fp16 else torch.float32, arguments.device)
+    seconds = 3 * (run + 4 * count * judged) / speed  # training reaches about a third of the speed of a product
+    on_cpu = arguments.device.type == "cpu"
+    loaded = PROCESS + sum(p.nbytes for p in came_in.model.parameters()) if on_cpu else 0
+    notes = {
+        epochs_note(lesson.epochs): lesson.epochs > MOST_EPOCHS,
+        "For each token that it writes the base is read once more, which takes much longer than said here.": (
+            written and not way.in_memory
+        ),
+        f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.": (
+            (folder / WORK).is_dir()
+        ),
+    }
     return HealPlan(
         fused=Path(fused).resolve().name,
         base=opened.name,
@@ -121,6 +138,8 @@ def plan_heal(
         trained=trained,
         way=way,
         device=arguments.device,
+        memory=way.memory + loaded,
         free=free_memory(arguments.device),
         seconds=(seconds / 2, seconds * 2),
+        notes=[note for note, applies in notes.items() if applies],
     )

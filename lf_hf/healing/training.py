@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -234,6 +235,16 @@ def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return given
 
 
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself."""
+    known = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown_name("training argument", name, known))
+        if name in _OWN:
+            raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
+
+
 def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     """TrainingArguments for a healing whose state is kept in `folder`; those `given` count.
 
@@ -244,12 +255,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     ValueError
         For a name that TrainingArguments does not have, that healing sets itself, or a value that it refuses.
     """
-    known = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
-    for name in given:
-        if name not in known:
-            raise ValueError(unknown_name("training argument", name, known))
-        if name in _OWN:
-            raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
+    check_names(given)
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     values: dict[str, Any] = {
         "output_dir": str(folder),
@@ -283,8 +289,10 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         arguments = TrainingArguments(**values | dict(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
-    unset_hf_deepspeed_config()  # so that both models load whole; DeepSpeed splits the student when training begins
-    if arguments.deepspeed_plugin is not None:  # which can else give what it has split to nobody
+    # Both models load whole, in each process; what splits the student does so when training begins.
+    unset_hf_deepspeed_config()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several

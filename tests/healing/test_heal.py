@@ -30,12 +30,14 @@ from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
-from lf_hf.healing import memory, training
+from lf_hf.healing import loss, memory, training
 from lf_hf.healing.heal import fitted_arguments, heal_settings
 from lf_hf.healing.judge import judge
 from lf_hf.healing.loss import LOGITS, distillation_loss
+from lf_hf.healing.models import open_fused
 from lf_hf.healing.plan import plan_heal
 from lf_hf.healing.teacher import Item, MemoryTeacher
+from lf_hf.memory import PROCESS
 from lf_hf.report.report import COLLAPSED
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
@@ -490,7 +492,7 @@ def test_a_plan_says_what_healing_does_and_reads_no_weights(
     assert done is not None and not (tmp_path / "out").exists()
     assert plan.text == done.text and plan.trained == done.trained and plan.epochs == done.epochs
     assert (plan.settings.steps, plan.way.said) == (done.steps, done.teacher)
-    assert 0 < plan.way.memory < plan.free and 0 < plan.seconds[0] < plan.seconds[1]
+    assert PROCESS < plan.memory < plan.free and plan.notes == []
 
 
 def test_a_plan_of_predictions_on_disk_has_no_text_that_reads_the_base_for_each_token(
@@ -504,6 +506,36 @@ def test_a_plan_of_predictions_on_disk_has_no_text_that_reads_the_base_for_each_
     assert written == {kind.source for kind in whole.text} - {kind.source for kind in plan.text}
 
 
+@pytest.mark.parametrize("train", ["layers", "lora"])
+def test_a_plan_decides_as_healing_does_once_the_models_are_there(
+    train: str, base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However scarce memory is: what loading the fused model and its copy takes counts before it is taken."""
+    monkeypatch.setattr(loss, "LOGITS", 1)
+    monkeypatch.setattr(memory, "LOGITS", 1)
+    opened, chosen = Base.open(base, {}), []
+    settings = heal_settings(None, {"length": 64, "batch_tokens": 256, "train": train})
+    for reads_weights in (True, False):
+        model = open_fused(fused, reads_weights=reads_weights).model
+        student = training.make_student(model, settings, [1])
+        taken = sum(p.nbytes for p in (*model.parameters(), *student.parameters()))
+        ways: list[tuple[str, int, int] | None] = []
+        for total in range(taken, 20 * taken, taken // 4):
+            free = total - (taken if reads_weights else 0)
+            monkeypatch.setattr(module, "free_memory", lambda _, free=free: free)
+            arguments = training.training_arguments(settings, tmp_path, {"bf16": False})
+            try:
+                way = module.choose_way(
+                    opened, student, settings, arguments, {}, None, planned=None if reads_weights else model
+                )
+            except ValueError:
+                ways.append(None)
+            else:
+                ways.append((way.said, way.memory, arguments.per_device_train_batch_size))
+        chosen.append(ways)
+    assert chosen[0] == chosen[1] and len({way and way[0] for way in chosen[0]}) >= 3
+
+
 def test_a_dry_run_on_the_command_line(
     base: str, fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -514,7 +546,8 @@ def test_a_dry_run_on_the_command_line(
     said = capsys.readouterr().out
     assert "steps: 16 of 128 tokens" in said and "tokens of text.txt" in said and not out.exists()
     assert main([*command, "--tokens", "1000000", "--length", "64"]) == 0
-    assert "times through its text" in capsys.readouterr().out
+    again = capsys.readouterr()
+    assert "times through its text" in again.out and "times through its text" not in again.err
     assert main([*command, "--arg", "bf61=true"]) == 1
     assert "did you mean 'bf16'?" in capsys.readouterr().err
 
