@@ -33,7 +33,7 @@ class HealSettings:
         The highest one, after the warm-up: 5e-4 for "lora", else 1e-4.
     temperature : float > 0, default=1.0
         What both models' logits are divided by before they are compared.
-    next_token_share : float in 0..1, default=0.1
+    next_token_share : float in 0..1, default=0.2
         Share of the loss that is for the text's own next token; the rest is for the base's predictions.
     written_share : float in 0..0.9, default from the text
         Share of the tokens that the base writes itself.
@@ -58,7 +58,7 @@ class HealSettings:
     train: str = "layers"
     learning_rate: float = None  # type: ignore[assignment]  # filled from `train` in __post_init__
     temperature: float = 1.0
-    next_token_share: float = 0.1
+    next_token_share: float = 0.2
     written_share: float | None = None
     length: int = 512
     batch_tokens: int = 2048
