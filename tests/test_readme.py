@@ -27,7 +27,7 @@ from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
 README = PAGES[0].read_text(encoding="utf-8")
-OTHER_PROGRAMS = ("hf", "pip", ".", "export")  # of which nothing is checked
+OTHER_PROGRAMS = "hf", "pip", ".", "export", "convert_hf_to_gguf.py", "llama-quantize", "vllm"  # nothing is checked
 
 
 def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
