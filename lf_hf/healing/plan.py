@@ -10,10 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from lf_hf.files.base import Base
 from lf_hf.healing.heal import WORK, HealingText, fitted_arguments, heal_settings, open_healing
-from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, epochs_note, plan_lesson
+from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, Way, choose_way, epochs_note, plan_lesson
+from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.training import EVALUATIONS, make_student
 from lf_hf.memory import PROCESS, free_memory, in_gib
@@ -103,26 +105,13 @@ def plan_heal(
     lesson = plan_lesson(way, opened, came_in, corpus, settings)
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
     count, trained = sum(n for n, _ in parameters), sum(n for n, needs_gradient in parameters if needs_gradient)
-    with torch.device("meta"):
-        of_base = sum(p.numel() for p in opened.family.causal_lm(opened.config).parameters())
-    # Two operations for each parameter and token of a pass; backwards one more for gradients of what is trained.
-    tokens = settings.sequences * settings.length
-    aside = settings.length * sum(len(numbers) for numbers in lesson.held_out.values())
-    judged = settings.length * sum(len(items) for items in lesson.judging.values())
-    written = tokens * lesson.written_share / lesson.epochs
-    step = 4 * count + 2 * trained + (2 * count if arguments.gradient_checkpointing else 0)
-    shared = tokens * step + 2 * count * aside * (EVALUATIONS + 1)  # by all processes
-    by_base = 2 * of_base * (tokens + aside + judged + _WRITTEN * written)
-    run = (shared + by_base) / arguments.world_size if way.folder is None else shared / arguments.world_size + by_base
-    half = torch.bfloat16 if arguments.bf16 else torch.float16
-    speed = product_speed(half if arguments.bf16 or arguments.fp16 else torch.float32, arguments.device)
-    seconds = 3 * (run + 4 * count * judged) / speed  # training reaches about a third of the speed of a product
+    seconds = _seconds(settings, arguments, way, lesson, count, trained, model_bytes(opened.config, 1))
     on_cpu = arguments.device.type == "cpu"
     loaded = PROCESS + sum(p.nbytes for p in came_in.model.parameters()) if on_cpu else 0
     notes = {
         epochs_note(lesson.epochs): lesson.epochs > MOST_EPOCHS,
         "For each token that it writes the base is read once more, which takes much longer than said here.": (
-            written and not way.in_memory
+            lesson.written_share > 0 and not way.in_memory
         ),
         f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.": (
             (folder / WORK).is_dir()
@@ -143,3 +132,31 @@ def plan_heal(
         seconds=(seconds / 2, seconds * 2),
         notes=[note for note, applies in notes.items() if applies],
     )
+
+
+def _seconds(
+    settings: HealSettings,
+    arguments: TrainingArguments,
+    way: Way,
+    lesson: Lesson,
+    parameters: int,
+    trained: int,
+    of_base: int,
+) -> float:
+    """Operations over the speed of this machine now: two for each parameter and token of a pass.
+
+    Backwards there is one more pass, and another one for gradients of what is trained.
+    """
+    tokens = settings.sequences * settings.length
+    aside = settings.length * sum(len(numbers) for numbers in lesson.held_out.values())
+    judged = settings.length * sum(len(items) for items in lesson.judging.values())
+    written = tokens * lesson.written_share / lesson.epochs
+    step = 4 * parameters + 2 * trained + (2 * parameters if arguments.gradient_checkpointing else 0)
+    training = tokens * step + 2 * parameters * aside * (EVALUATIONS + 1)
+    judging = 4 * parameters * judged  # before and after, in each process
+    by_base = 2 * of_base * (tokens + aside + judged + _WRITTEN * written)
+    processes = arguments.world_size
+    by_base /= processes if way.folder is None else 1  # the first one alone writes predictions to disk
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    # Training reaches about a third of the speed of a product.
+    return 3 * (training / processes + judging + by_base) / product_speed(dtype, arguments.device)

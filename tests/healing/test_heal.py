@@ -504,6 +504,8 @@ def test_a_plan_of_predictions_on_disk_has_no_text_that_reads_the_base_for_each_
     assert plan.way.said.endswith("read layer by layer")
     written = {"text written by the base"}
     assert written == {kind.source for kind in whole.text} - {kind.source for kind in plan.text}
+    [note] = plan_heal(fused, tmp_path / "out", base=base, **SETTINGS | {"written_share": 0.5}).notes
+    assert "the base is read once more" in note
 
 
 @pytest.mark.parametrize("train", ["layers", "lora"])
