@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -212,15 +213,28 @@ def tokenizer_of(opened: Base, came_in: Fused) -> PreTrainedTokenizerBase:
 
 
 def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> CausalLM:
-    model = dataclasses.replace(
-        opened, loading={**opened.loading, "dtype": came_in.base_dtype, "device_map": None}
-    ).load()
+    loading = {**opened.loading, "dtype": came_in.base_dtype, "device_map": None}
+    with _whole_in_each_process():
+        model = dataclasses.replace(opened, loading=loading).load()
     check_base(opened, came_in, ModelDecoder(model))
     # Where training is not in bfloat16, the machine is faster without it, or the user wants none.
     dtype = torch.bfloat16 if arguments.bf16 else torch.promote_types(model.dtype, torch.float32)
     for parameter in model.parameters():  # not the buffers: angles of positions need float32
         parameter.data = parameter.data.to(dtype)
     return model.to(arguments.device)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _whole_in_each_process() -> Iterator[None]:
+    """Where FSDP is to split the student, older transformers would give other processes than the first one zeros."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({} if before is None else {name: before})
 
 
 def _write(

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -289,9 +288,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         arguments = TrainingArguments(**values | dict(given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
-    # Both models load whole, in each process; what splits the student does so when training begins.
-    unset_hf_deepspeed_config()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         zero["stage3_gather_16bit_weights_on_model_save"] = True
