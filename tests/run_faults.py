@@ -32,7 +32,7 @@ from lf_hf.evaluate import evaluation, tables
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 8
+KILLS = 4
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
     *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
             found[name].append(state)
             assert not before or foreign(out) == before
 
-    arguments: dict[str, Any] = {"num_fusions": [1, 2, 3, 4], "methods": ["truncate"], "tasks": ["task"]}
+    arguments: dict[str, Any] = {"num_fusions": [1, 2, 3], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100}
     put_foreign(folder / "whole")
     taken = seconds(lambda: sweep(base, folder / "whole", **arguments))

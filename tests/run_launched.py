@@ -28,7 +28,7 @@ TEMPLATE = (  # so that processes share chats to write, too
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
-    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3, "calibration_tokens": 16384},
+    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3, "calibration_tokens": 8192},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
@@ -45,7 +45,7 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
         shared = processes.told_by_first(lambda: llama.save_pretrained(folder / "base") or folder)
         decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
         decoder.processes = processes
-    config = FusionConfig(**{"calibration_tokens": 4096, "calibration_length": 64, "perplexity_tokens": 300} | settings)
+    config = FusionConfig(**{"calibration_tokens": 2048, "calibration_length": 64, "perplexity_tokens": 300} | settings)
     texts = make_texts(config.calibration_tokens // 40)
     samples, text = Calibration(texts[:60], "samples"), Corpus(texts, "texts", generated_share=0.25)
     tokenizer = make_tokenizer()
@@ -69,6 +69,7 @@ def main() -> None:
     torch.set_num_threads(1)
     processes = Processes.of_launch()
     for name in sys.argv[1:]:
+        alone = None
         settings = SETTINGS["refit" if name == "dies" else name]
         for on_disk in (False, True) if name == "refit" else (False,):
             with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +77,7 @@ def main() -> None:
                 digests = processes.gathered(together["digest"])
             if not processes.first:
                 continue
-            alone = fused(ALONE, settings, None)
+            alone = alone or fused(ALONE, settings, None)
             differences = [
                 float((together["weights"][key] - weight).detach().abs().max())
                 for key, weight in alone["weights"].items()

@@ -264,11 +264,6 @@ def installed_command(*arguments: str, before: str = "") -> subprocess.Completed
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
 
 
-def test_the_installed_command_is_this_one() -> None:
-    done = installed_command("tasks", "unexpected")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("lf-hf: ")
-
-
 def test_ctrl_c_while_importing_gets_one_line() -> None:
     interrupt = """
 class Interrupt:

@@ -5,15 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import GGUF, ROOT
 from lm_eval.api.instance import Instance
-from transformers import AutoTokenizer
+from safetensors import safe_open
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 # One subject of each category: real prompts of 5 shots, in a minute.
@@ -21,12 +19,13 @@ TASKS = [f"mmlu_5shot_{subject}" for subject in ("anatomy", "philosophy")]
 
 
 def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path) -> None:
-    source: dict[str, Any] = {"gguf_file": GGUF.name, "num_fusions": 4, "perplexity_tokens": 512, "sample_length": 64}
-    model_args = ",".join(f"{name}={value}" for name, value in {"pretrained": gguf_folder, **source}.items())
-    command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "2"]
+    settings = {"num_fusions": 4, "perplexity_tokens": 256, "sample_length": 64, "fused_dir": tmp_path / "fused"}
+    source = {"pretrained": gguf_folder, "gguf_file": GGUF.name, **settings}
+    model_args = ",".join(f"{name}={value}" for name, value in source.items())
+    command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "1"]
     tasks = ["--tasks", ",".join(TASKS), "--include_path", str(lf_hf.tasks_path())]
     data = ["--metadata", json.dumps({"mmlu_dir": str(mmlu_dir)})]
-    results_at = ["--output_path", str(tmp_path), "--log_samples"]
+    results_at = ["--output_path", str(tmp_path / "results"), "--log_samples"]
     done = subprocess.run(
         [*command, *tasks, *data, *results_at],
         capture_output=True,
@@ -39,7 +38,7 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     for task in TASKS:
         assert f"|{task.removeprefix('mmlu_5shot_')}" in done.stdout.replace(" ", "")
 
-    [results] = tmp_path.glob("*/results_*.json")
+    [results] = tmp_path.glob("results/*/results_*.json")
     config = json.loads(results.read_text())["config"]
     fusion = config["fusion"]
     assert fusion["pairs"] == [[28, 29], [27, 28], [26, 27], [25, 26]]
@@ -52,14 +51,15 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     assert config["model_num_parameters"] == after
     assert all(info["dense"] < info["fused"] for info in fusion["perplexities"])
 
-    # The same fusion in Python, saved and loaded, answers alike.
-    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF.name)
-    model = FusedLlamaForCausalLM.from_pretrained_fused(gguf_folder, tokenizer=tokenizer, **source)
-    model.save_pretrained(tmp_path / "saved")
-    lm = FusedLlamaLM(str(tmp_path / "saved"), device="cpu")
+    # What it kept is no GGUF any more; opened by itself it answers alike.
+    kept = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert kept["model_type"] == "fused_llama" and "quantization_config" not in kept
+    with safe_open(tmp_path / "fused" / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).numel() for name in file.keys()) == after  # noqa: SIM118
+    lm = FusedLlamaLM(str(tmp_path / "fused"), device="cpu")
     assert len(lm.model.model.layers) == 26
     for task in TASKS:
-        [samples] = tmp_path.glob(f"*/samples_{task}_*.jsonl")
+        [samples] = tmp_path.glob(f"results/*/samples_{task}_*.jsonl")
         first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
         requests = [tuple(first["arguments"][f"gen_args_{n}"][f"arg_{k}"] for k in (0, 1)) for n in range(4)]
         again = lm.loglikelihood([Instance("loglikelihood", {}, request, n) for n, request in enumerate(requests)])

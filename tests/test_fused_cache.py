@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
-from lm_eval.api.instance import Instance
 from test_saving import no_privileges
 from tokenizers import normalizers
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
-from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.evaluate.sweep import _key
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import base_fingerprint
@@ -48,16 +45,6 @@ pipeline.fuse = counted
 LOADS = """
 model = FusedLlamaForCausalLM.from_pretrained_fused(base, **arguments)
 result = [parameter.double().sum().item() for parameter in model.parameters()]
-(out / f"result-{os.getpid()}").write_text(json.dumps(result))
-"""
-EVALUATES = """
-from lm_eval.api.instance import Instance
-from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
-
-lm = FusedLlamaLM(base, **arguments, device="cpu")
-pairs = [("layer model neuron", " weight"), ("token state", " train small")]
-requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-result = [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 (out / f"result-{os.getpid()}").write_text(json.dumps(result))
 """
 
@@ -299,26 +286,6 @@ def outcome(folder: Path) -> tuple[int, list[list[float]]]:
     """How many fusions were run, and what each process ended up with."""
     results = [json.loads(file.read_text()) for file in folder.glob("result-*")]
     return len(list(folder.glob("fused-*"))), results
-
-
-def test_launched_processes_fuse_together(
-    base: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    with socket.socket() as free:  # older versions of accelerate do not choose a port
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = f"{Path(sys.executable).parent}/accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}"
-    process = started(EVALUATES, *launch.split())
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    count, results = outcome(tmp_path)
-    assert (count, len(results)) == (2, 2)
-
-    alone = FusedLlamaLM(base, calibration=str(tmp_path / "texts.txt"), device="cpu", **SETTINGS)
-    pairs = [("layer model neuron", " weight"), ("token state", " train small")]
-    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    expected = [value for value, _ in alone.loglikelihood(requests, disable_tqdm=True)]
-    assert results[0] == results[1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_processes_that_start_at_once_both_end_well(

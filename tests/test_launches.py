@@ -47,20 +47,16 @@ def test_when_one_process_dies_the_others_say_so_and_end() -> None:
     assert "LostProcessError: Another process of this launch has ended" in done.stderr or "SIGTERM" in done.stderr
 
 
-@pytest.mark.parametrize("low_memory", [[], ["--low-memory"]])
-def test_the_command_writes_and_speaks_once(
-    low_memory: list[str], make_base: Callable[..., str], tmp_path: Path
-) -> None:
+def test_the_command_writes_and_speaks_once(make_base: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n\n".join(make_texts(100)))
     out, base = tmp_path / "out", make_base(num_hidden_layers=6)
-    options = "--method refit --num-fusions 2 --calibration-tokens 2048 --calibration-length 64".split()
-    words = ["-m", "lf_hf", "fuse", base, str(out), *options, "--calibration", str(tmp_path / "texts.txt"), *low_memory]
+    options = "--method refit --num-fusions 2 --low-memory --calibration-tokens 2048 --calibration-length 64".split()
+    words = ["-m", "lf_hf", "fuse", base, str(out), *options, "--calibration", str(tmp_path / "texts.txt")]
     done = launched(2, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bytes on disk") == 1
     model = FusedLlamaForCausalLM.from_pretrained(out)
     assert model.config.num_hidden_layers == 4 and model.fusion_report.layers_before == 6
 
-    if low_memory:
-        refused = launched(2, *words, "--ridge", "0")
-        assert refused.returncode and refused.stderr.count("ridge must be") == 1
+    refused = launched(2, *words, "--ridge", "0")
+    assert refused.returncode and refused.stderr.count("ridge must be") == 1

@@ -80,17 +80,18 @@ def output(python: Path | str, code: str, folder: Path, **extra: str) -> str:
     return done.stdout.strip()
 
 
-def test_every_command_finds_the_model(python: Path, tmp_path: Path) -> None:
-    tasks = output(python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
+def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
+    tasks = output(wheel_python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
     lm_eval = [*ARGUMENTS, "--include_path", tasks]
     commands = [
-        [script("lm_eval", "lm_eval"), *lm_eval],
-        [script("lm_eval", "lm-eval"), "run", *lm_eval],
-        ["-m", "lm_eval", *lm_eval],
+        [wheel_python, script("lm_eval", "lm_eval"), *lm_eval],
+        [wheel_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
+        [wheel_python, "-m", "lm_eval", *lm_eval],
+        [editable_python, "-m", "lm_eval", *lm_eval],
     ]
     running = [
         subprocess.Popen(
-            [str(python), *command],
+            [str(word) for word in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -104,13 +105,13 @@ def test_every_command_finds_the_model(python: Path, tmp_path: Path) -> None:
         assert ANSWER in text, f"{process.args!r}\n{text}"
 
 
-def test_data_parallel_run(python: Path, base: str, tmp_path: Path) -> None:
+def test_data_parallel_run(wheel_python: Path, base: str, tmp_path: Path) -> None:
     """Two processes fuse, evaluate, and write one results file."""
     launch = [script("accelerate", "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
     model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
-    tasks = output(python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
+    tasks = output(wheel_python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
     lm_eval = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]
-    command = [str(python), *launch, *lm_eval, "--include_path", tasks, "--output_path", "results"]
+    command = [str(wheel_python), *launch, *lm_eval, "--include_path", tasks, "--output_path", "results"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=600)
     assert done.returncode == 0, done.stderr
     [results] = tmp_path.glob("results/*/*.json")

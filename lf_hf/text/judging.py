@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import platform
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def relation(judging: JudgingText, fitted: Sequence[str], names: Sequence[str] =
     return "kin" if judging.kin in names else "unseen"
 
 
+@functools.cache
 def _reasoning() -> str:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:

@@ -113,11 +113,11 @@ def test_healed_points_are_beside_those_that_are_not(
 ) -> None:
     monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
     levels: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"]}
-    points = run(tmp_path / "healed", **levels, settings=SETTINGS | {"heal_tokens": 16384})
+    points = run(tmp_path / "healed", **levels, settings=SETTINGS | {"heal_tokens": 8192})
     assert [point.method for point in points] == [DENSE, *["truncate", "truncate, healed"] * 2]
-    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, *[0, 16384] * 2]
+    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, *[0, 8192] * 2]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
-    cached = {"heal_cache": tmp_path / "cache", "settings": SETTINGS | {"heal_tokens": 16384}}
+    cached = {"heal_cache": tmp_path / "cache", "settings": SETTINGS | {"heal_tokens": 8192}}
     others = run(tmp_path / "healed", **levels, **cached)  # with the points that are not healed
     assert len(list((tmp_path / "cache").glob("*/text.json"))) == 1
     for healed, other in zip(points[2::2], others[2::2], strict=True):

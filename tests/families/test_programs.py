@@ -14,12 +14,15 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from run_faults import Answers
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lf_hf
 from lf_hf.cli import main
+from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES
 
 QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
@@ -107,24 +110,17 @@ def test_the_command_line_plans_and_fuses(
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text"])
-def test_a_sweep_fuses_and_evaluates(model_type: str, make: Callable[[str], Path], tmp_path: Path) -> None:
-    from lf_hf.evaluate.sweep import sweep
-
-    points = sweep(
-        str(make(model_type)),
-        tmp_path,
-        num_fusions=[1],
-        methods=["truncate"],
-        tasks=["mmlu_sample_anatomy"],
-        settings={"perplexity_tokens": 64},
-    )
+def test_a_sweep_fuses(make: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "Evaluation", Answers)
+    levels: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": ["task"]}
+    points = sweep(str(make("gemma3_text")), tmp_path, **levels, settings={"perplexity_tokens": 64})
     assert [point.layers for point in points] == [6, 5]
     assert all(math.isfinite(value) for point in points for value in point.perplexities.values())
 
 
 @pytest.mark.parametrize(
-    ("model_type", "train"), [*((name, "all") for name in FAMILIES), ("gemma2", "fused"), ("phi3", "lora")]
+    ("model_type", "train"),
+    [("gemma3_text", "all"), ("smollm3", "all"), ("olmo2", "all"), ("gemma2", "fused"), ("phi3", "lora")],
 )
 def test_healing_brings_a_model_nearer_to_its_base(
     model_type: str, train: str, make: Callable[[str], Path], tmp_path: Path

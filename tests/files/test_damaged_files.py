@@ -214,7 +214,7 @@ def test_a_text_without_end_does_not_fill_the_memory(
     name: str, start: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "_MAX_LINE", 1 << 14)
-    (tmp_path / name).write_text(start + line * 200_000)
+    (tmp_path / name).write_text(start + line * 60_000)
     for load in (
         lambda path: load_calibration(path, sample_length=16),
         lambda path: load_corpus(path, max_tokens=1024),

@@ -29,10 +29,13 @@ def fuse(base: str, out: Path, **kwargs: Any) -> FusionReport:
     return fuse_checkpoint(base, out, **settings)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "overrides",
-    [{}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}, {"attention_bias": True, "mlp_bias": True}],
+    ("method", "overrides"),
+    [
+        *((method, {}) for method in METHODS),
+        ("refit", {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
+        ("neural_alignment", {"attention_bias": True, "mlp_bias": True}),
+    ],
 )
 def test_both_paths_write_the_same_tensors(
     method: str, overrides: dict[str, Any], make_base: Callable[..., str], tmp_path: Path

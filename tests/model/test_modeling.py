@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -186,21 +185,3 @@ def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(ValueError, match="needs the gguf package"):
         fuse(base, gguf_file="x.gguf")
-
-
-def test_a_base_from_gguf_saves_and_loads(gguf_folder: str, tmp_path: Path) -> None:
-    model = FusedLlamaForCausalLM.from_pretrained_fused(
-        gguf_folder,
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        num_fusions=2,
-        method="truncate",
-        perplexity_tokens=0,
-    )
-    model.save_pretrained(tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "fused_llama" and "quantization_config" not in config
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(loaded), logits(model))
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        count = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert model.fusion_report is not None and model.fusion_report.parameters_after == count
