@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from conftest import make_llama, make_tokenizer
@@ -28,11 +29,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.evaluate import evaluation, tables
+from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 4
+KILLS = 6
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
     *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),
@@ -118,7 +119,7 @@ def main(folder: Path) -> None:
     make_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     # Nothing runs in this process but what makes no thread, as it forks.
-    vars(tables)["missing_packages"] = lambda: "no pictures"
+    patch("lf_hf.evaluate.tables.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     rng = random.Random(0)
@@ -162,7 +163,7 @@ def main(folder: Path) -> None:
         put_foreign(out)
         before = foreign(out)
         for _ in range(KILLS):
-            killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken / 2), number)  # noqa: B023
+            killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken), number)  # noqa: B023
             found[out.name].append(swept_state(out))
             assert foreign(out) == before
         seconds(lambda: sweep(base, out, **arguments))  # noqa: B023

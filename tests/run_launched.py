@@ -28,7 +28,7 @@ TEMPLATE = (  # so that processes share chats to write, too
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
-    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 3, "calibration_tokens": 8192},
+    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2, "calibration_tokens": 8192},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """What comes out, as numbers."""
-    llama = make_llama(num_hidden_layers=7).double()
+    llama = make_llama(num_hidden_layers=6).double()
     decoder: Decoder
     if folder is None:
         decoder = ModelDecoder(llama, keep_originals=True, processes=processes)

@@ -14,11 +14,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from run_faults import Answers
 
 import lf_hf_command
-from lf_hf.evaluate import evaluation, tables
+from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import Score
 
 folder, end, *words = sys.argv[1:]
@@ -40,7 +41,7 @@ class Slow(Answers):
 
 
 evaluation.Evaluation = Slow  # type: ignore[misc, assignment]
-vars(tables)["missing_plot_packages"] = lambda: "no pictures"
+patch("lf_hf.evaluate.tables.missing_plot_packages", lambda: "no pictures").start()
 Path(folder, f"ready-{number}").touch()
 while number and len(list(Path(folder).glob("ready-[01]"))) < 2:
     time.sleep(0.05)

@@ -86,7 +86,6 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
     commands = [
         [wheel_python, script("lm_eval", "lm_eval"), *lm_eval],
         [wheel_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
-        [wheel_python, "-m", "lm_eval", *lm_eval],
         [editable_python, "-m", "lm_eval", *lm_eval],
     ]
     running = [
