@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -32,10 +33,13 @@ def main(folder: Path) -> None:
     whole, spread = (FusedLlamaForCausalLM.from_pretrained(folder / "whole") for _ in range(2))
     for layer in spread.model.layers:
         fully_shard(layer)
-    parallel = FusedLlamaForCausalLM.from_pretrained(folder / "whole", distributed_config=DistributedConfig(tp_size=2))
+    models = {"fsdp2": fully_shard(spread)}
+    if "tp_size" in inspect.signature(DistributedConfig).parameters:  # not in older transformers
+        split = {"distributed_config": DistributedConfig(tp_size=2)}
+        models["tp"] = FusedLlamaForCausalLM.from_pretrained(folder / "whole", **split)
     (folder / "file").touch()
     errors = {}
-    for name, model in {"fsdp2": fully_shard(spread), "tp": parallel}.items():
+    for name, model in models.items():
         model.save_pretrained(folder / name, max_shard_size="50KB")
         model.save_pretrained(folder / f"{name} given", state_dict=model.state_dict())
         for out in (name, f"{name} given"):

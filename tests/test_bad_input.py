@@ -16,6 +16,7 @@ from conftest import make_llama, make_texts
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint, tasks_path
 from lf_hf.cli import main
@@ -457,6 +458,8 @@ def check(message: str, pattern: str, at: Places) -> None:
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", PYTHON)
 def test_in_python_one_sentence_before_any_work(at: Places, name: str) -> None:
+    if name == "layers of different kinds" and not hasattr(LlamaConfig(), "per_layer_config"):
+        pytest.skip("this transformers has layers of one kind in a config")
     call, arguments, message, *edits = PYTHON[name]
     for edit in edits:
         edit(Path(at.fused if call in (loaded, read_report, command) else at.base))

