@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from run_faults import Answers
 
 from lf_hf.cli import main
 from lf_hf.evaluate import evaluation
-from lf_hf.evaluate.points import RESULTS, read_points
+from lf_hf.evaluate.points import RESULTS, Score, read_points
 
 POINTS = {"dense 6", *(f"{method} {layers}" for method in ("truncate", "refit") for layers in (5, 4))}
 
@@ -36,10 +37,18 @@ def words(make_base: Callable[..., str], tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process too they stand for lm-eval."""
-    monkeypatch.setattr(evaluation, "Evaluation", Answers)
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that this process judges, by answers that stand for lm-eval's here too."""
+    models: list[Any] = []
+
+    class Kept(Answers):
+        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+            models.append(model)
+            return super().scores(model, tokenizer)
+
+    monkeypatch.setattr(evaluation, "Evaluation", Kept)
     monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "no pictures")
+    return models
 
 
 def start(folder: Path, end: str, words: list[str], rank: int | None = None, launcher: str = "") -> Popen[str]:
@@ -64,9 +73,10 @@ def results(folder: Path) -> list[dict[str, Any]]:
     )
 
 
-@pytest.mark.usefixtures("answers")
-def test_two_processes_share_the_points_of_one(words: list[str], tmp_path: Path) -> None:
-    assert main(words) == 0
+def test_two_processes_share_the_points_of_one(words: list[str], judged: list[Any], tmp_path: Path) -> None:
+    assert main(words) == 0 and len(judged) == len(POINTS)
+    methods = [point.method for point in read_points(tmp_path / "out" / RESULTS).values()]
+    assert len([*itertools.groupby(methods)]) == 3  # one method after the other
     alone = results(tmp_path)
     assert {f"{point['method']} {point['layers']}" for point in alone} == POINTS
     (tmp_path / "out").rename(tmp_path / "alone")
@@ -89,9 +99,8 @@ def test_what_a_killed_process_was_at_is_made_by_the_other(words: list[str], tmp
     assert len(results(tmp_path)) == len(POINTS)
 
 
-@pytest.mark.usefixtures("answers")
 def test_a_launch_that_ends_early_names_what_is_missing_and_goes_on_when_run_again(
-    words: list[str], tmp_path: Path
+    words: list[str], judged: list[Any], tmp_path: Path
 ) -> None:
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2"
     code, _, said = ended(start(tmp_path, "dies", words, launcher=torchrun))
@@ -100,5 +109,5 @@ def test_a_launch_that_ends_early_names_what_is_missing_and_goes_on_when_run_aga
     [sentence] = [line for line in said.splitlines() if "Not there yet: " in line]
     assert "refit at 2" in sentence and "run the sweep again" in sentence
     there = (tmp_path / "out" / RESULTS).read_bytes()
-    assert main(words) == 0 and len(results(tmp_path)) == len(POINTS)
+    assert main(words) == 0 and len(judged) == missing and len(results(tmp_path)) == len(POINTS)
     assert (tmp_path / "out" / RESULTS).read_bytes().startswith(there)
