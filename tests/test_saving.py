@@ -547,7 +547,9 @@ def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., s
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert errors.keys() >= {"fsdp2", "fsdp2 given"} and max(errors.values()) < 1e-5
+    assert errors.keys() - {"tp", "tp given"} == {"fsdp2", "fsdp2 given"} and max(errors.values()) < 1e-5
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "plain 0", "file", *errors}
     for name in errors:
         assert files(tmp_path / name).keys() - files(tmp_path / "whole").keys() <= {*files(tmp_path / "fsdp2")}
+    if not {"tp", "tp given"} <= errors.keys():
+        pytest.skip("this transformers takes no tp_size; FSDP2 alone was tried")
