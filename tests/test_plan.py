@@ -21,8 +21,6 @@ from lf_hf.files.weights import weights_size
 from lf_hf.plan import FusionPlan, plan_fusion
 
 TEXTS = make_texts(100)
-
-
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
 
 
