@@ -6,11 +6,12 @@ import importlib.util
 import logging
 import math
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from string import ascii_uppercase
 
 from lf_hf.config import FusionConfig
 from lf_hf.text.excerpts import spread_evenly, windows
-from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question
+from lf_hf.text.mmlu import SUBJECTS, Question, asked_in_sample, bundled_questions, format_question
 from lf_hf.text.readers import OpenTokenizer, Samples, checked_strings, open_samples
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def load_corpus(
     *,
     max_tokens: int = 49152,
     excerpt: int | None = None,
+    explained: bool = False,
     open_tokenizer: OpenTokenizer | None = None,
 ) -> Corpus:
     """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
@@ -131,6 +133,8 @@ def load_corpus(
         spread evenly over it, and the source says so.
     excerpt : int, optional
         Characters of an excerpt; `max_tokens` by default.
+    explained : bool
+        Four times as many questions, with explanations: more than a fit has room for, but not a training.
     open_tokenizer : callable, optional
         Returns the model's tokenizer, by whose template chats are written out; without it they are refused.
 
@@ -140,7 +144,7 @@ def load_corpus(
         If the file is missing, empty, of an unknown kind or not text, or a sample is neither a string nor a chat.
     """
     if calibration is None:
-        parts = [part for part in (documentation_halves()[0], _answered_questions()) if part]
+        parts = [part for part in (documentation_halves()[0], _answered_questions(explained=explained)) if part]
         source = f"{DOCUMENTATION}, {QUESTIONS}"
         return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
     samples, source = open_samples(calibration)
@@ -152,10 +156,11 @@ def load_corpus(
     if len(kept) < total:
         source = f"{source} ({len(kept)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"
     try:
-        questions = _answered_questions()[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+        questions = _answered_questions(explained=explained)
     except ValueError as error:
         logger.warning("Without questions beside the calibration text: %s", error)
         return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
+    questions = questions[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
     return Corpus([text, questions], f"{source}, {QUESTIONS}", _GENERATED_SHARE_OF_USERS)
 
 
@@ -166,7 +171,7 @@ def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTo
     but no more than half as much as the user's text has, and nothing where that is this documentation itself.
     """
     excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
-    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt, open_tokenizer=open_tokenizer)
+    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt, explained=True, open_tokenizer=open_tokenizer)
     given, *others = corpus.parts
     characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
     pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
@@ -181,11 +186,19 @@ def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTo
     )
 
 
-def _answered_questions() -> str:
-    """One MMLU development question a subject, with its answer, each in two formats that are far from each other."""
-    questions = [questions[0] for questions in bundled_questions().values()]
+def _answered_questions(*, explained: bool) -> str:
+    """MMLU development questions with their answers, each in two formats that are far from each other.
+
+    One question a subject. With `explained` all but those that `mmlu_sample` asks, one of each subject after the other,
+    and the second format says why the answer is right.
+    """
+    bundled = bundled_questions().values()
+    subjects = [[q for q in of if q != asked_in_sample(of)] if explained else of[:1] for of in bundled]
+    questions = [question for nth in zip_longest(*subjects) for question in nth if question is not None]
     lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
     plain = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
+    if explained:
+        plain = [f"{text}\n{q.explanation}" for text, q in zip(plain, questions, strict=True)]
     pairs = list(zip(lettered, plain, strict=True))
     return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
 

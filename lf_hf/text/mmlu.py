@@ -10,7 +10,8 @@ import importlib.util
 import json
 import re
 import string
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SUBJECTS: dict[str, str] = {
@@ -78,15 +79,21 @@ _PROMPTS = Path("tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
 _STRAY_ANSWER = (
     "The symmetric group $S_n$ has $\nactorial{n}$ elements, hence it is not true that $S_{10}$ has 10 elements.\n"
 )
+# How explanations begin and end there, whatever they explain.
+_LEAD = re.compile(
+    r"^\s*(Let.s (think|solve this( problem)?) step by step\. *|We refer to Wikipedia articles on .*? for help\.\s*)+"
+)
+_VERDICT = re.compile(r"\s*(\w+, )?[Tt]he answer is \([A-Z]\)\.\s*$")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question; `answer` is the index into `choices` of the right one."""
+    """A multiple-choice question; `answer` is the index into `choices` of the right one, `explanation` says why."""
 
     question: str
     choices: tuple[str, ...]
     answer: int
+    explanation: str = field(default="", compare=False)
 
 
 def format_question(question: Question) -> str:
@@ -134,6 +141,11 @@ def bundled_questions() -> dict[str, list[Question]]:
     return {subject: _parse_prompt(prompts[subject], f"{path}, {subject}") for subject in SUBJECTS}
 
 
+def asked_in_sample(questions: Sequence[Question]) -> Question:
+    """The question that `mmlu_sample` asks of a subject, the last with four choices. Nothing is fitted on it."""
+    return [question for question in questions if len(question.choices) == 4][-1]
+
+
 def _parse_prompt(prompt: str, where: str) -> list[Question]:
     """Take the questions out of a subject's chain-of-thought prompt: `Q: ...`, `(A) ... (B) ...`, `A: ...`."""
     questions = []
@@ -145,7 +157,8 @@ def _parse_prompt(prompt: str, where: str) -> list[Question]:
         if len(letters) < 4 or "".join(parts[::2]) != letters or right is None or right[1] not in letters:
             raise ValueError(f"{where}, question {number} is not of the form that lf_hf knows from lm-eval 0.4.13.")
         choices = tuple(choice.strip() for choice in parts[1::2])
-        questions.append(Question(text.strip(), choices, letters.index(right[1])))
+        explanation = _VERDICT.sub("", _LEAD.sub("", reasoning)).strip()
+        questions.append(Question(text.strip(), choices, letters.index(right[1]), explanation))
     return questions
 
 

@@ -23,7 +23,7 @@ from lf_hf.text.calibration import (
     load_corpus,
     load_training_text,
 )
-from lf_hf.text.mmlu import SUBJECTS, bundled_questions
+from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question
 from lf_hf.text.packing import interleaved, pack_corpus, pack_tokens, tokenize_samples
 
 SAMPLES = ["first sample\nof two lines", "second, with a comma", "third"]
@@ -130,6 +130,17 @@ def test_parts_of_a_corpus_share_the_budget() -> None:
         pack_corpus(tokenizer, Corpus(["layer"], "x"), 20, 200, 320)
 
 
+def test_training_has_every_question_but_those_of_the_sample_and_says_why_answers_are_right() -> None:
+    fitted, trained = load_corpus().parts[1], load_training_text(None, 8192).parts[1]
+    for first, *others, last in bundled_questions().values():
+        if len(last.choices) > 4:
+            others, last = [*others[:-1], last], others[-1]
+        assert last.question not in trained and first.question in fitted
+        for question in (first, *others):
+            assert format_question(question) in trained and (question == first or question.question not in fitted)
+            assert f"Answer: {question.choices[question.answer]}\n{question.explanation}" in trained
+
+
 @pytest.mark.parametrize(("length", "max_tokens"), [(500_000, 49152), (500_000, 8192), (6000, 49152)])
 def test_answered_questions_stand_beside_a_users_text_as_a_smaller_part(length: int, max_tokens: int) -> None:
     corpus = load_corpus(["a" * length], max_tokens=max_tokens)
@@ -147,7 +158,10 @@ def test_documentation_stands_beside_a_users_text_that_is_trained_on(length: int
     corpus = load_training_text(["a" * length], tokens)
     text, documentation, questions = corpus.parts
     assert corpus.names[1:] == [DOCUMENTATION, "MMLU development questions"]
-    assert set(text) == {"a", "\n"} and questions == load_corpus(["a" * length], max_tokens=tokens).parts[1]
+    assert (
+        set(text) == {"a", "\n"}
+        and questions == load_corpus(["a" * length], max_tokens=tokens, explained=True).parts[1]
+    )
     assert len(documentation) == int(min(len(text) / 2, tokens * 0.6))
     first = documentation_halves()[0]
     pieces = [documentation[start : start + 200] for start in range(0, len(documentation), 2050)]
@@ -157,11 +171,13 @@ def test_documentation_stands_beside_a_users_text_that_is_trained_on(length: int
 
 
 def test_documentation_goes_beside_no_text_of_its_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_training_text(None, 8192) == load_corpus(max_tokens=8192)
+    assert load_training_text(None, 8192) == load_corpus(max_tokens=8192, explained=True)
     own = load_training_text([documentation_halves()[0]], 131072)
     assert DOCUMENTATION not in own.names and len(own.parts) == 2
     monkeypatch.setattr("lf_hf.text.calibration.documentation_halves", lambda: ("", ""))  # a Python without it
-    assert load_training_text(make_texts(), 8192) == load_corpus(make_texts(), max_tokens=8192, excerpt=1024)
+    assert load_training_text(make_texts(), 8192) == load_corpus(
+        make_texts(), max_tokens=8192, excerpt=1024, explained=True
+    )
 
 
 def test_a_users_text_serves_without_the_questions(monkeypatch: pytest.MonkeyPatch) -> None:

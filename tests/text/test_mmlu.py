@@ -43,11 +43,13 @@ def test_bundled_text_is_clean(bundled: dict[str, list[Question]]) -> None:
     for questions in bundled.values():
         for question in questions:
             assert 0 <= question.answer < len(question.choices)
-            for text in (question.question, *question.choices):
+            for text in (question.question, *question.choices, question.explanation):
                 assert text
                 assert text == text.strip()
                 assert "Let's think" not in text
                 assert "\nA:" not in text
+                assert "Wikipedia articles" not in text
+            assert not question.explanation.endswith(f"answer is ({'ABCDE'[question.answer]}).")
 
 
 def test_bundled_options_on_their_own_lines(bundled: dict[str, list[Question]]) -> None:
