@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 # a user's.
 _GENERATED_SHARE = 0.5
 _GENERATED_SHARE_OF_USERS = 1 / 3
-# Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens.
+# Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens, or
+# some ten thousand.
 _QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
+_QUESTION_CHARACTERS = 40_000
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
@@ -160,7 +162,8 @@ def load_corpus(
     except ValueError as error:
         logger.warning("Without questions beside the calibration text: %s", error)
         return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
-    questions = questions[: int(min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens))]
+    characters = min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens, _QUESTION_CHARACTERS)
+    questions = questions[: int(characters)]
     return Corpus([text, questions], f"{source}, {QUESTIONS}", _GENERATED_SHARE_OF_USERS)
 
 
