@@ -29,7 +29,7 @@ LONGEST_GROUP = 6
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "selection": ("last", "least_influence", "least_divergence", "groups"),
+    "selection": ("last", "least_influence", "groups"),
     "alignment": ("none", "rows", "neurons"),
     "merge": ("average", "keep_first", "select"),
     "refit": ("none", "down_proj", "projections"),
@@ -91,12 +91,11 @@ class FusionConfig:
         Fuse as many as keep the perplexity of that text within this many times the dense model's.
     method : {"neural_alignment", "mka", "truncate", "refit"}, default="neural_alignment"
         Preset of `selection`, `alignment`, `merge` and `refit`.
-    selection : {"last", "least_influence", "least_divergence", "groups"}, default from `method`
+    selection : {"last", "least_influence", "groups"}, default from `method`
         Which pair each step fuses. "last": the last two layers of the model. "least_influence":
-        the layer that changes the residual stream least, with the one before it. "least_divergence": the pair
-        whose fusion, tried on calibration text, moves the model's predictions least. "groups": those groups of
-        two to six layers that, each made one layer, move them least together, tried on that text too. In the latter
-        three the first and the last layer stay.
+        the layer that changes the residual stream least, with the one before it. "groups": those groups of two to six
+        layers that, each made one layer and tried on calibration text, move the model's predictions least together.
+        In the latter two the first and the last layer stay.
     alignment : {"none", "rows", "neurons"}, default from `method`
         How layer j's neurons are matched to layer i's before merging. "rows": an optimal assignment of the
         rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so

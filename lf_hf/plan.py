@@ -57,7 +57,6 @@ _TOKENS_PER_QUESTION = 100  # of MMLU
 _CHOSEN = {
     "least_influence": "the layer of least influence joins the one before it",
     "groups": "the groups of layers whose fusion changes predictions least",
-    "least_divergence": "the pair whose fusion changes predictions least",
 }
 _BYTES_TRAINED = 16  # of a parameter: itself, its gradient and two moments, in float32
 
@@ -389,9 +388,8 @@ class _Work:
             return 2 * tokens * self.candidates * (self.candidates + self.llama.hidden_size) + 4 * self.candidates**3
 
         passes = self.judging * (2 * layers - fused) + (self.samples + step + 3 * self.written) * layers
-        tried = layers + 2 * fused if config.selection == "least_divergence" else 0
-        passes += (fused + tried / 4) * step * layers / 2  # above a pair
-        fits = (tried + fused) * fit(step) if config.fits else 0.0
+        passes += fused * step * layers / 2  # above a pair
+        fits = fused * fit(step) if config.fits else 0.0
         if config.refit != "none":
             passes += 2 * self.text * layers
             fits += fused * fit(self.text)

@@ -244,7 +244,6 @@ WAYS: dict[str, Way] = {
     "drop by influence, healed": partial(Ways.fusion, method="truncate", selection="least_influence", healed=True),
     "refit, healed": partial(Ways.fusion, method="refit", healed=True),
     "refit, groups": partial(Ways.fusion, method="refit", selection="groups"),
-    "refit, least_divergence": partial(Ways.fusion, method="refit", selection="least_divergence"),
 }
 
 

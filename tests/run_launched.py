@@ -27,7 +27,6 @@ TEMPLATE = (  # so that processes share chats to write, too
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
-    "by divergence": {"method": "refit", "selection": "least_divergence", "num_fusions": 2},
     "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2, "calibration_tokens": 8192},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},

@@ -104,6 +104,17 @@ def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeyp
     assert report.perplexities == [] and "No perplexity" in report.notes[0]
 
 
+@pytest.mark.parametrize("selection", ["least_influence", "groups"])
+@pytest.mark.parametrize("by_default", [True, False])
+def test_a_refit_without_a_users_text_is_told_what_helps(selection: str, by_default: bool) -> None:
+    config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=0)
+    text = Corpus(TEXT.parts, TEXT.source, by_default=by_default)
+    decoder = ModelDecoder(make_llama(), keep_originals=True)
+    notes = fuse(decoder, make_tokenizer(), config, None, text, base="tiny").notes
+    assert any("text of your own domain" in note for note in notes) == by_default
+    assert any("selection='groups'" in note for note in notes) == (by_default and selection == "least_influence")
+
+
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
     report = run(1, perplexity_tokens=0)
     assert report.perplexities == [] and report.continuations == [] and report.notes == []
@@ -141,7 +152,6 @@ def test_measurements_serve_every_fusion_that_would_measure_the_same() -> None:
 
 LEVELS = {
     **{method: {"method": method} for method in METHODS},
-    "by divergence": {"method": "refit", "selection": "least_divergence"},
     "averaged and fitted": {"method": "mka", "selection": "least_influence", "refit": "down_proj"},
 }
 

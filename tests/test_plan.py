@@ -30,7 +30,6 @@ TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dt
         (TIED, {"method": "truncate"}),
         ({}, {"method": "refit"}),
         (TIED, {"method": "mka", "selection": "least_influence", "alignment": "neurons", "refit": "down_proj"}),
-        ({}, {"method": "refit", "selection": "least_divergence"}),
         (TIED, {"method": "refit", "selection": "groups"}),
     ],
 )

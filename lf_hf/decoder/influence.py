@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lf_hf.decoder.interface import Decoder
 from lf_hf.numerics import in_float64
 from lf_hf.processes import ALONE, Processes
+
+_ROWS = 64  # tokens whose predictions are compared at a time
 
 
 def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
@@ -51,3 +55,33 @@ def divergence(expected: Tensor, logits: Tensor) -> Tensor:
     """
     probabilities, logits = expected.exp(), logits.float()
     return probabilities.mul_(expected - logits).sum() + logits.logsumexp(-1).sum()
+
+
+@torch.no_grad()
+def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Mean divergence per token from the dense model's predictions, of final states of the same sequences.
+
+    Each process has a share of the sequences. What cannot be computed with, as where float16 overflows, is inf.
+
+    Parameters
+    ----------
+    dense, and each of `candidates` : sequences of tensors of shape (sequences B, tokens T, hidden)
+    """
+    candidates = list(candidates)
+    totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
+    with decoder.head() as head:
+        for n, states in enumerate(dense):
+            others = [_rows(candidate[n].to(states.device)) for candidate in candidates]
+            for rows, *fused_rows in zip(_rows(states), *others, strict=True):
+                expected = head(rows).float().log_softmax(-1)
+                found = [divergence(expected, head(fused)) for fused in fused_rows]
+                found.append(torch.full_like(found[0], rows.shape[1]))
+                sums = in_float64(torch.stack(found))
+                totals = totals.to(sums.device) + sums
+    *of_candidates, tokens = decoder.processes.summed(totals)
+    return [total / tokens if math.isfinite(total) else math.inf for total in of_candidates]
+
+
+def _rows(states: Tensor) -> tuple[Tensor, ...]:
+    """States (sequences B, tokens T, hidden) as some tokens at a time, each of shape (1, tokens, hidden)."""
+    return states.flatten(0, 1)[None].split(_ROWS, dim=1)

@@ -14,12 +14,12 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lf_hf.config import LONGEST_GROUP
+from lf_hf.decoder.influence import divergences
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer
 from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import after_attention
-from lf_hf.refit.pair_costs import divergences
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
 from lf_hf.text.packing import beginning

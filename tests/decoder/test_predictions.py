@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.influence import divergence, influence
+from lf_hf.decoder.influence import divergence, divergences, influence
 from lf_hf.decoder.perplexity import perplexity
 from lf_hf.decoder.predictions import Predictions, batched, final_states, prediction_sums, predictions
 from lf_hf.text.packing import pack_tokens
@@ -42,6 +42,22 @@ def test_divergence_is_zero_for_what_is_equal_and_counts_tokens() -> None:
     assert divergence(expected, one + 3) == pytest.approx(0, abs=1e-5)
     wanted, found = (x.double().softmax(-1).numpy() for x in (one, other))
     assert divergence(expected, other) == pytest.approx(scipy.stats.entropy(wanted, found, axis=1).sum(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_divergences_are_means_over_tokens_and_infinite_where_nothing_can_be_computed() -> None:
+    model, generator = make_llama(), torch.Generator().manual_seed(0)
+    # More tokens than are compared at a time, and sequences of two lengths.
+    dense, fused = (
+        [torch.randn(2, 70, 32, generator=generator), torch.randn(1, 9, 32, generator=generator)] for _ in "12"
+    )
+    pairs = [
+        (model.lm_head(model.model.norm(x)).flatten(0, 1) for x in both) for both in zip(dense, fused, strict=True)
+    ]
+    of_tokens = [scipy.stats.entropy(*(x.double().softmax(-1).numpy() for x in pair), axis=1) for pair in pairs]
+    broken = [torch.full_like(state, math.nan) for state in dense]
+    found = divergences(ModelDecoder(model), dense, [fused, broken, dense])
+    assert found == [pytest.approx(sum(map(sum, of_tokens)) / 149, rel=1e-4), math.inf, pytest.approx(0, abs=1e-6)]
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:

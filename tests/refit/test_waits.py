@@ -52,7 +52,7 @@ def waits_and_copies(num_sequences: int, selection: str) -> tuple[int, int]:
         return devices.waits, devices.sent
 
 
-@pytest.mark.parametrize("selection", ["least_influence", "least_divergence", "groups"])
+@pytest.mark.parametrize("selection", ["least_influence", "groups"])
 def test_waiting_does_not_grow_with_the_text(selection: str) -> None:
     few, many = (waits_and_copies(count, selection) for count in (8, 64))
     assert few == many and few[0] > 0
