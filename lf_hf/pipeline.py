@@ -546,7 +546,7 @@ def _notes(
     if config.needs_text and measured.offline_text:
         advice = "Calibrated on text that is there offline; text of your own domain gives a better model"
         if (config.selection, config.refit) == ("least_influence", "projections"):
-            advice += ", and so does selection='groups', in about three times the time"
+            advice += ", and so does selection='groups', in three to four times the time"
         notes.append(f"{advice}.")
     for note in (collapse_note(judged, fitted=config.refit != "none"), silence_note(continuations)):
         if note:

@@ -138,7 +138,7 @@ def test_healing_brings_a_model_nearer_to_its_base(
         length=32,
         batch_tokens=128,
         train=train,
-        learning_rate=5e-4,
+        learning_rate=2e-4,
     )
     assert report.healed is not None
     assert all(judged.divergence_after < judged.divergence_before for judged in report.healed.judged)
