@@ -115,7 +115,8 @@ class GroupCosts:
         mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
         finalists = heapq.nsmallest(FINALISTS, mine, key=mine.__getitem__)
         if len(finalists) > 1 and self._final_text is not None:
-            costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text))
+            last = max(groups[-1][1] for groups in finalists)
+            costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text, last))
             mine = dict(zip(finalists, costs, strict=True))
         if not mine:
             raise ValueError(
@@ -181,12 +182,13 @@ class GroupCosts:
         for number, layer in zip(upwards, self._decoder.layers(upwards), strict=True):
             yield _Crossing(number, layer, self._part(number, self._fitting), self._part(number + 1, self._fitting))
 
-    def _final_crossings(self, text: Sequence[Tensor]) -> Iterator[_Crossing]:
+    def _final_crossings(self, text: Sequence[Tensor], last: int) -> Iterator[_Crossing]:
+        """Of all layers, with states of some text up to the last layer that is in a group."""
         upwards = range(self._decoder.num_layers)
         before = self._store.keep(self._decoder.embed(text))
         bar = progress(upwards, desc="Comparing sets of groups", unit="layer", leave=False)
         for number, layer in zip(bar, self._decoder.layers(upwards), strict=True):
-            after = self._run(layer, before)
+            after = self._run(layer, before) if number <= last else []
             yield _Crossing(number, layer, before, after)
             before = after
 
@@ -212,7 +214,9 @@ class GroupCosts:
                     if number < group[1]:
                         continue
                     layer = self._fused([window[member] for member in range(group[0], number + 1)], fitted[groups])
-                fitted[groups], judged[groups] = self._run(layer, fitted[groups]), self._run(layer, judged[groups])
+                if number < groups[-1][1]:  # above its last group nothing is fitted
+                    fitted[groups] = self._run(layer, fitted[groups])
+                judged[groups] = self._run(layer, judged[groups])
         found = ([state[:, _JUDGED] for state in judged[groups]] for groups in sets)
         return self._divergences(self._judging_sets, found)
 

@@ -157,7 +157,7 @@ def test_sets_cost_the_same_together_as_alone_and_as_models(method: str, monkeyp
     with start(decoder, FusionConfig(2, method, selection="groups"), measured) as fusion:
         table = fusion.table
         assert table is not None
-        together = table._costs_of_sets(sets, table._final_crossings(decoder.batches(fitting)))
+        together = table._costs_of_sets(sets, table._final_crossings(decoder.batches(fitting), last=6))
         made, fuse_group = list[Any](), table._fuse
 
         def spy(*arguments: Any) -> Any:
