@@ -29,8 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "num_fusions": 3},
     "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2, "calibration_tokens": 8192},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
-    "down_proj": {"method": "mka", "refit": "down_proj", "num_fusions": 2, "selection": "least_influence"},
-    "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
+    "neural_alignment, refitted": {"method": "neural_alignment", "refit": "down_proj", "num_fusions": 2},
 }
 
 

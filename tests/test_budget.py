@@ -39,7 +39,7 @@ def predicted(model: Any, text: list[torch.Tensor]) -> tuple[torch.Tensor, float
 def fused_within(model_type: str = "llama", **settings: Any) -> tuple[Any, Any, Any, list[torch.Tensor]]:
     """A dense model, what was fused within a budget, its report, and the text that was kept aside."""
     tokenizer, config = make_tokenizer(), FusionConfig(**SETTINGS, **settings)
-    dense, model = (tiny_model(model_type, num_hidden_layers=7) for _ in range(2))
+    dense, model = (tiny_model(model_type, num_hidden_layers=6) for _ in range(2))
     measured = measure(ModelDecoder(dense), tokenizer, config, None, Corpus(TEXTS, "texts"))
     decoder = ModelDecoder(model, keep_originals=True)
     report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
@@ -56,8 +56,8 @@ def fused_within(model_type: str = "llama", **settings: Any) -> tuple[Any, Any, 
 )
 def test_a_budget_is_kept_by_the_result_and_used_up(settings: dict[str, Any]) -> None:
     _, smallest, everything, _ = fused_within(**settings, max_divergence=1e9)
-    most = FusionConfig(1, **{name: settings[name] for name in settings if name != "model_type"}).most_fusions(7)
-    assert len(everything.steps) == most and len(smallest.model.layers) == 7 - most
+    most = FusionConfig(1, **{name: settings[name] for name in settings if name != "model_type"}).most_fusions(6)
+    assert len(everything.steps) == most and len(smallest.model.layers) == 6 - most
     allowed = everything.budget.tried[-1].divergence / 2
     dense, model, report, aside = fused_within(**settings, max_divergence=allowed)
     expected, before = predicted(dense, aside)

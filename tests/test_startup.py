@@ -83,10 +83,9 @@ def output(python: Path | str, code: str, folder: Path, **extra: str) -> str:
 def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
     tasks = output(wheel_python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
     lm_eval = [*ARGUMENTS, "--include_path", tasks]
-    commands = [
+    commands = [  # the third way, -m lm_eval, is launched below
         [wheel_python, script("lm_eval", "lm_eval"), *lm_eval],
-        [wheel_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
-        [editable_python, "-m", "lm_eval", *lm_eval],
+        [editable_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
     ]
     running = [
         subprocess.Popen(
