@@ -82,8 +82,8 @@ class FusionConfig:
     Parameters
     ----------
     num_fusions : int
-        How many times two layers become one: 1 to L - 1 for a model of L layers, to L - 3 unless
-        selection="last". One of this and the next two is given.
+        How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless selection="last", and
+        with "groups" as many as leave one layer of every six. One of this and the next two is given.
     max_divergence : float > 0
         Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in nats a
         token. It is measured on an eighth of the calibration text, which nothing is fitted to then.

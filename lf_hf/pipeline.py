@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -530,9 +530,12 @@ def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
 
 
 def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
-    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are."""
-    found = [cheapest_sets(costs, count, count=1) for count in range(1, most + 1)]
-    return [(sum(costs[group] for group in groups[0]), groups[0]) for groups in found if groups]
+    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are.
+
+    It ends before the first number for which no groups have costs that are finite.
+    """
+    found = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
+    return [(sum(costs[group] for group in groups), groups) for [groups] in found]
 
 
 def _notes(

@@ -112,12 +112,12 @@ class GroupCosts:
             if groups is None:
                 break
             [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(groups[0][0]))
-        mine = {groups: cost for groups, cost in self.tried.items() if removed(groups) == num_fusions}
+        mine = {groups: cost for groups, cost in _finite(self.tried).items() if removed(groups) == num_fusions}
         finalists = heapq.nsmallest(FINALISTS, mine, key=mine.__getitem__)
         if len(finalists) > 1 and self._final_text is not None:
             last = max(groups[-1][1] for groups in finalists)
             costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text, last))
-            mine = dict(zip(finalists, costs, strict=True))
+            mine = _finite(dict(zip(finalists, costs, strict=True)))
         if not mine:
             raise ValueError(
                 f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
@@ -221,6 +221,10 @@ class GroupCosts:
         return self._divergences(self._judging_sets, found)
 
 
+def _finite(costs: Mapping[tuple[Group, ...], float]) -> dict[tuple[Group, ...], float]:
+    return {groups: cost for groups, cost in costs.items() if math.isfinite(cost)}
+
+
 def removed(groups: Iterable[Group]) -> int:
     """How many layers fewer a model has where each group is one layer."""
     return sum(last - first for first, last in groups)
@@ -259,7 +263,7 @@ def promising(
     beyond the sum of their groups is put down to the layers that they join to the one below, by ridge regression.
     """
     known = {groups: cost for groups, cost in tried.items() if removed(groups) == num_fusions}
-    finite = [groups for groups, cost in known.items() if math.isfinite(cost)]
+    finite = list(_finite(known))
     if len(finite) > 1:
         top = max(last for _, last in costs)
         joined = [[_joins(groups, layer) for layer in range(top + 1)] for groups in finite]

@@ -15,7 +15,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, fuse_pairs, start
+from lf_hf.pipeline import cheapest_levels, fuse, fuse_pairs, start
 from lf_hf.refit.group_costs import cheapest_sets, promising, removed, text_for_groups
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -105,6 +105,32 @@ def test_groups_that_cannot_be_computed_with_are_said() -> None:
         fusion.table.by_group = dict.fromkeys(fusion.table.by_group, math.inf)
         with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
             fuse_pairs(fusion, 1)
+
+
+def test_sets_that_cannot_be_computed_with_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each of their groups can be."""
+    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
+    with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
+        table = fusion.table
+        assert table is not None
+        real, finite = table._costs_of_sets, {((2, 3),)}
+
+        def some(sets: Any, *arguments: Any) -> list[float]:
+            costs = zip(sets, real(sets, *arguments), strict=True)
+            return [cost if groups in finite else math.inf for groups, cost in costs]
+
+        monkeypatch.setattr(table, "_costs_of_sets", some)
+        assert table.best(1, trials=8) == [(2, 3)]
+        finite.clear()
+        table.tried.clear()
+        with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
+            table.best(1, trials=8)
+
+
+def test_expected_costs_end_where_there_are_none() -> None:
+    costs = {(1, 2): 0.1, (2, 3): math.inf, (1, 3): math.inf, (1, 4): 0.5, (2, 4): math.inf, (3, 4): math.inf}
+    assert cheapest_levels(costs, 3) == [(0.1, ((1, 2),))]
+    assert cheapest_levels(costs | {(1, 2): math.inf}, 3) == []
 
 
 def test_a_table_is_measured_once() -> None:
