@@ -7,7 +7,6 @@ are estimates from the few largest terms; `_Work.memory` and `_Work.seconds` say
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, is_spread
-from lf_hf.files.saving import check_replaceable
+from lf_hf.files.saving import check_replaceable, check_room
 from lf_hf.files.weights import stored_dtype
 from lf_hf.measure import PERPLEXITY_LENGTH, measure
 from lf_hf.memory import PROCESS, free_memory, in_gib
@@ -257,6 +256,10 @@ def cost_curve(
         with start(decoder, config, measure(decoder, tokenizer, config, samples, text)) as fusion:
             assert fusion.table is not None
             levels = cheapest_levels(fusion.table.by_group, config.most_fusions(decoder.num_layers))
+    if not levels:
+        raise ValueError(
+            "No group of layers can be computed with in this dtype; use one of wider range, such as bfloat16."
+        )
     return [PlannedLevel(count, cost, groups) for count, (cost, groups) in enumerate(levels, 1)]
 
 
@@ -266,13 +269,7 @@ def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) ->
     A fused model that is there keeps its room until the new one is whole.
     """
     work = _Work.of(base, config)
-    needed, place = work.parameters_after * work.dtype.itemsize, Path(out).resolve()
-    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
-    if free < needed:
-        raise OSError(
-            f"The disk of {str(out)!r} has {in_gib(free)} free, and the fused model takes {in_gib(needed)}; make room, "
-            "or give a folder on another disk."
-        )
+    check_room(out, work.parameters_after * work.dtype.itemsize, "the fused model takes")
 
 
 def _calibration(

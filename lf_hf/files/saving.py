@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checked_json import parse_json
 from lf_hf.files.model_card import CARD_NAME
+from lf_hf.memory import in_gib
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,17 @@ def checked_folder(path: object) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(path)!r} is a file; give a folder to save into.")
     return folder
+
+
+def check_room(path: object, needed: int, what: str) -> None:
+    """Raise OSError if the disk of a folder, which need not be there yet, has no room for what takes `needed` bytes."""
+    place = checked_folder(path)
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+    if free < needed:
+        raise OSError(
+            f"The disk of {str(path)!r} has {in_gib(free)} free, and {what} {in_gib(needed)}; make room, or give a "
+            "folder on another disk."
+        )
 
 
 def check_replaceable(path: object, base: str) -> bool:

@@ -31,7 +31,7 @@ from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
 from lf_hf.files.base import Base, load_tokenizer
-from lf_hf.files.saving import check_replaceable, checked_folder, only_writer
+from lf_hf.files.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.healing.judge import judge
 from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, digest_of, epochs_note, make_lesson, tokenizer_of
 from lf_hf.healing.loss import Loss
@@ -44,6 +44,7 @@ from lf_hf.healing.training import (
     DistillationTrainer,
     check_names,
     choose_trained,
+    disk_needed,
     make_student,
     trained_state,
     training_arguments,
@@ -58,6 +59,7 @@ from lf_hf.text.readers import OpenTokenizer, Samples
 logger = logging.get_logger(__name__)
 
 WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
+STATES = "states of the training take"  # on disk, at most
 _LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
@@ -147,6 +149,10 @@ class HealingText:
 
     def load(self, settings: HealSettings, open_tokenizer: OpenTokenizer) -> Corpus:
         if self.dataset is None:
+            if (self.config, self.split, self.column) != (None, "train", "text"):
+                raise ValueError(
+                    "dataset_config, dataset_split and dataset_column need dataset=; give it, or leave them out."
+                )
             return load_training_text(self.text, settings.tokens, open_tokenizer)
         if self.text is not None:
             raise ValueError("text and dataset exclude each other; give one of them.")
@@ -223,6 +229,7 @@ def check_can_heal(
         choose_trained(student, settings.train, [])
         given_text(tokenizer, corpus, settings, base.config.vocab_size)
         choose_way(base, student, settings, arguments, {}, cache)
+        check_room(work, disk_needed(student, settings.train), STATES)
 
 
 def fitted_arguments(
@@ -269,6 +276,13 @@ def _distilled(
     processes = Processes.of_launch()
     student = make_student(model, settings, came_in.fused_layers)
     way = choose_way(opened, student, settings, arguments, given, cache)
+    on_disk = disk_needed(student, settings.train)
+
+    def check_disk() -> None:
+        if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
+            check_room(work, on_disk, STATES)
+
+    processes.told_by_first(check_disk)
     with ExitStack() as stack:
         stack.enter_context(_as_it_was())
         processes.told_by_first(lambda: bool(stack.enter_context(only_writer(work))))

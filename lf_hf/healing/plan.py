@@ -13,11 +13,12 @@ import torch
 from transformers import TrainingArguments
 
 from lf_hf.files.base import Base
-from lf_hf.healing.heal import WORK, HealingText, fitted_arguments, heal_settings, open_healing
+from lf_hf.files.saving import check_room
+from lf_hf.healing.heal import STATES, WORK, HealingText, fitted_arguments, heal_settings, open_healing
 from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, Way, choose_way, epochs_note, plan_lesson
 from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.training import EVALUATIONS, make_student
+from lf_hf.healing.training import EVALUATIONS, disk_needed, make_student
 from lf_hf.memory import PROCESS, free_memory, in_gib
 from lf_hf.numerics import product_speed
 from lf_hf.progress import duration
@@ -33,7 +34,8 @@ class HealPlan:
 
     `text` is what is trained on, by kind, and `epochs` how often it goes through all of that. `trained` counts
     parameters of the student's `parameters`. `way` is how the base's predictions are had. `memory` is about how many
-    bytes of `device` each process takes at its peak, of which `free` are free now. `seconds` is a range, for a machine
+    bytes of `device` each process takes at its peak, of which `free` are free now. `disk` is what the training's states
+    take there at most, until it is done. `seconds` is a range, for a machine
     that stays as busy as it is. `notes` are what a user should know, one sentence each.
     """
 
@@ -48,6 +50,7 @@ class HealPlan:
     device: torch.device
     memory: int
     free: int
+    disk: int
     seconds: tuple[float, float]
     notes: list[str]
 
@@ -64,6 +67,7 @@ class HealPlan:
                 *(f"  text: {kind.tokens:,} tokens of {kind.source}" for kind in self.text),
                 f"  the base's predictions: {self.way.said}",
                 f"  peak memory{where}, about: {in_gib(self.memory)}; free now: {in_gib(self.free)}",
+                f"  disk, until it is done, at most about: {in_gib(self.disk)}",
                 f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
                 *(f"  note: {note}" for note in self.notes),
             ]
@@ -92,6 +96,8 @@ def plan_heal(
     ValueError
         For settings, models or text that `heal` would refuse, or too little memory; but not for a base with other
         weights than the one that was fused, nor for an earlier run in `out` that cannot go on.
+    OSError
+        If the disk has no room for the training's states.
     """
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = heal_settings(settings, kwargs), dict(training_args or {})
@@ -102,10 +108,13 @@ def plan_heal(
         settings, arguments = fitted_arguments(settings, came_in.model.config, Path(work), given)
         student = make_student(came_in.model, settings, came_in.fused_layers)
         way = choose_way(opened, student, settings, arguments, given, cache, planned=came_in.model)
+    disk = disk_needed(student, settings.train)
+    check_room(folder, disk, STATES)
     lesson = plan_lesson(way, opened, came_in, corpus, settings)
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
     count, trained = sum(n for n, _ in parameters), sum(n for n, needs_gradient in parameters if needs_gradient)
-    seconds = _seconds(settings, arguments, way, lesson, count, trained, model_bytes(opened.config, 1))
+    of_base, dtype = model_bytes(opened.config, 1), came_in.model.dtype
+    seconds = _seconds(settings, arguments, way, lesson, count, trained, of_base, dtype)
     on_cpu = arguments.device.type == "cpu"
     loaded = PROCESS + sum(p.nbytes for p in came_in.model.parameters()) if on_cpu else 0
     notes = {
@@ -129,6 +138,7 @@ def plan_heal(
         device=arguments.device,
         memory=way.memory + loaded,
         free=free_memory(arguments.device),
+        disk=disk,
         seconds=(seconds / 2, seconds * 2),
         notes=[note for note, applies in notes.items() if applies],
     )
@@ -142,6 +152,7 @@ def _seconds(
     parameters: int,
     trained: int,
     of_base: int,
+    judged_in: torch.dtype,
 ) -> float:
     """Operations over the speed of this machine now: two for each parameter and token of a pass.
 
@@ -153,10 +164,11 @@ def _seconds(
     written = tokens * lesson.written_share / lesson.epochs
     step = 4 * parameters + 2 * trained + (2 * parameters if arguments.gradient_checkpointing else 0)
     training = tokens * step + 2 * parameters * aside * (EVALUATIONS + 1)
-    judging = 4 * parameters * judged  # before and after, in each process
+    # Before and after, in each process, where what came in was loaded.
+    judging = 4 * parameters * judged / product_speed(judged_in, torch.device("cpu"))
     by_base = 2 * of_base * (tokens + aside + judged + _WRITTEN * written)
     processes = arguments.world_size
     by_base /= processes if way.folder is None else 1  # the first one alone writes predictions to disk
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     # Training reaches about a third of the speed of a product.
-    return 3 * (training / processes + judging + by_base) / product_speed(dtype, arguments.device)
+    return 3 * (judging + (training / processes + by_base) / product_speed(dtype, arguments.device))

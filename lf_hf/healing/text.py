@@ -215,12 +215,20 @@ def hub_texts(name: str, config: str | None, split: str, column: str, tokens: in
     except Exception as error:  # of any kind: the hub's, the reader's, a missing split
         reason = " ".join(f"{error}".split())
         raise ValueError(f"The data set {name!r} cannot be read ({reason:.300}).") from None
+    if texts and not _is_text(texts[-1]):
+        raise ValueError(f"The column {column!r} of the data set {name!r} holds {texts[-1]!r:.80}, which is no text.")
     return texts
 
 
 def _until(characters: int, texts: Iterator[Any]) -> Iterator[Any]:
     for text in texts:
+        if text is None:  # a row without one
+            continue
         yield text
         characters -= len(str(text))
-        if characters <= 0 or not (isinstance(text, str) or is_chat(text)):
+        if characters <= 0 or not _is_text(text):
             return
+
+
+def _is_text(text: Any) -> bool:
+    return isinstance(text, str) or is_chat(text)

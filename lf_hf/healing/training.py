@@ -127,6 +127,15 @@ def _projections(family: Family) -> list[str]:
     return [name.rpartition(".")[2] for name in names]
 
 
+def disk_needed(student: nn.Module, train: str) -> int:
+    """Bytes that a training keeps on disk at most: its best state, its last, and one that is being written.
+
+    Each has the weights, of adapters alone where these are trained, and AdamW's two float32 numbers for each trained.
+    """
+    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad or train != "lora")
+    return 3 * (weights + sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
+
+
 def trained_state(trainer: DistillationTrainer, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
     """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
     state = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model)
@@ -201,7 +210,8 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._shown = progress(total=state.max_steps, desc="Healing", unit="step").__enter__()
+            left = state.max_steps - state.global_step  # fewer where a run goes on
+            self._shown = progress(total=left, desc="Healing", unit="step").__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._shown is not None:

@@ -125,7 +125,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
             field = next((name for name in ("text", "messages") if name in sample), None)
             if field is None:
                 raise ValueError(f"Line {number} of {path.name!r} has no field 'text' or 'messages'.")
-            sample = sample[field]
+            sample = "" if sample[field] is None else sample[field]
         yield sample
 
 
@@ -159,6 +159,6 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path, read_dictionary=None if nested[name] else [name]) as table:
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[name]):
                 for value in batch.column(0):
-                    yield value.as_py()
+                    yield "" if (sample := value.as_py()) is None else sample
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"The calibration file {path.name!r} is not Parquet: {error}.") from None

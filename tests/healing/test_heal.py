@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -233,7 +235,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         return real(self, *arguments)
 
     monkeypatch.setattr(training.DistillationTrainer, "training_step", counted)
+    bars: list[int] = []
+
+    def bar(*, total: int, **_: str) -> MagicMock:
+        bars.append(total)
+        return MagicMock()
+
+    monkeypatch.setattr(training, "progress", bar)
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert bars == [len(steps)]  # those that are left
     assert 0 < min(steps) < 10 and same_bits(tmp_path / "out", healed)
     whole = FusionReport.load(healed).healed
     assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
@@ -339,6 +349,38 @@ def test_frozen_weights_in_bfloat16_need_no_copy_to_compute_in() -> None:
     assert of_weights == [2 * count, 6 * count]
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_plan_says_what_the_disk_has_to_hold(
+    train: str, base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"train": train, "lora_rank": 8}
+    plan = plan_heal(fused, tmp_path / "out", base=base, **settings)
+    real, sizes = training.DistillationTrainer._save_checkpoint, list[int]()
+
+    def saved(self: Any, *arguments: Any) -> None:
+        before = {path.name for path in Path(self.args.output_dir).glob("checkpoint-*")}
+        real(self, *arguments)
+        [new] = {path.name for path in Path(self.args.output_dir).glob("checkpoint-*")} - before
+        assert len(before) < 3
+        sizes.append(sum(file.stat().st_size for file in Path(self.args.output_dir, new).iterdir()))
+
+    monkeypatch.setattr(training.DistillationTrainer, "_save_checkpoint", saved)
+    lf_hf.heal(fused, tmp_path / "out", base=base, **settings)
+    small = 90_000  # the Trainer's own files, and headers
+    assert max(sizes) - small < plan.disk / 3 < max(sizes)
+
+
+def test_a_disk_without_room_is_found_out_before_anything_is_loaded(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    monkeypatch.delattr(Base, "load")
+    for call in (plan_heal, lf_hf.heal):
+        with pytest.raises(OSError, match=r"has 0\.0 MiB free, and states of the training take"):
+            call(fused, tmp_path / "out", base=base, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("train", ["layers", "all", "fused", "lora"])
 def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"train": train, "lora_rank": 2}
@@ -417,6 +459,7 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: 
         ({"training_args": {"per_device_train_batch_size": 3}}, "does not divide"),
         ({"training_args": {"gradient_accumulation_steps": 3}}, "gradient_accumulation_steps=3 does not divide"),
         ({"dataset": "some/set"}, "text and dataset exclude each other"),
+        ({"dataset_split": "test"}, "dataset_config, dataset_split and dataset_column need dataset="),
         ({"base": None}, "say where it is with base="),
     ],
 )

@@ -53,6 +53,14 @@ def test_the_same_texts_give_the_same_tokens_in_any_form(kind: str, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_without_text_are_passed_over(kind: str, tmp_path: Path) -> None:
+    samples: list[Any] = [None, "one", None, "two"]
+    if kind == "jsonl":
+        samples = [{"text": sample} for sample in samples]
+    assert load_calibration(given(samples, kind, tmp_path)).texts == ["one\n", "two\n"]
+
+
 def test_the_same_texts_give_the_same_model(base: str, tmp_path: Path) -> None:
     models = [
         FusedLlamaForCausalLM.from_pretrained_fused(
