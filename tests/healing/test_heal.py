@@ -349,27 +349,6 @@ def test_frozen_weights_in_bfloat16_need_no_copy_to_compute_in() -> None:
     assert of_weights == [2 * count, 6 * count]
 
 
-@pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_plan_says_what_the_disk_has_to_hold(
-    train: str, base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = SETTINGS | {"train": train, "lora_rank": 8}
-    plan = plan_heal(fused, tmp_path / "out", base=base, **settings)
-    real, sizes = training.DistillationTrainer._save_checkpoint, list[int]()
-
-    def saved(self: Any, *arguments: Any) -> None:
-        before = {path.name for path in Path(self.args.output_dir).glob("checkpoint-*")}
-        real(self, *arguments)
-        [new] = {path.name for path in Path(self.args.output_dir).glob("checkpoint-*")} - before
-        assert len(before) < 3
-        sizes.append(sum(file.stat().st_size for file in Path(self.args.output_dir, new).iterdir()))
-
-    monkeypatch.setattr(training.DistillationTrainer, "_save_checkpoint", saved)
-    lf_hf.heal(fused, tmp_path / "out", base=base, **settings)
-    small = 90_000  # the Trainer's own files, and headers
-    assert max(sizes) - small < plan.disk / 3 < max(sizes)
-
-
 def test_a_disk_without_room_is_found_out_before_anything_is_loaded(
     base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,10 +361,25 @@ def test_a_disk_without_room_is_found_out_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("train", ["layers", "all", "fused", "lora"])
-def test_what_is_not_to_be_trained_stays(train: str, base: str, fused: Path, tmp_path: Path) -> None:
+def test_what_is_not_to_be_trained_stays(
+    train: str, base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a plan says what is trained, and what the disk has to hold meanwhile."""
     settings = SETTINGS | {"train": train, "lora_rank": 2}
     plan = plan_heal(fused, tmp_path / "out", base=base, **settings)
+    real, sizes = training.DistillationTrainer._save_checkpoint, list[int]()
+
+    def saved(self: Any, *arguments: Any) -> None:
+        before = set(Path(self.args.output_dir).glob("checkpoint-*"))
+        real(self, *arguments)
+        [new] = set(Path(self.args.output_dir).glob("checkpoint-*")) - before
+        assert len(before) < 3
+        sizes.append(sum(file.stat().st_size for file in new.iterdir()))
+
+    monkeypatch.setattr(training.DistillationTrainer, "_save_checkpoint", saved)
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **settings)
+    small = 90_000  # the Trainer's own files, and headers
+    assert max(sizes) - small < plan.disk / 3 < max(sizes)
     before, after = weights(fused), weights(tmp_path / "out")
     assert report.healed is not None and report.healed.kept > 0 and before.keys() == after.keys()
     assert plan.trained == report.healed.trained
