@@ -151,7 +151,7 @@ class HealingText:
         if self.dataset is None:
             if (self.config, self.split, self.column) != (None, "train", "text"):
                 raise ValueError(
-                    "dataset_config, dataset_split and dataset_column need dataset=; give it, or leave them out."
+                    "A configuration, split or column is one of a data set; name it with dataset= (--dataset)."
                 )
             return load_training_text(self.text, settings.tokens, open_tokenizer)
         if self.text is not None:

@@ -453,7 +453,7 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: 
         ({"training_args": {"per_device_train_batch_size": 3}}, "does not divide"),
         ({"training_args": {"gradient_accumulation_steps": 3}}, "gradient_accumulation_steps=3 does not divide"),
         ({"dataset": "some/set"}, "text and dataset exclude each other"),
-        ({"dataset_split": "test"}, "dataset_config, dataset_split and dataset_column need dataset="),
+        ({"dataset_split": "test"}, "split or column is one of a data set; name it with dataset= (--dataset)"),
         ({"base": None}, "say where it is with base="),
     ],
 )
