@@ -34,9 +34,9 @@ class HealPlan:
 
     `text` is what is trained on, by kind, and `epochs` how often it goes through all of that. `trained` counts
     parameters of the student's `parameters`. `way` is how the base's predictions are had. `memory` is about how many
-    bytes of `device` each process takes at its peak, of which `free` are free now. `disk` is what the training's states
-    take there at most, until it is done. `seconds` is a range, for a machine
-    that stays as busy as it is. `notes` are what a user should know, one sentence each.
+    bytes of `device` each process takes at its peak, of which `free` are free now. `disk` is how many bytes the states
+    of the training take on disk at most, until it is done. `seconds` is a range, for a machine that stays as busy as it
+    is. `notes` are what a user should know, one sentence each.
     """
 
     fused: str
