@@ -357,6 +357,8 @@ def test_a_disk_without_room_is_found_out_before_anything_is_loaded(
     for call in (plan_heal, lf_hf.heal):
         with pytest.raises(OSError, match=r"has 0\.0 MiB free, and states of the training take"):
             call(fused, tmp_path / "out", base=base, **SETTINGS)
+    with pytest.raises(OSError, match="states of the training take"):  # at load time, before it is fused
+        lf_hf.from_pretrained_fused(base, calibration=TEXTS, num_fusions=2, method="truncate", heal_tokens=4096)
     assert not (tmp_path / "out").exists()
 
 
