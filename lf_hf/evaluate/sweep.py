@@ -203,7 +203,7 @@ def _check_calibration(calibration: object) -> None:
     if not isinstance(calibration, str | os.PathLike | None):
         raise ValueError(f"calibration must be the path of a file, got {calibration!r:.80}.")
     if calibration is not None and not Path(calibration).is_file():
-        raise ValueError(f"The calibration file {str(calibration)!r} does not exist; give a file with text.")
+        raise ValueError(f"The text file {str(calibration)!r} does not exist; give a file with text.")
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def load_corpus(
     excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
     kept, total = spread_evenly(windows(checked_strings(samples, source, open_tokenizer), excerpt), TOKEN_CHARACTERS)
     if not total:
-        raise ValueError(f"The calibration text ({source}) is empty; give a file with text.")
+        raise ValueError(f"The text ({source}) is empty; give a file with text.")
     text = ("" if len(kept) == total else "\n\n").join(kept)
     if len(kept) < total:
         source = f"{source} ({len(kept)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"

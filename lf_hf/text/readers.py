@@ -14,7 +14,7 @@ from lf_hf.checked_json import parse_json
 from lf_hf.text.chats import Messages, chat_text, is_chat
 
 _PARQUET_ROWS = 256  # that are in memory together
-_MAX_LINE = 1 << 24  # characters, of a calibration file
+_MAX_LINE = 1 << 24  # characters, of a text file
 
 Samples = Sequence[str | Messages] | str | Path
 """Text that a user gives: strings and chats, or the path of a file with them."""
@@ -75,19 +75,19 @@ def _without_first(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def _read(path: Path) -> Iterator[Any]:
     if not path.is_file():
         found = "is no file" if path.exists() else "does not exist"
-        raise ValueError(f"The calibration file {str(path)!r} {found}; give a file with text.")
+        raise ValueError(f"The text file {str(path)!r} {found}; give a file with text.")
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise ValueError(f"Calibration files are {', '.join(readers)}, got {path.name!r}.")
+        raise ValueError(f"Text files are {', '.join(readers)}, got {path.name!r}.")
     try:
         path.open("rb").close()
         yield from readers[path.suffix](path)
     except OSError as error:
-        raise OSError(f"The calibration file {str(path)!r} cannot be read: {error.strerror or error}.") from None
+        raise OSError(f"The text file {str(path)!r} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"The calibration file {path.name!r} is not UTF-8 text: {error}.") from None
+        raise ValueError(f"The text file {path.name!r} is not UTF-8 text: {error}.") from None
     except csv.Error as error:
-        raise ValueError(f"The calibration file {path.name!r} is not CSV: {error}.") from None
+        raise ValueError(f"The text file {path.name!r} is not CSV: {error}.") from None
 
 
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
@@ -161,4 +161,4 @@ def _read_parquet(path: Path) -> Iterator[Any]:
                 for value in batch.column(0):
                     yield "" if (sample := value.as_py()) is None else sample
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"The calibration file {path.name!r} is not Parquet: {error}.") from None
+        raise ValueError(f"The text file {path.name!r} is not Parquet: {error}.") from None

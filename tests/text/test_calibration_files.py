@@ -177,7 +177,7 @@ def test_a_file_that_cannot_be_read_is_not_said_to_be_something_else(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OSError, match=rf"The calibration file '.*text\.{kind}' cannot be read: Permission denied\."):
+    with pytest.raises(OSError, match=rf"The text file '.*text\.{kind}' cannot be read: Permission denied\."):
         load_calibration(path)
 
 
