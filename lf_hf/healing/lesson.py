@@ -40,6 +40,7 @@ from lf_hf.healing.teacher import (
 )
 from lf_hf.healing.text import WRITTEN, WRITTEN_CHATS, Kind, healing_text, load_kinds, save_kinds, training_order
 from lf_hf.healing.training import set_batches
+from lf_hf.measure import PERPLEXITY_LENGTH
 from lf_hf.memory import free_memory
 from lf_hf.processes import Processes
 from lf_hf.report.report import CalibrationInfo
@@ -172,7 +173,7 @@ def make_lesson(
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
         return _arranged(teacher, way.said, items, parts, settings)
     made_of = {
-        "format": 3,  # of the files: rises when they change
+        "format": 4,  # of the files: rises when they change
         "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
         "chat_template": str(tokenizer_of(opened, came_in).chat_template),
@@ -281,10 +282,11 @@ def _kinds(
     form = chat_form(tokenizer, vocab_size)
     write = partial(generate, chat=form) if way.in_memory or settings.written_share else None
     kinds = healing_text(tokenizer, corpus, settings, vocab_size, write, chats=form is not None)
+    # In sequences of the fusion's length, whatever is trained on, so that its figures and these can be compared.
+    length = min(PERPLEXITY_LENGTH, opened.config.max_position_embeddings)
     for judging in judging_texts():
-        tokens = max(settings.length, came_in.judging_tokens)
-        packed = pack_tokens(tokenizer, judging.text, settings.length, tokens)
-        kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == settings.length]))
+        packed = pack_tokens(tokenizer, judging.text, length, max(length, came_in.judging_tokens))
+        kinds.append(Kind(_JUDGING + judging.name, [], [part for part in packed if len(part) == length]))
     if file is not None:
         save_kinds(kinds, file)
     return kinds

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,15 +103,16 @@ def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_
     it, what is there is what a killed process left, and is written again.
     """
     sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
-    together = max(1, _TOGETHER // len(sequences[0]))
     counts: list[int] = []
-    for start in range(0, len(sequences), together):
-        part = sequences[start : start + together]
-        try:
-            save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
-        except SafetensorError as error:  # the disk is full
-            raise OSError(f"{str(folder)!r} was not written ({error}).") from error
-        counts.append(len(part))
+    for length, of_length in groupby(sequences, len):
+        left = list(of_length)
+        while left:
+            part, left = left[: max(1, _TOGETHER // length)], left[max(1, _TOGETHER // length) :]
+            try:
+                save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
+            except SafetensorError as error:  # the disk is full
+                raise OSError(f"{str(folder)!r} was not written ({error}).") from error
+            counts.append(len(part))
     of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
     new = folder / f"{_INDEX}.new"
     new.write_text(json.dumps({"kinds": of_kinds, "counts": counts}), encoding="utf-8")

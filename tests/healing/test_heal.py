@@ -105,7 +105,7 @@ def test_the_report_says_what_the_saved_model_does(healed: Path, base: str) -> N
     assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report
     of_base = AutoModelForCausalLM.from_pretrained(base)
     [judging, *_] = judging_texts()
-    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 64, 2000) if len(part) == 64])
+    ids = torch.stack([part for part in pack_tokens(make_tokenizer(), judging.text, 256, 2000)])
     with torch.no_grad():
         logits, wanted = (m(ids).logits[:, :-1].flatten(0, 1).double() for m in (model, of_base))
     loss = cross_entropy(logits, ids[:, 1:].flatten())
@@ -155,7 +155,7 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert same_bits(tmp_path / "out", fused)
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
-    assert {info.relation for info in report.perplexities} == {"unseen"}
+    assert report.perplexities == FusionReport.load(fused).perplexities
     assert any("did not bring the model nearer" in note for note in report.notes)
     assert any("times through its text" in note for note in report.notes)
     report = lf_hf.heal(tmp_path / "out", tmp_path / "again", base=base, **SETTINGS)
@@ -608,14 +608,19 @@ def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
-def test_long_sequences_are_judged_too(base: str, fused: Path, tmp_path: Path) -> None:
-    lf_hf.fuse_checkpoint(base, tmp_path / "fused", num_fusions=2, method="truncate", perplexity_tokens=100)
-    report = lf_hf.heal(
-        tmp_path / "fused", tmp_path / "out", base=base, **SETTINGS | {"length": 128, "learning_rate": 1e-3}
-    )
+@pytest.mark.parametrize("cache", [False, True])
+def test_figures_are_of_the_fusions_sequences_whatever_is_trained_on(
+    base: str, fused: Path, tmp_path: Path, *, cache: bool
+) -> None:
+    given = {"length": 128, "learning_rate": 1e-3} | ({"cache": tmp_path / "cache", "top_k": 320} if cache else {})
+    report, before = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | given), FusionReport.load(fused)
     assert report.healed is not None and report.healed.kept > 0
     assert [judged.name for judged in report.healed.judged] == [judging.name for judging in judging_texts()]
-    assert [info.fused for info in report.perplexities] == [judged.perplexity_after for judged in report.healed.judged]
+    for now, then, judged in zip(report.perplexities, before.perplexities, report.healed.judged, strict=True):
+        assert (now.dense, now.tokens) == (pytest.approx(then.dense, rel=1e-3), then.tokens)
+        assert judged.perplexity_before == pytest.approx(then.fused, rel=1e-3)
+        assert judged.divergence_before == pytest.approx(then.divergence, rel=1e-2)
+        assert now.fused == judged.perplexity_after
 
 
 @pytest.mark.parametrize(("values", "rate"), [({}, 1e-4), ({"train": "lora"}, 5e-4), ({"learning_rate": 1.0}, 1.0)])
