@@ -269,7 +269,8 @@ def fuse(
     if rank():  # of a launch: the first one speaks
         return
     before, after = weights_size(base, hub), weights_size(out, {})
-    _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *done.notes)
+    budget = [done.budget.summary()] if done.budget else []
+    _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *budget, *done.notes)
 
 
 @app.command(
@@ -522,14 +523,14 @@ def sweep(
         values = None if metadata is None else parse_json(metadata, "--metadata")
         check_evaluation(limit, num_fewshot, batch_size, values)
         checked_dtype(dtype)
-        for level, method in itertools.product(levels, methods.split(",")):
+        for level, method in itertools.product(levels, _names(methods)):
             FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
     points = run_sweep(
         base,
         out,
         num_fusions=levels,
-        methods=methods.split(","),
-        tasks=tasks.split(","),
+        methods=_names(methods),
+        tasks=_names(tasks),
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,
@@ -624,6 +625,10 @@ def _writing(place: str | Path | None, option: str) -> Iterator[None]:
         if error.errno is None:  # it was said
             raise
         raise OSError(f"{str(place)!r} cannot be written ({error.strerror}); give another place by {option}.") from None
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

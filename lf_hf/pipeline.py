@@ -60,6 +60,7 @@ from lf_hf.text.packing import beginning
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
+_GUESSES = 4  # trials of a budget that follow a power law
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
 
 
@@ -358,7 +359,7 @@ def _fuse_within(
     parameters: int,
 ) -> FusionReport:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on text kept aside."""
-    held, rest = _kept_aside(measured.text)
+    held, rest = _kept_aside(measured.text, config.seed)
     assert measured.of_text is not None
     of_text = replace(measured.of_text, samples=len(rest), tokens=sum(map(len, rest)))
     measured = replace(measured, text=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
@@ -405,13 +406,16 @@ def _fuse_within(
 def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
     """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
 
-    Costs grow about as a power of the number, which the trials next to the bounds say.
+    Costs grow about as a power of the number, which the trials next to the bounds say. Where they do not, as a few
+    trials have shown then, the range is halved.
     """
     low, high = bounds
     if high - low < 2:
         return None
     if not tried:
         return max(1, high // 8)
+    if len(tried) >= _GUESSES:
+        return (low + high) // 2
 
     def cost(trial: BudgetTrial) -> float:
         found = trial.costs(name)
@@ -429,8 +433,8 @@ def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: 
     return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
 
 
-def _kept_aside(text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Every eighth sequence, or of fewer the last one, and the others.
+def _kept_aside(text: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """An eighth of the sequences, or one, and the others; drawn at random, as kinds of text take turns.
 
     Raises ValueError where there is one alone.
     """
@@ -439,7 +443,8 @@ def _kept_aside(text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    aside = range(min(7, len(text) - 1), len(text), 8)
+    drawn = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = sorted(drawn[: max(1, len(text) // 8)])
     return [text[n] for n in aside], [sequence for n, sequence in enumerate(text) if n not in aside]
 
 

@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
-from lf_hf.pipeline import fuse, next_trial
+from lf_hf.pipeline import _kept_aside, fuse, next_trial
 from lf_hf.plan import cost_curve
 from lf_hf.report.report import BudgetTrial, FusionReport
 from lf_hf.text.calibration import Corpus
@@ -43,7 +43,7 @@ def fused_within(model_type: str = "llama", **settings: Any) -> tuple[Any, Any, 
     measured = measure(ModelDecoder(dense), tokenizer, config, None, Corpus(TEXTS, "texts"))
     decoder = ModelDecoder(model, keep_originals=True)
     report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
-    return dense, model, report, measured.text[7::8]
+    return dense, model, report, _kept_aside(measured.text, config.seed)[0]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,16 @@ def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str]
     assert {file.name for file in tmp_path.iterdir()} == {"low", "high"}
 
 
-@given(st.lists(st.floats(1e-6, 2.0), min_size=1, max_size=60), st.floats(1e-4, 10.0))
+@pytest.mark.parametrize("period", range(2, 9))
+def test_a_budget_is_for_every_kind_of_text(period: int) -> None:
+    """Also where kinds take turns, one every so many sequences."""
+    text = [torch.tensor([number]) for number in range(240)]
+    aside, rest = _kept_aside(text, seed=0)
+    assert sorted(map(int, aside + rest)) == list(range(240)) and len(aside) == 30
+    assert {int(sequence) % period for sequence in aside} == set(range(period))
+
+
+@given(st.lists(st.floats(1e-6, 2.0) | st.just(math.inf), min_size=1, max_size=60), st.floats(1e-4, 10.0))
 def test_trials_end_at_the_last_number_that_is_allowed(growth: list[float], allowed: float) -> None:
     costs = list(itertools.accumulate(growth))  # of 1, 2, ... fusions
     tried, bounds = list[BudgetTrial](), (0, len(costs) + 1)
@@ -140,6 +149,7 @@ def test_trials_end_at_the_last_number_that_is_allowed(growth: list[float], allo
         tried.append(BudgetTrial(count, costs[count - 1], 1.0))
         bounds = (count, bounds[1]) if costs[count - 1] <= allowed else (bounds[0], count)
     assert bounds[0] == sum(cost <= allowed for cost in costs)
+    assert len(tried) <= 4 + math.ceil(math.log2(len(costs) + 1))
 
 
 @pytest.mark.parametrize("power", [0.8, 1.0, 1.5, 2.5])
