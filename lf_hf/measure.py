@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.config import FusionConfig
@@ -228,6 +228,21 @@ def _similarity(
     }
 
 
+def given_sequences(
+    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
+) -> tuple[list[Tensor], int, int]:
+    """The part of the calibration text that is given, and how many sequences of how many tokens a model is to write.
+
+    Raises ValueError if it is too little, or has ids that the model does not have.
+    """
+    length, share = min(config.calibration_length, model_config.max_position_embeddings), text.generated_share
+    short = min(WRITTEN_LENGTH, length)
+    # The text that is given fills one sequence at least.
+    count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
+    packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, model_config.vocab_size)
+    return packed, min(count, round(sum(map(len, packed)) * share / (1 - share) / short)), short  # short text keeps it
+
+
 def calibration_sequences(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
 ) -> tuple[list[Tensor], int]:
@@ -235,12 +250,7 @@ def calibration_sequences(
 
     And how many of the sequences are chats that it wrote.
     """
-    length, share = min(config.calibration_length, decoder.config.max_position_embeddings), text.generated_share
-    short = min(WRITTEN_LENGTH, length)
-    # The text that is given fills one sequence at least.
-    count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
-    packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, decoder.config.vocab_size)
-    count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
+    packed, count, short = given_sequences(decoder.config, tokenizer, text, config)
     if not count:
         return packed, 0
     form = chat_form(tokenizer, decoder.config.vocab_size)

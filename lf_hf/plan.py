@@ -26,7 +26,7 @@ from lf_hf.families import check_layers
 from lf_hf.files.base import SPREAD, Base, is_spread
 from lf_hf.files.saving import check_replaceable, check_room
 from lf_hf.files.weights import stored_dtype
-from lf_hf.measure import PERPLEXITY_LENGTH, measure
+from lf_hf.measure import PERPLEXITY_LENGTH, given_sequences, measure
 from lf_hf.memory import PROCESS, free_memory, in_gib
 from lf_hf.model.fuse_checkpoint import check_low_memory, low_memory_device
 from lf_hf.numerics import product_speed, slow_bfloat16_note
@@ -98,9 +98,10 @@ class FusionPlan:
             pairs += f"; layer {self.pairs[-1][0]} then replaces {self.pairs[-1][0]} to {self.pairs[0][1]}"
         where = "" if self.device.type == "cpu" else f" on {self.device}"
         low_memory = "cannot be used here" if self.low_memory is None else in_gib(self.low_memory)
-        fusions = f"{self.config.num_fusions} fusions"
+        fusions, of_each = f"{self.config.num_fusions} fusion{'s' * (self.config.num_fusions > 1)}", ""
         if self.config.within_budget:
             fusions = "as many fusions as the budget allows; all figures are of one"
+            of_each = ", for each number of fusions that is tried"
         return "\n".join(
             [
                 f"Plan: {self.base} with {self.config.method}, {fusions}. Nothing was done.",
@@ -111,7 +112,7 @@ class FusionPlan:
                 f"  bytes on disk: {_change(self.bytes_before, self.bytes_after)}, as {str(self.dtype)[6:]}",
                 *(f"  calibration: {source}" for source in self.calibration),
                 f"  peak memory{where}, about: {in_gib(self.memory)}; with low memory: {low_memory}",
-                f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}",
+                f"  time, if the machine stays as busy as now: {' to '.join(map(duration, self.seconds))}{of_each}",
                 *(f"  note: {note}" for note in self.notes),
             ]
         )
@@ -162,8 +163,10 @@ def plan_fusion(
         check_can_heal(
             opened, opened.tokenizer(), load_training_text(calibration, config.heal_tokens, opened.tokenizer), config
         )
-    elif not opened.hub.get("gguf_file"):  # a GGUF file has its own, which takes seconds to read
-        opened.tokenizer()
+    if not opened.hub.get("gguf_file"):  # which has a tokenizer of its own, that takes seconds to read
+        tokenizer = opened.tokenizer()
+        if text is not None:
+            given_sequences(opened.config, tokenizer, text, config)
     if out is not None:
         check_disk(opened, config, out)
     check_computes(opened.config)

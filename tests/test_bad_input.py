@@ -276,7 +276,8 @@ PYTHON: dict[str, Row] = {
     "little text": (
         calibrate,
         {"content": b"layer", "method": "refit"},
-        r"\(text.txt, MMLU development questions\) has only \d tokens, .* calibration_length=256; give more text",
+        r"\(text.txt, MMLU development questions\) has only \d tokens, .* sequence of 256; give more text",
+        write("model.safetensors", b""),  # which are not read before that is said
     ),
     "an unknown kind": (calibrate, {"name": "a.docx"}, "Text files are .txt, .jsonl, .csv, .parquet, got 'a.d"),
     "broken lines": (calibrate, {"content": b'"a"\n{', "name": "a.jsonl"}, "Line 2 of 'a.jsonl' is not JSON: "),
@@ -389,6 +390,12 @@ COMMANDS: dict[str, tuple[tuple[Any, ...], int, str] | tuple[tuple[Any, ...], in
     "cut-off weights": (ONE, 1, "is not a whole safetensors file", cut("model.safetensors", 9000)),
     "a plan with cut-off weights": ((*ONE, "--dry-run"), 1, "is not a whole", cut("model.safetensors", 9000)),
     "a plan with no tokenizer": ((*ONE, "--dry-run"), 1, "No tokenizer can be read", remove("token*")),
+    "a plan with little text": (
+        (*FUSE[:4], "{base}/a.txt", "--num-fusions", 1, "--method", "refit", "--dry-run"),
+        1,
+        "do not fill one sequence",
+        write("a.txt", "layer"),
+    ),
     "NaN weights": ((*ONE, "--low-memory"), 1, "contains NaN or inf", weight(UP, NAN)),
     "pickled weights": (ONE, 1, "pickled weights can run code", pickled),
     "mixtral": (ONE, 1, "'mixtral' model", config(model_type="mixtral")),

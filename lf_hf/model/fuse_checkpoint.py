@@ -110,8 +110,8 @@ def check_low_memory(config: FusionConfig) -> None:
     """Raise ValueError for settings that need the whole model in memory."""
     if config.heal_tokens:
         raise ValueError(
-            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; fuse without it, and heal the "
-            "result with lf_hf.heal."
+            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; give low_memory=False, or fuse "
+            "without it, and heal the result with lf_hf.heal."
         )
 
 
@@ -140,6 +140,7 @@ def _fuse_on_disk(
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
     from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
+    inputs.check_text()
     base = inputs.base
     place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
     with tempfile.TemporaryDirectory(dir=place) as scratch:

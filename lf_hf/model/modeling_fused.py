@@ -86,6 +86,13 @@ class FusionInputs:
     measurements: Measurements | None = None
     to_heal: Corpus | None = None
 
+    def check_text(self) -> None:
+        """Raise ValueError, before weights are read, if there is too little calibration text."""
+        from lf_hf.measure import given_sequences  # imports scipy and scikit-learn, which loading does not need
+
+        if self.text is not None:
+            given_sequences(self.base.config, self.tokenizer, self.text, self.config)
+
 
 class FusedForCausalLM(PreTrainedModel):
     """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
@@ -178,6 +185,7 @@ class FusedForCausalLM(PreTrainedModel):
             from lf_hf.healing.heal import check_can_heal, heal_loaded  # import the Trainer, which takes seconds
 
             check_can_heal(inputs.base, inputs.tokenizer, inputs.to_heal, inputs.config)
+        inputs.check_text()
         loaded = inputs.base.load()
         decoder = ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes)
         report = pipeline.fuse(
@@ -467,28 +475,47 @@ class FusedForCausalLM(PreTrainedModel):
 Model = TypeVar("Model", bound=FusedForCausalLM)
 
 
-class FusedLlamaModel(LlamaModel):
+class _OtherThanCausalLM(PreTrainedModel):
+    """A fused model without a head, or with another one: only causal language models have plain checkpoints."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        plain: bool = False,
+        as_llama: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if plain or as_llama:
+            raise ValueError(
+                f"Only a causal language model is saved with plain=True; save this {type(self).__name__} without it, "
+                "or load a plain checkpoint into transformers' own class and train that."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class FusedLlamaModel(_OtherThanCausalLM, LlamaModel):
     """The decoder of a fused Llama, without a head. Computes what LlamaModel computes."""
 
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
 
 
-class FusedLlamaForSequenceClassification(LlamaForSequenceClassification):
+class FusedLlamaForSequenceClassification(_OtherThanCausalLM, LlamaForSequenceClassification):
     """A fused Llama with a head that classifies texts."""
 
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
 
 
-class FusedLlamaForTokenClassification(LlamaForTokenClassification):
+class FusedLlamaForTokenClassification(_OtherThanCausalLM, LlamaForTokenClassification):
     """A fused Llama with a head that classifies tokens."""
 
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
 
 
-class FusedLlamaForQuestionAnswering(LlamaForQuestionAnswering):
+class FusedLlamaForQuestionAnswering(_OtherThanCausalLM, LlamaForQuestionAnswering):
     """A fused Llama with a head that finds where in a text an answer starts and ends."""
 
     config_class = FusedLlamaConfig
@@ -533,7 +560,9 @@ def _made(family: Family) -> FusedClasses:
     def derived(stock: Any, what: str, *bases: type, **more: Any) -> Any:
         doc = f"{what} Computes what {stock.__name__} computes."
         contents = {"__doc__": doc, "__module__": __name__, "__annotations__": {"config": config}}
-        return type(f"Fused{stock.__name__}", bases or (stock,), contents | {"config_class": config} | more)
+        return type(
+            f"Fused{stock.__name__}", bases or (_OtherThanCausalLM, stock), contents | {"config_class": config} | more
+        )
 
     lm = family.causal_lm
     heads = {kind: stock for kind in HEADS if (stock := family.head_class(kind)) is not None}

@@ -82,7 +82,7 @@ def pack_corpus(
     if total < length:
         raise ValueError(
             f"The calibration text ({corpus.source}) has only {total} tokens, which do not fill one sequence of "
-            f"calibration_length={length}; give more text, or lower that."
+            f"{length}; give more text, or lower calibration_length."
         )
     check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
     return sequences

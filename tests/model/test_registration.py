@@ -49,6 +49,8 @@ def test_other_heads_stand_on_the_fused_layers(auto: Any, shape: tuple[int, ...]
         assert type(loaded) is type(model) and isinstance(loaded.config, FusedLlamaConfig)
         assert torch.equal(next(iter(loaded(ids).values())), before)
     assert loaded.config.fusion == decoder.config.fusion is not None
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} without it, or load a plain checkpoint"):
+        model.save_pretrained(tmp_path / "plain", plain=True)
 
 
 def test_the_class_says_itself_that_it_generates() -> None:
