@@ -42,7 +42,7 @@ from lf_hf.healing.teacher import stacked
 from lf_hf.healing.text import Sequences, given_text, hub_texts
 from lf_hf.healing.training import (
     DistillationTrainer,
-    check_names,
+    check_arguments,
     choose_trained,
     disk_needed,
     make_student,
@@ -177,7 +177,7 @@ def open_healing(
     folder = checked_folder(out)
     if folder == checked_folder(fused):
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    check_names(given)
+    check_arguments(given)
     if base is not None and not isinstance(base, Base):
         base = Base.open(base, hub)
     own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()

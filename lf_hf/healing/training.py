@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from lf_hf.config import unknown_name
@@ -244,14 +245,24 @@ def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def check_names(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself."""
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself.
+
+    Also for a logger that is not installed.
+    """
     known = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
     for name in given:
         if name not in known:
             raise ValueError(unknown_name("training argument", name, known))
         if name in _OWN:
             raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
+    try:
+        for callback in get_reporting_integration_callbacks(given.get("report_to")):
+            callback()  # as the Trainer will, when the base's predictions are there
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"report_to={given['report_to']!r:.80} cannot be used: {' '.join(str(error).split())}"
+        ) from None
 
 
 def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
@@ -264,7 +275,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     ValueError
         For a name that TrainingArguments does not have, that healing sets itself, or a value that it refuses.
     """
-    check_names(given)
+    check_arguments(given)
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     values: dict[str, Any] = {
         "output_dir": str(folder),
