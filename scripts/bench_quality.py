@@ -244,6 +244,7 @@ WAYS: dict[str, Way] = {
     "drop by influence, healed": partial(Ways.fusion, method="truncate", selection="least_influence", healed=True),
     "refit, healed": partial(Ways.fusion, method="refit", healed=True),
     "refit, groups": partial(Ways.fusion, method="refit", selection="groups"),
+    "refit, groups, healed": partial(Ways.fusion, method="refit", selection="groups", healed=True),
 }
 
 

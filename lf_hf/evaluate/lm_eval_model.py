@@ -114,7 +114,11 @@ class FusedLM(HFLM):
         elif settings or calibration is not None or fused_dir is not None:
             others = {"calibration": calibration, "fused_dir": fused_dir}
             given = ", ".join([*settings, *(name for name, value in others.items() if value is not None)])
-            raise ValueError(f"{given} without num_fusions has no effect; add num_fusions=N to fuse while loading.")
+            budgets = " or ".join(LEVELS[1:])
+            raise ValueError(
+                f"{given} without num_fusions has no effect; add num_fusions=N, or a budget ({budgets}), to fuse while "
+                "loading."
+            )
         elif not isinstance(pretrained, str):
             self._check_fused("`pretrained`", pretrained.config)
         # HFLM calls _get_config, _create_tokenizer and _create_model, in this order. It would look up a model type that

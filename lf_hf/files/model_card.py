@@ -37,6 +37,7 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         tags=[family.model_type, "layer-fusion", "compressed"],
     )
     load_import = "" if plain else "import lf_hf  # registers the architecture\n"
+    without = f"\nWithout the package lf_hf, `{family.causal_lm.__name__}` of transformers opens the same weights.\n"
     predictions = "".join(
         f"| perplexity, {_as_text(judged.name)} | {judged.dense:.4g} | {judged.fused:.4g} | {judged.ratio:.3g} |\n"
         for judged in report.perplexities
@@ -88,7 +89,7 @@ Made from {as_code(report.base if repository else os.path.basename(os.path.normp
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
-{_WRITTEN.format(written) if written else ""}
+{"" if plain else without}{_WRITTEN.format(written) if written else ""}
 ## Fused layers
 
 Layers are numbered from 0 as in the base; a fused layer keeps the number of its first layer.

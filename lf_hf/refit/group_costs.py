@@ -284,10 +284,10 @@ def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
 
     And fourth those that the best few sets are fitted to, if there are more than candidates are fitted to.
 
-    So that each kind of text judges by its share of the tokens, those are taken that lie at evenly spaced tokens. A
-    single sequence is for all. Of those that judge groups the beginning is enough. Every other sequence that judges is
-    half as long and there twice: only the heads that look up what followed before predict the second time, and no
-    other text shows as clearly where they are lost.
+    Those are taken that lie at evenly spaced tokens. Where kinds of text take turns, some judge more than others, which
+    chooses no worse groups. A single sequence is for all. Of those that judge groups the beginning is enough. Every
+    other sequence that judges is half as long and there twice: only the heads that look up what followed before
+    predict the second time, and no other text shows as clearly where they are lost.
     """
     ends = np.cumsum([len(sequence) for sequence in text])
     points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES

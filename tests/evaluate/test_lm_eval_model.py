@@ -194,7 +194,10 @@ def test_results_carry_the_fusion(base: str) -> None:
     ("arguments", "message"),
     [
         ({}, "is a 'llama' model that is not fused; give num_fusions=N with a base's name"),
-        ({"method": "mka", "seed": 1}, "method, seed without num_fusions has no effect; add num_fusions=N"),
+        (
+            {"method": "mka", "seed": 1},
+            "method, seed without num_fusions has no effect; add num_fusions=N, or a",
+        ),
         ({"calibration": "x.txt"}, "calibration without num_fusions has no effect"),
         ({"fused_dir": "x"}, "fused_dir without num_fusions has no effect"),
         ({"num_fusions": 1, "method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),

@@ -211,11 +211,13 @@ class NoLfHf:
         if name == "lf_hf":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoLfHf())
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 ids, out, *folders = sys.argv[1:]
 computed = {}
 for folder in folders:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    kind = getattr(transformers, folder.partition(".")[2] or "AutoModelForCausalLM")
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(map(len, info.values())), info
     assert AutoTokenizer.from_pretrained(folder)("layer model").input_ids
     with torch.no_grad():
@@ -226,19 +228,24 @@ torch.save(computed, out)
 
 
 def test_stock_transformers_opens_plain_checkpoints_of_every_family(
-    fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+    fused: Callable[[str], FusedForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.save(IDS, tmp_path / "ids.pt")
-    for model_type in FAMILIES:
-        fused(model_type).save_pretrained(tmp_path / model_type, plain=True)
-    arguments = [tmp_path / "ids.pt", tmp_path / "out.pt", *(tmp_path / model_type for model_type in FAMILIES)]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_LF_HF, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    computed = torch.load(tmp_path / "out.pt")
+    """And others by the base's class, as their cards say."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(IDS, "ids.pt")
+    folders = dict[str, str]()
     for model_type, family in FAMILIES.items():
-        name, found = computed[str(tmp_path / model_type)]
-        assert name == family.causal_lm.__name__
-        assert torch.equal(found, logits(fused(model_type)))
+        stock = family.causal_lm.__name__
+        fused(model_type).save_pretrained(model_type, plain=True)
+        fused(model_type).save_pretrained(f"fused.{stock}")
+        assert f"`{stock}` of transformers" in Path(f"fused.{stock}", "README.md").read_text(encoding="utf-8")
+        folders |= {model_type: model_type, f"fused.{stock}": model_type}
+    command = [sys.executable, "-c", WITHOUT_LF_HF, "ids.pt", "out.pt", *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder, (name, found) in torch.load("out.pt").items():
+        assert name == FAMILIES[folders[folder]].causal_lm.__name__
+        assert torch.equal(found, logits(fused(folders[folder])))
 
 
 @of_every_family
