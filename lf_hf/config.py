@@ -10,7 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-ALGORITHM = 7
+ALGORITHM = 8
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024
