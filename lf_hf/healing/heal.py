@@ -32,7 +32,7 @@ from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
 from lf_hf.files.base import Base, load_tokenizer
 from lf_hf.files.saving import check_replaceable, check_room, checked_folder, only_writer
-from lf_hf.healing.judge import judge
+from lf_hf.healing.judge import Judgement, judge
 from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, digest_of, epochs_note, make_lesson, tokenizer_of
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
@@ -292,7 +292,11 @@ def _distilled(
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
         if lesson.epochs > MOST_EPOCHS:
             logger.warning(epochs_note(lesson.epochs))
-        before = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
+
+        def judged() -> dict[str, Judgement]:
+            return {name: judge(model, items, lesson.teacher, processes) for name, items in lesson.judging.items()}
+
+        before = judged()
         trainer = DistillationTrainer(
             teacher=lesson.teacher,
             loss=Loss(settings.temperature, settings.next_token_share),
@@ -309,8 +313,7 @@ def _distilled(
         kept = best_step(trainer)
         if kept:
             _take_over(model, trained_state(trainer, model, settings), processes)
-        after = {name: judge(model, items, lesson.teacher) for name, items in lesson.judging.items()}
-        seconds = time.monotonic() - start
+        after, seconds = judged(), time.monotonic() - start
         return healed_report(came_in, settings, lesson, trainer, trained, kept, before, after, corpus, seconds)
 
 

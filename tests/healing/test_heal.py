@@ -423,6 +423,10 @@ def test_two_processes_do_what_one_does(
     assert [point.step for point in found.curve] == [point.step for point in wanted.curve]
     for point, of_one in zip(found.curve, wanted.curve, strict=True):
         assert point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
+    for text, of_text in zip(found.judged, wanted.judged, strict=True):
+        assert text.tokens == of_text.tokens
+        assert text.divergence_before == pytest.approx(of_text.divergence_before, rel=1e-5)
+        assert text.perplexity_after == pytest.approx(of_text.perplexity_after, rel=2e-3)
     loaded = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in FusedLlamaForCausalLM.from_pretrained(healed).state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)
