@@ -111,9 +111,11 @@ def healed_report(
         notes.append(epochs_note(lesson.epochs))
     texts = {judging.name: judging for judging in judging_texts()}
     perplexities = []
-    for info in report.perplexities if kept else []:  # else all figures are what they were
+    for info in report.perplexities:
         if info.name in after and info.name in texts:
-            near = relation(texts[info.name], corpus.parts, [kind.source for kind in lesson.kinds])
+            near = (
+                relation(texts[info.name], corpus.parts, [kind.source for kind in lesson.kinds]) if kept else "unseen"
+            )
             order = ("seen", "kin", "unseen")
             perplexities.append(
                 PerplexityInfo(

@@ -141,5 +141,6 @@ def test_healing_brings_a_model_nearer_to_its_base(
         learning_rate=2e-4,
     )
     assert report.healed is not None
-    assert all(judged.divergence_after < judged.divergence_before for judged in report.healed.judged)
+    judged = report.healed.judged  # on texts unlike those that are trained on
+    assert sum(text.divergence_after for text in judged) < sum(text.divergence_before for text in judged)
     assert type(AutoConfig.from_pretrained(tmp_path / "healed")) is type(AutoConfig.from_pretrained(tmp_path / "fused"))

@@ -155,7 +155,7 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert same_bits(tmp_path / "out", fused)
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
-    assert report.perplexities == FusionReport.load(fused).perplexities
+    assert {info.relation for info in report.perplexities} == {"unseen"}
     assert any("did not bring the model nearer" in note for note in report.notes)
     assert any("times through its text" in note for note in report.notes)
     report = lf_hf.heal(tmp_path / "out", tmp_path / "again", base=base, **SETTINGS)
