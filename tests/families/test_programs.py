@@ -134,13 +134,12 @@ def test_healing_brings_a_model_nearer_to_its_base(
         tmp_path / "healed",
         base=make(model_type),
         text=make_texts(2000),
-        tokens=2048,
+        tokens=8192,
         length=32,
         batch_tokens=128,
         train=train,
         learning_rate=2e-4,
     )
     assert report.healed is not None
-    judged = report.healed.judged  # on texts unlike those that are trained on
-    assert sum(text.divergence_after for text in judged) < sum(text.divergence_before for text in judged)
+    assert all(judged.divergence_after < judged.divergence_before for judged in report.healed.judged)
     assert type(AutoConfig.from_pretrained(tmp_path / "healed")) is type(AutoConfig.from_pretrained(tmp_path / "fused"))
