@@ -16,8 +16,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         from lf_hf.cli import main as run
+        from lf_hf.processes import leave_process_group
 
-        return run()
+        code = run()
+        if code == 0:  # after a failure others may still wait
+            leave_process_group()
+        return code
     except KeyboardInterrupt:
         print("lf-hf: interrupted.", file=sys.stderr)
         return 130

@@ -148,6 +148,12 @@ def rank() -> int | None:
     return distributed.get_rank() if in_group else None
 
 
+def leave_process_group() -> None:
+    """End torch's process group, if there is one: its threads must not outlive the program."""
+    if rank() is not None:
+        distributed.destroy_process_group()
+
+
 def local_rank() -> int:
     """Number of this process among those on this machine, from 0."""
     names = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
