@@ -85,9 +85,10 @@ def test_a_budget_and_the_curve_before_it(run: Run, make_base: Callable[..., str
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     allowed = float(rows[-1][1])
     options = ("--method", "refit", "--max-divergence", allowed, "--perplexity-tokens", 0)
-    assert run("fuse", base, tmp_path / "out", *options, "--calibration", text, *short)[0] == 0
+    code, out, _ = run("fuse", base, tmp_path / "out", *options, "--calibration", text, *short)
     report = FusionReport.load(tmp_path / "out")
-    assert report.budget is not None and report.budget.allowed == allowed and report.steps
+    assert code == 0 and report.budget is not None and report.budget.summary() in out
+    assert report.budget.allowed == allowed and report.steps
     assert report.budget.text.startswith("text.txt") and f"tokens of {report.budget.text}, kept" in report.summary()
 
 

@@ -200,6 +200,7 @@ def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
 
 def test_a_base_in_a_gguf_file(gguf_folder: str) -> None:
     plan = plan_fusion(gguf_folder, FusionConfig(1), gguf_file=GGUF.name)
+    assert ", 1 fusion. " in plan.summary()
     assert (plan.layers_before, plan.parameters_before) == (30, 134_515_008)
     assert plan.low_memory is None and plan.bytes_before == GGUF.stat().st_size
     assert plan.dtype == torch.float32 and plan.bytes_after == 4 * 130_974_912

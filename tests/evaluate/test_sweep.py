@@ -390,11 +390,11 @@ def test_command(
     whole: tuple[Path, list[Point]], base: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(whole[0], tmp_path / "out")
-    options = ["--methods", "mka,refit", "--tasks", ",".join(TASKS), "--calibration", text]
+    options = ["--methods", "mka, refit", "--tasks", ",".join(TASKS), "--calibration", text]
     for name, value in SETTINGS.items():
         options += [f"--{name.replace('_', '-')}", value]
     before = (out / "results.jsonl").read_bytes()
-    assert main([str(a) for a in ("sweep", base, out, "--num-fusions", "1,2", *options)]) == 0
+    assert main([str(a) for a in ("sweep", base, out, "--num-fusions", "1, 2", *options)]) == 0
     assert (out / "results.jsonl").read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
     for point in whole[1]:
