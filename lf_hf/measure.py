@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -228,10 +228,21 @@ def _similarity(
     }
 
 
+class GivenText(NamedTuple):
+    """Calibration text that is given, as int64 tensors of shape (tokens T,), and what the model is to write beside it.
+
+    It writes `to_write` sequences of `length` tokens.
+    """
+
+    sequences: list[Tensor]
+    to_write: int
+    length: int
+
+
 def given_sequences(
     model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
-) -> tuple[list[Tensor], int, int]:
-    """The part of the calibration text that is given, and how many sequences of how many tokens a model is to write.
+) -> GivenText:
+    """The part of the calibration text that is given, and how much a model is to write beside it.
 
     Raises ValueError if it is too little, or has ids that the model does not have.
     """
@@ -240,7 +251,8 @@ def given_sequences(
     # The text that is given fills one sequence at least.
     count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
     packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, model_config.vocab_size)
-    return packed, min(count, round(sum(map(len, packed)) * share / (1 - share) / short)), short  # short text keeps it
+    count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
+    return GivenText(packed, count, short)
 
 
 def calibration_sequences(
@@ -250,12 +262,12 @@ def calibration_sequences(
 
     And how many of the sequences are chats that it wrote.
     """
-    packed, count, short = given_sequences(decoder.config, tokenizer, text, config)
-    if not count:
-        return packed, 0
+    given = given_sequences(decoder.config, tokenizer, text, config)
+    if not given.to_write:
+        return given.sequences, 0
     form = chat_form(tokenizer, decoder.config.vocab_size)
-    written = decoder.generate(count, short, config.seed, form)
-    return interleaved(packed, written), len(written[CHATS]) if form else 0
+    written = decoder.generate(given.to_write, given.length, config.seed, form)
+    return interleaved(given.sequences, written), len(written[CHATS]) if form else 0
 
 
 def _judged(

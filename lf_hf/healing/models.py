@@ -16,9 +16,7 @@ from lf_hf.files.saving import checked_folder, finish_save
 from lf_hf.model.configuration_fused import FUSED_CONFIGS, converted_config
 from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
 from lf_hf.numerics import weights_digest
-from lf_hf.report.report import (
-    FusionReport,
-)
+from lf_hf.report.report import FusionReport
 
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 

@@ -13,12 +13,8 @@ from lf_hf.healing.judge import Judgement
 from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, epochs_note
 from lf_hf.healing.models import Fused
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import (
-    FileTeacher,
-)
-from lf_hf.healing.training import (
-    DistillationTrainer,
-)
+from lf_hf.healing.teacher import FileTeacher
+from lf_hf.healing.training import DistillationTrainer
 from lf_hf.measure import written_on
 from lf_hf.numerics import weights_digest
 from lf_hf.report.report import (
