@@ -20,7 +20,7 @@ from tokenizers import normalizers
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.evaluate.sweep import _key
-from lf_hf.files.base import Base
+from lf_hf.files.base import Base, check_names
 from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import only_writer
 from lf_hf.measure import Measurements
@@ -89,7 +89,7 @@ def test_a_base_is_known_by_content(base: str, tmp_path: Path, fusions: list[str
     assert fusions == [base]
 
 
-@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}])
+@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}])
 def test_what_is_true_of_the_base_alone_does_not_matter_for_the_result(
     arguments: dict[str, Any], tmp_path: Path, fusions: list[str]
 ) -> None:
@@ -151,6 +151,20 @@ def test_what_changes_the_base_while_it_loads_is_noticed(base: str, tmp_path: Pa
     assert fusions == [base, base] and other.config.rms_norm_eps == 0.5 != first.config.rms_norm_eps
     load(base, tmp_path / "fused", rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
     assert fusions == [base] * 3
+
+
+def test_what_another_run_replaces_while_it_is_read_is_not_used(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, others = load(base, tmp_path / "fused"), iter([1])
+
+    def after_another_run(*args: Any) -> Any:
+        for count in others:
+            load(base, tmp_path / "fused", num_fusions=count)
+        return check_names(*args)
+
+    monkeypatch.setattr("lf_hf.model.modeling_fused.check_names", after_another_run)
+    assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
 
 
 def test_measurements_do_not_say_what_they_are_of(base: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ import pytest
 import torch
 from conftest import ROOT, make_texts, make_tokenizer
 from run_faults import foreign, put_foreign
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
@@ -29,6 +37,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.files.companions import write_companions
 from lf_hf.files.saving import only_writer, replaced_files
+from lf_hf.model.modeling_fused import FusedLlamaModel
 from lf_hf.report.report import CHANGED_NOTE
 
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
@@ -256,6 +265,49 @@ def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
         way()
 
 
+def test_what_was_trained_and_has_no_report_is_not_replaced(
+    model: FusedLlamaForCausalLM, base: str, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "fused")
+    kinds = [AutoModelForSequenceClassification, AutoModelForCausalLM]
+    for out, kind in zip((tmp_path / "classifier", tmp_path / "no report"), kinds, strict=True):
+        trained = kind.from_pretrained(tmp_path / "fused")
+        trained.fusion_report = None
+        trained.save_pretrained(out)
+        before = files(out)
+        with pytest.raises(ValueError, match="which lf_hf has not written so; choose another folder"):
+            fuse_checkpoint(base, out, **SETTINGS)
+        assert files(out) == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_folder_in_the_way_is_found_before_the_work(name: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"holds a folder '{name}', where a file is to go"):
+        fuse_checkpoint(base, tmp_path, **SETTINGS)
+
+
+def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    adapted = copy.deepcopy(model)
+    adapted._hf_peft_config_loaded = True  # as add_adapter leaves it
+    for make in (adapted.to_plain, partial(adapted.save_pretrained, tmp_path / "out", plain=True)):
+        with pytest.raises(ValueError, match="No plain model is made of one with an adapter"):
+            make()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_loaded_by_a_relative_path_keeps_its_tokenizer(
+    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    loaded = FusedLlamaForCausalLM.from_pretrained("in")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded.save_pretrained("out")
+    assert len(AutoTokenizer.from_pretrained("out")) == len(make_tokenizer())
+
+
 @pytest.mark.parametrize("path", ["", None, 5], ids=repr)
 def test_what_names_no_folder_is_refused(
     path: Any, model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -322,7 +374,8 @@ def test_cut_off_between_any_two_steps_of_the_move(
         assert state != "none" or "config.json" not in found
         seen.append(state)
         if count % 2:
-            check = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
+            kind = FusedLlamaForCausalLM if count % 4 == 1 else FusedLlamaModel
+            check = kind.from_pretrained(tmp_path / "out")
             assert check.config.num_hidden_layers == (3 if state == "old" else 4)
         else:
             fuse_checkpoint(base, tmp_path / "out", **SETTINGS)

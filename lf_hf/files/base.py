@@ -52,7 +52,7 @@ from lf_hf.report.report import MOST_LAYERS
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and what else is true of a base only, and not of what it is fused to.
-_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
+_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -103,6 +103,9 @@ class Base:
         check_device(loading.get("device_map"))
         config = _checked_config(name, loading)
         check_arguments(loading, config)
+        fixed = ("output_loading_info", "num_hidden_layers", *family_of(config).layer_lists)
+        if given := [argument for argument in fixed if loading.get(argument)]:
+            raise ValueError(f"{given[0]} cannot be given while fusing, which decides what layers there are.")
         return cls(name, config, loading)
 
     @property
@@ -222,7 +225,10 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
 
 
 def check_device(device_map: object) -> None:
-    """Raise ValueError if a device map is a single device, and none of this machine."""
+    """Raise ValueError if a device map names a device that this machine does not have."""
+    if isinstance(device_map, dict):
+        for device in {*device_map.values()} - {"disk"}:
+            check_device(device)
     if not isinstance(device_map, str | int | torch.device) or device_map in SPREAD:
         return
     try:
@@ -238,8 +244,7 @@ def _checked_config(base: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """Config of the model to fuse, checked to be of a family that can be fused, in plain floats."""
     gguf_file = kwargs.get("gguf_file")
     hub = hub_arguments(kwargs)
-    finish_save(Path(base, kwargs.get("subfolder") or ""))
-    check_has_config(Path(base, kwargs.get("subfolder") or ""), hub)
+    finish_and_check(base, hub)
     if gguf_file and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
     for name in _QUANTIZATION_ARGUMENTS:
@@ -291,10 +296,17 @@ def _family(base: str, config: PreTrainedConfig) -> Family:
     return family
 
 
-def check_has_config(folder: Path, hub: Mapping[str, Any]) -> None:
-    """Raise ValueError for a folder with neither a config nor a GGUF file or an adapter, which bring their own."""
-    if not folder.is_dir() or hub.get("gguf_file"):
+def finish_and_check(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
+    """Finish what a killed save left in a checkpoint's folder, and look whether a model is there.
+
+    Raises ValueError for a folder with neither a config nor a GGUF file or an adapter, which bring their own.
+    """
+    finish_save(Path(name, hub.get("subfolder", "")))
+    if not os.path.isdir(name) or hub.get("gguf_file"):
         return
+    folder = Path(name, hub.get("subfolder", ""))
+    if not folder.is_dir():
+        raise ValueError(f"{os.fspath(name)!r} has no subfolder {hub['subfolder']!r}.")
     if not any(_is_file(folder / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         raise ValueError(
             f"{str(folder)!r} holds no model: config.json is missing (name a GGUF file with gguf_file= or --gguf-file)."

@@ -2,8 +2,9 @@
 
 A save writes into a hidden folder inside the target. Once all is there, a file beside it says so, and everything moves
 to its place file by file: `config.json` is taken away first and put back last. So a folder opens as the old model or
-as the new one, or, between those two moments, not at all; where a process was killed then, the next load or save
-finishes the move. What a save wrote stands in the report under "files", and only that is removed by a later one.
+as the new one, or, between those two moments, not at all; where a process was killed then, the next save there, or load
+by a class of lf_hf, finishes the move. What a save wrote stands in the report under "files", and only that is removed
+by a later one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from lf_hf.checked_json import parse_json
 from lf_hf.files.model_card import CARD_NAME
@@ -36,6 +37,7 @@ _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 _TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
 _WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
+_NAMES = _TOKENIZER | {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, REPORT_NAME, CARD_NAME}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
@@ -75,11 +77,7 @@ def check_replaceable(path: object, base: str) -> bool:
     ours = {name for name, digest in _written(before).items() if _is_written(folder / name, digest)}
     if CHANGED_NOTE in before.get("notes", ()):
         raise ValueError(f"{str(path)!r} holds a fused model that was changed since; choose another folder.")
-    with suppress(OSError, ValueError, AttributeError):
-        config = parse_json((folder / CONFIG_NAME).read_bytes(), CONFIG_NAME)
-        if not before and str(config.get("model_type")).startswith("fused_"):  # a fused model without a report
-            ours |= {CONFIG_NAME, *(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name))}
-    if taken := [name for name in (CONFIG_NAME, REPORT_NAME, CARD_NAME) if (folder / name).is_dir()]:
+    if taken := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
         raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
     if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):

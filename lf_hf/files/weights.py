@@ -66,6 +66,12 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     if not single.is_file():  # else transformers does not look at an index either
         if not index.is_file():
+            others = sorted(file.name for file in folder.glob("model*.safetensors"))
+            if others:
+                raise ValueError(
+                    f"{str(folder)!r} holds neither {single.name} nor {index.name}, but {others[0]}; name its variant "
+                    "with variant=."
+                )
             raise ValueError(
                 f"{str(folder)!r} holds neither {single.name} nor {index.name}, and pickled weights can run code when "
                 "they are read; convert them to safetensors, or if you trust them pass use_safetensors=False (with "

@@ -59,17 +59,22 @@ def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
     converted = converted_config(
         config,
         FUSED_CONFIGS[family_of(config).model_type],
-        fusion={
-            "base": report.base,
-            "config": report.config,
-            "pairs": [list(step.pair) for step in report.steps],
-            "ratios": [step.ratio_i for step in report.steps],
-            "versions": report.versions,
-        },
+        fusion=fusion_entry(report),
     )
     converted._name_or_path = ""
     vars(converted).pop("quantization_config", None)
     return converted
+
+
+def fusion_entry(report: FusionReport) -> dict[str, Any]:
+    """What the config of a fused model says of the fusion."""
+    return {
+        "base": report.base,
+        "config": report.config,
+        "pairs": [list(step.pair) for step in report.steps],
+        "ratios": [step.ratio_i for step in report.steps],
+        "versions": report.versions,
+    }
 
 
 def plain_config(config: PreTrainedConfig) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from lf_hf.config import FusionConfig, fusion_settings
 from lf_hf.decoder.on_disk import CheckpointDecoder
@@ -102,8 +103,11 @@ def fuse_checkpoint(
     samples, text = load_needed(config, calibration, lambda: used_tokenizer or opened.tokenizer())
     used_tokenizer = used_tokenizer or opened.tokenizer()
     inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
+    generation = _generation_config(opened)
     with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
-        return _fuse_on_disk(inputs, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes)
+        return _fuse_on_disk(
+            inputs, generation, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes
+        )
 
 
 def check_low_memory(config: FusionConfig) -> None:
@@ -130,6 +134,7 @@ def _written_once(target: Path, processes: Processes, *, own_tokenizer: bool) ->
 
 def _fuse_on_disk(
     inputs: FusionInputs,
+    generation: GenerationConfig,
     folder: Path,
     device: torch.device,
     processes: Processes,
@@ -159,7 +164,7 @@ def _fuse_on_disk(
         written.dtype = decoder.dtype
         written.architectures = [(base.family.causal_lm if plain else fused_class(base.config)).__name__]
         written.save_pretrained(folder)
-        _generation_config(base).save_pretrained(folder)
+        generation.save_pretrained(folder)
         write_companions(folder, written, report, inputs.tokenizer, plain=plain)
     return report
 
@@ -188,7 +193,18 @@ def low_memory_device(loading: Mapping[str, Any]) -> torch.device:
 
 
 def _generation_config(base: Base) -> GenerationConfig:
+    """The base's settings for generation; older checkpoints have them in config.json. Checked to be writable."""
     try:
-        return GenerationConfig.from_pretrained(base.name, **base.hub)
-    except OSError:  # the base has none
-        return GenerationConfig.from_model_config(base.config)
+        try:
+            found = GenerationConfig.from_pretrained(base.name, **base.hub)
+        except OSError:
+            of_model: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+            found = GenerationConfig.from_pretrained(base.name, **base.hub, **of_model)
+        with tempfile.TemporaryDirectory() as folder:  # not all that can be read can be saved
+            found.save_pretrained(folder)
+    except Exception as error:  # of any kind: of files that hold what they should not
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"The generation settings of {base.name!r} cannot be used ({reason:.300}); repair them."
+        ) from None
+    return found

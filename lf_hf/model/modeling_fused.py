@@ -38,8 +38,8 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of, is_tied
 from lf_hf.files.base import (
     Base,
-    check_has_config,
     check_names,
+    finish_and_check,
     hub_arguments,
     is_spread,
     load_tokenizer,
@@ -52,12 +52,18 @@ from lf_hf.files.model_card import CARD_NAME
 from lf_hf.files.saving import (
     check_replaceable,
     checked_folder,
-    finish_save,
     only_writer,
     replaced_files,
 )
 from lf_hf.files.weights import check_floats
-from lf_hf.model.configuration_fused import FUSED_CONFIGS, FusedLlamaConfig, fused_config, plain_config
+from lf_hf.model.configuration_fused import (
+    FUSED,
+    FUSED_CONFIGS,
+    FusedLlamaConfig,
+    fused_config,
+    fusion_entry,
+    plain_config,
+)
 from lf_hf.numerics import weights_digest
 from lf_hf.processes import ALONE, Processes, local_rank, rank
 from lf_hf.report.report import REPORT_NAME, FusionReport
@@ -98,6 +104,7 @@ class FusedForCausalLM(PreTrainedModel):
     """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
 
     family: ClassVar[Family]
+    _opened_in: str | None = None  # the folder
     _opened_with: Mapping[str, Any] = MappingProxyType({})  # arguments with which its tokenizer is read, too
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -236,6 +243,8 @@ class FusedForCausalLM(PreTrainedModel):
             logger.info(f"Loading what was fused before from {str(folder)!r}.")
             model = cast(Model, cls.from_pretrained(folder, **base.loading_fused()))
             model.tokenizer = inputs.tokenizer
+            if to_fuse():  # replaced while it was read, by a run with other settings
+                return cls._load_or_fuse(inputs, folder, processes)
         return model
 
     def _write_whole(self, folder: Path) -> None:
@@ -271,16 +280,18 @@ class FusedForCausalLM(PreTrainedModel):
         to is loaded, with the adapter.
         """
         hub = hub_arguments(kwargs)
+        if fusing := [name for name in kwargs if name in (*FusionConfig.field_names(), "calibration", "fused_dir")]:
+            raise ValueError(f"from_pretrained takes no {fusing[0]}; a model is fused with from_pretrained_fused.")
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
             # With a config that was read before, the files that it was read with count.
-            folder = Path(pretrained_model_name_or_path, hub.get("subfolder", ""))
-            finish_save(folder)
-            check_has_config(folder, hub)
+            finish_and_check(pretrained_model_name_or_path, hub)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
         name = "" if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
         name = without_adapter(name, hub) if name else name
+        if name and kwargs.get("config") is None and not hub.get("gguf_file"):
+            cls._check_family(name, hub)
         tensors = {}
         if own_files and kwargs["use_safetensors"] and not hub.get("gguf_file"):
             tensors = check_names(name, hub, kwargs.get("variant"))
@@ -292,6 +303,7 @@ class FusedForCausalLM(PreTrainedModel):
                 f"The config of {pretrained_model_name_or_path!r} is of no {cls.family.title}: {reason:.300}"
             ) from None
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._opened_in = str(Path(name).resolve()) if os.path.isdir(name) else None
         model._opened_with = hub | {"trust_remote_code": kwargs.get("trust_remote_code")}
         if (family := family_of(model.config)) is not cls.family:
             raise ValueError(
@@ -311,7 +323,22 @@ class FusedForCausalLM(PreTrainedModel):
                 model.fusion_report = FusionReport.load(file)
             except (ValueError, OSError) as error:  # damaged, or of a newer version: the weights are good
                 logger.warning(f"{str(error).rstrip('.')}; the model is loaded without its report.")
+        if model.fusion_report is not None and model.config.fusion is None:  # of a plain checkpoint
+            model.config.fusion = fusion_entry(model.fusion_report)
         return loaded
+
+    @classmethod
+    def _check_family(cls, name: str, hub: Mapping[str, Any]) -> None:
+        """Raise ValueError, before weights are read, for a checkpoint of another family."""
+        try:
+            model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        except (OSError, ValueError):  # which transformers says itself
+            return
+        if model_type is None or str(model_type).removeprefix(FUSED) == cls.family.model_type:
+            return
+        made = FUSED_CLASSES.get(str(model_type).removeprefix(FUSED))
+        advice = f"load it with {made.causal_lm.__name__}" if made else "layers of such models are not fused"
+        raise ValueError(f"{name!r} is a {model_type!r} model, and no {cls.family.title}; {advice}.")
 
     def save_pretrained(
         self,
@@ -356,6 +383,9 @@ class FusedForCausalLM(PreTrainedModel):
             If another process is saving there, or if files cannot be written.
         """
         folder, as_plain = checked_folder(save_directory), is_plain(plain, as_llama)
+        checked_tokenizer(tokenizer)
+        if as_plain:
+            self._check_without_adapter()
         writes = is_main_process and not rank()
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
             kwargs |= {"token": token, "repo_id": repo_id or folder.name}
@@ -399,7 +429,9 @@ class FusedForCausalLM(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
-        tokenizer = tokenizer or self.tokenizer or _tokenizer_beside(self.name_or_path, self._opened_with)
+        tokenizer = (
+            tokenizer or self.tokenizer or _tokenizer_beside(self._opened_in or self.name_or_path, self._opened_with)
+        )
         spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
         try:
             super().save_pretrained(folder, True, state_dict, False, *args, **kwargs)
@@ -447,14 +479,22 @@ class FusedForCausalLM(PreTrainedModel):
                 create_pr=create_pr,
             )
 
+    def _check_without_adapter(self) -> None:
+        if getattr(self, "_hf_peft_config_loaded", False):  # of add_adapter
+            raise ValueError(
+                "No plain model is made of one with an adapter; remove it with delete_adapter, or train it with peft's "
+                "get_peft_model, which can merge it."
+            )
+
     def to_plain(self) -> Any:
         """A model of transformers' own class for the base's architecture that shares this model's weights.
 
         Raises
         ------
         ValueError
-            If weights are offloaded: there is nothing in memory to share.
+            If weights are offloaded: there is nothing in memory to share. Also with an adapter.
         """
+        self._check_without_adapter()
         for name, parameter in self.named_parameters():
             if parameter.device.type == "meta":
                 raise ValueError(f"{name} is offloaded; use save_pretrained(plain=True) and load what it writes.")
@@ -477,6 +517,12 @@ Model = TypeVar("Model", bound=FusedForCausalLM)
 
 class _OtherThanCausalLM(PreTrainedModel):
     """A fused model without a head, or with another one: only causal language models have plain checkpoints."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
+            finish_and_check(pretrained_model_name_or_path, hub_arguments(kwargs))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(
         self,

@@ -244,6 +244,52 @@ def test_a_base_that_cannot_be_used_gets_one_sentence_at_once(
 
 
 @both
+def test_a_subfolder_that_is_not_there(fuse: Fuse, base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no subfolder 'no'"):
+        fuse(base, tmp_path / "out", subfolder="no")
+
+
+def test_layers_that_are_asked_for_as_a_config_has_them(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers cannot be given while fusing"):
+        in_memory(base, tmp_path / "out", num_hidden_layers=5)
+
+
+def test_devices_of_a_map_that_are_not_there(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The device 'cuda:77' cannot be used"):
+        in_memory(base, tmp_path / "out", device_map={"model": "cpu", "lm_head": "cuda:77"})
+
+
+def test_slips_in_loading_get_one_sentence(fused: Path, tmp_path: Path) -> None:
+    load = FusedLlamaForCausalLM.from_pretrained
+    with pytest.raises(ValueError, match="takes no num_fusions; a model is fused with from_pretrained_fused"):
+        load(fused, num_fusions=1)
+    with pytest.raises(ValueError, match="has no subfolder 'no'"):
+        load(fused, subfolder="no")
+    load(fused).save_pretrained(tmp_path / "variant", variant="fp16")
+    with pytest.raises(ValueError, match=r"but model\.fp16\.safetensors; name its variant with variant="):
+        load(tmp_path / "variant")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "advice"),
+    [("gpt2", "layers of such models are not fused"), ("fused_qwen3", "load it with FusedQwen3ForCausalLM")],
+)
+def test_another_family_is_refused_before_a_model_is_built(
+    model_type: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    monkeypatch.setattr(FusedLlamaForCausalLM, "__init__", lambda *_: pytest.fail("built a model"))
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model, and no Llama; {advice}"):
+        FusedLlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_plain_checkpoint_knows_what_was_fused(fused: Path, tmp_path: Path) -> None:
+    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", plain=True)
+    opened = FusedLlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    assert opened.config.fusion == FusedLlamaForCausalLM.from_pretrained(fused).config.fusion is not None
+
+
+@both
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_files_that_may_not_be_read_are_not_said_to_be_missing(
     fuse: Fuse, name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ def test_both_paths_write_the_same_tensors(
     assert a == b
     a, b = (report.to_dict() | {"seconds": None} for report in reports)
     assert a == b
+
+
+def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: Path) -> None:
+    """Also those that older checkpoints have in config.json; what cannot be saved is said before the work."""
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 0.5, "max_length": 50}))
+    low, high = tmp_path / "low", tmp_path / "high"
+    for out in (low, high):
+        fuse(str(copy), out, method="truncate", low_memory=out == low)
+    found = json.loads((low / "generation_config.json").read_text())
+    assert found == json.loads((high / "generation_config.json").read_text()) and found["temperature"] == 0.5
+    (copy / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"The generation settings of .* cannot be used"):
+        fuse(str(copy), tmp_path / "out", method="truncate")
 
 
 def test_result_opens_like_any_fused_checkpoint(base: str, tmp_path: Path) -> None:
