@@ -62,7 +62,7 @@ _SIMILARITY_FIELDS = {
     "samples_per_subject",
 }
 _TEXT_FIELDS = {"calibration_tokens", "calibration_length"}
-_INT_MAXIMUM = 2**32 - 1  # what every library below takes, as a seed too
+LARGEST_INTEGER = 2**32 - 1  # what every library below takes, as a seed too
 _FLOAT_RANGE = {
     "kernel_scale": (0.0, math.inf),
     "kernel_alpha": (-math.inf, math.inf),
@@ -188,8 +188,8 @@ class FusionConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
-            if operator.index(value) > _INT_MAXIMUM:
-                raise ValueError(f"{name} must be at most {_INT_MAXIMUM}, got {value!r:.80}.")
+            if operator.index(value) > LARGEST_INTEGER:
+                raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {value!r:.80}.")
             object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
             if name in LEVELS and getattr(self, name) is None:

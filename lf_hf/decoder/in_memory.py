@@ -96,6 +96,9 @@ class ModelDecoder(Decoder):
 
         return nullcontext(predict)
 
+    def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        return nullcontext((self.model.model.norm, self.model.lm_head.weight))
+
 
 def sharing_copy(module: M) -> M:
     """A copy of a module, with its hooks, that has the same parameters and buffers."""

@@ -116,6 +116,10 @@ class Decoder(ABC):
     def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Final norm and head, inside a `with` block: (sequences B, tokens T, hidden) -> logits (B, T, vocab)."""
 
+    @abstractmethod
+    def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """The parts of `head`, inside a `with` block: the final norm, and the head's weight (vocab, hidden)."""
+
     def batched(self, sequences: Sequence[Tensor]) -> list[list[int]]:
         """Numbers of sequences that go through the layers together: of one length, and no more than fit.
 

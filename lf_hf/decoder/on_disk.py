@@ -174,10 +174,15 @@ class CheckpointDecoder(Decoder):
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        with self.norm_and_head() as (norm, weight):
+            yield lambda states: self.family.logits(self.config, nn.functional.linear(norm(states), weight))
+
+    @contextmanager
+    def norm_and_head(self) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
         gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING], self.device)
         norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
-        yield lambda states: self.family.logits(self.config, nn.functional.linear(norm(states), weight))
+        yield norm, weight
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""

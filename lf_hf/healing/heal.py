@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -31,6 +32,7 @@ from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
 from lf_hf.files.base import Base, load_tokenizer
+from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.healing.judge import Judgement, judge
 from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, digest_of, epochs_note, make_lesson, tokenizer_of
@@ -61,6 +63,15 @@ logger = logging.get_logger(__name__)
 WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
 STATES = "states of the training take"  # on disk, at most
 _LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
+# What the names of training arguments begin with that change nothing in the result.
+_WITHOUT_EFFECT = (
+    "report_to",
+    "logging_",
+    "run_name",
+    "disable_tqdm",
+    "gradient_checkpointing",
+    "dataloader_num_workers",
+)
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -122,19 +133,25 @@ def heal(
     """
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = heal_settings(settings, kwargs), dict(training_args or {})
+    cache = None if cache is None else checked_folder(cache)
     came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
     work = folder / WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, given)
 
     def save() -> None:
-        came_in.model.fusion_report = report
-        came_in.model.save_pretrained(folder, plain=came_in.plain, tokenizer=came_in.tokenizer)
+        came_in.model.fusion_report, came_in.model.tokenizer = report, came_in.tokenizer
+        came_in.model.save_pretrained(folder, plain=came_in.plain)
         if (work / _LOGS).is_dir():
-            shutil.copytree(work / _LOGS, folder / _LOGS, dirs_exist_ok=True)
+            shutil.copytree(work / _LOGS, folder / _LOGS, dirs_exist_ok=True, copy_function=_copy_unless_there)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().told_by_first(save)
     return report
+
+
+def _copy_unless_there(source: str, target: str) -> None:
+    if not os.path.exists(target):
+        shutil.copy2(source, target)
 
 
 @dataclass(frozen=True)
@@ -177,6 +194,10 @@ def open_healing(
     folder = checked_folder(out)
     if folder == checked_folder(fused):
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
+    if (folder / _LOGS).is_file():
+        raise ValueError(
+            f"{os.fspath(out)!r} holds a file {_LOGS!r}, where the Trainer's logs go; choose another folder."
+        )
     check_arguments(given)
     if base is not None and not isinstance(base, Base):
         base = Base.open(base, hub)
@@ -309,7 +330,13 @@ def _distilled(
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         del student
         arguments.eval_on_start = resumed is None
-        trainer.train(resume_from_checkpoint=resumed)
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except SafetensorError as error:  # the disk is full
+            raise OSError(
+                f"{str(work)!r} was not written ({error}); what was done before is kept there, so make room and give "
+                "the same command again."
+            ) from error
         kept = best_step(trainer)
         if kept:
             _take_over(model, trained_state(trainer, model, settings), processes)
@@ -352,28 +379,37 @@ def _state_of(
     arguments: TrainingArguments,
     given: Mapping[str, Any],
 ) -> str | None:
-    """The checkpoint of a run of the same healing that was cut short, if any; what another one left is removed.
+    """The checkpoint of a run of the same healing that was cut short, if any.
 
-    Raises ValueError if only the way to have the base's predictions is another, with which text may change.
+    Raises ValueError for one of another healing, so that nothing is lost; what has no checkpoint is removed.
     """
     identity = {
         "settings": settings.to_dict(),
         "fused": weights_digest(came_in.model.named_parameters()),
-        "base": opened.full_name,
+        "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
         "processes": arguments.world_size,
-        "training_args": {name: str(value) for name, value in given.items()},
+        "judging_tokens": came_in.judging_tokens,
+        "training_args": {name: str(value) for name, value in given.items() if not name.startswith(_WITHOUT_EFFECT)},
         "teacher": way.said,
         "chat_template": str(tokenizer_of(opened, came_in).chat_template),
         "algorithm": ALGORITHM,
     }
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if before != identity and before | {"teacher": way.said} == identity:
-        raise ValueError(
-            f"For the run that was cut short the base's predictions were {before['teacher']}; now they would be "
-            f"{way.said}. Go on with as much memory and the same cache, or remove {str(work)!r} to start anew."
-        )
+    if before != identity and get_last_checkpoint(str(work)):
+        differ = [name for name, value in identity.items() if before.get(name) != value]
+        if differ == ["teacher"]:
+            reason = (
+                f"For the run that was cut short the base's predictions were {before['teacher']}; now they would be "
+                f"{way.said}. Go on with as much memory and the same cache"
+            )
+        else:
+            reason = (
+                f"{str(work.parent)!r} holds a run that was cut short, of another healing: {', '.join(differ)} differ. "
+                "Give the same command again to go on"
+            )
+        raise ValueError(f"{reason}, or remove {str(work)!r} to start anew.")
     if before != identity:
         for path in work.iterdir():
             if path.is_dir():

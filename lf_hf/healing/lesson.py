@@ -173,7 +173,7 @@ def make_lesson(
         parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
         return _arranged(teacher, way.said, items, parts, settings)
     made_of = {
-        "format": 4,  # of the files: rises when they change
+        "format": 5,  # of the files: rises when they change
         "base": came_in.report.base_digest or base_fingerprint(opened),
         "text": digest_of(corpus),
         "chat_template": str(tokenizer_of(opened, came_in).chat_template),
@@ -186,7 +186,7 @@ def make_lesson(
     }
     folder = targets_folder(way.folder, **made_of)
     processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
-    return _arranged(FileTeacher(), way.said, *read_targets(folder), settings)
+    return _arranged(FileTeacher(folder, opened.config), way.said, *read_targets(folder), settings)
 
 
 def plan_lesson(way: Way, opened: Base, came_in: Fused, corpus: Corpus, settings: HealSettings) -> Lesson:
@@ -198,7 +198,7 @@ def plan_lesson(way: Way, opened: Base, came_in: Fused, corpus: Corpus, settings
     kinds = _kinds(generate, way, opened, came_in, _teachable(corpus, way, settings), settings, None)
     items: list[Item] = [{"input_ids": ids} for kind in kinds for ids in (*kind.training, *kind.held_out)]
     parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
-    return _arranged(FileTeacher(), way.said, items, parts, settings)
+    return _arranged(FileTeacher(Path(), opened.config), way.said, items, parts, settings)
 
 
 def _teachable(corpus: Corpus, way: Way, settings: HealSettings) -> Corpus:
@@ -248,6 +248,8 @@ def _write(
     arguments: TrainingArguments,
 ) -> None:
     """Write the base's predictions, unless they are there."""
+    if are_written(folder):  # also where nothing can be written
+        return
     with only_writer(folder, wait=True), TemporaryDirectory() as scratch:
         if are_written(folder):
             return
@@ -263,7 +265,14 @@ def _write(
             )
             check_base(opened, came_in, decoder)
         kinds = _kinds(decoder.generate, way, opened, came_in, corpus, settings, None)
-        write_targets(decoder, kinds, folder, top_k=settings.top_k, temperature=settings.temperature)
+        write_targets(
+            decoder,
+            kinds,
+            folder,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            judges=lambda kind: kind.name.startswith(_JUDGING),
+        )
 
 
 def _kinds(

@@ -8,7 +8,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from lf_hf.config import LEAST_HEAL_TOKENS, unknown_name
+from lf_hf.config import LARGEST_INTEGER, LEAST_HEAL_TOKENS, unknown_name
 
 TRAIN = ("layers", "all", "fused", "lora")
 LEARNING_RATES = {"layers": 1e-4, "all": 1e-4, "fused": 1e-4, "lora": 5e-4}
@@ -75,6 +75,8 @@ class HealSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < minimum:
                 raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}.")
+            if operator.index(value) > LARGEST_INTEGER:
+                raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {value!r:.80}.")
             object.__setattr__(self, name, operator.index(value))  # of numpy's integers, too
         for name, (lower, upper) in _FLOAT_RANGE.items():
             if not _is_number(value := getattr(self, name)) or not lower < value <= upper:
@@ -91,7 +93,7 @@ class HealSettings:
     @property
     def batch(self) -> int:
         """Sequences of a step, over all processes."""
-        return self.batch_tokens // self.length
+        return max(1, min(self.batch_tokens, self.tokens) // self.length)
 
     @property
     def steps(self) -> int:

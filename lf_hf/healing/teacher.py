@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import CausalLM, family_of
@@ -24,6 +25,7 @@ from lf_hf.progress import progress
 
 _TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
 _INDEX = "text.json"
+_HEAD = "head.safetensors"
 _STATES = "base_states"  # (tokens T, hidden) of an item: the base's final ones, after the norm
 
 Item = Mapping[str, Tensor]
@@ -66,9 +68,16 @@ class MemoryTeacher:
 
 
 class FileTeacher:
-    """What `write_targets` has written, which comes with the items."""
+    """What `write_targets` has written into a folder, which comes with the items; the head of the base lies there."""
 
-    def targets(self, batch: Item) -> TopTargets:
+    def __init__(self, folder: Path, config: PreTrainedConfig) -> None:
+        self.folder = folder
+        self._to_logits = partial(family_of(config).logits, config)
+
+    def targets(self, batch: Item) -> FullTargets | TopTargets:
+        if _STATES in batch:
+            weight = load_file(self.folder / _HEAD)["weight"]
+            return FullTargets(batch[_STATES], weight.to(batch[_STATES].device), self._to_logits)
         return TopTargets(batch["top_ids"], batch["top_log_probs"], batch["own_log_probs"], batch["norms"])
 
 
@@ -96,23 +105,35 @@ class WrittenItems(Sequence[Item]):
 
 
 @torch.no_grad()
-def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_k: int, temperature: float) -> None:
+def write_targets(
+    decoder: Decoder,
+    kinds: Sequence[Kind],
+    folder: Path,
+    *,
+    top_k: int,
+    temperature: float,
+    judges: Callable[[Kind], bool],
+) -> None:
     """Write sequences, and the most likely of the base's predictions of their tokens, into a folder.
 
-    All layers of the base are used once for each 131,072 tokens, so it may lie on disk. The index comes last: without
-    it, what is there is what a killed process left, and is written again.
+    Of a kind of text that `judges` they are all there, as the base's final states and its head: its figures are
+    compared with others. All layers of the base are used once for each 131,072 tokens, so it may lie on disk. The index
+    comes last: without it, what is there is what a killed process left, and is written again.
     """
-    sequences = [sequence for kind in kinds for sequence in (*kind.training, *kind.held_out)]
+    sequences = [(judges(kind), sequence) for kind in kinds for sequence in (*kind.training, *kind.held_out)]
     counts: list[int] = []
-    for length, of_length in groupby(sequences, len):
-        left = list(of_length)
-        while left:
-            part, left = left[: max(1, _TOGETHER // length)], left[max(1, _TOGETHER // length) :]
-            try:
-                save_file(_targets(decoder, part, top_k, temperature), folder / _file_name(len(counts)))
-            except SafetensorError as error:  # the disk is full
-                raise OSError(f"{str(folder)!r} was not written ({error}).") from error
-            counts.append(len(part))
+    try:
+        with decoder.norm_and_head() as (_, weight):
+            save_file({"weight": weight.detach().cpu().contiguous()}, folder / _HEAD)
+        for (whole, length), alike in groupby(sequences, lambda pair: (pair[0], len(pair[1]))):
+            left = [sequence for _, sequence in alike]
+            while left:
+                part, left = left[: max(1, _TOGETHER // length)], left[max(1, _TOGETHER // length) :]
+                found = _final_states(decoder, part) if whole else _targets(decoder, part, top_k, temperature)
+                save_file(found, folder / _file_name(len(counts)))
+                counts.append(len(part))
+    except SafetensorError as error:  # the disk is full
+        raise OSError(f"{str(folder)!r} was not written ({error}).") from error
     of_kinds = [[kind.name, len(kind.training), len(kind.held_out)] for kind in kinds]
     new = folder / f"{_INDEX}.new"
     new.write_text(json.dumps({"kinds": of_kinds, "counts": counts}), encoding="utf-8")
@@ -122,7 +143,7 @@ def write_targets(decoder: Decoder, kinds: Sequence[Kind], folder: Path, *, top_
 def are_written(folder: Path) -> bool:
     """Whether `write_targets` has written all of a folder, and it is whole."""
     try:
-        for file in read_targets(folder)[0].files:
+        for file in (folder / _HEAD, *read_targets(folder)[0].files):
             with safe_open(file, "pt"):
                 pass
     except (OSError, ValueError, KeyError, SafetensorError):
@@ -150,12 +171,25 @@ def _file_name(number: int) -> str:
     return f"targets-{number:05}.safetensors"
 
 
-def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperature: float) -> dict[str, Tensor]:
-    """Tensors of shape (sequences, tokens T, ...). All sequences are of one length."""
+def _walked(decoder: Decoder, sequences: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Sequences in batches, and their states after the last layer, (sequences B, tokens T, hidden)."""
     batches = decoder.batches(sequences)
     walk = progress(decoder.walk(batches), total=decoder.num_layers, desc="The base's predictions", unit="layer")
     for states in walk:
         last = states
+    return batches, last
+
+
+def _final_states(decoder: Decoder, sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    batches, last = _walked(decoder, sequences)
+    with decoder.norm_and_head() as (norm, _):
+        states = torch.cat([norm(state).cpu() for state in last])
+    return {"input_ids": torch.cat([batch.cpu() for batch in batches]).int(), _STATES: states.contiguous()}
+
+
+def _targets(decoder: Decoder, sequences: Sequence[Tensor], top_k: int, temperature: float) -> dict[str, Tensor]:
+    """Tensors of shape (sequences, tokens T, ...). All sequences are of one length."""
+    batches, last = _walked(decoder, sequences)
     rows = max(1, LOGITS // decoder.config.vocab_size)
     ids, log_probs, own, norms = [], [], [], []
     with decoder.head() as head:

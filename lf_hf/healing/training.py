@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
@@ -27,7 +34,7 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
 from lf_hf.model.modeling_fused import with_buffers
 from lf_hf.numerics import computes_bfloat16
-from lf_hf.processes import PATIENCE
+from lf_hf.processes import PATIENCE, rank
 from lf_hf.progress import progress
 
 EVALUATIONS = 6
@@ -257,9 +264,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if name in _OWN:
             raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
     try:
-        for callback in get_reporting_integration_callbacks(given.get("report_to")):
+        for callback in get_reporting_integration_callbacks(given.get("report_to", "none")):
             callback()  # as the Trainer will, when the base's predictions are there
-    except (RuntimeError, ValueError, ImportError) as error:
+    except (RuntimeError, ValueError, ImportError, TypeError) as error:
         raise ValueError(
             f"report_to={given['report_to']!r:.80} cannot be used: {' '.join(str(error).split())}"
         ) from None
@@ -307,7 +314,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     }
     try:
         arguments = TrainingArguments(**values | dict(given))
-    except (TypeError, ValueError) as error:
+        _check_can_train(arguments)
+    except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
     unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
@@ -316,6 +324,25 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments
+
+
+def _check_can_train(arguments: TrainingArguments) -> None:
+    """Raise what the Trainer would, once the base's predictions are there, for an optimizer or schedule."""
+    DistillationTrainer.get_optimizer_cls_and_kwargs(arguments)
+    of_schedule: Any = arguments.lr_scheduler_kwargs
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))]),
+        arguments.get_warmup_steps(arguments.max_steps),
+        arguments.max_steps,
+        of_schedule,
+    )
+    if None in (arguments.report_to or []):
+        raise ValueError("report_to must be none, all or names of loggers, got None")
+    if arguments.fsdp and rank() is None:
+        raise ValueError("fsdp takes several processes; start them with accelerate launch")
+    if arguments.per_device_eval_batch_size < 1:
+        raise ValueError("per_device_eval_batch_size must be at least 1")
 
 
 def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:

@@ -228,6 +228,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     (work / "checkpoint-99" / "trainer_state.json").write_text("{")  # cut short while it was written
     with pytest.raises(ValueError, match="For the run that was cut short the base's predictions were computed by"):
         lf_hf.heal(fused, tmp_path / "out", base=base, cache=tmp_path / "cache", **SETTINGS)
+    with pytest.raises(
+        ValueError, match=r"a run that was cut short, of another healing: settings differ\. Give the same"
+    ):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="is not the base that this model was fused from"):
+        lf_hf.heal(fused, tmp_path / "out", base=another_base(tmp_path / "other"), **SETTINGS)
     steps: list[int] = []
 
     def counted(self: Any, *arguments: Any) -> torch.Tensor:
@@ -242,7 +248,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         return MagicMock()
 
     monkeypatch.setattr(training, "progress", bar)
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    same_base = f"{base}/../{Path(base).name}"
+    without_effect = {"training_args": {"bf16": False, "report_to": "none", "gradient_checkpointing": True}}
+    report = lf_hf.heal(fused, tmp_path / "out", base=same_base, **SETTINGS | without_effect)
     assert bars == [len(steps)]  # those that are left
     assert 0 < min(steps) < 10 and same_bits(tmp_path / "out", healed)
     whole = FusionReport.load(healed).healed
@@ -453,6 +461,8 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, tmp_path: 
         ({"next_token_share": 2}, "next_token_share must be 0 to 1"),
         ({"batch_tokens": 32}, "batch_tokens=32 holds no sequence of length=64"),
         ({"learning_rat": 1e-3}, "learning_rat"),
+        ({"seed": 1 << 32}, "seed must be at most 4294967295"),
+        ({"cache": ""}, "must be a path, got ''"),
         ({"text": ["too short"]}, "do not fill two sequences of length=64"),
         ({"training_args": {"bf61": True}}, "did you mean 'bf16'?"),
         ({"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
@@ -482,14 +492,19 @@ def test_adapters_without_peft_get_a_sentence(
         lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"train": "lora"})
 
 
-def test_another_base_gets_a_sentence(make_base: Callable[..., str], base: str, fused: Path, tmp_path: Path) -> None:
+def another_base(folder: Path) -> Path:
+    """As the base, but for some weights."""
     other = make_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    other.save_pretrained(tmp_path / "other")
-    make_tokenizer().save_pretrained(tmp_path / "other")
+    other.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_another_base_gets_a_sentence(make_base: Callable[..., str], base: str, fused: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the base that this model was fused from"):
-        lf_hf.heal(fused, tmp_path / "out", base=tmp_path / "other", **SETTINGS)
+        lf_hf.heal(fused, tmp_path / "out", base=another_base(tmp_path / "other"), **SETTINGS)
     with pytest.raises(ValueError, match="has 330 embeddings, and the fused model 320"):
         lf_hf.heal(fused, tmp_path / "out", base=make_base(vocab_size=330), **SETTINGS)
     tokens = make_tokenizer()
@@ -600,14 +615,20 @@ def test_a_dry_run_on_the_command_line(
 def test_training_arguments_are_refused_before_weights_are_read(
     without_weights: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """By a plan, too."""
     fused, base = without_weights
     for name, value, message in (
         ("bf61", True, "did you mean 'bf16'"),
         ("report_to", "wandd", r"report_to='wandd' cannot be used: wandd is not supported"),
         ("report_to", ["comet_ml"], r"report_to=\['comet_ml'\] cannot be used: CometCallback requires comet-ml"),
+        ("report_to", None, "report_to must be none, all or names of loggers"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "cannot be used: .*min_lr"),
+        ("optim", "galore_adamw", "cannot be used: .*galore_torch"),
+        ("per_device_eval_batch_size", 0, "per_device_eval_batch_size must be at least 1"),
+        ("fsdp", "full_shard", "fsdp takes several processes"),
     ):
         with pytest.raises(ValueError, match=message):
-            lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {name: value}})
+            plan_heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {name: value}})
 
 
 def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused: Path, tmp_path: Path) -> None:
@@ -621,7 +642,7 @@ def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused
 def test_figures_are_of_the_fusions_sequences_whatever_is_trained_on(
     base: str, fused: Path, tmp_path: Path, *, cache: bool
 ) -> None:
-    given = {"length": 128, "learning_rate": 1e-3} | ({"cache": tmp_path / "cache", "top_k": 320} if cache else {})
+    given = {"length": 128, "learning_rate": 1e-3} | ({"cache": tmp_path / "cache", "top_k": 8} if cache else {})
     report, before = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | given), FusionReport.load(fused)
     assert report.healed is not None and report.healed.kept > 0
     assert [judged.name for judged in report.healed.judged] == [judging.name for judging in judging_texts()]
@@ -650,6 +671,29 @@ def test_adapters_are_trained_beside_weights_that_gradients_go_through(dtype: to
 )
 def test_training_arguments_are_read_as_people_write_them(given: str, value: object) -> None:
     assert training.given_arguments([f"name={given}"]) == {"name": value}
+
+
+def test_a_users_files_in_the_folder_stay(base: str, fused: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").touch()
+    with pytest.raises(ValueError, match="holds a file 'runs'"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+    (tmp_path / "out" / "runs").unlink()
+    tokens = make_tokenizer()
+    tokens.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer_config.json").write_text('{"mine": true}')
+    lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"tokens": 1024})
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"mine": true}'
+
+
+def test_a_cache_that_cannot_be_written_serves(
+    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = SETTINGS | {"tokens": 1024, "cache": tmp_path / "cache", "base": base}
+    lf_hf.heal(fused, tmp_path / "once", **arguments)
+    monkeypatch.setattr(module, "only_writer", lambda *_, **__: pytest.fail("wrote into it"))
+    lf_hf.heal(fused, tmp_path / "twice", **arguments)
+    assert same_bits(tmp_path / "once", tmp_path / "twice")
 
 
 def test_the_fused_model_itself_is_not_replaced(base: str, fused: Path) -> None:
