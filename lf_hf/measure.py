@@ -228,7 +228,7 @@ def _similarity(
     }
 
 
-class GivenText(NamedTuple):
+class GivenSequences(NamedTuple):
     """Calibration text that is given, as int64 tensors of shape (tokens T,), and what the model is to write beside it.
 
     It writes `to_write` sequences of `length` tokens.
@@ -241,7 +241,7 @@ class GivenText(NamedTuple):
 
 def given_sequences(
     model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
-) -> GivenText:
+) -> GivenSequences:
     """The part of the calibration text that is given, and how much a model is to write beside it.
 
     Raises ValueError if it is too little, or has ids that the model does not have.
@@ -252,7 +252,7 @@ def given_sequences(
     count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
     packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, model_config.vocab_size)
     count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
-    return GivenText(packed, count, short)
+    return GivenSequences(packed, count, short)
 
 
 def calibration_sequences(
