@@ -89,7 +89,7 @@ def test_a_base_is_known_by_content(base: str, tmp_path: Path, fusions: list[str
     assert fusions == [base]
 
 
-@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}])
+@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}])
 def test_what_is_true_of_the_base_alone_does_not_matter_for_the_result(
     arguments: dict[str, Any], tmp_path: Path, fusions: list[str]
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, make_texts, make_tokenizer
+from peft import LoraConfig, inject_adapter_in_model
 from run_faults import foreign, put_foreign
 from transformers import (
     AutoModelForCausalLM,
@@ -289,7 +290,7 @@ def test_a_folder_in_the_way_is_found_before_the_work(name: str, base: str, tmp_
 
 def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
     adapted = copy.deepcopy(model)
-    adapted._hf_peft_config_loaded = True  # as add_adapter leaves it
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)  # as add_adapter does
     for make in (adapted.to_plain, partial(adapted.save_pretrained, tmp_path / "out", plain=True)):
         with pytest.raises(ValueError, match="No plain model is made of one with an adapter"):
             make()

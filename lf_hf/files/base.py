@@ -52,7 +52,7 @@ from lf_hf.report.report import MOST_LAYERS
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and what else is true of a base only, and not of what it is fused to.
-_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "use_safetensors", "variant")
+_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -103,8 +103,8 @@ class Base:
         check_device(loading.get("device_map"))
         config = _checked_config(name, loading)
         check_arguments(loading, config)
-        fixed = ("output_loading_info", "num_hidden_layers", *family_of(config).layer_lists)
-        if given := [argument for argument in fixed if loading.get(argument)]:
+        fixed = ("num_hidden_layers", *family_of(config).layer_lists)
+        if given := [argument for argument in fixed if loading.get(argument) is not None]:
             raise ValueError(f"{given[0]} cannot be given while fusing, which decides what layers there are.")
         return cls(name, config, loading)
 

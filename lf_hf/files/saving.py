@@ -82,7 +82,10 @@ def check_replaceable(path: object, base: str) -> bool:
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
     if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):
         names = ", ".join(foreign[:3])
-        raise ValueError(f"{str(path)!r} holds {names:.200}, which lf_hf has not written so; choose another folder.")
+        lost = "" if before or not (folder / REPORT_NAME).is_file() else f", as far as {REPORT_NAME} can be read"
+        raise ValueError(
+            f"{str(path)!r} holds {names:.200}, which lf_hf has not written so{lost}; choose another folder."
+        )
     return CONFIG_NAME in ours
 
 

@@ -66,8 +66,8 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     if not single.is_file():  # else transformers does not look at an index either
         if not index.is_file():
-            others = sorted(file.name for file in folder.glob("model*.safetensors"))
-            if others:
+            others = sorted(file.name for file in folder.glob("model.*.safetensors"))  # of a variant
+            if others and variant is None:
                 raise ValueError(
                     f"{str(folder)!r} holds neither {single.name} nor {index.name}, but {others[0]}; name its variant "
                     "with variant=."

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -133,7 +132,6 @@ def heal(
     """
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = heal_settings(settings, kwargs), dict(training_args or {})
-    cache = None if cache is None else checked_folder(cache)
     came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
     work = folder / WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, given)
@@ -194,7 +192,7 @@ def open_healing(
     folder = checked_folder(out)
     if folder == checked_folder(fused):
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    if (folder / _LOGS).is_file():
+    if (folder / _LOGS).is_file() and given.get("report_to", "none") != "none":
         raise ValueError(
             f"{os.fspath(out)!r} holds a file {_LOGS!r}, where the Trainer's logs go; choose another folder."
         )
@@ -256,8 +254,13 @@ def check_can_heal(
 def fitted_arguments(
     settings: HealSettings, config: PreTrainedConfig, work: Path, given: dict[str, Any]
 ) -> tuple[HealSettings, TrainingArguments]:
-    """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly."""
-    settings = dataclasses.replace(settings, length=min(settings.length, config.max_position_embeddings))
+    """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly.
+
+    A step is no longer than the whole training.
+    """
+    length = min(settings.length, config.max_position_embeddings)
+    batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
+    settings = dataclasses.replace(settings, length=length, batch_tokens=batch_tokens)
     arguments = training_arguments(settings, work, given)
     batch = math.ceil(settings.batch / arguments.world_size) * arguments.world_size
     if batch == settings.batch:
@@ -330,13 +333,7 @@ def _distilled(
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         del student
         arguments.eval_on_start = resumed is None
-        try:
-            trainer.train(resume_from_checkpoint=resumed)
-        except SafetensorError as error:  # the disk is full
-            raise OSError(
-                f"{str(work)!r} was not written ({error}); what was done before is kept there, so make room and give "
-                "the same command again."
-            ) from error
+        trainer.train(resume_from_checkpoint=resumed)
         kept = best_step(trainer)
         if kept:
             _take_over(model, trained_state(trainer, model, settings), processes)
@@ -397,9 +394,18 @@ def _state_of(
     }
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    for checkpoint in work.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # cut short while it was written
+            shutil.rmtree(checkpoint)
     if before != identity and get_last_checkpoint(str(work)):
         differ = [name for name, value in identity.items() if before.get(name) != value]
-        if differ == ["teacher"]:
+        if before.keys() != identity.keys() or "algorithm" in differ:
+            reason = (
+                f"{str(work.parent)!r} holds a run that was cut short, of another version of lf_hf. Go on with that"
+            )
+        elif differ == ["teacher"]:
             reason = (
                 f"For the run that was cut short the base's predictions were {before['teacher']}; now they would be "
                 f"{way.said}. Go on with as much memory and the same cache"
@@ -418,11 +424,6 @@ def _state_of(
                 path.unlink()
         (work / "healing.new").write_text(json.dumps(identity), encoding="utf-8")
         (work / "healing.new").replace(note)
-    for checkpoint in work.glob("checkpoint-*"):
-        try:
-            json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # cut short while it was written
-            shutil.rmtree(checkpoint)
     found: str | None = get_last_checkpoint(str(work))
     if found:
         logger.warning(f"Going on from {found!r}, where an earlier run of the same healing stopped.")

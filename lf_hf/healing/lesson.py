@@ -24,7 +24,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import CausalLM
 from lf_hf.files.base import Base
 from lf_hf.files.fused_cache import base_fingerprint
-from lf_hf.files.saving import only_writer
+from lf_hf.files.saving import checked_folder, only_writer
 from lf_hf.healing.memory import model_bytes, training_memory
 from lf_hf.healing.models import Fused, check_base
 from lf_hf.healing.settings import HealSettings
@@ -39,7 +39,7 @@ from lf_hf.healing.teacher import (
     write_targets,
 )
 from lf_hf.healing.text import WRITTEN, WRITTEN_CHATS, Kind, healing_text, load_kinds, save_kinds, training_order
-from lf_hf.healing.training import set_batches
+from lf_hf.healing.training import check_can_train, set_batches
 from lf_hf.measure import PERPLEXITY_LENGTH
 from lf_hf.memory import free_memory
 from lf_hf.processes import Processes
@@ -79,10 +79,14 @@ def choose_way(
     *,
     planned: torch.nn.Module | None = None,
 ) -> Way:
-    """Decide by free memory, and split steps into batches that fit. Raises ValueError if nothing fits.
+    """Decide by free memory, and split steps into batches that fit.
+
+    Raises ValueError if nothing fits, or for arguments with which the Trainer cannot train.
 
     `planned` is the fused model where it and the student are still to be loaded, and are on the meta device.
     """
+    check_can_train(arguments, student)
+    cache = None if cache is None else checked_folder(cache)
     size = 2 if arguments.bf16 or arguments.fp16 else 4
     config = getattr(student, "config", opened.config)
     checkpointing = bool(arguments.gradient_checkpointing)
@@ -104,7 +108,7 @@ def choose_way(
     elif fixed + one <= free:
         in_memory = of_base <= free
         how = "in memory" if in_memory else "read layer by layer"
-        place = Path(cache) if cache is not None else Path(arguments.output_dir or ".")
+        place = cache if cache is not None else Path(arguments.output_dir or ".")
         said = f"the {settings.top_k} most likely ones of each token, written to disk by the base, {how}"
         way = Way(said, place, in_memory)
     else:

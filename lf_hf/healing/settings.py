@@ -93,7 +93,7 @@ class HealSettings:
     @property
     def batch(self) -> int:
         """Sequences of a step, over all processes."""
-        return max(1, min(self.batch_tokens, self.tokens) // self.length)
+        return self.batch_tokens // self.length
 
     @property
     def steps(self) -> int:

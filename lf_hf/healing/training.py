@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     Trainer,
@@ -199,6 +200,16 @@ class DistillationTrainer(Trainer):
             self.log({DIVERGENCE: metrics[DIVERGENCE]})
         return metrics
 
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **named)
+        except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"The state of step {self.state.global_step} was not written ({reason:.300}); the one before it is "
+                "kept: with room on the disk the same command goes on from there."
+            ) from error
+
     def curve(self) -> dict[int, dict[str, float]]:
         """Of each step at which held-out text was looked at, the divergences, nats a token, by kind of text."""
         found: dict[int, dict[str, float]] = {}
@@ -314,9 +325,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     }
     try:
         arguments = TrainingArguments(**values | dict(given))
-        _check_can_train(arguments)
-    except (TypeError, ValueError, ImportError, AttributeError) as error:
-        raise ValueError(f"The training arguments cannot be used: {' '.join(str(error).split()):.300}") from None
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(_refused(error)) from None
     unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
@@ -326,23 +336,36 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     return arguments
 
 
-def _check_can_train(arguments: TrainingArguments) -> None:
-    """Raise what the Trainer would, once the base's predictions are there, for an optimizer or schedule."""
-    DistillationTrainer.get_optimizer_cls_and_kwargs(arguments)
+def check_can_train(arguments: TrainingArguments, student: nn.Module) -> None:
+    """Raise ValueError where the Trainer would fail later, when the base's predictions are there.
+
+    That is for an optimizer or a schedule that cannot be had, and for values of which none can be made.
+    """
+    model: Any = student
     of_schedule: Any = arguments.lr_scheduler_kwargs
-    get_scheduler(
-        arguments.lr_scheduler_type,
-        torch.optim.SGD([nn.Parameter(torch.zeros(1))]),
-        arguments.get_warmup_steps(arguments.max_steps),
-        arguments.max_steps,
-        of_schedule,
-    )
+    try:
+        DistillationTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate),
+            arguments.get_warmup_steps(arguments.max_steps),
+            arguments.max_steps,
+            of_schedule,
+        )
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise ValueError(_refused(error)) from None
     if None in (arguments.report_to or []):
-        raise ValueError("report_to must be none, all or names of loggers, got None")
+        raise ValueError("report_to must be none, all or names of loggers, got None.")
     if arguments.fsdp and rank() is None:
-        raise ValueError("fsdp takes several processes; start them with accelerate launch")
-    if arguments.per_device_eval_batch_size < 1:
-        raise ValueError("per_device_eval_batch_size must be at least 1")
+        raise ValueError("fsdp takes several processes; start them with accelerate launch.")
+    if not isinstance(arguments.per_device_eval_batch_size, int) or arguments.per_device_eval_batch_size < 1:
+        raise ValueError(
+            f"per_device_eval_batch_size must be at least 1, got {arguments.per_device_eval_batch_size!r:.80}."
+        )
+
+
+def _refused(error: Exception) -> str:
+    return f"The training arguments cannot be used: {' '.join(str(error).split()):.300}"
 
 
 def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:

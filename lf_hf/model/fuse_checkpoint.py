@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def _generation_config(base: Base) -> GenerationConfig:
         except OSError:
             of_model: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
             found = GenerationConfig.from_pretrained(base.name, **base.hub, **of_model)
-        with tempfile.TemporaryDirectory() as folder:  # not all that can be read can be saved
+        with tempfile.TemporaryDirectory() as folder, suppress(OSError):  # not all that can be read can be saved
             found.save_pretrained(folder)
     except Exception as error:  # of any kind: of files that hold what they should not
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -244,6 +244,7 @@ class FusedForCausalLM(PreTrainedModel):
             model = cast(Model, cls.from_pretrained(folder, **base.loading_fused()))
             model.tokenizer = inputs.tokenizer
             if to_fuse():  # replaced while it was read, by a run with other settings
+                del model
                 return cls._load_or_fuse(inputs, folder, processes)
         return model
 
@@ -331,14 +332,17 @@ class FusedForCausalLM(PreTrainedModel):
     def _check_family(cls, name: str, hub: Mapping[str, Any]) -> None:
         """Raise ValueError, before weights are read, for a checkpoint of another family."""
         try:
-            model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+            values: Any = PreTrainedConfig.get_config_dict(name, **hub)[0]
         except (OSError, ValueError):  # which transformers says itself
             return
+        if not isinstance(values, dict):
+            raise ValueError(f"The config.json of {name!r} holds no object; repair it.")
+        model_type = values.get("model_type")
         if model_type is None or str(model_type).removeprefix(FUSED) == cls.family.model_type:
             return
         made = FUSED_CLASSES.get(str(model_type).removeprefix(FUSED))
         advice = f"load it with {made.causal_lm.__name__}" if made else "layers of such models are not fused"
-        raise ValueError(f"{name!r} is a {model_type!r} model, and no {cls.family.title}; {advice}.")
+        raise ValueError(f"{name!r} is a {model_type!r} model, and no {cls.family.model_type!r} one; {advice}.")
 
     def save_pretrained(
         self,
@@ -480,10 +484,10 @@ class FusedForCausalLM(PreTrainedModel):
             )
 
     def _check_without_adapter(self) -> None:
-        if getattr(self, "_hf_peft_config_loaded", False):  # of add_adapter
+        if any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
-                "No plain model is made of one with an adapter; remove it with delete_adapter, or train it with peft's "
-                "get_peft_model, which can merge it."
+                "No plain model is made of one with an adapter; load it again without, and merge the adapter by peft's "
+                "PeftModel.from_pretrained and merge_and_unload."
             )
 
     def to_plain(self) -> Any:

@@ -279,7 +279,7 @@ def test_another_family_is_refused_before_a_model_is_built(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     monkeypatch.setattr(FusedLlamaForCausalLM, "__init__", lambda *_: pytest.fail("built a model"))
-    with pytest.raises(ValueError, match=f"is a '{model_type}' model, and no Llama; {advice}"):
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model, and no 'llama' one; {advice}"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path)
 
 

@@ -677,7 +677,7 @@ def test_a_users_files_in_the_folder_stay(base: str, fused: Path, tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "runs").touch()
     with pytest.raises(ValueError, match="holds a file 'runs'"):
-        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {"report_to": "all"}})
     (tmp_path / "out" / "runs").unlink()
     tokens = make_tokenizer()
     tokens.save_pretrained(tmp_path / "out")
@@ -731,14 +731,17 @@ def test_one_process_takes_one_of_several_devices(tmp_path: Path, monkeypatch: p
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 3
 
 
-@pytest.mark.parametrize(("world", "batch"), [(1, 4), (3, 6), (4, 4), (8, 8)])
+@pytest.mark.parametrize(
+    ("world", "tokens", "batch"),
+    [(1, 131072, 4), (3, 131072, 6), (4, 131072, 4), (8, 131072, 8), (1, 1024, 2), (4, 1024, 4)],
+)
 def test_a_step_is_shared_evenly_by_any_number_of_processes(
-    world: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: int, tokens: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", world)
     config = make_llama(max_position_embeddings=512).config
-    settings, arguments = fitted_arguments(heal_settings(None, {}), config, tmp_path, {})
-    assert settings.batch == batch and arguments.max_steps == settings.steps == 131072 // 512 // batch
+    settings, arguments = fitted_arguments(heal_settings(None, {"tokens": tokens}), config, tmp_path, {})
+    assert settings.batch == batch and arguments.max_steps == settings.steps == max(1, tokens // 512 // batch)
     training.set_batches(arguments, settings.batch, 100, {})
     assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world == batch
 
@@ -750,7 +753,8 @@ def test_logs_are_kept_and_random_numbers_and_precision_are_as_they_were(
 
     def logs(self: Any, *arguments: Any) -> torch.Tensor:
         (Path(self.args.output_dir) / "runs").mkdir(exist_ok=True)
-        (Path(self.args.output_dir) / "runs" / "events").write_text(str(self.state.global_step))
+        for name in ("events", "a user's"):
+            (Path(self.args.output_dir) / "runs" / name).write_text(str(self.state.global_step))
         return real(self, *arguments)
 
     def numbers() -> list[float]:
@@ -760,10 +764,22 @@ def test_logs_are_kept_and_random_numbers_and_precision_are_as_they_were(
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     AcceleratorState._reset_state()
     wanted = numbers()
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "a user's").write_text("log")
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {"bf16": True}, "tokens": 1024})
     assert numbers() == wanted and not AcceleratorState._shared_state
     assert (tmp_path / "out" / "runs" / "events").read_text() == "3"
+    assert (tmp_path / "out" / "runs" / "a user's").read_text() == "log"
+
+
+def test_a_full_disk_says_what_is_kept(base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("the writer failed")  # as torch.save says it
+
+    monkeypatch.setattr("transformers.Trainer._save_checkpoint", full)
+    with pytest.raises(OSError, match=r"The state of step \d was not written \(the writer failed\); the one before it"):
+        lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
 
 
 def test_what_is_fused_within_a_budget_is_healed_while_loading(base: str, tmp_path: Path) -> None:
