@@ -340,9 +340,10 @@ class FusedForCausalLM(PreTrainedModel):
         model_type = values.get("model_type")
         if model_type is None or str(model_type).removeprefix(FUSED) == cls.family.model_type:
             return
-        made = FUSED_CLASSES.get(str(model_type).removeprefix(FUSED))
-        advice = f"load it with {made.causal_lm.__name__}" if made else "layers of such models are not fused"
-        raise ValueError(f"{name!r} is a {model_type!r} model, and no {cls.family.model_type!r} one; {advice}.")
+        if made := FUSED_CLASSES.get(str(model_type).removeprefix(FUSED)):
+            family: Family = made.causal_lm.family
+            raise ValueError(f"{name!r} is a {family.title}; load it with {made.causal_lm.__name__}.")
+        raise ValueError(f"{name!r} is a {model_type!r} model, and not the {cls.family.model_type!r} that is wanted.")
 
     def save_pretrained(
         self,
