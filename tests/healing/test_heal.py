@@ -155,7 +155,10 @@ def test_nothing_to_gain_gives_back_what_came_in(base: str, fused: Path, tmp_pat
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **arguments)
     assert same_bits(tmp_path / "out", fused)
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
-    assert {info.relation for info in report.perplexities} == {"unseen"}
+    for now, then in zip(report.perplexities, FusionReport.load(fused).perplexities, strict=True):
+        assert (now.name, now.tokens, now.relation) == (then.name, then.tokens, "unseen")
+        assert now.fused == pytest.approx(then.fused, rel=1e-3)
+        assert now.divergence == pytest.approx(then.divergence, rel=1e-2)
     assert any("did not bring the model nearer" in note for note in report.notes)
     assert any("times through its text" in note for note in report.notes)
     report = lf_hf.heal(tmp_path / "out", tmp_path / "again", base=base, **SETTINGS)
@@ -615,20 +618,32 @@ def test_a_dry_run_on_the_command_line(
 def test_training_arguments_are_refused_before_weights_are_read(
     without_weights: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """By a plan, too."""
     fused, base = without_weights
     for name, value, message in (
         ("bf61", True, "did you mean 'bf16'"),
         ("report_to", "wandd", r"report_to='wandd' cannot be used: wandd is not supported"),
         ("report_to", ["comet_ml"], r"report_to=\['comet_ml'\] cannot be used: CometCallback requires comet-ml"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {name: value}})
+
+
+def test_what_the_trainer_cannot_do_is_said_by_a_plan_and_before_the_base_is_loaded(
+    without_weights: tuple[Path, Path], base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Base, "load")
+    for name, value, message in (
         ("report_to", None, "report_to must be none, all or names of loggers"),
         ("lr_scheduler_type", "cosine_with_min_lr", "cannot be used: .*min_lr"),
         ("optim", "galore_adamw", "cannot be used: .*galore_torch"),
         ("per_device_eval_batch_size", 0, "per_device_eval_batch_size must be at least 1"),
         ("fsdp", "full_shard", "fsdp takes several processes"),
     ):
+        given = SETTINGS | {"training_args": {name: value}}
         with pytest.raises(ValueError, match=message):
-            plan_heal(fused, tmp_path / "out", base=base, **SETTINGS | {"training_args": {name: value}})
+            lf_hf.heal(fused, tmp_path / "out", base=base, **given)
+        with pytest.raises(ValueError, match=message):
+            plan_heal(without_weights[0], tmp_path / "out", base=without_weights[1], **given)
 
 
 def test_a_model_that_was_saved_again_in_another_type_is_healed(base: str, fused: Path, tmp_path: Path) -> None:
