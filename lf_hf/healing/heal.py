@@ -31,10 +31,18 @@ from lf_hf.config import ALGORITHM, FusionConfig
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
 from lf_hf.files.base import Base, load_tokenizer
-from lf_hf.files.fused_cache import base_fingerprint
 from lf_hf.files.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.healing.judge import Judgement, judge
-from lf_hf.healing.lesson import MOST_EPOCHS, Way, choose_way, digest_of, epochs_note, make_lesson, tokenizer_of
+from lf_hf.healing.lesson import (
+    MOST_EPOCHS,
+    Way,
+    choose_way,
+    digest_of,
+    epochs_note,
+    make_lesson,
+    tokenizer_of,
+    weights_of,
+)
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
@@ -383,7 +391,7 @@ def _state_of(
     identity = {
         "settings": settings.to_dict(),
         "fused": weights_digest(came_in.model.named_parameters()),
-        "base": came_in.report.base_digest or base_fingerprint(opened),
+        "base": weights_of(opened, came_in),
         "text": digest_of(corpus),
         "processes": arguments.world_size,
         "judging_tokens": came_in.judging_tokens,

@@ -178,7 +178,7 @@ def make_lesson(
         return _arranged(teacher, way.said, items, parts, settings)
     made_of = {
         "format": 5,  # of the files: rises when they change
-        "base": came_in.report.base_digest or base_fingerprint(opened),
+        "base": weights_of(opened, came_in),
         "text": digest_of(corpus),
         "chat_template": str(tokenizer_of(opened, came_in).chat_template),
         "settings": {
@@ -215,6 +215,11 @@ def _teachable(corpus: Corpus, way: Way, settings: HealSettings) -> Corpus:
 def tokenizer_of(opened: Base, came_in: Fused) -> PreTrainedTokenizerBase:
     """The fused model's own, or its base's."""
     return came_in.tokenizer or opened.tokenizer()
+
+
+def weights_of(opened: Base, came_in: Fused) -> str:
+    """The base's weights by content: by the digest that the report has, or else by their files."""
+    return came_in.report.base_digest or base_fingerprint(opened)
 
 
 def _loaded_base(opened: Base, came_in: Fused, arguments: TrainingArguments) -> CausalLM:
