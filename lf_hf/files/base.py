@@ -301,13 +301,13 @@ def finish_and_check(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> No
 
     Raises ValueError for a folder with neither a config nor a GGUF file or an adapter, which bring their own.
     """
-    finish_save(Path(name, hub.get("subfolder", "")))
+    folder = Path(name, hub.get("subfolder", ""))
+    finish_save(folder)
     if not os.path.isdir(name) or hub.get("gguf_file"):
         return
-    folder = Path(name, hub.get("subfolder", ""))
     if not folder.is_dir():
         raise ValueError(f"{os.fspath(name)!r} has no subfolder {hub['subfolder']!r}.")
-    if not any(_is_file(folder / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+    if not any(_is_file(folder / file) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         raise ValueError(
             f"{str(folder)!r} holds no model: config.json is missing (name a GGUF file with gguf_file= or --gguf-file)."
         )
