@@ -16,7 +16,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         from lf_hf.cli import main as run
-        from lf_hf.processes import leave_process_group
+        from lf_hf.runtime.launch import leave_process_group
 
         code = run()
         if code == 0:  # after a failure others may still wait

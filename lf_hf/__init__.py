@@ -7,10 +7,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.config import FusionConfig
-from lf_hf.model.configuration_fused import FusedLlamaConfig
-from lf_hf.model.fuse_checkpoint import fuse_checkpoint
-from lf_hf.model.modeling_fused import (
+from lf_hf.checkpoint.classes import (
     FUSED_CLASSES,
     FusedLlamaForCausalLM,
     FusedLlamaForQuestionAnswering,
@@ -19,8 +16,11 @@ from lf_hf.model.modeling_fused import (
     FusedLlamaModel,
     from_pretrained_fused,
 )
-from lf_hf.model.peft_targets import register_with_peft
+from lf_hf.checkpoint.configuration import FusedLlamaConfig
+from lf_hf.checkpoint.peft import register_with_peft
+from lf_hf.fuse import fuse_checkpoint
 from lf_hf.report.report import FusionReport
+from lf_hf.settings import FusionConfig
 
 if TYPE_CHECKING:
     from lf_hf.healing.heal import heal

@@ -26,15 +26,15 @@ from rich.text import Text
 
 import lf_hf
 from lf_hf import fuse_checkpoint, tasks_path
-from lf_hf.checked_json import parse_json
-from lf_hf.config import CHOICES, LEVELS, FusionConfig
-from lf_hf.files.base import Base, checked_dtype
-from lf_hf.files.saving import gone_if_empty
-from lf_hf.files.weights import weights_size
+from lf_hf.checkpoint.base import Base, checked_dtype
+from lf_hf.checkpoint.saving import gone_if_empty
+from lf_hf.checkpoint.weights import weights_size
+from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import TRAIN, HealSettings
-from lf_hf.model.fuse_checkpoint import low_memory_device
-from lf_hf.processes import OtherProcessError, local_rank, rank
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.checked_json import parse_json
+from lf_hf.runtime.launch import OtherProcessError, local_rank, rank
+from lf_hf.settings import CHOICES, LEVELS, FusionConfig
 
 _GUIDE = """\b
 Examples:
@@ -254,7 +254,7 @@ def fuse(
         checked_dtype(dtype)
         config = FusionConfig.from_kwargs(**settings | _given(num_fusions=num_fusions))
     loading = hub | _given(dtype=dtype, device_map=device)
-    from lf_hf.plan import check_disk, plan_fusion
+    from lf_hf.estimate import check_disk, plan_fusion
 
     if dry_run:
         plan = plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading)
@@ -302,7 +302,7 @@ def plan(
     with _usage_errors():
         checked_dtype(dtype)
         FusionConfig.from_kwargs(**settings, num_fusions=1)
-    from lf_hf.plan import cost_curve
+    from lf_hf.estimate import cost_curve
 
     loading = _given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device)
     levels = cost_curve(base, low_memory=low_memory, calibration=calibration, settings=settings, **loading)

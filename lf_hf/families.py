@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lf_hf.config import FusionConfig
+from lf_hf.settings import FusionConfig
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common; and a model with a head."""

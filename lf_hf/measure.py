@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.config import FusionConfig
 from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
-from lf_hf.numerics import weights_digest
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
@@ -95,7 +95,7 @@ class Measurements:
     continuations : dict of str
         `written_on`, empty where no tokens were asked for, or it would take long.
     base_digest : str or None
-        `lf_hf.numerics.weights_digest` of the model.
+        `lf_hf.runtime.numerics.weights_digest` of the model.
     group_costs : dict
         Costs of groups of layers, by the settings that they depend on; what a fusion measures is added.
     seconds : dict of float
@@ -155,13 +155,13 @@ def measure(
     notes = []
     if config.perplexity_tokens:
         with clock("continuations"):
-            found["continuations"] = decoder.processes.told_by_first(
+            found["continuations"] = decoder.processes.broadcast_object(
                 lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else {}
             )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
-        found |= decoder.processes.told_by_first(lambda: _similarity(decoder, tokenizer, config, samples, clock))
+        found |= decoder.processes.broadcast_object(lambda: _similarity(decoder, tokenizer, config, samples, clock))
         notes += found.pop("notes")
     if text is not None:
         with clock("calibration text"):
@@ -357,7 +357,7 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
     """How the fused model goes on from each prompt, beside the dense one, where that is known."""
     if not measured.continuations:
         return []
-    fused = decoder.processes.told_by_first(lambda: written_on(decoder, tokenizer))
+    fused = decoder.processes.broadcast_object(lambda: written_on(decoder, tokenizer))
     return [
         Continuation(prompt, dense, fused[prompt])
         for prompt, dense in measured.continuations.items()

@@ -25,13 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.config import LEVELS, LONGEST_GROUP, FusionConfig
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
-from lf_hf.numerics import all_finite, slow_bfloat16_note, weights_digest
-from lf_hf.progress import progress
 from lf_hf.refit.bottom_up import fit_from_bottom
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.check_family import check_computes
@@ -53,6 +50,9 @@ from lf_hf.report.report import (
     collapse_note,
     silence_note,
 )
+from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import LEVELS, LONGEST_GROUP, FusionConfig
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.calibration import Calibration, Corpus
 from lf_hf.text.packing import beginning
@@ -189,7 +189,7 @@ class Fusion:
             processes=self.decoder.processes,
         )
         for tensor in changed.values():  # in case machines round differently
-            self.decoder.processes.given_by_first(tensor)
+            self.decoder.processes.broadcast(tensor)
         return changed, matches
 
     def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
@@ -242,7 +242,7 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
     with ExitStack() as stack:
         with clock(_STEPS):
             *roles, final = _texts_of_roles(config, measured.text)
-            parts = [decoder.batches(decoder.processes.share(of_role)) for of_role in roles]
+            parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in roles]
             embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
@@ -263,7 +263,7 @@ def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ite
             first, second, third = (list(islice(batches, len(part))) for part in parts)
             if config.selection == "groups":
                 assert fusion.boundaries is not None
-                final_text = decoder.batches(decoder.processes.share(final)) if final else None
+                final_text = decoder.batches(decoder.processes.shard(final)) if final else None
                 known = measured.group_costs.get(_group_settings(config))
                 fusion.table = GroupCosts(
                     decoder, fusion.boundaries, first, second, third, final_text, fusion.try_group, store, known

@@ -42,11 +42,11 @@ from transformers import (
 from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
+from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.perplexity import perplexity
 from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
 from lf_hf.families import FAMILIES, CausalLM, family_of
-from lf_hf.files.base import Base
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import Measurements, calibration_sequences, measure
 from lf_hf.pipeline import fuse

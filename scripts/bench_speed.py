@@ -52,8 +52,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint
+from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.files.base import Base
 from lf_hf.measure import measure
 from lf_hf.refit.regression import EXACT_LIMIT, Regression, expanded
 from lf_hf.report.report import FusionReport

@@ -16,9 +16,9 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.numerics import weights_digest
 from lf_hf.pipeline import fuse
-from lf_hf.processes import ALONE, Processes
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import Calibration, Corpus
 
 TEMPLATE = (  # so that processes share chats to write, too
@@ -40,7 +40,7 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
     if folder is None:
         decoder = ModelDecoder(llama, keep_originals=True, processes=processes)
     else:
-        shared = processes.told_by_first(lambda: llama.save_pretrained(folder / "base") or folder)
+        shared = processes.broadcast_object(lambda: llama.save_pretrained(folder / "base") or folder)
         decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
         decoder.processes = processes
     config = FusionConfig(**{"calibration_tokens": 2048, "calibration_length": 64, "perplexity_tokens": 300} | settings)
@@ -72,8 +72,8 @@ def main() -> None:
         for on_disk in (False, True) if name == "refit" else (False,):
             with tempfile.TemporaryDirectory() as folder:
                 together = fused(processes, settings, Path(folder) if on_disk else None)
-                digests = processes.gathered(together["digest"])
-            if not processes.first:
+                digests = processes.all_gather_object(together["digest"])
+            if not processes.is_main:
                 continue
             alone = alone or fused(ALONE, settings, None)
             differences = [
@@ -82,7 +82,7 @@ def main() -> None:
             ]
             result = {
                 "name": name,
-                "processes": processes.count,
+                "processes": processes.world_size,
                 "digests": len(set(digests)),
                 "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted", "written")),
                 "weights": max(differences),

@@ -18,9 +18,9 @@ from tiny_models import tiny_model
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.estimate import cost_curve
 from lf_hf.measure import measure
 from lf_hf.pipeline import _kept_aside, fuse, next_trial
-from lf_hf.plan import cost_curve
 from lf_hf.report.report import BudgetTrial, FusionReport
 from lf_hf.text.calibration import Corpus
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.cli import main
-from lf_hf.progress import progress
+from lf_hf.runtime.progress import progress
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lf_hf import FusionConfig
-from lf_hf.config import CHOICES, METHODS, fusion_settings
+from lf_hf.settings import CHOICES, METHODS, fusion_settings
 
 
 def test_defaults_are_the_published_hyper_parameters() -> None:

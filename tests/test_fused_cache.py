@@ -19,10 +19,10 @@ from tokenizers import normalizers
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
+from lf_hf.checkpoint.base import Base, check_names
+from lf_hf.checkpoint.fused_cache import base_fingerprint
+from lf_hf.checkpoint.saving import only_writer
 from lf_hf.evaluate.sweep import _key
-from lf_hf.files.base import Base, check_names
-from lf_hf.files.fused_cache import base_fingerprint
-from lf_hf.files.saving import only_writer
 from lf_hf.measure import Measurements
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
@@ -163,7 +163,7 @@ def test_what_another_run_replaces_while_it_is_read_is_not_used(
             load(base, tmp_path / "fused", num_fusions=count)
         return check_names(*args)
 
-    monkeypatch.setattr("lf_hf.model.modeling_fused.check_names", after_another_run)
+    monkeypatch.setattr("lf_hf.checkpoint.classes.check_names", after_another_run)
     assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
 
 

@@ -16,8 +16,8 @@ from conftest import ROOT
 from lf_hf import fuse_checkpoint
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "processes progress memory checked_json config numerics families text report files".split()
-ORDER += "decoder stages refit measure pipeline model healing __init__ evaluate plan cli".split()
+ORDER = "runtime settings families text report checkpoint decoder stages refit measure pipeline healing fuse".split()
+ORDER += "__init__ evaluate estimate cli".split()
 
 
 @functools.cache
@@ -86,6 +86,6 @@ def test_loading_takes_none_of_the_libraries_that_fusing_takes(base: str, tmp_pa
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     loaded = json.loads(done.stdout.splitlines()[-1])
-    assert "lf_hf.config" in loaded
+    assert "lf_hf.settings" in loaded
     heavy = {"sklearn", "pandas", "scipy", "lm_eval", "matplotlib", "datasets"}
     assert [name for name in loaded if name.split(".")[0] in heavy] == []

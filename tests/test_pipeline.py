@@ -14,11 +14,11 @@ from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
-from lf_hf.config import METHODS
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.predictions import Predictions
 from lf_hf.measure import WRITTEN_LENGTH, Measurements, calibration_sequences, measure
 from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs, start
+from lf_hf.settings import METHODS
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
@@ -234,7 +234,7 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
 def test_the_long_parts_show_how_far_they_are_and_can_be_silenced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lf_hf.progress.EVERY", 0)
+    monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
     parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
     run(1)
     shown = capsys.readouterr().err

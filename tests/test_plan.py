@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from two_devices import OTHER, TwoDevices
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.files.weights import weights_size
-from lf_hf.plan import FusionPlan, plan_fusion
+from lf_hf.checkpoint.weights import weights_size
+from lf_hf.estimate import FusionPlan, plan_fusion
 
 TEXTS = make_texts(100)
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
@@ -51,7 +51,7 @@ def test_a_fusion_does_what_its_plan_says(
 def test_a_cpu_without_bfloat16_is_said_beforehand(
     make_base: Callable[..., str], tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr("lf_hf.numerics.computes_bfloat16", lambda: fast)
+    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: fast)
     base, config = make_base(dtype=torch.bfloat16), FusionConfig(1, method="truncate", perplexity_tokens=0)
     assert plan_fusion(base, config, dtype="float32").notes == []
     assert any("no instructions for bfloat16" in note for note in plan_fusion(base, config).notes) != fast
@@ -162,8 +162,8 @@ def test_healing_does_not_go_with_low_memory_and_groups_take_more_of_it(base: st
 
 
 def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.plan.product_speed", lambda *_: 1e14)
-    monkeypatch.setattr("lf_hf.plan.free_memory", lambda _: 1 << 30)  # so that no states are kept there
+    monkeypatch.setattr("lf_hf.estimate.product_speed", lambda *_: 1e14)
+    monkeypatch.setattr("lf_hf.estimate.free_memory", lambda _: 1 << 30)  # so that no states are kept there
     config = FusionConfig(4, "refit", perplexity_tokens=0)
     here = plan_fusion(eight_billion, config, low_memory=True)
     with TwoDevices():

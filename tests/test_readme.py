@@ -22,8 +22,8 @@ from lm_eval.utils import simple_parse_args_string
 
 from lf_hf import FusionConfig
 from lf_hf.cli import app
-from lf_hf.config import LEVELS
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.settings import LEVELS
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
 README = PAGES[0].read_text(encoding="utf-8")

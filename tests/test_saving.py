@@ -33,12 +33,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.checkpoint.classes import FusedLlamaModel
+from lf_hf.checkpoint.companions import write_companions
+from lf_hf.checkpoint.saving import only_writer, replaced_files
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.files.companions import write_companions
-from lf_hf.files.saving import only_writer, replaced_files
-from lf_hf.model.modeling_fused import FusedLlamaModel
 from lf_hf.report.report import CHANGED_NOTE
 
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
@@ -230,7 +230,7 @@ def test_a_push_takes_what_was_written_and_transformers_arguments(
             pushed.update(name for name in names if allow_patterns is None or name in allow_patterns)
             return "address"
 
-    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", Hub)
+    monkeypatch.setattr("lf_hf.checkpoint.classes.HfApi", Hub)
     (tmp_path / "diary.txt").write_text("mine")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
     assert pushed == {*os.listdir(tmp_path)} - {"diary.txt"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
 from lf_hf.families import CausalLM, DecoderLayer, Kind
-from lf_hf.processes import ALONE, Processes
+from lf_hf.runtime.launch import ALONE, Processes
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.numerics import in_float64
-from lf_hf.processes import ALONE, Processes
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.numerics import in_float64
 
 _ROWS = 64  # tokens whose predictions are compared at a time
 
@@ -35,7 +35,7 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Proc
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
         total = total.to(cosines.device) + cosines.sum()
         count += cosines.numel()
-    [total_of_all, count_of_all] = processes.summed(torch.stack([total, torch.full_like(total, count)]))
+    [total_of_all, count_of_all] = processes.all_reduce_sums(torch.stack([total, torch.full_like(total, count)]))
     return 1 - total_of_all / count_of_all if count_of_all else float("nan")
 
 
@@ -78,7 +78,7 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
                 found.append(torch.full_like(found[0], rows.shape[1]))
                 sums = in_float64(torch.stack(found))
                 totals = totals.to(sums.device) + sums
-    *of_candidates, tokens = decoder.processes.summed(totals)
+    *of_candidates, tokens = decoder.processes.all_reduce_sums(totals)
     return [total / tokens if math.isfinite(total) else math.inf for total in of_candidates]
 
 

@@ -16,9 +16,9 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.families import DecoderLayer, Family, Kind, family_of
-from lf_hf.memory import free_memory
-from lf_hf.processes import ALONE, Processes
-from lf_hf.progress import progress
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.memory import free_memory
+from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
 _CPU_BATCH = 1 << 26
@@ -159,11 +159,11 @@ class Decoder(ABC):
         if self.config.bos_token_id is not None:
             starts[::2] = self.config.bos_token_id
         drawn = torch.rand(count, length - 1, generator=random)
-        mine = list(self.processes.share(range(count)))
+        mine = list(self.processes.shard(range(count)))
         are_chats = range(count)[CHATS]
         chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
         written = list(self._written(starts[mine], drawn[mine], chats)) if mine else []
-        shares = self.processes.gathered(written)
+        shares = self.processes.all_gather_object(written)
         return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
 
     def _written(self, tokens: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
-from lf_hf.families import DecoderLayer, Kind
-from lf_hf.files.weights import (
+from lf_hf.checkpoint.weights import (
     check_complete,
     check_floats,
     open_tensors,
@@ -29,8 +27,10 @@ from lf_hf.files.weights import (
     tensor_files,
     tensor_shapes,
 )
-from lf_hf.memory import free_memory
-from lf_hf.progress import progress
+from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
+from lf_hf.families import DecoderLayer, Kind
+from lf_hf.runtime.memory import free_memory
+from lf_hf.runtime.progress import progress
 
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.numerics import in_float64
-from lf_hf.progress import progress
+from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.progress import progress
 
 LOGITS = 1 << 23
 """How many logits of a model are there at a time, about: of a large vocabulary, those of few tokens."""
@@ -37,7 +37,7 @@ class Predictions:
 
 def batched(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
     """This process's share of each text, sequences of token ids of shape (tokens T,), as batches."""
-    return {name: decoder.batches(decoder.processes.share(sequences)) for name, sequences in texts.items()}
+    return {name: decoder.batches(decoder.processes.shard(sequences)) for name, sequences in texts.items()}
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def predictions(
             for name, of_text in ids.items()
         ]
     device = max(sums, key=lambda of_text: of_text.device.type != "cpu").device  # a text without batches has none
-    of_all = iter(decoder.processes.summed(torch.cat([of_text.to(device) for of_text in sums])))
+    of_all = iter(decoder.processes.all_reduce_sums(torch.cat([of_text.to(device) for of_text in sums])))
     return {
         # A model that fusion broke can exceed what a float holds.
         name: Predictions(float(torch.tensor(loss / count, dtype=torch.float64).exp()), apart / count, agreed / count)

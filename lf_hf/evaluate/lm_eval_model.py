@@ -15,12 +15,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusionConfig, from_pretrained_fused
-from lf_hf.config import LEVELS
+from lf_hf.checkpoint.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
+from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS, FusedLlamaConfig
+from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_batch_size
-from lf_hf.files.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
-from lf_hf.files.saving import finish_save
-from lf_hf.model.configuration_fused import FUSED, FUSED_CONFIGS, FusedLlamaConfig
-from lf_hf.processes import local_rank
+from lf_hf.runtime.launch import local_rank
+from lf_hf.settings import LEVELS
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
+from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
 
 DENSE = "dense"
 HEALED = ", healed"  # after a method

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from lf_hf.checkpoint.saving import gone_if_empty, held, only_writer
 from lf_hf.evaluate.points import RESULTS, Point, append_point, read_points
 from lf_hf.evaluate.tables import TABLES, write_tables
-from lf_hf.files.saving import gone_if_empty, held, only_writer
 
 _POLL = 1.0  # seconds from one look at what others have made to the next
 Choose = Callable[[Sequence[str], Sequence[str]], str]

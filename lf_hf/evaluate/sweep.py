@@ -20,18 +20,18 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from lf_hf import pipeline
-from lf_hf.config import ALGORITHM, FusionConfig
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.checkpoint.fused_cache import base_fingerprint, digest
+from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_batch_size
 from lf_hf.evaluate.results import Results
 from lf_hf.families import check_layers
-from lf_hf.files.base import Base
-from lf_hf.files.fused_cache import base_fingerprint, digest
-from lf_hf.files.saving import checked_folder
 from lf_hf.measure import Measurements, measure
-from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
-from lf_hf.processes import Processes, local_rank, own_device
-from lf_hf.progress import progress
+from lf_hf.runtime.launch import Processes, local_rank, own_device
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.text.calibration import load_needed, load_training_text
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def sweep(
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:
         check_layers(config, opened.config)
-        if config.heal_tokens and Processes.of_launch().count > 1:
+        if config.heal_tokens and Processes.of_launch().world_size > 1:
             raise ValueError(
                 "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
             )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from lf_hf.checkpoint.card import as_code
 from lf_hf.evaluate.points import DENSE, Point, Score, judging_names, task_names
-from lf_hf.files.model_card import as_code
 from lf_hf.report.page import missing_plot_packages
 from lf_hf.report.report import published_name
 

@@ -27,11 +27,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from lf_hf.config import ALGORITHM, FusionConfig
+from lf_hf.checkpoint.base import Base, load_tokenizer
+from lf_hf.checkpoint.classes import FusedForCausalLM
+from lf_hf.checkpoint.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
-from lf_hf.files.base import Base, load_tokenizer
-from lf_hf.files.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.healing.judge import Judgement, judge
 from lf_hf.healing.lesson import (
     MOST_EPOCHS,
@@ -58,10 +58,10 @@ from lf_hf.healing.training import (
     trained_state,
     training_arguments,
 )
-from lf_hf.model.modeling_fused import FusedForCausalLM
-from lf_hf.numerics import weights_digest
-from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.readers import OpenTokenizer, Samples
 
@@ -151,7 +151,7 @@ def heal(
             shutil.copytree(work / _LOGS, folder / _LOGS, dirs_exist_ok=True, copy_function=_copy_unless_there)
         shutil.rmtree(work, ignore_errors=True)
 
-    Processes.of_launch().told_by_first(save)
+    Processes.of_launch().broadcast_object(save)
     return report
 
 
@@ -231,7 +231,7 @@ def heal_loaded(
     came_in = Fused(model, report, plain=False, tokenizer=model.tokenizer)
     settings = HealSettings(tokens=tokens, seed=config.seed)
     with ExitStack() as stack:
-        work = Processes.of_launch().told_by_first(lambda: stack.enter_context(TemporaryDirectory()))
+        work = Processes.of_launch().broadcast_object(lambda: stack.enter_context(TemporaryDirectory()))
         model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), cache, {})
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
@@ -288,7 +288,7 @@ def _as_it_was() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(of_numpy)
-        if not set_before and Processes.of_launch().count == 1:
+        if not set_before and Processes.of_launch().world_size == 1:
             AcceleratorState._reset_state()
 
 
@@ -314,11 +314,11 @@ def _distilled(
         if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
             check_room(work, on_disk, STATES)
 
-    processes.told_by_first(check_disk)
+    processes.broadcast_object(check_disk)
     with ExitStack() as stack:
         stack.enter_context(_as_it_was())
-        processes.told_by_first(lambda: bool(stack.enter_context(only_writer(work))))
-        resumed = processes.told_by_first(
+        processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(work))))
+        resumed = processes.broadcast_object(
             lambda: _state_of(work, came_in, opened, settings, corpus, way, arguments, given)
         )
         lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
@@ -355,9 +355,9 @@ def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: 
     taken, tied = {}, is_tied(model)
     for name, parameter in model.named_parameters():
         tensor = torch.empty_like(parameter)
-        if processes.first:
+        if processes.is_main:
             tensor.copy_(state[name])
-        processes.given_by_first(tensor)
+        processes.broadcast(tensor)
         taken[name] = tensor
     model.load_state_dict(taken, assign=True, strict=False)
     if tied:

@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.loss import FullTargets, TopTargets, full_divergence, parts, top_divergence
 from lf_hf.healing.teacher import Item, Teacher, stacked
-from lf_hf.processes import ALONE, Processes
+from lf_hf.runtime.launch import ALONE, Processes
 
 _TOKENS = 4096  # that pass the layers together
 
@@ -35,7 +35,7 @@ class Judgement:
 def judge(model: CausalLM, items: Sequence[Item], teacher: Teacher, processes: Processes = ALONE) -> Judgement:
     """Compare a model in memory with the base on some sequences of one length, of which each process reads a share."""
     family, sums = family_of(model.config), torch.zeros(5, dtype=torch.float64)
-    mine, together = processes.share(items), max(1, _TOKENS // len(items[0]["input_ids"]))
+    mine, together = processes.shard(items), max(1, _TOKENS // len(items[0]["input_ids"]))
     for start in range(0, len(mine), together):
         batch = {name: tensor.to(model.device) for name, tensor in stacked(mine[start : start + together]).items()}
         ids, targets = batch["input_ids"], teacher.targets(batch)
@@ -44,7 +44,7 @@ def judge(model: CausalLM, items: Sequence[Item], teacher: Teacher, processes: P
         for rows in parts(len(following), model.config.vocab_size):
             found = log_softmax(family.logits(model.config, model.lm_head(states[rows]).float()), -1)
             sums += _sums(found, targets, rows, following[rows].to(found.device))
-    count, own, dense, apart, agreed = processes.summed(sums)
+    count, own, dense, apart, agreed = processes.all_reduce_sums(sums)
     # A model that fusion broke can exceed what a float holds.
     own, dense = torch.tensor([own / count, dense / count], dtype=torch.float64).exp().tolist()
     return Judgement(own, dense, apart / count, agreed / count)

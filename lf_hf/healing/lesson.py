@@ -18,13 +18,13 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.fused_cache import base_fingerprint
+from lf_hf.checkpoint.saving import checked_folder, only_writer
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import CausalLM
-from lf_hf.files.base import Base
-from lf_hf.files.fused_cache import base_fingerprint
-from lf_hf.files.saving import checked_folder, only_writer
 from lf_hf.healing.memory import model_bytes, training_memory
 from lf_hf.healing.models import Fused, check_base
 from lf_hf.healing.settings import HealSettings
@@ -41,9 +41,9 @@ from lf_hf.healing.teacher import (
 from lf_hf.healing.text import WRITTEN, WRITTEN_CHATS, Kind, healing_text, load_kinds, save_kinds, training_order
 from lf_hf.healing.training import check_can_train, set_batches
 from lf_hf.measure import PERPLEXITY_LENGTH
-from lf_hf.memory import free_memory
-from lf_hf.processes import Processes
 from lf_hf.report.report import CalibrationInfo
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.memory import free_memory
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.chats import ChatForm, chat_form
 from lf_hf.text.judging import judging_texts
@@ -92,7 +92,7 @@ def choose_way(
     checkpointing = bool(arguments.gradient_checkpointing)
     memory = training_memory(config, student, settings.length, size, checkpointing=checkpointing)
     device = arguments.device
-    free = min(Processes.of_launch().gathered(int(free_memory(device) * _SPARE)))  # so that all choose alike
+    free = min(Processes.of_launch().all_gather_object(int(free_memory(device) * _SPARE)))  # so that all choose alike
     there = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
     if planned is not None and device.type == "cpu":
         there = sum(p.nbytes for p in student.parameters())
@@ -167,7 +167,7 @@ def make_lesson(
     if way.folder is None:
         base = _loaded_base(opened, came_in, arguments)
         generate = ModelDecoder(base).generate
-        kinds = processes.told_by_first(
+        kinds = processes.broadcast_object(
             lambda: _kinds(generate, way, opened, came_in, corpus, settings, work / "text.safetensors")
         )
         teacher, items = MemoryTeacher(base), list[Item]()
@@ -189,7 +189,7 @@ def make_lesson(
         "dtype": "bfloat16" if arguments.bf16 else str(came_in.base_dtype),
     }
     folder = targets_folder(way.folder, **made_of)
-    processes.told_by_first(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
+    processes.broadcast_object(lambda: _write(folder, way, opened, came_in, corpus, settings, arguments))
     return _arranged(FileTeacher(folder, opened.config), way.said, *read_targets(folder), settings)
 
 

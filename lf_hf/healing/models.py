@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
+from lf_hf.checkpoint.fused_cache import base_fingerprint
+from lf_hf.checkpoint.saving import checked_folder, finish_save
 from lf_hf.decoder.interface import Decoder
-from lf_hf.files.base import Base, checked_dtype, load_tokenizer
-from lf_hf.files.fused_cache import base_fingerprint
-from lf_hf.files.saving import checked_folder, finish_save
-from lf_hf.model.configuration_fused import FUSED_CONFIGS, converted_config
-from lf_hf.model.modeling_fused import FusedForCausalLM, fused_class
-from lf_hf.numerics import weights_digest
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.numerics import weights_digest
 
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 

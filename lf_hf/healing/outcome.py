@@ -16,7 +16,6 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import FileTeacher
 from lf_hf.healing.training import DistillationTrainer
 from lf_hf.measure import written_on
-from lf_hf.numerics import weights_digest
 from lf_hf.report.report import (
     CHANGED_NOTE,
     COLLAPSED,
@@ -29,6 +28,7 @@ from lf_hf.report.report import (
     collapse_note,
     silence_note,
 )
+from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.judging import judging_texts, relation
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lf_hf.files.base import Base
-from lf_hf.files.saving import check_room
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.saving import check_room
 from lf_hf.healing.heal import STATES, WORK, HealingText, fitted_arguments, heal_settings, open_healing
 from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, Way, choose_way, epochs_note, plan_lesson
 from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.training import EVALUATIONS, disk_needed, make_student
-from lf_hf.memory import PROCESS, free_memory, in_gib
-from lf_hf.numerics import product_speed
-from lf_hf.progress import duration
 from lf_hf.report.report import CalibrationInfo
+from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
+from lf_hf.runtime.numerics import product_speed
+from lf_hf.runtime.progress import duration
 from lf_hf.text.readers import Samples
 
 _WRITTEN = 3  # how many tokens the base reads in the time in which it writes one, about, a batch at a time

@@ -8,7 +8,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from lf_hf.config import LARGEST_INTEGER, LEAST_HEAL_TOKENS, unknown_name
+from lf_hf.settings import LARGEST_INTEGER, LEAST_HEAL_TOKENS, unknown_name
 
 TRAIN = ("layers", "all", "fused", "lora")
 LEARNING_RATES = {"layers": 1e-4, "all": 1e-4, "fused": 1e-4, "lora": 5e-4}

@@ -20,8 +20,8 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.loss import LOGITS, FullTargets, TopTargets
 from lf_hf.healing.text import Kind
-from lf_hf.numerics import all_finite
-from lf_hf.progress import progress
+from lf_hf.runtime.numerics import all_finite
+from lf_hf.runtime.progress import progress
 
 _TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
 _INDEX = "text.json"

@@ -28,15 +28,15 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from lf_hf.config import unknown_name
+from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of, is_tied
 from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
-from lf_hf.model.modeling_fused import with_buffers
-from lf_hf.numerics import computes_bfloat16
-from lf_hf.processes import PATIENCE, rank
-from lf_hf.progress import progress
+from lf_hf.runtime.launch import PATIENCE, rank
+from lf_hf.runtime.numerics import computes_bfloat16
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import unknown_name
 
 EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from lf_hf.config import FusionConfig
 from lf_hf.decoder.interface import Decoder
-from lf_hf.progress import progress
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.report.report import FittedLayer
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import FusionConfig
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def fit_from_bottom(
         With merge="select" each fused layer is made again from all layers of its group, else it is fitted as it is.
     """
     widest = max(map(len, groups))
-    embedded = decoder.embed(decoder.batches(decoder.processes.share(sequences)))
+    embedded = decoder.embed(decoder.batches(decoder.processes.shard(sequences)))
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense: Sequence[Tensor] = store.keep(embedded)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
-from lf_hf.numerics import all_finite, in_float64
 from lf_hf.refit.layer_parts import (
     after_attention,
     attention_heads,
@@ -32,6 +31,7 @@ from lf_hf.refit.layer_parts import (
 from lf_hf.refit.regression import Regression, expanded
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
+from lf_hf.runtime.numerics import all_finite, in_float64
 
 # Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is
 # more. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
@@ -111,7 +111,7 @@ def fit_group(
     weights |= mlp.weights
     for name, weight in weights.items():
         weights[name] = weight = weight.contiguous()
-        decoder.processes.given_by_first(weight)  # in case machines round differently
+        decoder.processes.broadcast(weight)  # in case machines round differently
         if not all_finite(weight):
             raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     return GroupFit(weights, kind, heads_kept, mlp.channels_kept, mlp.error_before, mlp.error_after)
@@ -199,7 +199,7 @@ def _attention_problem(
         heads = [attention_heads(decoder, layer, state) for layer in layers]
         read = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
         regression.add(*_in_front(decoder, decoder.family.attention, weights, read, target, state))
-    regression.add_up(decoder.processes)
+    regression.all_reduce(decoder.processes)
     return regression
 
 
@@ -245,7 +245,7 @@ def _sizes(decoder: Decoder, writers: Sequence[Callable[[Tensor], Tensor]], stat
         found = [in_float64(mean).log().sum() / 2 for mean in means]
         found.append(torch.full_like(found[0], means[0].numel()))
         sums = sums.to(found[0].device) + torch.stack(found)
-    *of_writers, tokens = decoder.processes.summed(sums)
+    *of_writers, tokens = decoder.processes.all_reduce_sums(sums)
     return [math.exp(total / tokens) for total in of_writers]
 
 
@@ -310,7 +310,7 @@ def _fitted_gain(
         squares += counted @ normed.square()
         products += counted @ (normed * _wanted(decoder, target, state).to(start))
     for sums in (squares, products):
-        decoder.processes.add_up(sums)
+        decoder.processes.all_reduce(sums)
     pull = ridge * squares.mean()
     fitted = (products + pull * start) / (squares + pull)
     return {f"{half.after}.weight": torch.where(squares + pull > 0, fitted, start).to(gain.dtype)}  # 0: nothing written
@@ -351,10 +351,10 @@ def _fit_mlp(
         channels, weights = channels[chosen], with_channels(weights, chosen)
 
     start = weights["mlp.down_proj.weight"]
-    error_before = error_after = processes.told_by_first(lambda: regression.relative_error(start))
+    error_before = error_after = processes.broadcast_object(lambda: regression.relative_error(start))
     if refit != "none":
         fitted = processes.computed(lambda: regression.ridge(start, ridge), device)
-        error_after = processes.told_by_first(lambda: regression.relative_error(fitted))
+        error_after = processes.broadcast_object(lambda: regression.relative_error(fitted))
         weights["mlp.down_proj.weight"] = fitted.to(start)
         if half.after:
             if not quick:  # again, as sizes in front of the norm are known better now
@@ -373,7 +373,7 @@ def _mlp_problem(decoder: Decoder, weights: Weights, traces: Traces, residuals: 
     for residual, output in zip(residuals, traces.output, strict=True):
         read = mlp_channels(decoder, weights, residual)
         regression.add(*_in_front(decoder, decoder.family.mlp, weights, read, output, residual))
-    regression.add_up(decoder.processes)
+    regression.all_reduce(decoder.processes)
     return regression
 
 
@@ -394,7 +394,7 @@ def _largest(decoder: Decoder, weights: Weights, residuals: Sequence[Tensor], li
     size = torch.zeros(down.shape[1], device=down.device)
     for residual in residuals:
         size += token_weights(decoder, residual) @ (mlp_channels(decoder, weights, residual).float() * norms).square()
-    decoder.processes.add_up(size)
+    decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values
 
 
@@ -438,7 +438,7 @@ def input_maps(
                 weights = _with_first_share(torch.ones(state.shape[:2], device=state.device))
             read, wished = (normalized(decoder, half, of_token).flatten(0, 1) for of_token in (state, want))
             regression.add(read, wished, weights)
-        regression.add_up(decoder.processes, owner)
+        regression.all_reduce(decoder.processes, owner)
         solves.append(partial(regression.ridge, identity, ridge))
     return decoder.processes.computed_apart(solves, device)
 

@@ -13,15 +13,15 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lf_hf.config import LONGEST_GROUP
 from lf_hf.decoder.influence import divergences
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer
-from lf_hf.progress import progress
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import after_attention
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import LONGEST_GROUP
 from lf_hf.text.packing import beginning
 
 Group = tuple[int, int]
@@ -108,7 +108,7 @@ class GroupCosts:
         """
         for _ in progress(range(trials), desc="Trying sets of groups", unit="set", leave=False):
             promised = partial(promising, self.by_group, self.tried, num_fusions)
-            groups: tuple[Group, ...] | None = self._decoder.processes.told_by_first(promised)
+            groups: tuple[Group, ...] | None = self._decoder.processes.broadcast_object(promised)
             if groups is None:
                 break
             [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(groups[0][0]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lf_hf.processes import Processes
+from lf_hf.runtime.launch import Processes
 
 _SELECTION_RIDGE = 1e-2
 _ROWS = 256  # of a weight that an error is summed over at a time, in float64
@@ -67,16 +67,16 @@ class Regression:
         for rows in y.split(_ROWS):
             self.energy += rows.double().square_().sum()
 
-    def add_up(self, processes: Processes, owner: int = 0) -> None:
+    def all_reduce(self, processes: Processes, owner: int = 0) -> None:
         """Add all processes' sums, for one of them to solve the problem; in all others they are lost."""
-        if processes.count == 1:
+        if processes.world_size == 1:
             return
-        units = processes.gathered(float(self.unit) if self.scaled else 0.0)
+        units = processes.all_gather_object(float(self.unit) if self.scaled else 0.0)
         unit = max(units) or 1.0
         scale = units[processes.rank] / unit  # a power of two, so that nothing is rounded
         self.unit = torch.full_like(self.unit, unit)
         for sums in (self.gram.mul_(scale**2), self.cross.mul_(scale), self.energy):
-            processes.add_up_for(owner, sums)
+            processes.reduce(owner, sums)
 
     def restrict(self, index: Tensor) -> None:
         """Leave only some of the inputs, sorted ones, in the memory that the problem has."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.memory import free_memory
+from lf_hf.runtime.memory import free_memory
 
 SHARE = 2  # Lists may take half of what is free: fits need the rest.
 Place = Literal["device", "host", "disk"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from lf_hf.checked_json import dataclass_from_json, json_ready, parse_json
-from lf_hf.config import LEVELS, FusionConfig
+from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
+from lf_hf.settings import LEVELS, FusionConfig
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
@@ -247,9 +247,9 @@ class FusionReport:
     model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
     what a user should know, one sentence each. `continuations` shows what both models write, empty where nobody asked
     for it or it would take long. `fingerprints` says by content what the model was made of, see
-    `lf_hf.files.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the fused
-    model and `base_digest` that of the dense one in `dtype`, see `lf_hf.numerics.weights_digest`. `healed` says how the
-    model was trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where
+    `lf_hf.checkpoint.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the
+    fused model and `base_digest` that of the dense one in `dtype`, see `lf_hf.runtime.numerics.weights_digest`.
+    `healed` says how the model was trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where
     the number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the
     best of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by
     cost.

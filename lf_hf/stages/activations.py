@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lf_hf.decoder.influence import influence
 from lf_hf.decoder.interface import Decoder, check_finite
-from lf_hf.progress import progress
+from lf_hf.runtime.progress import progress
 
 PADDED = 1 << 22
 """Numbers of all samples, padded to one length, that are in float64 at a time."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lf_hf.progress import progress
+from lf_hf.runtime.progress import progress
 
 try:
     from lap import lapjvs

@@ -13,8 +13,8 @@ from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.families import PROJECTIONS, Axis
-from lf_hf.processes import ALONE, Processes
 from lf_hf.report.report import RowMatch
+from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.stages.alignment import SYMMETRY, match_neurons, match_rows, permute_neurons
 
 _ROWS = 256  # of a matrix that are merged at a time, in a wider type
@@ -82,9 +82,9 @@ def average_layers(
         weights_j = permute_neurons(weights_j, permutations, symmetry)
     matched: dict[str, tuple[Tensor, RowMatch]] = {}
     if alignment == "rows":
-        weights = {projection: f"{projection}.weight" for projection in processes.share(PROJECTIONS)}
+        weights = {projection: f"{projection}.weight" for projection in processes.shard(PROJECTIONS)}
         mine = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
-        matched = dict(ChainMap(*processes.gathered(mine)))
+        matched = dict(ChainMap(*processes.all_gather_object(mine)))
         matches = {projection: matched[projection][1] for projection in PROJECTIONS}
     for projection in PROJECTIONS:
         for name in (f"{projection}.weight", f"{projection}.bias"):

@@ -13,7 +13,7 @@ from scipy.spatial import KDTree
 from scipy.stats import rankdata
 from sklearn.feature_selection import mutual_info_regression
 
-from lf_hf.progress import progress
+from lf_hf.runtime.progress import progress
 
 Array = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from string import ascii_uppercase
 
-from lf_hf.config import FusionConfig
+from lf_hf.settings import FusionConfig
 from lf_hf.text.excerpts import spread_evenly, windows
 from lf_hf.text.mmlu import SUBJECTS, Question, asked_in_sample, bundled_questions, format_question
 from lf_hf.text.readers import OpenTokenizer, Samples, checked_strings, open_samples

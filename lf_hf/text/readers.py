@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.checked_json import parse_json
+from lf_hf.runtime.checked_json import parse_json
 from lf_hf.text.chats import Messages, chat_text, is_chat
 
 _PARQUET_ROWS = 256  # that are in memory together

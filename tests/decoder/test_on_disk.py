@@ -80,7 +80,7 @@ def test_the_next_layer_is_read_while_one_is_used_but_not_on_the_cpu(
 def test_what_is_read_is_what_the_files_hold(
     devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lf_hf.files.weights._BLOCK", 1000)  # so that no tensor is a whole number of blocks
+    monkeypatch.setattr("lf_hf.checkpoint.weights._BLOCK", 1000)  # so that no tensor is a whole number of blocks
     decoder = make_decoder(dtype=torch.bfloat16, attention_bias=True)
     held = load_file(tmp_path / "base" / "model.safetensors")
     for number, layer in enumerate(decoder.layers(range(5))):

@@ -13,7 +13,6 @@ from conftest import make_texts, make_tokenizer
 from tiny_models import decoders, logits, tiny_config, tiny_model
 
 from lf_hf import FusionConfig, pipeline
-from lf_hf.config import CHOICES, METHODS
 from lf_hf.decoder.continuations import continuations
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, head_dim
@@ -24,6 +23,7 @@ from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import after_attention, after_mlp, build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
+from lf_hf.settings import CHOICES, METHODS
 from lf_hf.stages.fusion import average_layers
 from lf_hf.text.calibration import Calibration, Corpus
 

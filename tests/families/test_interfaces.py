@@ -20,13 +20,13 @@ from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lf_hf
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.cli import main
-from lf_hf.config import FusionConfig
+from lf_hf.estimate import plan_fusion
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES, HEADS
-from lf_hf.files.base import Base
-from lf_hf.model.modeling_fused import FusedForCausalLM
-from lf_hf.plan import plan_fusion
+from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
 SETTINGS: dict[str, Any] = {

@@ -28,9 +28,9 @@ from two_devices import TwoDevices, spread
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
+from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
-from lf_hf.files.base import Base
 from lf_hf.healing import lesson as module
 from lf_hf.healing import loss, memory, training
 from lf_hf.healing.heal import fitted_arguments, heal_settings
@@ -39,8 +39,8 @@ from lf_hf.healing.loss import LOGITS, distillation_loss
 from lf_hf.healing.models import open_fused
 from lf_hf.healing.plan import plan_heal
 from lf_hf.healing.teacher import Item, MemoryTeacher
-from lf_hf.memory import PROCESS
 from lf_hf.report.report import COLLAPSED
+from lf_hf.runtime.memory import PROCESS
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens

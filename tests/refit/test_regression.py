@@ -10,8 +10,8 @@ import torch
 from builders import normal
 from torch import Tensor
 
-from lf_hf.processes import Processes
 from lf_hf.refit.regression import Regression, expanded
+from lf_hf.runtime.launch import Processes
 
 
 def problem(tokens: int = 200, inputs: int = 6, outputs: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -161,11 +161,11 @@ class Seen(Processes):
     sent: list[Tensor]
     units: list[float]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         assert value == self.units[self.rank]
         return self.units
 
-    def add_up_for(self, owner: int, tensor: Tensor) -> None:
+    def reduce(self, owner: int, tensor: Tensor) -> None:
         self.sent.append(tensor)
 
 
@@ -180,7 +180,7 @@ def test_problems_of_several_processes_add_up() -> None:
     for rank, part in enumerate(parts):
         seen = Seen(rank, 3)
         vars(seen).update(sent=[], units=units)
-        part.add_up(seen)
+        part.all_reduce(seen)
         sent.append(seen.sent)
     for tensors in zip(*sent, strict=True):
         tensors[0].copy_(torch.stack(tensors).sum(0))

@@ -8,8 +8,8 @@ import pytest
 from builders import make_report
 
 from lf_hf import FusionReport
+from lf_hf.checkpoint.card import model_card
 from lf_hf.families import FAMILIES
-from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
 from lf_hf.report.report import BudgetInfo, BudgetTrial, FittedLayer, FusionStep, PerplexityInfo, collapse_note
 

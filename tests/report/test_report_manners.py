@@ -18,14 +18,14 @@ from conftest import make_llama, make_texts
 from transformers import AutoModelForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
-from lf_hf.config import METHODS
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.points import DENSE, Point, Score, append_point, read_points
 from lf_hf.evaluate.tables import markdown, write_tables
-from lf_hf.numerics import weights_digest
 from lf_hf.report import figures
 from lf_hf.report.page import report_sections, write_page
 from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, FusionStep, PerplexityInfo, published_name
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import METHODS
 
 PHONE = 400  # points: a picture that is wider has letters too small to read at 390 pixels
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "entropy_neighbors": 20}

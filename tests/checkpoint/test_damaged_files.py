@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lf_hf import FusionConfig, FusionReport
+from lf_hf.checkpoint.card import model_card
+from lf_hf.checkpoint.weights import shard_names, tensor_files
 from lf_hf.evaluate.points import append_point, read_points
 from lf_hf.families import FAMILIES
-from lf_hf.files.model_card import model_card
-from lf_hf.files.weights import shard_names, tensor_files
 from lf_hf.text import readers
 from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.mmlu import read_csv_questions

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf.checkpoint.card import model_card
 from lf_hf.families import FAMILIES
-from lf_hf.files.model_card import model_card
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44] * 20])  # longer than what the scaled rope was made for
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 300}
@@ -302,7 +302,7 @@ def test_what_is_pushed_explains_itself(
     saved: Path, as_llama: bool, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", hub)
+    monkeypatch.setattr("lf_hf.checkpoint.classes.HfApi", hub)
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
     if push == "push_to_hub":
@@ -334,7 +334,7 @@ def test_what_is_asked_of_an_upload_is_done(
 ) -> None:
     """A private model above all."""
     hub = Hub()
-    monkeypatch.setattr("lf_hf.model.modeling_fused.HfApi", hub)
+    monkeypatch.setattr("lf_hf.checkpoint.classes.HfApi", hub)
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     asked: dict[str, Any] = {"commit_message": "mine", "commit_description": "a fusion", "create_pr": True}
     asked |= {"revision": "branch"}

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusedLlamaForCausalLM, fuse_checkpoint
+from lf_hf.checkpoint.card import model_card
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
-from lf_hf.files.model_card import model_card
 from lf_hf.report.page import write_page
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.text.calibration import load_corpus

@@ -17,22 +17,17 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
-from lf_hf.config import LONGEST_GROUP, FusionConfig
+from lf_hf.checkpoint.base import SPREAD, Base, is_spread
+from lf_hf.checkpoint.saving import check_replaceable, check_room
+from lf_hf.checkpoint.weights import stored_dtype
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY, CheckpointDecoder
 from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
-from lf_hf.files.base import SPREAD, Base, is_spread
-from lf_hf.files.saving import check_replaceable, check_room
-from lf_hf.files.weights import stored_dtype
+from lf_hf.fuse import check_low_memory, low_memory_device
 from lf_hf.measure import PERPLEXITY_LENGTH, given_sequences, measure
-from lf_hf.memory import PROCESS, free_memory, in_gib
-from lf_hf.model.fuse_checkpoint import check_low_memory, low_memory_device
-from lf_hf.numerics import product_speed, slow_bfloat16_note
 from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
-from lf_hf.processes import Processes
-from lf_hf.progress import duration
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import num_candidates
 from lf_hf.refit.group_costs import (
@@ -45,6 +40,11 @@ from lf_hf.refit.group_costs import (
     num_trials,
 )
 from lf_hf.refit.states import SHARE
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
+from lf_hf.runtime.numerics import product_speed, slow_bfloat16_note
+from lf_hf.runtime.progress import duration
+from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed, load_training_text
 from lf_hf.text.mmlu import SUBJECTS

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
+from lf_hf.checkpoint.card import CARD_NAME, model_card
 from lf_hf.families import family_of
-from lf_hf.files.model_card import CARD_NAME, model_card
 from lf_hf.report.report import FusionReport
 
 logger = logging.get_logger(__name__)

@@ -34,12 +34,12 @@ class Processes:
     ----------
     rank : int
         Number of this one, from 0.
-    count : int
+    world_size : int
         How many there are; with 1 nothing is sent.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @classmethod
     def of_launch(cls) -> Processes:
@@ -53,42 +53,42 @@ class Processes:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """Those of some items that are for this process: every `count`-th one."""
-        return list(items[self.rank :: self.count])
+        return list(items[self.rank :: self.world_size])
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Make a tensor, in place and in all processes, the sum over those of all."""
-        if self.count > 1:
+        if self.world_size > 1:
             with _connected(), _carried(tensor) as sent:
                 distributed.all_reduce(sent)
 
-    def add_up_for(self, owner: int, tensor: Tensor) -> None:
+    def reduce(self, owner: int, tensor: Tensor) -> None:
         """The same for one process; what the others hold afterwards has no meaning."""
-        if self.count > 1:
+        if self.world_size > 1:
             with _connected(), _carried(tensor) as sent:
-                distributed.reduce(sent, owner % self.count)
+                distributed.reduce(sent, owner % self.world_size)
 
-    def summed(self, numbers: Tensor) -> list[float]:
+    def all_reduce_sums(self, numbers: Tensor) -> list[float]:
         """Sums of all processes' numbers, of a tensor of shape (n,); the host waits for the device once."""
         numbers = numbers.clone()
-        self.add_up(numbers)
+        self.all_reduce(numbers)
         return numbers.tolist()
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """A small value of each process, by rank, in all of them."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         with _connected():
             distributed.all_gather_object(values, value)
         return values
 
-    def told_by_first(self, compute: Callable[[], T]) -> T:
+    def broadcast_object(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes, in all of them.
 
         Raises
@@ -98,24 +98,24 @@ class Processes:
         """
         return self._told(0, compute)
 
-    def given_by_first(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """Make a tensor, in place, what it is in the first process."""
-        if self.count > 1:
+        if self.world_size > 1:
             with _connected(), _carried(tensor) as sent:
                 distributed.broadcast(sent, 0)
 
     def computed_apart(self, computes: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
         """Tensors that are computed each by one process, the n-th by process n % count, and sent to all."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [compute().to(device) for compute in computes]
         results: list[Tensor] = []
-        mine = {n: _attempt(computes[n]) for n in range(self.rank, len(computes), self.count)}
+        mine = {n: _attempt(computes[n]) for n in range(self.rank, len(computes), self.world_size)}
         for n in range(len(computes)):
             found, error = mine.get(n, (None, None))
             shape, dtype = self._told(n, lambda found=found, error=error: _described(found, error))  # type: ignore[misc]
             tensor = torch.empty(shape, dtype=dtype, device=device) if found is None else found.to(device).contiguous()
             with _connected(), _carried(tensor) as sent:
-                distributed.broadcast(sent, n % self.count)
+                distributed.broadcast(sent, n % self.world_size)
             results.append(tensor)
         return results
 
@@ -124,9 +124,9 @@ class Processes:
         return self.computed_apart([compute], device)[0]
 
     def _told(self, owner: int, compute: Callable[[], T]) -> T:
-        if self.count == 1:
+        if self.world_size == 1:
             return compute()
-        owner %= self.count
+        owner %= self.world_size
         value, error = _attempt(compute) if self.rank == owner else (None, None)
         box: list[Any] = [(value, None if error is None else str(error))]
         with _connected():

@@ -33,11 +33,8 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checked_json import parse_json
-from lf_hf.config import FusionConfig, unknown_name
-from lf_hf.families import FAMILIES, Family, family_of
-from lf_hf.files.saving import finish_save
-from lf_hf.files.weights import (
+from lf_hf.checkpoint.saving import finish_save
+from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     check_complete,
     check_floats,
@@ -47,7 +44,10 @@ from lf_hf.files.weights import (
     weights_folder,
     with_variant,
 )
+from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import MOST_LAYERS
+from lf_hf.runtime.checked_json import parse_json
+from lf_hf.settings import FusionConfig, unknown_name
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")

@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
-from lf_hf.checked_json import parse_json
-from lf_hf.files.model_card import CARD_NAME
-from lf_hf.memory import in_gib
+from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
+from lf_hf.runtime.checked_json import parse_json
+from lf_hf.runtime.memory import in_gib
 
 logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.files.base import Base, checked_dtype
+from lf_hf.checkpoint.base import Base, checked_dtype
 
 UP = "model.layers.1.mlp.up_proj.weight"
 QUICK: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
@@ -83,7 +83,7 @@ def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
 ) -> None:
     folder = Path(shutil.copytree(fused, tmp_path / "model"))
     (folder / "fusion_report.json").write_text(content, encoding="latin-1")
-    monkeypatch.setattr("lf_hf.model.modeling_fused.logger.parent.propagate", True)
+    monkeypatch.setattr("lf_hf.checkpoint.classes.logger.parent.propagate", True)
     for kind in (FusedLlamaForCausalLM, AutoModelForCausalLM):
         caplog.clear()
         assert kind.from_pretrained(folder).fusion_report is None
@@ -177,7 +177,7 @@ def test_weights_are_fetched_once(base: str, monkeypatch: pytest.MonkeyPatch) ->
         fetched.append(kwargs.get("force_download"))
         return base
 
-    monkeypatch.setattr("lf_hf.files.weights.snapshot_download", download)
+    monkeypatch.setattr("lf_hf.checkpoint.weights.snapshot_download", download)
     opened = Base.open(base, {"force_download": True})
     loading: dict[str, Any] = {}
     plain = LlamaForCausalLM.from_pretrained

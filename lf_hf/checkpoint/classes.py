@@ -33,10 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lf_hf.config import FusionConfig, fusion_settings
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of, is_tied
-from lf_hf.files.base import (
+from lf_hf.checkpoint.base import (
     Base,
     check_names,
     finish_and_check,
@@ -46,17 +43,9 @@ from lf_hf.files.base import (
     optional_file,
     without_adapter,
 )
-from lf_hf.files.companions import is_plain, write_companions
-from lf_hf.files.fused_cache import fingerprints, why_not_reused
-from lf_hf.files.model_card import CARD_NAME
-from lf_hf.files.saving import (
-    check_replaceable,
-    checked_folder,
-    only_writer,
-    replaced_files,
-)
-from lf_hf.files.weights import check_floats
-from lf_hf.model.configuration_fused import (
+from lf_hf.checkpoint.card import CARD_NAME
+from lf_hf.checkpoint.companions import is_plain, write_companions
+from lf_hf.checkpoint.configuration import (
     FUSED,
     FUSED_CONFIGS,
     FusedLlamaConfig,
@@ -64,9 +53,20 @@ from lf_hf.model.configuration_fused import (
     fusion_entry,
     plain_config,
 )
-from lf_hf.numerics import weights_digest
-from lf_hf.processes import ALONE, Processes, local_rank, rank
+from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
+from lf_hf.checkpoint.saving import (
+    check_replaceable,
+    checked_folder,
+    only_writer,
+    replaced_files,
+)
+from lf_hf.checkpoint.weights import check_floats
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of, is_tied
 from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.launch import ALONE, Processes, local_rank, rank
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import FusionConfig, fusion_settings
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 from lf_hf.text.readers import Samples
 
@@ -131,7 +131,7 @@ class FusedForCausalLM(PreTrainedModel):
         Parameters
         ----------
         base : str or Base
-            Hub name or folder of a checkpoint of the class's family, or one that `lf_hf.files.base.Base.open` has
+            Hub name or folder of a checkpoint of the class's family, or one that `lf_hf.checkpoint.base.Base.open` has
             opened.
         config : FusionConfig, optional
             Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
@@ -217,23 +217,25 @@ class FusedForCausalLM(PreTrainedModel):
         model: Model | None = None
 
         def to_fuse() -> list[str]:
-            reasons = processes.gathered(why_not_reused(folder, config, made_of))  # machines may have a folder each
+            reasons = processes.all_gather_object(
+                why_not_reused(folder, config, made_of)
+            )  # machines may have a folder each
             return [reason for reason in reasons if reason]
 
         with ExitStack() as stack:
             if to_fuse():
                 check_replaceable(folder, base.name)
-                processes.told_by_first(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
+                processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
                 if reasons := to_fuse():  # checked again under the lock
                     if (folder / REPORT_NAME).is_file():
                         logger.warning(f"{reasons[0]} Fusing, to replace it.")
                     model = cls._load_and_fuse(inputs, processes)
                     assert model.fusion_report is not None
                     model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                    processes.told_by_first(partial(model._write_whole, folder))
+                    processes.broadcast_object(partial(model._write_whole, folder))
             if (
                 model is not None
-                and not processes.first
+                and not processes.is_main
                 and local_rank() == 0
                 and why_not_reused(folder, config, made_of)
             ):
@@ -413,7 +415,7 @@ class FusedForCausalLM(PreTrainedModel):
             failure = str(error)
             raise
         finally:  # the others wait for it
-            if sharded and (reason := Processes.of_launch().told_by_first(lambda: failure)) and failure is None:
+            if sharded and (reason := Processes.of_launch().broadcast_object(lambda: failure)) and failure is None:
                 raise OSError(f"Rank 0 could not save: {reason}")
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)

@@ -13,16 +13,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from lf_hf.config import FusionConfig, fusion_settings
+from lf_hf.checkpoint.base import SPREAD, Base, check_device, hub_arguments
+from lf_hf.checkpoint.classes import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
+from lf_hf.checkpoint.companions import is_plain, write_companions
+from lf_hf.checkpoint.configuration import fused_config, plain_config
+from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
-from lf_hf.files.base import SPREAD, Base, check_device, hub_arguments
-from lf_hf.files.companions import is_plain, write_companions
-from lf_hf.files.saving import check_replaceable, checked_folder, only_writer, replaced_files
-from lf_hf.model.configuration_fused import fused_config, plain_config
-from lf_hf.model.modeling_fused import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
-from lf_hf.processes import Processes
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.launch import Processes
+from lf_hf.settings import FusionConfig, fusion_settings
 from lf_hf.text.calibration import load_needed
 from lf_hf.text.readers import Samples
 
@@ -89,7 +89,7 @@ def fuse_checkpoint(
     if not low_memory:
         with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
             model = from_pretrained_fused(base, config, calibration=calibration, tokenizer=tokenizer, **kwargs)
-            if processes.first:
+            if processes.is_main:
                 model.write_files(folder, plain=as_plain, max_shard_size=max_shard_bytes)
         assert model.fusion_report is not None
         return model.fusion_report
@@ -128,8 +128,8 @@ def _written_once(target: Path, processes: Processes, *, own_tokenizer: bool) ->
             stack.enter_context(only_writer(target))
             return stack.enter_context(replaced_files(target, own_tokenizer=own_tokenizer))
 
-        yield processes.told_by_first(begin)
-    processes.gathered(None)
+        yield processes.broadcast_object(begin)
+    processes.all_gather_object(None)
 
 
 def _fuse_on_disk(
@@ -156,8 +156,10 @@ def _fuse_on_disk(
         report = pipeline.fuse(
             decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
         )
-        processes.gathered(None)  # the first one's folder, which the scratch folders are in, goes when it is done
-        if not processes.first:
+        processes.all_gather_object(
+            None
+        )  # the first one's folder, which the scratch folders are in, goes when it is done
+        if not processes.is_main:
             return report
         decoder.write(folder, max_shard_bytes)
         written = plain_config(decoder.config) if plain else fused_config(decoder.config, report)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lf_hf import FusionConfig, FusionReport
+from lf_hf.checkpoint.card import model_card
 from lf_hf.families import FAMILIES
-from lf_hf.files.model_card import model_card
 from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, Continuation, FusionStep, PerplexityInfo
 
 

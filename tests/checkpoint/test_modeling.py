@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 import lf_hf
 from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
-from lf_hf.model.configuration_fused import converted_config, fused_config
+from lf_hf.checkpoint.configuration import converted_config, fused_config
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
 

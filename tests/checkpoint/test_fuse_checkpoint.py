@@ -15,7 +15,7 @@ from two_devices import TwoDevices
 
 import lf_hf
 from lf_hf import FusionConfig, FusionReport, fuse_checkpoint
-from lf_hf.plan import plan_fusion
+from lf_hf.estimate import plan_fusion
 
 METHODS = ("neural_alignment", "mka", "truncate", "refit")
 

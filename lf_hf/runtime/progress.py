@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, overload
 from tqdm import autonotebook, std
 from transformers.utils import logging as hf_logging
 
-from lf_hf.processes import local_rank
+from lf_hf.runtime.launch import local_rank
 
 T = TypeVar("T")
 

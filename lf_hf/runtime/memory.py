@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lf_hf.processes import local_processes
+from lf_hf.runtime.launch import local_processes
 
 PROCESS = 11 << 26
 """Bytes that Python takes with torch and transformers."""

@@ -16,10 +16,10 @@ from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from lf_hf.config import ALGORITHM, FusionConfig
-from lf_hf.files.base import Base
-from lf_hf.files.saving import changed_files
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.saving import changed_files
 from lf_hf.report.report import FusionReport
+from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.text.calibration import Calibration, Corpus
 
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
