@@ -249,10 +249,10 @@ class FusionReport:
     for it or it would take long. `fingerprints` says by content what the model was made of, see
     `lf_hf.checkpoint.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the
     fused model and `base_digest` that of the dense one in `dtype`, see `lf_hf.runtime.numerics.weights_digest`.
-    `healed` says how the model was trained after the fusion, None where it was not. `budget` is what said how many layers to fuse, None where
-    the number was given. `group_costs` are those of all groups that could become one layer, and `predicted` what the
-    best of them are expected to cost together for 1, 2, ... fusions; both are empty where groups were not chosen by
-    cost.
+    `healed` says how the model was trained after the fusion, None where it was not. `budget` is what said how many
+    layers to fuse, None where the number was given. `group_costs` are those of all groups that could become one layer,
+    and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions; both are empty where
+    groups were not chosen by cost.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local paths
     are private.
