@@ -14,11 +14,10 @@ from lf_hf.checkpoint.classes import (
     FusedLlamaForSequenceClassification,
     FusedLlamaForTokenClassification,
     FusedLlamaModel,
-    from_pretrained_fused,
 )
 from lf_hf.checkpoint.configuration import FusedLlamaConfig
 from lf_hf.checkpoint.peft import register_with_peft
-from lf_hf.fuse import fuse_checkpoint
+from lf_hf.fuse import from_pretrained_fused, fuse_checkpoint
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import FusionConfig
 

@@ -1,33 +1,229 @@
-"""Fusing from one checkpoint folder into another, in memory or layer by layer."""
+"""The public ways to fuse: load and fuse, keep the result in a folder for later runs, fuse one folder into another."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
-from lf_hf.checkpoint.base import SPREAD, Base, check_device, hub_arguments
-from lf_hf.checkpoint.classes import FusionInputs, checked_tokenizer, from_pretrained_fused, fused_class
+from lf_hf.checkpoint.base import SPREAD, Base, check_device, hub_arguments, is_spread
+from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.companions import is_plain, write_companions
 from lf_hf.checkpoint.configuration import fused_config, plain_config
+from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
+from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
-from lf_hf.report.report import FusionReport
-from lf_hf.runtime.launch import Processes
+from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig, fusion_settings
-from lf_hf.text.calibration import load_needed
+from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 from lf_hf.text.readers import Samples
 
+if TYPE_CHECKING:
+    from lf_hf.measure import Measurements
+
+logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
+
+
+@dataclass(frozen=True)
+class FusionInputs:
+    """All that a fusion is made of. `samples` and `text` may be None where there are measurements.
+
+    `to_heal` is the text of the healing that follows, where there is one.
+    """
+
+    base: Base
+    config: FusionConfig
+    tokenizer: PreTrainedTokenizerBase
+    samples: Calibration | None
+    text: Corpus | None
+    to_heal: Corpus | None
+    measurements: Measurements | None
+
+    @classmethod
+    def load(
+        cls,
+        base: Base,
+        config: FusionConfig,
+        calibration: Samples | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        measurements: Measurements | None = None,
+    ) -> FusionInputs:
+        """Check that the settings suit the base, and load its tokenizer and the text that they need."""
+        check_layers(config, base.config)
+        own = checked_tokenizer(tokenizer)
+        samples, text = (
+            (None, None) if measurements else load_needed(config, calibration, lambda: own or base.tokenizer())
+        )
+        used = own or base.tokenizer()
+        to_heal = load_training_text(calibration, config.heal_tokens, lambda: used) if config.heal_tokens else None
+        return cls(base, config, used, samples, text, to_heal, measurements)
+
+    def check_text(self) -> None:
+        """Raise ValueError, before weights are read, if there is too little calibration text."""
+        from lf_hf.measure import given_sequences  # imports scipy and scikit-learn, which loading does not need
+
+        if self.text is not None:
+            given_sequences(self.base.config, self.tokenizer, self.text, self.config)
+
+
+def from_pretrained_fused(
+    base: str | os.PathLike[str] | Base,
+    config: FusionConfig | None = None,
+    *,
+    calibration: Samples | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    measurements: Measurements | None = None,
+    fused_dir: str | os.PathLike[str] | None = None,
+    model_class: type[FusedForCausalLM] | None = None,
+    **kwargs: Any,
+) -> FusedForCausalLM:
+    """Load a model of any family that can be fused, and fuse its layers.
+
+    Processes that a launcher started share the work, and each of them gets the result: all must call this.
+
+    Parameters
+    ----------
+    base : str or Base
+        Hub name or folder of a checkpoint, or one that `lf_hf.checkpoint.base.Base.open` has opened.
+    config : FusionConfig, optional
+        Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
+    calibration : list of str or chats, or path, optional
+        Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
+        `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of
+        `lf_hf.text.calibration.load_corpus`.
+    tokenizer : optional
+        The base's tokenizer, if it is not beside the base.
+    measurements : Measurements, optional
+        What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
+    fused_dir : path, optional
+        Where to keep the fused model. If one is there that was made of the same base (by content), calibration text
+        and settings, it is loaded; else the base is fused and saved there, once on each machine. Not with
+        `measurements`.
+    model_class : class, optional
+        What the result is to be. Default: the class for the base's family.
+    **kwargs
+        FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+
+    Returns
+    -------
+    FusedForCausalLM
+        A FusedLlamaForCausalLM, a FusedQwen3ForCausalLM, ...
+
+    Raises
+    ------
+    ValueError
+        Before any long work, for settings, a base or calibration text that cannot be used.
+    """
+    kept_in = None if fused_dir is None else checked_folder(fused_dir)
+    if kept_in is not None and measurements is not None:
+        raise ValueError(
+            "fused_dir and measurements exclude each other: measurements do not say what text they are of. Leave one "
+            "of them out."
+        )
+    config = fusion_settings(config, kwargs)
+    opened = base if isinstance(base, Base) else Base.open(base, kwargs)
+    of_family = fused_class(opened.config)
+    model_class = model_class or of_family
+    if model_class.family is not of_family.family:
+        raise ValueError(
+            f"{opened.full_name!r} is a {opened.config.model_type!r} model, so it is fused with {of_family.__name__}, "
+            f"not with {model_class.__name__}; or use lf_hf.from_pretrained_fused, which finds the class itself."
+        )
+    inputs = FusionInputs.load(opened, config, calibration, tokenizer, measurements)
+    # Where each process spreads its model over several devices, its states are not on its own one.
+    processes = ALONE if is_spread(opened.loading.get("device_map")) else Processes.of_launch()
+    if kept_in is None:
+        return _load_and_fuse(model_class, inputs, processes)
+    return _load_or_fuse(model_class, inputs, kept_in, processes)
+
+
+FusedForCausalLM._fuse = from_pretrained_fused
+
+
+def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, processes: Processes) -> FusedForCausalLM:
+    """Load the base and fuse it in memory."""
+    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+
+    if inputs.to_heal is not None:
+        from lf_hf.healing.heal import check_can_heal, heal_loaded  # import the Trainer, which takes seconds
+
+        check_can_heal(inputs.base, inputs.tokenizer, inputs.to_heal, inputs.config)
+    inputs.check_text()
+    loaded = inputs.base.load()
+    report = pipeline.fuse(
+        ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes),
+        inputs.tokenizer,
+        inputs.config,
+        inputs.samples,
+        inputs.text,
+        base=inputs.base.full_name,
+        measurements=inputs.measurements,
+    )
+    model = model_class.adopt(loaded, report, inputs.tokenizer)
+    if inputs.to_heal is not None:
+        heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
+    return model
+
+
+def _load_or_fuse(
+    model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path, processes: Processes
+) -> FusedForCausalLM:
+    """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
+
+    The first run to lock the folder fuses, and the others wait for it.
+    """
+    base, config = inputs.base, inputs.config
+    made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text, inputs.to_heal)
+    model: FusedForCausalLM | None = None
+
+    def reasons_to_fuse() -> list[str]:
+        reasons = processes.all_gather_object(why_not_reused(folder, config, made_of))  # of each machine's folder
+        return [reason for reason in reasons if reason]
+
+    with ExitStack() as stack:
+        if reasons_to_fuse():
+            check_replaceable(folder, base.name)
+            processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
+            if reasons := reasons_to_fuse():  # checked again under the lock
+                if (folder / REPORT_NAME).is_file():
+                    logger.warning(f"{reasons[0]} Fusing, to replace it.")
+                model = _load_and_fuse(model_class, inputs, processes)
+                assert model.fusion_report is not None
+                model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
+                processes.broadcast_object(lambda: _write_files(model, folder))
+        on_another_machine = not processes.is_main and local_rank() == 0
+        if model is not None and on_another_machine and why_not_reused(folder, config, made_of):
+            with only_writer(folder, wait=True):
+                _write_files(model, folder)
+    if model is None:
+        logger.info(f"Loading what was fused before from {str(folder)!r}.")
+        model = model_class.from_pretrained(folder, **base.loading_fused())
+        model.tokenizer = inputs.tokenizer
+        if reasons_to_fuse():  # replaced while it was read, by a run with other settings
+            del model
+            return _load_or_fuse(model_class, inputs, folder, processes)
+    return model
+
+
+def _write_files(model: FusedForCausalLM | None, folder: Path) -> None:
+    """Write a model into a folder of which the caller is the only writer."""
+    assert model is not None
+    with replaced_files(folder) as new:
+        model.write_files(new)
 
 
 def fuse_checkpoint(
@@ -98,11 +294,7 @@ def fuse_checkpoint(
     check_low_memory(config)
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
-    check_layers(config, opened.config)
-    used_tokenizer = checked_tokenizer(tokenizer)
-    samples, text = load_needed(config, calibration, lambda: used_tokenizer or opened.tokenizer())
-    used_tokenizer = used_tokenizer or opened.tokenizer()
-    inputs = FusionInputs(opened, config, used_tokenizer, samples, text)
+    inputs = FusionInputs.load(opened, config, calibration, tokenizer)
     generation = _generation_config(opened)
     with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
         return _fuse_on_disk(

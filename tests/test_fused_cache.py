@@ -251,7 +251,7 @@ def test_results_of_another_algorithm_are_not_used(
 ) -> None:
     load(base, tmp_path / "fused")
     key = _key({}, {})
-    for module in ("files.fused_cache", "evaluate.sweep"):
+    for module in ("checkpoint.fused_cache", "evaluate.sweep"):
         monkeypatch.setattr(f"lf_hf.{module}.ALGORITHM", -1)
     load(base, tmp_path / "fused")
     assert len(fusions) == 2 and _key({}, {}) != key

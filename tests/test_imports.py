@@ -29,7 +29,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of lf_hf that a file imports when it is imported itself."""
+    """The modules of lf_hf that a file imports, at once or later inside a function."""
     found: set[str] = set()
     queue: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while queue:
@@ -41,7 +41,7 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("lf_hf.") for alias in node.names if alias.name.startswith("lf_hf.")}
         only_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if not only_for_types and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not only_for_types:
             queue += ast.iter_child_nodes(node)
     return found
 

@@ -5,13 +5,10 @@ What they can do is in `FusedForCausalLM`; the classes of each family are made o
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -38,7 +35,6 @@ from lf_hf.checkpoint.base import (
     check_names,
     finish_and_check,
     hub_arguments,
-    is_spread,
     load_tokenizer,
     optional_file,
     without_adapter,
@@ -53,57 +49,30 @@ from lf_hf.checkpoint.configuration import (
     fusion_entry,
     plain_config,
 )
-from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
 from lf_hf.checkpoint.saving import (
-    check_replaceable,
     checked_folder,
     only_writer,
     replaced_files,
 )
 from lf_hf.checkpoint.weights import check_floats
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, HEADS, Family, check_layers, family_of, is_tied
+from lf_hf.families import FAMILIES, HEADS, Family, family_of, is_tied
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.launch import ALONE, Processes, local_rank, rank
+from lf_hf.runtime.launch import Processes, rank
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.settings import FusionConfig, fusion_settings
-from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
-from lf_hf.text.readers import Samples
+from lf_hf.settings import FusionConfig
 
 if TYPE_CHECKING:
-    from lf_hf.measure import Measurements
+    pass
 
 logger = logging.get_logger(__name__)
 _UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # of save_pretrained
-
-
-@dataclass(frozen=True)
-class FusionInputs:
-    """All that a fusion is made of. `samples` and `text` may be None where there are measurements.
-
-    `to_heal` is the text of the healing that follows, where there is one.
-    """
-
-    base: Base
-    config: FusionConfig
-    tokenizer: PreTrainedTokenizerBase
-    samples: Calibration | None
-    text: Corpus | None
-    measurements: Measurements | None = None
-    to_heal: Corpus | None = None
-
-    def check_text(self) -> None:
-        """Raise ValueError, before weights are read, if there is too little calibration text."""
-        from lf_hf.measure import given_sequences  # imports scipy and scikit-learn, which loading does not need
-
-        if self.text is not None:
-            given_sequences(self.base.config, self.tokenizer, self.text, self.config)
 
 
 class FusedForCausalLM(PreTrainedModel):
     """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
 
     family: ClassVar[Family]
+    _fuse: ClassVar[Callable[..., PreTrainedModel]]  # set by lf_hf.fuse: fusing is a client of these classes
     _opened_in: str | None = None  # the folder
     _opened_with: Mapping[str, Any] = MappingProxyType({})  # arguments with which its tokenizer is read, too
 
@@ -114,145 +83,22 @@ class FusedForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained_fused(
-        cls: type[Model],
-        base: str | os.PathLike[str] | Base,
-        config: FusionConfig | None = None,
-        *,
-        calibration: Samples | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        measurements: Measurements | None = None,
-        fused_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
+        cls: type[Model], base: str | os.PathLike[str] | Base, config: FusionConfig | None = None, **kwargs: Any
     ) -> Model:
-        """Load a model and fuse its layers.
-
-        Processes that a launcher started share the work, and each of them gets the result: all must call this.
+        """Load a model of this class's family and fuse its layers.
 
         Parameters
         ----------
-        base : str or Base
-            Hub name or folder of a checkpoint of the class's family, or one that `lf_hf.checkpoint.base.Base.open` has
-            opened.
-        config : FusionConfig, optional
-            Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
-        calibration : list of str or chats, or path, optional
-            Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
-            `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of
-            `lf_hf.text.calibration.load_corpus`.
-        tokenizer : optional
-            The base's tokenizer, if it is not beside the base.
-        measurements : Measurements, optional
-            What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
-        fused_dir : path, optional
-            Where to keep the fused model. If one is there that was made of the same base (by content), calibration
-            text and settings, it is loaded; else the base is fused and saved there, once on each machine. Not with
-            `measurements`.
-        **kwargs
-            FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+        base, config, **kwargs
+            As for `lf_hf.from_pretrained_fused`, which loads models of all families: `calibration`, `tokenizer`,
+            `fused_dir`, settings, ...
 
         Raises
         ------
         ValueError
-            Before any long work, for settings, a base or calibration text that cannot be used.
+            As that function does; also for a base of another family.
         """
-        kept_in = None if fused_dir is None else checked_folder(fused_dir)
-        if kept_in is not None and measurements is not None:
-            raise ValueError(
-                "fused_dir and measurements exclude each other: measurements do not say what text they are of. Leave "
-                "one of them out."
-            )
-        config = fusion_settings(config, kwargs)
-        base = base if isinstance(base, Base) else Base.open(base, kwargs)
-        if base.family != cls.family:
-            raise ValueError(
-                f"{base.full_name!r} is a {base.config.model_type!r} model, so it is fused with "
-                f"{fused_class(base.config).__name__}, not with {cls.__name__}; or use lf_hf.from_pretrained_fused, "
-                "which finds the class itself."
-            )
-        check_layers(config, base.config)
-        own, opened = checked_tokenizer(tokenizer), base
-        samples, text = (
-            (None, None) if measurements else load_needed(config, calibration, lambda: own or opened.tokenizer())
-        )
-        tokenizer = own or base.tokenizer()
-        to_heal = load_training_text(calibration, config.heal_tokens, lambda: tokenizer) if config.heal_tokens else None
-        inputs = FusionInputs(base, config, tokenizer, samples, text, measurements, to_heal)
-        # Where each process spreads its model over several devices, its states are not on its own one.
-        processes = ALONE if is_spread(base.loading.get("device_map")) else Processes.of_launch()
-        if kept_in is None:
-            return cls._load_and_fuse(inputs, processes)
-        return cls._load_or_fuse(inputs, kept_in, processes)
-
-    @classmethod
-    def _load_and_fuse(cls: type[Model], inputs: FusionInputs, processes: Processes) -> Model:
-        """Load the base and fuse it in memory."""
-        from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
-
-        if inputs.to_heal is not None:
-            from lf_hf.healing.heal import check_can_heal, heal_loaded  # import the Trainer, which takes seconds
-
-            check_can_heal(inputs.base, inputs.tokenizer, inputs.to_heal, inputs.config)
-        inputs.check_text()
-        loaded = inputs.base.load()
-        decoder = ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes)
-        report = pipeline.fuse(
-            decoder,
-            inputs.tokenizer,
-            inputs.config,
-            inputs.samples,
-            inputs.text,
-            base=inputs.base.full_name,
-            measurements=inputs.measurements,
-        )
-        model = cls.adopt(loaded, report, inputs.tokenizer)
-        if inputs.to_heal is not None:
-            heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
-        return model
-
-    @classmethod
-    def _load_or_fuse(cls: type[Model], inputs: FusionInputs, folder: Path, processes: Processes) -> Model:
-        """Load what one of several runs fused and kept, or fuse it."""
-        base, config = inputs.base, inputs.config
-        made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text, inputs.to_heal)
-        model: Model | None = None
-
-        def to_fuse() -> list[str]:
-            reasons = processes.all_gather_object(
-                why_not_reused(folder, config, made_of)
-            )  # machines may have a folder each
-            return [reason for reason in reasons if reason]
-
-        with ExitStack() as stack:
-            if to_fuse():
-                check_replaceable(folder, base.name)
-                processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
-                if reasons := to_fuse():  # checked again under the lock
-                    if (folder / REPORT_NAME).is_file():
-                        logger.warning(f"{reasons[0]} Fusing, to replace it.")
-                    model = cls._load_and_fuse(inputs, processes)
-                    assert model.fusion_report is not None
-                    model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                    processes.broadcast_object(partial(model._write_whole, folder))
-            if (
-                model is not None
-                and not processes.is_main
-                and local_rank() == 0
-                and why_not_reused(folder, config, made_of)
-            ):
-                with only_writer(folder, wait=True):
-                    model._write_whole(folder)
-        if model is None:
-            logger.info(f"Loading what was fused before from {str(folder)!r}.")
-            model = cast(Model, cls.from_pretrained(folder, **base.loading_fused()))
-            model.tokenizer = inputs.tokenizer
-            if to_fuse():  # replaced while it was read, by a run with other settings
-                del model
-                return cls._load_or_fuse(inputs, folder, processes)
-        return model
-
-    def _write_whole(self, folder: Path) -> None:
-        with replaced_files(folder) as written:
-            self.write_files(written)
+        return cast(Model, cls._fuse(base, config, model_class=cls, **kwargs))
 
     @classmethod
     def adopt(
@@ -660,35 +506,6 @@ def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
     Raises ValueError where it is of none.
     """
     return FUSED_CLASSES[family_of(config).model_type].causal_lm
-
-
-def from_pretrained_fused(
-    base: str | os.PathLike[str] | Base, config: FusionConfig | None = None, **kwargs: Any
-) -> FusedForCausalLM:
-    """Load a model of any family that can be fused, and fuse its layers.
-
-    Parameters
-    ----------
-    base : str or Base
-        Hub name or folder of a checkpoint.
-    config, **kwargs
-        As for `FusedLlamaForCausalLM.from_pretrained_fused`: settings, `calibration`, `tokenizer`, `fused_dir`, ...
-
-    Returns
-    -------
-    FusedForCausalLM
-        In the class for the base's family: a FusedLlamaForCausalLM, a FusedQwen3ForCausalLM, ...
-
-    Raises
-    ------
-    ValueError
-        As that method does; also for a base of a family that cannot be fused.
-    """
-    own = ("calibration", "tokenizer", "measurements", "fused_dir")
-    given = {name: kwargs.pop(name) for name in own if name in kwargs}
-    config = fusion_settings(config, kwargs)
-    opened = base if isinstance(base, Base) else Base.open(base, kwargs)
-    return fused_class(opened.config).from_pretrained_fused(opened, config, **given)
 
 
 def with_buffers(model: Any, like: Any) -> None:
