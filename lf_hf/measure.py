@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.decoder.continuations import continuations
+from lf_hf.decoder.generating import continuations, generate
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
@@ -266,7 +266,7 @@ def calibration_sequences(
     if not given.to_write:
         return given.sequences, 0
     form = chat_form(tokenizer, decoder.config.vocab_size)
-    written = decoder.generate(given.to_write, given.length, config.seed, form)
+    written = generate(decoder, given.to_write, given.length, config.seed, form)
     return interleaved(given.sequences, written), len(written[CHATS]) if form else 0
 
 

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,10 +42,12 @@ from transformers import (
 from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
+from lf_hf import measure as measuring
 from lf_hf.checkpoint.base import Base
+from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.perplexity import perplexity
-from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
+from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.predictions import Predictions, batched, final_states, perplexity, predictions
 from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import Measurements, calibration_sequences, measure
@@ -112,7 +114,7 @@ class Ways:
             calibration_tokens=self.tokens,
             **settings,  # type: ignore[arg-type]
         )
-        decoder = GivenText(model)
+        decoder = ModelDecoder(model, keep_originals=True)
         if not config.needs_similarity and self.measured is None:
             self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
         measured = None if config.needs_similarity else self.measured
@@ -259,19 +261,18 @@ def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor
     return scores.topk(keep).indices.sort().values
 
 
-class GivenText(ModelDecoder):
-    """Has the calibration text that the model writes written once, for all ways."""
+_WRITTEN: dict[tuple[int, int, int], list[Tensor]] = {}
 
-    written: ClassVar[dict[tuple[int, int, int], list[Tensor]]] = {}
 
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__(model, keep_originals=True)
+def _written_once(decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
+    """The calibration text that the model writes, written once for all ways."""
+    key = (count, length, seed)
+    if key not in _WRITTEN:
+        _WRITTEN[key] = generate(decoder, count, length, seed, chat)
+    return _WRITTEN[key]
 
-    def generate(self, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
-        key = (count, length, seed)
-        if key not in self.written:
-            self.written[key] = super().generate(count, length, seed, chat)
-        return self.written[key]
+
+setattr(measuring, "generate", _written_once)  # noqa: B010 - no name that it exports
 
 
 class Judge:
@@ -471,7 +472,7 @@ def main() -> None:
     settings = FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     sequences: list[Tensor] = []
     if options.fusions:
-        sequences, _ = calibration_sequences(GivenText(base), tokenizer, corpus, settings)
+        sequences, _ = calibration_sequences(ModelDecoder(base), tokenizer, corpus, settings)
     heal_corpus = load_training_text(given, options.heal_tokens)
     scratch = tempfile.TemporaryDirectory()
     if options.tiny:

@@ -80,7 +80,7 @@ def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
     fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = iter([10.0, fused])
-    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values)))  # noqa: E731
+    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values), 1.0, 0.0, 1.0))  # noqa: E731
     monkeypatch.setattr("lf_hf.measure.predictions", found)
     with caplog.at_level(logging.WARNING):
         report = run(1)

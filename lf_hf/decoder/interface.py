@@ -12,20 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.families import DecoderLayer, Family, Kind, family_of
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.memory import free_memory
-from lf_hf.runtime.progress import progress
-from lf_hf.text.chats import CHATS, Chat, ChatForm
 
 _CPU_BATCH = 1 << 26
 """Bytes that a batch may take inside a layer on the CPU."""
 _BATCH_SHARE = 8  # of what is free on any other device
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
-_BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
 
 
 class Decoder(ABC):
@@ -145,67 +142,6 @@ class Decoder(ABC):
         sizes = [len(numbers) * len(sequences[numbers[0]]) for numbers in groups]
         return [part.view(len(numbers), -1) for part, numbers in zip(ids.split(sizes), groups, strict=True)]
 
-    @torch.no_grad()
-    def generate(self, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
-        """Text that the model writes by itself: `count` sequences of `length` token ids, sampled at temperature 1.
-
-        All sequences take a step together, so that each layer is used once a step, and each process writes a share of
-        them. None of them ends early. What is written follows from the seed, whichever process writes it. With a form
-        of chats those of `CHATS` are beginnings of some, in which the model writes both sides.
-        """
-        random = torch.Generator().manual_seed(seed)
-        # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
-        starts = torch.randint(self.config.vocab_size, (count,), generator=random)
-        if self.config.bos_token_id is not None:
-            starts[::2] = self.config.bos_token_id
-        drawn = torch.rand(count, length - 1, generator=random)
-        mine = list(self.processes.shard(range(count)))
-        are_chats = range(count)[CHATS]
-        chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
-        written = list(self._written(starts[mine], drawn[mine], chats)) if mine else []
-        shares = self.processes.all_gather_object(written)
-        return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
-
-    def _written(self, tokens: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
-        """Sequences that begin with `tokens` (count,); each later one is where `drawn` (count, length - 1) falls.
-
-        `drawn` is uniform from 0 to 1, and a token's part of that is its probability. Chats begin as they do.
-        """
-        count, steps = drawn.shape
-        barred = _special_tokens(self.config)
-        for row, chat in chats.items():
-            tokens[row] = chat.next()
-        written, cache, finite = [tokens], DynamicCache(), []
-        with self.kept_at_hand(), self.head() as head:
-            for position in progress(range(steps), desc="Writing text", unit="token"):
-                # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
-                hidden_states = self.embed([tokens])[0].view(count, 1, -1)  # (count, 1, hidden)
-                position_ids = torch.full((count, 1), position, device=hidden_states.device)
-                step = CachedStep(self, hidden_states, position_ids, cache)
-                for layer in self.layers(range(self.num_layers)):
-                    hidden_states = step.run(layer, hidden_states)
-                logits = head(hidden_states)[:, 0].float()  # (count, vocab)
-                finite.append(torch.isfinite(logits).all())
-                places = list(chats), [chat.end for chat in chats.values()]
-                empty = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
-                of_ends = logits[places].masked_fill(empty.to(logits.device), -torch.inf)
-                logits[:, barred] = -torch.inf
-                logits[places] = of_ends
-                sums = logits.softmax(-1).cumsum(-1)
-                drawn = drawn.to(sums.device)
-                wanted = drawn[:, position : position + 1] * sums[:, -1:] * _BELOW_ONE
-                found = torch.searchsorted(sums, wanted, right=True)[:, 0]
-                tokens = found.clamp(max=sums.shape[1] - 1)  # of what is not finite, too
-                for (row, chat), token in zip(chats.items(), tokens[list(chats)].tolist(), strict=True):
-                    tokens[row] = chat.next(token)
-                written.append(tokens)
-        if not all(torch.stack(finite).tolist()):
-            raise ValueError(
-                "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a dtype of "
-                "wider range."
-            )
-        return torch.stack([tokens.to(written[-1].device) for tokens in written], dim=1).cpu()
-
     def kept_at_hand(self) -> AbstractContextManager[None]:
         """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit."""
         return nullcontext()
@@ -275,73 +211,6 @@ class Decoder(ABC):
             for n, state in enumerate(states):
                 states[n] = self.run_layer(layer, state)
             yield states
-
-
-class CachedStep:
-    """What layers take for tokens that follow those in a cache; one for each pass through the layers.
-
-    Parameters
-    ----------
-    decoder : Decoder
-    hidden_states : tensor of shape (sequences B, tokens T, hidden)
-    position_ids : tensor of shape (B, T)
-    cache : DynamicCache
-    padding : tensor of shape (B,), optional
-        How many tokens of each sequence come before its text.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        cache: DynamicCache,
-        padding: Tensor | None = None,
-    ) -> None:
-        self._decoder, self._position_ids, self._cache, self._padding = decoder, position_ids, cache, padding
-        self._first, self._cache_argument = hidden_states, decoder.family.cache_argument
-        self._end = cache.get_seq_length() + hidden_states.shape[1]
-        self._inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
-
-    def run(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
-        """A layer's output, (sequences B, tokens T, hidden) -> (B, T, hidden)."""
-        window, rotary = self._decoder.window(layer, self._end), self._decoder.rotary_kind(layer)
-        if (window, rotary) not in self._inputs:
-            embeddings = self._decoder.rotary(self._first, self._position_ids, rotary)
-            self._inputs[window, rotary] = self._mask(window), embeddings
-        mask, embeddings = self._inputs[window, rotary]
-        return layer(
-            hidden_states,
-            attention_mask=mask,
-            position_ids=self._position_ids,
-            position_embeddings=embeddings,
-            **{self._cache_argument: self._cache},
-        )
-
-    def _mask(self, window: int | None) -> Tensor | None:
-        states, padding = self._first, self._padding
-        is_flash = is_flash_attention_requested(self._decoder.config)  # which is causal by itself, and knows windows
-        if padding is None and (is_flash or (window is None and states.shape[1] == 1)):
-            return None
-        keys = torch.arange(self._end, device=states.device)
-        queries = keys[-states.shape[1] :]
-        is_text = keys >= (torch.zeros(1, device=states.device) if padding is None else padding)[:, None]  # (B, keys)
-        if is_flash:
-            return is_text
-        seen = keys <= queries[:, None]
-        if window is not None:
-            seen &= keys > queries[:, None] - window
-        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
-        lowest = torch.finfo(states.dtype).min
-        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
-
-
-def _special_tokens(config: PretrainedConfig) -> list[int]:
-    """Token ids that begin, end or fill up texts, as far as the config names them."""
-    named = [config.bos_token_id, config.pad_token_id]
-    ends = config.eos_token_id
-    named += ends if isinstance(ends, list) else [ends]
-    return sorted({token for token in named if token is not None and 0 <= token < config.vocab_size})
 
 
 def remove_config_layer(config: PretrainedConfig, index: int) -> None:

@@ -1,38 +1,80 @@
-"""What a model predicts on texts: how well, and how far from what the dense model predicts."""
+"""What a model predicts on texts: perplexity, and divergence from and agreement with the dense model.
+
+These figures are defined here and nowhere else. This module knows nothing of fusing or training.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
 LOGITS = 1 << 23
-"""How many logits of a model are there at a time, about: of a large vocabulary, those of few tokens."""
+"""About how many logits of a model exist at a time: with a large vocabulary those of few tokens."""
 
 Batches = Mapping[str, Sequence[Tensor]]
-"""Of each text, by its name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
+"""For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's predictions of each token of a text from those before it.
+    """A model's predictions of each token of a text from the tokens before it.
 
-    `perplexity` is exp of the mean negative log-likelihood. Against the dense model's predictions, `divergence` is the
-    mean of KL(dense || model) in nats a token, and `agreement` the share of tokens at which both have the same most
-    likely token. The dense model is at 0 and 1.
+    `perplexity` and `dense_perplexity` are exp of the mean negative log-likelihood of the model and of the dense model.
+    `divergence` is the mean of KL(dense || model) in nats a token, and `agreement` the share of tokens at which both
+    models have the same most likely token.
     """
 
     perplexity: float
-    divergence: float = 0.0
-    agreement: float = 1.0
+    dense_perplexity: float
+    divergence: float
+    agreement: float
+
+    @classmethod
+    def from_sums(cls, count: float, loss: float, dense_loss: float, divergence: float, agreed: float) -> Predictions:
+        """Means of the sums over tokens that `token_figures` gives."""
+        # A model that fusion broke can exceed what a float holds.
+        own, dense = torch.tensor([loss / count, dense_loss / count], dtype=torch.float64).exp().tolist()
+        return cls(own, dense, divergence / count, agreed / count)
+
+
+def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(expected || found) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T)."""
+    return torch.linalg.vecdot(expected.exp(), expected - log_probs)
+
+
+def token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None = None) -> Tensor:
+    """The figures behind `Predictions`, token by token.
+
+    Parameters
+    ----------
+    log_probs : float32 tensor of shape (tokens T, vocab)
+    next_ids : int64 tensor of shape (T,)
+        The tokens that are predicted.
+    expected : tensor like `log_probs`, optional
+        The dense model's log-probabilities; by default the model is the dense one.
+
+    Returns
+    -------
+    float32 tensor of shape (5, T)
+        One (to be counted), negative log-likelihood of the model and of the dense model, divergence, and 1 where both
+        have the same most likely token.
+    """
+    loss = -log_probs.gather(-1, next_ids[:, None])[:, 0]
+    one = torch.ones_like(loss)
+    if expected is None:
+        return torch.stack([one, loss, loss, torch.zeros_like(loss), one])
+    dense_loss = -expected.gather(-1, next_ids[:, None])[:, 0]
+    agreed = (log_probs.argmax(-1) == expected.argmax(-1)).to(loss)
+    return torch.stack([one, loss, dense_loss, kl_divergence(expected, log_probs), agreed])
 
 
 def batched(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
@@ -48,84 +90,89 @@ def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Te
     if batches:
         for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
             last = states
-    found = iter(last)
-    return {name: [next(found) for _ in of_text] for name, of_text in ids.items()}
+    remaining = iter(last)
+    return {name: [next(remaining) for _ in of_text] for name, of_text in ids.items()}
 
 
 @torch.no_grad()
 def predictions(
     decoder: Decoder, ids: Batches, states: Batches, dense: Batches | None = None, base: Decoder | None = None
 ) -> dict[str, Predictions]:
-    """Predictions of each text that has tokens, from final states, and from the dense model's to compare with.
+    """Compare a model's predictions of each text with the dense model's.
 
-    Each process gives its share of the text, and gets what all of them find. `base` is the dense model where it may
-    have another final norm or head than the decoder's; fusing changes neither.
-    """
-    if not ids:
-        return {}
-    with ExitStack() as stack:
-        head = stack.enter_context(decoder.head())
-        of_base = head if base is None else stack.enter_context(base.head())
-        sums = [
-            prediction_sums(
-                (head, of_base),
-                zip(states[name], of_text, [None] * len(of_text) if dense is None else dense[name], strict=True),
-                max(1, LOGITS // decoder.config.vocab_size),
-            )
-            for name, of_text in ids.items()
-        ]
-    device = max(sums, key=lambda of_text: of_text.device.type != "cpu").device  # a text without batches has none
-    of_all = iter(decoder.processes.all_reduce_sums(torch.cat([of_text.to(device) for of_text in sums])))
-    return {
-        # A model that fusion broke can exceed what a float holds.
-        name: Predictions(float(torch.tensor(loss / count, dtype=torch.float64).exp()), apart / count, agreed / count)
-        for name, count, loss, apart, agreed in zip(ids, of_all, of_all, of_all, of_all, strict=True)
-        if count
-    }
-
-
-def prediction_sums(
-    heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    rows: int,
-) -> Tensor:
-    """Sums over predicted tokens, on the head's device.
+    Each process gives its share of the texts, and all get the means over everything. Texts without tokens are left out.
 
     Parameters
     ----------
-    heads : pair of callables
-        The model's and the dense model's, from states (1, tokens, hidden) to logits (1, tokens, vocab).
-    batches : iterable of tuples
-        Final states of shape (sequences B, tokens T, hidden), token ids (B, T), and the dense model's states; None for
-        these where the model is the dense one.
-    rows : int
-        Tokens whose predictions are there at a time.
-
-    Returns
-    -------
-    float64 tensor of shape (4,)
-        How many tokens were predicted; negative log-likelihoods and divergences, in nats; and how many times the most
-        likely token was the dense model's.
+    decoder : Decoder
+    ids : token ids of each text
+    states : the model's final states, as `final_states` gives them
+    dense : the dense model's, by default the same
+    base : Decoder, optional
+        The dense model where its final norm or head differs from the decoder's; fusing changes neither.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
-    for states, ids, dense in batches:
-        targets = ids[:, 1:].flatten().to(states.device).split(rows)
-        expected = _rows(states if dense is None else dense.to(states.device), rows)
-        for part, wanted, compared in zip(_rows(states, rows), targets, expected, strict=True):
-            logits = heads[0](part)[0].float()  # (tokens, vocab)
-            found = logits.log_softmax(-1)
-            loss = nll_loss(found, wanted.to(found.device), reduction="none")  # (tokens,), as all that follows
-            count = torch.ones_like(loss)
-            apart, agreed = torch.zeros_like(loss), count
-            if dense is not None:
-                of_dense = heads[1](compared)[0].float()
-                agreed = logits.argmax(-1) == of_dense.argmax(-1)
-                apart = kl_div(found, of_dense.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-            of_rows = in_float64(torch.stack([count, loss, apart, agreed.to(loss)]))  # (4, tokens)
-            sums = sums.to(of_rows.device) + of_rows.sum(-1)
-    return sums
+    sums = []
+    with ExitStack() as stack:
+        head = stack.enter_context(decoder.head())
+        dense_head = head if base is None else stack.enter_context(base.head())
+        for name, of_text in ids.items():
+            parts = []
+            for n, batch in enumerate(of_text):
+                own = _rows(decoder, states[name][n][:, :-1])
+                others = [None] * len(own) if dense is None else _rows(decoder, dense[name][n][:, :-1])
+                next_ids = batch[:, 1:].flatten().split(len(own[0]))
+                for rows, of_dense, following in zip(own, others, next_ids, strict=True):
+                    log_probs = _log_probs(head, rows)
+                    expected = None if of_dense is None else _log_probs(dense_head, of_dense.to(rows.device))
+                    figures = token_figures(log_probs, following.to(log_probs.device), expected)
+                    parts.append(in_float64(figures).sum(-1))
+            sums.append(_total(parts, 5))
+    of_all = decoder.processes.all_reduce_sums(torch.cat(sums)) if sums else []
+    by_text = dict(zip(ids, zip(*[iter(of_all)] * 5, strict=True), strict=True))
+    return {name: Predictions.from_sums(*of_text) for name, of_text in by_text.items() if of_text[0]}
 
 
-def _rows(states: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """States that predict a token, some at a time: (sequences B, tokens T, hidden) as parts of (1, rows, hidden)."""
-    return states[:, :-1].flatten(0, 1)[None].split(rows, dim=1)
+def perplexity(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], desc: str = "Perplexity") -> dict[str, float]:
+    """Perplexity on each text, sequences of token ids of shape (tokens T,); texts without sequences are left out."""
+    ids = batched(decoder, texts)
+    measured = predictions(decoder, ids, final_states(decoder, ids, desc))
+    return {name: of_text.perplexity for name, of_text in measured.items()}
+
+
+@torch.no_grad()
+def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Mean divergence per token from the dense model's predictions, for final states of the same sequences.
+
+    Each process has a share of the sequences. A divergence that cannot be computed, as where float16 overflows, is inf.
+
+    Parameters
+    ----------
+    dense, and each of `candidates` : sequences of tensors of shape (sequences B, tokens T, hidden)
+    """
+    candidates = list(candidates)
+    parts = []
+    with decoder.head() as head:
+        for n, states in enumerate(dense):
+            others = [_rows(decoder, candidate[n].to(states.device)) for candidate in candidates]
+            for rows, *of_candidates in zip(_rows(decoder, states), *others, strict=True):
+                expected = _log_probs(head, rows)
+                sums = [kl_divergence(expected, _log_probs(head, other)).sum() for other in of_candidates]
+                sums.append(torch.full((), len(rows), dtype=expected.dtype, device=expected.device))
+                parts.append(in_float64(torch.stack(sums)))
+    *totals, tokens = decoder.processes.all_reduce_sums(_total(parts, len(candidates) + 1))
+    return [total / tokens if math.isfinite(total) else math.inf for total in totals]
+
+
+def _log_probs(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Log-probabilities (tokens, vocab) in float32 from final states (tokens, hidden)."""
+    return head(rows[None])[0].float().log_softmax(-1)
+
+
+def _rows(decoder: Decoder, states: Tensor) -> tuple[Tensor, ...]:
+    """States (sequences B, tokens T, hidden) in parts of shape (tokens, hidden), few enough for `LOGITS`."""
+    return states.flatten(0, 1).split(max(1, LOGITS // decoder.config.vocab_size))
+
+
+def _total(parts: Sequence[Tensor], size: int) -> Tensor:
+    """The sum of float64 tensors of shape (size,); the host does not wait for their device."""
+    return torch.stack(list(parts)).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)

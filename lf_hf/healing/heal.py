@@ -31,8 +31,9 @@ from lf_hf.checkpoint.base import Base, load_tokenizer
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.decoder.interface import remove_config_layer
+from lf_hf.decoder.predictions import Predictions
 from lf_hf.families import is_tied
-from lf_hf.healing.judge import Judgement, judge
+from lf_hf.healing.judge import judge
 from lf_hf.healing.lesson import (
     MOST_EPOCHS,
     Way,
@@ -325,7 +326,7 @@ def _distilled(
         if lesson.epochs > MOST_EPOCHS:
             logger.warning(epochs_note(lesson.epochs))
 
-        def judged() -> dict[str, Judgement]:
+        def judged() -> dict[str, Predictions]:
             return {name: judge(model, items, lesson.teacher, processes) for name, items in lesson.judging.items()}
 
         before = judged()

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.fused_cache import base_fingerprint
 from lf_hf.checkpoint.saving import checked_folder, only_writer
+from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
@@ -166,9 +167,9 @@ def make_lesson(
     corpus = _teachable(corpus, way, settings)
     if way.folder is None:
         base = _loaded_base(opened, came_in, arguments)
-        generate = ModelDecoder(base).generate
+        written_by_base = partial(generate, ModelDecoder(base))
         kinds = processes.broadcast_object(
-            lambda: _kinds(generate, way, opened, came_in, corpus, settings, work / "text.safetensors")
+            lambda: _kinds(written_by_base, way, opened, came_in, corpus, settings, work / "text.safetensors")
         )
         teacher, items = MemoryTeacher(base), list[Item]()
         for kind in kinds:
@@ -196,10 +197,10 @@ def make_lesson(
 def plan_lesson(way: Way, opened: Base, came_in: Fused, corpus: Corpus, settings: HealSettings) -> Lesson:
     """A lesson to count with, without the base: nothing is predicted, and all that it would write is zeros."""
 
-    def generate(count: int, length: int, seed: int, *, chat: ChatForm | None) -> list[torch.Tensor]:
+    def zeros(count: int, length: int, seed: int, *, chat: ChatForm | None) -> list[torch.Tensor]:
         return [torch.zeros(length, dtype=torch.int64)] * count
 
-    kinds = _kinds(generate, way, opened, came_in, _teachable(corpus, way, settings), settings, None)
+    kinds = _kinds(zeros, way, opened, came_in, _teachable(corpus, way, settings), settings, None)
     items: list[Item] = [{"input_ids": ids} for kind in kinds for ids in (*kind.training, *kind.held_out)]
     parts = [(kind.name, len(kind.training), len(kind.held_out)) for kind in kinds]
     return _arranged(FileTeacher(Path(), opened.config), way.said, items, parts, settings)
@@ -273,7 +274,7 @@ def _write(
                 device=arguments.device,
             )
             check_base(opened, came_in, decoder)
-        kinds = _kinds(decoder.generate, way, opened, came_in, corpus, settings, None)
+        kinds = _kinds(partial(generate, decoder), way, opened, came_in, corpus, settings, None)
         write_targets(
             decoder,
             kinds,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.healing.judge import Judgement
+from lf_hf.decoder.predictions import Predictions
 from lf_hf.healing.lesson import MOST_EPOCHS, Lesson, epochs_note
 from lf_hf.healing.models import Fused
 from lf_hf.healing.settings import HealSettings
@@ -51,8 +51,8 @@ def healed_report(
     trainer: DistillationTrainer,
     trained: int,
     kept: int,
-    before: Mapping[str, Judgement],
-    after: Mapping[str, Judgement],
+    before: Mapping[str, Predictions],
+    after: Mapping[str, Predictions],
     corpus: Corpus,
     seconds: float,
 ) -> FusionReport:
@@ -118,7 +118,7 @@ def healed_report(
                     name=info.name,
                     text=info.text,
                     tokens=sum(len(item["input_ids"]) for item in lesson.judging[info.name]),
-                    dense=after[info.name].dense,
+                    dense=after[info.name].dense_perplexity,
                     fused=after[info.name].perplexity,
                     relation=min(near, info.relation, key=order.index),
                     divergence=after[info.name].divergence,

@@ -31,7 +31,7 @@ _WRITTEN_TOGETHER = 256  # pieces; a multiple of the step of CHATS
 _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that texts from the hub are enough
 
 Write = Callable[[int, int, int], list[Tensor]]
-"""Of so many sequences, tokens of each, and a seed: text that the base writes, as `Decoder.generate`."""
+"""Of so many sequences, tokens of each, and a seed: text that the base writes, as `decoder.generating.generate`."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.influence import influence
 from lf_hf.decoder.interface import Decoder, check_finite
 from lf_hf.refit.states import StateStore
+from lf_hf.stages.activations import influence
 
 
 class Boundaries:

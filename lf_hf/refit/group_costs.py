@@ -13,8 +13,8 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lf_hf.decoder.influence import divergences
 from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
 from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import after_attention

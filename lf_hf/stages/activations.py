@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from lf_hf.decoder.influence import influence
 from lf_hf.decoder.interface import Decoder, check_finite
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
 PADDED = 1 << 22
@@ -55,6 +57,29 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     squared = sums - gram - gram.T
     squared[squared <= _ROUNDING * sums] = 0
     return squared.sqrt_().numpy()
+
+
+def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
+    """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
+
+    Parameters
+    ----------
+    before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
+        The layer's input and output states. The first position is left out: its state is of another size than
+        all others and hardly changes. NaN where there is no other.
+    processes : Processes
+        Those that each have a share of the states.
+
+    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x, y in zip(before, after, strict=True):
+        x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
+        cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
+        total = total.to(cosines.device) + cosines.sum()
+        count += cosines.numel()
+    [total_of_all, count_of_all] = processes.all_reduce_sums(torch.stack([total, torch.full_like(total, count)]))
+    return 1 - total_of_all / count_of_all if count_of_all else float("nan")
 
 
 @torch.no_grad()

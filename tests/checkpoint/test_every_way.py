@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.cli import main
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.perplexity import perplexity
+from lf_hf.decoder.predictions import perplexity
 from lf_hf.text.calibration import documentation_halves
 from lf_hf.text.packing import pack_tokens
 

@@ -5,6 +5,7 @@ import torch
 from conftest import make_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 
 SAMPLES = [torch.randint(0, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 9, 6)]
@@ -40,8 +41,8 @@ def test_text_that_a_model_writes_is_its_own() -> None:
     model = make_llama()
     with torch.no_grad():
         model.lm_head.weight *= 1000  # so that one token has all the probability
-    written = ModelDecoder(model).generate(3, 9, seed=0)
-    again = ModelDecoder(model).generate(3, 9, seed=1)
+    written = generate(ModelDecoder(model), 3, 9, seed=0)
+    again = generate(ModelDecoder(model), 3, 9, seed=1)
     starts = torch.stack(written)[:, :1]
     assert starts[0] == model.config.bos_token_id and not torch.equal(starts, torch.stack(again)[:, :1])
     expected = model.generate(
@@ -54,7 +55,7 @@ def test_text_that_a_model_writes_goes_on_without_special_tokens() -> None:
     model = make_llama(eos_token_id=[1, 7], pad_token_id=None)
     with torch.no_grad():
         model.lm_head.weight *= 0  # so that all tokens are alike
-    written = torch.stack(ModelDecoder(model).generate(10, 200, seed=0))[:, 1:]
+    written = torch.stack(generate(ModelDecoder(model), 10, 200, seed=0))[:, 1:]
     assert not torch.isin(written, torch.tensor([0, 1, 7])).any()
     assert torch.isin(torch.arange(2, 320), written).sum() > 300
 
@@ -64,7 +65,7 @@ def test_predictions_that_overflow_are_named() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = torch.inf
     with pytest.raises(ValueError, match=r"predictions contain NaN or inf.*use a dtype of wider range"):
-        ModelDecoder(model).generate(2, 3, seed=0)
+        generate(ModelDecoder(model), 2, 3, seed=0)
 
 
 @pytest.mark.parametrize(

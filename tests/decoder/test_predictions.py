@@ -14,11 +14,18 @@ from conftest import make_llama, make_texts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lf_hf.decoder.continuations import continuations
+from lf_hf.decoder.generating import continuations
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.influence import divergence, divergences, influence
-from lf_hf.decoder.perplexity import perplexity
-from lf_hf.decoder.predictions import Predictions, batched, final_states, prediction_sums, predictions
+from lf_hf.decoder.predictions import (
+    Predictions,
+    batched,
+    divergences,
+    final_states,
+    kl_divergence,
+    perplexity,
+    predictions,
+)
+from lf_hf.stages.activations import influence
 from lf_hf.text.packing import pack_tokens
 
 
@@ -36,12 +43,11 @@ def test_influence_does_not_depend_on_the_size_of_states(exponent: float, seed: 
     assert influence([x * 10.0**exponent], [y * 10.0**exponent]) == pytest.approx(influence([x], [y]), rel=1e-5)
 
 
-def test_divergence_is_zero_for_what_is_equal_and_counts_tokens() -> None:
-    one, other = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    expected = one.log_softmax(-1)
-    assert divergence(expected, one + 3) == pytest.approx(0, abs=1e-5)
-    wanted, found = (x.double().softmax(-1).numpy() for x in (one, other))
-    assert divergence(expected, other) == pytest.approx(scipy.stats.entropy(wanted, found, axis=1).sum(), rel=1e-5)
+def test_divergence_is_zero_for_what_is_equal() -> None:
+    one, other = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert kl_divergence(one, one) == pytest.approx(0, abs=1e-6)
+    expected = scipy.stats.entropy(*(x.double().exp().numpy() for x in (one, other)), axis=1)
+    assert kl_divergence(one, other) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -90,7 +96,7 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     ids = batched(decoder, {"text": SEQUENCES, "empty": []})
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
-    assert name == "text" and found == Predictions(found.perplexity, divergence=0.0, agreement=1.0)
+    assert name == "text" and found == Predictions(found.perplexity, found.perplexity, divergence=0.0, agreement=1.0)
 
 
 @torch.no_grad()
@@ -111,16 +117,6 @@ def test_divergence_and_agreement_are_those_of_whole_forward_passes() -> None:
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
     assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
-
-
-def test_sequences_give_the_same_sums_in_batches_and_alone() -> None:
-    states, dense = normal(3, 10, 8), normal(3, 10, 8, seed=1)
-    ids, weight = torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(0)), normal(50, 8, seed=2)
-    heads = (lambda rows: rows @ weight.T, lambda rows: rows @ weight.T)
-    together = prediction_sums(heads, [(states, ids, dense)], 4)
-    alone = [(states[n : n + 1], ids[n : n + 1], dense[n : n + 1]) for n in range(3)]
-    torch.testing.assert_close(prediction_sums(heads, alone, 100), together)
-    assert together[0] == 27
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

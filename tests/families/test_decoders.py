@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import decoders, logits, tiny_model
 
-from lf_hf.decoder.continuations import continuations
+from lf_hf.decoder.generating import continuations, generate
 from lf_hf.families import FAMILIES, family_of
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
@@ -47,7 +47,7 @@ def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_
 def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Path) -> None:
     """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions."""
     model = tiny_model(model_type)
-    written = [torch.stack(decoder.generate(2, 14, seed=3)) for decoder in decoders(model, tmp_path)]
+    written = [torch.stack(generate(decoder, 2, 14, seed=3)) for decoder in decoders(model, tmp_path)]
     assert torch.equal(*written)
     random = torch.Generator().manual_seed(3)
     torch.randint(320, (2,), generator=random)

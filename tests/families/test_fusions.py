@@ -13,7 +13,7 @@ from conftest import make_texts, make_tokenizer
 from tiny_models import decoders, logits, tiny_config, tiny_model
 
 from lf_hf import FusionConfig, pipeline
-from lf_hf.decoder.continuations import continuations
+from lf_hf.decoder.generating import continuations
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, head_dim
 from lf_hf.measure import measure

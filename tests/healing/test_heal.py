@@ -30,7 +30,6 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
-from lf_hf.decoder.interface import Decoder
 from lf_hf.healing import lesson as module
 from lf_hf.healing import loss, memory, training
 from lf_hf.healing.heal import fitted_arguments, heal_settings
@@ -321,7 +320,7 @@ def test_a_base_that_does_not_fit_is_read_from_disk(
 ) -> None:
     monkeypatch.setattr(module, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
-    monkeypatch.setattr(Decoder, "generate", lambda *_, **__: pytest.fail("reads all of it for each token"))
+    monkeypatch.setattr("lf_hf.healing.lesson.generate", lambda *_, **__: pytest.fail("reads all of it for each token"))
     report = lf_hf.heal(fused, tmp_path / "out", base=base, **SETTINGS)
     assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
 

@@ -13,6 +13,7 @@ from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import written_on
 from lf_hf.report.report import Continuation, silence_note
@@ -122,7 +123,7 @@ def test_a_model_writes_both_sides_of_a_chat(in_config: bool) -> None:
         for name, parameter in model.named_parameters():
             parameter.fill_(float(name.startswith(("model.embed_tokens", "model.norm"))))
         model.lm_head.weight[end] = 6 / model.config.hidden_size  # so that all tokens are alike, but half are this one
-    written = torch.stack(ModelDecoder(model).generate(16, 240, seed=0, chat=form))
+    written = torch.stack(generate(ModelDecoder(model), 16, 240, seed=0, chat=form))
     chats = written[CHATS]
     assert len(chats) == 4 and (not in_config or (written == end).sum() == (chats == end).sum())
     turns = 0
@@ -135,7 +136,7 @@ def test_a_model_writes_both_sides_of_a_chat(in_config: bool) -> None:
             assert token != expected or may_end or place < len(form.opening)  # no turn is empty
         turns += sequence[len(form.opening) :].count(end)
     assert turns > 50
-    assert torch.equal(written, torch.stack(ModelDecoder(model).generate(16, 240, seed=0, chat=form)))
+    assert torch.equal(written, torch.stack(generate(ModelDecoder(model), 16, 240, seed=0, chat=form)))
 
 
 def test_a_chat_is_written_turn_by_turn() -> None:

@@ -1,0 +1,173 @@
+"""Text that a model writes, layer by layer: sampled as calibration text, or the most likely continuation of prompts.
+
+All sequences take a step together, so each layer is used once a step, which is what makes models on disk bearable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PretrainedConfig
+from transformers.utils.generic import is_flash_attention_requested
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer
+from lf_hf.runtime.progress import progress
+from lf_hf.text.chats import CHATS, Chat, ChatForm
+
+_BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
+
+
+@torch.no_grad()
+def generate(decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
+    """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
+
+    Each process writes a share of them. No sequence ends early. The text follows from the seed, whichever process
+    writes it. With a chat form the sequences `CHATS` begin as chats, in which the model writes both sides.
+
+    Raises ValueError if the model's predictions are not finite.
+    """
+    random = torch.Generator().manual_seed(seed)
+    # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
+    starts = torch.randint(decoder.config.vocab_size, (count,), generator=random)
+    if decoder.config.bos_token_id is not None:
+        starts[::2] = decoder.config.bos_token_id
+    drawn = torch.rand(count, length - 1, generator=random)
+    mine = decoder.processes.shard(range(count))
+    are_chats = range(count)[CHATS]
+    chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
+    written = list(_sampled(decoder, starts[mine], drawn[mine], chats)) if mine else []
+    shares = decoder.processes.all_gather_object(written)
+    return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
+
+
+def _sampled(decoder: Decoder, tokens: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
+    """Sequences that begin with `tokens` (count,) and go on as `drawn` (count, steps), uniform in 0..1, decides.
+
+    A token is written where the number drawn falls into its part of the cumulated probabilities.
+    """
+    barred = _special_tokens(decoder.config)
+    for row, chat in chats.items():
+        tokens[row] = chat.next()
+    written, cache, finite = [tokens], DynamicCache(), []
+    with decoder.kept_at_hand(), decoder.head() as head:
+        for position in progress(range(drawn.shape[1]), desc="Writing text", unit="token"):
+            # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
+            hidden_states = decoder.embed([tokens])[0].view(len(tokens), 1, -1)  # (count, 1, hidden)
+            position_ids = torch.full((len(tokens), 1), position, device=hidden_states.device)
+            step = CachedStep(decoder, hidden_states, position_ids, cache)
+            for layer in decoder.layers(range(decoder.num_layers)):
+                hidden_states = step.run(layer, hidden_states)
+            logits = head(hidden_states)[:, 0].float()  # (count, vocab)
+            finite.append(torch.isfinite(logits).all())
+            rows, ends = list(chats), [chat.end for chat in chats.values()]
+            may_not_end = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
+            end_logits = logits[rows, ends].masked_fill(may_not_end.to(logits.device), -torch.inf)
+            logits[:, barred] = -torch.inf
+            logits[rows, ends] = end_logits
+            cumulated = logits.softmax(-1).cumsum(-1)
+            drawn = drawn.to(cumulated.device)
+            points = drawn[:, position : position + 1] * cumulated[:, -1:] * _BELOW_ONE
+            sampled = torch.searchsorted(cumulated, points, right=True)[:, 0]
+            tokens = sampled.clamp(max=cumulated.shape[1] - 1)  # where predictions are not finite, too
+            for (row, chat), token in zip(chats.items(), tokens[rows].tolist(), strict=True):
+                tokens[row] = chat.next(token)
+            written.append(tokens)
+    if not all(torch.stack(finite).tolist()):
+        raise ValueError(
+            "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a dtype of "
+            "wider range."
+        )
+    return torch.stack([tokens.to(written[-1].device) for tokens in written], dim=1).cpu()
+
+
+@torch.no_grad()
+def continuations(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The next `count` token ids of each prompt (tokens T_i,), the most likely one each time. None ends early."""
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    tokens = torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])  # (B, T), then (B, 1)
+    written, cache = list[Tensor](), DynamicCache()
+    with decoder.kept_at_hand(), decoder.head() as head:
+        for step in range(count):
+            [hidden_states] = decoder.embed([tokens])  # (B, T, hidden)
+            device = hidden_states.device
+            padding = padding.to(device)
+            queries = torch.arange(longest + step - tokens.shape[1], longest + step, device=device)
+            position_ids = (queries - padding[:, None]).clamp(min=0)  # (B, T)
+            following = CachedStep(decoder, hidden_states, position_ids, cache, padding)
+            for layer in decoder.layers(range(decoder.num_layers)):
+                hidden_states = following.run(layer, hidden_states)
+            tokens = head(hidden_states[:, -1:]).argmax(-1)  # (B, 1)
+            written.append(tokens)
+    return list(torch.cat(written, dim=1).cpu())
+
+
+class CachedStep:
+    """One pass through the layers for tokens that follow those in a cache.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    hidden_states : tensor of shape (sequences B, tokens T, hidden)
+    position_ids : tensor of shape (B, T)
+    cache : DynamicCache
+    padding : tensor of shape (B,), optional
+        How many tokens of each sequence come before its text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        cache: DynamicCache,
+        padding: Tensor | None = None,
+    ) -> None:
+        self._decoder, self._position_ids, self._cache, self._padding = decoder, position_ids, cache, padding
+        self._first, self._cache_argument = hidden_states, decoder.family.cache_argument
+        self._end = cache.get_seq_length() + hidden_states.shape[1]
+        self._inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
+
+    def run(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
+        """A layer's output, (sequences B, tokens T, hidden) -> (B, T, hidden)."""
+        window, rotary = self._decoder.window(layer, self._end), self._decoder.rotary_kind(layer)
+        if (window, rotary) not in self._inputs:
+            embeddings = self._decoder.rotary(self._first, self._position_ids, rotary)
+            self._inputs[window, rotary] = self._mask(window), embeddings
+        mask, embeddings = self._inputs[window, rotary]
+        return layer(
+            hidden_states,
+            attention_mask=mask,
+            position_ids=self._position_ids,
+            position_embeddings=embeddings,
+            **{self._cache_argument: self._cache},
+        )
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        states, padding = self._first, self._padding
+        is_flash = is_flash_attention_requested(self._decoder.config)  # which is causal by itself, and knows windows
+        if padding is None and (is_flash or (window is None and states.shape[1] == 1)):
+            return None
+        keys = torch.arange(self._end, device=states.device)
+        queries = keys[-states.shape[1] :]
+        is_text = keys >= (torch.zeros(1, device=states.device) if padding is None else padding)[:, None]  # (B, keys)
+        if is_flash:
+            return is_text
+        seen = keys <= queries[:, None]
+        if window is not None:
+            seen &= keys > queries[:, None] - window
+        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
+        lowest = torch.finfo(states.dtype).min
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
+
+
+def _special_tokens(config: PretrainedConfig) -> list[int]:
+    """Token ids that begin, end or pad texts, as far as the config names them."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    named = {config.bos_token_id, config.pad_token_id, *ends}
+    return sorted(token for token in named if token is not None and 0 <= token < config.vocab_size)
