@@ -32,6 +32,7 @@ from lf_hf.checkpoint.weights import weights_size
 from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import TRAIN, HealSettings
 from lf_hf.report.report import FusionReport
+from lf_hf.report.rows import as_table
 from lf_hf.runtime.checked_json import parse_json
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank
 from lf_hf.settings import CHOICES, LEVELS, FusionConfig
@@ -270,7 +271,7 @@ def fuse(
         return
     before, after = weights_size(base, hub), weights_size(out, {})
     budget = [done.budget.summary()] if done.budget else []
-    _print(_table(out, ["", "before", "after", "change"], _outcome(done, before, after)), *budget, *done.notes)
+    _print(_table(out, *as_table(done.rows((before, after)))), *budget, *done.notes)
 
 
 @app.command(
@@ -328,24 +329,6 @@ def _num_fusions(base: Base, target_layers: int) -> int:
             f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
         )
     return num_layers - target_layers
-
-
-def _outcome(report: FusionReport, bytes_before: int, bytes_after: int) -> list[list[str]]:
-    """Rows of a table: sizes, perplexities, and how near to the base predictions are, before and after."""
-    counts = {
-        "layers": (report.layers_before, report.layers_after),
-        "parameters": (report.parameters_before, report.parameters_after),
-        "bytes on disk": (bytes_before, bytes_after),
-    }
-    rows = [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}"] for name, (a, b) in counts.items()]
-    for judged in report.perplexities:
-        figures = [f"{judged.dense:.4g}", f"{judged.fused:.4g}", f"x {judged.ratio:.3g}"]
-        rows.append([f"perplexity, {judged.name}", *figures])
-        if judged.divergence is not None and judged.agreement is not None:
-            rows.append([f"divergence, {judged.name}", "0", f"{judged.divergence:.4g}", ""])
-            change = f"{judged.agreement - 1:+.1%}"
-            rows.append([f"agreement, {judged.name}", "100.0%", f"{judged.agreement:.1%}", change])
-    return rows
 
 
 @app.command(
@@ -439,18 +422,7 @@ def heal(
     if rank():  # the first process of a launch says it for all
         return
     said = f"The base's predictions were {done.healed.teacher}."
-    rows = []
-    for judged in done.healed.judged:
-        dense = next((info.dense for info in done.perplexities if info.name == judged.name), None)
-        pairs = {
-            "perplexity": (judged.perplexity_before, judged.perplexity_after, dense, ".4g"),
-            "divergence": (judged.divergence_before, judged.divergence_after, 0.0, ".3f"),
-            "agreement": (judged.agreement_before, judged.agreement_after, 1.0, ".1%"),
-        }
-        for name, (before, after, of_base, form) in pairs.items():
-            goal = "-" if of_base is None else format(of_base, form)
-            rows.append([f"{name}, {judged.name}", format(before, form), format(after, form), goal])
-    _print(_table(out, ["", "before", "after", "base"], rows), done.healed.summary(), said, *done.notes)
+    _print(_table(out, *as_table(done.rows())), done.healed.summary(), said, *done.notes)
 
 
 @app.command(

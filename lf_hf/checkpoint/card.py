@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lf_hf.families import Family
 from lf_hf.report.report import FusionReport, HealingInfo
+from lf_hf.report.rows import as_table
 
 CARD_NAME = "README.md"
 _HOW_JUDGED = """\
@@ -38,19 +39,9 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
     )
     load_import = "" if plain else "import lf_hf  # registers the architecture\n"
     without = f"\nWithout the package lf_hf, `{family.causal_lm.__name__}` of transformers opens the same weights.\n"
-    predictions = "".join(
-        f"| perplexity, {_as_text(judged.name)} | {judged.dense:.4g} | {judged.fused:.4g} | {judged.ratio:.3g} |\n"
-        for judged in report.perplexities
-    )
-    for judged in report.perplexities:
-        if judged.divergence is not None and judged.agreement is not None:
-            name, agreed = _as_text(judged.name), f"{judged.agreement:.3g}"
-            predictions += f"| divergence, {name} | 0 | {judged.divergence:.4g} | - |\n"
-            predictions += f"| agreement, {name} | 1 | {agreed} | {agreed} |\n"
-    judges = "".join(
-        f"- {_as_text(judged.name)}: {judged.tokens} tokens of {_as_text(judged.label)}.\n"
-        for judged in report.perplexities
-    )
+    head, rows = as_table(report.rows())
+    figures = "".join(f"| {' | '.join(map(_as_text, cells))} |\n" for cells in [head, ["---"] * len(head), *rows])
+    judges = "".join(f"- {_as_text(judged.source)}.\n" for judged in report.perplexities)
     made_with = "".join(
         f"- Calibrated on {_as_text(info.source)}: {info.samples} samples, {info.tokens} tokens.\n"
         for info in report.calibration
@@ -62,7 +53,6 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         f"| {_as_lines(continuation.prompt)} | {_as_lines(continuation.dense)} | {_as_lines(continuation.fused)} |"
         for continuation in report.continuations
     )
-    of_layers, of_parameters = 1 - report.layers_removed_fraction, 1 - report.parameters_removed_fraction
     kind = f"{'An' if family.title[0] in 'AEIO' else 'A'} {family.title}"
     notes = "".join(f"> {_as_text(note)}\n\n" for note in report.notes)
     settings = "\n".join(f"| {as_code(name)} | {as_code(value)} |" for name, value in report.settings.items())
@@ -75,11 +65,7 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
 Made from {as_code(report.base if repository else os.path.basename(os.path.normpath(report.base)))} by layer fusion
 ({as_code(report.config["method"])}).
 
-{notes}| | base | fused | fused / base |
-|---|---|---|---|
-| decoder layers | {report.layers_before} | {report.layers_after} | {of_layers:.3g} |
-| parameters | {report.parameters_before:,} | {report.parameters_after:,} | {of_parameters:.3g} |
-{predictions}
+{notes}{figures}
 {_HOW_JUDGED if judges else ""}
 
 {judges}
@@ -120,12 +106,6 @@ def _fused_layers(report: FusionReport) -> str:
 
 
 def _healed(healed: HealingInfo) -> str:
-    rows = "\n".join(
-        f"| {_as_text(judged.name)} | {judged.perplexity_before:.4g} | {judged.perplexity_after:.4g} "
-        f"| {judged.divergence_before:.3f} | {judged.divergence_after:.3f} "
-        f"| {judged.agreement_before:.1%} | {judged.agreement_after:.1%} |"
-        for judged in healed.judged
-    )
     curve = "\n".join(
         f"| {point.step} | {', '.join(f'{_as_text(name)} {value:.3f}' for name, value in point.divergences.items())} |"
         for point in healed.curve
@@ -136,12 +116,7 @@ def _healed(healed: HealingInfo) -> str:
 After the fusion the model was trained to predict what its base predicts. {_as_text(healed.summary())}
 Settings: {_as_text(settings)}. The base's predictions were {_as_text(healed.teacher)}.
 
-| text | perplexity before | after | divergence before | after | agreement before | after |
-|---|---|---|---|---|---|---|
-{rows}
-
-Divergence is KL(base || model), in nats a token, and agreement how often both expect the same token first. On text that
-was kept aside:
+Divergence from the base on text that was not trained on, in nats a token:
 
 | step | divergence |
 |---|---|

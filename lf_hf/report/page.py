@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lf_hf.report.report import FusionReport
+from lf_hf.report.rows import as_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
 
     template = Environment(loader=PackageLoader("lf_hf.report", "."), autoescape=True).get_template(_TEMPLATE)
     pictures = {section.name: base64.b64encode(_svg(section.figure)).decode() for section in sections}
-    page = template.render(report=report, sections=sections, pictures=pictures)
+    page = template.render(report=report, sections=sections, pictures=pictures, figures=as_table(report.rows()))
     Path(file).write_text(page, encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from lf_hf.report.rows import Row, text_rows
 from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
 from lf_hf.settings import LEVELS, FusionConfig
 
@@ -127,7 +128,12 @@ class PerplexityInfo:
     @property
     def label(self) -> str:
         """The text, and what of it was fitted or trained on."""
-        return self.text + _RELATIONS.get(self.relation, "")
+        return f"{self.text}{_RELATIONS.get(self.relation, '')}"
+
+    @property
+    def source(self) -> str:
+        """Name, size and label in one line."""
+        return f"{self.name}: {self.tokens:,} tokens of {self.label}"
 
 
 @dataclass(frozen=True)
@@ -335,6 +341,33 @@ class FusionReport:
         """Parameters removed over all parameters, tied ones counted once."""
         return (self.parameters_before - self.parameters_after) / self.parameters_before
 
+    def rows(self, bytes_on_disk: tuple[int, int] | None = None) -> list[Row]:
+        """Sizes, and figures of each text, of the base, the fused model and, after healing, the healed model.
+
+        `bytes_on_disk` are those of the base and of the last model.
+        """
+        count = 3 if self.healed else 2
+        sizes = {
+            "layers": (self.layers_before, self.layers_after, self.layers_after),
+            "parameters": (self.parameters_before, self.parameters_after, self.parameters_after),
+        }
+        rows = [Row(name, "size", values[:count]) for name, values in sizes.items()]
+        if bytes_on_disk:
+            first, last = bytes_on_disk
+            rows.append(Row("bytes on disk", "size", [first, *[None] * (count - 2), last]))
+        texts = {text.name: text for text in self.perplexities}
+        healed = {text.name: text for text in self.healed.judged} if self.healed else {}
+        for name in dict.fromkeys([*texts, *healed]):
+            text, after = texts.get(name), healed.get(name)
+            models: list[tuple[float | None, ...]] = [(text.dense if text else None, 0.0, 1.0)]
+            if after is not None:
+                models.append((after.perplexity_before, after.divergence_before, after.agreement_before))
+                models.append((after.perplexity_after, after.divergence_after, after.agreement_after))
+            elif text is not None:
+                models += [(text.fused, text.divergence, text.agreement), (None, None, None)]
+            rows += text_rows(name, *zip(*models[:count], strict=True))
+        return rows
+
     def summary(self) -> str:
         """A few lines for people."""
         lines = [
@@ -366,12 +399,12 @@ class FusionReport:
             lines.append(f"  groups by cost, nats a token each: {chosen}")
         if self.budget is not None:
             lines.append(f"  budget: {self.budget.summary()}")
-        for judged in self.perplexities:
-            figures = f"{judged.dense:.4g} -> {judged.fused:.4g}, x {judged.ratio:.3g}"
-            if judged.divergence is not None and judged.agreement is not None:
-                figures += f", divergence {judged.divergence:.4g}, agreement {judged.agreement:.1%}"
-            lines.append(f"  perplexity: {figures} ({judged.label}, {judged.tokens} tokens)")
-        lines += self._healed_lines()
+        if self.healed is not None:
+            lines.append(f"  healed: {self.healed.summary()}")
+        for row in self.rows():
+            name, *values, change = row.cells
+            lines.append(f"  {name}: {' -> '.join(values)}{f', {change}' if change else ''}")
+        lines += (f"  measured on {judged.source}" for judged in self.perplexities)
         lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
@@ -381,19 +414,6 @@ class FusionReport:
         ends = [(min(group), max(group)) for group in self.groups]
         chosen = [f"{first} to {last} {costs[first, last]:.3f}" for first, last in ends if (first, last) in costs]
         return ", ".join(chosen)
-
-    def _healed_lines(self) -> list[str]:
-        if self.healed is None:
-            return []
-        healed = self.healed
-        lines = [f"  healed: {healed.summary()}"]
-        for judged in healed.judged:
-            lines.append(
-                f"  healed, {judged.name}: perplexity {judged.perplexity_before:.4g} -> {judged.perplexity_after:.4g}, "
-                f"divergence {judged.divergence_before:.3f} -> {judged.divergence_after:.3f} nats a token, agreement "
-                f"{judged.agreement_before:.1%} -> {judged.agreement_after:.1%}"
-            )
-        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plus both compression figures, as strict JSON has it."""

@@ -48,11 +48,11 @@ def test_settings_without_effect_are_not_listed(method: str) -> None:
 
 def test_figures_say_what_they_are_of() -> None:
     card = model_card(make_report(), FAMILIES["llama"], plain=False)
-    assert "| perplexity, docs | 10 | 12.5 | 1.25 |\n| divergence, docs | 0 | 0.25 | - |\n" in card
-    assert "| agreement, docs | 1 | 0.875 | 0.875 |" in card
-    assert "- docs: 4000 tokens of some documentation; part of it was fitted on." in card
+    assert "| perplexity, docs | 10 | 12.5 | x 1.25 |\n| divergence, docs | 0 | 0.25 |  |\n" in card
+    assert "| agreement, docs | 100.0% | 87.5% | -12.5% |" in card
+    assert "- docs: 4,000 tokens of some documentation; part of it was fitted on." in card
     assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
-    assert "| decoder layers | 5 | 4 | 0.8 |" in card
+    assert "| layers | 5 | 4 | -20.0% |" in card
     written = model_card(
         make_report(continuations=[Continuation("def f():", "\n    a | b", "")]), FAMILIES["llama"], plain=False
     )

@@ -58,10 +58,10 @@ def test_summary_says_it_in_a_few_lines() -> None:
     assert "32 -> 28 layers (-12.5%)" in summary and "7,157,813,248 parameters (-10.9%)" in summary
     assert "layer 30 <- 30 x 0.6200 + 31 x 0.3800, mean matched cosine 0.010 -> 0.200" in summary
     assert "note: Mind the gap." in summary
-    docs, reasoning = [line for line in summary.splitlines() if line.startswith("  perplexity: ")]
-    assert "divergence 1.25, agreement 62.5%" in docs and "agreement" not in reasoning  # of an older version
-    assert "6.1 -> 30" in docs and "text of its kind was fitted on" in docs
-    assert "5.2 -> 20" in reasoning and "of its kind" not in reasoning
+    assert "  perplexity, docs: 6.1 -> 30, x 4.92\n  divergence, docs: 0 -> 1.25\n" in summary
+    assert "  agreement, docs: 100.0% -> 62.5%, -37.5%\n  perplexity, reasoning: 5.2 -> 20, x 3.85\n" in summary
+    assert "agreement, reasoning" not in summary  # of an older version
+    assert "  measured on docs: 4,000 tokens of prose; text of its kind was fitted on\n" in summary
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Figures of models as people read them: the rows of every table about a fusion.
+
+A report or a sweep has the figures; the terminal, the model card and the page only lay out the rows made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+NOT_MEASURED = "-"
+_MODELS = ("base", "fused", "healed")
+# Of each kind of figure: how a value is written, and how a change is.
+_FORMS = {
+    "size": (",", "percent"),
+    "perplexity": (".4g", "times"),
+    "divergence": (".4g", "none"),
+    "agreement": (".1%", "percent"),
+}
+
+
+class Row(NamedTuple):
+    """One figure of the base, of the fused model and, where there is one, of the healed model.
+
+    `kind` is "size", "perplexity", "divergence" or "agreement". A value that was not measured is None.
+    """
+
+    name: str
+    kind: str
+    values: Sequence[float | None]
+
+    @property
+    def change(self) -> str:
+        """The last value against the base's; nothing where one of them is missing, or the base's is 0 by definition."""
+        first, last, way = self.values[0], self.values[-1], _FORMS[self.kind][1]
+        if first is None or last is None or way == "none":
+            return ""
+        return f"x {last / first:.3g}" if way == "times" else f"{last / first - 1:+.1%}"
+
+    @property
+    def cells(self) -> list[str]:
+        """Name, values and change, as text."""
+        return [self.name, *(shown(self.kind, value) for value in self.values), self.change]
+
+
+def shown(kind: str, value: float | None) -> str:
+    """A value of some kind of figure as text."""
+    return NOT_MEASURED if value is None else format(value, _FORMS[kind][0])
+
+
+def text_rows(
+    name: str, perplexity: Sequence[float | None], divergence: Sequence[float | None], agreement: Sequence[float | None]
+) -> list[Row]:
+    """The rows about predictions of one text, without those that no model but the base has a value of."""
+    rows = [
+        Row(f"perplexity, {name}", "perplexity", perplexity),
+        Row(f"divergence, {name}", "divergence", divergence),
+        Row(f"agreement, {name}", "agreement", agreement),
+    ]
+    return [row for row in rows if any(value is not None for value in row.values[1:])]
+
+
+def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table of rows, all of them with values of the same models."""
+    models = _MODELS[: len(rows[0].values)]
+    return ["", *models, "change"], [row.cells for row in rows]
