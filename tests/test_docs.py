@@ -1,14 +1,13 @@
+"""The API page is that of the docstrings."""
+
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from conftest import ROOT
 
 
 def test_the_api_reference_is_that_of_the_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import api_reference
 
     page = api_reference.PAGE.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell people to type works: on a tiny checkpoint in place of the 8B one."""
+"""What README.md, docs/ and research/ tell people to type works: on a tiny checkpoint in place of the 8B one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from lf_hf.cli import app
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.settings import LEVELS
 
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "api.md")]
+FOLDERS = ROOT / "docs", ROOT / "research"
+PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.glob("*.md") if page.name != "api.md")]
 README = PAGES[0].read_text(encoding="utf-8")
 OTHER_PROGRAMS = "hf", "pip", ".", "export", "convert_hf_to_gguf.py", "llama-quantize", "vllm"  # nothing is checked
 
