@@ -26,8 +26,8 @@ from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 from lf_hf.settings import LEVELS
 
 FOLDERS = ROOT / "docs", ROOT / "research"
-PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.glob("*.md") if page.name != "api.md")]
-README = PAGES[0].read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md"]
+PAGES += [page for folder in FOLDERS for page in sorted(folder.glob("*.md")) if page.name != "api.md"]
 OTHER_PROGRAMS = "hf", "pip", ".", "export", "convert_hf_to_gguf.py", "llama-quantize", "vllm"  # nothing is checked
 
 
