@@ -27,16 +27,17 @@ from lf_hf.decoder.predictions import LOGITS
 from lf_hf.families import check_layers
 from lf_hf.fuse import check_low_memory, low_memory_device
 from lf_hf.measure import PERPLEXITY_LENGTH, given_sequences, measure
-from lf_hf.pipeline import STEP_TOKENS, cheapest_levels, check_model, start, state_copies
+from lf_hf.pipeline import STEP_TOKENS, check_model, start, state_copies
 from lf_hf.refit.check_family import check_computes
-from lf_hf.refit.group import num_candidates
-from lf_hf.refit.group_costs import (
+from lf_hf.refit.fit import num_candidates
+from lf_hf.refit.groups import (
     FINAL_TOKENS,
     FINALISTS,
     GROUP_TOKENS,
     JUDGING_LENGTH,
     JUDGING_PIECES,
     JUDGING_SETS,
+    cheapest_levels,
     num_trials,
 )
 from lf_hf.refit.states import SHARE
