@@ -71,7 +71,8 @@ CalibrationFile = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
+        help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
+        "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed.",
     ),
 ]
 GgufFile = Annotated[
@@ -355,7 +356,7 @@ def heal(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text to heal on: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
+            help="Text to heal on, as --calibration of `lf-hf fuse` takes it.",
             show_default="a mixture that is there offline",
         ),
     ] = None,

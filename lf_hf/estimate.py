@@ -49,7 +49,7 @@ from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.stages.assignment import assign
 from lf_hf.text.calibration import Calibration, Corpus, load_corpus, load_needed, load_training_text
 from lf_hf.text.mmlu import SUBJECTS
-from lf_hf.text.readers import Samples
+from lf_hf.text.sources import Samples
 
 _CHARACTERS_PER_TOKEN = 4
 _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one

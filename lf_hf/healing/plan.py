@@ -23,7 +23,7 @@ from lf_hf.report.report import CalibrationInfo
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import product_speed
 from lf_hf.runtime.progress import duration
-from lf_hf.text.readers import Samples
+from lf_hf.text.sources import Samples
 
 _WRITTEN = 3  # how many tokens the base reads in the time in which it writes one, about, a batch at a time
 
