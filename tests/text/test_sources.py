@@ -1,4 +1,4 @@
-"""Text of a user: kinds of files and data sets give the same samples, long ones count as a whole, bad ones a sentence."""
+"""Text of a user: each kind of file gives the same samples, long ones count as a whole, bad ones get one sentence."""
 
 from __future__ import annotations
 
