@@ -26,9 +26,9 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
-from lf_hf.settings import FusionConfig, fusion_settings
+from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
-from lf_hf.text.sources import Samples
+from lf_hf.text.readers import Samples
 
 if TYPE_CHECKING:
     from lf_hf.measure import Measurements
@@ -134,7 +134,7 @@ def from_pretrained_fused(
             "fused_dir and measurements exclude each other: measurements do not say what text they are of. Leave one "
             "of them out."
         )
-    config = fusion_settings(config, kwargs)
+    config = FusionConfig.taken_from(kwargs, config)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     of_family = fused_class(opened.config)
     model_class = model_class or of_family
@@ -290,7 +290,7 @@ def fuse_checkpoint(
         assert model.fusion_report is not None
         return model.fusion_report
 
-    config = fusion_settings(config, kwargs)
+    config = FusionConfig.taken_from(kwargs, config)
     check_low_memory(config)
     device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)

@@ -14,6 +14,7 @@ import griffe
 from griffe2md import render_object_docs
 
 import lf_hf
+from lf_hf.runtime.fields import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -38,7 +39,11 @@ def reference() -> str:
     package = griffe.load("lf_hf", search_paths=[str(ROOT)], docstring_parser="numpy", resolve_aliases=True)
     parts = []
     for name in sorted(lf_hf.__all__):
-        shown = package[name]
+        shown, public = package[name], getattr(lf_hf, name)
+        if isinstance(public, type) and issubclass(public, Settings):  # whose docstring is made when it is imported
+            shown = griffe.load(public.__module__, docstring_parser="numpy", force_inspection=True, submodules=False)[
+                name
+            ]
         parts.append(_rendered(shown, 2))
         parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there

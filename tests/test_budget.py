@@ -18,7 +18,6 @@ from tiny_models import tiny_model
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.estimate import cost_curve
 from lf_hf.measure import measure
 from lf_hf.pipeline import _kept_aside, fuse, next_trial
 from lf_hf.report.report import BudgetTrial, FusionReport
@@ -161,22 +160,3 @@ def test_few_trials_are_needed_where_costs_grow_as_they_do(power: float, last: i
         tried.append(BudgetTrial(count, costs[count - 1], 1.0))
         bounds = (count, bounds[1]) if count <= last else (bounds[0], count)
     assert bounds[0] == last and len(tried) <= 5
-
-
-def test_a_curve_has_the_cheapest_groups_of_each_level(make_base: Callable[..., str]) -> None:
-    base = make_base(num_hidden_layers=7)
-    settings = SETTINGS | {"method": "truncate"}
-    levels = cost_curve(base, low_memory=False, calibration=TEXTS, settings=settings)
-    assert [level.num_fusions for level in levels] == [1, 2, 3, 4]
-    for level in levels:
-        assert sum(last - first for first, last in level.groups) == level.num_fusions
-        assert min(level.groups)[0] > 0 and max(level.groups)[1] < 6
-    assert levels == cost_curve(base, low_memory=True, calibration=TEXTS, settings=settings)
-    del settings["perplexity_tokens"]
-    report = fuse_checkpoint(
-        base, Path(base).parent / "out", num_fusions=2, calibration=TEXTS, selection="groups", **settings
-    )
-    assert report.predicted == pytest.approx([level.divergence for level in levels])
-    costs = {(cost.first, cost.last): cost.divergence for cost in report.group_costs}
-    wanted = sum(costs[min(group), max(group)] for group in report.groups if len(group) > 1)
-    assert sum(step.divergence or 0 for step in report.steps) == pytest.approx(wanted)

@@ -77,18 +77,13 @@ def test_fuse_writes_what_the_library_writes_and_ends_with_a_table(
         assert rows[f"agreement, {judged.name}"].split()[2:4] == ["100.0%", f"{judged.agreement:.1%}"]
 
 
-def test_a_budget_and_the_curve_before_it(run: Run, make_base: Callable[..., str], text: Path, tmp_path: Path) -> None:
-    base, short = make_base(num_hidden_layers=7), ("--calibration-tokens", 2048, "--calibration-length", 64)
-    code, out, err = run("plan", base, "--calibration", text, *short, "--refit", "projections", "--merge", "select")
-    assert code == 0 and err == ""
-    rows = [line.split() for line in out.splitlines() if line[:2] == "  " and line.strip()[:1].isdigit()]
-    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
-    allowed = float(rows[-1][1])
-    options = ("--method", "refit", "--max-divergence", allowed, "--perplexity-tokens", 0)
-    code, out, _ = run("fuse", base, tmp_path / "out", *options, "--calibration", text, *short)
+def test_a_budget_is_told_below_the_table(run: Run, base: str, text: Path, tmp_path: Path) -> None:
+    short = ("--calibration-tokens", 2048, "--calibration-length", 64, "--perplexity-tokens", 0)
+    options = ("--method", "truncate", "--max-divergence", 9, "--calibration", text, *short)
+    code, out, _ = run("fuse", base, tmp_path / "out", *options)
     report = FusionReport.load(tmp_path / "out")
     assert code == 0 and report.budget is not None and report.budget.summary() in out
-    assert report.budget.allowed == allowed and report.steps
+    assert report.budget.allowed == 9 and report.steps
     assert report.budget.text.startswith("text.txt") and f"tokens of {report.budget.text}, kept" in report.summary()
 
 
@@ -113,7 +108,7 @@ def test_a_disk_without_room_is_found_out_before_fusing(
     run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: list[str]
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    monkeypatch.delattr("lf_hf.cli.fuse_checkpoint")
+    monkeypatch.delattr("lf_hf.fuse_checkpoint")
     code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, *dry)
     assert code == 1 and out == "" and "has 0.0 MiB free" in err and err.count("\n") == 0
 
@@ -134,7 +129,7 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
     for field in dataclasses.fields(FusionConfig):
         assert f"--{field.name.replace('_', '-')} " in words
         if field.default not in (dataclasses.MISSING, None):
-            assert f"[default: ({field.default})]" in words
+            assert f"[default: {field.default}]" in words
     assert "sigma_K of the diffusion kernel." in words
 
 
@@ -144,7 +139,7 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
         ([], "give one of --num-fusions, --target-layers"),
         (["--num-fusions", 1, "--target-layers", 3], "give one of --num-fusions, --target-layers"),
         (["--num-fusions", 1, "--method", "mkaa"], "did you mean 'mka'?"),
-        (["--num-fusions", 1, "--kernel-scale", -1], "kernel_scale must be greater than 0"),
+        (["--num-fusions", 1, "--kernel-scale", -1], "kernel_scale must be a finite number greater than 0"),
         (["--num-fusion", 1], "--num-fusions"),
         (["--target-layers", 5], "1 to 4 for a base of 5 layers, got 5"),
     ],
@@ -186,7 +181,7 @@ def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("lf_hf.cli.fuse_checkpoint", fail)
+    monkeypatch.setattr("lf_hf.fuse_checkpoint", fail)
     arguments = ["fuse", base, tmp_path / "out", "--num-fusions", 1]
     code, _, err = run(*arguments)
     assert code == 1 and err.startswith("lf-hf: RuntimeError: out of memory")

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GGUF, make_texts, make_tokenizer
+from conftest import make_texts, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-from two_devices import OTHER, TwoDevices
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.estimate import FusionPlan, plan_fusion
+from lf_hf.estimate import Plan, plan_fusion
 
 TEXTS = make_texts(100)
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
@@ -38,39 +37,49 @@ def test_a_fusion_does_what_its_plan_says(
 ) -> None:
     base = make_base(**shape)
     config = FusionConfig(2, **settings, calibration_tokens=1024, perplexity_tokens=512)
-    plan = plan_fusion(base, config, calibration=TEXTS)
+    said = plan_fusion(base, config, calibration=TEXTS).summary()
     report = fuse_checkpoint(base, tmp_path / "out", config, calibration=TEXTS)
-    for name in ("layers_before", "layers_after", "parameters_before", "parameters_after"):
-        assert getattr(plan, name) == getattr(report, name)
-    assert plan.pairs == ([step.pair for step in report.steps] if config.selection == "last" else None)
-    assert plan.bytes_before == weights_size(base, {})
-    assert 0 <= weights_size(tmp_path / "out", {}) - plan.bytes_after < 20_000  # the header
+    assert f"layers: {report.layers_before} -> {report.layers_after} (-40.0%)" in said
+    assert f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} (" in said
+    if config.selection == "last":
+        assert [step.pair for step in report.steps] == [(3, 4), (2, 3)]
+        assert "4 into 3, then 3 into 2; layer 2 then replaces 2 to 4" in said
+    else:
+        assert "chosen while fusing, on calibration text" in said
+    [sizes] = re.findall(r"bytes on disk: ([\d,]+) -> ([\d,]+) ", said)
+    before, after = (int(size.replace(",", "")) for size in sizes)
+    assert before == weights_size(base, {})
+    assert 0 <= weights_size(tmp_path / "out", {}) - after < 20_000  # the header
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_cpu_without_bfloat16_is_said_beforehand(
-    make_base: Callable[..., str], tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: fast)
-    base, config = make_base(dtype=torch.bfloat16), FusionConfig(1, method="truncate", perplexity_tokens=0)
-    assert plan_fusion(base, config, dtype="float32").notes == []
-    assert any("no instructions for bfloat16" in note for note in plan_fusion(base, config).notes) != fast
-    fuse_checkpoint(base, tmp_path / "out", config)
-    assert ("no instructions for bfloat16" in caplog.text) != fast
+@pytest.mark.parametrize("level", [{"num_fusions": 2}, {"max_divergence": 0.1}, {"max_perplexity_ratio": 1.2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"method": method} for method in FusionConfig.known["method"].choices),
+        {"method": "refit", "selection": "groups"},
+        {"method": "truncate", "heal_tokens": 4096},
+        {"method": "refit", "perplexity_tokens": 0, "low_memory": True},
+    ],
+)
+def test_every_combination_has_a_plan(base: str, level: dict[str, Any], settings: dict[str, Any]) -> None:
+    low_memory = settings.get("low_memory", False)
+    config = FusionConfig(**level, **{name: settings[name] for name in settings if name != "low_memory"})
+    plan = plan_fusion(base, config, calibration=make_texts(3000), low_memory=low_memory)
+    assert 0 < plan.memory < 1 << 31 and "layers: 5 -> " in plan.summary()
+    assert ("as the budget allows" in plan.summary()) == config.within_budget
+    assert ("with low memory: cannot be used here" in plan.summary()) == bool(config.heal_tokens)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         {"num_fusions": 9},
-        {"num_fusions": 3, "method": "refit"},
         {"base": "{tmp}/none"},
         {"out": "{tmp}/taken"},
         {"calibration": "{tmp}/none.txt"},
         {"calibration": ["too", "few"]},
-        {"samples_per_subject": 1, "entropy_neighbors": 57},
         {"gguf_file": "x.gguf", "low_memory": True},
-        {"device_map": "auto", "low_memory": True},
         {"device_map": "cuda:99", "low_memory": True},
         {"load_in_8bit": True, "low_memory": False},
         {"heal_tokens": 2048, "low_memory": True, "method": "truncate"},
@@ -80,24 +89,19 @@ def test_a_cpu_without_bfloat16_is_said_beforehand(
 def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").touch()
-    arguments = {
+    given: dict[str, Any] = {"num_fusions": 1, "base": base, "out": str(tmp_path / "out"), "low_memory": False}
+    given |= {
         name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in arguments.items()
     }
-    names = FusionConfig.field_names()
-    config = FusionConfig(**{"num_fusions": 1} | {name: arguments.pop(name) for name in names if name in arguments})
-    base = arguments.pop("base", base)
-    defaults: dict[str, Any] = {"out": str(tmp_path / "out"), "low_memory": False}
-    arguments = defaults | arguments
+    config = FusionConfig.taken_from(given, None)
     with pytest.raises(ValueError, match=r"\.$") as planning:
-        plan_fusion(base, config, **arguments)
+        plan_fusion(config=config, **given)
     with pytest.raises(ValueError, match=f"^{re.escape(str(planning.value))}$"):
-        fuse_checkpoint(base, config=config, **arguments)
+        fuse_checkpoint(config=config, **given)
 
 
-@pytest.fixture(scope="module")
-def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint that is all header: its weights are a hole in the file."""
-    folder = tmp_path_factory.mktemp("8b")
+def test_a_large_model_is_planned_without_reading_it(tmp_path: Path) -> None:
+    """Of a checkpoint that is all header: its weights are a hole in the file."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -117,73 +121,44 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> str:
         size = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
+    with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + size)
-    config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+    config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
 
-
-def test_a_large_model_is_planned_without_reading_it(eight_billion: str) -> None:
-    def plan(dtype: str = "bfloat16", **settings: Any) -> FusionPlan:
-        return plan_fusion(eight_billion, FusionConfig(**{"num_fusions": 4} | settings), dtype=dtype)
-
-    def gib(size: int | None) -> float:
-        assert size is not None
-        return size / 2**30
+    def plan(*, dtype: str = "bfloat16", low_memory: bool = False, **settings: Any) -> Plan:
+        return plan_fusion(tmp_path, FusionConfig(4, **settings), dtype=dtype, low_memory=low_memory)
 
     four = plan()
-    assert four.parameters_before == 8_030_261_248
-    assert four.pairs == [(30, 31), (29, 30), (28, 29), (27, 28)]
-    assert 15 < gib(four.memory) < 20 and 3 < gib(four.low_memory) < 8
-    text = four.summary()
-    assert "32 -> 28 (-12.5%)" in text and "7,157,813,248 (-10.9%)" in text
-    assert "31 into 30, then 30 into 29" in text and "layer 27 then replaces 27 to 31" in text
-
-    wide = plan("float32")
-    assert wide.memory > 1.8 * four.memory and wide.bytes_after == 2 * four.bytes_after
-    refit = plan(method="refit")
+    assert "32 -> 28 (-12.5%)" in four.summary() and "8,030,261,248 -> 7,157,813,248 (-10.9%)" in four.summary()
+    assert 15 < four.memory / 2**30 < 20 and 3 < plan(low_memory=True).memory / 2**30 < 8
+    assert plan(dtype="float32").memory > 1.8 * four.memory
     squares = 2 * 4 * 17920**2 / 2**30  # Gram matrices of the channels that a fit chooses from, in float32
-    assert squares + 0.8 < gib(refit.low_memory) < 3 * squares
-    assert "chosen while fusing, on calibration text: the layer of least influence joins the one" in refit.summary()
-    # Each estimate measures the machine anew, so only large differences say anything.
-    assert plan(perplexity_tokens=400_000).seconds[0] > 5 * four.seconds[0]
+    pairs, groups = (plan(method="refit", low_memory=True, selection=name) for name in ("least_influence", "groups"))
+    assert squares + 0.8 < pairs.memory / 2**30 < 3 * squares < groups.memory / 2**30 + squares
 
 
-def test_healing_does_not_go_with_low_memory_and_groups_take_more_of_it(base: str) -> None:
-    plans = [
-        plan_fusion(base, FusionConfig(2, "refit", **settings), calibration=make_texts(2500))
-        for settings in ({"heal_tokens": 2048}, {}, {"selection": "groups"})
-    ]
-    assert plans[0].low_memory is None and "cannot be used here" in plans[0].summary()
-    assert plans[1].low_memory is not None and plans[2].low_memory is not None
-    assert plans[2].low_memory > plans[1].low_memory
-
-
-def test_low_memory_on_a_device_is_planned_in_its_memory(eight_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.estimate.product_speed", lambda *_: 1e14)
-    monkeypatch.setattr("lf_hf.estimate.free_memory", lambda _: 1 << 30)  # so that no states are kept there
-    config = FusionConfig(4, "refit", perplexity_tokens=0)
-    here = plan_fusion(eight_billion, config, low_memory=True)
-    with TwoDevices():
-        there = plan_fusion(eight_billion, config, low_memory=True, device_map="cuda:1")
-    assert there.device == OTHER and there.low_memory is not None and here.low_memory is not None
-    layer = 2 * (here.parameters_before - here.parameters_after) // 4
-    # Python and its libraries are not there, and one more layer is, which is read ahead.
-    assert abs(there.low_memory - here.low_memory - layer + (11 << 26)) < 1 << 20
-    assert "peak memory on cuda:1, about" in there.summary() and "1.0 GiB of memory are free now" in there.notes[-1]
-
-
-def test_too_little_memory_and_a_folder_to_be_replaced_are_said(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_user_should_know_is_noted(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
-    assert plan_fusion(base, config, out=out).notes == []
+    assert "note:" not in plan_fusion(base, config, out=out).summary()
     fuse_checkpoint(base, out, config)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    replaced, memory = plan_fusion(base, config, out=out).notes
-    assert str(out) in replaced and "1.0 MiB of memory are free now" in memory
+    said = plan_fusion(base, config, out=out).summary()
+    assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
+    assert "note: 1.0 MiB of memory are free now, less than the " in said
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bfloat16_is_said_beforehand(
+    make_base: Callable[..., str], tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: fast)
+    base, config = make_base(dtype=torch.bfloat16), FusionConfig(1, method="truncate", perplexity_tokens=0)
+    assert plan_fusion(base, config, dtype="float32").notes == []
+    assert any("no instructions for bfloat16" in note for note in plan_fusion(base, config).notes) != fast
+    fuse_checkpoint(base, tmp_path / "out", config)
+    assert ("no instructions for bfloat16" in caplog.text) != fast
 
 
 def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
@@ -194,13 +169,5 @@ def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
     here, there = (
         plan_fusion(name, FusionConfig(1, "truncate"), cache_dir=str(tmp_path)) for name in (base, "you/model")
     )
-    assert (there.memory, there.bytes_after) == (here.memory, here.bytes_after)
-    assert here.notes == [] and "not on this machine yet" in there.notes[0]
-
-
-def test_a_base_in_a_gguf_file(gguf_folder: str) -> None:
-    plan = plan_fusion(gguf_folder, FusionConfig(1), gguf_file=GGUF.name)
-    assert ", 1 fusion. " in plan.summary()
-    assert (plan.layers_before, plan.parameters_before) == (30, 134_515_008)
-    assert plan.low_memory is None and plan.bytes_before == GGUF.stat().st_size
-    assert plan.dtype == torch.float32 and plan.bytes_after == 4 * 130_974_912
+    assert there.memory == here.memory and here.notes == []
+    assert "not on this machine yet" in there.notes[0]

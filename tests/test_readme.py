@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
-import typer
 from conftest import ROOT, make_texts
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
@@ -118,12 +118,12 @@ def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None
 
 def check_lf_hf(arguments: list[str]) -> None:
     """The options parse, and FusionConfig takes those that are its own."""
-    group = typer.main.get_command(app)
     try:
-        with group.make_context("lf-hf", list(arguments)) as outer:
-            name, command, rest = group.resolve_command(outer, arguments)  # type: ignore[attr-defined]
+        with app.make_context("lf-hf", list(arguments)) as outer:
+            name, command, rest = app.resolve_command(outer, arguments)
+            assert command is not None
             params = command.make_context(name, rest, parent=outer).params
-    except typer.Exit:  # --help has no more to say
+    except click.exceptions.Exit:  # --help has no more to say
         return
     settings = {name: params[name] for name in FusionConfig.field_names() if params.get(name) is not None}
     levels = [{"num_fusions": level} for level in str(settings.pop("num_fusions", 1)).split(",")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import inspect
 import os
@@ -47,7 +46,7 @@ from lf_hf.checkpoint.weights import (
 from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.checked_json import parse_json
-from lf_hf.settings import FusionConfig, unknown_name
+from lf_hf.runtime.fields import unknown_name
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -246,7 +245,7 @@ def _checked_config(base: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     hub = hub_arguments(kwargs)
     finish_and_check(base, hub)
     if gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ValueError("Reading a GGUF file needs the gguf package; run `pip install 'lf_hf[gguf]'`.")
+        raise ValueError("Reading a GGUF file needs the gguf package; run `pip install '.[gguf]'` in lf_hf's checkout.")
     for name in _QUANTIZATION_ARGUMENTS:
         if kwargs.get(name):
             raise ValueError(f"{name} cannot be used while fusing; fuse in bfloat16, save, and quantise the result.")
@@ -360,11 +359,8 @@ def check_arguments(given: Iterable[str], config: PreTrainedConfig, others: Coll
     taken |= {*inspect.signature(function).parameters, "code_revision"} - {"model_args", "kwargs"}
     for name in given:
         if name not in taken and name not in others and not hasattr(config, name):
-            public = [
-                known for known in (*FusionConfig.field_names(), *others, *taken, *vars(config)) if known[:1] != "_"
-            ]
-            nearest = difflib.get_close_matches(name, public, n=1)
-            raise ValueError(unknown_name("argument", name, (*nearest,) or FusionConfig.field_names()))
+            public = [known for known in (*others, *taken, *vars(config)) if known[:1] != "_"]
+            raise ValueError(unknown_name("argument", name, public))
 
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:

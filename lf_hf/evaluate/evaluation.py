@@ -16,7 +16,7 @@ from lf_hf import tasks_path
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.points import Score
-from lf_hf.settings import unknown_name
+from lf_hf.runtime.fields import unknown_name
 
 _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it

@@ -109,7 +109,10 @@ def sweep(
         If that folder cannot be written.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError('A sweep evaluates with lm-eval, which is not installed; run `pip install "lf_hf[lm-eval]"`.')
+        raise ValueError(
+            "A sweep evaluates with lm-eval, which is not installed; run `pip install '.[lm-eval]'` in lf_hf's "
+            "checkout."
+        )
     from lf_hf.evaluate.evaluation import Evaluation
 
     folder = checked_folder(out)
@@ -137,7 +140,7 @@ def sweep(
     identity = {
         "base": base_fingerprint(opened),
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "calibration": digest([Path(calibration)]) if calibration and Path(calibration).is_file() else calibration,
+        "calibration": None if calibration is None else digest([Path(calibration)]),
         "evaluation": {"tasks": sorted(tasks), **asked},
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
@@ -201,7 +204,9 @@ def _configs(
 
 def _check_calibration(calibration: object) -> None:
     if not isinstance(calibration, str | os.PathLike | None):
-        raise ValueError(f"calibration must be the path of a file or the name of a data set, got {calibration!r:.80}.")
+        raise ValueError(f"calibration must be the path of a file, got {calibration!r:.80}.")
+    if calibration is not None and not Path(calibration).is_file():
+        raise ValueError(f"The text file {str(calibration)!r} does not exist; give a file with text.")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from lf_hf.healing.lesson import (
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.models import Fused, open_base, open_fused
 from lf_hf.healing.outcome import best_step, healed_report
-from lf_hf.healing.settings import LEARNING_RATES, HealSettings
+from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import stacked
 from lf_hf.healing.text import Sequences, given_text, hub_texts
 from lf_hf.healing.training import (
@@ -64,7 +64,7 @@ from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.text.calibration import Corpus, load_training_text
-from lf_hf.text.sources import OpenTokenizer, Samples
+from lf_hf.text.readers import OpenTokenizer, Samples
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,7 @@ def heal(
         If another process is at work in that folder, or if files cannot be written.
     """
     source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
-    settings, given = heal_settings(settings, kwargs), dict(training_args or {})
+    settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
     came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
     work = folder / WORK
     report = _distilled(came_in, opened, corpus, settings, work, cache, given)
@@ -363,16 +363,6 @@ def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: 
     model.load_state_dict(taken, assign=True, strict=False)
     if tied:
         model.tie_weights()
-
-
-def heal_settings(settings: HealSettings | None, kwargs: dict[str, Any]) -> HealSettings:
-    """Settings with the HealSettings fields among `kwargs`, which are taken out there, in place of their own."""
-    given = {name: kwargs.pop(name) for name in HealSettings.field_names() if name in kwargs}
-    if settings is None:
-        return HealSettings(**given)
-    if "train" in given and settings.learning_rate == LEARNING_RATES[settings.train]:  # which is of what was trained
-        given.setdefault("learning_rate", None)
-    return dataclasses.replace(settings, **given)
 
 
 def _state_of(

@@ -60,9 +60,7 @@ def healed_report(
     report = came_in.report
     curve = trainer.curve()
     healed = HealingInfo(
-        settings=settings.in_effect(
-            on_disk=isinstance(lesson.teacher, FileTeacher), written_share=lesson.written_share
-        ),
+        settings=settings.recorded(on_disk=isinstance(lesson.teacher, FileTeacher), written_share=lesson.written_share),
         text=lesson.kinds,
         epochs=lesson.epochs,
         trained=trained,

@@ -204,7 +204,9 @@ def hub_texts(name: str, config: str | None, split: str, column: str, tokens: in
         If `datasets` is not installed, or the data set, its split or its column is not there.
     """
     if find_spec("datasets") is None:
-        raise ValueError(f"dataset={name!r} needs the datasets package; run `pip install 'lf_hf[heal]'`.")
+        raise ValueError(
+            f"dataset={name!r} needs the datasets package; run `pip install '.[heal]'` in lf_hf's checkout."
+        )
     from datasets import load_dataset
 
     try:

@@ -33,10 +33,10 @@ from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of, is_tied
 from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Teacher
+from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.launch import PATIENCE, rank
 from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import unknown_name
 
 EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""
@@ -118,7 +118,9 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ValueError("train='lora' needs the peft package; run `pip install 'lf_hf[heal]'`.") from None
+        raise ValueError(
+            "train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout."
+        ) from None
     adapters = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=2 * settings.lora_rank,

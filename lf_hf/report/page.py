@@ -168,4 +168,4 @@ def missing_plot_packages() -> str:
     missing = [name for name in PLOT_PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
         return ""
-    return f'Pictures and pages need {" and ".join(missing)}; run `pip install "lf_hf[plot]"`.'
+    return f"Pictures and pages need {' and '.join(missing)}; run `pip install '.[plot]'` in lf_hf's checkout."

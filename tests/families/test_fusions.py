@@ -23,7 +23,7 @@ from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import after_attention, after_mlp, build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
-from lf_hf.settings import CHOICES, METHODS
+from lf_hf.settings import METHODS
 from lf_hf.stages.fusion import average_layers
 from lf_hf.text.calibration import Calibration, Corpus
 
@@ -186,7 +186,11 @@ def test_low_memory_gives_the_model_of_the_usual_way_and_its_config_makes_it_aga
 
 
 WAYS = [
-    *({"method": method, "selection": selection} for method in METHODS for selection in CHOICES["selection"]),
+    *(
+        {"method": method, "selection": selection}
+        for method in METHODS
+        for selection in FusionConfig.known["selection"].choices
+    ),
     {"alignment": "neurons", "refit": "down_proj"},
     {"method": "refit", "refit": "none"},
     {"method": "refit", "refit": "down_proj", "selection": "last"},
