@@ -126,7 +126,8 @@ _BASE = click.argument("base")
 _CALIBRATION = click.option(
     "--calibration",
     metavar="FILE",
-    help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
+    help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
+    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed.",
 )
 _OF_BASE = _options(
     click.option("--gguf-file", metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read."),
@@ -246,7 +247,7 @@ def _num_fusions(num_layers: int, target_layers: int) -> int:
 @click.option(
     "--text",
     metavar="FILE",
-    help="Text to heal on: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats.",
+    help="Text to heal on, as --calibration of `lf-hf fuse` takes it.",
     show_default="a mixture of text that comes with the packages",
 )
 @click.option("--dataset", metavar="NAME", help="A data set on the hub in place of --text; it is streamed.")

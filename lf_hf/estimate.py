@@ -25,13 +25,13 @@ from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH
 from lf_hf.pipeline import STEP_TOKENS, state_copies
-from lf_hf.refit.group import num_candidates
+from lf_hf.refit.fit import num_candidates
 from lf_hf.refit.states import SHARE
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.text.calibration import Calibration, Corpus
-from lf_hf.text.readers import Samples
+from lf_hf.text.sources import Samples
 
 _CHARACTERS_PER_TOKEN = 4
 _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one

@@ -28,7 +28,7 @@ from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
-from lf_hf.text.readers import Samples
+from lf_hf.text.sources import Samples
 
 if TYPE_CHECKING:
     from lf_hf.measure import Measurements

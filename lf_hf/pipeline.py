@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,13 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
-from lf_hf.refit.bottom_up import fit_from_bottom
-from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.group_costs import FINALISTS, Group, GroupCosts, cheapest_sets, num_trials, text_for_groups
+from lf_hf.refit.groups import FINALISTS, Group, GroupCosts, cheapest_levels, num_trials, text_for_groups
+from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Traces, trace
+from lf_hf.refit.traces import Boundaries, Traces, trace
 from lf_hf.report.report import (
     BudgetInfo,
     BudgetTrial,
@@ -532,15 +531,6 @@ def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
         "group_costs": [GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
         "predicted": [predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
     }
-
-
-def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
-    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are.
-
-    It ends before the first number for which no groups have costs that are finite.
-    """
-    found = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
-    return [(sum(costs[group] for group in groups), groups) for [groups] in found]
 
 
 def _notes(

@@ -52,13 +52,13 @@ from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import Measurements, calibration_sequences, measure
 from lf_hf.pipeline import fuse
-from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.group import token_weights
-from lf_hf.refit.group_costs import cheapest_sets
+from lf_hf.refit.fit import Regression, token_weights
+from lf_hf.refit.groups import cheapest_sets
 from lf_hf.refit.layer_parts import (
     after_attention,
     attention_heads,
     build_layer,
+    expanded,
     layer_weights,
     mlp_channels,
     stacked,
@@ -66,8 +66,8 @@ from lf_hf.refit.layer_parts import (
     with_heads,
     written_by_mlp,
 )
-from lf_hf.refit.regression import Regression, expanded
 from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import Boundaries
 from lf_hf.text.calibration import (
     Calibration,
     Corpus,

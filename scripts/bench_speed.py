@@ -55,7 +55,8 @@ from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
-from lf_hf.refit.regression import EXACT_LIMIT, Regression, expanded
+from lf_hf.refit.fit import EXACT_LIMIT, Regression
+from lf_hf.refit.layer_parts import expanded
 from lf_hf.report.report import FusionReport
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances

@@ -140,7 +140,7 @@ def sweep(
     identity = {
         "base": base_fingerprint(opened),
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "calibration": None if calibration is None else digest([Path(calibration)]),
+        "calibration": digest([Path(calibration)]) if calibration and Path(calibration).is_file() else calibration,
         "evaluation": {"tasks": sorted(tasks), **asked},
     }
     dense_settings = {"perplexity_tokens": configs[0].perplexity_tokens}
@@ -204,9 +204,7 @@ def _configs(
 
 def _check_calibration(calibration: object) -> None:
     if not isinstance(calibration, str | os.PathLike | None):
-        raise ValueError(f"calibration must be the path of a file, got {calibration!r:.80}.")
-    if calibration is not None and not Path(calibration).is_file():
-        raise ValueError(f"The text file {str(calibration)!r} does not exist; give a file with text.")
+        raise ValueError(f"calibration must be the path of a file or the name of a data set, got {calibration!r:.80}.")
 
 
 @dataclass(frozen=True)

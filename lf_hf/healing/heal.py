@@ -64,7 +64,7 @@ from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.text.calibration import Corpus, load_training_text
-from lf_hf.text.readers import OpenTokenizer, Samples
+from lf_hf.text.sources import OpenTokenizer, Samples
 
 logger = logging.get_logger(__name__)
 

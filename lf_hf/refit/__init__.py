@@ -1,1 +1,1 @@
-"""Fusing by what layers compute: boundaries, group_costs, group (with its regression), and the last pass bottom_up."""
+"""Fusing by what layers compute. `fit` has the mathematics, `groups` chooses layers, `last_pass` makes them again."""

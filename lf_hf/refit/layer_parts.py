@@ -6,7 +6,7 @@ Weights have the names of `Family.unpacked` here, and norms' gains are what they
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from transformers.activations import ACT2FN
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
+
+HEAD_NORMS = {"q_proj": "self_attn.q_norm.weight", "k_proj": "self_attn.k_norm.weight"}
+"""The norm of what each of these gives, in families that have such."""
+_LEAST_GAIN = 1e-4  # of such a norm; none that was learned is near it
 
 
 def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
@@ -170,12 +174,46 @@ def with_channels(weights: Weights, channels: Tensor) -> dict[str, Tensor]:
     return kept
 
 
-def with_heads(weights: Weights, queries: Tensor, keys: Tensor) -> dict[str, Tensor]:
-    """Attention with some channels of its queries, and of its keys and values: those of whole heads."""
+def with_heads(weights: Weights, q_proj: Tensor, k_proj: Tensor) -> dict[str, Tensor]:
+    """Attention with some rows of its queries, and of its keys and values: those of whole heads."""
     kept = dict(weights)
-    for name, chosen in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+    for name, chosen in (("q_proj", q_proj), ("k_proj", k_proj), ("v_proj", k_proj)):
         for part in (f"self_attn.{name}.weight", f"self_attn.{name}.bias"):
             if part in kept:
                 kept[part] = kept[part][chosen]
-    kept["self_attn.o_proj.weight"] = kept["self_attn.o_proj.weight"][:, queries]
+    kept["self_attn.o_proj.weight"] = kept["self_attn.o_proj.weight"][:, q_proj]
     return kept
+
+
+def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Queries and keys of heads of several layers for one norm of each, in place of those that the layers had.
+
+    Its gains are a geometric mean of the layers', weighted by their heads, and the rest is folded into the heads' rows.
+    Each head comes out as it was, but for its size, which the norm sets: that is off by as much as the gains differ.
+    This leaves less error than attention from one layer as a whole.
+
+    Parameters
+    ----------
+    parameters : the layers' weights
+    wide : mapping
+        The layers side by side.
+    chosen : mapping
+        From "q_proj" and "k_proj" to the rows that are kept.
+    """
+    merged: dict[str, Tensor] = {}
+    for name, rows in chosen.items():
+        norm, of_layer = HEAD_NORMS[name], rows // len(parameters[0][f"self_attn.{name}.weight"])
+        gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
+        shares = torch.bincount(of_layer, minlength=len(parameters)) / len(rows)
+        merged[norm] = torch.exp(shares @ gains.float().abs().clamp(min=_LEAST_GAIN).log()).to(gains.dtype)
+        channel = rows % gains.shape[1]
+        scale = gains[of_layer, channel] / merged[norm][channel]
+        for part, by_row in ((f"self_attn.{name}.weight", scale[:, None]), (f"self_attn.{name}.bias", scale)):
+            if part in wide:
+                merged[part] = (wide[part][rows] * by_row).to(wide[part].dtype)
+    return merged
+
+
+def expanded(blocks: Tensor, block: int) -> Tensor:
+    """Indices of all members of some blocks of `block` adjacent ones."""
+    return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()

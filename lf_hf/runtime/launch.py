@@ -67,12 +67,6 @@ class Processes:
             with _connected(), _carried(tensor) as sent:
                 distributed.all_reduce(sent)
 
-    def reduce(self, owner: int, tensor: Tensor) -> None:
-        """The same for one process; what the others hold afterwards has no meaning."""
-        if self.world_size > 1:
-            with _connected(), _carried(tensor) as sent:
-                distributed.reduce(sent, owner % self.world_size)
-
     def all_reduce_sums(self, numbers: Tensor) -> list[float]:
         """Sums of all processes' numbers, of a tensor of shape (n,); the host waits for the device once."""
         numbers = numbers.clone()
@@ -88,6 +82,12 @@ class Processes:
             distributed.all_gather_object(values, value)
         return values
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Make a tensor, in place, what it is in the first process."""
+        if self.world_size > 1:
+            with _connected(), _carried(tensor) as sent:
+                distributed.broadcast(sent, 0)
+
     def broadcast_object(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes, in all of them.
 
@@ -96,41 +96,12 @@ class Processes:
         OtherProcessError
             In all others if it raises an error there.
         """
-        return self._told(0, compute)
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Make a tensor, in place, what it is in the first process."""
-        if self.world_size > 1:
-            with _connected(), _carried(tensor) as sent:
-                distributed.broadcast(sent, 0)
-
-    def computed_apart(self, computes: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
-        """Tensors that are computed each by one process, the n-th by process n % count, and sent to all."""
-        if self.world_size == 1:
-            return [compute().to(device) for compute in computes]
-        results: list[Tensor] = []
-        mine = {n: _attempt(computes[n]) for n in range(self.rank, len(computes), self.world_size)}
-        for n in range(len(computes)):
-            found, error = mine.get(n, (None, None))
-            shape, dtype = self._told(n, lambda found=found, error=error: _described(found, error))  # type: ignore[misc]
-            tensor = torch.empty(shape, dtype=dtype, device=device) if found is None else found.to(device).contiguous()
-            with _connected(), _carried(tensor) as sent:
-                distributed.broadcast(sent, n % self.world_size)
-            results.append(tensor)
-        return results
-
-    def computed(self, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """A tensor that the first process computes, in all of them."""
-        return self.computed_apart([compute], device)[0]
-
-    def _told(self, owner: int, compute: Callable[[], T]) -> T:
         if self.world_size == 1:
             return compute()
-        owner %= self.world_size
-        value, error = _attempt(compute) if self.rank == owner else (None, None)
+        value, error = _attempt(compute) if self.is_main else (None, None)
         box: list[Any] = [(value, None if error is None else str(error))]
         with _connected():
-            distributed.broadcast_object_list(box, src=owner)
+            distributed.broadcast_object_list(box, src=0)
         if error is not None:
             raise error
         value, reason = box[0]
@@ -179,13 +150,6 @@ def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return compute(), None
     except Exception as error:  # raised again once the other processes know
         return None, error
-
-
-def _described(tensor: Tensor | None, error: Exception | None) -> tuple[tuple[int, ...], torch.dtype]:
-    if error is not None:
-        raise error
-    assert tensor is not None
-    return tuple(tensor.shape), tensor.dtype
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Where calibration text comes from."""
+"""Calibration text: samples that are compared, and running text that is fitted or trained on."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -10,9 +9,8 @@ from itertools import zip_longest
 from string import ascii_uppercase
 
 from lf_hf.settings import FusionConfig
-from lf_hf.text.excerpts import spread_evenly, windows
-from lf_hf.text.mmlu import SUBJECTS, Question, asked_in_sample, bundled_questions, format_question
-from lf_hf.text.readers import OpenTokenizer, Samples, checked_strings, open_samples
+from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, hub_questions
+from lf_hf.text.sources import OpenTokenizer, Samples, checked_strings, open_samples, spread_evenly, windows
 
 logger = logging.getLogger(__name__)
 # What the model writes itself keeps what no other text touches: a share of the tokens of the default corpus, and of
@@ -38,21 +36,46 @@ MAX_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration samples and where they are from.
+    """Calibration samples, and for people where they are from.
 
-    Attributes
-    ----------
-    texts : list of str
-        One calibration sample each.
-    source : str
-        For people: where the texts are from.
-    labels : list of str or None
-        MMLU subject of each text, where they are MMLU questions.
+    `labels` are the MMLU subjects of the texts, where they are MMLU questions.
     """
 
     texts: list[str]
     source: str
     labels: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Running text for calibration.
+
+    Attributes
+    ----------
+    parts : list of str
+        One string for each kind of text.
+    source : str
+        For people: where the text is from.
+    generated_share : float
+        Share of the tokens that the dense model itself is to write.
+    by_default : bool
+        Whether it is the mixture that is there without a user's text.
+    """
+
+    parts: list[str]
+    source: str
+    generated_share: float = 0.0
+    by_default: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Where each of the parts is from."""
+        return self.source.rsplit(", ", len(self.parts) - 1)
+
+    @property
+    def full_source(self) -> str:
+        """Where all of the text is from."""
+        return f"{self.source}, text by the model itself" if self.generated_share else self.source
 
 
 def load_needed(
@@ -80,36 +103,74 @@ def load_needed(
     return samples, text
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Running text for calibration.
+def load_calibration(
+    calibration: Samples | None = None,
+    *,
+    samples_per_subject: int = 1,
+    sample_length: int = 512,
+    open_tokenizer: OpenTokenizer | None = None,
+) -> Calibration:
+    """Calibration samples from a user's text, or, with None, one MMLU question a subject.
 
-    Attributes
+    Parameters
     ----------
-    parts : list of str
-        One string for each kind of text.
-    source : str
-        For people: where the text is from.
-    generated_share : float
-        Share of the tokens that the dense model itself is to write.
-    by_default : bool
-        Whether it is the mixture that is there offline, and not a user's text.
+    calibration : list of str or chats, file, data set, or None
+        A chat is a list of messages, as chat templates take them: [{"role": "user", "content": "..."}, ...].
+        File: .txt (samples separated by blank lines), or .jsonl, .csv or .parquet with a field "text", or "messages" of
+        chats. Data set: NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hugging Face hub, of which the beginning is streamed;
+        default the only configuration, train, and "text" or "messages". None: questions without answers of MMLU's
+        validation split if the hub or its cache answers, else of the development questions that lm-eval ships. Never
+        MMLU's test split.
+    samples_per_subject : int
+        Questions a subject where `calibration` is None.
+    sample_length : int
+        How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
+        samples as many are taken, spread evenly over them, and the source says so.
+    open_tokenizer : callable, optional
+        Returns the model's tokenizer, by whose template chats are written out; without it they are refused.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the text cannot be read, is empty, or has a sample that is neither a string nor a chat.
     """
+    if calibration is None:
+        return _mmlu_calibration(samples_per_subject)
+    samples, source = open_samples(calibration, MAX_SAMPLES * sample_length)
+    longest = sample_length * TOKEN_CHARACTERS
+    texts, total = spread_evenly(
+        (sample[:longest] for sample in checked_strings(samples, source, open_tokenizer)), MAX_SAMPLES
+    )
+    _check_not_empty(total, source)
+    if len(texts) < total:
+        source = f"{source} ({len(texts):,} samples, spread evenly over {total:,})"
+    return Calibration(texts, source)
 
-    parts: list[str]
-    source: str
-    generated_share: float = 0.0
-    by_default: bool = False
 
-    @property
-    def names(self) -> list[str]:
-        """Where each of the parts is from."""
-        return self.source.rsplit(", ", len(self.parts) - 1)
+def _check_not_empty(total: int, source: str) -> None:
+    if not total:
+        raise ValueError(f"The text ({source}) is empty; give a file with text.")
 
-    @property
-    def full_source(self) -> str:
-        """Where all of the text is from."""
-        return f"{self.source}, text by the model itself" if self.generated_share else self.source
+
+def _mmlu_calibration(samples_per_subject: int) -> Calibration:
+    try:
+        questions, source = hub_questions(), "cais/mmlu, validation split"
+    except Exception as error:  # no network, no cache, a changed data set: each means "not there"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        logger.info("No MMLU validation questions from the hub (%s).", reason)
+        questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
+        if samples_per_subject > 1:
+            logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
+    subject, fewest = min(((subject, len(questions[subject])) for subject in SUBJECTS), key=lambda pair: pair[1])
+    if fewest < samples_per_subject:
+        raise ValueError(
+            f"samples_per_subject={samples_per_subject}, but {source} has only {fewest} questions on {subject}; lower "
+            "it, or give calibration= a file of your own."
+        )
+    labels = [subject for subject in SUBJECTS for _ in range(samples_per_subject)]
+    texts = [format_question(question) for subject in SUBJECTS for question in questions[subject][:samples_per_subject]]
+    logger.info("Calibrating on %d questions: %s.", len(texts), source)
+    return Calibration(texts, source, labels)
 
 
 def load_corpus(
@@ -120,16 +181,16 @@ def load_corpus(
     explained: bool = False,
     open_tokenizer: OpenTokenizer | None = None,
 ) -> Corpus:
-    """Running text from a user's strings or file, or, with None, a mixture of what is there offline.
+    """Running text from a user's, or, with None, a mixture of what is installed.
 
     The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
     fifth: what narrow text does not touch is lost.
 
     Parameters
     ----------
-    calibration : list of str or chats, path, or None
+    calibration : list of str or chats, file, data set, or None
         As for `load_calibration`. None: text that the model writes itself, the first half of Python's
-        documentation, and one MMLU development question a subject, with its answer.
+        documentation, and, where lm-eval is installed, one MMLU development question a subject, with its answer.
     max_tokens : int
         How many tokens are to be used at most. Of a text of more than 64 characters for each, 64 excerpts are taken,
         spread evenly over it, and the source says so.
@@ -138,33 +199,36 @@ def load_corpus(
     explained : bool
         Four times as many questions, with explanations: more than a fit has room for, but not a training.
     open_tokenizer : callable, optional
-        Returns the model's tokenizer, by whose template chats are written out; without it they are refused.
+        As for `load_calibration`.
 
     Raises
     ------
-    ValueError
-        If the file is missing, empty, of an unknown kind or not text, or a sample is neither a string nor a chat.
+    ValueError, OSError
+        As for `load_calibration`, or if neither documentation nor lm-eval is installed.
     """
-    if calibration is None:
-        parts = [part for part in (documentation_halves()[0], _answered_questions(explained=explained)) if part]
-        source = f"{DOCUMENTATION}, {QUESTIONS}"
-        return Corpus(parts, source, _GENERATED_SHARE, by_default=True)
-    samples, source = open_samples(calibration)
-    excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
-    kept, total = spread_evenly(windows(checked_strings(samples, source, open_tokenizer), excerpt), TOKEN_CHARACTERS)
-    if not total:
-        raise ValueError(f"The text ({source}) is empty; give a file with text.")
-    text = ("" if len(kept) == total else "\n\n").join(kept)
-    if len(kept) < total:
-        source = f"{source} ({len(kept)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"
     try:
         questions = _answered_questions(explained=explained)
     except ValueError as error:
         logger.warning("Without questions beside the calibration text: %s", error)
-        return Corpus([text], source, _GENERATED_SHARE_OF_USERS)
-    characters = min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens, _QUESTION_CHARACTERS)
-    questions = questions[: int(characters)]
-    return Corpus([text, questions], f"{source}, {QUESTIONS}", _GENERATED_SHARE_OF_USERS)
+        questions = ""
+    if calibration is None:
+        named = {DOCUMENTATION: documentation_halves()[0], QUESTIONS: questions}
+        share = _GENERATED_SHARE
+    else:
+        samples, source = open_samples(calibration, max_tokens)
+        excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
+        pieces, total = spread_evenly(
+            windows(checked_strings(samples, source, open_tokenizer), excerpt), TOKEN_CHARACTERS
+        )
+        _check_not_empty(total, source)
+        text = ("" if len(pieces) == total else "\n\n").join(pieces)
+        if len(pieces) < total:
+            source = f"{source} ({len(pieces)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"
+        characters = min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens, _QUESTION_CHARACTERS)
+        named, share = {source: text, QUESTIONS: questions[: int(characters)]}, _GENERATED_SHARE_OF_USERS
+    named = {name: part for name, part in named.items() if part}
+    _check_not_empty(len(named), "the mixture that is there by default, without Python's documentation and lm-eval")
+    return Corpus(list(named.values()), ", ".join(named), share, by_default=calibration is None)
 
 
 def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
@@ -178,13 +242,13 @@ def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTo
     given, *others = corpus.parts
     characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
     pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
-    kept, _ = spread_evenly(pieces, max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT)))
-    if corpus.by_default or not kept or any(piece in given for piece in kept):
+    taken, _ = spread_evenly(pieces, max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT)))
+    if corpus.by_default or not taken or any(piece in given for piece in taken):
         return corpus
     name, *names = corpus.names
     return replace(
         corpus,
-        parts=[given, "\n\n".join(kept)[:characters], *others],
+        parts=[given, "\n\n".join(taken)[:characters], *others],
         source=", ".join([name, DOCUMENTATION, *names]),
     )
 
@@ -206,58 +270,12 @@ def _answered_questions(*, explained: bool) -> str:
     return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
 
 
-def load_calibration(
-    calibration: Samples | None = None,
-    *,
-    samples_per_subject: int = 1,
-    sample_length: int = 512,
-    open_tokenizer: OpenTokenizer | None = None,
-) -> Calibration:
-    """Calibration texts from a user's strings or file, or, with None, one MMLU question a subject.
-
-    Parameters
-    ----------
-    calibration : list of str or chats, path, or None
-        A chat is a list of messages, as chat templates take them: [{"role": "user", "content": "..."}, ...].
-        Path: .txt (samples separated by blank lines), .jsonl (strings, chats, or objects with "text" or "messages"),
-        .csv (a column "text") or .parquet ("text", or "messages" of chats). None: questions without answers of MMLU's
-        validation split if the Hugging Face hub or its cache answers, else of the development questions that lm-eval
-        ships. Never MMLU's test split.
-    samples_per_subject : int
-        Questions a subject where `calibration` is None.
-    sample_length : int
-        How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
-        samples as many are taken, spread evenly over them, and the source says so.
-    open_tokenizer : callable, optional
-        As for `load_corpus`.
-
-    Raises
-    ------
-    ValueError
-        If the file is missing, empty, of an unknown kind or not text, or a sample is neither a string nor a chat.
-    """
-    if calibration is None:
-        return _mmlu_calibration(samples_per_subject)
-    samples, source = open_samples(calibration)
-    longest = sample_length * TOKEN_CHARACTERS
-    texts, total = spread_evenly(
-        (sample[:longest] for sample in checked_strings(samples, source, open_tokenizer)), MAX_SAMPLES
-    )
-    if not texts:
-        raise ValueError(f"The calibration set ({source}) is empty; give at least one sample of text.")
-    if len(texts) < total:
-        source = f"{source} ({len(texts):,} samples, spread evenly over {total:,})"
-    return Calibration(texts, source)
-
-
 def documentation_halves() -> tuple[str, str]:
     """Python's own reference documentation as two texts that share no paragraph.
 
     English prose that is there wherever Python is: the first half is for calibration, the second for judging.
     Both are empty where Python was installed without `pydoc_data.topics`.
     """
-    if importlib.util.find_spec("pydoc_data") is None:
-        return "", ""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -269,33 +287,3 @@ def documentation_halves() -> tuple[str, str]:
     ordered = [paragraph for paragraph in paragraphs if paragraph.strip()]
     middle = len(ordered) // 2
     return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
-
-
-def _mmlu_calibration(samples_per_subject: int) -> Calibration:
-    try:
-        questions, source = _hub_questions(), "cais/mmlu, validation split"
-    except Exception as error:  # no `datasets`, no network, no cache, a changed data set: each means "not there"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.info("No MMLU validation questions from the hub (%s).", reason)
-        questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
-        if samples_per_subject > 1:
-            logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
-    texts = []
-    for subject in SUBJECTS:
-        if len(questions[subject]) < samples_per_subject:
-            raise ValueError(
-                f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} "
-                f"questions on {subject}; lower it, or give calibration= a file of your own."
-            )
-        texts += [format_question(question) for question in questions[subject][:samples_per_subject]]
-    logger.info("Calibrating on %d questions: %s.", len(texts), source)
-    return Calibration(texts, source, [subject for subject in SUBJECTS for _ in range(samples_per_subject)])
-
-
-def _hub_questions() -> dict[str, list[Question]]:
-    from datasets import load_dataset
-
-    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
-    for row in load_dataset("cais/mmlu", "all", split="validation"):
-        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
-    return questions

@@ -71,8 +71,13 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ChatForm |
 
 
 def is_chat(sample: object) -> TypeGuard[Messages]:
-    """Whether a sample is a list of messages, as chat templates take them."""
-    return isinstance(sample, list) and bool(sample) and all(isinstance(m, dict) and "role" in m for m in sample)
+    """Whether a sample is a list of messages, each of a role and with a content or, in its place, tool calls."""
+    return (
+        isinstance(sample, list)
+        and bool(sample)
+        and all(isinstance(message, dict) and "role" in message for message in sample)
+        and all(message.get("content") is not None or message.get("tool_calls") for message in sample)
+    )
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_reply: bool = False) -> str:

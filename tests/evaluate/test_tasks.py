@@ -80,7 +80,7 @@ def test_requests_equal_those_of_mmlu(mmlu_dir: Path, source: str) -> None:
 
 
 def test_mmlu_dir_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No MMLU file .*abstract_algebra_dev\.csv"):
+    with pytest.raises(ValueError, match=r"original MMLU release.* dev/abstract_algebra_dev\.csv cannot be read"):
         ours(mmlu_dir=str(tmp_path)).load("mmlu_5shot_abstract_algebra")
 
 

@@ -13,9 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.refit.fit import Regression
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.regression import Regression
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 
@@ -99,7 +99,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
     reader: str, writer: str, power: int, refit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a share of the channels is compared by regression only."""
-    monkeypatch.setattr("lf_hf.refit.group._MAX_CANDIDATES", 0)
+    monkeypatch.setattr("lf_hf.refit.fit._MAX_CANDIDATES", 0)
     weights, output = fitted_pair(make_llama(), refit)
     model = make_llama()
     with torch.no_grad():

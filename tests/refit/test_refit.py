@@ -12,12 +12,12 @@ from tiny_models import tiny_model
 
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.refit.bottom_up import fit_from_bottom
-from lf_hf.refit.boundaries import Boundaries
-from lf_hf.refit.group import _fitted_gain, fit_group, input_maps, token_weights
+from lf_hf.refit.fit import HalfFit, token_weights
+from lf_hf.refit.group import fit_group
+from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import build_layer, layer_weights, stacked
 from lf_hf.refit.states import Place, StateStore
-from lf_hf.refit.traces import trace
+from lf_hf.refit.traces import Boundaries, trace
 
 SEQUENCES = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -109,7 +109,8 @@ def test_an_input_map_undoes_a_rotation() -> None:
     states = [torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(n)) for n in range(20)]
     rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99))).Q
     rotated = [state @ rotation.T for state in states]
-    same, found = input_maps(decoder, decoder.family.attention, states, [states, rotated], ridge=1e-6, weight=states[0])
+    fit = HalfFit(decoder, decoder.family.attention, states, [states, rotated], lambda: states, ridge=1e-6)
+    same, found = fit.input_maps(states[0])
     torch.testing.assert_close(found, rotation, rtol=0, atol=1e-3)
     assert torch.equal(same, torch.eye(32))
 
@@ -123,7 +124,7 @@ def test_tokens_count_alike_whatever_their_size_but_the_first_counts_for_what_at
 
 
 def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.refit.group._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
+    monkeypatch.setattr("lf_hf.refit.fit._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
     model = make_llama()
     decoder, layers = ModelDecoder(model), list(model.model.layers[1:3])
     mlp = layers[1].mlp
@@ -243,23 +244,13 @@ def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
-def test_a_half_that_writes_nothing_keeps_its_gain(model_type: str) -> None:
+def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: str) -> None:
     decoder = ModelDecoder(tiny_model(model_type))
-    half, weights = decoder.family.attention, layer_weights(decoder, decoder.model.model.layers[1])
+    layers = [decoder.model.model.layers[1]]
+    layers[0].self_attn.o_proj.weight.data.zero_()
+    gains = layer_weights(decoder, layers[0])
     states = [normal(1, 16, 32, seed=n) for n in range(3)]
-    found = _fitted_gain(decoder, half, weights, [torch.zeros_like(state) for state in states], states, states, 0.1)
-    assert all(torch.equal(gain, weights[name]) for name, gain in found.items())
-
-
-def test_gains_are_fitted_in_bfloat16_as_exactly_as_they_can_be_stored() -> None:
-    """Over many batches, whose sums bfloat16 could not hold."""
-    decoder = ModelDecoder(tiny_model("olmo2", dtype=torch.bfloat16))
-    half, weights = decoder.family.attention, layer_weights(decoder, decoder.model.model.layers[1])
-    written, targets, states = (
-        [normal(1, 16, 32, seed=100 * n + batch, dtype=torch.bfloat16) for batch in range(300)] for n in range(3)
-    )
-    exact = {name: weight.float() for name, weight in weights.items()}
-    found, wanted = (_fitted_gain(decoder, half, given, written, targets, states, 0.1) for given in (weights, exact))
-    [(gain, best)] = zip(found.values(), wanted.values(), strict=True)
-    assert gain.dtype == torch.bfloat16
-    torch.testing.assert_close(gain.float(), best, rtol=0.005, atol=1e-4)
+    traces = trace(decoder, layers, states, StateStore())
+    fit = fit_group(decoder, layers, traces, states, StateStore(), refit="projections", ridge=0.1)
+    name = f"{decoder.family.attention.after}.weight"
+    assert torch.equal(fit.weights[name], gains[name])

@@ -10,7 +10,8 @@ import torch
 from builders import normal
 from torch import Tensor
 
-from lf_hf.refit.regression import Regression, expanded
+from lf_hf.refit.fit import Regression
+from lf_hf.refit.layer_parts import expanded
 from lf_hf.runtime.launch import Processes
 
 
@@ -134,7 +135,7 @@ def test_what_is_left_is_what_elimination_from_scratch_leaves(
     inputs: int, block: int, keep: int, rounds: int, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exact:
-        monkeypatch.setattr("lf_hf.refit.regression.EXACT_LIMIT", 0)
+        monkeypatch.setattr("lf_hf.refit.fit.EXACT_LIMIT", 0)
     for seed in range(4):
         given, start = correlated(300, inputs, 5, 3.0, seed), normal(5, inputs, seed=seed) / inputs
         kept = accumulated(*given).prune(start, keep, block=block, rounds=rounds)
@@ -151,7 +152,7 @@ def test_large_problems_in_float32_leave_what_they_leave_in_float64(
     total = 512 // block
     arguments = {"block": block, "rounds": total - total // 6}
     exact = accumulated(*given).prune(start, total // 6, **arguments)
-    monkeypatch.setattr("lf_hf.refit.regression.EXACT_LIMIT", 0)
+    monkeypatch.setattr("lf_hf.refit.fit.EXACT_LIMIT", 0)
     assert torch.equal(accumulated(*given).prune(start, total // 6, **arguments), exact)
 
 
@@ -165,7 +166,7 @@ class Seen(Processes):
         assert value == self.units[self.rank]
         return self.units
 
-    def reduce(self, owner: int, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         self.sent.append(tensor)
 
 
@@ -180,7 +181,8 @@ def test_problems_of_several_processes_add_up() -> None:
     for rank, part in enumerate(parts):
         seen = Seen(rank, 3)
         vars(seen).update(sent=[], units=units)
-        part.all_reduce(seen)
+        part.processes = seen
+        part.all_reduce()
         sent.append(seen.sent)
     for tensors in zip(*sent, strict=True):
         tensors[0].copy_(torch.stack(tensors).sum(0))

@@ -148,20 +148,20 @@ def test_a_chat_is_written_turn_by_turn() -> None:
     assert written == [10, 11, 5, 20, 21, 6, 20, 30, 31, 7]  # 20 ends no reply
 
 
-@pytest.mark.parametrize("kind", ["list", "jsonl", "bare jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["list", "jsonl", "parquet"])
 def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Path) -> None:
     tokenizer = with_template(TEMPLATES["chatml"])
     given: Any = [CHAT, CHAT[:2]]
     expected = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in given]
-    if kind.endswith("jsonl"):
-        lines = [json.dumps(chat if kind == "bare jsonl" else {"messages": chat}) for chat in given]
+    if kind == "jsonl":
+        lines = [json.dumps({"messages": chat}) for chat in given]
         given = tmp_path / "chats.jsonl"
-        given.write_text("\n".join([*lines, json.dumps("plain text")]))
+        given.write_text("\n".join([*lines, json.dumps({"text": "plain text"})]))
     elif kind == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
         given = tmp_path / "chats.parquet"
-    expected += ["plain text\n"] * kind.endswith("jsonl")
+    expected += ["plain text\n"] * (kind == "jsonl")
     assert load_calibration(given, open_tokenizer=lambda: tokenizer).texts == expected
     for corpus in (
         load_corpus(given, open_tokenizer=lambda: tokenizer),
@@ -172,15 +172,15 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
 
 def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
     with pytest.raises(
-        ValueError, match=r"^Calibration sample 1 of strings .* is a chat, but the model's tokenizer has"
+        ValueError, match=r"^Sample 2 of strings .* cannot be used \(the model's tokenizer has no chat template\)"
     ):
         load_corpus(["text", CHAT], open_tokenizer=make_tokenizer)
     refusing = with_template("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match=r"is a chat, but the model's chat template .* \(roles must alternate\)\.$"):
+    with pytest.raises(ValueError, match=r"\(the model's chat template does not take it \(roles must alternate\)\)"):
         load_corpus([CHAT], open_tokenizer=lambda: refusing)
-    samples: list[Any] = [[], [{"content": "no role"}], ["a", "b"]]
+    samples: list[Any] = [[], [{"content": "no role"}], [{"role": "no content"}], ["a", "b"]]
     for sample in samples:
-        with pytest.raises(ValueError, match="must be a string or a list of messages"):
+        with pytest.raises(ValueError, match="neither a string nor a list of messages that have a role and a content"):
             load_corpus([sample], open_tokenizer=make_tokenizer)
 
 

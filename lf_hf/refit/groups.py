@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,9 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
-from lf_hf.refit.boundaries import Boundaries
 from lf_hf.refit.layer_parts import after_attention
 from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Traces, on_device
+from lf_hf.refit.traces import Boundaries, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP
 from lf_hf.text.packing import beginning
@@ -252,6 +252,15 @@ def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int)
                     found += [(cost + costs[group], (*groups, group)) for cost, groups in best[group[0]][less]]
             best[end][fewer] = heapq.nsmallest(count, found)
     return [groups for _, groups in best[top + 1][num_fusions]]
+
+
+def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
+    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are.
+
+    It ends before the first number for which no groups have costs that are finite.
+    """
+    found = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
+    return [(sum(costs[group] for group in groups), groups) for [groups] in found]
 
 
 def promising(

@@ -15,8 +15,8 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import cheapest_levels, fuse, fuse_pairs, start
-from lf_hf.refit.group_costs import cheapest_sets, promising, removed, text_for_groups
+from lf_hf.pipeline import fuse, fuse_pairs, start
+from lf_hf.refit.groups import cheapest_levels, cheapest_sets, promising, removed, text_for_groups
 from lf_hf.text.calibration import Calibration, Corpus
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
