@@ -41,9 +41,7 @@ def reference() -> str:
     for name in sorted(lf_hf.__all__):
         shown, public = package[name], getattr(lf_hf, name)
         if isinstance(public, type) and issubclass(public, Settings):  # whose docstring is made when it is imported
-            shown = griffe.load(public.__module__, docstring_parser="numpy", force_inspection=True, submodules=False)[
-                name
-            ]
+            shown = griffe.inspect(public.__module__, docstring_parser="numpy")[name]
         parts.append(_rendered(shown, 2))
         parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
