@@ -392,7 +392,7 @@ def sweep(
     """Fuse BASE by several methods to several sizes, and evaluate all; results go to the folder OUTDIR.
 
     Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
-    command is run again, and processes that run it at the same time share the work. Writes tables as results.csv and
+    command is run again, and the processes of a launch share the work. Writes tables as results.csv and
     results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import check_evaluation
@@ -408,7 +408,7 @@ def sweep(
         raise click.UsageError(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
     with _usage_errors():
         values = None if metadata is None else parse_json(metadata, "--metadata")
-        check_evaluation(limit, num_fewshot, batch_size, values)
+        check_evaluation(limit, batch_size)
         for level, method in itertools.product(levels, _names(methods)):
             FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
     points = run_sweep(

@@ -11,18 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from lf_hf.evaluate.points import DENSE, HEALED, Point, judging_names, task_names
+from lf_hf.evaluate.points import DENSE, HEALED, Point, figure_names
 from lf_hf.report.figures import COLORS, new_figure
-
-_PUBLISHED = ("acc, mmlu", "acc, mmlu_5shot")  # labels of the panels of what was published
 
 
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Score of each task, and perplexity, divergence and agreement on each text, against the share of layers removed.
+    """Each score, and perplexity, divergence and agreement on each text, against the share of layers removed.
 
-    There is one line a method, and a dashed one where it was healed.
-
-    What is infinite is marked at the top of its panel; what has no finite value at all gets no panel.
+    There is one line a method, and a dashed one where it was healed. What is infinite is marked at the top of its
+    panel; what has no finite value at all gets no panel.
 
     Parameters
     ----------
@@ -34,27 +31,25 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
     names = dict.fromkeys(method.removesuffix(HEALED) for method in (*methods, *published))
     colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
-    panels: dict[str, tuple[bool, dict[str, float]]] = {}
-    for task in task_names(points):
-        score = next(p.scores[task] for p in points if task in p.scores)
-        heights = {p.key: p.scores[task].value if task in p.scores else math.nan for p in points}
-        panels[f"{score.metric}, {task}"] = score.is_perplexity, heights
-    for text in judging_names(points):
-        panels[f"perplexity, {text}"] = (True, {p.key: p.perplexities.get(text, math.nan) for p in points})
-        panels[f"divergence, {text} (nats)"] = (False, {p.key: p.divergences.get(text, math.nan) for p in points})
-        panels[f"agreement, {text}"] = (False, {p.key: p.agreements.get(text, math.nan) for p in points})
-    panels = {label: panel for label, panel in panels.items() if any(map(math.isfinite, panel[1].values()))}
+    panels: dict[str, list[float]] = {}
+    for name in figure_names(points):
+        heights = [found.value if (found := point.figures.get(name)) else math.nan for point in points]
+        if any(map(math.isfinite, heights)):
+            panels[name] = heights
     figure = new_figure(7, 3.0 * max(1, len(panels)) + 0.5)
     axes: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False).flat)
-    for axis, (label, (is_log, heights)) in zip(axes, panels.items(), strict=False):
+    for axis, (name, heights) in zip(axes, panels.items(), strict=False):
         _panel(axis, points, methods, colors, heights)
-        axis.set_ylabel(f"{label} (log scale)" if is_log else label, parse_math=False)
-        if is_log:
-            _logarithmic(axis, [height for height in heights.values() if math.isfinite(height)])
-        for method, numbers in published.items() if label in _PUBLISHED and points[0].method == DENSE else ():
-            shares = [100 * number / points[0].layers for number in numbers]
-            marks: dict[str, Any] = {"color": colors[method], "marker": "s", "fillstyle": "none"}
-            axis.plot(shares, list(numbers.values()), linestyle="none", label=f"{method}, published", **marks)
+        score = next(point.figures[name] for point in points if name in point.figures)
+        label = name if name.startswith(score.metric) else f"{score.metric}, {name}"
+        axis.set_ylabel(f"{label} (log scale)" if score.is_perplexity else label, parse_math=False)
+        if score.is_perplexity:
+            _logarithmic(axis, [height for height in heights if math.isfinite(height)])
+        if name in ("mmlu", "mmlu_5shot") and score.metric == "acc" and points[0].method == DENSE:
+            for method, numbers in published.items():
+                shares = [100 * number / points[0].layers for number in numbers]
+                marks: dict[str, Any] = {"color": colors[method], "marker": "s", "fillstyle": "none"}
+                axis.plot(shares, list(numbers.values()), linestyle="none", label=f"{method}, published", **marks)
         axis.grid(alpha=0.25)
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:  # above all panels, where it hides no line
@@ -65,21 +60,21 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
 
 
 def _panel(
-    axis: Axes, points: Sequence[Point], methods: Sequence[str], colors: Mapping[str, str], heights: Mapping[str, float]
+    axis: Axes, points: Sequence[Point], methods: Sequence[str], colors: Mapping[str, str], heights: Sequence[float]
 ) -> None:
-    """One line a method through the heights of its points, by their keys, and the dense model's."""
+    """One line a method through the heights of its points and the dense model's."""
+    places = [(p.method, 100 * p.layers_removed_fraction, height) for p, height in zip(points, heights, strict=True)]
     for method in methods:
-        line = [(100 * p.layers_removed_fraction, heights[p.key]) for p in points if p.method in (DENSE, method)]
+        line = [(share, height) for of, share, height in places if of in (DENSE, method)]
         color, style = colors[method.removesuffix(HEALED)], "--" if method.endswith(HEALED) else "-"
         axis.plot(*zip(*line, strict=True), color=color, linestyle=style, marker="o", markersize=4, label=method)
-        beyond = [share for share, height in line if height == math.inf]
-        if beyond:
+        if beyond := [share for share, height in line if height == math.inf]:
             marks: dict[str, Any] = {"color": color, "marker": "^", "linestyle": "none", "label": "infinite"}
             axis.plot(beyond, [0.97] * len(beyond), transform=axis.get_xaxis_transform(), **marks)
-    for point in points:
-        if point.method == DENSE and math.isfinite(heights[point.key]):
-            axis.plot(0, heights[point.key], color="black", marker="D", linestyle="none", label="dense")
-            axis.axhline(heights[point.key], color="black", linewidth=0.7, linestyle=":")
+    for method, share, height in places:
+        if method == DENSE and math.isfinite(height):
+            axis.plot(share, height, color="black", marker="D", linestyle="none", label="dense")
+            axis.axhline(height, color="black", linewidth=0.7, linestyle=":")
 
 
 def _logarithmic(axis: Axes, heights: Sequence[float]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from accelerate.utils import patch_environment
-from lm_eval import simple_evaluate
+import numpy as np
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,9 +56,8 @@ class Evaluation:
         for task in self._tasks:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
-        loaded = self._manager.load(self._tasks)["tasks"]  # a data set that cannot be fetched is found out here
         self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
-        for name, task in loaded.items():
+        for name, task in self._load()["tasks"].items():  # a data set that cannot be fetched is found out here
             if getattr(task, "UNSAFE_CODE", False) and not self._may_run_code:
                 raise ValueError(
                     f"The task {name} runs programs that the model writes; set {_RUNS_CODE}=1 to allow that, on a "
@@ -63,42 +65,42 @@ class Evaluation:
                 )
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
-        """Main metric of each task; for a tag, of each of its tasks. Each process of a launch evaluates by itself."""
+        """Main metric of each task; of a tag, and of a group without a figure, those of its tasks.
+
+        Each process of a launch evaluates by itself.
+        """
         wrapper = FusedLM if isinstance(model, FusedForCausalLM) else HFLM
         lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
-        with patch_environment(LOCAL_RANK=0):  # lm-eval gives its results to one process of a launch
-            evaluated = simple_evaluate(
-                lm,
-                tasks=self._tasks,
-                task_manager=self._manager,
-                limit=self._limit,
-                num_fewshot=self._num_fewshot,
-                log_samples=False,
-                confirm_run_unsafe_code=self._may_run_code,
-            )
-        results: Mapping[str, Mapping[str, Any]] = evaluated["results"]
-        better = evaluated.get("higher_is_better", {})
-        asked = _asked(self._tasks, results, evaluated.get("group_subtasks", {}))
-        return {task: _score(results[task], better.get(task, {})) for task in asked}
+        loaded = self._load()
+        evaluated = evaluate(
+            lm, loaded, limit=self._limit, log_samples=False, confirm_run_unsafe_code=self._may_run_code
+        )
+        results, better = evaluated["results"], evaluated.get("higher_is_better", {})
 
+        def with_figures(name: str) -> list[str]:
+            if _figures(results.get(name, {})):
+                return [name]
+            return [task for child in loaded["group_map"].get(name, []) for task in with_figures(child)]
 
-def _asked(
-    tasks: Sequence[str], results: Mapping[str, Mapping[str, Any]], subtasks: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """The results of the tasks that were asked for: of a tag, or a group without a figure, those of its tasks."""
+        tags = self._manager.all_tags
+        names = [
+            name for task in self._tasks for name in (self._manager.load(task)["tasks"] if task in tags else [task])
+        ]
+        figures = dict.fromkeys(task for name in names for task in with_figures(name))
+        return {task: _score(results[task], better.get(task, {})) for task in figures}
 
-    def with_figures(task: str) -> list[str]:
-        if _figures(results.get(task, {})):
-            return [task]
-        return [name for part in subtasks.get(task, []) for name in with_figures(part)]
-
-    def members(task: str) -> set[str]:
-        return {task}.union(*map(members, subtasks.get(task, [])))
-
-    named = [task for task in tasks if task in results or task in subtasks]
-    others = set(results).difference(*map(members, named)) if len(named) < len(tasks) else set()
-    shown = [*named, *(task for task in results if task in others)]
-    return list(dict.fromkeys(name for task in shown for name in with_figures(task)))
+    def _load(self) -> dict[str, Any]:
+        """The tasks, as lm-eval's `simple_evaluate` prepares them."""
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        loaded = self._manager.load(self._tasks)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (own != 0 and self._num_fewshot is not None):
+                task.set_config("num_fewshot", self._num_fewshot or 0)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        return dict(loaded)
 
 
 def _figures(values: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import torch
 from lm_eval.api.registry import register_model
@@ -68,12 +68,8 @@ class FusedLM(HFLM):
                 are not in its test split; for ``refit`` a mixture of text that is there offline.
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
                 settings, else fused and saved there.
-            **kwargs: All other fields of ``lf_hf.FusionConfig``, which need ``num_fusions`` and whose defaults
-                and ranges are documented there: ``method``, ``selection``, ``alignment``, ``merge``, ``refit``,
-                ``ridge``, ``calibration_tokens``, ``calibration_length``, ``kernel_scale``, ``kernel_alpha``,
-                ``embedding_dim``, ``mi_neighbors``, ``entropy_neighbors``, ``rank_normalize``, ``ratio_beta``,
-                ``sample_length``, ``samples_per_subject``, ``perplexity_tokens``, ``heal_tokens``, ``seed``,
-                ``max_divergence``, ``max_perplexity_ratio``.
+            **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there:
+                {settings}.
                 And every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
                 ``peft``, ...
 
@@ -91,33 +87,24 @@ class FusedLM(HFLM):
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
         settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
-        self.calibration, self.fused_dir = calibration, fused_dir
+        settings |= {} if num_fusions is None else {"num_fusions": num_fusions}
+        own: dict[str, Any] = {"calibration": calibration, "fused_dir": fused_dir}
+        self._own = {name: value for name, value in own.items() if value is not None}
         self.fusion_config: FusionConfig | None = None
-        if num_fusions is not None:
-            settings["num_fusions"] = num_fusions
         if level := ", ".join(f"{name}={settings[name]}" for name in LEVELS if name in settings):
             self.fusion_config = FusionConfig.from_kwargs(**settings)
-            if not isinstance(pretrained, str):
+            if refused := [name for name in _NOT_WHILE_FUSING if kwargs.get(name)]:
                 raise ValueError(
-                    f"{level} needs `pretrained` to be a name or path, got a loaded "
-                    f"{type(pretrained).__name__}; fuse with lf_hf.from_pretrained_fused and pass that."
+                    f"{refused[0]}={kwargs[refused[0]]} cannot be combined with {level}; fuse and save the model "
+                    "first, then evaluate the saved one."
                 )
-            for name in _NOT_WHILE_FUSING:
-                if kwargs.get(name):
-                    raise ValueError(
-                        f"{name}={kwargs[name]} cannot be combined with {level}; fuse and save the model first, "
-                        "then evaluate the saved one."
-                    )
             loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
-            self._base = Base.open(pretrained, loading)
+            self._base = Base.open(cast(str, pretrained), loading)  # which refuses a model
             self._check_family(repr(pretrained), self._base.config)
-        elif settings or calibration is not None or fused_dir is not None:
-            others = {"calibration": calibration, "fused_dir": fused_dir}
-            given = ", ".join([*settings, *(name for name, value in others.items() if value is not None)])
-            budgets = " or ".join(LEVELS[1:])
+        elif settings or self._own:
             raise ValueError(
-                f"{given} without num_fusions has no effect; add num_fusions=N, or a budget ({budgets}), to fuse while "
-                "loading."
+                f"{', '.join([*settings, *self._own])} without num_fusions has no effect; add num_fusions=N, or a "
+                f"budget ({' or '.join(LEVELS[1:])}), to fuse while loading."
             )
         elif not isinstance(pretrained, str):
             self._check_fused("`pretrained`", pretrained.config)
@@ -158,50 +145,24 @@ class FusedLM(HFLM):
             self._base_tokenizer = load_tokenizer(tokenizer or pretrained, where)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        if self.fusion_config is None:
-            super()._create_model(pretrained, **kwargs)
-        else:
-            self._model = self._fused(self.fusion_config, **kwargs)
+        if self.fusion_config is not None:  # HFLM loads a model, places it and adds an adapter by this
+            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=self._load_and_fuse)
+        super()._create_model(pretrained, **kwargs)
         report = self._model.fusion_report
         self._config = self._model.config  # until here the base's, with all its layers
         if report is not None and local_rank() == 0:
             eval_logger.info(report.summary())
 
-    def _fused(
-        self,
-        config: FusionConfig,
-        *,
-        parallelize: bool = False,
-        gpus: int | None = None,
-        max_memory_per_gpu: int | str | None = None,
-        max_cpu_memory: int | str | None = None,
-        offload_folder: str | None = "./offload",
-        peft: str | None = None,
-        **loading: Any,
-    ) -> Any:
-        """The base, loaded where HFLM would load it, and fused; with an adapter around it where one is given."""
-        placing = self._get_accelerate_args(
-            parallelize=parallelize,
-            device_map=loading.get("device_map"),
-            max_memory_per_gpu=max_memory_per_gpu,
-            max_cpu_memory=max_cpu_memory,
-            offload_folder=offload_folder,
-            gpus=gpus,
-        )
-        model = from_pretrained_fused(
-            replace(self._base, loading={**self._base.loading, **placing}),
-            config,
-            calibration=self.calibration,
+    def _load_and_fuse(self, _: str, **loading: Any) -> PreTrainedModel:
+        """The base, placed where HFLM says, and fused."""
+        names = ("device_map", "max_memory", "offload_folder")
+        placing = {name: loading[name] for name in names if name in loading}
+        return from_pretrained_fused(
+            replace(self._base, loading=dict(self._base.loading) | placing),
+            self.fusion_config,
             tokenizer=self._base_tokenizer,
-            fused_dir=self.fused_dir,
+            **self._own,
         )
-        if peft is None:
-            return model
-        from peft import PeftModel
-
-        if len(self.tokenizer) != model.config.vocab_size:  # as HFLM does, for adapters with added tokens
-            model.resize_token_embeddings(len(self.tokenizer))
-        return PeftModel.from_pretrained(model, peft, revision=loading.get("revision"))
 
     def get_model_info(self) -> dict[str, Any]:
         """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
@@ -225,6 +186,11 @@ class FusedLM(HFLM):
         return info
 
 
+FusedLM.__init__.__doc__ = (FusedLM.__init__.__doc__ or "").replace(
+    "{settings}", ", ".join(f"``{name}``" for name in FusionConfig.field_names())
+)
+
+
 @register_model("fused_llama")
 class FusedLlamaLM(FusedLM):
     """A fused Llama, and no model of another family; see FusedLM."""
@@ -232,23 +198,12 @@ class FusedLlamaLM(FusedLM):
     _families = ("llama",)
 
 
-def _check_adapter(name: str, revision: str | None) -> None:
-    """Raise ValueError if there is no adapter of PEFT that can be read."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"peft={name!s:.80} needs the peft package; run `pip install peft`.")
-    from peft import PeftConfig
-
-    try:
-        PeftConfig.from_pretrained(name, revision=revision)
-    except Exception as error:  # PEFT has no class of its own for what it cannot read
-        reason = " ".join(str(error).split())
-        raise ValueError(f"No adapter can be read for peft={name!s:.80} ({reason:.300}); give its folder.") from None
-
-
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for arguments that nothing takes, and values that the evaluation would refuse later."""
     check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
     checked_dtype(kwargs.get("dtype"))
     check_batch_size(kwargs.get("batch_size", 1))
-    if kwargs.get("peft") is not None:
-        _check_adapter(kwargs["peft"], kwargs.get("revision"))
+    if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
+        from peft import PeftConfig
+
+        PeftConfig.from_pretrained(kwargs["peft"], revision=kwargs.get("revision"))

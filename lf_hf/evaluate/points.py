@@ -1,4 +1,4 @@
-"""The points of a sweep, and the file that keeps them."""
+"""The points of a sweep, their figures, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lf_hf.report.rows import shown
 from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
 
 DENSE = "dense"
 HEALED = ", healed"  # after a method
 RESULTS = "results.jsonl"
-_BEGINNING = b'{"key": "'  # of each line of it
+_BEGINNING = b'{"key": "'  # of each of its lines
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's main metric, with its standard error where lm-eval gives one.
+    """A task's main metric, with its standard error where lm-eval gives one; or a figure of a text.
 
     `metric` also names the filter that takes the answer out of what a model wrote, where a task has such.
     """
@@ -35,6 +36,11 @@ class Score:
     def is_perplexity(self) -> bool:
         """Whether it is a perplexity of some kind, which is looked at on a logarithmic scale."""
         return "perplexity" in self.metric
+
+    def __str__(self) -> str:
+        if self.metric in ("perplexity", "divergence", "agreement"):
+            return shown(self.metric, self.value)
+        return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr is not None else "")
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,22 @@ class Point:
     divergences: dict[str, float] = field(default_factory=dict)
     agreements: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def figures(self) -> dict[str, Score]:
+        """All scores by task, and figures of texts by name, such as "perplexity, docs"."""
+        of_texts = {"perplexity": self.perplexities, "divergence": self.divergences, "agreement": self.agreements}
+        return self.scores | {
+            f"{metric}, {text}": Score(metric, value, None, metric == "agreement")
+            for metric, values in of_texts.items()
+            for text, value in values.items()
+        }
 
-def judging_names(points: Sequence[Point]) -> list[str]:
-    """Names of the texts that any of some points has a perplexity of."""
-    return list(dict.fromkeys(name for point in points for name in point.perplexities))
 
-
-def task_names(points: Sequence[Point]) -> list[str]:
-    """Names of the tasks that any of some points has a score of."""
-    return list(dict.fromkeys(name for point in points for name in point.scores))
+def figure_names(points: Sequence[Point]) -> list[str]:
+    """Names of the figures that any of some points has: tasks, then what texts were measured by."""
+    names = dict.fromkeys(name for point in points for name in point.figures)
+    order = ("perplexity", "divergence", "agreement")
+    return sorted(names, key=lambda name: order.index(name.split(", ")[0]) if name.split(", ")[0] in order else -1)
 
 
 def read_points(path: Path) -> dict[str, Point]:
@@ -89,11 +102,12 @@ def read_points(path: Path) -> dict[str, Point]:
         lines.append(rest)
     points = {}
     for number, line in enumerate(lines, 1):
-        name = f"Line {number} of {str(path)!r}"
         try:
             point = dataclass_from_json(Point, parse_json(line, "it"), "it")
         except ValueError as error:
-            raise ValueError(f"{name} is no result of a sweep, so choose another folder: {error}") from None
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is no result of a sweep, so choose another folder: {error}"
+            ) from None
         points[point.key] = point
     return points
 

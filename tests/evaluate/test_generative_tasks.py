@@ -12,7 +12,7 @@ import yaml
 from conftest import make_llama, make_tokenizer
 from lm_eval.tasks import TaskManager
 
-from lf_hf.evaluate.evaluation import Evaluation, _asked
+from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import Score
 
 QUESTIONS = ["layer model", "neuron weight fuse", "match row column", "head state"]
@@ -74,19 +74,23 @@ def test_a_task_that_runs_what_the_model_writes_asks_first(
         Evaluation(["writing"])
 
 
-@pytest.mark.parametrize(
-    ("tasks", "shown"),
-    [
-        (["task"], ["task"]),
-        (["group"], ["group"]),
-        (["silent"], ["part", "other"]),
-        (["tag"], ["task", "group", "a", "b", "part", "other"]),
-        (["task", "tag"], ["task", "group", "a", "b", "part", "other"]),
-        (["group", "tag"], ["group", "task", "part", "other"]),
-    ],
-)
-def test_tags_and_groups_without_figures_show_their_tasks(tasks: list[str], shown: list[str]) -> None:
-    figure = {"alias": "x", "acc,none": 0.5}
-    results = dict.fromkeys(("task", "group", "a", "b", "part", "other"), figure) | {"silent": {"alias": "x"}}
-    subtasks = {"group": ["a", "b"], "silent": ["part", "other"], "task": []}
-    assert _asked(tasks, results, subtasks) == shown
+def test_a_tag_shows_its_tasks_and_a_group_its_own_figure_or_else_its_tasks(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "layer", "answer": "model"}) + "\n")
+    names = {"lone": ["tagged"], "other": ["tagged"], "part": [], "piece": []}
+    for name, tags in names.items():
+        data: dict[str, Any] = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        }
+        fields: dict[str, Any] = {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}"}
+        fields |= {"doc_to_choice": ["model", "row"], "doc_to_target": "{{answer}}", "task": name, "tag": tags}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data | fields))
+    summed: dict[str, Any] = {"aggregate_metric_list": [{"metric": "acc"}]}
+    groups = {"silent": {"task": ["part"]}, "group": {"task": ["piece"]} | summed}
+    for name, more in groups.items():
+        (tmp_path / f"_{name}.yaml").write_text(yaml.safe_dump({"group": name, **more}))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: manager)
+        scores = Evaluation(["silent", "group", "tagged"]).scores(make_llama(), make_tokenizer())
+    assert list(scores) == ["part", "group", "lone", "other"]

@@ -42,8 +42,8 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ("num_fusions=1,banana=1", "Unknown argument 'banana'; known are num_fusions, method"),
         ("batch_size=0", "batch_size must be an integer of at least 1, auto, or auto:N, got 0"),
         ("num_fusions=1,batch_size=many", "batch_size must be an integer of at least 1, auto, or auto:N, got 'many'"),
-        ("peft=no/where", "No adapter can be read for peft=no/where"),
-        ("num_fusions=1,peft={base}", "No adapter can be read for peft="),
+        ("peft=no/where", "Can't find 'adapter_config.json' at 'no/where'"),
+        ("num_fusions=1,peft={base}", "Can't find 'adapter_config.json' at "),
     ],
 )
 def test_what_is_wrong_is_said_before_the_model_is_loaded(arguments: str, message: str, base: str, saved: str) -> None:

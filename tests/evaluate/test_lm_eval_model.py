@@ -218,7 +218,9 @@ def test_a_fused_checkpoint_is_not_fused_again(saved: str) -> None:
 
 def test_a_model_cannot_be_fused_by_argument(saved: str) -> None:
     model = FusedLlamaForCausalLM.from_pretrained(saved)
-    with pytest.raises(ValueError, match="num_fusions=1 needs `pretrained` to be a name or path"):
+    with pytest.raises(
+        ValueError, match="base must be the folder or hub name of a checkpoint, got FusedLlamaForCausalLM"
+    ):
         make_lm(model, num_fusions=1)
 
 

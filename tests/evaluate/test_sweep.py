@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from builders import make_point, no_warnings
-from conftest import make_texts, make_tokenizer
+from conftest import ROOT, make_texts, make_tokenizer
 from lm_eval.tasks import TaskManager
+from run_faults import Answers
 from transformers import LlamaConfig
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, measure, tasks_path
-from lf_hf.cli import _print, _table, main
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, tasks_path
+from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, HEALED, Point, Score, read_points
+from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, read_points
 from lf_hf.evaluate.sweep import check_evaluation, is_llama_3_8b, sweep
 from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability, write_tables
 
@@ -38,11 +41,6 @@ def _one_task_index() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
         yield
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "none wanted")
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +67,32 @@ def whole(run: Callable[..., list[Point]], tmp_path_factory: pytest.TempPathFact
     return folder, run(folder)
 
 
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that are judged, by answers that stand for lm-eval's, without pictures."""
+    models: list[Any] = []
+
+    class Kept(Answers):
+        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+            models.append(model)
+            return super().scores(model, tokenizer)
+
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Kept)
+    monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "none wanted")
+    return models
+
+
 def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
     return [{**vars(point), "seconds": None} for point in points]
 
 
+# What is measured
+
+
 def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base: str, text: Path) -> None:
     points = whole[1]
-    assert [(p.method, p.num_fusions) for p in points] == [
-        (DENSE, 0),
-        *(("mka", 1), ("refit", 1), ("mka", 2), ("refit", 2)),
-    ]
+    names = [(DENSE, 0), ("mka", 1), ("refit", 1), ("mka", 2), ("refit", 2)]
+    assert [(point.method, point.num_fusions) for point in points] == names
     for point in points[1:]:
         config = FusionConfig(point.num_fusions, point.method, perplexity_tokens=300, calibration_tokens=1024)
         model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
@@ -93,44 +107,36 @@ def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base:
     assert Evaluation(TASKS).scores(model, make_tokenizer()) == points[-1].scores
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("judged")
 def test_by_groups_each_level_has_its_own(
-    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
-    settings = SETTINGS | {"selection": "groups"}
-    points = run(tmp_path, num_fusions=[1, 2], methods=["refit"], settings=settings)
-    for point in points[1:]:
-        config = FusionConfig(point.num_fusions, "refit", **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = SETTINGS | {"selection": "groups"}
+    for point in run(tmp_path, num_fusions=[1, 2], methods=["refit"], settings=settings)[1:]:
+        config = FusionConfig(point.num_fusions, "refit", **settings)
         report = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text).fusion_report
         assert report is not None
         assert point.perplexities == {info.name: info.fused for info in report.perplexities}
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_healed_points_are_beside_those_that_are_not(
-    run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
-    levels: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"]}
-    points = run(tmp_path / "healed", **levels, settings=SETTINGS | {"heal_tokens": 8192})
-    assert [point.method for point in points] == [DENSE, *["truncate", "truncate, healed"] * 2]
-    assert [(point.config or {}).get("heal_tokens") for point in points] == [None, *[0, 8192] * 2]
+@pytest.mark.usefixtures("judged")
+def test_healed_points_are_beside_those_that_are_not(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+    levels: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"]}
+    heal = {"settings": SETTINGS | {"heal_tokens": 8192}}
+    points = run(tmp_path / "healed", **levels, **heal)
+    assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
-    cached = {"heal_cache": tmp_path / "cache", "settings": SETTINGS | {"heal_tokens": 8192}}
-    others = run(tmp_path / "healed", **levels, **cached)  # with the points that are not healed
+    others = run(tmp_path / "healed", **levels, **heal, heal_cache=tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*/text.json"))) == 1
-    for healed, other in zip(points[2::2], others[2::2], strict=True):
-        assert healed.key != other.key
-        assert other.perplexities == pytest.approx(healed.perplexities, rel=0.05)
-    assert others[:2] == points[:2]
+    assert others[:2] == points[:2] and others[2].key != points[2].key
+    assert others[2].perplexities == pytest.approx(points[2].perplexities, rel=0.05)
     with pytest.raises(ValueError, match="heal_cache is for healed points"):
-        run(tmp_path / "alone", **levels, heal_cache=tmp_path / "cache", settings=SETTINGS)
-    unhealed = run(tmp_path / "alone", **levels, settings=SETTINGS)
-    assert [point.perplexities for point in points[:2] + points[3:4]] == [point.perplexities for point in unhealed]
+        run(tmp_path / "alone", **levels, heal_cache=tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("no_pictures")
+# Interruptions, and several processes
+
+
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
     whole: tuple[Path, list[Point]], run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,9 +151,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     monkeypatch.setattr(Evaluation, "scores", counted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    assert len(read_points(tmp_path / "results.jsonl")) == 2
+    assert len(read_points(tmp_path / RESULTS)) == 2
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
-    with (tmp_path / "results.jsonl").open("a") as file:
+    with (tmp_path / RESULTS).open("a") as file:
         file.write('{"key": "cut sho')
     points = run(tmp_path)
     assert len(calls) == 3 + 3
@@ -158,26 +164,111 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
     assert len(calls) == 8
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_the_dense_model_is_measured_once(
-    run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("_one_task_index")
+def test_a_base_that_differs_in_its_middle_is_another_one(
+    make_base: Callable[..., str], tmp_path: Path, judged: list[Any]
 ) -> None:
-    calls = []
+    base = make_base(vocab_size=40_000)  # some megabytes
+    settings: dict[str, Any] = {"methods": ["truncate"], "num_fusions": [1], "tasks": TASKS}
+    settings["settings"] = {"perplexity_tokens": 0}
+    sweep(base, tmp_path, **settings)
+    file = Path(base, "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    sweep(base, tmp_path, **settings)
+    assert len(judged) == 4
 
-    def count(name: str) -> None:
-        original = getattr(measure, name)
 
-        def counted(*arguments: Any) -> Any:
-            calls.append(name)
-            return original(*arguments)
+@pytest.mark.usefixtures("judged")
+def test_the_base_in_a_hub_s_cache_is_the_same_base(run: Callable[..., list[Point]], base: str, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "models--you--model" / "snapshots" / "0")
+    (tmp_path / "models--you--model" / "refs").mkdir()
+    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
+    settings: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": TASKS, "settings": SETTINGS}
+    there = sweep("you/model", tmp_path / "out", **settings, cache_dir=str(tmp_path))
+    here = run(tmp_path / "here", num_fusions=[1], methods=["truncate"], calibration=None)
+    assert [point.key for point in there] == [point.key for point in here]
 
-        monkeypatch.setattr(measure, name, counted)
 
-    count("sample_distances")
-    count("calibration_sequences")
-    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
-    run(tmp_path)
-    assert calls == ["sample_distances", "calibration_sequences"]
+def test_the_processes_of_a_launch_share_the_points_and_what_one_leaves_is_made_later(
+    make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]
+) -> None:
+    options = "--num-fusions 1,2 --methods truncate,refit --tasks task --perplexity-tokens 100"
+    options += f" --calibration-tokens 1024 --calibration {text}"
+    words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]
+    names = Counter(["dense 6", *(f"{method} {layers}" for method in ("truncate", "refit") for layers in (5, 4))])
+
+    def launched(end: str) -> tuple[int, Counter[str], str]:
+        launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+        environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launch, str(ROOT / "tests" / "run_swept.py"), end, *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=240,
+        )
+        return done.returncode, Counter(re.findall("^judged (.*)$", done.stdout, re.M)), done.stdout + done.stderr
+
+    def results() -> list[dict[str, Any]]:
+        found = without_seconds(list(read_points(tmp_path / "out" / RESULTS).values()))
+        return sorted(found, key=lambda point: (point["method"], point["layers"]))
+
+    code, made, said = launched("dies")
+    there = (tmp_path / "out" / RESULTS).read_bytes()
+    assert code and made == names - Counter(["refit 4"]) and len(there.splitlines()) == 3
+    assert "Not there yet: refit at 1, refit at 2" in said and "run the sweep again" in said
+    assert main(words) == 0 and len(judged) == 2
+    assert (tmp_path / "out" / RESULTS).read_bytes().startswith(there)
+    mended = results()
+    shutil.rmtree(tmp_path / "out")
+    code, made, said = launched("lives")
+    assert (code, made) == (0, names), said
+    assert results() == mended and said.count("Stability") == 1  # one speaks
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, "results.csv", "results.md"}
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": []}, "tasks must be a list with one entry at least"),
+        ({"num_fusions": [1, 9]}, "num_fusions must be 1 to 4"),
+        ({"methods": ["mka", "mkaa"]}, "did you mean 'mka'"),
+        ({"settings": {"ratio_beta": "x"}}, "ratio_beta must be"),
+        ({"calibration": "none.txt"}, "none.txt"),
+        ({"limit": 2.5}, "limit must be a number of questions, whole, or their share below 1, got 2.5"),
+        ({"batch_size": "many"}, "batch_size must be an integer of at least 1, auto, or auto:N, got 'many'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    run: Callable[..., list[Point]], tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        run(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_is_a_share_or_whole() -> None:
+    for fine in (None, 0.5, 1, 200.0):
+        check_evaluation(fine, 1)
+    for limit in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="limit must be a number of questions"):
+            check_evaluation(limit, 1)
+
+
+def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
+        run(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+# Tables and the picture
 
 
 def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
@@ -191,183 +282,70 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
     document = (folder / "results.md").read_text(encoding="utf-8")
     assert document.count("\n| mka | ") == 2 + 4 and "| refit | 2 | 3 | 40.0% |" in document
     assert "Published" not in document
-    assert (
-        f"| {points[-1].divergences['docs']:.4g} |" in document
-        and f"| {points[-1].agreements['docs']:.1%} |" in document
-    )
+    last = points[-1]
+    assert f"| {last.divergences['docs']:.4g} |" in document and f"| {last.agreements['docs']:.1%} |" in document
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
 
 
-def test_of_a_perplexity_task_less_is_better() -> None:
-    levels = {1: 20.0, 4: 400.0, 15: 100.0}
-    points = [
-        dataclasses.replace(make_point("mka", n, 0.0, None), scores={"wikitext": Score("word_perplexity", value, None)})
-        for n, value in levels.items()
-    ]
-    [found] = stability(points)
-    assert found.quantity == "log word_perplexity, wikitext"
-    assert found.worst_step == pytest.approx(math.log(20)) and (found.worst_from, found.worst_to) == (1, 4)
-    assert found.range == pytest.approx(math.log(20))
-    [axis] = sweep_curve(points, {}).axes
-    assert axis.get_yscale() == "log"
-
-
-def test_of_a_task_whose_metric_is_to_be_low_less_is_better() -> None:
+@pytest.mark.parametrize(
+    ("score", "levels", "quantity", "worst"),
+    [
+        (Score("acc", 0.0, 0.01), {1: 0.6, 4: 0.5, 15: 0.55}, "task", (0.1, 1, 4)),
+        (Score("acc", 0.0, 0.01), {1: 0.5, 4: 0.6}, "task", (0.0, None, None)),
+        (Score("bits_per_byte", 0.0, None, False), {1: 1.0, 2: 3.0}, "task", (2.0, 1, 2)),
+        (
+            Score("word_perplexity", 0.0, None),
+            {1: 20.0, 4: 400.0, 15: 100.0},
+            "log word_perplexity, task",
+            (math.log(20), 1, 4),
+        ),
+    ],
+)
+def test_stability_follows_from_the_scores(
+    score: Score, levels: dict[int, float], quantity: str, worst: tuple[Any, ...]
+) -> None:
     points = [
         dataclasses.replace(
-            make_point("mka", n, 0.0, None), scores={"task": Score("bits_per_byte", value, None, False)}
+            make_point("mka", level, 0.0, None), scores={"task": dataclasses.replace(score, value=value)}
         )
-        for n, value in ((1, 1.0), (2, 3.0))
+        for level, value in levels.items()
     ]
     [found] = stability(points)
-    assert found.quantity == "task" and found.worst_step == 2.0
+    assert found.quantity == quantity
+    assert (found.worst_step, found.worst_from, found.worst_to) == (pytest.approx(worst[0]), *worst[1:])
+    values = [math.log(value) if score.is_perplexity else value for value in levels.values()]
+    assert found.range == pytest.approx(max(values) - min(values))
+    assert sweep_curve(points, {}).axes[0].get_yscale() == ("log" if score.is_perplexity else "linear")
+    assert stability(points[:1]) == []
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_base_that_differs_in_its_middle_is_another_one(
-    make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = []
-
-    def scores(*_: Any) -> dict[str, Score]:
-        judged.append(1)
-        return {"task": Score("acc", 0.5, None)}
-
-    monkeypatch.setattr(Evaluation, "scores", scores)
-    base = make_base(vocab_size=40_000)  # some megabytes
-    settings: dict[str, Any] = {"methods": ["truncate"], "num_fusions": [1], "tasks": TASKS}
-    settings["settings"] = {"perplexity_tokens": 0}
-    sweep(base, tmp_path, **settings)
-    file = Path(base, "model.safetensors")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    sweep(base, tmp_path, **settings)
-    assert len(judged) == 4
-
-
-def test_stability_follows_from_the_table() -> None:
-    levels = PUBLISHED["mka"]
-    points = [make_point(DENSE, 0, 0.66), *(make_point("mka", n, value, math.exp(n)) for n, value in levels.items())]
-    accuracy, perplexity = stability(points)
-    values = np.array(list(levels.values()))
-    assert accuracy.quantity == "mmlu_5shot"
-    assert accuracy.deviation == pytest.approx(values.std(ddof=1)) and accuracy.range == pytest.approx(np.ptp(values))
-    assert accuracy.worst_step == pytest.approx(0.6342 - 0.3)
-    assert (accuracy.worst_from, accuracy.worst_to) == (13, 15)
-    assert perplexity.quantity == "log perplexity, docs"
-    assert perplexity.deviation == pytest.approx(np.std([1, 4, 11, 13, 15], ddof=1))
-    assert perplexity.worst_step == pytest.approx(7)
-    assert (perplexity.worst_from, perplexity.worst_to) == (4, 11)
-
-
-def test_scores_that_are_missing_or_no_number_leave_the_tables(tmp_path: Path) -> None:
+def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
     """As of a task that a newer lm-eval renamed, or of a model that has collapsed."""
-    points = [make_point(DENSE, 0, 0.66), make_point("mka", 1, math.nan), make_point("mka", 4, 0.5)]
-    points.append(dataclasses.replace(make_point("mka", 8, 0.4), scores={"another": Score("acc", 0.5, None)}))
-    write_tables(tmp_path, points, "a base", published=False)
+    points = [
+        dataclasses.replace(make_point(DENSE, 0, math.inf, 10.0)),
+        dataclasses.replace(make_point("mka", 1, math.nan, math.inf)),
+        dataclasses.replace(make_point("mka", 4, 0.5, 11.0), scores={"another": Score("acc", 0.5, None)}),
+        make_point("refit", 8, math.nan, 12.0),
+    ]
+    with no_warnings():
+        write_tables(tmp_path, points, "a base", published=True)
+        figure = sweep_curve(points, {})
     assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md", "curve.png", "curve.svg"}
     head, *rows = results_rows(points)
-    assert head[5:7] == ["mmlu_5shot", "another"] and [row[6] for row in rows] == ["-", "-", "-", "0.5000"]
-    assert [entry.quantity for entry in stability(points)] == ["log perplexity, docs"]
+    assert head[5:8] == ["mmlu_5shot", "another", "perplexity, docs"]
+    assert [row[6:8] for row in rows] == [["-", "10"], ["-", "inf"], ["0.5000", "11"], ["-", "12"]]
+    assert stability(points) == []
+    # What is finite nowhere has no panel.
+    assert [axis.get_ylabel() for axis in figure.axes] == ["acc, another", "perplexity, docs (log scale)"]
+    [legend] = figure.legends  # above the panels
+    assert {label.get_text() for label in legend.get_texts()} == {"mka", "refit", "dense", "infinite"}
 
 
 def test_the_dense_model_alone_gets_no_curve(tmp_path: Path) -> None:
     with no_warnings():
         write_tables(tmp_path, [make_point(DENSE, 0, 0.66)], "a base", published=True)
     assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md"}
-
-
-@pytest.mark.parametrize("limit", [0, 2.5, math.inf, math.nan])
-def test_a_limit_is_a_share_or_whole(limit: float) -> None:
-    for fine in (None, 0.5, 1, 200.0):
-        check_evaluation(fine, None, 1, None)
-    with pytest.raises(ValueError, match="limit must be a number of questions, whole, or their share below 1, got"):
-        check_evaluation(limit, None, 1, None)
-
-
-@pytest.mark.parametrize("columns", ["80", "400", ""])
-def test_numbers_and_names_of_a_table_stay_whole(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if columns:
-        monkeypatch.setenv("COLUMNS", columns)
-        monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
-    points = [make_point("neural_alignment, healed", n, 0.5, 10.0**n) for n in (1, 4)]
-    names = {f"text{n}": 1.5 for n in range(12)}
-    head, *rows = results_rows([dataclasses.replace(point, perplexities=names) for point in points])
-    _print(_table("a title that is longer " * 9 + "[than] the table", head, rows))
-    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
-    lines = [[cell.strip() for cell in re.split(" {2,}", line.strip())] for line in printed.splitlines()]
-    assert all(row in lines for row in rows)
-    assert {word for name in head for word in name.split()} <= set(printed.split())
-    assert "the table" in printed and (head in lines) == (columns != "80")
-
-
-def test_what_never_gets_worse_has_no_worst_step() -> None:
-    points = [make_point("mka", 1, 0.5, None), make_point("mka", 4, 0.6, 3.0)]
-    [accuracy] = stability(points)  # of perplexity one level is missing
-    assert (accuracy.worst_step, accuracy.worst_from) == (0, None)
-    assert stability(points[:1]) == []
-
-
-def test_published_numbers_stand_beside_llama_3_8b_alone() -> None:
-    shape = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
-    assert is_llama_3_8b("meta-llama/Meta-Llama-3-8B", shape) and is_llama_3_8b("/models/base", shape)
-    assert not is_llama_3_8b("meta-llama/Meta-Llama-3-8B-Instruct", shape)
-    assert not is_llama_3_8b("meta-llama/Llama-2-7b-hf", LlamaConfig())
-    points = [make_point(DENSE, 0, 0.66), make_point("mka", 4, 0.6)]
-    points[0] = Point(**{**vars(points[0]), "layers": 32})
-    assert "| mka | 4 | 0.5470 |" in markdown(points, "base", published=True)
-    axis = sweep_curve(points, PUBLISHED).axes[0]
-    lines: dict[str, Any] = {str(line.get_label()): line for line in axis.get_lines()}
-    assert list(lines["mka, published"].get_xdata()) == pytest.approx([100 * n / 32 for n in PUBLISHED["mka"]])
-    assert list(lines["mka, published"].get_ydata()) == list(PUBLISHED["mka"].values())
-    others = [dataclasses.replace(point, scores={"mmlu_pro": point.scores["mmlu_5shot"]}) for point in points]
-    for figure in (sweep_curve(points, {}), sweep_curve(others, PUBLISHED)):
-        assert not any("published" in str(line.get_label()) for line in figure.axes[0].get_lines())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tasks": []}, "tasks is empty"),
-        ({"num_fusions": [1, 9]}, "num_fusions must be 1 to 4"),
-        ({"methods": ["mka", "mkaa"]}, "did you mean 'mka'"),
-        ({"settings": {"ratio_beta": "x"}}, "ratio_beta must be"),
-        ({"calibration": "none.txt"}, "'none.txt' does not exist"),
-    ],
-)
-def test_mistakes_are_found_before_anything_is_written(
-    run: Callable[..., list[Point]], tmp_path: Path, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_base_on_the_hub(
-    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Evaluation, "scores", lambda *_: {"task": Score("acc", 0.5, None)})
-    shutil.copytree(base, tmp_path / "models--you--model" / "snapshots" / "0")
-    (tmp_path / "models--you--model" / "refs").mkdir()
-    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
-    settings: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": TASKS, "settings": SETTINGS}
-    there = sweep("you/model", tmp_path / "out", **settings, cache_dir=str(tmp_path))
-    here = run(tmp_path / "here", num_fusions=[1], methods=["truncate"], calibration=None)
-    assert [point.key for point in there] == [point.key for point in here]
-    assert [point.perplexities for point in there] == [point.perplexities for point in here]
-
-
-def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:
-    (tmp_path / "results.csv").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
-        run(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
-    assert (tmp_path / "results.csv").read_text() == "mine"
 
 
 def test_healed_points_are_a_dashed_line_of_their_method_s_colour() -> None:
@@ -380,10 +358,20 @@ def test_healed_points_are_a_dashed_line_of_their_method_s_colour() -> None:
     assert len({lines[name].get_color() for name in names}) == 4
 
 
-def test_a_file_of_something_else_is_named(run: Callable[..., list[Point]], tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text(json.dumps({"accuracy": 1}) + "\n")
-    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep"):
-        run(tmp_path)
+def test_published_numbers_stand_beside_llama_3_8b_alone() -> None:
+    shape = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
+    assert is_llama_3_8b("meta-llama/Meta-Llama-3-8B", shape) and is_llama_3_8b("/models/base", shape)
+    assert not is_llama_3_8b("meta-llama/Meta-Llama-3-8B-Instruct", shape)
+    assert not is_llama_3_8b("meta-llama/Llama-2-7b-hf", LlamaConfig())
+    points = [make_point(DENSE, 0, 0.66), make_point("mka", 4, 0.6)]
+    assert "| mka | 4 | 0.5470 |" in markdown(points, "base", published=True)
+    axis = sweep_curve(points, PUBLISHED).axes[0]
+    lines: dict[str, Any] = {str(line.get_label()): line for line in axis.get_lines()}
+    assert list(lines["mka, published"].get_xdata()) == pytest.approx([100 * n / 32 for n in PUBLISHED["mka"]])
+    assert list(lines["mka, published"].get_ydata()) == list(PUBLISHED["mka"].values())
+    others = [dataclasses.replace(point, scores={"mmlu_pro": point.scores["mmlu_5shot"]}) for point in points]
+    for figure in (sweep_curve(points, {}), sweep_curve(others, PUBLISHED)):
+        assert not any("published" in str(line.get_label()) for line in figure.axes[0].get_lines())
 
 
 def test_command(
@@ -393,9 +381,9 @@ def test_command(
     options = ["--methods", "mka, refit", "--tasks", ",".join(TASKS), "--calibration", text]
     for name, value in SETTINGS.items():
         options += [f"--{name.replace('_', '-')}", value]
-    before = (out / "results.jsonl").read_bytes()
+    before = (out / RESULTS).read_bytes()
     assert main([str(a) for a in ("sweep", base, out, "--num-fusions", "1, 2", *options)]) == 0
-    assert (out / "results.jsonl").read_bytes() == before  # all of it was there
+    assert (out / RESULTS).read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
     for point in whole[1]:
         assert all(f"{value:.4g}" in printed for value in point.perplexities.values())
