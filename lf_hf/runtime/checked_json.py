@@ -9,30 +9,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from types import NoneType, UnionType
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
-_NOT_FINITE = ("Infinity", "-Infinity", "NaN")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list"}
 
 
 def json_ready(value: Any) -> Any:
     """A dataclass's values, of lists and dicts, as strict JSON has them: `dataclass_from_json` reads them back."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    return value
+    return [json_ready(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def parse_json(content: bytes | str, name: str) -> Any:
     """The value that a JSON text holds. Raises ValueError, with `name`, for anything else."""
     try:
-        return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or numbers of endless digits
         raise ValueError(f"{name} is not JSON: {error}.") from None
 
@@ -45,36 +41,29 @@ def dataclass_from_json(kind: type[Record], values: Any, name: str) -> Record:
     ValueError
         If a field is missing or its value is of another type; the message has `name` and the field.
     """
-    return cast(Record, _checked(kind, values, name))
+    checked: Record = _checked(kind, values, name)
+    return checked
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (origin is UnionType and value is None):  # all unions are `... | None`
         return value
-    if origin is UnionType:  # all of them are `... | None`
-        [other] = [argument for argument in arguments if argument is not NoneType]
-        return None if value is None else _checked(other, value, name)
+    if origin is UnionType:
+        return _checked(arguments[0], value, name)
     if origin is list and isinstance(value, list):
         return [_checked(arguments[0], item, f"{name}[{n}]") for n, item in enumerate(value)]
-    if isinstance(value, dict) and (origin or kind) is dict:
+    if origin is dict and isinstance(value, dict):
         return {key: _checked(arguments[1], item, f"{name}[{key!r:.80}]") for key, item in value.items()}
-    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         types = get_type_hints(kind)
-        fields = [field for field in dataclasses.fields(kind) if field.name in value or _is_required(field)]
-        for field in fields:
-            if field.name not in value:
-                raise ValueError(f"{name} lacks {field.name!r}.")
-        make = cast(Callable[..., Any], kind)
-        return make(**{f.name: _checked(types[f.name], value[f.name], f"{name}.{f.name}") for f in fields})
-    if kind is float and type(value) is int and abs(value) < 1 << 63:
+        given = {key: _checked(types[key], item, f"{name}.{key}") for key, item in value.items() if key in types}
+        try:
+            return kind(**given)  # type: ignore[operator]
+        except TypeError as error:  # which names the fields that are missing
+            raise ValueError(f"{name} lacks a field ({error}).") from None
+    if origin is float and (value in ("Infinity", "-Infinity", "NaN") or (type(value) is int and abs(value) < 1 << 63)):
         return float(value)
-    if kind is float and value in _NOT_FINITE:
-        return float(value)
-    if type(value) is kind:
+    if type(value) is origin:
         return value
-    raise ValueError(f"{name} must be {_NAMES.get(origin or kind, 'an object')}, got {value!r:.80}.")
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    raise ValueError(f"{name} must be {_NAMES.get(origin, 'an object')}, got {value!r:.80}.")

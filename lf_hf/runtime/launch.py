@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, distributed
 
 T = TypeVar("T")
@@ -44,13 +44,9 @@ class Processes:
     @classmethod
     def of_launch(cls) -> Processes:
         """All processes of the launch that this one belongs to, connected; this one alone where there is no launch."""
-        if not distributed.is_available():
-            return cls()
-        if not distributed.is_initialized():
-            if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) == 1:
-                return cls()
+        if rank() is None and distributed.is_available() and get_cpu_distributed_information().world_size > 1:
             PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls() if rank() is None else cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -98,13 +94,17 @@ class Processes:
         """
         if self.world_size == 1:
             return compute()
-        value, error = _attempt(compute) if self.is_main else (None, None)
-        box: list[Any] = [(value, None if error is None else str(error))]
+        box: list[Any] = [None, None]
+        error: Exception | None = None
+        try:
+            box[0] = compute() if self.is_main else None
+        except Exception as raised:
+            error, box[1] = raised, str(raised)
         with _connected():
             distributed.broadcast_object_list(box, src=0)
         if error is not None:
             raise error
-        value, reason = box[0]
+        value, reason = box
         if reason is not None:
             raise OtherProcessError(reason)
         return value
@@ -126,15 +126,13 @@ def leave_process_group() -> None:
 
 
 def local_rank() -> int:
-    """Number of this process among those on this machine, from 0."""
-    names = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
-    return get_int_from_env(names, 0)
+    """Number of this process among those that a launcher (torchrun, accelerate, MPI) started on this machine."""
+    return get_cpu_distributed_information().local_rank
 
 
 def local_processes() -> int:
     """How many there are on this machine."""
-    names = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
-    return get_int_from_env(names, 1)
+    return get_cpu_distributed_information().local_world_size
 
 
 def own_device(device: Any) -> Any:
@@ -143,13 +141,6 @@ def own_device(device: Any) -> Any:
     if local_processes() == 1 or kind is None or device != kind.type:
         return device
     return f"{device}:{local_rank() % torch.accelerator.device_count()}"
-
-
-def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return compute(), None
-    except Exception as error:  # raised again once the other processes know
-        return None, error
 
 
 @contextmanager

@@ -13,13 +13,6 @@ from lf_hf.runtime.launch import local_processes
 PROCESS = 11 << 26
 """Bytes that Python takes with torch and transformers."""
 
-# By the version of Linux's control groups: where they are, what holds limits and what is in use, and what comes before
-# the names of the file pages in memory.stat, which the kernel gives back when memory runs short.
-_CONTROL_GROUPS = {
-    2: ("sys/fs/cgroup", ["memory.max", "memory.high"], "memory.current", ""),
-    1: ("sys/fs/cgroup/memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"),
-}
-
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the machine's memory, this process's share among those of a launch."""
@@ -35,31 +28,32 @@ def left_to_control_groups(root: Path = Path("/")) -> list[int]:
     `root` is where `proc` and `sys` are. Without limits, and on other systems than Linux, there are none.
     """
     left = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, _, named = line.partition(":")
-        controllers, _, path = named.partition(":")
-        if "memory" not in controllers.split(",") and number != "0":
+    for line in _words(root / "proc/self/cgroup"):
+        _, _, controllers, path = ["", *line.split(":", 2), "", ""][:4]
+        if controllers and "memory" not in controllers.split(","):
             continue
-        place, limits, usage, total = _CONTROL_GROUPS[2 if number == "0" else 1]
+        # Controllers have names, and a mount each, in version 1 of control groups.
+        mount, total = (root / "sys/fs/cgroup/memory", "total_") if controllers else (root / "sys/fs/cgroup", "")
         group = Path(path.lstrip("/"))
-        for folder in (root / place / parent for parent in (group, *group.parents)):
+        for folder in (mount / parent for parent in (group, *group.parents)):
             # A container may not see the groups above it, and some have no limit ("max").
-            most = [int(word) for name in limits for word in _text(folder / name).split() if word.isdecimal()]
-            used = [int(word) for word in _text(folder / usage).split() if word.isdecimal()]
+            limits = [_words(folder / f"memory.{name}") for name in ("max", "high", "limit_in_bytes")]
+            in_use = [_words(folder / f"memory.{name}") for name in ("current", "usage_in_bytes")]
+            most, used = ([int(word) for words in of for word in words if word.isdecimal()] for of in (limits, in_use))
             if most and used:
-                stat = pairwise(_text(folder / "memory.stat").split())
-                pages = {name: int(word) for name, word in stat if word.isdecimal()}
-                files = sum(pages.get(f"{total}{kind}_file", 0) for kind in ("active", "inactive"))
-                left.append(max(0, min(most) - used[0] + files))
+                # The kernel gives back the pages of files when memory runs short.
+                stat = dict(pairwise(_words(folder / "memory.stat")))
+                pages = [stat.get(f"{total}{kind}_file", "") for kind in ("active", "inactive")]
+                left.append(max(0, min(most) - used[0] + sum(int(size) for size in pages if size.isdecimal())))
     return left
 
 
-def _text(file: Path) -> str:
-    """What a small file has; nothing, if it cannot be read."""
+def _words(file: Path) -> list[str]:
+    """The words of a small file; none, if it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
-        return ""
+        return []
 
 
 def in_gib(size: float) -> str:

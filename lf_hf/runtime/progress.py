@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import autonotebook, std
 from transformers.utils import logging as hf_logging
 
 from lf_hf.runtime.launch import local_rank
 
-T = TypeVar("T")
-
 EVERY = 30.0
 """Seconds from one line of a log to the next; shorter stages print none."""
 
 
-@overload
-def progress(
-    iterable: Iterable[T], *, total: int | None = None, desc: str, unit: str, leave: bool = True
-) -> Iterable[T]: ...
-@overload
-def progress(*, total: int, desc: str, unit: str, leave: bool = True) -> Any: ...
 def progress(
     iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str, unit: str, leave: bool = True
 ) -> Any:
-    """Pass on what `iterable` has, and show how far it is; without one, a context whose `update()` counts one.
+    """A tqdm bar around `iterable`, or without one a context whose `update()` counts one; in a log it is lines.
 
     Nothing is shown after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
     first of the processes that a launcher started on a machine shows it for all.
@@ -43,52 +34,32 @@ def progress(
     leave : bool
         Whether a finished bar stays on the terminal.
     """
-    shown = local_rank() == 0
-    terminal = sys.stderr is not None and sys.stderr.isatty()
+    options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "leave": leave, "disable": local_rank() > 0}
+    terminal = sys.stderr is None or sys.stderr.isatty()
     if terminal or autonotebook.tqdm is not std.tqdm or not hf_logging.is_progress_bar_enabled():
-        return hf_logging.tqdm(iterable, total=total, desc=desc, unit=unit, leave=leave, disable=not shown)
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    return _Lines(iterable or (), total, desc, unit, shown)
+        return hf_logging.tqdm(iterable, **options)
+    options["disable"] |= hf_logging.get_verbosity() > logging.WARNING
+    return _Lines(iterable, **options, delay=EVERY, mininterval=EVERY, miniters=1)
 
 
-class _Lines(Generic[T]):
-    """Lines on standard error."""
+class _Lines(std.tqdm):
+    """Lines on standard error in place of a bar."""
 
-    def __init__(self, iterable: Iterable[T], total: int | None, desc: str, unit: str, shown: bool) -> None:
-        self._iterable, self._total, self._desc, self._unit, self._shown = iterable, total, desc, unit, shown
-        self._done = 0
-        self._start = self._last = time.monotonic()
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg is None and 0 < self.n != self.total:
+            of, left = "", ""
+            if self.total:
+                seconds = self.format_dict["elapsed"] * (self.total - self.n) / self.n
+                of, left = f" of {self.total}", f", about {duration(seconds)} left"
+            print(f"{self.desc}: {self.unit} {self.n}{of} is done{left}.", file=sys.stderr, flush=True)
+        return False  # there is nothing to clear
 
-    def __iter__(self) -> Iterator[T]:
-        with self:
-            for item in self._iterable:
-                yield item
-                self.update()
-
-    def update(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < EVERY or self._done == self._total:
-            return
-        of, left = "", ""
-        if self._total:
-            seconds = (now - self._start) * (self._total - self._done) / self._done
-            of, left = f" of {self._total}", f", about {duration(seconds)} left"
-        self._say(f"{self._unit} {self._done}{of} is done{left}")
-        self._last = now
-
-    def __enter__(self) -> _Lines[T]:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        taken = time.monotonic() - self._start
-        if kind is None and taken >= EVERY:
-            self._say(f"done in {duration(taken)}")
-
-    def _say(self, text: str) -> None:
-        if self._shown and sys.stderr is not None and hf_logging.get_verbosity() <= logging.WARNING:
-            print(f"{self._desc}: {text}.", file=sys.stderr, flush=True)
+    def close(self) -> None:
+        taken = self.format_dict["elapsed"]
+        if not self.disable and taken >= EVERY and 0 < self.n == self.total:
+            print(f"{self.desc}: done in {duration(taken)}.", file=sys.stderr, flush=True)
+        self.leave = False
+        super().close()
 
 
 def duration(seconds: float) -> str:
