@@ -190,8 +190,8 @@ class Settings:
                 f"The settings must be a {cls.__name__}, got {settings!r:.80}; give its fields as keyword arguments."
             )
         given = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
-        for name in kwargs:
-            if difflib.get_close_matches(name, cls.field_names(), n=1, cutoff=0.85):
+        for name in kwargs.keys() - {"token"}:  # the hub's, which is no misspelt `tokens`
+            if difflib.get_close_matches(name, cls.field_names(), n=1, cutoff=0.75):
                 raise ValueError(unknown_name("argument", name, cls.field_names()))
         own: dict[str, Any] = {}
         if settings is not None:  # but for what a preset filled in, which goes with the old preset
