@@ -213,7 +213,7 @@ def fuse(
         low_memory_device(loading)
     opened = Base.open(base, loading)
     check_disk(opened, config, out)
-    with _without_warnings("lf_hf.pipeline", "lf_hf.healing.outcome"):  # their notes stand below the table
+    with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, plain=plain, calibration=calibration)
     if rank():  # of a launch: the first one speaks
         return
@@ -250,16 +250,6 @@ def _num_fusions(num_layers: int, target_layers: int) -> int:
     help="Text to heal on, as --calibration of `lf-hf fuse` takes it.",
     show_default="a mixture of text that comes with the packages",
 )
-@click.option("--dataset", metavar="NAME", help="A data set on the hub in place of --text; it is streamed.")
-@click.option("--dataset-config", metavar="NAME", help="Configuration of the data set.")
-@click.option("--split", metavar="NAME", default="train", show_default=True, help="Split of the data set.")
-@click.option(
-    "--column",
-    metavar="NAME",
-    default="text",
-    show_default=True,
-    help="Column of the data set that has the text, or chats.",
-)
 @click.option(
     "--cache",
     metavar="DIR",
@@ -277,10 +267,6 @@ def heal(
     out: str,
     base: str | None,
     text: str | None,
-    dataset: str | None,
-    dataset_config: str | None,
-    split: str,
-    column: str,
     cache: str | None,
     arg: tuple[str, ...],
     gguf_file: str | None,
@@ -294,18 +280,14 @@ def heal(
     where it stopped. Started by `accelerate launch -m lf_hf heal ...`, it uses all devices of the launch. Ends with a
     table: perplexity, divergence from the base, and how often both models expect the same token.
     """
-    from lf_hf.healing.training import given_arguments
+    from lf_hf.healing.trainer import parse_training_arguments
 
     with _usage_errors():
         chosen = HealSettings.from_kwargs(**_given(**settings))
-        training = given_arguments(arg)
+        training = parse_training_arguments(arg)
     asked: dict[str, Any] = {
         "base": base,
         "text": text,
-        "dataset": dataset,
-        "dataset_config": dataset_config,
-        "dataset_split": split,
-        "dataset_column": column,
         "settings": chosen,
         "cache": cache,
         "training_args": training,
@@ -318,7 +300,7 @@ def heal(
         if not rank():
             print(plan.summary())
         return
-    with _without_warnings("lf_hf.healing.outcome"):  # its notes stand below the table
+    with _without_warnings("lf_hf.healing.judge"):  # its notes stand below the table
         report = lf_hf.heal(fused, out, **asked)
     assert report.healed is not None
     if rank():  # of a launch: the first one speaks

@@ -155,10 +155,6 @@ def plan_heal(
     *,
     base: str | os.PathLike[str] | Base | None = None,
     text: Samples | None = None,
-    dataset: str | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    dataset_column: str = "text",
     settings: HealSettings | None = None,
     cache: str | os.PathLike[str] | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -174,34 +170,32 @@ def plan_heal(
     OSError
         If the disk has no room for the training's states.
     """
-    from lf_hf.healing.heal import STATES, WORK, HealingText, fitted_arguments, open_healing  # import the Trainer
-    from lf_hf.healing.lesson import choose_way
-    from lf_hf.healing.training import disk_needed, make_student
+    from lf_hf.healing.heal import STATES, WORK, fitted_arguments, open_healing  # import the Trainer
+    from lf_hf.healing.teacher import place_teacher
+    from lf_hf.healing.trainer import disk_needed, make_student
 
-    source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    came_in, opened, corpus, folder = open_healing(
-        fused, out, base, source, settings, given, kwargs, reads_weights=False
-    )
+    inputs, folder = open_healing(fused, out, base, text, settings, given, kwargs, reads_weights=False)
+    model = inputs.fused.model
     with TemporaryDirectory() as work:
-        settings, arguments = fitted_arguments(settings, came_in.model.config, Path(work), given)
-        student = make_student(came_in.model, settings, came_in.fused_layers)
-        way = choose_way(opened, student, settings, arguments, given, cache, planned=came_in.model)
+        settings, arguments = fitted_arguments(settings, model.config, Path(work), given)
+        student = make_student(model, settings, inputs.fused.fused_layers)
+        placement = place_teacher(inputs.base, settings, student, arguments, given, cache, planned=model)
     disk = disk_needed(student, settings.train)
     check_room(folder, disk, STATES)
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
     on_cpu = arguments.device.type == "cpu"
-    memory = way.memory + (PROCESS + sum(p.nbytes for p in came_in.model.parameters()) if on_cpu else 0)
+    memory = placement.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
     goes_on = f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on."
     plural = "" if settings.steps == 1 else "s"
     return Plan(
-        f"{Path(fused).resolve().name}, healed by its base {opened.name}",
+        f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}",
         [
             f"trained: {sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} "
             f"parameters ({settings.train})",
             f"training: {settings.steps:,} step{plural} of {settings.batch * settings.length:,} tokens",
-            f"text: {corpus.full_source}",
-            f"the base's predictions: {way.said}",
+            f"text: {inputs.corpus.full_source}",
+            f"the base's predictions: {placement.description}",
             f"peak memory{'' if on_cpu else f' on {arguments.device}'}, about: {in_gib(memory)}",
             f"disk, until it is done, at most about: {in_gib(disk)}",
         ],

@@ -196,7 +196,7 @@ def _load_or_fuse(
 
     with ExitStack() as stack:
         if reasons_to_fuse():
-            check_replaceable(folder, base.name)
+            check_replaceable(folder, base.name, remade=True)
             processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
             if reasons := reasons_to_fuse():  # checked again under the lock
                 if (folder / REPORT_NAME).is_file():

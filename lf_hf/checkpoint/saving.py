@@ -63,11 +63,12 @@ def check_room(path: object, needed: int, what: str) -> None:
         )
 
 
-def check_replaceable(path: object, base: str) -> bool:
+def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion of `base`, a name or path, would replace.
 
     Raises ValueError if it is the base's own, holds weights or a config.json that lf_hf has not written, or that were
-    changed since, or is no folder.
+    changed since, as by training or healing, or is no folder. With `remade` a healed one may be replaced that says what
+    it was made of.
     """
     folder = checked_folder(path)
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -77,6 +78,8 @@ def check_replaceable(path: object, base: str) -> bool:
     ours = {name for name, digest in _written(before).items() if _is_written(folder / name, digest)}
     if CHANGED_NOTE in before.get("notes", ()):
         raise ValueError(f"{str(path)!r} holds a fused model that was changed since; choose another folder.")
+    if before.get("healed") and not (remade and before.get("fingerprints")):
+        raise ValueError(f"{str(path)!r} holds a healed model; choose another folder.")
     if taken := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
         raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")

@@ -13,8 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,49 +25,38 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import Base, load_tokenizer
+from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import check_replaceable, check_room, checked_folder, only_writer
 from lf_hf.decoder.interface import remove_config_layer
-from lf_hf.decoder.predictions import Predictions
 from lf_hf.families import is_tied
-from lf_hf.healing.judge import judge
-from lf_hf.healing.lesson import (
-    MOST_EPOCHS,
-    Way,
-    choose_way,
-    digest_of,
-    epochs_note,
-    make_lesson,
-    tokenizer_of,
-    weights_of,
-)
+from lf_hf.healing.inputs import FusedCheckpoint, HealingInputs, open_inputs
+from lf_hf.healing.judge import healed_report, healed_texts, judge
 from lf_hf.healing.loss import Loss
-from lf_hf.healing.models import Fused, open_base, open_fused
-from lf_hf.healing.outcome import best_step, healed_report
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import stacked
-from lf_hf.healing.text import Sequences, given_text, hub_texts
-from lf_hf.healing.training import (
-    DistillationTrainer,
+from lf_hf.healing.teacher import Placement, place_teacher, stacked, training_data
+from lf_hf.healing.text import TextUse, given_text
+from lf_hf.healing.trainer import (
     check_arguments,
     choose_trained,
     disk_needed,
     make_student,
-    trained_state,
+    make_trainer,
     training_arguments,
 )
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import FusionReport, HealingInfo, HealingPoint
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
-from lf_hf.text.calibration import Corpus, load_training_text
-from lf_hf.text.sources import OpenTokenizer, Samples
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.sources import Samples
 
 logger = logging.get_logger(__name__)
 
-WORK = ".lf_hf-healing"  # in OUT: the state of a training that is not done
-STATES = "states of the training take"  # on disk, at most
+WORK = ".lf_hf-healing"
+"""In OUT: the state of a training that is not done."""
+STATES = "states of the training take"
+"""On disk, at most."""
 _LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
 # What the names of training arguments begin with that change nothing in the result.
 _WITHOUT_EFFECT = (
@@ -89,10 +76,6 @@ def heal(
     *,
     base: str | os.PathLike[str] | Base | None = None,
     text: Samples | None = None,
-    dataset: str | None = None,
-    dataset_config: str | None = None,
-    dataset_split: str = "train",
-    dataset_column: str = "text",
     settings: HealSettings | None = None,
     cache: str | os.PathLike[str] | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -101,22 +84,20 @@ def heal(
     """Train a fused model, for a short time, to predict what its base predicts, and save it into another folder.
 
     It is transformers' `Trainer` that trains, so `accelerate launch` spreads it over devices. The state that is nearest
-    to the base on text that was kept aside is what is saved; if none is nearer than what came in, that is. What a
-    killed run had done is in OUT: the same call again goes on there.
+    to the base on held-out text is what is saved; if none is nearer than the fused model, that is. The state of a run
+    that was killed is in OUT: the same call again goes on there.
 
     Parameters
     ----------
     fused : path
         Folder of a fused checkpoint, native or plain.
     out : path
-        Where to write one of the same kind. A fused checkpoint in that folder is replaced.
+        Where to write one of the same kind. A fused checkpoint in that folder is replaced, but none that was trained.
     base : str or Base, optional
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
     text : list of str or chats, or path, optional
         Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
         for. Default: a mixture that is there offline.
-    dataset, dataset_config, dataset_split, dataset_column : str, optional
-        A data set on the hub in place of `text`: its beginning is streamed.
     settings : HealSettings, optional
         HealSettings fields in `kwargs` override it.
     cache : path, optional
@@ -139,82 +120,49 @@ def heal(
     OSError
         If another process is at work in that folder, or if files cannot be written.
     """
-    source = HealingText(text, dataset, dataset_config, dataset_split, dataset_column)
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    came_in, opened, corpus, folder = open_healing(fused, out, base, source, settings, given, kwargs)
-    work = folder / WORK
-    report = _distilled(came_in, opened, corpus, settings, work, cache, given)
+    inputs, folder = open_healing(fused, out, base, text, settings, given, kwargs)
+    report = _distill(inputs, folder / WORK, cache, given)
 
     def save() -> None:
-        came_in.model.fusion_report, came_in.model.tokenizer = report, came_in.tokenizer
-        came_in.model.save_pretrained(folder, plain=came_in.plain)
-        if (work / _LOGS).is_dir():
-            shutil.copytree(work / _LOGS, folder / _LOGS, dirs_exist_ok=True, copy_function=_copy_unless_there)
-        shutil.rmtree(work, ignore_errors=True)
+        model = inputs.fused.model
+        model.fusion_report, model.tokenizer = report, inputs.fused.tokenizer
+        model.save_pretrained(folder, plain=inputs.fused.plain)
+        logs = folder / WORK / _LOGS
+        for log in logs.rglob("*"):
+            target = folder / _LOGS / log.relative_to(logs)
+            if log.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(log, target)
+        shutil.rmtree(folder / WORK, ignore_errors=True)
 
     Processes.of_launch().broadcast_object(save)
     return report
-
-
-def _copy_unless_there(source: str, target: str) -> None:
-    if not os.path.exists(target):
-        shutil.copy2(source, target)
-
-
-@dataclass(frozen=True)
-class HealingText:
-    """Where the text of a healing comes from, as `heal` takes it."""
-
-    text: Samples | None
-    dataset: str | None
-    config: str | None
-    split: str
-    column: str
-
-    def load(self, settings: HealSettings, open_tokenizer: OpenTokenizer) -> Corpus:
-        if self.dataset is None:
-            if (self.config, self.split, self.column) != (None, "train", "text"):
-                raise ValueError(
-                    "A configuration, split or column is one of a data set; name it with dataset= (--dataset)."
-                )
-            return load_training_text(self.text, settings.tokens, open_tokenizer)
-        if self.text is not None:
-            raise ValueError("text and dataset exclude each other; give one of them.")
-        texts = hub_texts(self.dataset, self.config, self.split, self.column, settings.tokens)
-        corpus = load_training_text(texts, settings.tokens, open_tokenizer)
-        names = [f"{self.dataset} ({self.split})", *corpus.names[1:]]
-        return dataclasses.replace(corpus, source=", ".join(names))
 
 
 def open_healing(
     fused: str | os.PathLike[str],
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | Base | None,
-    source: HealingText,
+    text: Samples | None,
     settings: HealSettings,
     given: Mapping[str, Any],
-    hub: dict[str, Any],
+    hub: Mapping[str, Any],
     *,
     reads_weights: bool = True,
-) -> tuple[Fused, Base, Corpus, Path]:
-    """What `heal` starts from, checked: the fused model, its base, the text, and the folder of the result."""
+) -> tuple[HealingInputs, Path]:
+    """What `heal` starts from, checked, and the folder of the result."""
     folder = checked_folder(out)
-    if folder == checked_folder(fused):
+    if isinstance(fused, str | os.PathLike) and folder == checked_folder(fused):
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     if (folder / _LOGS).is_file() and given.get("report_to", "none") != "none":
         raise ValueError(
             f"{os.fspath(out)!r} holds a file {_LOGS!r}, where the Trainer's logs go; choose another folder."
         )
     check_arguments(given)
-    if base is not None and not isinstance(base, Base):
-        base = Base.open(base, hub)
-    own = base is None or (checked_folder(fused) / "tokenizer_config.json").is_file()
-    open_tokenizer = base.tokenizer if base is not None and not own else partial(load_tokenizer, str(fused), {})
-    corpus = source.load(settings, open_tokenizer)
-    came_in = open_fused(fused, reads_weights=reads_weights)
-    opened = open_base(base, came_in, hub)
-    check_replaceable(folder, opened.name)
-    return came_in, opened, corpus, folder
+    inputs = open_inputs(fused, base, text, settings, hub, reads_weights=reads_weights)
+    check_replaceable(folder, inputs.base.name)
+    return inputs, folder
 
 
 def heal_loaded(
@@ -229,11 +177,11 @@ def heal_loaded(
     report, tokens = model.fusion_report, config.heal_tokens
     assert report is not None
     report = dataclasses.replace(report, config=report.config | {"heal_tokens": tokens})
-    came_in = Fused(model, report, plain=False, tokenizer=model.tokenizer)
-    settings = HealSettings(tokens=tokens, seed=config.seed)
+    fused = FusedCheckpoint(model, report, model.tokenizer)
+    inputs = HealingInputs(fused, base, corpus, HealSettings(tokens=tokens, seed=config.seed))
     with ExitStack() as stack:
         work = Processes.of_launch().broadcast_object(lambda: stack.enter_context(TemporaryDirectory()))
-        model.fusion_report = _distilled(came_in, base, corpus, settings, Path(work), cache, {})
+        model.fusion_report = _distill(inputs, Path(work), cache, {})
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
@@ -246,8 +194,7 @@ def check_can_heal(
     cache: str | os.PathLike[str] | None = None,
 ) -> None:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
-    settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)
-    fused = copy.deepcopy(base.config)
+    settings, fused = HealSettings(tokens=config.heal_tokens, seed=config.seed), copy.deepcopy(base.config)
     for _ in range(config.num_fusions or 1):  # one at least, where a budget says how many
         remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
@@ -256,12 +203,12 @@ def check_can_heal(
         settings, arguments = fitted_arguments(settings, base.config, Path(work), {})
         choose_trained(student, settings.train, [])
         given_text(tokenizer, corpus, settings, base.config.vocab_size)
-        choose_way(base, student, settings, arguments, {}, cache)
+        place_teacher(base, settings, student, arguments, {}, cache)
         check_room(work, disk_needed(student, settings.train), STATES)
 
 
 def fitted_arguments(
-    settings: HealSettings, config: PreTrainedConfig, work: Path, given: dict[str, Any]
+    settings: HealSettings, config: PreTrainedConfig, work: Path, given: Mapping[str, Any]
 ) -> tuple[HealSettings, TrainingArguments]:
     """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly.
 
@@ -280,7 +227,7 @@ def fitted_arguments(
 
 
 @contextmanager
-def _as_it_was() -> Iterator[None]:
+def _unchanged_process() -> Iterator[None]:
     """Give back, after a training, the random numbers and the precision that it sets for the whole process."""
     python, of_numpy, set_before = random.getstate(), np.random.get_state(), bool(AcceleratorState._shared_state)
     try:
@@ -293,104 +240,90 @@ def _as_it_was() -> Iterator[None]:
             AcceleratorState._reset_state()
 
 
-def _distilled(
-    came_in: Fused,
-    opened: Base,
-    corpus: Corpus,
-    settings: HealSettings,
-    work: Path,
-    cache: str | os.PathLike[str] | None,
-    given: dict[str, Any],
+def _distill(
+    inputs: HealingInputs, work: Path, cache: str | os.PathLike[str] | None, given: dict[str, Any]
 ) -> FusionReport:
-    """Train the model that came in, in place and in all processes; returns what its report is then."""
-    start = time.monotonic()
-    model = came_in.model
-    settings, arguments = fitted_arguments(settings, model.config, work, given)
-    processes = Processes.of_launch()
-    student = make_student(model, settings, came_in.fused_layers)
-    way = choose_way(opened, student, settings, arguments, given, cache)
-    on_disk = disk_needed(student, settings.train)
+    """Train the fused model, in place and in all processes; returns what its report is then."""
+    start, model, processes = time.monotonic(), inputs.fused.model, Processes.of_launch()
+    settings, arguments = fitted_arguments(inputs.settings, model.config, work, given)
+    inputs = dataclasses.replace(inputs, settings=settings)
+    student = make_student(model, settings, inputs.fused.fused_layers)
+    placement = place_teacher(inputs.base, settings, student, arguments, given, cache)
 
-    def check_disk() -> None:
-        if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
-            check_room(work, on_disk, STATES)
-
-    processes.broadcast_object(check_disk)
     with ExitStack() as stack:
-        stack.enter_context(_as_it_was())
-        processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(work))))
-        resumed = processes.broadcast_object(
-            lambda: _state_of(work, came_in, opened, settings, corpus, way, arguments, given)
-        )
-        lesson = make_lesson(way, opened, came_in, corpus, settings, arguments, work, processes)
-        if lesson.epochs > MOST_EPOCHS:
-            logger.warning(epochs_note(lesson.epochs))
 
-        def judged() -> dict[str, Predictions]:
-            return {name: judge(model, items, lesson.teacher, processes) for name, items in lesson.judging.items()}
+        def begin() -> str | None:
+            if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
+                check_room(work, disk_needed(student, settings.train), STATES)
+                given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
+            stack.enter_context(only_writer(work))
+            return _resumed_from(work, _identity(inputs, placement, arguments, given))
 
-        before = judged()
-        trainer = DistillationTrainer(
-            teacher=lesson.teacher,
-            loss=Loss(settings.temperature, settings.next_token_share),
-            model=student,
-            args=arguments,
-            data_collator=stacked,
-            train_dataset=Sequences(lesson.items, lesson.order),
-            eval_dataset={name: Sequences(lesson.items, numbers) for name, numbers in lesson.held_out.items()},
-        )
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        del student
+        stack.enter_context(_unchanged_process())
+        resumed = processes.broadcast_object(begin)
+        loss = Loss(settings.temperature, settings.next_token_share)
         arguments.eval_on_start = resumed is None
+        trainer = make_trainer(student, arguments, loss, stacked)
+        data = training_data(inputs, placement, arguments, work, processes)
+        use = TextUse.of(data.counts, settings)
+        if use.note:
+            logger.warning(use.note)
+        before = judge(model, data.judging, data.teacher, processes)
+        trainer.teacher, trainer.eval_dataset = data.teacher, data.held_out
+        trainer.train_dataset = data.training[use.order]
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         trainer.train(resume_from_checkpoint=resumed)
-        kept = best_step(trainer)
-        if kept:
-            _take_over(model, trained_state(trainer, model, settings), processes)
-        after, seconds = judged(), time.monotonic() - start
-        return healed_report(came_in, settings, lesson, trainer, trained, kept, before, after, corpus, seconds)
+        if kept := trainer.best_step():
+            _load(model, trainer.trained_state(model, settings), processes)
+        after = judge(model, data.judging, data.teacher, processes)
+        healed = HealingInfo(
+            settings=settings.recorded(on_disk=placement.files is not None, written_share=use.written_share),
+            text=use.kinds,
+            epochs=use.epochs,
+            trained=trained,
+            steps=trainer.state.global_step,
+            kept=kept,
+            teacher=placement.description,
+            curve=[HealingPoint(step, of_kinds) for step, of_kinds in sorted(trainer.curve().items())],
+            judged=healed_texts(data.judging, before, after),
+            seconds=time.monotonic() - start,
+        )
+        return healed_report(inputs, healed, after, use, trainer.diverged)
 
 
 @torch.no_grad()
-def _take_over(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
-    """Give a model, in all processes, the weights that the first one has; other models may share its tensors."""
-    taken, tied = {}, is_tied(model)
+def _load(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Processes) -> None:
+    """Give a model, in all processes, the weights that the first one has; other models may share its old tensors."""
+    new, tied = {}, is_tied(model)
     for name, parameter in model.named_parameters():
-        tensor = torch.empty_like(parameter)
+        new[name] = torch.empty_like(parameter)
         if processes.is_main:
-            tensor.copy_(state[name])
-        processes.broadcast(tensor)
-        taken[name] = tensor
-    model.load_state_dict(taken, assign=True, strict=False)
+            new[name].copy_(state[name])
+        processes.broadcast(new[name])
+    model.load_state_dict(new, assign=True, strict=False)
     if tied:
         model.tie_weights()
 
 
-def _state_of(
-    work: Path,
-    came_in: Fused,
-    opened: Base,
-    settings: HealSettings,
-    corpus: Corpus,
-    way: Way,
-    arguments: TrainingArguments,
-    given: Mapping[str, Any],
-) -> str | None:
-    """The checkpoint of a run of the same healing that was cut short, if any.
-
-    Raises ValueError for one of another healing, so that nothing is lost; what has no checkpoint is removed.
-    """
-    identity = {
-        "settings": settings.to_dict(),
-        "fused": weights_digest(came_in.model.named_parameters()),
-        "base": weights_of(opened, came_in),
-        "text": digest_of(corpus),
+def _identity(
+    inputs: HealingInputs, placement: Placement, arguments: TrainingArguments, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run must have in common with one that was cut short to go on with it."""
+    return inputs.content() | {
+        "settings": inputs.settings.to_dict(),
+        "fused": weights_digest(inputs.fused.model.named_parameters()),
         "processes": arguments.world_size,
-        "judging_tokens": came_in.judging_tokens,
         "training_args": {name: str(value) for name, value in given.items() if not name.startswith(_WITHOUT_EFFECT)},
-        "teacher": way.said,
-        "chat_template": str(tokenizer_of(opened, came_in).chat_template),
+        "teacher": placement.description,
         "algorithm": ALGORITHM,
     }
+
+
+def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
+    """The checkpoint of a run of the same healing that was cut short, if any; all else in the folder is removed.
+
+    Raises ValueError for a run of another healing, so that nothing is lost.
+    """
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     for checkpoint in work.glob("checkpoint-*"):
@@ -398,32 +331,29 @@ def _state_of(
             json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # cut short while it was written
             shutil.rmtree(checkpoint)
-    if before != identity and get_last_checkpoint(str(work)):
+    checkpoint = get_last_checkpoint(str(work))
+    if before != identity and checkpoint:
         differ = [name for name, value in identity.items() if before.get(name) != value]
-        if before.keys() != identity.keys() or "algorithm" in differ:
-            reason = (
-                f"{str(work.parent)!r} holds a run that was cut short, of another version of lf_hf. Go on with that"
-            )
+        reason = f"its {', '.join(differ)} differ; give the same command again to go on"
+        if "algorithm" in differ:
+            reason = "it is of another version of lf_hf; go on with that"
         elif differ == ["teacher"]:
             reason = (
-                f"For the run that was cut short the base's predictions were {before['teacher']}; now they would be "
-                f"{way.said}. Go on with as much memory and the same cache"
+                f"for it the base's predictions were {before['teacher']}, and now they would be {identity['teacher']}; "
+                "go on with as much memory and the same cache"
             )
-        else:
-            reason = (
-                f"{str(work.parent)!r} holds a run that was cut short, of another healing: {', '.join(differ)} differ. "
-                "Give the same command again to go on"
-            )
-        raise ValueError(f"{reason}, or remove {str(work)!r} to start anew.")
+        raise ValueError(
+            f"{str(work.parent)!r} holds a run that was cut short, of another healing: {reason}, or remove "
+            f"{str(work)!r} to start anew."
+        )
     if before != identity:
         for path in work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif not path.name.endswith(".lock"):
                 path.unlink()
-        (work / "healing.new").write_text(json.dumps(identity), encoding="utf-8")
-        (work / "healing.new").replace(note)
-    found: str | None = get_last_checkpoint(str(work))
-    if found:
-        logger.warning(f"Going on from {found!r}, where an earlier run of the same healing stopped.")
-    return found
+        note.with_suffix(".new").write_text(json.dumps(identity), encoding="utf-8")
+        note.with_suffix(".new").replace(note)
+    if checkpoint:
+        logger.warning(f"Going on from {checkpoint!r}, where an earlier run of the same healing stopped.")
+    return checkpoint

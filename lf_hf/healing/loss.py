@@ -1,82 +1,104 @@
-"""The loss of a distillation, with its gradient, in parts over tokens: no more than a part's logits are there."""
+"""The distillation loss with its gradient, some tokens at a time, so that logits of a whole batch never exist.
+
+This module knows nothing of models: it takes final states, the weight of a head, and the teacher's predictions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
-LOGITS = 1 << 24
-"""Logits of a part, about."""
+from lf_hf.decoder.predictions import kl_divergence
+
+LOGITS = 1 << 25
+"""About how many logits exist at a time, in the type of the computation."""
+FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 19
+"""How many of them are worked on at a time in float32: on the CPU so few that they stay in its cache."""
 
 ToLogits = Callable[[Tensor], Tensor]
-"""Makes a model's logits of those of its head, entry by entry."""
+"""What a family does to the output of its head, entry by entry."""
+
+LogProbs = Callable[[slice, Tensor], Tensor]
+"""Teacher's log-probabilities of some rows of a part; the second argument is the student's, of the same shape."""
 
 
 def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
+class Targets(Protocol):
+    """The teacher's predictions of a batch."""
+
+    def part(self, rows: slice, temperature: float) -> LogProbs:
+        """The predictions of some of the batch's tokens, which are numbered through its sequences."""
+
+
 @dataclass(frozen=True)
 class FullTargets:
-    """All of the base's predictions, as what its head makes of its final states.
+    """All of the teacher's predictions.
 
-    `states` is (sequences B, tokens T, hidden of the base), after the norm, and `weight` (vocab, hidden of the base).
+    `states` (sequences B, tokens T, hidden of the teacher) are its final states after the norm, and `weight` (vocab,
+    hidden of the teacher) is its head's.
     """
 
     states: Tensor
     weight: Tensor
     to_logits: ToLogits = unchanged
 
-    def log_probs(self, rows: slice, temperature: float) -> Tensor:
-        """(rows, vocab) in float32."""
+    def part(self, rows: slice, temperature: float) -> LogProbs:
         logits = linear(self.states.flatten(0, 1)[rows].to(self.weight.dtype), self.weight)
-        return log_softmax(self.to_logits(logits.float()) / temperature, -1)
+        return lambda some, _: log_softmax(self.to_logits(logits[some].float()) / temperature, -1)
 
 
 @dataclass(frozen=True)
 class TopTargets:
-    """The most likely of the base's predictions of each token.
+    """The most likely of the teacher's predictions of each token.
 
-    `ids` and `log_probs` are (sequences B, tokens T, k). What they leave of probability 1 is that of all other tokens
-    together. `own_log_probs` (B, T) is that of the text's next token. `norms` (B, T) is what is to be taken off
-    log-probabilities of all tokens over the training's temperature, so that they are such at that temperature.
+    `ids` and `log_probs` are (sequences B, tokens T, k). What they leave of probability 1 belongs to all other tokens
+    together. `norms` (B, T) is what to subtract from log-probabilities divided by the training's temperature to make
+    them log-probabilities at that temperature.
     """
 
     ids: Tensor
     log_probs: Tensor
-    own_log_probs: Tensor
     norms: Tensor
 
-    def at(self, rows: slice, temperature: float) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities, (rows, k), at temperature 1 or that of the training."""
-        ids, log_probs, norms = (tensor.flatten(0, 1)[rows] for tensor in (self.ids, self.log_probs, self.norms))
-        if temperature == 1:
-            return ids, log_probs
-        return ids, log_probs.float() / temperature - norms[:, None]
+    def part(self, rows: slice, temperature: float) -> LogProbs:
+        ids, log_probs = (tensor.flatten(0, 1)[rows] for tensor in (self.ids.long(), self.log_probs.float()))
+        if temperature != 1:
+            log_probs = log_probs / temperature - self.norms.flatten()[rows, None]
+        return lambda some, student: _completed(ids[some], log_probs[some], student)
+
+
+def _completed(ids: Tensor, log_probs: Tensor, student: Tensor) -> Tensor:
+    """Log-probabilities of all tokens from those of the top (rows, k): the rest is spread as the student spreads it.
+
+    KL and its gradient are then those between two distributions in which all other tokens count as one.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+    # Summed up without the top, as 1 minus the sum of the top loses what is small.
+    of_student = student.exp().scatter_(1, ids, 0).sum(-1, keepdim=True).clamp(min=tiny)
+    return (student + (rest.log() - of_student.log())).scatter_(1, ids, log_probs)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is to be minimised: `1 - next_token_share` of the divergence at `temperature`, times its square."""
+    """What is minimised: `1 - next_token_share` of the divergence at `temperature` times its square, and the rest."""
 
     temperature: float = 1.0
     next_token_share: float = 0.0
 
 
 def distillation_loss(
-    states: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    targets: FullTargets | TopTargets,
-    loss: Loss,
-    to_logits: ToLogits = unchanged,
+    states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss, to_logits: ToLogits = unchanged
 ) -> Tensor:
-    """Mean over tokens of KL(base || student), in nats, times temperature squared, mixed with next-token loss.
+    """Mean over tokens of KL(teacher || student), in nats, times temperature squared, mixed with next-token loss.
 
     Parameters
     ----------
@@ -99,17 +121,11 @@ def distillation_loss(
 
 
 class _Distillation(torch.autograd.Function):
-    """The gradient is made together with the loss, as softmaxes are half of it already; logits are never kept."""
+    """Makes the gradient together with the loss, as softmaxes are half of it already; logits are never kept."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        targets: FullTargets | TopTargets,
-        loss: Loss,
-        to_logits: ToLogits,
+        ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss, to_logits: ToLogits
     ) -> Tensor:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
@@ -118,101 +134,72 @@ class _Distillation(torch.autograd.Function):
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(kind, enabled=False):
             flat, head = states.flatten(0, 1).to(dtype), weight.to(dtype)  # (B T, hidden), (vocab, hidden)
-            following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()  # (B T,)
-            counts = len(following), int((following >= 0).sum())
+            next_ids = next_tokens(ids)
             grad_states = torch.empty_like(flat, dtype=states.dtype) if needs_states else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             total = torch.zeros((), device=states.device)
-            for rows in parts(len(flat), len(weight)):
-                of_head = linear(flat[rows], head).float()  # (rows, vocab)
-                with torch.enable_grad():
-                    logits = to_logits(of_head.requires_grad_())
-                value, gradient = _of_part(logits.detach(), following[rows], rows, targets, loss, counts)
-                total += value
-                if logits is not of_head:
-                    [gradient] = torch.autograd.grad(logits, of_head, gradient)
-                if grad_states is not None or grad_weight is not None:
-                    gradient = gradient.to(dtype)
+            counts = len(next_ids), int((next_ids >= 0).sum())
+            for rows in parts(len(flat), len(weight), LOGITS):
+                logits, teacher = linear(flat[rows], head), targets.part(rows, loss.temperature)
+                for some in parts(len(logits), len(weight), FLOAT_LOGITS_ON_CPU if kind == "cpu" else FLOAT_LOGITS):
+                    value, gradient = _of_rows(
+                        logits[some], to_logits, teacher, some, next_ids[rows][some], loss, counts
+                    )
+                    total += value
+                    logits[some] = gradient  # which takes the place of what it is of
                 if grad_states is not None:
-                    grad_states[rows] = (gradient @ head).to(states.dtype)
+                    grad_states[rows] = (logits @ head).to(states.dtype)
                 if grad_weight is not None:
-                    grad_weight += gradient.T @ flat[rows]
-        ctx.shape = states.shape
-        ctx.weight_dtype = weight.dtype
+                    grad_weight += logits.T @ flat[rows]
+        ctx.shape, ctx.weight_dtype = states.shape, weight.dtype
         ctx.save_for_backward(grad_states, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_states is None else grad_states.view(ctx.shape) * grad_output,
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        of_states = None if grad_states is None else grad_states.view(ctx.shape) * grad_output
+        of_weight = None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype)
+        return of_states, of_weight, None, None, None, None
 
 
-def parts(count: int, vocab_size: int) -> Iterator[slice]:
-    """`count` tokens, some at a time."""
-    rows = max(1, LOGITS // vocab_size)
-    for start in range(0, count, rows):
-        yield slice(start, min(start + rows, count))
+def next_tokens(ids: Tensor) -> Tensor:
+    """The tokens that follow those of sequences (B, tokens T), as (B T,); -1 after the last one of each."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
 
 
-def _of_part(
-    logits: Tensor,
-    following: Tensor,
-    rows: slice,
-    targets: FullTargets | TopTargets,
+def parts(count: int, vocab_size: int, logits: int) -> Iterator[slice]:
+    """`count` tokens, as many at a time as have about so many logits."""
+    rows = max(1, logits // vocab_size)
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _of_rows(
+    head_output: Tensor,
+    to_logits: ToLogits,
+    teacher: LogProbs,
+    some: slice,
+    next_ids: Tensor,
     loss: Loss,
     counts: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """A part's share of the loss, and its gradient at `logits`, (rows, vocab)."""
-    temperature, share = loss.temperature, loss.next_token_share
-    value, gradient = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
+    """What some rows add to the loss, and its gradient at the output of the head, (rows, vocab)."""
+    of_head, temperature, share = head_output.float(), loss.temperature, loss.next_token_share
+    with torch.enable_grad():
+        attached = to_logits(of_head.requires_grad_())
+    logits = attached.detach()
+    value, gradient = torch.zeros((), device=logits.device), torch.zeros_like(logits)
     if share < 1:
-        found = log_softmax(logits / temperature, -1)
-        if isinstance(targets, FullTargets):
-            divergence, gradient = full_divergence(found, targets.log_probs(rows, temperature))
-        else:
-            divergence, gradient = top_divergence(found, *targets.at(rows, temperature))
+        student = log_softmax(logits / temperature, -1)
+        expected = teacher(some, student)
         weight = (1 - share) * temperature / counts[0]
-        value, gradient = divergence.sum() * weight * temperature, gradient.mul_(weight)
+        value = kl_divergence(expected, student).sum() * (weight * temperature)
+        gradient = (student.exp() - expected.exp()) * weight
     if share > 0:
-        found = log_softmax(logits, -1)
-        there = (following >= 0)[:, None]
-        index = following.clamp(min=0)[:, None]
-        weight = share / max(1, counts[1])
-        value = value - (found.gather(1, index) * there).sum() * weight
-        own = found.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=found.dtype))
-        gradient = gradient + own * (there * weight)
+        student, index = log_softmax(logits, -1), next_ids.clamp(min=0)[:, None]
+        weights = (next_ids >= 0)[:, None] * (share / max(1, counts[1]))
+        value = value - (student.gather(1, index) * weights).sum()
+        gradient = gradient + student.exp().scatter_add_(1, index, torch.full_like(weights, -1)) * weights
+    if attached is not of_head:
+        [gradient] = torch.autograd.grad(attached, of_head, gradient)
     return value, gradient
-
-
-def full_divergence(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(wanted || found) of each row, and its gradient at the logits of `found`; log-probabilities of all tokens."""
-    p = wanted.exp()
-    return torch.linalg.vecdot(p, wanted - found), found.exp().sub_(p)
-
-
-def top_divergence(found: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """As `full_divergence`, with all tokens that are not in `ids` (rows, k) taken for one."""
-    ids, wanted = ids.long(), log_probs.float()
-    p = wanted.exp()
-    rest_p = (1 - p.sum(-1)).clamp(min=0)  # (rows,)
-    of_top = found.gather(1, ids)
-    q = found.exp()
-    # Summed up without those of the top, as 1 minus their sum loses what is small.
-    rest_q = q.scatter(1, ids, 0).sum(-1)
-    tiny = torch.finfo(q.dtype).tiny
-    divergence = (p * (wanted - of_top)).sum(-1)
-    some = (rest_p > 0) & (rest_q > 0)
-    divergence = divergence + torch.where(
-        some, rest_p * (rest_p.clamp(min=tiny).log() - rest_q.clamp(min=tiny).log()), 0.0
-    )
-    scale = torch.where(some, 1 - rest_p / rest_q.clamp(min=tiny), 1.0)
-    gradient = (q * scale[:, None]).scatter(1, ids, q.gather(1, ids) - p)
-    return divergence, gradient

@@ -186,8 +186,9 @@ class HealingInfo:
     def summary(self) -> str:
         """One sentence about what was trained on what."""
         kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         return (
-            f"Trained {self.trained:,} parameters ({self.settings['train']}) for {self.steps} steps, of which step "
+            f"Trained {self.trained:,} parameters ({self.settings['train']}) for {steps}, of which step "
             f"{self.kept} is kept; {self.epochs:.1f} times through tokens: {kinds}."
         )
 

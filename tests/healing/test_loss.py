@@ -33,20 +33,25 @@ def top(k: int, temperature: float) -> TopTargets:
     every = base_logits().log_softmax(-1)
     found = every.topk(k)
     norms = (every / temperature).logsumexp(-1)
-    return TopTargets(found.indices, found.values, torch.zeros(SEQUENCES, TOKENS), norms)
+    return TopTargets(found.indices, found.values, norms)
 
 
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(module, "LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(module, "FLOAT_LOGITS_ON_CPU", 2 * VOCAB)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(temperature: float, share: float) -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(
+    temperature: float, share: float, softcap: float | None
+) -> None:
     states, weight = student()
-    found = distillation_loss(states, weight, IDS, full(), Loss(temperature, share))
-    logits = (states @ weight.T).flatten(0, 1).double()
+    to_logits = module.unchanged if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
+    found = distillation_loss(states, weight, IDS, full(), Loss(temperature, share), to_logits)
+    logits = to_logits(states @ weight.T).flatten(0, 1).double()
     of_base = base_logits().flatten(0, 1).double()
     found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
     divergence = kl_div(found_log, wanted_log, log_target=True, reduction="batchmean") * temperature**2

@@ -1,24 +1,21 @@
-"""The text of a healing: what is trained on, what is kept aside, and what comes from the hub."""
+"""The text of a healing: what is trained on, what is held out, and what the base writes."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from typing import Any
+from dataclasses import replace
 
-import pytest
 import torch
 from conftest import make_texts, make_tokenizer
 
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.text import (
-    _WRITTEN_TOGETHER,
     HELD_OUT,
     WRITTEN,
     WRITTEN_CHATS,
+    WRITTEN_TOGETHER,
+    TextUse,
     healing_text,
-    hub_texts,
-    training_order,
 )
 from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import QUESTIONS, Corpus
@@ -68,7 +65,7 @@ def test_long_sequences_of_the_base_are_made_of_short_pieces_that_differ() -> No
 
 
 def test_chats_that_the_base_writes_are_a_kind_of_their_own() -> None:
-    assert _WRITTEN_TOGETHER % CHATS.step == 0  # so that they keep their places
+    assert WRITTEN_TOGETHER % CHATS.step == 0  # so that they keep their places
 
     def write_both(count: int, length: int, seed: int) -> list[torch.Tensor]:
         return [torch.full((length,), int(n in range(count)[CHATS])) for n in range(count)]
@@ -110,30 +107,11 @@ def test_a_base_that_writes_nothing_is_judged_on_text_that_comes_with_the_packag
 
 
 def test_every_sequence_is_used_before_any_is_used_again() -> None:
-    order = training_order(10, 25, seed=1)
-    assert sorted(Counter(order[:20]).values()) == [2] * 10 and sorted(order[:10]) == list(range(10))
-    assert order != training_order(10, 25, seed=2) and order[:10] != order[10:20]
-
-
-def test_a_data_set_is_streamed_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-
-    def rows(*_: Any, **arguments: Any) -> Any:
-        assert arguments == {"split": "train", "streaming": True}
-        for number in range(1000):
-            read.append(number)
-            body = f"{number} " * 20 if number else None  # a row may be without one
-            yield {"body": body, "messages": [{"role": "user", "content": f"{number} "}], "id": number}
-
-    monkeypatch.setattr("datasets.load_dataset", rows)
-    texts = hub_texts("some/set", None, "train", "body", 100)
-    assert 800 <= sum(map(len, texts)) < 1000 and len(read) == len(texts) + 1
-    chats = hub_texts("some/set", None, "train", "messages", 100)
-    assert chats[0] == [{"role": "user", "content": "0 "}] and sum(len(str(chat)) for chat in chats) >= 800
-    with pytest.raises(ValueError, match="The column 'id' of the data set 'some/set' holds 0, which is no text"):
-        hub_texts("some/set", None, "train", "id", 100)
-    with pytest.raises(ValueError, match="'some/set' has no column 'text'"):
-        hub_texts("some/set", None, "train", "text", 100)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="needs the datasets package"):
-        hub_texts("some/set", None, "train", "body", 100)
+    counts, settings = {"a text": 7, WRITTEN: 3}, HealSettings(tokens=32 * 32, length=32, batch_tokens=160)
+    use = TextUse.of(counts, settings)
+    assert sorted(Counter(use.order[:30]).values()) == [3] * 10 and sorted(use.order[:10]) == list(range(10))
+    assert use.order[:10] != use.order[10:20] and use.order != TextUse.of(counts, replace(settings, seed=2)).order
+    assert [(kind.source, kind.samples, kind.tokens) for kind in use.kinds] == [("a text", 7, 224), (WRITTEN, 3, 96)]
+    assert (use.epochs, use.written_share) == (3, 0.3) and use.note is None
+    few = TextUse.of({"a text": 2}, settings)
+    assert few.epochs == 15 and few.note is not None and "15.0 times through its text" in few.note

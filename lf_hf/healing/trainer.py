@@ -11,32 +11,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType, parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 from lf_hf.checkpoint.classes import with_buffers
-from lf_hf.families import PROJECTIONS, CausalLM, Family, family_of, is_tied
-from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
+from lf_hf.families import CausalLM, family_of, is_tied
+from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import Teacher
 from lf_hf.runtime.fields import unknown_name
-from lf_hf.runtime.launch import PATIENCE, rank
+from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.runtime.progress import progress
+
+logger = logging.get_logger(__name__)
 
 EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""
@@ -63,11 +58,7 @@ class Student:
     lm_head: Any
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        targets: FullTargets | TopTargets | None = None,
-        loss: Loss | None = None,
-        **_: Any,
+        self, input_ids: Tensor | None = None, targets: Targets | None = None, loss: Loss | None = None, **_: Any
     ) -> dict[str, Tensor]:
         """{"loss": ...} of a batch: ids of shape (sequences B, tokens T)."""
         assert input_ids is not None and targets is not None
@@ -76,15 +67,11 @@ class Student:
         return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss or Loss(), to_logits)}
 
 
-def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequence[int]) -> nn.Module:
-    """A copy of a model to be trained as the settings say; `trained_layers` are the fused ones.
+def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence[int]) -> nn.Module:
+    """A copy of a model to be trained as the settings say.
 
-    What is trained is in float32, as bfloat16 loses small steps.
-
-    Raises
-    ------
-    ValueError
-        If adapters are asked for, and peft is not installed.
+    What is trained is in float32, as bfloat16 loses small steps. Raises ValueError if adapters are asked for, and peft
+    is not installed.
     """
     config = copy.deepcopy(model.config)  # which the Trainer changes
     config.tie_word_embeddings = is_tied(model)
@@ -92,8 +79,7 @@ def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequen
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     # What adapters leave as it is may be in bfloat16; gradients through float16 would need scaling.
-    keeps = settings.train == "lora" and model.dtype != torch.float16
-    dtype = model.dtype if keeps else torch.float32
+    dtype = model.dtype if settings.train == "lora" and model.dtype != torch.float16 else torch.float32
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     student.tie_weights()
@@ -102,14 +88,14 @@ def make_student(model: CausalLM, settings: HealSettings, trained_layers: Sequen
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    choose_trained(student, settings.train, trained_layers)
+    choose_trained(student, settings.train, fused_layers)
     return student
 
 
-def choose_trained(student: nn.Module, train: str, layers: Sequence[int]) -> None:
-    """Have gradients for what `train`, not "lora", says is trained; `layers` are the fused ones."""
+def choose_trained(student: nn.Module, train: str, fused_layers: Sequence[int]) -> None:
+    """Have gradients for what `train`, not "lora", says is trained."""
     trained: dict[str, str | tuple[str, ...]] = {"all": "", "layers": "model.layers."}
-    trained["fused"] = tuple(f"model.layers.{number}." for number in layers)
+    trained["fused"] = tuple(f"model.layers.{number}." for number in fused_layers)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.startswith(trained[train]) or "norm" in name)
 
@@ -121,21 +107,10 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
         raise ValueError(
             "train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout."
         ) from None
-    adapters = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=2 * settings.lora_rank,
-        target_modules=_projections(family_of(student.config)),
-        task_type="CAUSAL_LM",
-    )
+    rank = settings.lora_rank
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)
     return get_peft_model(student, adapters)
-
-
-def _projections(family: Family) -> list[str]:
-    """The modules of a layer that are matrices, by the last part of their names."""
-    parts = {name for names in family.packed_projections.values() for name in names}
-    names = [*family.packed_projections, *(name for name in PROJECTIONS if name not in parts)]
-    return [name.rpartition(".")[2] for name in names]
 
 
 def disk_needed(student: nn.Module, train: str) -> int:
@@ -147,16 +122,11 @@ def disk_needed(student: nn.Module, train: str) -> int:
     return 3 * (weights + sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
 
 
-def trained_state(trainer: DistillationTrainer, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
-    """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
-    state = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model)
-    if not trainer.is_world_process_zero():
-        return {}
-    if settings.train == "lora":
-        student: Any = make_student(model, settings, [])
-        student.load_state_dict(state)
-        state = student.merge_and_unload().state_dict()
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+class TargetsOf(Protocol):
+    """What has the teacher's predictions."""
+
+    def targets(self, batch: Mapping[str, Tensor]) -> Targets:
+        """Of a batch of items, stacked."""
 
 
 class DistillationTrainer(Trainer):
@@ -166,9 +136,11 @@ class DistillationTrainer(Trainer):
     there.
     """
 
-    def __init__(self, *, teacher: Teacher, loss: Loss, **arguments: Any) -> None:
+    teacher: TargetsOf
+
+    def __init__(self, *, loss: Loss, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.teacher, self.loss = teacher, loss
+        self.loss = loss
         self.diverged: tuple[int, float] | None = None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Progress())
@@ -197,8 +169,8 @@ class DistillationTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
         if eval_dataset is None and isinstance(self.eval_dataset, dict):  # not one kind of text of several
-            found = [metrics[f"eval_{name}_loss"] for name in self.eval_dataset]
-            metrics[DIVERGENCE] = sum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
+            of_kinds = [metrics[f"eval_{name}_loss"] for name in self.eval_dataset]
+            metrics[DIVERGENCE] = sum(of_kinds) / len(of_kinds) if all(map(math.isfinite, of_kinds)) else math.inf
             self.log({DIVERGENCE: metrics[DIVERGENCE]})
         return metrics
 
@@ -206,21 +178,38 @@ class DistillationTrainer(Trainer):
         try:
             super()._save_checkpoint(*arguments, **named)
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
-            reason = " ".join(str(error).split())
             raise OSError(
-                f"The state of step {self.state.global_step} was not written ({reason:.300}); the one before it is "
+                f"The state of step {self.state.global_step} was not written ({_reason(error)}); the one before it is "
                 "kept: with room on the disk the same command goes on from there."
             ) from error
 
     def curve(self) -> dict[int, dict[str, float]]:
-        """Of each step at which held-out text was looked at, the divergences, nats a token, by kind of text."""
-        found: dict[int, dict[str, float]] = {}
+        """Divergences on held-out text, nats a token, by step and kind of text."""
+        curve: dict[int, dict[str, float]] = {}
         assert isinstance(self.eval_dataset, dict)
         for entry in self.state.log_history:
             for name in self.eval_dataset:
                 if (value := entry.get(f"eval_{name}_loss")) is not None:
-                    found.setdefault(int(entry["step"]), {})[name] = value
-        return found
+                    curve.setdefault(int(entry["step"]), {})[name] = value
+        return curve
+
+    def best_step(self) -> int:
+        """The step whose state is the nearest to the teacher on held-out text; 0 is the fused model."""
+        means = {step: sum(points.values()) / len(points) for step, points in self.curve().items()}
+        best = self.state.best_global_step or 0
+        value = means.get(best, math.inf)
+        return best if math.isfinite(value) and value < means.get(0, math.inf) else 0
+
+    def trained_state(self, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
+        """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
+        state = self.accelerator.get_state_dict(self.deepspeed or self.model)
+        if not self.is_world_process_zero():
+            return {}
+        if settings.train == "lora":
+            student: Any = make_student(model, settings, [])
+            student.load_state_dict(state)
+            state = student.merge_and_unload().state_dict()
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 class _Progress(TrainerCallback):
@@ -245,14 +234,36 @@ class _Progress(TrainerCallback):
             self._shown.__exit__(None, None, None)
 
 
-def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """TrainingArguments of a command line, each "name=value", the value as in JSON or Python, or a string.
+def is_sharded(arguments: TrainingArguments) -> bool:
+    """Whether processes share the student's weights; accelerate splits none on a CPU, whatever is asked for."""
+    if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return True
+    return _asks_for_fsdp(arguments) and arguments.device.type != "cpu"
 
-    Raises
-    ------
-    ValueError
-        For one without a name.
-    """
+
+def _asks_for_fsdp(arguments: TrainingArguments) -> bool:
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def make_trainer(student: nn.Module, arguments: TrainingArguments, loss: Loss, collator: Any) -> DistillationTrainer:
+    """The Trainer, before there is text and a teacher. Raises ValueError for arguments with which it cannot train."""
+    schedule: Any = arguments.lr_scheduler_kwargs
+    try:
+        trainer = DistillationTrainer(loss=loss, model=student, args=arguments, data_collator=collator, eval_dataset={})
+        trainer.get_optimizer_cls_and_kwargs(arguments, student)  # type: ignore[arg-type]
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+        steps = arguments.max_steps
+        get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(steps), steps, schedule)
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
+    unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
+    if _asks_for_fsdp(arguments) and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
+    return trainer
+
+
+def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """TrainingArguments of a command line, each "name=value", the value as in JSON or Python, or a string."""
     given = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -266,34 +277,19 @@ def given_arguments(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself.
-
-    Also for a logger that is not installed.
-    """
-    known = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself."""
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in given:
-        if name not in known:
-            raise ValueError(unknown_name("training argument", name, known))
         if name in _OWN:
             raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
-    try:
-        for callback in get_reporting_integration_callbacks(given.get("report_to", "none")):
-            callback()  # as the Trainer will, when the base's predictions are there
-    except (RuntimeError, ValueError, ImportError, TypeError) as error:
-        raise ValueError(
-            f"report_to={given['report_to']!r:.80} cannot be used: {' '.join(str(error).split())}"
-        ) from None
+        if name not in known:
+            raise ValueError(unknown_name("training argument", name, [other for other in known if other not in _OWN]))
 
 
 def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     """TrainingArguments for a healing whose state is kept in `folder`; those `given` count.
 
-    Making them joins the processes of a launcher.
-
-    Raises
-    ------
-    ValueError
-        For a name that TrainingArguments does not have, that healing sets itself, or a value that it refuses.
+    Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
     check_arguments(given)
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
@@ -309,7 +305,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "max_grad_norm": 1.0,
         "seed": settings.seed,
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": computes_bfloat16(),
+        "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),
         "dataloader_pin_memory": torch.accelerator.is_available(),
@@ -328,8 +324,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     try:
         arguments = TrainingArguments(**values | dict(given))
     except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(_refused(error)) from None
-    unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
+        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
+    unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -338,60 +334,25 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     return arguments
 
 
-def check_can_train(arguments: TrainingArguments, student: nn.Module) -> None:
-    """Raise ValueError where the Trainer would fail later, when the base's predictions are there.
-
-    That is for an optimizer or a schedule that cannot be had, and for values of which none can be made.
-    """
-    model: Any = student
-    of_schedule: Any = arguments.lr_scheduler_kwargs
-    try:
-        DistillationTrainer.get_optimizer_cls_and_kwargs(arguments, model)
-        get_scheduler(
-            arguments.lr_scheduler_type,
-            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate),
-            arguments.get_warmup_steps(arguments.max_steps),
-            arguments.max_steps,
-            of_schedule,
-        )
-    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
-        raise ValueError(_refused(error)) from None
-    if None in (arguments.report_to or []):
-        raise ValueError("report_to must be none, all or names of loggers, got None.")
-    if arguments.fsdp and rank() is None:
-        raise ValueError("fsdp takes several processes; start them with accelerate launch.")
-    if not isinstance(arguments.per_device_eval_batch_size, int) or arguments.per_device_eval_batch_size < 1:
-        raise ValueError(
-            f"per_device_eval_batch_size must be at least 1, got {arguments.per_device_eval_batch_size!r:.80}."
-        )
-
-
-def _refused(error: Exception) -> str:
-    return f"The training arguments cannot be used: {' '.join(str(error).split()):.300}"
+def _reason(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.300}"
 
 
 def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:
     """Split a step's `batch` sequences over processes and, at most `most` together, over parts of a step.
 
-    Raises
-    ------
-    ValueError
-        If they do not divide.
+    Raises ValueError if they do not divide.
     """
-    world = arguments.world_size
-    of_process = batch // world
-    names = "per_device_train_batch_size", "gradient_accumulation_steps"
-    for name in names:
-        value = given.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1 or of_process % value):
-            raise ValueError(f"{name}={value!r:.80} does not divide the {of_process} sequences of a step and process.")
-    size, parts = (given.get(name) for name in names)
-    if size and parts and size * parts != of_process:
-        raise ValueError(f"{size} sequences {parts} times are not the {of_process} of a step and process.")
-    if not size:
-        fitting = (n for n in range(1, of_process + 1) if of_process % n == 0 and n <= max(1, most))
-        size = of_process // parts if parts else max(fitting)
-    arguments.per_device_train_batch_size = size
+    of_process = batch // arguments.world_size
+    size, accumulated = (given.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    sizes = [n for n in range(1, of_process + 1) if of_process % n == 0]
+    fitting = [n for n in sizes if size in (None, n) and accumulated in (None, of_process // n)]
+    if not fitting:
+        raise ValueError(
+            f"per_device_train_batch_size={size!r:.80} and gradient_accumulation_steps={accumulated!r:.80} do not "
+            f"divide the {of_process} sequences of a step and process."
+        )
+    arguments.per_device_train_batch_size = max([n for n in fitting if n <= most], default=fitting[0])
     # One by one, as the mean of a batch that is filled up for the last of several processes is another.
     arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)
-    arguments.gradient_accumulation_steps = of_process // size
+    arguments.gradient_accumulation_steps = of_process // arguments.per_device_train_batch_size

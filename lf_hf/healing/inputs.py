@@ -1,0 +1,164 @@
+"""What a healing starts from: the fused checkpoint that becomes the student, its base as the teacher, and the text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
+from lf_hf.checkpoint.fused_cache import base_fingerprint
+from lf_hf.checkpoint.saving import checked_folder, finish_save
+from lf_hf.decoder.interface import Decoder
+from lf_hf.healing.settings import HealSettings
+from lf_hf.report.report import FusionReport
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.text.calibration import Corpus, load_training_text
+from lf_hf.text.sources import Samples
+
+_JUDGING_TOKENS = 4096  # of each judging text, where the report names none
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint:
+    """A fused model in memory, as it was opened. `plain` says whether its folder was a plain checkpoint."""
+
+    model: FusedForCausalLM
+    report: FusionReport
+    tokenizer: PreTrainedTokenizerBase | None
+    plain: bool = False
+
+    @property
+    def fused_layers(self) -> list[int]:
+        """Numbers of the layers that stand for several."""
+        return [number for number, group in enumerate(self.report.groups) if len(group) > 1]
+
+
+@dataclass(frozen=True)
+class HealingInputs:
+    """The fused checkpoint, its base, the text, and the settings of a healing."""
+
+    fused: FusedCheckpoint
+    base: Base
+    corpus: Corpus
+    settings: HealSettings
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The fused model's own, or its base's."""
+        return self.fused.tokenizer or self.base.tokenizer()
+
+    @property
+    def judging_tokens(self) -> int:
+        """Tokens of each judging text: as many as the fusion was judged by."""
+        return self.fused.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The type of the base when it was fused, as far as the report says."""
+        return checked_dtype(self.fused.report.dtype) or self.fused.model.dtype
+
+    def content(self) -> dict[str, Any]:
+        """What the text, and the teacher's predictions of it, depend on, JSON-ready; files by content."""
+        text = hashlib.sha256(json.dumps([self.corpus.parts, self.corpus.generated_share]).encode()).hexdigest()
+        return {
+            "base": self.fused.report.base_digest or base_fingerprint(self.base),
+            "text": text,
+            "chat_template": str(self.tokenizer.chat_template),
+            "judging_tokens": self.judging_tokens,
+        }
+
+    def check_base(self, decoder: Decoder) -> None:
+        """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
+        report, other = self.fused.report, False
+        if report.base_digest is not None:
+            other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
+        elif report.fingerprints is not None:
+            other = base_fingerprint(self.base) != report.fingerprints["base"]
+        if other:
+            raise ValueError(
+                f"{self.base.full_name!r} is not the base that this model was fused from, which was {report.base!r}: "
+                "its weights are others; give that one."
+            )
+
+
+def open_inputs(
+    fused: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Base | None,
+    text: Samples | None,
+    settings: HealSettings,
+    hub: Mapping[str, Any],
+    *,
+    reads_weights: bool = True,
+) -> HealingInputs:
+    """Open and check all of them. Weights come last: those of the base are not read, and without `reads_weights` none.
+
+    The model is on the meta device then.
+    """
+    if not isinstance(fused, str | os.PathLike):
+        raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
+    folder = checked_folder(fused)
+    finish_save(folder)
+    report = FusionReport.load(folder)
+    opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
+    corpus = load_training_text(text, settings.tokens, lambda: tokenizer or opened.tokenizer())
+    config = AutoConfig.from_pretrained(folder)
+    _check_vocabulary(opened, config, tokenizer)
+    plain = config.model_type in FUSED_CONFIGS
+    if plain:
+        config = converted_config(config, FUSED_CONFIGS[config.model_type])
+    if config.num_hidden_layers != report.layers_after:
+        raise ValueError(
+            f"{str(fused)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
+            "the folder of a fused checkpoint."
+        )
+    if reads_weights:
+        model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
+    else:
+        with torch.device("meta"):
+            model = fused_class(config)(config).to(config.dtype)
+    return HealingInputs(FusedCheckpoint(model, report, tokenizer, plain), opened, corpus, settings)
+
+
+def _base_name(
+    base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
+) -> tuple[str | os.PathLike[str], dict[str, Any]]:
+    """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
+    name, _, file = report.base.rpartition("/")
+    is_gguf = file.lower().endswith(".gguf")
+    if base is None:
+        base = name if is_gguf else report.base
+        if "/" not in base:
+            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base= (--base).")
+    if is_gguf and not hub.get("gguf_file") and (os.fspath(base) == name or Path(base, file).is_file()):
+        return base, {**hub, "gguf_file": file}
+    return base, dict(hub)
+
+
+def _check_vocabulary(base: Base, fused: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise ValueError if a base has not as many embeddings, or other tokens, than a fused model."""
+    if base.config.vocab_size != fused.vocab_size:
+        raise ValueError(
+            f"{base.full_name!r} has {base.config.vocab_size} embeddings, and the fused model {fused.vocab_size}; give "
+            "the base that it was fused from."
+        )
+    try:
+        other = tokenizer is not None and base.tokenizer().get_vocab() != tokenizer.get_vocab()
+    except ValueError:  # the base has no tokenizer
+        return
+    if other:
+        raise ValueError(
+            f"The tokenizer of {base.full_name!r} has other tokens than the fused model's; give the base that it was "
+            "fused from."
+        )
