@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from string import ascii_uppercase
 
@@ -13,22 +13,18 @@ from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format
 from lf_hf.text.sources import OpenTokenizer, Samples, checked_strings, open_samples, spread_evenly, windows
 
 logger = logging.getLogger(__name__)
-# What the model writes itself keeps what no other text touches: a share of the tokens of the default corpus, and of
-# a user's.
-_GENERATED_SHARE = 0.5
-_GENERATED_SHARE_OF_USERS = 1 / 3
-# Answered questions stand beside a user's text too, up to half as much as there is of it, or a fifth of all tokens, or
-# some ten thousand.
-_QUESTION_CHARACTERS_PER_TOKEN = 0.8  # a fifth of the 4 that a token has
-_QUESTION_CHARACTERS = 40_000
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
-# Where a model is trained, documentation stands beside a user's text in the same way: a seventh of all tokens.
-_DOCUMENTATION_CHARACTERS_PER_TOKEN = 0.6
-_DOCUMENTATION_EXCERPT = 2048  # characters
-_TRAINING_CHARACTERS_PER_TOKEN = 8
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
+_TRAINING_CHARACTERS = 8  # a token: more than usual
+# The share of the tokens that the model itself writes, by default and beside a user's text. It keeps what no other text
+# touches.
+_WRITTEN_SHARE, _WRITTEN_SHARE_OF_USERS = 0.5, 1 / 3
+# Beside a user's text, by its tokens: answered questions, a fifth of the 4 characters that a token has, or some ten
+# thousand tokens; to train on, a seventh of documentation too; of each at most half as much as there is of the text.
+_QUESTION_CHARACTERS, _MOST_QUESTION_CHARACTERS = 0.8, 40_000
+_DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
 
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
@@ -48,18 +44,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Running text for calibration.
+    """Running text, one of `parts` for each kind; `source` says to people where all of it is from.
 
-    Attributes
-    ----------
-    parts : list of str
-        One string for each kind of text.
-    source : str
-        For people: where the text is from.
-    generated_share : float
-        Share of the tokens that the dense model itself is to write.
-    by_default : bool
-        Whether it is the mixture that is there without a user's text.
+    `generated_share` of the tokens is for the dense model itself to write. `by_default` says that no user gave it.
     """
 
     parts: list[str]
@@ -83,21 +70,13 @@ def load_needed(
 ) -> tuple[Calibration | None, Corpus | None]:
     """What a fusion with `config` needs of samples for layer similarity and of running text.
 
-    Raises
-    ------
-    ValueError
-        If `calibration` cannot be used, or has too few samples.
+    Raises ValueError if `calibration` cannot be used, or has too few samples.
     """
-    samples = None
+    samples, text = None, None
     if config.needs_similarity:
-        samples = load_calibration(
-            calibration,
-            samples_per_subject=config.samples_per_subject,
-            sample_length=config.sample_length,
-            open_tokenizer=open_tokenizer,
-        )
+        settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
+        samples = load_calibration(calibration, **settings, open_tokenizer=open_tokenizer)
         config.check_num_samples(len(samples.texts))
-    text = None
     if config.needs_text:
         text = load_corpus(calibration, max_tokens=config.calibration_tokens, open_tokenizer=open_tokenizer)
     return samples, text
@@ -138,9 +117,8 @@ def load_calibration(
         return _mmlu_calibration(samples_per_subject)
     samples, source = open_samples(calibration, MAX_SAMPLES * sample_length)
     longest = sample_length * TOKEN_CHARACTERS
-    texts, total = spread_evenly(
-        (sample[:longest] for sample in checked_strings(samples, source, open_tokenizer)), MAX_SAMPLES
-    )
+    strings = checked_strings(samples, source, open_tokenizer)
+    texts, total = spread_evenly((string[:longest] for string in strings), MAX_SAMPLES)
     _check_not_empty(total, source)
     if len(texts) < total:
         source = f"{source} ({len(texts):,} samples, spread evenly over {total:,})"
@@ -177,14 +155,14 @@ def load_corpus(
     calibration: Samples | None = None,
     *,
     max_tokens: int = 49152,
-    excerpt: int | None = None,
-    explained: bool = False,
+    to_train: bool = False,
     open_tokenizer: OpenTokenizer | None = None,
 ) -> Corpus:
     """Running text from a user's, or, with None, a mixture of what is installed.
 
-    The model writes half of the mixture. Beside a user's text it writes a third, and the mixture's questions are a
-    fifth: what narrow text does not touch is lost.
+    The model writes half of the mixture. Beside a user's text it writes a third, and answered questions are a fifth:
+    what narrow text does not touch is lost. Text to train on has four times as many questions, with explanations, and
+    a seventh of Python's documentation beside a user's text, unless that is this documentation itself.
 
     Parameters
     ----------
@@ -192,12 +170,10 @@ def load_corpus(
         As for `load_calibration`. None: text that the model writes itself, the first half of Python's
         documentation, and, where lm-eval is installed, one MMLU development question a subject, with its answer.
     max_tokens : int
-        How many tokens are to be used at most. Of a text of more than 64 characters for each, 64 excerpts are taken,
-        spread evenly over it, and the source says so.
-    excerpt : int, optional
-        Characters of an excerpt; `max_tokens` by default.
-    explained : bool
-        Four times as many questions, with explanations: more than a fit has room for, but not a training.
+        How many tokens are to be used at most. Of a text of more than 64 characters for each (8 to train on) 64
+        excerpts are taken, spread evenly over it, and the source says so.
+    to_train : bool
+        Whether a model is to be trained on the text, and not fitted to it.
     open_tokenizer : callable, optional
         As for `load_calibration`.
 
@@ -206,60 +182,52 @@ def load_corpus(
     ValueError, OSError
         As for `load_calibration`, or if neither documentation nor lm-eval is installed.
     """
-    try:
-        questions = _answered_questions(explained=explained)
-    except ValueError as error:
-        logger.warning("Without questions beside the calibration text: %s", error)
-        questions = ""
+    documentation, questions = documentation_halves()[0], _answered_questions(explained=to_train)
     if calibration is None:
-        named = {DOCUMENTATION: documentation_halves()[0], QUESTIONS: questions}
-        share = _GENERATED_SHARE
+        parts, share = {DOCUMENTATION: documentation, QUESTIONS: questions}, _WRITTEN_SHARE
     else:
         samples, source = open_samples(calibration, max_tokens)
-        excerpt = excerpt or max_tokens  # 64 windows of which no token is longer
-        pieces, total = spread_evenly(
-            windows(checked_strings(samples, source, open_tokenizer), excerpt), TOKEN_CHARACTERS
-        )
-        _check_not_empty(total, source)
+        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
+        strings = checked_strings(samples, source, open_tokenizer)
+        pieces, total = spread_evenly(windows(strings, size), TOKEN_CHARACTERS)
         text = ("" if len(pieces) == total else "\n\n").join(pieces)
         if len(pieces) < total:
-            source = f"{source} ({len(pieces)} excerpts of {excerpt:,} characters, spread evenly over {total:,} such)"
-        characters = min(len(text) / 2, _QUESTION_CHARACTERS_PER_TOKEN * max_tokens, _QUESTION_CHARACTERS)
-        named, share = {source: text, QUESTIONS: questions[: int(characters)]}, _GENERATED_SHARE_OF_USERS
-    named = {name: part for name, part in named.items() if part}
-    _check_not_empty(len(named), "the mixture that is there by default, without Python's documentation and lm-eval")
-    return Corpus(list(named.values()), ", ".join(named), share, by_default=calibration is None)
+            source = f"{source} ({len(pieces)} excerpts of {size:,} characters, spread evenly over {total:,} such)"
+        _check_not_empty(total, source)
+        parts, share = {source: text}, _WRITTEN_SHARE_OF_USERS
+        if to_train:
+            parts[DOCUMENTATION] = _beside(text, documentation, _DOCUMENTATION_CHARACTERS * max_tokens)
+        limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
+        parts[QUESTIONS] = questions[: int(limit)]
+    parts = {name: part for name, part in parts.items() if part}
+    _check_not_empty(len(parts), "Python's documentation and lm-eval's questions, neither of which is installed")
+    return Corpus(list(parts.values()), ", ".join(parts), share, by_default=calibration is None)
 
 
 def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
-    """As `load_corpus`, to train on some tokens: of a long text 8 characters for each, which are more than usual.
+    """As `load_corpus`, to train on so many tokens."""
+    return load_corpus(text, max_tokens=tokens, to_train=True, open_tokenizer=open_tokenizer)
 
-    Beside a user's text goes some of Python's documentation too, evenly from its first half: a seventh of the tokens,
-    but no more than half as much as the user's text has, and nothing where that is this documentation itself.
-    """
-    excerpt = max(1, tokens * _TRAINING_CHARACTERS_PER_TOKEN // TOKEN_CHARACTERS)
-    corpus = load_corpus(text, max_tokens=tokens, excerpt=excerpt, explained=True, open_tokenizer=open_tokenizer)
-    given, *others = corpus.parts
-    characters = int(min(len(given) / 2, _DOCUMENTATION_CHARACTERS_PER_TOKEN * tokens))
-    pieces = windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT)
-    taken, _ = spread_evenly(pieces, max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT)))
-    if corpus.by_default or not taken or any(piece in given for piece in taken):
-        return corpus
-    name, *names = corpus.names
-    return replace(
-        corpus,
-        parts=[given, "\n\n".join(taken)[:characters], *others],
-        source=", ".join([name, DOCUMENTATION, *names]),
-    )
+
+def _beside(text: str, documentation: str, limit: float) -> str:
+    """Some documentation, spread evenly over it; none, if the text has it already."""
+    characters = int(min(len(text) / 2, limit))
+    count = max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT))
+    pieces, _ = spread_evenly(windows([documentation], _DOCUMENTATION_EXCERPT), count)
+    return "" if any(piece in text for piece in pieces) else "\n\n".join(pieces)[:characters]
 
 
 def _answered_questions(*, explained: bool) -> str:
     """MMLU development questions with their answers, each in two formats that are far from each other.
 
     One question a subject. With `explained` all but those that `mmlu_sample` asks, one of each subject after the other,
-    and the second format says why the answer is right.
+    and the second format says why the answer is right. Nothing where lm-eval is not installed.
     """
-    bundled = bundled_questions().values()
+    try:
+        bundled = bundled_questions().values()
+    except ValueError as error:
+        logger.warning("Without questions in the calibration text: %s", error)
+        return ""
     subjects = [[q for q in of if q != asked_in_sample(of)] if explained else of[:1] for of in bundled]
     questions = [question for nth in zip_longest(*subjects) for question in nth if question is not None]
     lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]

@@ -30,14 +30,8 @@ _FIXED_DATE = (
 class ChatForm:
     """Token ids around what is said in a chat.
 
-    Attributes
-    ----------
-    opening : list of int
-        Before the user's first message.
-    asked : list of int
-        From the end of a user's message to the beginning of the reply. The first one ends the message.
-    replied : list of int
-        From the end of a reply to the beginning of the user's next message. The first one ends the reply.
+    They are those before the user's first message, those from the end of a user's message to the beginning of the
+    reply, and those from the end of a reply to the user's next message. The first of the latter two ends the turn.
     """
 
     opening: list[int]
@@ -83,10 +77,7 @@ def is_chat(sample: object) -> TypeGuard[Messages]:
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_reply: bool = False) -> str:
     """A chat written out by the tokenizer's template, up to its end or to the beginning of a reply.
 
-    Raises
-    ------
-    ValueError
-        If there is no template, or it does not take these messages.
+    Raises ValueError if there is no template, or it does not take these messages.
     """
     if not tokenizer.chat_template:
         raise ValueError("the model's tokenizer has no chat template")
@@ -104,13 +95,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
 
 
 class Chat:
-    """A chat that is being written, token by token.
-
-    Attributes
-    ----------
-    may_end : bool
-        Whether the turn may end here: it has a token.
-    """
+    """A chat that is being written, token by token; its turn `may_end` once it has a token."""
 
     def __init__(self, form: ChatForm) -> None:
         self._form = form

@@ -32,10 +32,7 @@ Relation = Literal["unseen", "kin", "seen"]
 
 @dataclass(frozen=True)
 class JudgingText:
-    """`name` is a column's head, `source` says where the text is from, and `text` is all of it.
-
-    `kin` is the part of a corpus that is of its kind, if any is.
-    """
+    """All of a text, with the head of its column; `kin` is the part of a corpus that is of its kind, if any is."""
 
     name: str
     source: str

@@ -18,10 +18,7 @@ def tokenize_samples(
 ) -> list[Tensor]:
     """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
 
-    Raises
-    ------
-    ValueError
-        If a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
+    Raises ValueError if a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
     """
     samples = []
     for text in calibration.texts:
@@ -37,13 +34,9 @@ def tokenize_samples(
 def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
     """Sequences of `length` tokens, spread evenly over a text, that have at most `max_tokens` tokens together.
 
-    Each sequence starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of
-    more than 64 * `max_tokens` characters only those are looked at.
-
-    Returns
-    -------
-    list of int64 tensors of shape (tokens <= length,)
-        Only the last one may be shorter, and none has fewer than two tokens.
+    They are int64 tensors; only the last one may be shorter than `length`, and none has fewer than two tokens. Each
+    starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of more than 64 *
+    `max_tokens` characters only those are looked at.
     """
     return _pack_all(tokenizer, text[: max_tokens * TOKEN_CHARACTERS], length, max_tokens)
 
@@ -67,15 +60,8 @@ def pack_corpus(
 ) -> list[Tensor]:
     """Sequences of a corpus, at most `max_tokens` tokens in all, an equal share from each part as far as it goes.
 
-    Returns
-    -------
-    list of int64 tensors of shape (tokens <= length,)
-        Each part is spread evenly over the list.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer tokens than one sequence has, or ids that the model does not have.
+    They are int64 tensors of at most `length` tokens, and each part is spread evenly over the list. Raises ValueError
+    if there are fewer tokens than one sequence has, or ids that the model does not have.
     """
     sequences = interleaved(*pack_parts(tokenizer, corpus, length, max_tokens))
     total = sum(map(len, sequences))
