@@ -25,6 +25,7 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
@@ -80,6 +81,7 @@ class FusionInputs:
             given_sequences(self.base.config, self.tokenizer, self.text, self.config)
 
 
+@naming(FusionConfig)
 def from_pretrained_fused(
     base: str | os.PathLike[str] | Base,
     config: FusionConfig | None = None,
@@ -116,7 +118,8 @@ def from_pretrained_fused(
     model_class : class, optional
         What the result is to be. Default: the class for the base's family.
     **kwargs
-        FusionConfig fields; all others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+        FusionConfig fields: {settings}.
+        All others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
     Returns
     -------
@@ -226,6 +229,7 @@ def _write_files(model: FusedForCausalLM | None, folder: Path) -> None:
         model.write_files(new)
 
 
+@naming(FusionConfig)
 def fuse_checkpoint(
     base: str | os.PathLike[str] | Base,
     out: str | os.PathLike[str],
@@ -262,7 +266,8 @@ def fuse_checkpoint(
     max_shard_bytes : int
         Size of an output file, about; also what is held in memory while writing.
     **kwargs
-        FusionConfig fields; all others as for `from_pretrained` (revision, token, dtype, device_map, ...). With
+        FusionConfig fields: {settings}.
+        All others are as for `from_pretrained` (revision, token, dtype, device_map, ...). With
         `low_memory` device_map is one device, such as "cuda" or "cuda:1"; default: the CPU.
 
     Returns

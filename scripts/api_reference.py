@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from itertools import groupby
 from pathlib import Path
@@ -42,14 +43,16 @@ def reference() -> str:
         shown, public = package[name], getattr(lf_hf, name)
         if isinstance(public, type) and issubclass(public, Settings):  # whose docstring is made when it is imported
             shown = griffe.inspect(public.__module__, docstring_parser="numpy")[name]
-        parts.append(_rendered(shown, 2))
-        parts += [_rendered(shown[method], 3) for method in _METHODS.get(name, [])]
+        parts.append(_rendered(shown, 2, public))
+        parts += [_rendered(shown[method], 3, getattr(public, method)) for method in _METHODS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
     text = re.sub(r" \u2013? *$", "", text, flags=re.MULTILINE)  # where there is no description
     return HEAD + text.rstrip() + "\n"
 
 
-def _rendered(shown: griffe.Object | griffe.Alias, level: int) -> str:
+def _rendered(shown: griffe.Object | griffe.Alias, level: int, public: object) -> str:
+    if shown.docstring:
+        shown.docstring.value = inspect.getdoc(public) or ""  # which may have been completed at import
     for section in shown.docstring.parsed if shown.docstring else []:
         if isinstance(section, griffe.DocstringSectionParameters):
             section.value = [_joined(list(entry)) for _, entry in groupby(section.value, key=_entry)]

@@ -19,6 +19,7 @@ from lf_hf.checkpoint.base import Base, check_arguments, checked_dtype, load_tok
 from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS, FusedLlamaConfig
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_batch_size
+from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
 
@@ -48,6 +49,7 @@ class FusedLM(HFLM):
 
     _families: ClassVar[tuple[str, ...]] = tuple(FUSED_CONFIGS)
 
+    @naming(FusionConfig)
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -184,11 +186,6 @@ class FusedLM(HFLM):
                 "summary": report.summary(),
             }
         return info
-
-
-FusedLM.__init__.__doc__ = (FusedLM.__init__.__doc__ or "").replace(
-    "{settings}", ", ".join(f"``{name}``" for name in FusionConfig.field_names())
-)
 
 
 @register_model("fused_llama")

@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -115,6 +115,7 @@ def setting(default: Any, help: str, **known: Any) -> Any:
 
 
 SettingsType = TypeVar("SettingsType", bound="Settings")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Settings:
@@ -216,6 +217,22 @@ def documented(cls: type[SettingsType]) -> type[SettingsType]:
     raises = "Raises\n------\nValueError\n    If a value has the wrong type, is out of range, or is no known choice."
     cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nParameters\n----------", *entries, f"\n{raises}\n"])
     return cls
+
+
+def naming(settings: type[Settings]) -> Callable[[Function], Function]:
+    """Decorator: in place of `{settings}` in a function's docstring come the names of all fields."""
+
+    def decorate(function: Function) -> Function:
+        lines = (function.__doc__ or "").split("\n")
+        for number, line in enumerate(lines):
+            if "{settings}" in line:
+                line = line.replace("{settings}", ", ".join(f"``{name}``" for name in settings.known))
+                indent = line[: -len(line.lstrip())]
+                lines[number] = textwrap.fill(line, 116, subsequent_indent=indent)
+        function.__doc__ = "\n".join(lines)
+        return function
+
+    return decorate
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
