@@ -36,6 +36,7 @@ from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, trace
+from lf_hf.report.notes import collapse_note, silence_note
 from lf_hf.report.report import (
     BudgetInfo,
     BudgetTrial,
@@ -46,8 +47,6 @@ from lf_hf.report.report import (
     GroupCost,
     PerplexityInfo,
     RowMatch,
-    collapse_note,
-    silence_note,
 )
 from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.runtime.progress import progress

@@ -14,9 +14,30 @@ from hypothesis import strategies as st
 
 from lf_hf import FusionReport
 from lf_hf.evaluate.points import Point, Score
-from lf_hf.report.report import CalibrationInfo, FittedLayer, FusionStep, PerplexityInfo, RowMatch
+from lf_hf.report.report import (
+    CalibrationInfo,
+    FittedLayer,
+    FusionStep,
+    HealedText,
+    HealingInfo,
+    HealingPoint,
+    PerplexityInfo,
+    RowMatch,
+)
 
 SEED = st.integers(0, 1000)
+HEALED = HealingInfo(
+    {"train": "fused"},
+    [CalibrationInfo("a text", 2, 1024)],
+    1.0,
+    10,
+    1,
+    1,
+    "read from disk",
+    [HealingPoint(0, {"a": 2.0}), HealingPoint(1, {"a": 1.0})],
+    [HealedText("docs", 4000, 30.0, 12.0, 1.25, 0.5, 0.5, 0.75)],
+    60.0,
+)
 
 
 def examples(count: int) -> Callable[[Any], Any]:

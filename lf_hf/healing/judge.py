@@ -17,15 +17,12 @@ from lf_hf.healing.loss import next_tokens, parts
 from lf_hf.healing.teacher import Items, Teacher, stacked
 from lf_hf.healing.text import TextUse
 from lf_hf.measure import written_on
+from lf_hf.report.notes import COLLAPSED, SILENT, collapse_note, silence_note
 from lf_hf.report.report import (
-    COLLAPSED,
-    SILENT,
     FusionReport,
     HealedText,
     HealingInfo,
     PerplexityInfo,
-    collapse_note,
-    silence_note,
 )
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest

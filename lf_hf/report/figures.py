@@ -6,7 +6,6 @@ Layers are numbered from 0 as in the original model, except where a picture says
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
-from lf_hf.report.report import FusionReport, PerplexityInfo
+from lf_hf.report.report import FusionReport
 from lf_hf.text.mmlu import SUBJECTS
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
@@ -228,7 +227,7 @@ def fit_errors(report: FusionReport) -> Figure:
 
 
 def healing_curve(report: FusionReport) -> Figure:
-    """Divergence from the base on text that was kept aside, along the steps of the healing."""
+    """Divergence from the base on held-out text, along the steps of the healing."""
     figure = new_figure(_WIDTH, 2.6)
     axis = figure.subplots()
     healed = report.healed
@@ -246,43 +245,6 @@ def healing_curve(report: FusionReport) -> Figure:
         text.set_label(str(text.get_label()).replace("$", r"\$"))  # a text's name is no formula
     legend_above(axis)
     return figure
-
-
-def cost_and_gain(report: FusionReport) -> Figure:
-    """Perplexity of the fused model over the base's, and what it has left of the base's layers and parameters."""
-    judged = report.perplexities
-    heights = [0.5 * len(judged) + 0.6, 1.5] if judged else [1.5]
-    figure = new_figure(_WIDTH, sum(heights))
-    axes: list[Axes] = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat)
-    if judged:
-        _ratio_bars(axes[0], judged)
-    left = {"layers": 1 - report.layers_removed_fraction, "parameters": 1 - report.parameters_removed_fraction}
-    bars = axes[-1].barh([*left], [100 * share for share in left.values()], color=_AFTER, height=0.6)
-    axes[-1].bar_label(bars, [f"{share:.1%}" for share in left.values()], padding=4, fontsize=10)
-    axes[-1].set(xlim=(0, 120), xticks=range(0, 101, 25), xlabel="left of the base (%)")
-    for axis in axes:
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _ratio_bars(axis: Axes, judged: Sequence[PerplexityInfo]) -> None:
-    """A bar a text, from 1 to the ratio of perplexities; one that is too large to be drawn ends where others do."""
-    drawn = [info.ratio for info in judged if 1e-99 < info.ratio < 1e99]
-    low, high = min([1.0, *drawn]), max([2.0, *drawn])
-    ends = [info.ratio if info.ratio in drawn else high for info in judged]
-    colors = [_AFTER if info.ratio <= 2 else COLORS[1] for info in judged]
-    bars = axis.barh(range(len(judged)), [end - 1 for end in ends], left=1, color=colors, height=0.6)
-    ratios = [f"\N{MULTIPLICATION SIGN} {info.ratio:.3g}" for info in judged]
-    axis.bar_label(bars, ratios, padding=4, fontsize=10, fontweight="bold")
-    axis.axvline(1, color="black", linewidth=0.8)
-    room = (high / low) ** 0.3  # for what is written beside the bars
-    axis.set(xscale="log", xlim=(low / room if low < 1 else 1, high * room))
-    axis.minorticks_off()
-    axis.set_xticks([1], ["as the base"])
-    axis.set_xlabel("perplexity, times the base's (log scale)")
-    names = [f"{info.name}\n{info.dense:.4g} \N{RIGHTWARDS ARROW} {info.fused:.4g}" for info in judged]
-    axis.set_yticks(range(len(judged)), names, parse_math=False)  # a text's name is no formula
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lf_hf.report.rows import Row, text_rows
 from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
-from lf_hf.settings import LEVELS, FusionConfig
+from lf_hf.settings import FusionConfig
 
 REPORT_NAME = "fusion_report.json"
 _RELATIONS = {
@@ -21,8 +21,6 @@ _RELATIONS = {
     "seen": "; part of it was fitted on",
 }
 MOST_LAYERS = 10_000  # larger counts are errors
-COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
-SILENT = "The fused model writes nothing"  # begins the note about that
 CHANGED_NOTE = (
     "The weights were changed after fusing, as by training, by merging an adapter or by another dtype: perplexities "
     "and numbers of parameters are those of the model as it was fused."
@@ -371,50 +369,29 @@ class FusionReport:
 
     def summary(self) -> str:
         """A few lines for people."""
-        lines = [
-            f"Fused {self.base} with {self.config['method']}: {self.layers_before} -> {self.layers_after} layers "
-            f"(-{self.layers_removed_fraction:.1%}), {self.parameters_before:,} -> {self.parameters_after:,} "
-            f"parameters (-{self.parameters_removed_fraction:.1%})."
-        ]
-        for step in self.steps:
-            i, j = step.pair
-            line = f"  layer {i} <- {i}, {j}"
-            if step.ratio_j > 0:
-                line = f"  layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
-            if step.matches:
-                before = sum(match.cosine_before for match in step.matches.values()) / len(step.matches)
-                after = sum(match.cosine_after for match in step.matches.values()) / len(step.matches)
-                line += f", mean matched cosine {before:.3f} -> {after:.3f}"
-            if step.influence is not None:
-                line += f", influence {step.influence:.4f}"
-            if step.divergence is not None:
-                line += f", divergence {step.divergence:.4f}"
-            lines.append(line)
-        for fitted in self.fitted_layers:
-            kept = f" keeping {fitted.channels_kept} channels" if fitted.channels_kept else ""
-            error = f"error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
-            lines.append(f"  last fit of layers {fitted.layers}{kept}, {error}")
-        for info in self.calibration:
-            lines.append(f"  calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)")
-        if chosen := self._chosen_costs():
-            lines.append(f"  groups by cost, nats a token each: {chosen}")
-        if self.budget is not None:
-            lines.append(f"  budget: {self.budget.summary()}")
-        if self.healed is not None:
-            lines.append(f"  healed: {self.healed.summary()}")
+        lines = [f"Fused {self.base} with {self.config['method']}:"]
         for row in self.rows():
             name, *values, change = row.cells
-            lines.append(f"  {name}: {' -> '.join(values)}{f', {change}' if change else ''}")
-        lines += (f"  measured on {judged.source}" for judged in self.perplexities)
-        lines.append("  seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-    def _chosen_costs(self) -> str:
-        """The fused groups, each with what it costs by itself."""
-        costs = {(cost.first, cost.last): cost.divergence for cost in self.group_costs}
-        ends = [(min(group), max(group)) for group in self.groups]
-        chosen = [f"{first} to {last} {costs[first, last]:.3f}" for first, last in ends if (first, last) in costs]
-        return ", ".join(chosen)
+            lines.append(f"{name}: {' -> '.join(values)}{f', {change}' if change else ''}")
+        lines += (f"measured on {judged.source}" for judged in self.perplexities)
+        lines += (
+            f"calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)" for info in self.calibration
+        )
+        for step in self.steps:
+            i, j = step.pair
+            line = f"layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
+            figures = {"influence": step.influence, "divergence": step.divergence}
+            if step.matches:
+                figures["mean matched cosine"] = statistics.mean(match.cosine_after for match in step.matches.values())
+            lines.append(line + "".join(f", {name} {v:.4f}" for name, v in figures.items() if v is not None))
+        for fitted in self.fitted_layers:
+            kept = f" keeping {fitted.channels_kept} channels" if fitted.channels_kept else ""
+            errors = f"error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
+            lines.append(f"last fit of layers {fitted.layers}{kept}, {errors}")
+        lines += [f"budget: {self.budget.summary()}"] if self.budget else []
+        lines += [f"healed: {self.healed.summary()}"] if self.healed else []
+        lines.append("seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
+        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plus both compression figures, as strict JSON has it."""
@@ -439,51 +416,16 @@ class FusionReport:
         return report
 
     def _check(self) -> None:
-        """Raise ValueError where the parts of a report do not fit together, as after editing it by hand."""
-        count = self.layers_before
-        standing = {number: [number] for number in range(min(count, MOST_LAYERS))}
-        layers = len(standing)
-        checks = {
-            f"layers_before={count} is not 2 to {MOST_LAYERS}": not 2 <= count <= MOST_LAYERS,
-            f"parameters_before={self.parameters_before} is not positive": self.parameters_before < 1,
-            "config has no method": not isinstance(self.config.get("method"), str),
-            "influences has not one entry a layer": _length(self.influences) not in (None, layers),
-            "similarity has not one row and column a layer": {*map(len, self.similarity or ())} - {layers}
-            or _length(self.similarity) not in (None, layers),
-            "embeddings has not one entry a layer": _length(self.embeddings) not in (None, layers),
-            "fitted_layers has an entry without layers": not all(fitted.layers for fitted in self.fitted_layers),
-        }
-        samples = {len(layer) for layer in self.embeddings or ()}
-        sizes = {len(sample) for layer in self.embeddings or () for sample in layer}
-        checks["embeddings is not rectangular"] = len(samples) > 1 or len(sizes) > 1 or 0 in samples | sizes
-        labelled = samples if self.sample_labels is None else {len(self.sample_labels)}
-        checks["sample_labels has not one entry a sample"] = samples != labelled
-        for number, step in enumerate(self.steps, 1):
-            i, j = (group[0] if group else -1 for group in (step.layers_i, step.layers_j))
-            there = i != j and standing.get(i) == step.layers_i and standing.get(j) == step.layers_j
-            checks[f"step {number} fuses layers that are not there"] = not there
-            shares = 0 <= step.ratio_i <= 1 and abs(step.ratio_i + step.ratio_j - 1) < 1e-6
-            checks[f"step {number} has ratios that do not add up to 1"] = not shares
-            checks[f"step {number} keeps impossible numbers of channels"] = not _are_counts(step.channels_kept, 2)
-            standing[i] = step.layers_i + standing.pop(j, [])
-        for fitted in self.fitted_layers:
-            kept = _are_counts(fitted.channels_kept, len(fitted.layers))
-            checks[f"the last fit of layers {fitted.layers} keeps impossible numbers of channels"] = not kept
-        checks[f"layers_after={self.layers_after} is not what the steps leave"] = self.layers_after != len(standing)
-        for cost in self.group_costs:
-            name = f"group_costs has a group of layers {cost.first} to {cost.last}, which are not there"
-            checks[name] = not 0 <= cost.first < cost.last < layers
-        if self.budget is not None:
-            checks[f"budget limits {self.budget.name!r}, which is no figure"] = self.budget.name not in LEVELS[1:]
-        if self.healed is not None:
-            checks["healed has no train among its settings"] = "train" not in self.healed.settings
-        perplexities = [value for judged in self.perplexities for value in (judged.dense, judged.fused)]
-        checks["perplexities has one that is not positive"] = any(value <= 0 for value in perplexities)
-        agreements = [judged.agreement for judged in self.perplexities if judged.agreement is not None]
-        checks["perplexities has an agreement that is not 0 to 1"] = any(not 0 <= value <= 1 for value in agreements)
-        for problem, found in checks.items():
-            if found:
-                raise ValueError(f"{problem:.200}; save the model again.")
+        """Raise ValueError where a report cannot be shown, as after editing it by hand."""
+        if not 2 <= self.layers_before <= MOST_LAYERS:
+            raise ValueError(f"layers_before={self.layers_before!r:.80} is not 2 to {MOST_LAYERS}.")
+        try:
+            left = len(self.groups)
+            self.summary()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"its parts do not fit together ({error!r:.200}); save the model again.") from None
+        if left != self.layers_after:
+            raise ValueError(f"layers_after={self.layers_after} is not what the steps leave; save the model again.")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `fusion_report.json` into a folder."""
@@ -501,46 +443,9 @@ class FusionReport:
         return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
 
 
-def collapse_note(judged: Sequence[PerplexityInfo], *, fitted: bool) -> str | None:
-    """A sentence about perplexities that more than doubled, if any did; `fitted` says whether layers were."""
-    collapsed = [info for info in judged if not info.fused <= 2 * info.dense]
-    if not collapsed:
-        return None
-    moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
-    return (
-        f"{COLLAPSED} {moved}: the fused model predicts text far worse than its base, even where multiple-choice "
-        "scores look fine. "
-        + (
-            "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
-            if fitted
-            else "method=refit fits the fused layers to the base and keeps far more of it."
-        )
-    )
-
-
-def silence_note(continuations: Sequence[Continuation]) -> str | None:
-    """A sentence about prompts after which the base writes something and the fused model only blanks, if any are."""
-    prompts = [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]
-    if not prompts:
-        return None
-    return (
-        f"{SILENT} where its base goes on, after {', '.join(prompts)}. Fewer fusions help, or text of that kind "
-        "to calibrate and heal on."
-    )
-
-
 def published_name(base: str) -> str:
     """A model's name as it may be published: the last name alone of what is a path on this machine or another one."""
     kinds: tuple[type[PurePath], ...] = (PurePosixPath, PureWindowsPath)
     if os.path.exists(base):
         return os.path.basename(os.path.abspath(base)) or base
     return next((kind(base).name for kind in kinds if kind(base).is_absolute()), "") or base
-
-
-def _length(values: Sequence[Any] | None) -> int | None:
-    return None if values is None else len(values)
-
-
-def _are_counts(counts: list[int] | None, length: int) -> bool:
-    """Whether there is one count for each of `length` layers, not all zero; or none at all."""
-    return counts is None or (len(counts) == length and all(n >= 0 for n in counts) and sum(counts) > 0)

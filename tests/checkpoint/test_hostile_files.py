@@ -198,7 +198,7 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     write_page(hostile_report(), tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.text.count("<script>alert('x')</script>") >= 11
-    known = "html head meta title style body main h1 h2 p div span b pre section img table tr th td"
+    known = "html head meta title style body main h1 h2 p div span b pre section details summary img table tr th td"
     assert {tag for tag, _ in page.tags} <= set(known.split())
     assert not any(name.startswith("on") or name == "href" for _, attributes in page.tags for name in attributes)
 

@@ -33,7 +33,8 @@ from lf_hf.healing.heal import fitted_arguments
 from lf_hf.healing.judge import judge
 from lf_hf.healing.loss import distillation_loss
 from lf_hf.healing.teacher import Teacher
-from lf_hf.report.report import CHANGED_NOTE, COLLAPSED
+from lf_hf.report.notes import COLLAPSED
+from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.text.calibration import DOCUMENTATION
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens

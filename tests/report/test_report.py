@@ -1,22 +1,112 @@
+"""Reports: what they say of a model, what they give away, and what is read back."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from builders import make_report
+import torch
+from builders import HEALED, make_point, make_report
+from conftest import make_llama, make_texts
+from transformers import AutoModelForCausalLM
 
-from lf_hf import FusionReport
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
+from lf_hf.evaluate.points import append_point, read_points
+from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
+from lf_hf.report.notes import collapse_note
 from lf_hf.report.page import write_page
-from lf_hf.report.report import BudgetInfo, BudgetTrial, FittedLayer, FusionStep, PerplexityInfo, collapse_note
+from lf_hf.report.report import (
+    CHANGED_NOTE,
+    BudgetInfo,
+    BudgetTrial,
+    FittedLayer,
+    FusionStep,
+    PerplexityInfo,
+    published_name,
+)
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import METHODS
+
+SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "entropy_neighbors": 20}
+OTHERWISE: dict[str, Any] = {
+    "ridge": 0.5,
+    "calibration_tokens": 2048,
+    "calibration_length": 32,
+    "kernel_scale": 2.0,
+    "kernel_alpha": 1.0,
+    "embedding_dim": 3,
+    "mi_neighbors": 3,
+    "entropy_neighbors": 10,
+    "rank_normalize": False,
+    "ratio_beta": 2.0,
+    "sample_length": 7,
+    "samples_per_subject": 2,
+    "seed": 7,
+}
 
 
-def test_both_compression_figures() -> None:
-    assert make_report().layers_removed_fraction == 0.125
-    assert make_report().parameters_removed_fraction == pytest.approx(0.1086, abs=5e-5)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("private") / "text.txt"
+    file.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    return file
+
+
+def fuse(base: str, text: Path, method: str, **settings: Any) -> FusedLlamaForCausalLM:
+    settings = {"num_fusions": 2, **SETTINGS, **settings}
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, calibration=str(text), **settings)
+
+
+def digest(model: torch.nn.Module) -> str | None:
+    return weights_digest(model.named_parameters())
+
+
+def everywhere(report: FusionReport, folder: Path) -> list[str]:
+    """All that is made of a report for people."""
+    write_page(report, folder / "page.html")
+    page = (folder / "page.html").read_text("utf-8")
+    return [report.summary(), model_card(report, FAMILIES["llama"], plain=True).replace("\\", ""), page]
+
+
+def test_rows_have_all_figures_of_all_models() -> None:
+    assert [row.cells for row in make_report().rows((100, 80))] == [
+        ["layers", "32", "28", "-12.5%"],
+        ["parameters", "8,030,261,248", "7,157,813,248", "-10.9%"],
+        ["bytes on disk", "100", "80", "-20.0%"],
+        ["perplexity, docs", "6.1", "30", "x 4.92"],
+        ["divergence, docs", "0", "1.25", ""],
+        ["agreement, docs", "100.0%", "62.5%", "-37.5%"],
+        ["perplexity, reasoning", "5.2", "20", "x 3.85"],  # of an older version, which compared no predictions
+    ]
+    assert [row.cells for row in make_report(healed=HEALED).rows()][:3] == [
+        ["layers", "32", "28", "28", "-12.5%"],
+        ["parameters", "8,030,261,248", "7,157,813,248", "7,157,813,248", "-10.9%"],
+        ["perplexity, docs", "6.1", "30", "12", "x 1.97"],
+    ]
+
+
+def test_every_view_shows_all_rows(tmp_path: Path) -> None:
+    budget = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
+    report = make_report(healed=HEALED, budget=budget)
+    for view in everywhere(report, tmp_path):
+        for row in report.rows():
+            assert all(cell in view for cell in row.cells), row
+        for words in (
+            budget.summary(),
+            "Mind the gap.",
+            HEALED.summary(),
+            *(text.source for text in report.perplexities),
+        ):
+            assert words in view
+    assert "docs: 4,000 tokens of prose; text of its kind was fitted on" in report.summary()
+    assert "reasoning: 4,000 tokens of riddles; it was not fitted on\n" in report.summary()
 
 
 @pytest.mark.parametrize(("fitted", "advice"), [(True, "Fewer fusions"), (False, "method=refit")])
@@ -27,71 +117,18 @@ def test_perplexities_that_more_than_double_are_named(fitted: bool, advice: str)
     assert "reasoning" not in note and collapse_note([sound], fitted=fitted) is None
 
 
-def test_round_trip_through_a_folder(tmp_path: Path) -> None:
-    for report in (
-        make_report(),
-        make_report(calibration=[], fitted_layers=[], perplexities=[], similarity=None, embeddings=None),
-    ):
-        report.save(tmp_path)
-        assert FusionReport.load(tmp_path) == report
-    assert json.loads((tmp_path / "fusion_report.json").read_text())["layers_removed_fraction"] == 0.125
-
-
-def test_a_report_that_compares_no_predictions_is_shown_without(tmp_path: Path) -> None:
-    values = make_report().to_dict()
-    del values["continuations"]
-    for judged in values["perplexities"]:
-        del judged["divergence"], judged["agreement"]
-    report = FusionReport.from_dict(values)
-    assert report.continuations == [] and report.perplexities[0].divergence is None
-    write_page(report, tmp_path / "page.html")
-    for text in (
-        report.summary(),
-        model_card(report, FAMILIES["llama"], plain=True),
-        (tmp_path / "page.html").read_text("utf-8"),
-    ):
-        assert "agree" not in text and "How it writes" not in text
-
-
-def test_summary_says_it_in_a_few_lines() -> None:
-    summary = make_report().summary()
-    assert "32 -> 28 layers (-12.5%)" in summary and "7,157,813,248 parameters (-10.9%)" in summary
-    assert "layer 30 <- 30 x 0.6200 + 31 x 0.3800, mean matched cosine 0.010 -> 0.200" in summary
-    assert "note: Mind the gap." in summary
-    assert "  perplexity, docs: 6.1 -> 30, x 4.92\n  divergence, docs: 0 -> 1.25\n" in summary
-    assert "  agreement, docs: 100.0% -> 62.5%, -37.5%\n  perplexity, reasoning: 5.2 -> 20, x 3.85\n" in summary
-    assert "agreement, reasoning" not in summary  # of an older version
-    assert "  measured on docs: 4,000 tokens of prose; text of its kind was fitted on\n" in summary
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"{}", "no fusion report"), (b"[]", "no fusion report")],
-)
-def test_bad_files_get_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "fusion_report.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        FusionReport.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        *({name: []} for name in ("influences", "similarity", "embeddings")),
-        {"fitted_layers": [FittedLayer([], None, [], 0.5, 0.2)]},
-    ],
-)
-def test_empty_parts_get_one_sentence(values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=f"no fusion report: {next(iter(values))} has .*; save the model again"):
-        FusionReport.from_dict(make_report(**values).to_dict())
-
-
-def test_a_budget_is_on_the_page_and_on_the_card(tmp_path: Path) -> None:
-    budget = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
-    report = make_report(budget=budget)
-    write_page(report, tmp_path / "page.html")
-    assert budget.summary() in (tmp_path / "page.html").read_text("utf-8")
-    assert budget.summary() in model_card(report, FAMILIES["llama"], plain=True).replace("\\", "")
+def test_groups_say_how_much_of_each_layer_is_where() -> None:
+    steps = [FusionStep([2], [3], 0.75, 0.25), FusionStep([1], [2, 3], 0.6, 0.4)]
+    report = make_report(steps=steps, fitted_layers=[], layers_before=5, layers_after=3)
+    assert report.groups == [{0: 1}, {1: 0.6, 2: pytest.approx(0.3), 3: pytest.approx(0.1)}, {4: 1}]
+    selected = make_report(
+        steps=[FusionStep([1], [2], 1.0, 0.0, channels_kept=[10, 30])],
+        fitted_layers=[FittedLayer([1, 2], None, [8, 32], 0.5, 0.1)],
+        layers_before=4,
+        layers_after=3,
+    )
+    assert selected.groups[1] == {1: 0.2, 2: 0.8}
+    assert dataclasses.replace(selected, fitted_layers=[]).groups[1] == {1: 0.25, 2: 0.75}
 
 
 def test_the_card_says_what_became_one_layer_and_leaves_empty_columns_out() -> None:
@@ -104,6 +141,163 @@ def test_the_card_says_what_became_one_layer_and_leaves_empty_columns_out() -> N
     assert "## Settings\n\nThe settings that had an effect:\n" in card
 
 
+# What is written and read back
+
+
+def strictly(content: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(content, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        make_report(),
+        make_report(healed=HEALED, calibration=[], fitted_layers=[], perplexities=[], similarity=None, embeddings=None),
+        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf)]),
+    ],
+)
+def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    assert FusionReport.load(tmp_path) == FusionReport.from_dict(report.to_dict()) == report
+    assert strictly((tmp_path / "fusion_report.json").read_text())["layers_removed_fraction"] == 0.125
+
+
+def test_infinite_figures_of_a_sweep_come_back_too(tmp_path: Path) -> None:
+    point = dataclasses.replace(make_point("mka", 1, math.inf), perplexities={"docs": math.inf, "b": -math.inf})
+    append_point(tmp_path / "results.jsonl", point)
+    strictly((tmp_path / "results.jsonl").read_text())
+    assert read_points(tmp_path / "results.jsonl") == {point.key: point}
+
+
+def test_reports_of_an_older_version_are_read_and_shown(tmp_path: Path) -> None:
+    values = make_report().to_dict()
+    for name in ("continuations", "influences", "sample_labels", "healed", "budget", "group_costs", "dtype"):
+        del values[name]
+    for judged in values["perplexities"]:
+        del judged["divergence"], judged["agreement"]
+    report = FusionReport.from_dict(values)
+    assert report.continuations == [] and report.perplexities[0].divergence is None
+    for view in everywhere(report, tmp_path):
+        assert "agreement, docs" not in view and "What both write" not in view
+    config = FusionConfig(num_fusions=1, method="refit").to_dict() | {"from_the_future": 1}
+    assert make_report(config=config).settings == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"{}", "no fusion report"),
+        (b"[]", "no fusion report"),
+        ({"layers_before": 1}, "layers_before=1 is not 2 to 10000"),
+        ({"layers_after": 5}, "layers_after=5 is not what the steps leave"),
+        ({"steps": [vars(FusionStep([3], [40], 1.0, 0.0))]}, "its parts do not fit together"),
+        ({"config": {}}, "its parts do not fit together"),
+    ],
+)
+def test_bad_files_get_one_sentence(tmp_path: Path, content: bytes | dict[str, Any], message: str) -> None:
+    edited = json.dumps(make_report().to_dict() | content).encode() if isinstance(content, dict) else content
+    (tmp_path / "fusion_report.json").write_bytes(edited)
+    with pytest.raises(ValueError, match=message):
+        FusionReport.load(tmp_path)
+
+
 def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no fusion_report\.json"):
         FusionReport.load(tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, text: Path) -> None:
+    config = FusionConfig(num_fusions=2, method=method, **SETTINGS)
+    without = config.to_dict().keys() - config.in_effect().keys()
+    other = {name: value for name, value in OTHERWISE.items() if name in without}
+    first, second = fuse(base, text, method), fuse(base, text, method, **other)
+    assert first.fusion_report is not None and set(first.fusion_report.settings) == config.in_effect().keys()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+# What is published
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("owner/model-GGUF/model.Q4.gguf", "owner/model-GGUF/model.Q4.gguf"),
+        ("/home/me/secret/model/", "model"),
+        ("/home/me/secret/model.Q4.gguf", "model.Q4.gguf"),
+        ("C:\\Users\\me\\model", "model"),
+        ("/", "/"),
+    ],
+)
+def test_of_a_path_the_last_name_is_published(name: str, published: str) -> None:
+    assert published_name(name) == published == make_report(base=name).base
+
+
+def test_of_a_folder_that_is_here_the_last_name_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert published_name("mine/model") == published_name("./mine/model/") == "model"
+    monkeypatch.chdir(tmp_path / "mine" / "model")
+    assert published_name(".") == "model"
+
+
+def test_no_file_of_a_fusion_says_where_its_base_was(base: str, text: Path, tmp_path: Path) -> None:
+    fuse(base, text, "refit").save_pretrained(tmp_path / "out")
+    fuse_checkpoint(base, tmp_path / "low", num_fusions=1, method="truncate", perplexity_tokens=0)
+    for folder in ("out", "low"):
+        write_page(FusionReport.load(tmp_path / folder), tmp_path / folder / "page.html")
+        for file in (tmp_path / folder).iterdir():
+            content = file.read_bytes()
+            assert str(Path(base).parent).encode() not in content and str(text.parent).encode() not in content, file
+        name = Path(base).name
+        assert json.loads((tmp_path / folder / "config.json").read_text())["fusion"]["base"] == name
+    assert str(Path(base).parent) not in markdown([], base, published=False)
+
+
+# Models that were changed
+
+
+def test_the_digest_is_that_of_the_saved_model_in_any_wider_dtype(
+    make_base: Callable[..., str], text: Path, tmp_path: Path
+) -> None:
+    for tied in (False, True):
+        base = make_base(tie_word_embeddings=tied, dtype=torch.bfloat16)
+        model = fuse(base, text, "truncate")
+        model.save_pretrained(tmp_path / str(tied))
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied), dtype=dtype)
+            assert digest(loaded) == digest(model) is not None
+
+
+def test_a_change_of_any_parameter_changes_the_digest() -> None:
+    model = make_llama()
+    before = digest(model)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.mul_(1.01)
+            assert digest(model) != before
+            parameter.copy_(kept)
+    assert digest(model) == before
+    with torch.device("meta"):
+        assert digest(make_llama()) is None
+
+
+def test_a_merged_adapter_gets_a_note_once(base: str, text: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = fuse(base, text, "truncate")
+    assert model.fusion_report is not None
+    report = dataclasses.replace(model.fusion_report, weights_digest=digest(model))
+    assert report.of_weights(digest(model)) == report.of_weights(None) == report
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    changed = report.of_weights(digest(peft.get_peft_model(model, lora).merge_and_unload()))
+    assert changed.notes == [CHANGED_NOTE, *report.notes]
+    assert changed.of_weights("another") == changed
+    assert make_report().of_weights("any") == make_report()  # of an older report nothing is known

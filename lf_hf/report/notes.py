@@ -1,0 +1,38 @@
+"""Sentences about what a fusion has broken, for a report's notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lf_hf.report.report import Continuation, PerplexityInfo
+
+COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
+SILENT = "The fused model writes nothing"  # begins the note about that
+
+
+def collapse_note(judged: Sequence[PerplexityInfo], *, fitted: bool) -> str | None:
+    """A sentence about perplexities that more than doubled, if any did; `fitted` says whether layers were."""
+    collapsed = [info for info in judged if not info.fused <= 2 * info.dense]
+    if not collapsed:
+        return None
+    moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
+    return (
+        f"{COLLAPSED} {moved}: the fused model predicts text far worse than its base, even where multiple-choice "
+        "scores look fine. "
+        + (
+            "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
+            if fitted
+            else "method=refit fits the fused layers to the base and keeps far more of it."
+        )
+    )
+
+
+def silence_note(continuations: Sequence[Continuation]) -> str | None:
+    """A sentence about prompts after which the base writes something and the fused model only blanks, if any are."""
+    prompts = [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]
+    if not prompts:
+        return None
+    return (
+        f"{SILENT} where its base goes on, after {', '.join(prompts)}. Fewer fusions help, or text of that kind "
+        "to calibrate and heal on."
+    )
