@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lf_hf
-from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.base import Base, hub_arguments
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
@@ -141,7 +141,9 @@ _LOADING = _options(
         help="What weights are computed in.",
         show_default="as BASE has it",
     ),
-    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all GPUs.", show_default="cpu"),
+    click.option(
+        "--device", "device_map", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all GPUs.", show_default="cpu"
+    ),
 )
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Only say what would be done, and what it would take. Writes nothing."
@@ -174,18 +176,7 @@ _DRY_RUN = click.option(
 @_DRY_RUN
 @_setting_options(FusionConfig, _MECHANICS)
 def fuse(
-    base: str,
-    out: str,
-    target_layers: int | None,
-    calibration: str | None,
-    plain: bool,
-    low_memory: bool,
-    dry_run: bool,
-    gguf_file: str | None,
-    revision: str | None,
-    dtype: str | None,
-    device: str | None,
-    **settings: Any,
+    base: str, out: str, target_layers: int | None, plain: bool, low_memory: bool, dry_run: bool, **given: Any
 ) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
@@ -195,9 +186,8 @@ def fuse(
     """
     from lf_hf.estimate import check_disk, plan_fusion
 
-    hub = _given(gguf_file=gguf_file, revision=revision)
-    loading = hub | _given(dtype=dtype, device_map=device)
-    settings = _given(**settings)
+    settings, given = _taken(FusionConfig, given)
+    calibration, hub = given.pop("calibration", None), hub_arguments(given)
     if len([name for name in LEVELS if name in settings]) + (target_layers is not None) != 1:
         raise click.UsageError(
             "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
@@ -207,11 +197,11 @@ def fuse(
     with _usage_errors():
         config = FusionConfig.from_kwargs(**settings)
     if dry_run:
-        print(plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **loading).summary())
+        print(plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
         return
     if low_memory:
-        low_memory_device(loading)
-    opened = Base.open(base, loading)
+        low_memory_device(given)
+    opened = Base.open(base, given)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, plain=plain, calibration=calibration)
@@ -262,18 +252,7 @@ def _num_fusions(num_layers: int, target_layers: int) -> int:
 @_OF_BASE
 @_DRY_RUN
 @_setting_options(HealSettings)
-def heal(
-    fused: str,
-    out: str,
-    base: str | None,
-    text: str | None,
-    cache: str | None,
-    arg: tuple[str, ...],
-    gguf_file: str | None,
-    revision: str | None,
-    dry_run: bool,
-    **settings: Any,
-) -> None:
+def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any) -> None:
     """Train the fused model FUSED for a short time to predict what its base predicts, and write it to OUT.
 
     Keeps the state that is nearest to the base on held-out text. When it was interrupted, the same command goes on
@@ -282,26 +261,19 @@ def heal(
     """
     from lf_hf.healing.trainer import parse_training_arguments
 
+    settings, given = _taken(HealSettings, given)
     with _usage_errors():
-        chosen = HealSettings.from_kwargs(**_given(**settings))
-        training = parse_training_arguments(arg)
-    asked: dict[str, Any] = {
-        "base": base,
-        "text": text,
-        "settings": chosen,
-        "cache": cache,
-        "training_args": training,
-        **_given(gguf_file=gguf_file, revision=revision),
-    }
+        given["settings"] = HealSettings.from_kwargs(**settings)
+        given["training_args"] = parse_training_arguments(arg)
     if dry_run:
         from lf_hf.estimate import plan_heal
 
-        plan = plan_heal(fused, out, **asked)
+        plan = plan_heal(fused, out, **given)
         if not rank():
             print(plan.summary())
         return
     with _without_warnings("lf_hf.healing.judge"):  # its notes stand below the table
-        report = lf_hf.heal(fused, out, **asked)
+        report = lf_hf.heal(fused, out, **given)
     assert report.healed is not None
     if rank():  # of a launch: the first one speaks
         return
@@ -353,24 +325,7 @@ def heal(
 )
 @_LOADING
 @_setting_options(FusionConfig, _MECHANICS)
-def sweep(
-    base: str,
-    out: str,
-    num_fusions: str,
-    methods: str,
-    tasks: str,
-    limit: float | None,
-    num_fewshot: int | None,
-    batch_size: str,
-    metadata: str | None,
-    calibration: str | None,
-    heal_cache: str | None,
-    gguf_file: str | None,
-    revision: str | None,
-    dtype: str | None,
-    device: str | None,
-    **settings: Any,
-) -> None:
+def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metadata: str | None, **given: Any) -> None:
     """Fuse BASE by several methods to several sizes, and evaluate all; results go to the folder OUTDIR.
 
     Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
@@ -383,14 +338,14 @@ def sweep(
     from lf_hf.report.page import missing_plot_packages
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which else tells how it builds each task
-    settings = _given(**settings)
+    settings, given = _taken(FusionConfig, given)
     try:
         levels = [int(level) for level in num_fusions.split(",")]
     except ValueError:
         raise click.UsageError(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
     with _usage_errors():
         values = None if metadata is None else parse_json(metadata, "--metadata")
-        check_evaluation(limit, batch_size)
+        check_evaluation(given.get("limit"), given["batch_size"])
         for level, method in itertools.product(levels, _names(methods)):
             FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
     points = run_sweep(
@@ -399,14 +354,9 @@ def sweep(
         num_fusions=levels,
         methods=_names(methods),
         tasks=_names(tasks),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
         metadata=values,
-        calibration=calibration,
-        heal_cache=heal_cache,
         settings=settings,
-        **_given(gguf_file=gguf_file, revision=revision, dtype=dtype, device_map=device),
+        **given,
     )
     if local_rank():  # of a launch: the first one on a machine speaks
         return
@@ -464,8 +414,10 @@ def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",")]
 
 
-def _given(**arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
+def _taken(settings: type[Settings], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of settings, and all other arguments, that were used on the command line."""
+    used = {name: value for name, value in given.items() if value is not None}
+    return {name: used.pop(name) for name in settings.known if name in used}, used
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -275,12 +275,9 @@ def _num_tokens(text: str) -> int:
 
 def _devices(device_map: Any) -> list[torch.device]:
     """Where layers run, as from_pretrained's `device_map` says."""
-    places: list[Any] = ["cpu" if device_map is None else device_map]
-    if device_map in SPREAD:
-        places = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-    elif isinstance(device_map, dict):
-        places = [place for place in dict.fromkeys(device_map.values()) if place != "disk"] or ["cpu"]
-    return [torch.device(place) for place in places]
+    if device_map in SPREAD and torch.cuda.is_available():
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [torch.device("cpu" if device_map in (None, *SPREAD) else device_map)]
 
 
 def _change(before: int, after: int) -> str:
