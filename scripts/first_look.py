@@ -41,9 +41,9 @@ def main() -> None:
     for task, (_, questions) in scores["dense"].items():
         if questions < FEW_QUESTIONS:
             console.print(f"{task}: {questions} questions, too few to tell models apart")
-    for told in zip(*(report.continuations or () for report in reports.values())):
+    for told in zip(*(report.continuations or () for report in reports.values()), strict=True):
         console.print(f"\n{on_one_line(told[0].prompt)} ...")
-        for name, text in zip(("dense", *reports), (told[0].dense, *(of_one.fused for of_one in told))):
+        for name, text in zip(("dense", *reports), (told[0].dense, *(of_one.fused for of_one in told)), strict=True):
             console.print(f"  {name:17} {on_one_line(text)}")
 
 
@@ -53,7 +53,7 @@ def table(reports: dict[str, FusionReport], scores: dict[str, dict[str, tuple[fl
     shown_table.add_column("", no_wrap=True)
     for name in ("dense", *reports):
         shown_table.add_column(name, justify="right", no_wrap=True)
-    for rows in zip(*(report.rows() for report in reports.values())):
+    for rows in zip(*(report.rows() for report in reports.values()), strict=True):
         fused = [shown(row.kind, row.values[1]) + factor(row) for row in rows]
         shown_table.add_row(rows[0].name, shown(rows[0].kind, rows[0].values[0]), *fused)
     for task in scores["dense"]:

@@ -12,59 +12,48 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from lf_hf import FusedLlamaForCausalLM
+from lf_hf import fuse_checkpoint
+
+
+def write_results(folder: Path, accuracy: float, group: str = "group", questions: int = 2) -> None:
+    """What lm_eval writes about a group with one member, and about a group without a metric of its own."""
+    values = {"alias": "-", "acc,none": accuracy, "acc_stderr,none": "N/A"}
+    task = {"alias": "task", "sample_len": 3, "exact,none": 1, "exact_stderr,none": 0.5}
+    written = {
+        "results": {group: values, "part": values, "bare": {" ": " ", "alias": "bare"}, "a": task},
+        "group_subtasks": {group: ["part"], "bare": ["a"]},
+        "n-samples": {"part": {"effective": questions}, "a": {"effective": 1000}},
+    }
+    (folder / "of_lm_eval").mkdir(parents=True)
+    (folder / "of_lm_eval" / "results_2026.json").write_text(json.dumps(written))
 
 
 def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) -> None:
-    folders = {}
-    settings: dict[str, Any] = {
-        "num_fusions": 1,
-        "perplexity_tokens": 256,
-        "sample_length": 32,
-        "calibration_tokens": 1024,
-    }
-    for method in ("truncate", "refit"):
-        model = FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, **settings)
-        folders[method] = tmp_path / "fused" / method
-        model.save_pretrained(folders[method])
-    results = tmp_path / "results"
-    for n, name in enumerate(["dense", *folders]):
-        (results / name / "of_lm_eval").mkdir(parents=True)
-        values = {"alias": "mmlu_sample", "acc,none": 0.25 + n / 100, "acc_stderr,none": "N/A"}
-        written = {"results": {"mmlu_sample": values, "part": values}, "group_subtasks": {"mmlu_sample": ["part"]}}
-        (results / name / "of_lm_eval" / "results_2026.json").write_text(json.dumps(written))
-
-    fused = [f"{name}={folder}" for name, folder in folders.items()]
+    settings: dict[str, Any] = {"perplexity_tokens": 256, "sample_length": 32, "calibration_tokens": 1024}
+    write_results(tmp_path / "dense", 0.25)
+    reports, fused = [], []
+    for n, method in enumerate(("truncate", "refit")):
+        reports.append(fuse_checkpoint(base, tmp_path / method, num_fusions=1, method=method, **settings))
+        write_results(tmp_path / "results" / method, 0.5 + n / 4)
+        fused.append(f"{method}={tmp_path / method}")
+    (tmp_path / "dense").rename(tmp_path / "results" / "dense")
     done = subprocess.run(
-        [sys.executable, "scripts/first_look.py", str(results), "--base", base, "--fused", *fused],
+        [sys.executable, ROOT / "scripts" / "first_look.py", tmp_path / "results", "--fused", *fused],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
     )
     assert done.returncode == 0, done.stderr
-    text, _, continuations = done.stdout.partition("How each goes on from:")
-    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    assert lines["dense"].split()[1] == "5"
-    assert lines["truncate"].split()[1] == lines["refit"].split()[1] == "4"
-    report = FusedLlamaForCausalLM.from_pretrained(folders["refit"]).fusion_report
-    assert len(report.perplexities) == 2
-    for judged in report.perplexities:
-        assert f"{judged.dense:.4g}" in lines["dense"] and f"{judged.fused:.4g}" in lines["refit"]
-        assert judged.label in text
-    assert "0.250" in lines["dense"] and "0.260" in lines["truncate"] and "0.270" in lines["refit"]
-    assert [line.split()[0] for line in continuations.splitlines()[1:4]] == ["dense", *folders]
-
-
-def test_groups_without_a_metric_show_their_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from first_look import main_scores
-
-    of_task = {"alias": "task", "sample_len": 3, "exact,none": 1, "exact_stderr,none": 0.5}
-    results = {"group": {" ": " ", "alias": "group"}, "a": of_task, "b": of_task, "alone": of_task}
-    written = {"results": results, "group_subtasks": {"group": ["a", "b"], "alone": []}}
-    (tmp_path / "results_2026.json").write_text(json.dumps(written))
-    assert main_scores(tmp_path) == {"a": 1, "b": 1, "alone": 1}
+    lines = [line.split() for line in done.stdout.replace(" (x ", "(x").partition("docs, ")[0].splitlines()]
+    rows = {" ".join(words[:-3]): words[-3:] for words in lines if len(words) >= 3}
+    assert rows[""] == ["dense", "truncate", "refit"] and rows["layers"] == ["5", "4", "4"]
+    assert rows["group"] == ["0.250", "0.500", "0.750"] and rows["a"] == ["1.000"] * 3
+    assert "group: 2 questions, too few" in done.stdout and "a: 1000" not in done.stdout
+    for of_models in zip(*(report.perplexities for report in reports), strict=True):
+        expected = [f"{judged.fused:.4g}(x{judged.ratio:.3g})" for judged in of_models]
+        assert rows[f"perplexity, {of_models[0].name}"] == [f"{of_models[0].dense:.4g}", *expected]
+        assert of_models[1].label in done.stdout
+    assert all(" ".join(told.prompt.split()) in done.stdout for told in reports[1].continuations)
 
 
 @pytest.mark.parametrize("argument", ["-o", "--output_path=out"])
