@@ -1,8 +1,7 @@
-"""The pipeline: fuses pairs of layers of a model, in place, and reports what it did.
+"""The pipeline: measure a model, fuse layers of it, fit what came out, and report.
 
-From top to bottom: the loop over pairs, how a pair is chosen and what it becomes, then what happens before and after
-the loop. Where fused layers are fitted, the loop decides which layers form a group, and a last pass makes each fused
-layer again, from the bottom up.
+`fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
+second. Where fused layers are fitted, a last pass makes each of them again from the bottom up.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.budget import held_out, search
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
@@ -58,245 +58,7 @@ from lf_hf.text.packing import beginning
 logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
-_GUESSES = 4  # trials of a budget that follow a power law
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
-
-
-def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
-    """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
-    with fusion.clock(_STEPS):
-        if fusion.table is not None and not fusion.planned:
-            fusion.planned = fusion.table.best(num_fusions, trials=num_trials(num_fusions))
-        for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
-            i, cost = fusion.choose()
-            if fusion.planned and fusion.config.remakes:
-                pair = _FusedPair({}, {}, 1.0, {}, None)  # the last pass makes each group at once
-            else:
-                pair = fusion.fuse_pair(i, fusion.before(i), quick=fusion.config.remakes)
-            fusion.steps.append(fusion.report_step(i, pair, cost))
-            fusion.decoder.replace(i, pair.changed, pair.kind)
-            fusion.decoder.remove(i + 1)
-            fusion.update(i)
-
-
-@dataclass
-class Fusion:
-    """The model while its pairs are fused; `start` makes one.
-
-    `groups` has, for each layer, the layers of the dense model that it stands for. The states of calibration text at
-    the layers' boundaries, and the costs of groups, are there where the config needs them. `influences` is how much
-    each layer of the dense model changes the stream of calibration text, empty without text.
-    """
-
-    decoder: Decoder
-    config: FusionConfig
-    measured: Measurements
-    similarity: NDArray[np.float64] | None
-    groups: list[list[int]]
-    store: StateStore
-    boundaries: Boundaries | None
-    clock: Clock
-    influences: list[float] = field(default_factory=list)
-    steps: list[FusionStep] = field(default_factory=list)
-    table: GroupCosts | None = None
-    planned: list[Group] = field(default_factory=list)  # that become one layer each
-
-    def choose(self) -> tuple[int, float | None]:
-        """The first layer of the pair to fuse next, and what that is expected to cost where it was measured."""
-        if self.planned:
-            ends = dict(self.planned)
-            i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
-            assert self.table is not None
-            costs, (first, *_, last) = self.table.by_group, (*self.groups[i], *self.groups[i + 1])
-            return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
-        if self.config.selection == "least_influence":
-            assert self.boundaries is not None
-            return self._least(self.boundaries.influences) - 1, None
-        return self.decoder.num_layers - 2, None
-
-    def _least(self, influences: Sequence[float]) -> int:
-        """Index j of the layer of least influence that may be joined with layer j - 1.
-
-        The first and the last layer of the model stay out of any pair: there must be at least four layers.
-        """
-        kinds = self.decoder.family.config_kinds(self.decoder.config)
-        pairs = [j for j in range(2, len(influences) - 1) if self.config.merge != "average" or kinds[j - 1] == kinds[j]]
-        return min(pairs, key=lambda j: influences[j])
-
-    def before(self, i: int) -> Sequence[Tensor]:
-        return [] if self.boundaries is None else self.boundaries.before(i)
-
-    @torch.no_grad()
-    def fuse_pair(self, i: int, states: Sequence[Tensor], *, quick: bool = False) -> _FusedPair:
-        """Layers i and i + 1 as one: aligned, merged, and fitted to what they do to `states` where the config says so.
-
-        `quick` is a rough fit: good enough where the last pass makes the layer again.
-        """
-        config, ratio = self.config, self.ratio(self.groups[i][0], self.groups[i + 1][0])
-        with ExitStack() as stack:
-            pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
-            traces = trace(self.decoder, pair, states if config.fits else [], self.store)
-            first, second = (layer_weights(self.decoder, layer) for layer in pair)
-            kind = self.decoder.family.layer_kind(pair[0])
-            changed, matches = dict[str, Tensor](), dict[str, RowMatch]()  # of layer i, where it stays as it is
-            if config.merge == "average":
-                changed, matches = self.averaged(first, second, ratio)
-            if not config.fits:
-                return _FusedPair(changed, kind, ratio, matches, None)
-            if config.merge != "select":
-                pair = [build_layer(self.decoder, first | changed, kind)]
-            del first, second
-            fit = fit_group(
-                self.decoder, pair, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
-            )
-            return _FusedPair(fit.weights, fit.kind, ratio, matches, fit)
-
-    def try_group(
-        self, first: int, layers: list[DecoderLayer], traces: Traces, states: Sequence[Tensor]
-    ) -> DecoderLayer:
-        """The layer that a group of layers of the dense model would become which may never be fused."""
-        config, kind = self.config, self.decoder.family.layer_kind(layers[0])
-        if config.merge != "select":
-            weights = layer_weights(self.decoder, layers[0])
-            for number, layer in enumerate(layers[1:], first + 1):
-                if config.merge == "average":
-                    with _without_similarity_warnings():
-                        ratio = self.ratio(first, number)
-                    weights |= self.averaged(weights, layer_weights(self.decoder, layer), ratio)[0]
-            layers = [build_layer(self.decoder, weights, kind)]
-            if not config.fits:
-                return layers[0]
-        fit = fit_group(
-            self.decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=True
-        )
-        return build_layer(self.decoder, fit.weights, fit.kind)
-
-    def ratio(self, i: int, j: int) -> float:
-        """The share of layer i in its fusion with layer j, by their numbers in the dense model."""
-        return 1.0 if self.similarity is None else fusion_ratio(self.similarity, i, j, self.config.ratio_beta)
-
-    def averaged(self, first: Weights, second: Weights, ratio: float) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
-        """What two layers' weights become, and how they were matched."""
-        changed, matches = average_layers(
-            first,
-            second,
-            ratio=ratio,
-            alignment=self.config.alignment,
-            head_dim=head_dim(self.decoder.config),
-            symmetry=self.decoder.family.symmetry,
-            processes=self.decoder.processes,
-        )
-        for tensor in changed.values():  # in case machines round differently
-            self.decoder.processes.broadcast(tensor)
-        return changed, matches
-
-    def report_step(self, i: int, pair: _FusedPair, cost: float | None) -> FusionStep:
-        """What is reported of the fusion of layers i and i + 1."""
-        chosen_on_text = self.boundaries is not None and self.config.selection not in ("last", "groups")
-        return FusionStep(
-            layers_i=self.groups[i],
-            layers_j=self.groups[i + 1],
-            ratio_i=pair.ratio,
-            ratio_j=1 - pair.ratio,
-            matches=pair.matches,
-            influence=self.boundaries.influences[i + 1] if self.boundaries is not None and chosen_on_text else None,
-            divergence=cost if cost is not None and math.isfinite(cost) else None,
-            heads_kept=pair.fit.heads_kept if pair.fit else None,
-            channels_kept=pair.fit.channels_kept if pair.fit else None,
-            error_before=pair.fit.error_before if pair.fit else None,
-            error_after=pair.fit.error_after if pair.fit else None,
-        )
-
-    def update(self, i: int) -> None:
-        """Layers i and i + 1 have become layer i."""
-        self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
-        if self.boundaries is not None and not (self.planned and self.config.remakes):
-            self.boundaries.update(i)
-
-
-@contextmanager
-def _without_similarity_warnings() -> Iterator[None]:
-    """Without what is said of layers that are fused, where they may never be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Layers .* have no similarity")
-        yield
-
-
-@dataclass(frozen=True)
-class _FusedPair:
-    """What two layers become: the weights that differ from layer i's, the kind, and how it came about."""
-
-    changed: Weights
-    kind: Kind
-    ratio: float
-    matches: dict[str, RowMatch]
-    fit: GroupFit | None
-
-
-@contextmanager
-def start(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Iterator[Fusion]:
-    """A fusion of a dense model, which `fuse_pairs` goes on with in a `with` block."""
-    clock = Clock(measured.seconds)
-    with ExitStack() as stack:
-        with clock(_STEPS):
-            *roles, final = _texts_of_roles(config, measured.text)
-            parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in roles]
-            embedded = decoder.embed([batch for part in parts for batch in part])
-            expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
-            store = stack.enter_context(StateStore.with_room(decoder, expected))
-            fusion = Fusion(
-                decoder=decoder,
-                config=config,
-                measured=measured,
-                similarity=measured.similarity if config.needs_similarity else None,
-                groups=[[index] for index in range(decoder.num_layers)],
-                store=store,
-                boundaries=Boundaries(decoder, embedded, store) if config.needs_text else None,
-                clock=clock,
-            )
-            del embedded
-            if fusion.boundaries is not None:
-                fusion.influences = list(fusion.boundaries.influences)
-            batches = iter(range(sum(map(len, parts))))
-            first, second, third = (list(islice(batches, len(part))) for part in parts)
-            if config.selection == "groups":
-                assert fusion.boundaries is not None
-                final_text = decoder.batches(decoder.processes.shard(final)) if final else None
-                known = measured.group_costs.get(_group_settings(config))
-                fusion.table = GroupCosts(
-                    decoder, fusion.boundaries, first, second, third, final_text, fusion.try_group, store, known
-                )
-                measured.group_costs[_group_settings(config)] = fusion.table.by_group
-        yield fusion
-        fusion.boundaries = fusion.table = None  # the last pass needs the room
-
-
-def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Sequences of calibration text for what steps do with it.
-
-    Those that they are fitted to; where groups are chosen also those that judge each, those that judge sets, and those
-    that the best few sets are fitted to.
-    """
-    if not config.needs_text:
-        return [], [], [], []
-    if config.selection == "groups":
-        return text_for_groups(text)
-    return beginning(text, STEP_TOKENS), [], [], []
-
-
-def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
-    """What the costs of groups depend on, besides what was measured."""
-    return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
-
-
-def state_copies(config: FusionConfig, num_layers: int) -> int:
-    """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
-    tried = 0
-    if config.selection == "groups":
-        of_groups = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP  # what judges each, a fifth of all, after it
-        of_finalists = 2 * (FINALISTS + 2 * LONGEST_GROUP)  # on twice as much text, with the window that is fitted to
-        tried = max(of_groups, of_finalists)
-    return num_layers + 7 + tried
 
 
 def fuse(
@@ -314,7 +76,7 @@ def fuse(
     Parameters
     ----------
     decoder : Decoder
-        Changed: it has `num_fusions` fewer layers afterwards.
+        Changed: it has `num_fusions` fewer layers afterwards, or as many fewer as a budget allows.
     tokenizer : the model's tokenizer
     config : FusionConfig
     samples, text : Calibration or None
@@ -341,109 +103,292 @@ def fuse(
     )
     measured.check_serves(config)
     if config.within_budget:
-        return _fuse_within(decoder, tokenizer, config, measured, base=base, parameters=parameters)
+        fusion, fitted, budget = _fuse_within_budget(decoder, config, measured)
+        report = _report(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
+        return replace(report, budget=budget)
     with start(decoder, config, measured) as fusion:
         fuse_pairs(fusion, config.num_fusions)
     return finish(fusion, decoder, tokenizer, base=base, parameters=parameters)
 
 
-def _fuse_within(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FusionConfig,
-    measured: Measurements,
-    *,
-    base: str,
-    parameters: int,
-) -> FusionReport:
-    """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on text kept aside."""
-    held, rest = _kept_aside(measured.text, config.seed)
+def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
+    """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
+    with fusion.clock(_STEPS):
+        if fusion.table is not None and not fusion.planned:
+            fusion.planned = fusion.table.best(num_fusions, trials=num_trials(num_fusions))
+        for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
+            i, cost = fusion.choose()
+            fused = fusion.fuse_pair(i)
+            fusion.steps.append(fusion.report_step(i, fused, cost))
+            fusion.decoder.replace(i, fused.changed, fused.kind)
+            fusion.decoder.remove(i + 1)
+            fusion.update(i)
+
+
+@dataclass
+class Fusion:
+    """The model while its pairs are fused; `start` makes one.
+
+    Attributes
+    ----------
+    decoder, config, measured
+    similarity : float64 array of shape (layers L, layers L), or None
+        Of the dense model's layers, where weights are averaged.
+    groups : list of lists of int
+        For each layer, the layers of the dense model that it stands for.
+    store : StateStore
+    boundaries : Boundaries or None
+        States of calibration text at the layers' boundaries, where the config needs them.
+    clock : Clock
+    influences : list of float
+        How much each layer of the dense model changes the stream of calibration text; empty without text.
+    steps : list of FusionStep
+    table : GroupCosts or None
+        With selection="groups".
+    planned : list of pairs of int
+        The groups that become one layer each, where they are chosen all at once.
+    """
+
+    decoder: Decoder
+    config: FusionConfig
+    measured: Measurements
+    similarity: NDArray[np.float64] | None
+    groups: list[list[int]]
+    store: StateStore
+    boundaries: Boundaries | None
+    clock: Clock
+    influences: list[float] = field(default_factory=list)
+    steps: list[FusionStep] = field(default_factory=list)
+    table: GroupCosts | None = None
+    planned: list[Group] = field(default_factory=list)
+
+    def choose(self) -> tuple[int, float | None]:
+        """The first layer of the pair to fuse next, and what that is expected to cost where it was measured."""
+        if self.planned:
+            ends = dict(self.planned)
+            i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
+            assert self.table is not None
+            costs, (first, *_, last) = self.table.by_group, (*self.groups[i], *self.groups[i + 1])
+            return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
+        if self.config.selection == "least_influence":
+            assert self.boundaries is not None
+            return self._least(self.boundaries.influences) - 1, None
+        return self.decoder.num_layers - 2, None
+
+    def _least(self, influences: Sequence[float]) -> int:
+        """Index j of the layer of least influence that may be joined with layer j - 1.
+
+        The first and the last layer of the model stay out of any pair: there must be at least four layers.
+        """
+        kinds = self.decoder.family.config_kinds(self.decoder.config)
+        pairs = [j for j in range(2, len(influences) - 1) if self.config.merge != "average" or kinds[j - 1] == kinds[j]]
+        return min(pairs, key=lambda j: influences[j])
+
+    @torch.no_grad()
+    def fuse_pair(self, i: int) -> FusedLayer:
+        """Layers i and i + 1 as one. Where the last pass makes it again a rough fit will do, or none."""
+        if self.planned and self.config.remakes:
+            return FusedLayer({}, {})
+        states = [] if self.boundaries is None else self.boundaries.before(i)
+        with ExitStack() as stack:
+            pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
+            traces = trace(self.decoder, pair, states if self.config.fits else [], self.store)
+            numbers = [self.groups[index][0] for index in (i, i + 1)]
+            return self.fused(numbers, pair, traces, states, quick=self.config.remakes)
+
+    @torch.no_grad()
+    def try_group(
+        self, first: int, layers: list[DecoderLayer], traces: Traces, states: Sequence[Tensor]
+    ) -> DecoderLayer:
+        """The layer that a group of layers of the dense model, from `first` on, would become by a rough fit."""
+        beginning_weights = layer_weights(self.decoder, layers[0]) if self.config.merge != "select" else {}
+        with warnings.catch_warnings():  # of layers that may never be fused
+            warnings.filterwarnings("ignore", "Layers .* have no similarity")
+            fused = self.fused(range(first, first + len(layers)), layers, traces, states, quick=True)
+        return build_layer(self.decoder, {**beginning_weights, **fused.changed}, fused.kind)
+
+    def fused(
+        self,
+        numbers: Sequence[int],
+        layers: list[DecoderLayer],
+        traces: Traces,
+        states: Sequence[Tensor],
+        *,
+        quick: bool,
+    ) -> FusedLayer:
+        """Some layers as one: averaged where the config says so, and fitted to what they do to `states`.
+
+        `numbers` are those of the layers in the dense model. The list of layers may be emptied.
+        """
+        config, kind = self.config, self.decoder.family.layer_kind(layers[0])
+        changed, matches, ratio = dict[str, Tensor](), dict[str, RowMatch](), 1.0
+        if config.merge != "select":
+            weights = layer_weights(self.decoder, layers[0])
+            for number, layer in zip(numbers[1:], layers[1:], strict=True) if config.merge == "average" else ():
+                assert self.similarity is not None
+                ratio = fusion_ratio(self.similarity, numbers[0], number, config.ratio_beta)
+                changed, matches = self._averaged(weights, layer_weights(self.decoder, layer), ratio)
+                weights |= changed
+            if not config.fits:
+                return FusedLayer(changed, kind, ratio, matches)
+            layers = [build_layer(self.decoder, weights, kind)]
+        fit = fit_group(
+            self.decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
+        )
+        return FusedLayer(fit.weights, fit.kind, ratio, matches, fit)
+
+    def _averaged(self, first: Weights, second: Weights, ratio: float) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+        """What two layers' weights become, and how they were matched."""
+        changed, matches = average_layers(
+            first,
+            second,
+            ratio=ratio,
+            alignment=self.config.alignment,
+            head_dim=head_dim(self.decoder.config),
+            symmetry=self.decoder.family.symmetry,
+            processes=self.decoder.processes,
+        )
+        for tensor in changed.values():  # in case machines round differently
+            self.decoder.processes.broadcast(tensor)
+        return changed, matches
+
+    def report_step(self, i: int, fused: FusedLayer, cost: float | None) -> FusionStep:
+        """What is reported of the fusion of layers i and i + 1."""
+        step = FusionStep(
+            layers_i=self.groups[i],
+            layers_j=self.groups[i + 1],
+            ratio_i=fused.ratio,
+            ratio_j=1 - fused.ratio,
+            matches=fused.matches,
+            divergence=cost if cost is not None and math.isfinite(cost) else None,
+        )
+        if self.boundaries is not None and self.config.selection == "least_influence":
+            step = replace(step, influence=self.boundaries.influences[i + 1])
+        if fit := fused.fit:
+            step = replace(
+                step,
+                heads_kept=fit.heads_kept,
+                channels_kept=fit.channels_kept,
+                error_before=fit.error_before,
+                error_after=fit.error_after,
+            )
+        return step
+
+    def update(self, i: int) -> None:
+        """Layers i and i + 1 have become layer i."""
+        self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
+        if self.boundaries is not None and not (self.planned and self.config.remakes):
+            self.boundaries.update(i)
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """What layers become: the weights that differ from the first one's, the kind, and how it came about."""
+
+    changed: Weights
+    kind: Kind
+    ratio: float = 1.0
+    matches: dict[str, RowMatch] = field(default_factory=dict)
+    fit: GroupFit | None = None
+
+
+@contextmanager
+def start(
+    decoder: Decoder, config: FusionConfig, measured: Measurements, clock: Clock | None = None
+) -> Iterator[Fusion]:
+    """A fusion of a dense model, which `fuse_pairs` goes on with in a `with` block."""
+    clock = clock or Clock(measured.seconds)
+    with ExitStack() as stack:
+        with clock(_STEPS):
+            *roles, final = _texts_of_roles(config, measured.text)
+            parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in roles]
+            embedded = decoder.embed([batch for part in parts for batch in part])
+            expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
+            store = stack.enter_context(StateStore.with_room(decoder, expected))
+            fusion = Fusion(
+                decoder=decoder,
+                config=config,
+                measured=measured,
+                similarity=measured.similarity if config.needs_similarity else None,
+                groups=[[index] for index in range(decoder.num_layers)],
+                store=store,
+                boundaries=Boundaries(decoder, embedded, store) if config.needs_text else None,
+                clock=clock,
+            )
+            del embedded
+            if fusion.boundaries is not None:
+                fusion.influences = list(fusion.boundaries.influences)
+            if config.selection == "groups":
+                assert fusion.boundaries is not None
+                batches = iter(range(sum(map(len, parts))))
+                numbers = [list(islice(batches, len(part))) for part in parts]
+                final_text = decoder.batches(decoder.processes.shard(final)) if final else None
+                known = measured.group_costs.get(_group_settings(config))
+                fusion.table = GroupCosts(
+                    decoder, fusion.boundaries, *numbers, final_text, fusion.try_group, store, known
+                )
+                measured.group_costs[_group_settings(config)] = fusion.table.by_group
+        yield fusion
+        fusion.boundaries = fusion.table = None  # the last pass needs the room
+
+
+def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Sequences of calibration text for what steps do with it.
+
+    Those that they are fitted to; where groups are chosen also those that judge each, those that judge sets, and those
+    that the best few sets are fitted to.
+    """
+    if config.selection == "groups":
+        return text_for_groups(text)
+    return beginning(text, STEP_TOKENS) if config.needs_text else [], [], [], []
+
+
+def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
+    """What the costs of groups depend on, besides what was measured."""
+    return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
+
+
+def state_copies(config: FusionConfig, num_layers: int) -> int:
+    """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
+    tried = 0
+    if config.selection == "groups":
+        of_groups = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP  # what judges each, a fifth of all, after it
+        of_finalists = 2 * (FINALISTS + 2 * LONGEST_GROUP)  # on twice as much text, with the window that is fitted to
+        tried = max(of_groups, of_finalists)
+    return num_layers + 7 + tried
+
+
+def _fuse_within_budget(
+    decoder: Decoder, config: FusionConfig, measured: Measurements
+) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
+    """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
+    held, rest = held_out(measured.text, config.seed)
     assert measured.of_text is not None
     of_text = replace(measured.of_text, samples=len(rest), tokens=sum(map(len, rest)))
     measured = replace(measured, text=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
     ids = batched(decoder, {"": held})
-    dense = final_states(decoder, ids, "Text kept aside")
-    [before] = predictions(decoder, ids, dense).values()
+    dense = final_states(decoder, ids, "Held-out text")
     name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
-    tried = list[BudgetTrial]()
-    best: tuple[Decoder, Fusion, list[FittedLayer]] | None = None
-    clock = Clock(measured.seconds)
-    bounds = 0, config.most_fusions(decoder.num_layers) + 1
-    while (count := next_trial(tried, name, allowed, bounds)) is not None:
-        attempt = decoder.copy()
+    clock = Clock(measured.seconds)  # which goes on from trial to trial
+
+    def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, Fusion, list[FittedLayer]]]:
+        copy = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
-        with start(attempt, level, replace(measured, seconds=clock.seconds)) as fusion:
+        with start(copy, level, measured, clock) as fusion:
             fuse_pairs(fusion, count)
-        fitted = last_pass(fusion, attempt)
-        clock = fusion.clock  # which goes on from trial to trial
-        states = final_states(attempt, ids, "Measuring on text kept aside")
-        [after] = predictions(attempt, ids, states, dense).values()
-        tried.append(BudgetTrial(count, after.divergence, after.perplexity / before.perplexity))
-        if tried[-1].costs(name) <= allowed:
-            best, bounds = (attempt, fusion, fitted), (count, bounds[1])
-        else:
-            bounds = bounds[0], count
-        del attempt
-    if best is None:
-        least = min(tried, key=lambda trial: trial.num_fusions)
-        raise ValueError(
-            f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
-        )
-    fused, fusion, fitted = best
-    fusion = replace(fusion, clock=clock)
+        fitted = last_pass(fusion, copy)
+        [found] = predictions(copy, ids, final_states(copy, ids, "Measuring on held-out text"), dense).values()
+        trial = BudgetTrial(count, found.divergence, found.perplexity / found.dense_perplexity)
+        return trial, (copy, fusion, fitted)
+
+    (best, fusion, fitted), tried = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
     for index, group in enumerate(fusion.groups):
         if len(group) > 1:
-            with fused.layer(index) as layer:
+            with best.layer(index) as layer:
                 decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             for _ in group[1:]:
                 decoder.remove(index + 1)
-    report = _reported(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
-    return replace(report, budget=BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source))
-
-
-def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
-    """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
-
-    Costs grow about as a power of the number, which the trials next to the bounds say. Where they do not, as a few
-    trials have shown then, the range is halved.
-    """
-    low, high = bounds
-    if high - low < 2:
-        return None
-    if not tried:
-        return max(1, high // 8)
-    if len(tried) >= _GUESSES:
-        return (low + high) // 2
-
-    def cost(trial: BudgetTrial) -> float:
-        found = trial.costs(name)
-        return math.log(found) if name == "max_perplexity_ratio" and found > 0 else found
-
-    points = [(math.log(trial.num_fusions), math.log(cost(trial))) for trial in tried if 0 < cost(trial) < math.inf]
-    points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
-    limit = math.log(math.log(allowed) if name == "max_perplexity_ratio" else allowed)
-    if not points:
-        return (low + high) // 2
-    (at, there), power = points[0], 1.3
-    if len(points) > 1 and points[1][1] != there:
-        power = max(0.5, (points[1][1] - there) / (points[1][0] - at))
-    guess = at + (limit - there) / power
-    return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
-
-
-def _kept_aside(text: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """An eighth of the sequences, or one, and the others; drawn at random, as kinds of text take turns.
-
-    Raises ValueError where there is one alone.
-    """
-    if len(text) < 2:
-        raise ValueError(
-            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
-            "calibration_length."
-        )
-    drawn = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = sorted(drawn[: max(1, len(text) // 8)])
-    return [text[n] for n in aside], [sequence for n, sequence in enumerate(text) if n not in aside]
+    return fusion, fitted, BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source)
 
 
 def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
@@ -472,10 +417,10 @@ def finish(
     """
     config = replace(fusion.config, num_fusions=len(fusion.steps))
     fusion = replace(fusion, clock=Clock(fusion.clock.seconds))
-    return _reported(fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters)
+    return _report(fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters)
 
 
-def _reported(
+def _report(
     fusion: Fusion,
     fitted: list[FittedLayer],
     config: FusionConfig,
@@ -485,7 +430,8 @@ def _reported(
     base: str,
     parameters: int,
 ) -> FusionReport:
-    measured, steps, groups, clock = fusion.measured, list(fusion.steps), list(fusion.groups), fusion.clock
+    """Measure the fused model, and put all together that was found out; `config` is what the user asked for."""
+    measured, steps, clock = fusion.measured, list(fusion.steps), fusion.clock
     with clock("perplexity"):
         judged = perplexities(decoder, measured, fusion.config)
     with clock("continuations"):
@@ -493,43 +439,45 @@ def _reported(
     with decoder.layer(0) as layer:
         layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
         dtype = str(next(layer.parameters()).dtype).removeprefix("torch.")
-
-    similar = fusion.config.needs_similarity
-    return FusionReport(
+    layers = len(fusion.groups) + len(steps)
+    report = FusionReport(
         base=base,
         config=config.to_dict(),
         steps=steps,
         fitted_layers=fitted,
-        layers_before=len(groups) + len(steps),
-        layers_after=len(groups),
+        layers_before=layers,
+        layers_after=len(fusion.groups),
         parameters_before=parameters,
         parameters_after=parameters - len(steps) * layer_parameters,
         calibration=measured.sources(fusion.config),
         perplexities=judged,
-        similarity=measured.similarity.tolist() if similar and measured.similarity is not None else None,
-        embeddings=measured.embeddings.tolist() if similar and measured.embeddings is not None else None,
+        similarity=None,
+        embeddings=None,
         seconds=clock.seconds,
         versions=versions(),
         notes=_notes(measured, fusion.config, judged, continuations),
-        sample_labels=measured.sample_labels if similar else None,
-        influences=fusion.influences or (measured.influences if similar else None),
+        influences=fusion.influences or None,
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
         dtype=dtype,
         continuations=continuations,
-        **_costs_of_groups(fusion, len(groups) + len(steps)),
     )
-
-
-def _costs_of_groups(fusion: Fusion, layers: int) -> dict[str, Any]:
-    """What a report says of the costs of groups, where these were measured."""
-    if not fusion.planned:
-        return {}
-    costs = fusion.measured.group_costs[_group_settings(fusion.config)]
-    return {
-        "group_costs": [GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
-        "predicted": [predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
-    }
+    if fusion.similarity is not None and measured.embeddings is not None:
+        report = replace(
+            report,
+            similarity=fusion.similarity.tolist(),
+            embeddings=measured.embeddings.tolist(),
+            sample_labels=measured.sample_labels,
+            influences=fusion.influences or measured.influences,
+        )
+    if fusion.planned:
+        costs = measured.group_costs[_group_settings(fusion.config)]
+        report = replace(
+            report,
+            group_costs=[GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
+            predicted=[predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
+        )
+    return report
 
 
 def _notes(

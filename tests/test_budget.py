@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf.budget import held_out, next_trial
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
-from lf_hf.pipeline import _kept_aside, fuse, next_trial
+from lf_hf.pipeline import fuse
 from lf_hf.report.report import BudgetTrial, FusionReport
 from lf_hf.text.calibration import Corpus
 
@@ -42,7 +43,7 @@ def fused_within(model_type: str = "llama", **settings: Any) -> tuple[Any, Any, 
     measured = measure(ModelDecoder(dense), tokenizer, config, None, Corpus(TEXTS, "texts"))
     decoder = ModelDecoder(model, keep_originals=True)
     report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
-    return dense, model, report, _kept_aside(measured.text, config.seed)[0]
+    return dense, model, report, held_out(measured.text, config.seed)[0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str]
 def test_a_budget_is_for_every_kind_of_text(period: int) -> None:
     """Also where kinds take turns, one every so many sequences."""
     text = [torch.tensor([number]) for number in range(240)]
-    aside, rest = _kept_aside(text, seed=0)
+    aside, rest = held_out(text, seed=0)
     assert sorted(map(int, aside + rest)) == list(range(240)) and len(aside) == 30
     assert {int(sequence) % period for sequence in aside} == set(range(period))
 

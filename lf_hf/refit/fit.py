@@ -85,12 +85,16 @@ def fit_attention(
     def read(weights: Weights, kind: Kind) -> Read:
         return partial(attention_heads, decoder, build_layer(decoder, weights, kind))
 
+    apart = count > 1 and (norms is not None or any(kind != kinds[0] for kind in kinds))
     reads = [
         read({**weights, **stacked(half, [weights], [through])}, kind)
         for weights, through, kind in zip(group, maps, kinds, strict=True)
+        if apart or half.after
     ]
     sizes = fit.sizes(group, reads)
     wide, kind, heads_kept = group[0] | stacked(half, group, maps, sizes), kinds[0], None
+    if not apart:  # one layer runs the heads of all
+        reads = [read(wide, kind)]
     problem = fit.problem(wide, lambda state: torch.cat([of_layer(state) for of_layer in reads], dim=1))
     weights = wide
     reads.clear()

@@ -1,0 +1,97 @@
+"""How many layers a budget allows to fuse: a search by trials, measured on text that nothing is fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lf_hf.report.report import BudgetTrial
+
+T = TypeVar("T")
+_GUESSES = 4  # trials that follow a power law
+_POWER = 1.3  # with which costs grow, until two trials say
+
+
+def search(
+    name: str, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
+) -> tuple[T, list[BudgetTrial]]:
+    """The result with the most fusions that the budget allows, and all trials.
+
+    Parameters
+    ----------
+    name : {"max_divergence", "max_perplexity_ratio"}
+    allowed : float
+        What the setting `name` was set to.
+    most : int
+        Fusions that the model allows.
+    attempt : callable
+        Fuses a copy of the model so many times; gives what that costs, and the result.
+
+    Raises
+    ------
+    ValueError
+        If the budget allows no fusion.
+    """
+    tried: list[BudgetTrial] = []
+    best: list[T] = []
+    bounds = 0, most + 1
+    while (count := next_trial(tried, name, allowed, bounds)) is not None:
+        trial, *result = attempt(count)
+        tried.append(trial)
+        if trial.costs(name) <= allowed:
+            best, bounds = result, (count, bounds[1])
+        else:
+            bounds = bounds[0], count
+        del result  # makes room for the next
+    if not best:
+        least = min(tried, key=lambda trial: trial.num_fusions)
+        raise ValueError(
+            f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
+        )
+    return best[0], tried
+
+
+def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
+    """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
+
+    Costs grow about as a power of the number, which the trials next to the bounds say. Where they do not, as a few
+    trials have shown then, the range is halved.
+    """
+    low, high = bounds
+    if high - low < 2:
+        return None
+    if not tried:
+        return max(1, high // 8)
+
+    def cost(value: float) -> float:  # a perplexity ratio is the exponential of something like a divergence
+        return math.log(value) if name == "max_perplexity_ratio" and value > 0 else value
+
+    costs = {trial.num_fusions: cost(trial.costs(name)) for trial in tried}
+    points = [(math.log(count), math.log(value)) for count, value in costs.items() if 0 < value < math.inf]
+    if len(tried) >= _GUESSES or not points:
+        return (low + high) // 2
+    points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
+    (at, there), power = points[0], _POWER
+    if len(points) > 1 and points[1][1] != there:
+        power = max(0.5, (points[1][1] - there) / (points[1][0] - at))
+    guess = at + (math.log(cost(allowed)) - there) / power
+    return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
+
+
+def held_out(text: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """An eighth of the sequences, or one, to measure on, and the others; drawn at random, as kinds of text take turns.
+
+    Raises ValueError for a single sequence.
+    """
+    if len(text) < 2:
+        raise ValueError(
+            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
+            "calibration_length."
+        )
+    drawn = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = sorted(drawn[: max(1, len(text) // 8)])
+    return [text[n] for n in held], [sequence for n, sequence in enumerate(text) if n not in held]
