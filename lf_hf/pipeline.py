@@ -321,11 +321,19 @@ def start(
             if config.selection == "groups":
                 assert fusion.boundaries is not None
                 batches = iter(range(sum(map(len, parts))))
-                numbers = [list(islice(batches, len(part))) for part in parts]
+                fitting, judging, judging_sets = (list(islice(batches, len(part))) for part in parts)
                 final_text = decoder.batches(decoder.processes.shard(final)) if final else None
                 known = measured.group_costs.get(_group_settings(config))
                 fusion.table = GroupCosts(
-                    decoder, fusion.boundaries, *numbers, final_text, fusion.try_group, store, known
+                    decoder,
+                    fusion.boundaries,
+                    fitting,
+                    judging,
+                    judging_sets,
+                    final_text,
+                    fusion.try_group,
+                    store,
+                    known,
                 )
                 measured.group_costs[_group_settings(config)] = fusion.table.by_group
         yield fusion

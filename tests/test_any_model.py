@@ -191,21 +191,6 @@ def test_low_memory_on_a_device_computes_all_there_and_writes_the_same_bytes(
         assert (tmp_path / "device" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
 
 
-@pytest.mark.parametrize("kind", OF_EACH_PART)
-def test_results_of_one_and_of_two_threads_are_close(kind: str, base: str) -> None:
-    """Within 1e-4 of the largest weight: threads only change the order in which float32 numbers are added."""
-    threads, models = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            models.append(make_llama())
-            run(models[-1], **{"method": kind} | SETTINGS[kind])
-    finally:
-        torch.set_num_threads(threads)
-    for (name, one), (_, two) in zip(*(model.named_parameters() for model in models), strict=True):
-        assert (one - two).abs().max() <= 1e-4 * one.abs().max(), name
-
-
 # Devices
 
 OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -97,12 +97,6 @@ def test_a_budget_measures_costs_of_groups_on_its_own_text() -> None:
     assert of_rest.tokens + within.budget.tokens == of_all.tokens and of_rest.samples < of_all.samples
 
 
-def test_what_only_judges_is_no_calibration() -> None:
-    _, _, report, aside = fused_within(method="truncate", max_divergence=1e9)
-    assert report.calibration == [] and not any("Calibrated" in note for note in report.notes)
-    assert report.budget.text == "texts" and report.budget.tokens == sum(map(len, aside))
-
-
 def test_a_ratio_of_perplexities_is_kept() -> None:
     dense, model, report, aside = fused_within(method="truncate", max_perplexity_ratio=1.5)
     ratio = math.exp(predicted(model, aside)[1] - predicted(dense, aside)[1])
@@ -150,14 +144,3 @@ def test_trials_end_at_the_last_number_that_is_allowed(growth: list[float], allo
         bounds = (count, bounds[1]) if costs[count - 1] <= allowed else (bounds[0], count)
     assert bounds[0] == sum(cost <= allowed for cost in costs)
     assert len(tried) <= 4 + math.ceil(math.log2(len(costs) + 1))
-
-
-@pytest.mark.parametrize("power", [0.8, 1.0, 1.5, 2.5])
-@pytest.mark.parametrize("last", [1, 3, 9, 20])
-def test_few_trials_are_needed_where_costs_grow_as_they_do(power: float, last: int) -> None:
-    costs = [0.01 * number**power for number in range(1, 28)]
-    tried, bounds = list[BudgetTrial](), (0, 28)
-    while (count := next_trial(tried, "max_divergence", costs[last - 1] * 1.01, bounds)) is not None:
-        tried.append(BudgetTrial(count, costs[count - 1], 1.0))
-        bounds = (count, bounds[1]) if count <= last else (bounds[0], count)
-    assert bounds[0] == last and len(tried) <= 5

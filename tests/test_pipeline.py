@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import platform
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import Predictions
 from lf_hf.measure import WRITTEN_LENGTH, Measurements, calibration_sequences, measure
 from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs, start
 from lf_hf.settings import METHODS
@@ -75,19 +73,6 @@ def test_methods_differ_where_they_should() -> None:
     assert truncated.steps[0].ratio_i == 1
 
 
-@pytest.mark.parametrize(("fused", "collapsed"), [(20.0, False), (20.5, True)])
-def test_perplexity_that_more_than_doubles_is_said_in_one_sentence(
-    fused: float, collapsed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    values = iter([10.0, fused])
-    found = lambda *_: dict.fromkeys(("docs", "reasoning"), Predictions(next(values), 1.0, 0.0, 1.0))  # noqa: E731
-    monkeypatch.setattr("lf_hf.measure.predictions", found)
-    with caplog.at_level(logging.WARNING):
-        report = run(1)
-    assert report.notes == [record.message for record in caplog.records]
-    assert ["Perplexity went from 10 to 20.5 (docs) and from 10" in note for note in report.notes] == [True] * collapsed
-
-
 @pytest.mark.parametrize(
     ("text", "relations"),
     [(TEXT, ["unseen", "unseen"]), (Corpus([documentation_halves()[1]], "mine"), ["seen", "unseen"])],
@@ -96,12 +81,6 @@ def test_the_report_says_what_was_fitted_of_the_judging_texts(text: Corpus, rela
     config = FusionConfig(1, "truncate", "least_influence", calibration_tokens=1024, perplexity_tokens=100)
     report = fuse(ModelDecoder(make_llama()), make_tokenizer(), config, None, text, base="tiny")
     assert [info.relation for info in report.perplexities] == relations
-
-
-def test_without_the_documentation_there_is_a_note_instead_of_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.measure.judging_texts", list)
-    report = run(1)
-    assert report.perplexities == [] and "No perplexity" in report.notes[0]
 
 
 @pytest.mark.parametrize("selection", ["least_influence", "groups"])
@@ -208,12 +187,6 @@ def test_measurements_of_other_settings_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fuse(ModelDecoder(model), tokenizer, config, None, None, base="tiny", measurements=measured)
     assert len(model.model.layers) == 5
-
-
-def test_samples_of_one_token_have_no_influences() -> None:
-    assert run(1, sample_length=1).influences is None
-    influences = run(1, sample_length=2).influences
-    assert influences is not None and np.isfinite(influences).all()
 
 
 @pytest.mark.parametrize("length", [200, 64])

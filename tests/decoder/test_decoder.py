@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_llama
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
@@ -23,18 +22,6 @@ def test_walking_layers_gives_the_states_of_a_whole_forward_pass(attention: str)
             if index == len(model.model.layers) - 1:  # transformers gives the last one after the final norm
                 state = model.model.norm(state)
             torch.testing.assert_close(state, expected[n][index + 1], rtol=0, atol=1e-6)
-
-
-def test_embeddings_layers_and_head_are_the_whole_model() -> None:
-    model = make_llama()
-    decoder = ModelDecoder(model)
-    with torch.no_grad():
-        [hidden_states] = decoder.embed([SAMPLES[1][None]])
-        for index in range(decoder.num_layers):
-            with decoder.layer(index) as layer:
-                hidden_states = decoder.run_layer(layer, hidden_states)
-        with decoder.head() as head:
-            assert torch.equal(head(hidden_states), model(SAMPLES[1][None]).logits)
 
 
 def test_text_that_a_model_writes_is_its_own() -> None:
@@ -113,19 +100,3 @@ def test_removing_a_layer_renumbers_what_the_cache_and_config_need() -> None:
         "model.layers.2": 3,
         "model.layers.3": 4,
     }
-
-
-def test_llama_3_8b_minus_four_layers_has_the_published_parameter_count() -> None:
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    for index in (31, 30, 29, 28):
-        ModelDecoder(model).remove(index)
-    assert model.num_parameters() == 7_157_813_248

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import LlamaConfig
 from two_devices import CPU, OTHER, TwoDevices
 
-from lf_hf.decoder import on_disk
 from lf_hf.decoder.on_disk import CheckpointDecoder
 
 UP = "mlp.up_proj.weight"
@@ -112,21 +111,6 @@ def test_a_layer_that_changes_while_another_is_used_is_never_out_of_date(
     assert torch.equal(next(decoder.layers([2])).mlp.up_proj.weight.cpu(), third)
 
 
-def test_an_error_while_reading_ahead_comes_when_that_layer_is_asked_for(
-    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path
-) -> None:
-    decoder = make_decoder()
-    file = tmp_path / "base" / "model.safetensors"
-    content = file.read_bytes()
-    place = content.index(load_file(file)["model.layers.2.mlp.up_proj.weight"].numpy().tobytes())
-    with file.open("r+b") as opened:
-        opened.truncate(place + 8)
-    layers = decoder.layers(range(5))
-    next(layers), next(layers)
-    with pytest.raises(OSError, match=r"ends inside 'model\.layers\.2"):
-        next(layers)
-
-
 def test_a_stream_that_is_left_early_leaves_no_thread(
     devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]
 ) -> None:
@@ -140,44 +124,3 @@ def test_a_stream_that_is_left_early_leaves_no_thread(
     with decoder.layer(0):
         pass
     assert threading.enumerate() == before
-
-
-@pytest.mark.parametrize(("room", "stay"), [(0, 0), (2, 2), (99, 5)])
-def test_layers_that_fit_stay_on_the_device_inside_a_block(
-    room: int,
-    stay: int,
-    devices: TwoDevices,
-    make_decoder: Callable[..., CheckpointDecoder],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder, reads, asked = make_decoder(), Reads(monkeypatch), []
-
-    def free_memory(device: torch.device) -> int:
-        asked.append(device)
-        return 100 if len(asked) <= 2 + room else 24  # at the beginning, after the embeddings, and after each layer
-
-    monkeypatch.setattr(on_disk, "free_memory", free_memory)
-    ids = torch.arange(5)[None]
-    expected = [layer.mlp.up_proj.weight.cpu() for layer in decoder.layers(range(5))]
-    [embedded] = decoder.embed([ids])
-    reads.layers.clear()
-    with decoder.kept_at_hand():
-        for _ in range(3):
-            for weight, layer in zip(expected, decoder.layers(range(5)), strict=True):
-                assert torch.equal(layer.mlp.up_proj.weight.cpu(), weight)
-        [again] = decoder.embed([ids])
-    assert reads.layers == [0, 1, 2, 3, 4] + 2 * list(range(stay, 5))
-    assert torch.equal(again, embedded) and again.device == embedded.device == OTHER
-    list(decoder.layers(range(5)))
-    assert reads.layers[-5:] == [0, 1, 2, 3, 4]
-    assert set(asked) == {OTHER}
-
-
-def test_on_the_cpu_no_layer_stays(
-    make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder, reads = make_decoder(CPU), Reads(monkeypatch)
-    with decoder.kept_at_hand():
-        for _ in range(2):
-            list(decoder.layers(range(5)))
-    assert reads.layers == 2 * [0, 1, 2, 3, 4]

@@ -10,7 +10,7 @@ import torch
 from tiny_models import decoders, logits, tiny_model
 
 from lf_hf.decoder.generating import continuations, generate
-from lf_hf.families import FAMILIES, family_of
+from lf_hf.families import FAMILIES
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 
@@ -80,11 +80,3 @@ def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type:
         fresh.load_state_dict(shorter.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(logits(decoder, ids), fresh(ids).logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gemma3", "bert", "gpt2"])
-def test_other_models_are_refused_with_what_is_supported(name: str) -> None:
-    from transformers import AutoConfig
-
-    with pytest.raises(ValueError, match=rf"type '{name}' cannot be fused: only dense decoders.*llama.*smollm3"):
-        family_of(AutoConfig.for_model(name))

@@ -104,14 +104,6 @@ def test_a_fused_model_is_of_the_class_that_is_named_after_its_base(
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
 
 
-@of_every_family
-def test_a_class_of_another_family_names_the_right_one(model_type: str, make: Callable[..., Path]) -> None:
-    other = lf_hf.FusedQwen3ForCausalLM if model_type == "llama" else lf_hf.FusedLlamaForCausalLM
-    right = f"Fused{FAMILIES[model_type].causal_lm.__name__}"
-    with pytest.raises(ValueError, match=f"is a '{model_type}' model, so it is fused with {right}, not with"):
-        other.from_pretrained_fused(make(model_type), **SETTINGS)
-
-
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "qwen2_vl", "bert", "gpt2"])
 def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(
     model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -171,16 +163,6 @@ def test_files_are_the_same_however_they_were_made(
     tensors = [load_file(tmp_path / way / "model.safetensors") for way in ("in memory", "low memory")]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
-
-
-@of_every_family
-def test_what_was_fused_once_is_loaded(
-    model_type: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = fuse(make(model_type), fused_dir=tmp_path / "kept")
-    monkeypatch.setattr("lf_hf.pipeline.fuse", None)
-    again = fuse(make(model_type), fused_dir=tmp_path / "kept")
-    assert type(again) is type(first) and torch.equal(logits(again), logits(first))
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [(name, kind) for name in FAMILIES for kind in HEADS])
@@ -248,15 +230,6 @@ def test_stock_transformers_opens_plain_checkpoints_of_every_family(
         assert torch.equal(found, logits(fused(folders[folder])))
 
 
-@of_every_family
-def test_a_plain_model_shares_the_weights(model_type: str, fused: Callable[[str], FusedForCausalLM]) -> None:
-    model = fused(model_type)
-    plain = model.to_plain()
-    assert type(plain) is FAMILIES[model_type].causal_lm and type(plain.config) is FAMILIES[model_type].config_class
-    assert torch.equal(logits(plain), logits(model))
-    assert plain.model.layers[0].mlp.down_proj.weight is model.model.layers[0].mlp.down_proj.weight
-
-
 # What a config has beside what transformers 5 writes into one of the same shape.
 ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
 OLDER: dict[str, dict[str, Any]] = {
@@ -277,19 +250,6 @@ def test_the_config_of_a_plain_checkpoint_key_by_key(
     tiny_model(model_type, num_hidden_layers=4).save_pretrained(tmp_path / "stock")
     plain, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "stock"))
     assert plain == stock | OLDER[model_type] | {"torch_dtype": "float32"}
-
-
-@of_every_family
-def test_the_older_names_say_the_same(model_type: str, make: Callable[..., Path], tmp_path: Path) -> None:
-    """What transformers reads of them alone is the same config."""
-    lf_hf.from_pretrained_fused(make(model_type), **QUICK).save_pretrained(tmp_path / "plain", plain=True)
-    file = tmp_path / "plain" / "config.json"
-    whole, config = AutoConfig.from_pretrained(tmp_path / "plain"), json.loads(file.read_text())
-    for name in ("rope_parameters", "layer_types", "dtype"):
-        config.pop(name, None)
-    file.write_text(json.dumps(config))
-    older = AutoConfig.from_pretrained(tmp_path / "plain")
-    assert older.to_dict() == whole.to_dict()
 
 
 @pytest.mark.parametrize(

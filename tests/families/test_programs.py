@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from lm_eval.tasks import TaskManager
-from run_faults import Answers
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lf_hf
 from lf_hf.cli import main
-from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.lm_eval_model import FusedLM
-from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES
 
 QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
@@ -68,19 +62,6 @@ def test_lm_eval_fuses_and_opens_models(model_type: str, make: Callable[[str], P
         assert value == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_lm_eval_writes_what_was_fused_into_its_results(make: Callable[[str], Path]) -> None:
-    results = simple_evaluate(
-        model="fused",
-        model_args=f"pretrained={make('gemma3_text')},num_fusions=2,method=truncate,perplexity_tokens=0",
-        device="cpu",
-        tasks=["mmlu_sample_anatomy"],
-        task_manager=TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False),
-        bootstrap_iters=0,
-    )
-    assert results["config"]["fusion"]["layers"] == [6, 4]
-    assert "acc,none" in results["results"]["mmlu_sample_anatomy"]
-
-
 def test_fused_llama_takes_llamas_only(make: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a 'qwen3' model; evaluate it with --model fused"):
         get_model("fused_llama")(str(make("qwen3")), **QUICK)
@@ -88,13 +69,6 @@ def test_fused_llama_takes_llamas_only(make: Callable[[str], Path], tmp_path: Pa
     with pytest.raises(ValueError, match="is a 'fused_qwen3' model; evaluate it with --model fused"):
         get_model("fused_llama")(str(tmp_path), device="cpu")
     assert issubclass(get_model("fused_llama"), FusedLM) and get_model("fused") is FusedLM
-
-
-@pytest.mark.parametrize("model_type", ["bert", "mixtral"])
-def test_lm_eval_refuses_what_does_not_fuse(model_type: str, tmp_path: Path) -> None:
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"is a '{model_type}' model; only dense decoders of text fuse"):
-        get_model("fused")(str(tmp_path), **QUICK)
 
 
 @of_every_family
@@ -108,14 +82,6 @@ def test_the_command_line_plans_and_fuses(
     done = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
-
-
-def test_a_sweep_fuses(make: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "Evaluation", Answers)
-    levels: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": ["task"]}
-    points = sweep(str(make("gemma3_text")), tmp_path, **levels, settings={"perplexity_tokens": 64})
-    assert [point.layers for point in points] == [6, 5]
-    assert all(math.isfinite(value) for point in points for value in point.perplexities.values())
 
 
 @pytest.mark.parametrize(

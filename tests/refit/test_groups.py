@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
 from lf_hf.pipeline import fuse, fuse_pairs, start
-from lf_hf.refit.groups import cheapest_levels, cheapest_sets, promising, removed, text_for_groups
+from lf_hf.refit.groups import cheapest_sets, promising, removed, text_for_groups
 from lf_hf.text.calibration import Calibration, Corpus
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
@@ -65,14 +64,6 @@ def test_trials_find_what_costs_of_groups_do_not_show() -> None:
     assert tried[best] == min(whole(groups) for _, groups in all_sets(costs, 4)) < tried[first] - 2
 
 
-def test_sets_are_tried_until_none_is_left() -> None:
-    costs = random_costs(6, 1)
-    every, tried = {groups for _, groups in all_sets(costs, 2)}, dict[Any, float]()
-    while (groups := promising(costs, tried, 2)) is not None:
-        tried[groups] = math.inf if len(tried) == 1 else 1.0
-    assert set(tried) == every
-
-
 def idle(model: Any, *layers: int) -> Any:
     with torch.no_grad():
         for index in layers:
@@ -105,32 +96,6 @@ def test_groups_that_cannot_be_computed_with_are_said() -> None:
         fusion.table.by_group = dict.fromkeys(fusion.table.by_group, math.inf)
         with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
             fuse_pairs(fusion, 1)
-
-
-def test_sets_that_cannot_be_computed_with_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though each of their groups can be."""
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
-    with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
-        table = fusion.table
-        assert table is not None
-        real, finite = table._costs_of_sets, {((2, 3),)}
-
-        def some(sets: Any, *arguments: Any) -> list[float]:
-            costs = zip(sets, real(sets, *arguments), strict=True)
-            return [cost if groups in finite else math.inf for groups, cost in costs]
-
-        monkeypatch.setattr(table, "_costs_of_sets", some)
-        assert table.best(1, trials=8) == [(2, 3)]
-        finite.clear()
-        table.tried.clear()
-        with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
-            table.best(1, trials=8)
-
-
-def test_expected_costs_end_where_there_are_none() -> None:
-    costs = {(1, 2): 0.1, (2, 3): math.inf, (1, 3): math.inf, (1, 4): 0.5, (2, 4): math.inf, (3, 4): math.inf}
-    assert cheapest_levels(costs, 3) == [(0.1, ((1, 2),))]
-    assert cheapest_levels(costs | {(1, 2): math.inf}, 3) == []
 
 
 def test_a_table_is_measured_once() -> None:
@@ -172,65 +137,3 @@ def test_groups_are_judged_on_what_comes_twice_too() -> None:
         assert [len(sequence) for sequence in judging] == [length] * count
         twice = [len(set(sequence.tolist())) * 2 == length for sequence in judging]
         assert twice == [bool(number % 2) for number in range(count)]
-
-
-@pytest.mark.parametrize("method", ["truncate", "refit"])
-def test_sets_cost_the_same_together_as_alone_and_as_models(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = ModelDecoder(make_llama(num_hidden_layers=8))
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
-    fitting, _, judging, _ = text_for_groups(TEXT)
-    sets = [((1, 2), (4, 5)), ((2, 4),), ((1, 3), (5, 6))]
-    with start(decoder, FusionConfig(2, method, selection="groups"), measured) as fusion:
-        table = fusion.table
-        assert table is not None
-        together = table._costs_of_sets(sets, table._final_crossings(decoder.batches(fitting), last=6))
-        made, fuse_group = list[Any](), table._fuse
-
-        def spy(*arguments: Any) -> Any:
-            made.append(fuse_group(*arguments))
-            return made[-1]
-
-        monkeypatch.setattr(table, "_fuse", spy)
-        for groups, cost in zip(sets, together, strict=True):
-            made.clear()
-            [alone] = table._costs_of_sets([groups], table._crossings(groups[0][0]))
-            assert alone == pytest.approx(cost, rel=1e-4)
-            assert alone == pytest.approx(cost_as_a_model(decoder.model, groups, made, judging), rel=1e-3)
-    assert len(set(together)) == 3
-
-
-@torch.no_grad()
-def cost_as_a_model(model: Any, groups: Sequence[Any], fused: Sequence[Any], judging: Sequence[torch.Tensor]) -> float:
-    """Divergence of a model in which some layers stand for groups, at every other token."""
-    shallow, there = copy.deepcopy(model), dict(enumerate(model.model.layers))
-    for (first, last), layer in zip(groups, fused, strict=True):
-        there[first] = layer
-        for gone in range(first + 1, last + 1):
-            del there[gone]
-    shallow.model.layers = torch.nn.ModuleList(copy.deepcopy(layer) for _, layer in sorted(there.items()))
-    found = []
-    for ids in judging:
-        p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, shallow))
-        found.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(found).mean().item()
-
-
-def test_the_best_few_sets_are_compared_on_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three that a rough fit finds as good, the one that more text shows to be best."""
-    text = [torch.randint(0, 64, (512,), generator=torch.Generator().manual_seed(n)) for n in range(60)]
-    measured = Measurements(settings={}, judged=[], seconds={}, text=text)
-    config = FusionConfig(2, "truncate", selection="groups")
-    with start(ModelDecoder(make_llama(num_hidden_layers=6)), config, measured) as fusion:
-        table, compared = fusion.table, list[Any]()
-        assert table is not None
-
-        def costs(sets: Any, upwards: Any) -> list[float]:
-            tokens = sum(state.shape[:2].numel() for state in next(iter(upwards)).before)
-            compared.append((list(sets), tokens))
-            return [1.0] if len(sets) == 1 else [3.0, *[2.0] * (len(sets) - 2), 1.0]
-
-        monkeypatch.setattr(table, "_costs_of_sets", costs)
-        best = table.best(2, trials=3)
-    *trials, (finalists, tokens) = compared
-    assert [(len(sets), rough) for sets, rough in trials] == [(1, 4096)] * 3
-    assert tokens == 16384 and len(finalists) == 3 and best == list(finalists[-1])

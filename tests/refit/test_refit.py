@@ -15,7 +15,7 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.refit.fit import HalfFit, token_weights
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.last_pass import fit_from_bottom
-from lf_hf.refit.layer_parts import build_layer, layer_weights, stacked
+from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import Place, StateStore
 from lf_hf.refit.traces import Boundaries, trace
 
@@ -30,28 +30,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layers_side_by_side_write_the_sum_of_what_each_writes(layout: str) -> None:
-    model = make_llama(**LAYOUTS[layout], dtype=torch.float64)
-    decoder = ModelDecoder(model)
-    layers = [model.model.layers[n] for n in (1, 2, 3)]
-    parameters = [dict(layer.named_parameters()) for layer in layers]
-    wide = build_layer(decoder, stacked(decoder.family.attention, parameters) | stacked(decoder.family.mlp, parameters))
-    [state] = decoder.embed([SEQUENCES[0][None]])
-    inputs = decoder.layer_inputs(state, wide)
-
-    def attention(layer: Any) -> torch.Tensor:
-        return layer.self_attn(hidden_states=layer.input_layernorm(state), **inputs)[0]
-
-    def mlp(layer: Any) -> torch.Tensor:
-        return layer.mlp(layer.post_attention_layernorm(state))
-
-    for part in (attention, mlp):
-        torch.testing.assert_close(
-            part(wide), torch.stack([part(layer) for layer in layers]).sum(0), rtol=0, atol=1e-10
-        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -91,17 +69,6 @@ def test_fitting_brings_the_group_closer_on_text_that_it_has_not_seen(refit: str
         assert sum(fit.channels_kept or []) == 48
     assert fit.error_after < fit.error_before
     assert errors[refit] < errors["none"]
-
-
-def test_a_single_layer_that_needs_no_change_gets_none() -> None:
-    model = make_llama(dtype=torch.float64)
-    decoder = ModelDecoder(model)
-    layers = [model.model.layers[1]]
-    states = decoder.embed(decoder.batches(SEQUENCES))
-    traces = trace(decoder, layers, states, StateStore())
-    fit = fit_group(decoder, [*layers], traces, states, StateStore(), refit="down_proj", ridge=1e-2)
-    assert fit.error_before < 1e-6 and fit.channels_kept is None
-    assert relative(decoder.run_layer(build_layer(decoder, fit.weights), states[0]), traces.output[0]) < 1e-6
 
 
 def test_an_input_map_undoes_a_rotation() -> None:
@@ -216,16 +183,6 @@ def test_states_are_kept_where_there_is_room(
     decoder.states_in_memory = 0
     with StateStore.with_room(decoder, 100) as store:
         assert store.place == ("device" if device != "cpu" and spared > 100 else "disk")
-
-
-def test_a_refit_in_memory_writes_nothing_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError
-
-    for name in ("TemporaryDirectory", "TemporaryFile"):
-        monkeypatch.setattr(f"tempfile.{name}", refuse)
-    decoder = ModelDecoder(make_llama(), keep_originals=True)
-    fit_from_bottom(decoder, [[0], [1], [2, 3], [4]], SEQUENCES, FusionConfig(num_fusions=1, method="refit"))
 
 
 def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(tmp_path: Path) -> None:

@@ -56,9 +56,3 @@ def waits_and_copies(num_sequences: int, selection: str) -> tuple[int, int]:
 def test_waiting_does_not_grow_with_the_text(selection: str) -> None:
     few, many = (waits_and_copies(count, selection) for count in (8, 64))
     assert few == many and few[0] > 0
-
-
-def test_waiting_does_not_grow_with_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.decoder.interface._BATCH_SHARE", 1 << 62)  # each sequence goes alone
-    few, many = (waits_and_copies(count, "least_influence") for count in (3, 9))
-    assert few == many and few[0] > 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from conftest import make_llama
 
@@ -40,11 +39,3 @@ def test_sample_distances_has_one_matrix_a_layer_and_zero_between_equal_samples(
     assert distances.shape == (5, 4, 4) and distances.dtype == np.float64
     np.testing.assert_array_equal(distances, distances.swapaxes(1, 2))
     assert distances[:, 1, 3].max() < 1e-5 * distances[:, 0, 1].min()
-
-
-def test_nan_activations_name_the_layer() -> None:
-    model = make_llama()
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight.mul_(1e38)  # finite weights whose products are not
-    with pytest.raises(ValueError, match="activations of layer 2 contain NaN or inf on the calibration text"):
-        sample_distances(ModelDecoder(model), SAMPLES)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import pytest
@@ -61,17 +59,6 @@ def test_costs_are_the_formula(kind: str) -> None:
     np.testing.assert_allclose(row_costs(PAIRS[kind]) ** 2, exact_costs(PAIRS[kind]) ** 2, rtol=0, atol=2e-6)
 
 
-def test_costs_add_up_over_pairs() -> None:
-    other = (normal(300, 5, 5), normal(300, 5, 6))
-    np.testing.assert_allclose(row_costs(PAIRS["unlike"], other), row_costs(PAIRS["unlike"]) + row_costs(other))
-
-
-def test_costs_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = row_costs(PAIRS["unlike"])
-    monkeypatch.setattr(assignment, "BLOCK", 7 * 300)
-    np.testing.assert_allclose(row_costs(PAIRS["unlike"]), whole, rtol=1e-6)
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", PAIRS)
 def test_no_assignment_is_cheaper(kind: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,31 +79,3 @@ def test_problems_solved_together_are_solved_as_alone(solver: str, monkeypatch: 
     assert list(together) == list(PAIRS)
     for kind, pair in PAIRS.items():
         np.testing.assert_array_equal(together[kind], assign({kind: [pair]})[kind])
-
-
-def test_no_costs_are_made_while_others_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    make, (dtype, solve) = assignment.row_costs, assignment.solver()
-
-    def logged(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            events.append(event)
-            return result
-
-        return run
-
-    monkeypatch.setattr(assignment, "row_costs", logged("costs", make))
-    monkeypatch.setattr(assignment, "solver", lambda: (dtype, logged("solved", solve)))
-    monkeypatch.setattr(assignment, "ALIVE_BYTES", 300 * 300 * np.dtype(dtype).itemsize)
-    assign({name: [PAIRS["unlike"]] for name in "abc"})
-    assert events == ["costs", "solved"] * 3
-
-
-def test_a_solver_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any) -> Any:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(assignment, "solver", lambda: (np.float32, fail))
-    with pytest.raises(MemoryError, match="no room"):
-        assign({"a": [PAIRS["unlike"]]})
