@@ -105,7 +105,7 @@ def from_pretrained_fused(
         Settings; FusionConfig fields in `kwargs` override it. Without it `num_fusions` or a budget is required.
     calibration : list of str or chats, or path, optional
         Calibration text, as `lf_hf.text.calibration.load_calibration` takes it, and what is healed on where
-        `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the mixture of
+        `heal_tokens` asks for that. Default: MMLU questions, or for `refit` and healing the text of
         `lf_hf.text.calibration.load_corpus`.
     tokenizer : optional
         The base's tokenizer, if it is not beside the base.

@@ -84,8 +84,8 @@ class Measurements:
     similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
     text : list of int64 tensors of shape (tokens T,)
         Calibration text for influence, selection and fits.
-    offline_text : bool
-        Whether that is the mixture that is there offline, which the model writes part of, and not a user's.
+    text_note : str
+        What users should know of that text.
     sample_labels : list of str or None
         MMLU subject of each sample.
     influences : list of float or None
@@ -111,7 +111,7 @@ class Measurements:
     influences: list[float] | None = None
     of_samples: CalibrationInfo | None = None
     text: list[Tensor] = field(default_factory=list)
-    offline_text: bool = False
+    text_note: str = ""
     of_text: CalibrationInfo | None = None
     continuations: dict[str, str] = field(default_factory=dict)
     group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def measure(
         written = f", {chats} sequences of it as chats" if chats else ""
         found |= {
             "text": packed,
-            "offline_text": text.by_default,
+            "text_note": text.note,
             "of_text": CalibrationInfo(text.full_source + written, len(packed), sum(map(len, packed))),
         }
     for note in notes:

@@ -496,8 +496,7 @@ def _notes(
 ) -> list[str]:
     """What a user should know, one sentence each."""
     notes = list(measured.notes)
-    if config.needs_text and measured.offline_text:
-        advice = "Calibrated on text that is there offline; text of your own domain gives a better model"
+    if advice := measured.text_note if config.needs_text else "":
         if (config.selection, config.refit) == ("least_influence", "projections"):
             advice += ", and so does selection='groups', in three to four times the time"
         notes.append(f"{advice}.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+os.environ["HF_ASSETS_CACHE"] = os.devnull  # nor find what was read from one
 
 import pytest
 import torch

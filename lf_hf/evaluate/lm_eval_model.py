@@ -66,8 +66,9 @@ class FusedLM(HFLM):
                 Without, a fused checkpoint that ``save_pretrained`` or ``lf-hf fuse`` wrote, or such a model itself.
             num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers. Instead of it,
                 ``max_divergence`` or ``max_perplexity_ratio`` may say what the fusions may cost.
-            calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet). Default: MMLU questions that
-                are not in its test split; for ``refit`` a mixture of text that is there offline.
+            calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet), or a data set on the hub
+                (``NAME[:CONFIG[:SPLIT[:COLUMN]]]``). Default: MMLU questions that are not in its test split; for
+                ``refit`` general text from the hub or, without one or with ``bundled``, what is installed.
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
                 settings, else fused and saved there.
             **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there:

@@ -97,7 +97,7 @@ def heal(
         Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
     text : list of str or chats, or path, optional
         Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
-        for. Default: a mixture that is there offline.
+        for. Default: general text from the hub or, without one or with "bundled", what is installed.
     settings : HealSettings, optional
         HealSettings fields in `kwargs` override it.
     cache : path, optional

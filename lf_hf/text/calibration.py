@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from string import ascii_uppercase
+from typing import Any
 
+from transformers.utils import logging
+
+from lf_hf.runtime.launch import Processes, rank
 from lf_hf.settings import FusionConfig
-from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, hub_questions
+from lf_hf.text.hub import GENERAL, MMLU, HubFile, first_rows
+from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, questions_of
 from lf_hf.text.sources import OpenTokenizer, Samples, checked_strings, open_samples, spread_evenly, windows
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
+BUNDLED = "bundled"
+"""In place of a user's text: what is installed, whatever the hub has."""
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
@@ -25,6 +32,12 @@ _WRITTEN_SHARE, _WRITTEN_SHARE_OF_USERS = 0.5, 1 / 3
 # thousand tokens; to train on, a seventh of documentation too; of each at most half as much as there is of the text.
 _QUESTION_CHARACTERS, _MOST_QUESTION_CHARACTERS = 0.8, 40_000
 _DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
+
+_OWN_TEXT = "text of your own domain gives"
+_COST = (
+    "Calibrated on installed text, as the hub gave none ({}): other kinds of text then have 1.1 to 1.4 times the "
+    f"perplexity that {_OWN_TEXT} them"
+)
 
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
@@ -46,13 +59,15 @@ class Calibration:
 class Corpus:
     """Running text, one of `parts` for each kind; `source` says to people where all of it is from.
 
-    `generated_share` of the tokens is for the dense model itself to write. `by_default` says that no user gave it.
+    `generated_share` of the tokens is for the dense model itself to write. `by_default` says that it is the mixture of
+    what is installed, and `note` what users should know of it.
     """
 
     parts: list[str]
     source: str
     generated_share: float = 0.0
     by_default: bool = False
+    note: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -98,8 +113,8 @@ def load_calibration(
         File: .txt (samples separated by blank lines), or .jsonl, .csv or .parquet with a field "text", or "messages" of
         chats. Data set: NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hugging Face hub, of which the beginning is streamed;
         default the only configuration, train, and "text" or "messages". None: questions without answers of MMLU's
-        validation split if the hub or its cache answers, else of the development questions that lm-eval ships. Never
-        MMLU's test split.
+        validation split if the hub or its cache answers, else, as with "bundled", of the development questions that
+        lm-eval ships. Never MMLU's test split.
     samples_per_subject : int
         Questions a subject where `calibration` is None.
     sample_length : int
@@ -113,8 +128,8 @@ def load_calibration(
     ValueError, OSError
         If the text cannot be read, is empty, or has a sample that is neither a string nor a chat.
     """
-    if calibration is None:
-        return _mmlu_calibration(samples_per_subject)
+    if calibration is None or calibration == BUNDLED:
+        return _mmlu_calibration(samples_per_subject, ask_hub=calibration is None)
     samples, source = open_samples(calibration, MAX_SAMPLES * sample_length)
     longest = sample_length * TOKEN_CHARACTERS
     strings = checked_strings(samples, source, open_tokenizer)
@@ -130,11 +145,22 @@ def _check_not_empty(total: int, source: str) -> None:
         raise ValueError(f"The text ({source}) is empty; give a file with text.")
 
 
-def _mmlu_calibration(samples_per_subject: int) -> Calibration:
-    try:
-        questions, source = hub_questions(), "cais/mmlu, validation split"
-    except Exception as error:  # no network, no cache, a changed data set: each means "not there"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _from_hub(file: HubFile) -> tuple[list[dict[str, Any]], str]:
+    """Its rows, or none and the reason: in all processes of a launch what the first one gets."""
+
+    def read() -> tuple[list[dict[str, Any]], str]:
+        try:
+            return first_rows(file), ""
+        except (OSError, ValueError) as error:
+            return [], f"{error}"
+
+    return Processes.of_launch().broadcast_object(read)
+
+
+def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration:
+    rows, reason = _from_hub(MMLU) if ask_hub else ([], "")
+    questions, source = questions_of(rows), "cais/mmlu, validation split"
+    if not rows:
         logger.info("No MMLU validation questions from the hub (%s).", reason)
         questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
         if samples_per_subject > 1:
@@ -158,17 +184,18 @@ def load_corpus(
     to_train: bool = False,
     open_tokenizer: OpenTokenizer | None = None,
 ) -> Corpus:
-    """Running text from a user's, or, with None, a mixture of what is installed.
+    """Running text from a user's, or, with None, general text from the hub, or else a mixture of what is installed.
 
-    The model writes half of the mixture. Beside a user's text it writes a third, and answered questions are a fifth:
-    what narrow text does not touch is lost. Text to train on has four times as many questions, with explanations, and
-    a seventh of Python's documentation beside a user's text, unless that is this documentation itself.
+    The model writes half of the mixture. Beside other text it writes a third, and answered questions are a fifth: what
+    narrow text does not touch is lost. Text to train on has four times as many questions, with explanations, and a
+    seventh of Python's documentation beside it, unless that is this documentation itself.
 
     Parameters
     ----------
     calibration : list of str or chats, file, data set, or None
-        As for `load_calibration`. None: text that the model writes itself, the first half of Python's
-        documentation, and, where lm-eval is installed, one MMLU development question a subject, with its answer.
+        As for `load_calibration`. None: a thousand pages of FineWeb-Edu, if the hub or its cache answers within ten
+        seconds, else, as with "bundled", text that the model writes itself, the first half of Python's documentation,
+        and, where lm-eval is installed, one MMLU development question a subject, with its answer.
     max_tokens : int
         How many tokens are to be used at most. Of a text of more than 64 characters for each (8 to train on) 64
         excerpts are taken, spread evenly over it, and the source says so.
@@ -182,26 +209,42 @@ def load_corpus(
     ValueError, OSError
         As for `load_calibration`, or if neither documentation nor lm-eval is installed.
     """
-    documentation, questions = documentation_halves()[0], _answered_questions(explained=to_train)
+    note = ""
+    if calibration == BUNDLED:
+        return _bundled(f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model", to_train)
+    samples: Iterable[Any]
     if calibration is None:
-        parts, share = {DOCUMENTATION: documentation, QUESTIONS: questions}, _WRITTEN_SHARE
+        pages, reason = _from_hub(GENERAL)
+        if not pages:
+            return _bundled(_COST.format(reason), to_train, warns=True)
+        samples, source = (page["text"] for page in pages), f"{GENERAL.repo} at {GENERAL.commit[:8]}"
+        note = f"Calibrated on general text; {_OWN_TEXT} a better model"
     else:
         samples, source = open_samples(calibration, max_tokens)
-        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
-        strings = checked_strings(samples, source, open_tokenizer)
-        pieces, total = spread_evenly(windows(strings, size), TOKEN_CHARACTERS)
-        text = ("" if len(pieces) == total else "\n\n").join(pieces)
-        if len(pieces) < total:
-            source = f"{source} ({len(pieces)} excerpts of {size:,} characters, spread evenly over {total:,} such)"
-        _check_not_empty(total, source)
-        parts, share = {source: text}, _WRITTEN_SHARE_OF_USERS
-        if to_train:
-            parts[DOCUMENTATION] = _beside(text, documentation, _DOCUMENTATION_CHARACTERS * max_tokens)
-        limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
-        parts[QUESTIONS] = questions[: int(limit)]
+    size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
+    strings = checked_strings(samples, source, open_tokenizer)
+    pieces, total = spread_evenly(windows(strings, size), TOKEN_CHARACTERS)
+    _check_not_empty(total, source)
+    text = ("" if len(pieces) == total else "\n\n").join(pieces)
+    if len(pieces) < total:
+        source = f"{source} ({len(pieces)} excerpts of {size:,} characters, spread evenly over {total:,} such)"
+    parts = {source: text}
+    if to_train:
+        parts[DOCUMENTATION] = _beside(text, documentation_halves()[0], _DOCUMENTATION_CHARACTERS * max_tokens)
+    limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
+    parts[QUESTIONS] = _answered_questions(explained=to_train)[: int(limit)]
     parts = {name: part for name, part in parts.items() if part}
+    return Corpus(list(parts.values()), ", ".join(parts), _WRITTEN_SHARE_OF_USERS, note=note)
+
+
+def _bundled(note: str, to_train: bool, *, warns: bool = False) -> Corpus:
+    """The mixture of what is installed."""
+    if warns and not rank():
+        logger.warning_once(f"{note}.")
+    named = {DOCUMENTATION: documentation_halves()[0], QUESTIONS: _answered_questions(explained=to_train)}
+    parts = {name: part for name, part in named.items() if part}
     _check_not_empty(len(parts), "Python's documentation and lm-eval's questions, neither of which is installed")
-    return Corpus(list(parts.values()), ", ".join(parts), share, by_default=calibration is None)
+    return Corpus(list(parts.values()), ", ".join(parts), _WRITTEN_SHARE, by_default=True, note=note)
 
 
 def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:

@@ -10,9 +10,10 @@ import importlib.util
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _CATEGORIES = {
     "stem": (
@@ -94,12 +95,10 @@ def bundled_questions() -> dict[str, list[Question]]:
         ) from None
 
 
-def hub_questions() -> dict[str, list[Question]]:
-    """The questions of MMLU's validation split, by subject, from the Hugging Face hub or its cache."""
-    from datasets import load_dataset
-
+def questions_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
+    """The questions of each subject, from rows of MMLU on the Hugging Face hub."""
     questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
-    for row in load_dataset("cais/mmlu", "all", split="validation"):
+    for row in rows:
         questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
     return questions
 
