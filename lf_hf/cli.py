@@ -127,7 +127,7 @@ _CALIBRATION = click.option(
     "--calibration",
     metavar="FILE",
     help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
-    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled, for text that is installed.",
+    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled: what is installed.",
 )
 _OF_BASE = _options(
     click.option("--gguf-file", metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read."),
