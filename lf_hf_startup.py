@@ -1,8 +1,9 @@
 """Make `lm_eval --model fused` and `fused_llama` work in lm-eval releases that do not look for plugins themselves.
 
-lf_hf_startup.pth imports this module whenever Python starts, so it imports nothing but `sys` until
-lm_eval.models is imported: then it adds the names to lm-eval's model registry. It never raises. Releases that
-find plugins by entry point (their registry has `load_plugins`) are left alone.
+lf_hf_startup.start, and before Python 3.15 lf_hf_startup.pth, call `arm` whenever Python starts, so this module imports
+nothing but `sys` until lm_eval.models is imported: then it adds the names to lm-eval's model registry. It never raises.
+Releases that find plugins by entry point (their registry has `load_plugins`) are left alone. `python -m lf_hf.evaluate`
+does without it.
 """
 
 import sys
@@ -60,4 +61,7 @@ def register() -> None:
         logging.getLogger(__name__).warning("lf_hf could not add %s to lm-eval: %r", " and ".join(MODELS), error)
 
 
-sys.meta_path.insert(0, LmEvalFinder())
+def arm() -> None:
+    """Wait for lm_eval.models to be imported; a second call changes nothing."""
+    if not any(isinstance(finder, LmEvalFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, LmEvalFinder())

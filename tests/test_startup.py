@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 # What FusedLlamaLM says at once to these arguments; no other model class does.
 ARGUMENTS = ["--model", "fused_llama", "--model_args", "pretrained=base,method=mka", "--tasks", "mmlu_sample_anatomy"]
 ANSWER = "ValueError: method without num_fusions has no effect"
+# Takes away what the start-up file has done, as where none is run.
+BLOCKED = "import sys; sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']; "
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -83,9 +85,15 @@ def output(python: Path | str, code: str, folder: Path, **extra: str) -> str:
 def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
     tasks = output(wheel_python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
     lm_eval = [*ARGUMENTS, "--include_path", tasks]
-    commands = [  # the third way, -m lm_eval, is launched below
+    commands = [  # a third way, -m lm_eval, is launched below
         [wheel_python, script("lm_eval", "lm_eval"), *lm_eval],
         [editable_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
+        [
+            wheel_python,
+            "-c",
+            BLOCKED + "import runpy; runpy.run_module('lf_hf.evaluate', run_name='__main__')",
+            *lm_eval,
+        ],
     ]
     running = [
         subprocess.Popen(
@@ -146,6 +154,34 @@ def test_registers_a_name_and_imports_nothing(python: Path, tmp_path: Path) -> N
     output(python, code, tmp_path)
 
 
+def test_the_entry_point_of_newer_pythons_does_the_same(wheel_python: Path, tmp_path: Path) -> None:
+    """Without `site`, which runs .pth files, but with its rule for .start files: each line names what is called."""
+    [site] = wheel_python.parent.parent.glob("lib/python*/site-packages")
+    paths = [str(site), *(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))]
+    code = f"""if True:
+        import sys
+        sys.path += {paths}
+        assert "lf_hf_startup" not in sys.modules
+        from pkgutil import resolve_name
+        for line in open({str(site / "lf_hf_startup.start")!r}, encoding="utf-8").read().splitlines():
+            resolve_name(line)()
+            resolve_name(line)()
+        assert [type(f).__name__ for f in sys.meta_path].count("LmEvalFinder") == 1
+        import lm_eval.models
+        from lm_eval.api.registry import model_registry
+        print("fused" in model_registry, "fused_llama" in model_registry, "lf_hf" in sys.modules)
+        """
+    done = subprocess.run(
+        [str(wheel_python), "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.stdout.strip() == "True True False", done.stderr
+
+
 def test_nothing_without_installation(python_with: Callable[[str], Path], tmp_path: Path) -> None:
     """The control: in such an environment the name comes from lf_hf's start-up file alone."""
     code = "import lm_eval.models as m; from lm_eval.api.registry import model_registry as r; print('fused_llama' in r)"
@@ -193,7 +229,8 @@ def fake(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
         code = (
-            "import lf_hf_startup, lm_eval.models\n"
+            "import lf_hf_startup; lf_hf_startup.arm()\n"
+            "import lm_eval.models\n"
             "import lm_eval.api.registry as r; print(getattr(r, 'model_registry', None))"
         )
         return run(sys.executable, code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
@@ -232,6 +269,7 @@ def test_without_lm_eval(tmp_path: Path) -> None:
         import sys
         sys.path = [path for path in sys.path if not path.endswith("site-packages")]
         import lf_hf_startup
+        lf_hf_startup.arm()
         try:
             import lm_eval.models
         except ModuleNotFoundError as error:
