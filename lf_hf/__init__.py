@@ -1,5 +1,6 @@
 """lf_hf: compress Llama models, and those of other families, by fusing decoder layers."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,16 +8,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.checkpoint.classes import (
-    FUSED_CLASSES,
-    FusedLlamaForCausalLM,
-    FusedLlamaForQuestionAnswering,
-    FusedLlamaForSequenceClassification,
-    FusedLlamaForTokenClassification,
-    FusedLlamaModel,
-)
+from lf_hf.checkpoint.classes import FUSED_CLASSES, FusedLlamaForCausalLM
 from lf_hf.checkpoint.configuration import FusedLlamaConfig
-from lf_hf.checkpoint.peft import register_with_peft
 from lf_hf.fuse import from_pretrained_fused, fuse_checkpoint
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import FusionConfig
@@ -25,24 +18,20 @@ if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
     from lf_hf.healing.settings import HealSettings
 
-for _made in FUSED_CLASSES.values():
-    AutoConfig.register(_made.config.model_type, _made.config)
-    AutoModel.register(_made.config, _made.model)
-    AutoModelForCausalLM.register(_made.config, _made.causal_lm)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_made.config.model_type] = _made.causal_lm.__name__  # who shifts labels asks it
-    for _kind, _head in _made.heads.items():
-        getattr(transformers, f"AutoModelFor{_kind}").register(_made.config, _head)
-    for _class in (_made.config, _made.model, _made.causal_lm, *_made.heads.values()):
-        globals()[_class.__name__] = _class
-register_with_peft({_made.config.model_type: name for name, _made in FUSED_CLASSES.items()})
+for _classes in FUSED_CLASSES.values():
+    AutoConfig.register(_classes.config.model_type, _classes.config)
+    AutoModel.register(_classes.config, _classes.model)
+    AutoModelForCausalLM.register(_classes.config, _classes.causal_lm)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_classes.config.model_type] = (
+        _classes.causal_lm.__name__
+    )  # who shifts labels asks
+    for _kind, _head in _classes.heads.items():
+        getattr(transformers, f"AutoModelFor{_kind}").register(_classes.config, _head)
+    globals().update({_class.__name__: _class for _class in _classes})
 
 __all__ = [
     "FusedLlamaConfig",
     "FusedLlamaForCausalLM",
-    "FusedLlamaForQuestionAnswering",
-    "FusedLlamaForSequenceClassification",
-    "FusedLlamaForTokenClassification",
-    "FusedLlamaModel",
     "FusionConfig",
     "FusionReport",
     "HealSettings",
@@ -59,7 +48,15 @@ def tasks_path() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "lm_eval_tasks"  # a checkout
 
 
+def __dir__() -> list[str]:
+    return sorted(
+        {*__all__, "__version__", *(_class.__name__ for _classes in FUSED_CLASSES.values() for _class in _classes)}
+    )
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("lf_hf")
     if name == "heal":  # transformers' Trainer takes seconds to import
         from lf_hf.healing.heal import heal
 

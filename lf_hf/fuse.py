@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.base import SPREAD, Base, check_device, hub_arguments, is_spread
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
-from lf_hf.checkpoint.companions import is_plain, write_companions
+from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import fused_config, plain_config
 from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
@@ -72,6 +72,17 @@ class FusionInputs:
         used = own or base.tokenizer()
         to_heal = load_training_text(calibration, config.heal_tokens, lambda: used) if config.heal_tokens else None
         return cls(base, config, used, samples, text, to_heal, measurements)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work: none others where each spreads its model, and with it its states, over devices."""
+        return ALONE if is_spread(self.base.loading.get("device_map")) else Processes.of_launch()
+
+    @property
+    def texts(self) -> list[str]:
+        """All text, in order."""
+        samples = self.samples.texts if self.samples else []
+        return [*samples, *(part for corpus in (self.text, self.to_heal) if corpus for part in corpus.parts)]
 
     def check_text(self) -> None:
         """Raise ValueError, before weights are read, if there is too little calibration text."""
@@ -147,17 +158,15 @@ def from_pretrained_fused(
             f"not with {model_class.__name__}; or use lf_hf.from_pretrained_fused, which finds the class itself."
         )
     inputs = FusionInputs.load(opened, config, calibration, tokenizer, measurements)
-    # Where each process spreads its model over several devices, its states are not on its own one.
-    processes = ALONE if is_spread(opened.loading.get("device_map")) else Processes.of_launch()
     if kept_in is None:
-        return _load_and_fuse(model_class, inputs, processes)
-    return _load_or_fuse(model_class, inputs, kept_in, processes)
+        return _load_and_fuse(model_class, inputs)
+    return _load_or_fuse(model_class, inputs, kept_in)
 
 
 FusedForCausalLM._fuse = from_pretrained_fused
 
 
-def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, processes: Processes) -> FusedForCausalLM:
+def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
     """Load the base and fuse it in memory."""
     from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
@@ -168,7 +177,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, pr
     inputs.check_text()
     loaded = inputs.base.load()
     report = pipeline.fuse(
-        ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes),
+        ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=inputs.processes),
         inputs.tokenizer,
         inputs.config,
         inputs.samples,
@@ -182,15 +191,13 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, pr
     return model
 
 
-def _load_or_fuse(
-    model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path, processes: Processes
-) -> FusedForCausalLM:
+def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
 
     The first run to lock the folder fuses, and the others wait for it.
     """
-    base, config = inputs.base, inputs.config
-    made_of = fingerprints(base, inputs.tokenizer, inputs.samples, inputs.text, inputs.to_heal)
+    base, config, processes = inputs.base, inputs.config, inputs.processes
+    made_of = fingerprints(base, inputs.tokenizer, inputs.texts)
     model: FusedForCausalLM | None = None
 
     def reasons_to_fuse() -> list[str]:
@@ -204,7 +211,7 @@ def _load_or_fuse(
             if reasons := reasons_to_fuse():  # checked again under the lock
                 if (folder / REPORT_NAME).is_file():
                     logger.warning(f"{reasons[0]} Fusing, to replace it.")
-                model = _load_and_fuse(model_class, inputs, processes)
+                model = _load_and_fuse(model_class, inputs)
                 assert model.fusion_report is not None
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                 processes.broadcast_object(lambda: _write_files(model, folder))
@@ -218,7 +225,7 @@ def _load_or_fuse(
         model.tokenizer = inputs.tokenizer
         if reasons_to_fuse():  # replaced while it was read, by a run with other settings
             del model
-            return _load_or_fuse(model_class, inputs, folder, processes)
+            return _load_or_fuse(model_class, inputs, folder)
     return model
 
 
@@ -283,28 +290,24 @@ def fuse_checkpoint(
     """
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
-    as_plain = is_plain(plain, as_llama)
     check_replaceable(out, base.name if isinstance(base, Base) else str(base))
-    target = checked_folder(out)
-    processes = Processes.of_launch()
-    if not low_memory:
-        with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
-            model = from_pretrained_fused(base, config, calibration=calibration, tokenizer=tokenizer, **kwargs)
-            if processes.is_main:
-                model.write_files(folder, plain=as_plain, max_shard_size=max_shard_bytes)
-        assert model.fusion_report is not None
-        return model.fusion_report
-
+    plain, target = bool(plain or as_llama), checked_folder(out)
     config = FusionConfig.taken_from(kwargs, config)
-    check_low_memory(config)
-    device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
+    if low_memory:
+        check_low_memory(config)
+        device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     inputs = FusionInputs.load(opened, config, calibration, tokenizer)
-    generation = _generation_config(opened)
-    with _written_once(target, processes, own_tokenizer=tokenizer is not None) as folder:
-        return _fuse_on_disk(
-            inputs, generation, folder, device, processes, plain=as_plain, max_shard_bytes=max_shard_bytes
-        )
+    if low_memory:
+        generation = _generation_config(opened)
+    with _written_once(target, own_tokenizer=tokenizer is not None) as folder:
+        if low_memory:
+            return _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
+        model = _load_and_fuse(fused_class(opened.config), inputs)
+        if Processes.of_launch().is_main:
+            model.write_files(folder, plain=plain, max_shard_size=max_shard_bytes)
+    assert model.fusion_report is not None
+    return model.fusion_report
 
 
 def check_low_memory(config: FusionConfig) -> None:
@@ -317,8 +320,9 @@ def check_low_memory(config: FusionConfig) -> None:
 
 
 @contextmanager
-def _written_once(target: Path, processes: Processes, *, own_tokenizer: bool) -> Iterator[Path]:
+def _written_once(target: Path, *, own_tokenizer: bool) -> Iterator[Path]:
     """A folder whose files become those of `target`, for the first process to write; the others wait until it is."""
+    processes = Processes.of_launch()
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -334,7 +338,6 @@ def _fuse_on_disk(
     generation: GenerationConfig,
     folder: Path,
     device: torch.device,
-    processes: Processes,
     *,
     plain: bool,
     max_shard_bytes: int,
@@ -343,7 +346,7 @@ def _fuse_on_disk(
     from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
     inputs.check_text()
-    base = inputs.base
+    base, processes = inputs.base, Processes.of_launch()
     place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         decoder = CheckpointDecoder(
@@ -353,9 +356,7 @@ def _fuse_on_disk(
         report = pipeline.fuse(
             decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
         )
-        processes.all_gather_object(
-            None
-        )  # the first one's folder, which the scratch folders are in, goes when it is done
+        processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
         if not processes.is_main:
             return report
         decoder.write(folder, max_shard_bytes)

@@ -153,7 +153,7 @@ def test_a_damaged_base_gets_its_sentence_alone(make_base: Callable[..., str], t
     tensors["model.norm.weight"] = torch.ones(31)
     save_file(tensors, weights, metadata={"format": "pt"})
     done = installed_command("fuse", base, str(tmp_path / "out"), "--num-fusions", "1")
-    assert done.returncode == 1 and re.fullmatch(r"lf-hf: 'model.norm.weight' in .+ has shape .+\n", done.stderr)
+    assert done.returncode == 1 and re.fullmatch(r"lf-hf: .+ holds 'model.norm.weight' in shape .+\n", done.stderr)
 
 
 # A shell lets what it starts in the background ignore SIGINT, and that is inherited.

@@ -19,10 +19,7 @@ from tokenizers import normalizers
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
-from lf_hf.checkpoint.base import Base, check_names
-from lf_hf.checkpoint.fused_cache import base_fingerprint
 from lf_hf.checkpoint.saving import only_writer
-from lf_hf.measure import Measurements
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 
@@ -114,12 +111,21 @@ def with_other_config(base: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
 
 
+def tokenizer_with(normalizer: Any = None, template: str | None = None) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 CHANGES: dict[str, tuple[Callable[[Path], Any] | None, dict[str, Any], str]] = {
     "weights": (with_other_weights, {}, "was made with another base"),
     "config": (with_other_config, {}, "was made with another base"),
     "settings": (None, {"num_fusions": 1, "seed": 3}, "num_fusions=2 instead of 1, seed=0 instead of 3"),
     "calibration": (None, {"calibration": make_texts(seed=5)}, "was made with other calibration text"),
     "dtype": (None, {"dtype": "bfloat16"}, "was made with another dtype"),
+    "tokenizer": (None, {"tokenizer": tokenizer_with(normalizer=normalizers.Replace("layer", "laier"))}, "tokenizer"),
+    "chat template": (None, {"tokenizer": tokenizer_with(template="{{ messages[0].content }}")}, "tokenizer"),
 }
 
 
@@ -157,19 +163,15 @@ def test_what_another_run_replaces_while_it_is_read_is_not_used(
 ) -> None:
     first, others = load(base, tmp_path / "fused"), iter([1])
 
-    def after_another_run(*args: Any) -> Any:
+    from_pretrained = FusedLlamaForCausalLM.from_pretrained
+
+    def after_another_run(*args: Any, **kwargs: Any) -> Any:
         for count in others:
             load(base, tmp_path / "fused", num_fusions=count)
-        return check_names(*args)
+        return from_pretrained(*args, **kwargs)
 
-    monkeypatch.setattr("lf_hf.checkpoint.classes.check_names", after_another_run)
+    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
     assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
-
-
-def test_measurements_do_not_say_what_they_are_of(base: str, tmp_path: Path) -> None:
-    measured = Measurements(settings={}, judged=[], seconds={})
-    with pytest.raises(ValueError, match="fused_dir and measurements exclude each other"):
-        load(base, tmp_path / "fused", measurements=measured)
 
 
 def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
@@ -180,27 +182,6 @@ def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusion
     with pytest.raises(ValueError, match="holds a healed model that does not say by content what it was made of"):
         load(base, tmp_path / "healed")
     assert fusions == [base] and (tmp_path / "healed" / "model.safetensors").read_bytes() == before
-
-
-def test_another_tokenizer_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
-    load(base, tmp_path / "fused")
-    other = make_tokenizer()
-    other.backend_tokenizer.normalizer = normalizers.Replace("layer", "laier")
-    load(base, tmp_path / "fused", tokenizer=other)
-    assert len(fusions) == 2
-
-
-def test_another_chat_template_is_noticed(base: str, tmp_path: Path, fusions: list[str]) -> None:
-    """The base writes part of the text in it."""
-    other = make_tokenizer()
-    other.chat_template = "{{ messages[0].content }}"
-    load(base, tmp_path / "fused")
-    load(base, tmp_path / "fused", tokenizer=other)
-    copy = tmp_path / "with a template"
-    shutil.copytree(base, copy)
-    other.save_pretrained(copy)
-    assert base_fingerprint(Base.open(str(copy), {})) != base_fingerprint(Base.open(base, {}))
-    assert len(fusions) == 2
 
 
 def test_a_checkpoint_of_unknown_making_is_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
@@ -226,32 +207,6 @@ def test_what_is_finished_loads_at_once(base: str, fusions: list[str], caplog: p
         for path in (Path(name), *Path(name).iterdir()):
             path.chmod(0o755)
     assert len(fusions) == 1
-
-
-def test_others_wait_only_while_one_fuses(
-    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever loads holds no lock."""
-    from_pretrained = FusedLlamaForCausalLM.from_pretrained
-
-    def free(folder: Any, *args: Any, **kwargs: Any) -> Any:
-        with only_writer(Path(folder)):
-            pass
-        return from_pretrained(folder, *args, **kwargs)
-
-    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", free)
-    for _ in range(2):
-        load(base, tmp_path / "fused")
-    assert len(fusions) == 1
-
-
-def test_results_of_another_algorithm_are_not_used(
-    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load(base, tmp_path / "fused")
-    monkeypatch.setattr("lf_hf.checkpoint.fused_cache.ALGORITHM", -1)
-    load(base, tmp_path / "fused")
-    assert len(fusions) == 2
 
 
 def test_a_fusion_that_fails_leaves_the_folder_to_the_next(

@@ -24,7 +24,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from run_faults import foreign, put_foreign
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
     Trainer,
@@ -33,8 +32,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.checkpoint.classes import FusedLlamaModel
-from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.saving import only_writer, replaced_files
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
@@ -154,15 +151,6 @@ def test_a_tokenizer_that_cannot_be_read_costs_no_weights(
     assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
 
 
-def test_the_tokenizer_is_that_of_the_subfolder(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path / "of many" / "one")
-    other = make_tokenizer()
-    other.add_tokens(["<new>"])
-    other.save_pretrained(tmp_path / "of many")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "of many", subfolder="one").save_pretrained(tmp_path / "out")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(make_tokenizer())
-
-
 def test_the_report_is_of_the_weights_that_were_given(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
     given = {name: 2 * tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "other", state_dict=given)
@@ -214,35 +202,6 @@ def test_a_trainer_saves_into_its_folder_and_checkpoints(model: FusedLlamaForCau
         assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.state_dict().items())
 
 
-def test_a_push_takes_what_was_written_and_transformers_arguments(
-    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pushed: set[str] = set()
-
-    class Hub:
-        def __init__(self, token: object) -> None: ...
-
-        def create_repo(self, repo_id: str, **_: object) -> Any:
-            return type("Repo", (), {"repo_id": repo_id})
-
-        def upload_folder(self, folder_path: str, allow_patterns: list[str] | None = None, **_: object) -> str:
-            names = os.listdir(folder_path)
-            pushed.update(name for name in names if allow_patterns is None or name in allow_patterns)
-            return "address"
-
-    monkeypatch.setattr("lf_hf.checkpoint.classes.HfApi", Hub)
-    (tmp_path / "diary.txt").write_text("mine")
-    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small")
-    assert pushed == {*os.listdir(tmp_path)} - {"diary.txt"}
-    pushed.clear()
-    arguments: dict[str, Any] = {"safe_serialization": True, "max_shard_size": "50KB", "variant": "fp16"}
-    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    assert model.push_to_hub("me/small", state_dict=half, **arguments) == "address"
-    assert {"model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"} <= pushed
-    model.save_pretrained(tmp_path / "other rank", False)
-    assert not (tmp_path / "other rank").exists()
-
-
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"])
 def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
     name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -266,21 +225,6 @@ def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
         way()
 
 
-def test_what_was_trained_and_has_no_report_is_not_replaced(
-    model: FusedLlamaForCausalLM, base: str, tmp_path: Path
-) -> None:
-    model.save_pretrained(tmp_path / "fused")
-    kinds = [AutoModelForSequenceClassification, AutoModelForCausalLM]
-    for out, kind in zip((tmp_path / "classifier", tmp_path / "no report"), kinds, strict=True):
-        trained = kind.from_pretrained(tmp_path / "fused")
-        trained.fusion_report = None
-        trained.save_pretrained(out)
-        before = files(out)
-        with pytest.raises(ValueError, match="which lf_hf has not written so; choose another folder"):
-            fuse_checkpoint(base, out, **SETTINGS)
-        assert files(out) == before
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
 def test_a_folder_in_the_way_is_found_before_the_work(name: str, base: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
@@ -295,18 +239,6 @@ def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausa
         with pytest.raises(ValueError, match="No plain model is made of one with an adapter"):
             make()
     assert not (tmp_path / "out").exists()
-
-
-def test_what_was_loaded_by_a_relative_path_keeps_its_tokenizer(
-    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.save_pretrained(tmp_path / "in")
-    monkeypatch.chdir(tmp_path)
-    loaded = FusedLlamaForCausalLM.from_pretrained("in")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    loaded.save_pretrained("out")
-    assert len(AutoTokenizer.from_pretrained("out")) == len(make_tokenizer())
 
 
 @pytest.mark.parametrize("path", ["", None, 5], ids=repr)
@@ -375,8 +307,7 @@ def test_cut_off_between_any_two_steps_of_the_move(
         assert state != "none" or "config.json" not in found
         seen.append(state)
         if count % 2:
-            kind = FusedLlamaForCausalLM if count % 4 == 1 else FusedLlamaModel
-            check = kind.from_pretrained(tmp_path / "out")
+            check = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
             assert check.config.num_hidden_layers == (3 if state == "old" else 4)
         else:
             fuse_checkpoint(base, tmp_path / "out", **SETTINGS)
@@ -439,18 +370,6 @@ def test_full_disk_while_fusing_from_folder_to_folder(base: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_when_only_the_tokenizer_does_not_fit(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    assert model.tokenizer is not None
-
-    def save() -> None:
-        with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
-            write_companions(folder, model.config, None, model.tokenizer, plain=False)
-
-    with file_size_limit(5000), pytest.raises(OSError, match=r"was not written \(tokenizer: File too large"):
-        save()
-    assert list(tmp_path.iterdir()) == []
-
-
 @contextlib.contextmanager
 def no_privileges() -> Iterator[None]:
     """Root may write everywhere, so for a moment it is somebody else."""
@@ -461,25 +380,6 @@ def no_privileges() -> Iterator[None]:
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
-
-
-def test_a_file_that_cannot_be_read_is_the_user_s_and_costs_nothing(
-    model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "secret.json").write_text("mine")
-    real = Path.open
-
-    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
-        if path.name == "secret.json":
-            raise PermissionError
-        return real(path, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", opened)
-    model.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    monkeypatch.undo()
-    assert (tmp_path / "secret.json").read_text() == "mine"
-    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "fusion_report.json").is_file()
 
 
 def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
@@ -500,17 +400,6 @@ def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
         parent.chmod(0o755)
         assert {path.name for path in parent.iterdir()} == {"out", "writable"} and files(parent / "out") == before
         assert files(parent / "writable").keys() == before.keys()
-
-
-def test_a_folder_that_vanishes(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    def save_while_it_vanishes() -> None:
-        with only_writer(tmp_path / "parent" / "out"), replaced_files(tmp_path / "parent" / "out") as folder:
-            model.write_files(folder)
-            shutil.rmtree(tmp_path / "parent")
-
-    with pytest.raises(OSError, match=r"was not written .*No such file"):
-        save_while_it_vanishes()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
@@ -577,14 +466,6 @@ def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, t
     for _ in range(2):
         model.save_pretrained(tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
-
-
-def test_of_several_ranks_the_first_one_writes(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
-    fused.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
 
 
 def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., str], tmp_path: Path) -> None:

@@ -1,46 +1,30 @@
-"""Fused models: models with fewer decoder layers that can make, save and explain themselves.
+"""Fused models: models with fewer decoder layers that know how they were made, and save and explain themselves.
 
-What they can do is in `FusedForCausalLM`; the classes of each family are made of that and of transformers' own.
+What they can do is in `FusedForCausalLM`; the classes of each family are made of that and of transformers' own. How
+they are made stands in `lf_hf.fuse`.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.tensor import DTensor
-from transformers import (
-    GenerationMixin,
-    LlamaForCausalLM,
-    LlamaForQuestionAnswering,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checkpoint.base import (
-    Base,
-    check_names,
-    finish_and_check,
-    hub_arguments,
-    load_tokenizer,
-    optional_file,
-    without_adapter,
-)
+from lf_hf.checkpoint.base import Base, finish_and_check, hub_arguments, load_tokenizer, optional_file
 from lf_hf.checkpoint.card import CARD_NAME
-from lf_hf.checkpoint.companions import is_plain, write_companions
+from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import (
     FUSED,
     FUSED_CONFIGS,
@@ -49,20 +33,15 @@ from lf_hf.checkpoint.configuration import (
     fusion_entry,
     plain_config,
 )
-from lf_hf.checkpoint.saving import (
-    checked_folder,
-    only_writer,
-    replaced_files,
-)
-from lf_hf.checkpoint.weights import check_floats
+from lf_hf.checkpoint.peft import register_peft
+from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
+from lf_hf.checkpoint.weights import check_floats, shard_names, tensor_files, with_variant
 from lf_hf.families import FAMILIES, HEADS, Family, family_of, is_tied
 from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.checked_json import parse_json
 from lf_hf.runtime.launch import Processes, rank
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.get_logger(__name__)
 _UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # of save_pretrained
@@ -78,6 +57,7 @@ class FusedForCausalLM(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        register_peft()
         self.fusion_report: FusionReport | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -117,6 +97,7 @@ class FusedForCausalLM(PreTrainedModel):
         # return, such as hidden states, only once one of it was built.
         stock.__class__ = cls
         assert isinstance(stock, cls)
+        register_peft()
         stock.fusion_report = report
         stock.tokenizer = tokenizer
         return stock
@@ -128,22 +109,18 @@ class FusedForCausalLM(PreTrainedModel):
         It is None, with a warning, where the report cannot be read. Of an adapter's folder the model that it belongs
         to is loaded, with the adapter.
         """
-        hub = hub_arguments(kwargs)
-        if fusing := [name for name in kwargs if name in (*FusionConfig.field_names(), "calibration", "fused_dir")]:
-            raise ValueError(f"from_pretrained takes no {fusing[0]}; a model is fused with from_pretrained_fused.")
-        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
-            # With a config that was read before, the files that it was read with count.
-            finish_and_check(pretrained_model_name_or_path, hub)
+        hub, name = hub_arguments(kwargs), ""
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
-        own_files = pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None
-        name = "" if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
-        name = without_adapter(name, hub) if name else name
-        if name and kwargs.get("config") is None and not hub.get("gguf_file"):
-            cls._check_family(name, hub)
-        tensors = {}
-        if own_files and kwargs["use_safetensors"] and not hub.get("gguf_file"):
-            tensors = check_names(name, hub, kwargs.get("variant"))
+        tensors: dict[str, Path] = {}
+        if pretrained_model_name_or_path is not None:
+            if kwargs.get("config") is None:  # else the files that it was read with count
+                finish_and_check(pretrained_model_name_or_path, hub)
+            name = _model_of_adapter(os.fspath(pretrained_model_name_or_path), hub)
+            if kwargs.get("config") is None:
+                cls._check_family(name, hub)
+            if kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file"):
+                tensors = _checked_files(name, hub, kwargs.get("variant"))
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except (StrictDataclassError, ZeroDivisionError, KeyError) as error:  # the latter two of an edited config
@@ -154,20 +131,9 @@ class FusedForCausalLM(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._opened_in = str(Path(name).resolve()) if os.path.isdir(name) else None
         model._opened_with = hub | {"trust_remote_code": kwargs.get("trust_remote_code")}
-        if (family := family_of(model.config)) is not cls.family:
-            raise ValueError(
-                f"{pretrained_model_name_or_path!r} is a {family.title}; load it with "
-                f"{fused_class(model.config).__name__}."
-            )
-        if not isinstance(model.config.fusion, dict | None):
-            raise ValueError(
-                f"fusion in the config of {pretrained_model_name_or_path!r} must be an object or null, got "
-                f"{model.config.fusion!r:.80}; save the model again."
-            )
         if getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers as they should be
             check_floats(tensors)
-        file = optional_file(name, REPORT_NAME, hub) if name else None
-        if file is not None:
+        if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.fusion_report = FusionReport.load(file)
             except (ValueError, OSError) as error:  # damaged, or of a newer version: the weights are good
@@ -177,21 +143,20 @@ class FusedForCausalLM(PreTrainedModel):
         return loaded
 
     @classmethod
-    def _check_family(cls, name: str, hub: Mapping[str, Any]) -> None:
+    def _check_family(cls, name: str, hub: dict[str, Any]) -> None:
         """Raise ValueError, before weights are read, for a checkpoint of another family."""
         try:
             values: Any = PreTrainedConfig.get_config_dict(name, **hub)[0]
         except (OSError, ValueError):  # which transformers says itself
             return
-        if not isinstance(values, dict):
-            raise ValueError(f"The config.json of {name!r} holds no object; repair it.")
-        model_type = values.get("model_type")
-        if model_type is None or str(model_type).removeprefix(FUSED) == cls.family.model_type:
-            return
-        if made := FUSED_CLASSES.get(str(model_type).removeprefix(FUSED)):
-            family: Family = made.causal_lm.family
-            raise ValueError(f"{name!r} is a {family.title}; load it with {made.causal_lm.__name__}.")
-        raise ValueError(f"{name!r} is a {model_type!r} model, and not the {cls.family.model_type!r} that is wanted.")
+        model_type = str(values.get("model_type")) if isinstance(values, dict) else ""
+        if model_type.removeprefix(FUSED) not in (cls.family.model_type, "None"):
+            classes = FUSED_CLASSES.get(model_type.removeprefix(FUSED))
+            loader = f"; load it with {classes.causal_lm.__name__}" if classes else ""
+            raise ValueError(
+                f"{name!r} is a model of type {model_type!r}, and not {cls.family.model_type!r} as {cls.__name__} "
+                f"needs{loader}."
+            )
 
     def save_pretrained(
         self,
@@ -231,13 +196,13 @@ class FusedForCausalLM(PreTrainedModel):
         Raises
         ------
         ValueError
-            If the path is empty or a file's, or if `plain` and `as_llama` differ.
+            If the path is empty or a file's, or `plain` is asked of a model with an adapter.
         OSError
             If another process is saving there, or if files cannot be written.
         """
-        folder, as_plain = checked_folder(save_directory), is_plain(plain, as_llama)
+        folder, plain = checked_folder(save_directory), bool(plain or as_llama)
         checked_tokenizer(tokenizer)
-        if as_plain:
+        if plain:
             self._check_without_adapter()
         writes = is_main_process and not rank()
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
@@ -245,7 +210,7 @@ class FusedForCausalLM(PreTrainedModel):
             return super().save_pretrained(folder, writes, state_dict, push_to_hub, *args, **kwargs)
         uploading = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
         tensors = self.state_dict() if state_dict is None else state_dict
-        sharded = _is_sharded(tensors)
+        sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
         if sharded:
             state_dict = _gathered(tensors)
             if self.config.tie_word_embeddings and state_dict:  # gathered one by one, they share no memory any more
@@ -254,8 +219,7 @@ class FusedForCausalLM(PreTrainedModel):
         try:
             if writes:
                 with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
-                    chosen: dict[str, Any] = {"plain": as_plain, "tokenizer": tokenizer}
-                    self.write_files(new, state_dict, *args, **chosen, **kwargs)
+                    self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
                     names = [str(file.relative_to(new)) for file in new.rglob("*")]
         except BaseException as error:
             failure = str(error)
@@ -282,9 +246,7 @@ class FusedForCausalLM(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
-        tokenizer = (
-            tokenizer or self.tokenizer or _tokenizer_beside(self._opened_in or self.name_or_path, self._opened_with)
-        )
+        tokenizer = tokenizer or self.tokenizer or self._tokenizer_of_checkpoint()
         spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
         try:
             super().save_pretrained(folder, True, state_dict, False, *args, **kwargs)
@@ -300,6 +262,17 @@ class FusedForCausalLM(PreTrainedModel):
             written = {name: state_dict[name] for name in written if name in state_dict}
         report = self.fusion_report and self.fusion_report.of_weights(weights_digest(written.items()))
         write_companions(folder, self.config, report, tokenizer, plain=plain)
+
+    def _tokenizer_of_checkpoint(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in the folder that the model was loaded from, if there is one."""
+        folder = self._opened_in or self.name_or_path
+        if not folder or not Path(folder, self._opened_with.get("subfolder", ""), "tokenizer_config.json").is_file():
+            return None
+        try:
+            return load_tokenizer(folder, self._opened_with)
+        except ValueError as error:  # the weights may be all that is left of a long training
+            logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
+            return None
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -320,7 +293,10 @@ class FusedForCausalLM(PreTrainedModel):
             self.save_pretrained(folder, **kwargs)
             self.name_or_path = self.config._name_or_path = name
             if tags:
-                _add_tags(Path(folder, CARD_NAME), tags)
+                file = Path(folder, CARD_NAME)
+                card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
+                card.data["tags"] = [*(card.data.get("tags") or []), *tags]
+                card.save(file)
             return _upload(
                 folder,
                 repo_id,
@@ -351,9 +327,8 @@ class FusedForCausalLM(PreTrainedModel):
         for name, parameter in self.named_parameters():
             if parameter.device.type == "meta":
                 raise ValueError(f"{name} is offloaded; use save_pretrained(plain=True) and load what it writes.")
-        config = plain_config(self.config)
         with torch.device("meta"):
-            plain = self.family.causal_lm(config)
+            plain = self.family.causal_lm(plain_config(self.config))
         trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)  # which lets all be trained
         for name, parameter in self.named_parameters():
@@ -366,60 +341,6 @@ class FusedForCausalLM(PreTrainedModel):
 
 
 Model = TypeVar("Model", bound=FusedForCausalLM)
-
-
-class _OtherThanCausalLM(PreTrainedModel):
-    """A fused model without a head, or with another one: only causal language models have plain checkpoints."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
-            finish_and_check(pretrained_model_name_or_path, hub_arguments(kwargs))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *args: Any,
-        plain: bool = False,
-        as_llama: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if plain or as_llama:
-            raise ValueError(
-                f"Only a causal language model is saved with plain=True; save this {type(self).__name__} without it, "
-                "or load a plain checkpoint into transformers' own class and train that."
-            )
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-
-class FusedLlamaModel(_OtherThanCausalLM, LlamaModel):
-    """The decoder of a fused Llama, without a head. Computes what LlamaModel computes."""
-
-    config_class = FusedLlamaConfig
-    config: FusedLlamaConfig
-
-
-class FusedLlamaForSequenceClassification(_OtherThanCausalLM, LlamaForSequenceClassification):
-    """A fused Llama with a head that classifies texts."""
-
-    config_class = FusedLlamaConfig
-    config: FusedLlamaConfig
-
-
-class FusedLlamaForTokenClassification(_OtherThanCausalLM, LlamaForTokenClassification):
-    """A fused Llama with a head that classifies tokens."""
-
-    config_class = FusedLlamaConfig
-    config: FusedLlamaConfig
-
-
-class FusedLlamaForQuestionAnswering(_OtherThanCausalLM, LlamaForQuestionAnswering):
-    """A fused Llama with a head that finds where in a text an answer starts and ends."""
-
-    config_class = FusedLlamaConfig
-    config: FusedLlamaConfig
-    base_model_prefix = "model"  # as in all other checkpoints; Llama's own class would find no layers in them
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
@@ -451,53 +372,37 @@ class FusedClasses:
     causal_lm: type[FusedForCausalLM]
     heads: dict[str, Any]
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.config, self.model, self.causal_lm, *self.heads.values()))
 
-def _made(family: Family) -> FusedClasses:
-    """Classes as those for Llama are, for another family."""
-    config = FUSED_CONFIGS[family.model_type]
 
-    def derived(stock: Any, what: str, *bases: type, **more: Any) -> Any:
-        doc = f"{what} Computes what {stock.__name__} computes."
-        contents = {"__doc__": doc, "__module__": __name__, "__annotations__": {"config": config}}
-        return type(
-            f"Fused{stock.__name__}", bases or (_OtherThanCausalLM, stock), contents | {"config_class": config} | more
-        )
+def _classes_of(family: Family) -> FusedClasses:
+    """The classes of a family: transformers' own, with the config of a fused model."""
+    config, lm = FUSED_CONFIGS[family.model_type], family.causal_lm
 
-    lm = family.causal_lm
+    def derived(stock: Any, what: str, bases: tuple[type, ...] = (), **contents: Any) -> Any:
+        contents |= {"config_class": config, "__annotations__": {"config": config}, "__module__": __name__}
+        contents["__doc__"] = f"{what} Computes what {stock.__name__} computes."
+        return type(f"Fused{stock.__name__}", bases or (stock,), contents)
+
+    fused_lm: Any = FusedLlamaForCausalLM
+    if family.model_type != "llama":
+        what = f"A {family.title} whose layers were fused."
+        fused_lm = derived(lm, what, (FusedForCausalLM, lm, GenerationMixin), family=family)
     heads = {kind: stock for kind in HEADS if (stock := family.head_class(kind)) is not None}
+    # The prefix is that of all other checkpoints; some heads' own classes would find no layers in them.
+    prefix = {"base_model_prefix": lm.base_model_prefix}
     return FusedClasses(
         config,
         derived(family.model_class, f"The decoder of a fused {family.title}, without a head."),
-        derived(lm, f"A {family.title} whose layers were fused.", FusedForCausalLM, lm, GenerationMixin, family=family),
-        {
-            # The prefix is that of all other checkpoints; some heads' own classes would find no layers in them.
-            kind: derived(stock, f"A fused {family.title} with another head.", base_model_prefix=lm.base_model_prefix)
-            for kind, stock in heads.items()
-        },
+        fused_lm,
+        {kind: derived(stock, f"A fused {family.title} with another head.", **prefix) for kind, stock in heads.items()},
     )
 
 
-_LLAMA = FusedClasses(
-    FusedLlamaConfig,
-    FusedLlamaModel,
-    FusedLlamaForCausalLM,
-    {
-        "SequenceClassification": FusedLlamaForSequenceClassification,
-        "TokenClassification": FusedLlamaForTokenClassification,
-        "QuestionAnswering": FusedLlamaForQuestionAnswering,
-    },
-)
-FUSED_CLASSES = MappingProxyType(
-    {name: _LLAMA if name == "llama" else _made(family) for name, family in FAMILIES.items()}
-)
+FUSED_CLASSES = MappingProxyType({name: _classes_of(family) for name, family in FAMILIES.items()})
 """By the base's `model_type`; by their names they are in this module, too."""
-globals().update(
-    {
-        made.__name__: made
-        for classes in FUSED_CLASSES.values()
-        for made in (classes.model, classes.causal_lm, *classes.heads.values())
-    }
-)
+globals().update({made.__name__: made for classes in FUSED_CLASSES.values() for made in classes})
 
 
 def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
@@ -518,8 +423,33 @@ def with_buffers(model: Any, like: Any) -> None:
             model.get_submodule(place).register_buffer(short, like.get_buffer(name).clone(), persistent=False)
 
 
-def _is_sharded(state_dict: dict[str, Any]) -> bool:
-    return any(isinstance(tensor, DTensor) for tensor in state_dict.values())
+def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
+    """A tokenizer that a user gave, if any. Raises ValueError if it is none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise ValueError(f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.80}.")
+    return tokenizer
+
+
+def _checked_files(name: str, hub: dict[str, Any], variant: str | None) -> dict[str, Path]:
+    """For each tensor of a checkpoint in a folder the file that holds it; on the hub only an index is looked at.
+
+    Raises ValueError if weights are elsewhere, or, in a folder, not whole or not safetensors.
+    """
+    if os.path.isdir(name):
+        return tensor_files(Path(name, hub.get("subfolder", "")), variant)
+    index = optional_file(name, with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), hub)
+    if index is not None:
+        shard_names(Path(index))
+    return {}
+
+
+def _model_of_adapter(name: str, hub: dict[str, Any]) -> str:
+    """The checkpoint that transformers loads by a name: of an adapter alone the one that it was trained on."""
+    if os.path.isfile(os.path.join(name, CONFIG_NAME)) or not (file := optional_file(name, ADAPTER_CONFIG_NAME, hub)):
+        return name
+    values = parse_json(Path(file).read_bytes(), repr(file))
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    return base if isinstance(base, str) else name
 
 
 def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -546,28 +476,3 @@ def _upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit))
-
-
-def _add_tags(file: Path, tags: list[str]) -> None:
-    """Add tags to those of a model card, which is made where there is none."""
-    card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
-    card.data["tags"] = [*(card.data.get("tags") or []), *tags]
-    card.save(file)
-
-
-def _tokenizer_beside(name_or_path: str | None, opened_with: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder that a model was loaded from, if there is one."""
-    if not name_or_path or not Path(name_or_path, opened_with.get("subfolder", ""), "tokenizer_config.json").is_file():
-        return None
-    try:
-        return load_tokenizer(name_or_path, opened_with)
-    except ValueError as error:  # the weights may be all that is left of a long training
-        logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
-        return None
-
-
-def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
-    """A tokenizer that a user gave, if any. Raises ValueError if it is none."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
-        raise ValueError(f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.80}.")
-    return tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME, model_card
@@ -22,13 +23,6 @@ _BY_PLACE = (
     "The kinds of this model's layers ({}) are in an order of their own, which its config says. llama.cpp, and other "
     "programs that know a layer's kind by its place, would compute something else."
 )
-
-
-def is_plain(plain: bool | None, as_llama: bool | None) -> bool:
-    """Whether a plain checkpoint is asked for, by either name of that. Raises ValueError if they differ."""
-    if plain is not None and as_llama is not None and plain != as_llama:
-        raise ValueError(f"plain={plain!r} and as_llama={as_llama!r} are two names of one choice; give one of them.")
-    return bool(plain or as_llama)
 
 
 def write_companions(
@@ -49,25 +43,25 @@ def write_companions(
         # Of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out.
         if file.name == _SENTENCEPIECE and file.is_file():
             shutil.copyfile(file, folder / _SENTENCEPIECE)
-    notes = _notes_on_order(config) if plain else []
-    for note in notes:
-        logger.warning(note)
+    notes = []
     if plain:
         _write_older_names(folder)
+        if lists := _unusual_lists(config):
+            notes.append(_BY_PLACE.format(", ".join(lists)))
+            logger.warning(notes[0])
     if report is not None:
         report.save(folder)
         shown = dataclasses.replace(report, notes=[*report.notes, *notes])
         (folder / CARD_NAME).write_text(model_card(shown, family_of(config), plain=plain), encoding="utf-8")
 
 
-def _notes_on_order(config: PreTrainedConfig) -> list[str]:
-    """What is to be known about a plain checkpoint whose layers are of other kinds than those at such places are."""
+def _unusual_lists(config: PreTrainedConfig) -> list[str]:
+    """Keys of the kinds of layers, where they are in another order than a model of this size usually has them in."""
     lists, values = family_of(config).layer_lists, config.to_dict()
     if "max_window_layers" in values:
         values["max_window_layers"] = _older_names(values)["max_window_layers"]
     usual = type(config)(**{k: v for k, v in values.items() if k not in (*lists, "sliding_window_pattern")})
-    differing = [name for name in lists if getattr(config, name) != getattr(usual, name)]
-    return [_BY_PLACE.format(", ".join(differing))] if differing else []
+    return [name for name in lists if getattr(config, name) != getattr(usual, name)]
 
 
 def _write_older_names(folder: Path) -> None:
@@ -76,16 +70,22 @@ def _write_older_names(folder: Path) -> None:
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
     its own default without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
-    if (file := folder / CONFIG_NAME).is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(config | _older_names(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if (file := folder / "tokenizer_config.json").is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, with_older in ((CONFIG_NAME, _with_older_config), (TOKENIZER_CONFIG_FILE, _with_older_tokenizer)):
+        if (file := folder / name).is_file():
+            values = with_older(json.loads(file.read_text(encoding="utf-8")))
+            file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
+
+
+def _with_older_config(config: dict[str, Any]) -> dict[str, Any]:
+    return config | _older_names(config)
 
 
 def _older_names(config: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ FUSED_CONFIGS = MappingProxyType(
     {name: FusedLlamaConfig if name == "llama" else _config_class(family) for name, family in FAMILIES.items()}
 )
 """Config classes of fused models by the base's `model_type`; by their names they are in this module, too."""
-globals().update({made.__name__: made for made in FUSED_CONFIGS.values()})
+globals().update({config.__name__: config for config in FUSED_CONFIGS.values()})
 
 
 def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
@@ -56,11 +56,7 @@ def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
 
     The model is another one than its base now, and in plain floats: the base's name and the GGUF file's type go.
     """
-    converted = converted_config(
-        config,
-        FUSED_CONFIGS[family_of(config).model_type],
-        fusion=fusion_entry(report),
-    )
+    converted = converted_config(config, FUSED_CONFIGS[family_of(config).model_type], fusion=fusion_entry(report))
     converted._name_or_path = ""
     vars(converted).pop("quantization_config", None)
     return converted

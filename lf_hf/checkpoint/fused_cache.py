@@ -1,8 +1,4 @@
-"""Fusing once: several runs share what one of them fused.
-
-Whoever finds a checkpoint made of the same things loads it. Else the first one to lock the folder fuses and saves
-there, and the others wait for it.
-"""
+"""What a fusion was made of, by content: so that several runs share what one of them fused."""
 
 from __future__ import annotations
 
@@ -20,7 +16,6 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import changed_files
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import ALGORITHM, FusionConfig
-from lf_hf.text.calibration import Calibration, Corpus
 
 _TOKENIZED_CHARACTERS = 1 << 16  # of calibration text, enough to tell tokenizers apart
 _MEANING = {
@@ -31,27 +26,20 @@ _MEANING = {
 }
 
 
-def fingerprints(
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Calibration | None,
-    text: Corpus | None,
-    to_heal: Corpus | None = None,
-) -> dict[str, str]:
+def fingerprints(base: Base, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, str]:
     """What a fusion, and the healing that may follow, is made of besides its FusionConfig: by content, not by name.
 
     Returns
     -------
     dict with
         base : `base_fingerprint`
-        calibration : SHA-256 over the calibration texts, the tokens of their beginning, and the chat template
+        calibration : SHA-256 over the texts, the tokens of their beginning, and the chat template
         dtype, algorithm : as they are
     """
-    texts = [*(samples.texts if samples else []), *(text.parts if text else []), *(to_heal.parts if to_heal else [])]
     calibration = hashlib.sha256(str(tokenizer.chat_template).encode())
-    for part in texts:
-        calibration.update(hashlib.sha256(part.encode()).digest())
-        calibration.update(str(tokenizer(part[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
+    for text in texts:
+        calibration.update(hashlib.sha256(text.encode()).digest())
+        calibration.update(str(tokenizer(text[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
     return {
         "base": base_fingerprint(base),
         "calibration": calibration.hexdigest(),
@@ -65,13 +53,13 @@ def base_fingerprint(base: Base) -> str:
 
     And over those arguments of loading that choose among files or change the config, where there are any.
     """
-    found = digest(base.content_files())
+    content = digest(base.content_files())
     changes = [name for name in base.loading if name == "variant" or hasattr(base.config, name)]
     chosen = {name: repr(base.loading[name]) for name in sorted(changes) if name != "dtype"}
-    return hashlib.sha256(json.dumps([found, chosen]).encode()).hexdigest() if chosen else found
+    return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest() if chosen else content
 
 
-def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -> str | None:
+def why_not_reused(folder: Path, config: FusionConfig, made_of: dict[str, str]) -> str | None:
     """One sentence that says what keeps a saved fusion from being used; None where nothing does.
 
     Raises ValueError for a healed one that does not say what it was made of: training is not to be lost.
@@ -91,9 +79,8 @@ def why_not_reused(folder: Path, config: FusionConfig, wanted: dict[str, str]) -
                 "from_pretrained, or choose another folder."
             )
         return f"{str(folder)!r} was saved without saying by content what it was made of."
-    differing = [name for name, value in wanted.items() if report.fingerprints.get(name) != value]
-    if differing:
-        return f"{str(folder)!r} was made with {' and '.join(_MEANING[name] for name in differing)}."
+    if differing := [_MEANING[name] for name, value in made_of.items() if report.fingerprints.get(name) != value]:
+        return f"{str(folder)!r} was made with {' and '.join(differing)}."
     settings = [
         f"{name}={report.config.get(name)!r} instead of {value!r}"
         for name, value in config.to_dict().items()

@@ -66,29 +66,30 @@ def check_room(path: object, needed: int, what: str) -> None:
 def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion of `base`, a name or path, would replace.
 
-    Raises ValueError if it is the base's own, holds weights or a config.json that lf_hf has not written, or that were
-    changed since, as by training or healing, or is no folder. With `remade` a healed one may be replaced that says what
-    it was made of.
+    Raises ValueError if it is the base's own, holds a model that lf_hf has not written so or one that was healed, or is no
+    folder. With `remade` a healed one may be replaced that says what it was made of.
     """
     folder = checked_folder(path)
-    if folder.is_dir() and Path(base).resolve() == folder:
-        raise ValueError(f"{base!r} is the base itself; choose another folder for the result.")
     finish_save(folder)
-    before = _report(folder)
-    ours = {name for name, digest in _written(before).items() if _is_written(folder / name, digest)}
-    if CHANGED_NOTE in before.get("notes", ()):
-        raise ValueError(f"{str(path)!r} holds a fused model that was changed since; choose another folder.")
-    if before.get("healed") and not (remade and before.get("fingerprints")):
-        raise ValueError(f"{str(path)!r} holds a healed model; choose another folder.")
-    if taken := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
-        raise ValueError(f"{str(path)!r} holds a folder {taken[0]!r}, where a file is to go; choose another folder.")
+    report = _report(folder)
+    ours = {name for name, digest in _manifest(report).items() if _is_written(folder / name, digest)}
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
-    if foreign := sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours):
-        names = ", ".join(foreign[:3])
-        lost = "" if before or not (folder / REPORT_NAME).is_file() else f", as far as {REPORT_NAME} can be read"
-        raise ValueError(
-            f"{str(path)!r} holds {names:.200}, which lf_hf has not written so{lost}; choose another folder."
-        )
+    foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
+    problem = None
+    if folder.is_dir() and Path(base).resolve() == folder:
+        problem = "is the base itself"
+    elif CHANGED_NOTE in report.get("notes", ()):
+        problem = "holds a fused model that was changed since"
+    elif report.get("healed") and not (remade and report.get("fingerprints")):
+        problem = "holds a healed model"
+    elif folders := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
+        problem = f"holds a folder {folders[0]!r}, where a file is to go"
+    elif foreign:
+        problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf has not written so"
+        if not report and (folder / REPORT_NAME).is_file():
+            problem += f", as far as {REPORT_NAME} can be read"
+    if problem:
+        raise ValueError(f"{str(path)!r} {problem}; choose another folder.")
     return CONFIG_NAME in ours
 
 
@@ -132,20 +133,14 @@ def held(file: Path, seconds: float) -> Iterator[bool]:
     """
     lock = FileLock(file)
     try:
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=seconds)
-        except Timeout:
-            yield False
-            return
-        yield True
+        yield lock.is_locked
     finally:
-        if lock.is_locked:  # also where Ctrl-C came before anything was done with it
-            try:
+        if lock.is_locked:
+            with suppress(PermissionError):  # Windows removes no file that is open
                 file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-            except PermissionError:  # Windows removes no file that is open
-                pass
-            finally:
-                lock.release()
+            lock.release()
 
 
 @contextmanager
@@ -212,27 +207,19 @@ def _finish(folder: Path) -> None:
 
 def changed_files(folder: Path) -> list[str]:
     """Those of the weights and config.json that are not as the last save wrote them."""
-    written = _written(_report(folder))
-    model = {name: digest for name, digest in written.items() if name == CONFIG_NAME or _variant(name) is not None}
+    model = {
+        name: digest
+        for name, digest in _manifest(_report(folder)).items()
+        if name == CONFIG_NAME or _variant(name) is not None
+    }
     return [name for name, digest in model.items() if not _is_written(folder / name, digest)]
 
 
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
-    before = _written(_report(folder))
-    there = _digests(folder)
-    ours = {name for name, digest in there.items() if before.get(name) == digest}
-    users = there.keys() - ours
-    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
-    if not own_tokenizer and users & _TOKENIZER:
-        if any((new / name).is_file() and not _is_written(new / name, there[name]) for name in users & _TOKENIZER):
-            logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
-        kept |= users & _TOKENIZER
-        if users & _WHOLE_TOKENIZER:  # else a template, or words, which go with the new one
-            kept |= _TOKENIZER
-            shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
-    if (folder / _TEMPLATES).is_symlink():
-        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+    manifest, there = _manifest(_report(folder)), _digests(folder)
+    ours = {name for name, digest in there.items() if manifest.get(name) == digest}
+    kept = _kept(folder, new, {name: digest for name, digest in there.items() if name not in ours}, own_tokenizer)
     for name in kept:
         (new / name).unlink(missing_ok=True)
     for file in _files(new):
@@ -241,16 +228,32 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
         if target.is_dir() or target.parent.is_file():
             raise OSError(f"{file.relative_to(new)} has the name of something else there")
     written = _digests(new)
-    whole = CONFIG_NAME in written  # else adapters, which go beside a model
-    variants = {_variant(name) for name in written} - {None}
-    goes = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
-    goes |= {name for name in there if _variant(name) in variants}
-    stale = goes - kept - written.keys() if whole else set()
+    stale = set[str]()
+    if CONFIG_NAME in written:  # else adapters, which go beside a model
+        variants = {_variant(name) for name in written} - {None}
+        stale = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
+        stale = (stale | {name for name in there if _variant(name) in variants}) - kept - written.keys()
     if REPORT_NAME in written:
         report = json.loads((new / REPORT_NAME).read_text(encoding="utf-8"))
-        report["files"] = {name: before[name] for name in sorted(ours - stale)} | written
+        report["files"] = {name: manifest[name] for name in sorted(ours - stale)} | written
         (new / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return sorted(stale)
+
+
+def _kept(folder: Path, new: Path, users: dict[str, str], own_tokenizer: bool) -> set[str]:
+    """Names of what stays as the user has it: a model card, chat templates, and unless `own_tokenizer` a tokenizer."""
+    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
+    if (folder / _TEMPLATES).is_symlink():
+        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+    tokenizer = users.keys() & _TOKENIZER
+    if own_tokenizer or not tokenizer:
+        return kept
+    if any((new / name).is_file() and not _is_written(new / name, users[name]) for name in tokenizer):
+        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+    if not tokenizer & _WHOLE_TOKENIZER:  # but a template or a list of words, which the new one goes beside
+        return kept | tokenizer
+    shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+    return kept | _TOKENIZER
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -261,7 +264,7 @@ def _report(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _written(report: dict[str, Any]) -> dict[str, Any]:
+def _manifest(report: dict[str, Any]) -> dict[str, Any]:
     """Names of the files that the save of a report wrote, each with its `_digest`."""
     files = report.get("files")
     return {name: digest for name, digest in files.items() if _is_name(name)} if isinstance(files, dict) else {}
@@ -275,10 +278,9 @@ def _is_written(file: Path, digest: object) -> bool:
 def _digests(folder: Path) -> dict[str, str]:
     """`_digest` of each file that may be a checkpoint's, by its name in the folder."""
     templates = folder / _TEMPLATES
-    places = [folder, *([templates] if templates.is_dir() and not templates.is_symlink() else [])]
-    files = [file for place in places for file in place.iterdir() if file.is_file()]
-    found = {name: _digest(file) for file in sorted(files) if _is_name(name := file.relative_to(folder).as_posix())}
-    return {name: digest for name, digest in found.items() if digest is not None}
+    files = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() and not templates.is_symlink() else [])]
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(files) if file.is_file()}
+    return {name: digest for name, file in names.items() if _is_name(name) and (digest := _digest(file)) is not None}
 
 
 def _digest(file: Path) -> str | None:
@@ -289,17 +291,17 @@ def _digest(file: Path) -> str | None:
     if file.name == REPORT_NAME:
         return ""
     with suppress(PermissionError), file.open("rb") as opened:
+        digest = hashlib.sha256()
         if file.suffix != ".safetensors":
-            found = hashlib.sha256()
             while part := opened.read(1 << 20):
-                found.update(part)
-            return found.hexdigest()
+                digest.update(part)
+            return digest.hexdigest()
         size = file.stat().st_size
-        found = hashlib.sha256(str(size).encode())
+        digest.update(str(size).encode())
         for place in range(_PLACES):
             opened.seek(place * size // _PLACES)
-            found.update(opened.read(4096))
-        return found.hexdigest()
+            digest.update(opened.read(4096))
+        return digest.hexdigest()
     return None
 
 

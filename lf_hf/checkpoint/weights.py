@@ -20,6 +20,7 @@ from lf_hf.runtime.checked_json import parse_json
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
 Shape = Sequence[int]
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
@@ -63,41 +64,33 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
         If there are no safetensors files, a shard is missing or damaged, or the index names files elsewhere.
     """
     index, single = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
-    shards: dict[str, Path] = {}
-    if not single.is_file():  # else transformers does not look at an index either
-        if not index.is_file():
-            others = sorted(file.name for file in folder.glob("model.*.safetensors"))  # of a variant
-            if others and variant is None:
-                raise ValueError(
-                    f"{str(folder)!r} holds neither {single.name} nor {index.name}, but {others[0]}; name its variant "
-                    "with variant=."
-                )
-            raise ValueError(
-                f"{str(folder)!r} holds neither {single.name} nor {index.name}, and pickled weights can run code when "
-                "they are read; convert them to safetensors, or if you trust them pass use_safetensors=False (with "
-                "low_memory=False)."
-            )
-        shards = {name: folder / file for name, file in shard_names(index).items()}
-    held: dict[str, Path] = {}
-    for file in sorted(set(shards.values()) or {single}):
-        if not file.is_file():
-            raise ValueError(f"The shard {file.name!r} that {index.name} names is missing; download it again.")
-        held |= dict.fromkeys(tensor_shapes(file), file)
-    missing = [name for name, file in shards.items() if held.get(name) != file]
-    if missing:
-        raise ValueError(
-            f"{index.name} says that {missing[0]!r} is in {shards[missing[0]].name!r}, but it is not; repair the base."
+    if single.is_file():  # then transformers does not look at an index either
+        return dict.fromkeys(tensor_shapes(single), single)
+    if not index.is_file():
+        others = sorted(file.name for file in folder.glob("model.*.safetensors")) if variant is None else []
+        advice = (
+            f"but {others[0]}; name its variant with variant="
+            if others
+            else "and pickled weights can run code when they are read; convert them to safetensors, or if you trust "
+            "them pass use_safetensors=False (with low_memory=False)"
         )
-    return held
+        raise ValueError(f"{str(folder)!r} holds neither {single.name} nor {index.name}, {advice}.")
+    files = {name: folder / file for name, file in shard_names(index).items()}
+    held = {file: tensor_shapes(file) for file in sorted(set(files.values()))}
+    if missing := [name for name, file in files.items() if name not in held[file]]:
+        raise ValueError(
+            f"{index.name} says that {missing[0]!r} is in {files[missing[0]].name!r}, but it is not; repair the base."
+        )
+    return {name: file for file, names in held.items() for name in names}
 
 
 def shard_names(index: Path) -> dict[str, str]:
     """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
     content = parse_json(index.read_bytes(), index.name)
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+    if not isinstance(names, dict) or not names:
         raise ValueError(f"{index.name} is not an index of safetensors files: its weight_map does not name any.")
-    for file in set(names.values()):
+    for file in set(map(str, names.values())):
         if not file.endswith(".safetensors") or any(mark in file for mark in ("/", "\\", "\0", ":")):
             raise ValueError(
                 f"{index.name} names {file!r:.80} as a file of weights; only safetensors files in its own folder are "
@@ -131,42 +124,32 @@ def read_onto(device: torch.device, file: Path, name: str, dtype: torch.dtype) -
 
 
 def stored_dtype(file: Path) -> torch.dtype:
-    """The type of the first tensor in a safetensors file, from its header.
-
-    Raises
-    ------
-    ValueError
-        If it is none of torch's.
-    """
+    """The type of the first tensor in a safetensors file, from its header."""
     with open_tensors(file) as opened:
-        dtype: str = opened.get_slice(next(iter(opened.keys()))).get_dtype()
-    if dtype not in str_to_torch_dtype:
-        raise ValueError(f"{file.name!r} holds numbers of type {dtype}; convert them to bfloat16 or float32.")
-    return str_to_torch_dtype[dtype]
+        return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header."""
     try:
-        file.open("rb").close()  # safetensors says of any file that it may not open that there is none
+        file.open("rb").close()  # of any file that it may not open safetensors says that there is none
         with open_tensors(file) as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # safetensors has its own error for a damaged header
-        raise ValueError(f"{file.name!r} is not a whole safetensors file ({error}); download it again.") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(file)!r} cannot be read ({reason}); if it is not whole, download it again.") from None
 
 
 def check_floats(files: Mapping[str, Path]) -> None:
-    """Raise ValueError if a model's weights are stored as integers, truth values or complex numbers.
+    """Raise ValueError if a model's weights are stored as anything but plain floats.
 
     transformers would cast them to floats without a word. `files` has the file of each tensor; the headers tell.
     """
     for file in sorted(set(files.values())):
         with open_tensors(file) as opened:
             for name in opened.keys():  # noqa: SIM118
-                dtype: str = opened.get_slice(name).get_dtype()
-                if name.endswith((".weight", ".bias")) and not dtype.startswith(("F", "BF")):
+                dtype = opened.get_slice(name).get_dtype()
+                if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
                     raise ValueError(
                         f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the "
                         "weights to bfloat16 or float32, or use the checkpoint that they were quantised from."
@@ -188,15 +171,18 @@ def check_complete(
     mismatched : for tensors of other shapes (shape in the files, shape by the config)
     unexpected : tensors that only the files have; those outside the layers do no harm
     """
-    for name in sorted(missing):
-        raise ValueError(f"{base!r} has no tensor {name!r}, which its config.json asks for; repair the base.")
-    for name, (stored, wanted) in sorted(mismatched.items()):
-        raise ValueError(
-            f"{name!r} in {base!r} has shape {list(stored)}, but by its config.json {list(wanted)}; repair the base."
-        )
-    for name in sorted(unexpected):
-        if name.startswith("model.layers.") and "rotary_emb" not in name:  # which old checkpoints hold
-            raise ValueError(f"{base!r} holds {name!r}, which its config.json does not know; repair the base.")
+    problems = [f"has no tensor {name!r}, which its config.json asks for" for name in sorted(missing)]
+    problems += [
+        f"holds {name!r} in shape {list(stored)}, but by its config.json that is {list(described)}"
+        for name, (stored, described) in sorted(mismatched.items())
+    ]
+    problems += [
+        f"holds {name!r}, which its config.json does not know"
+        for name in sorted(unexpected)
+        if name.startswith("model.layers.") and "rotary_emb" not in name  # which old checkpoints hold
+    ]
+    if problems:
+        raise ValueError(f"{base!r} {problems[0]}; repair the base.")
 
 
 def with_variant(name: str, variant: str | None) -> str:

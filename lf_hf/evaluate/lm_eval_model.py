@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from dataclasses import replace
@@ -15,11 +16,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusionConfig, from_pretrained_fused
-from lf_hf.checkpoint.base import Base, check_arguments, checked_dtype, load_tokenizer, reading_tokenizer
-from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS, FusedLlamaConfig
+from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_tokenizer
+from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_batch_size
-from lf_hf.runtime.fields import naming
+from lf_hf.runtime.fields import naming, unknown_name
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
 
@@ -34,7 +35,7 @@ _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_c
 # What HFLM, this class and the configs of models take; from_pretrained takes more.
 _KNOWN = (
     *FusionConfig.field_names(),
-    *("calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
+    *("attn_implementation", "calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
     *(name for name in _HFLM_ARGUMENTS if name not in ("self", "kwargs")),
     *sorted({name for config in FUSED_CONFIGS.values() for name in config.__dataclass_fields__}),
 )
@@ -197,8 +198,10 @@ class FusedLlamaLM(FusedLM):
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that nothing takes, and values that the evaluation would refuse later."""
-    check_arguments(kwargs, FusedLlamaConfig(), _KNOWN)
+    """Raise ValueError for misspelt arguments, and values that the evaluation would refuse later."""
+    for name in kwargs:
+        if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
+            raise ValueError(unknown_name("argument", name, _KNOWN))
     checked_dtype(kwargs.get("dtype"))
     check_batch_size(kwargs.get("batch_size", 1))
     if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read

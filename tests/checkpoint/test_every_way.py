@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.cli import main
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.predictions import perplexity
 from lf_hf.text.calibration import documentation_halves
@@ -162,52 +160,3 @@ def test_which_layers_were_merged_is_said_in_the_numbers_of_the_original(fused: 
     config = AutoConfig.from_pretrained(fused.folder)
     if config.model_type == "fused_llama":
         assert config.fusion["pairs"] == [list(pair) for pair in PAIRS]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint whose head was fitted to its last layer, so that it is lost without that layer."""
-    folder = tmp_path_factory.mktemp("trained")
-    model, tokenizer = make_llama(), make_tokenizer()
-    ids = torch.stack(pack_tokens(tokenizer, documentation_halves()[0], 256, 10 * 256))
-    with torch.no_grad():
-        model.model.layers[-1].mlp.down_proj.weight.mul_(20)
-        states = model.model(ids).last_hidden_state[:, :-1].reshape(-1, model.config.hidden_size)
-    optimizer = torch.optim.Adam(model.lm_head.parameters(), lr=0.05)
-    for _ in range(200):
-        loss = torch.nn.functional.cross_entropy(model.lm_head(states), ids[:, 1:].reshape(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_model_that_fusing_broke_says_so_everywhere(
-    trained: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings: dict[str, Any] = {"num_fusions": 4, "method": "truncate", "perplexity_tokens": 300}
-    with caplog.at_level(logging.WARNING):
-        model = FusedLlamaForCausalLM.from_pretrained_fused(trained, **settings)
-    report = model.fusion_report
-    assert report is not None and report.perplexities[0].ratio > 2
-    [note] = report.notes
-    assert note.startswith("Perplexity went from ") and "far worse than its base" in note
-    assert note in [record.message for record in caplog.records]
-    assert note in report.summary()
-
-    for as_llama in (False, True):
-        model.save_pretrained(tmp_path / "out", as_llama=as_llama)
-        assert note in " ".join((tmp_path / "out" / "README.md").read_text().split())
-        assert FusionReport.load(tmp_path / "out").notes == [note]
-
-    capsys.readouterr()
-    arguments = ["fuse", trained, str(tmp_path / "cli"), "--num-fusions", "4", "--method", "truncate"]
-    assert main([*arguments, "--perplexity-tokens", "300"]) == 0
-    assert note in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_model_that_fusing_did_not_break_carries_no_warning(fused: Fused) -> None:
-    assert fused.report.notes == []
-    assert "Perplexity went" not in (fused.folder / "README.md").read_text()

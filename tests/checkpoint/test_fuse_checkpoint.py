@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_devices import TwoDevices
 
 import lf_hf
@@ -72,15 +71,6 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
         fuse(str(copy), tmp_path / "out", method="truncate")
 
 
-def test_result_opens_like_any_fused_checkpoint(base: str, tmp_path: Path) -> None:
-    report = fuse(base, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(model).__name__ == "FusedLlamaForCausalLM" and model.fusion_report == report
-    assert model.num_parameters() == report.parameters_after
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("layer").input_ids == make_tokenizer()("layer").input_ids
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no scratch is left
-
-
 def test_reads_a_sharded_base(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path / "base", max_shard_size="40KB")
     make_tokenizer().save_pretrained(tmp_path / "base")
@@ -121,7 +111,7 @@ def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -
         lambda: plan_fusion(tmp_path / "plain", FusionConfig(1), out=tmp_path / "plain", low_memory=low_memory),
         lambda: lf_hf.from_pretrained_fused(tmp_path / "plain", num_fusions=1, fused_dir=tmp_path / "plain"),
     ):
-        with pytest.raises(ValueError, match="is the base itself; choose another folder for the result"):
+        with pytest.raises(ValueError, match="is the base itself; choose another folder"):
             again()
     after = tensors(tmp_path / "plain")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -158,12 +148,6 @@ def test_a_head_that_is_stored_beside_equal_embeddings_is_one(make_base: Callabl
     assert "lm_head.weight" not in low
 
 
-def test_dtype_can_be_chosen(base: str, tmp_path: Path) -> None:
-    fuse(base, tmp_path / "out", dtype="bfloat16", method="truncate")
-    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-
-
 def test_arguments_that_need_the_whole_model_are_refused(base: str, tmp_path: Path) -> None:
     for device_map in ("auto", {"": "cpu"}, "meta"):
         with pytest.raises(ValueError, match=r"layers are read onto one device, so device_map cannot be .*; give cpu"):
@@ -181,14 +165,3 @@ def test_text_that_the_model_writes_is_the_same_layer_by_layer(base: str, tmp_pa
     with TwoDevices():
         device = written("device", device_map="cuda:1")
     assert all(torch.equal(low[name], high[name]) and torch.equal(low[name], device[name]) for name in low)
-
-
-def test_large_models_continue_prompts_only_where_all_layers_are_in_memory(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lf_hf.measure.MOST_READ", 1000)
-    settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
-    assert fuse(base, tmp_path / "low", **settings).continuations == []
-    [prose, sums, program] = fuse(base, tmp_path / "high", low_memory=False, **settings).continuations
-    assert "snow" in prose.prompt and "rolls" in sums.prompt and "def mean" in program.prompt
-    assert prose.dense and prose.dense != prose.fused

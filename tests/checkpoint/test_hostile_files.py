@@ -121,12 +121,6 @@ def test_a_long_text_in_many_rows_of_a_small_parquet_file_is_in_memory_once(tmp_
     assert peak + pyarrow.default_memory_pool().max_memory() < rows * length / 4
 
 
-@both
-def test_nothing_pickled_is_written(fuse: Fuse, base: str, tmp_path: Path) -> None:
-    fuse(base, tmp_path / "out")
-    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".safetensors", ".json", ".md"}
-
-
 # Names
 
 
@@ -167,12 +161,6 @@ def test_links_are_followed_in_the_hub_cache(fuse: Fuse, base: str, tmp_path: Pa
     fuse("some/model", tmp_path / "of-a-name", cache_dir=str(tmp_path))
     files = [tmp_path / name / "model.safetensors" for name in ("of-a-folder", "of-a-name")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_folder_may_itself_be_a_link(base: str, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(base)
-    in_memory(str(tmp_path / "link"), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # What is shown
@@ -221,12 +209,6 @@ def test_the_model_card_shows_hostile_text_as_text(as_llama: bool) -> None:
     assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}  # the base is no repository
     assert ModelCard(card).content == card and all(c.isprintable() or c in "\n\xa0" for c in card)
     check_markdown(body)
-
-
-@pytest.mark.parametrize("base", ["some/model", "1e3/0x10"])
-def test_the_name_of_a_base_is_a_string_in_the_metadata(base: str) -> None:
-    metadata = model_card(make_report(base=base), FAMILIES["llama"], plain=True).split("\n---\n")[0]
-    assert yaml.safe_load(metadata)["base_model"] == base
 
 
 def test_the_tables_of_a_sweep_show_hostile_text_as_text() -> None:

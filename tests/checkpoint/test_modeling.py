@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer
+from conftest import make_texts
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lf_hf
-from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel, FusionConfig
+from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.checkpoint.configuration import converted_config, fused_config
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44]])
@@ -57,16 +57,6 @@ def test_fuses_generates_saves_and_loads(variant: str, make_base: Callable[..., 
         cached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=None)
         uncached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=False, eos_token_id=None)
         assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
-
-
-def test_auto_classes_know_the_architecture(base: str, tmp_path: Path) -> None:
-    model = fuse(base)
-    model.save_pretrained(tmp_path / "out")
-    assert isinstance(AutoConfig.from_pretrained(tmp_path / "out"), FusedLlamaConfig)
-    decoder = AutoModel.from_pretrained(tmp_path / "out")
-    assert type(decoder) is FusedLlamaModel
-    with torch.no_grad():
-        torch.testing.assert_close(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
 def test_weights_did_change_where_they_should(base: str) -> None:
@@ -121,34 +111,6 @@ def test_what_was_quantised_after_fusing_is_saved_as_such(base: str) -> None:
     assert not hasattr(fused_config(plain, model.fusion_report), "quantization_config")
 
 
-def test_large_models_are_sharded(base: str, tmp_path: Path) -> None:
-    model = fuse(base)
-    model.save_pretrained(tmp_path / "out", max_shard_size="50KB")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
-
-
-def test_tokenizer_goes_along_and_survives_a_second_save(base: str, tmp_path: Path) -> None:
-    fuse(base).save_pretrained(tmp_path / "first")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
-    for folder in ("first", "second"):
-        assert (
-            AutoTokenizer.from_pretrained(tmp_path / folder)("layer").input_ids == make_tokenizer()("layer").input_ids
-        )
-        assert (tmp_path / folder / "fusion_report.json").is_file()
-        assert "| 3 | 4 |" in (tmp_path / folder / "README.md").read_text()
-
-
-def test_saving_replaces_a_checkpoint_and_no_file(base: str, tmp_path: Path) -> None:
-    fuse(base, 1).save_pretrained(tmp_path / "out")
-    fuse(base, 2).save_pretrained(tmp_path / "out")
-    assert AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 3
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        fuse(base).save_pretrained(tmp_path / "file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
-
-
 def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
     """With the default calibration text, half of which the model writes."""
     settings: dict[str, Any] = {"method": "refit", "calibration": None, "calibration_tokens": 2048}
@@ -175,10 +137,6 @@ def test_settings_may_come_as_a_config_with_overrides(base: str) -> None:
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
     assert model.fusion_report is not None
     assert model.fusion_report.config["method"] == "mka" and model.fusion_report.layers_after == 3
-
-
-def test_dtype_and_revision_reach_from_pretrained(base: str) -> None:
-    assert fuse(base, dtype=torch.bfloat16, revision="main").dtype == torch.bfloat16
 
 
 def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,13 +134,6 @@ def test_embeddings_can_be_resized_and_saved(
 # Computing
 
 
-def test_embeddings_as_input_and_hidden_states_as_output(model: FusedLlamaForCausalLM) -> None:
-    with torch.no_grad():
-        out = model(inputs_embeds=model.get_input_embeddings()(IDS), output_hidden_states=True)
-    assert torch.equal(out.logits, logits(model))
-    assert len(out.hidden_states) == model.config.num_hidden_layers + 1 == 4
-
-
 def test_hidden_states_of_a_model_that_is_the_first_of_its_class(make_base: Callable[..., str]) -> None:
     """transformers registers what a class can return when one is built, so a process of its own is needed."""
     code = """
@@ -153,24 +146,6 @@ assert len(out.hidden_states) == 4 and len(out.attentions) == 3, out
 """
     done = subprocess.run([sys.executable, "-c", code, make_base()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(fresh: FusedLlamaForCausalLM) -> None:
-    gradients = []
-    calls: list[int] = []
-    fresh.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    fresh.train()
-    for checkpointing in (False, True):
-        if checkpointing:
-            fresh.gradient_checkpointing_enable()
-        calls.clear()
-        fresh(IDS, labels=IDS, use_cache=False).loss.backward()
-        assert len(calls) == 1 + checkpointing  # it was computed again
-        gradients.append({name: parameter.grad for name, parameter in fresh.named_parameters()})
-        fresh.zero_grad()
-    for name, gradient in gradients[0].items():
-        assert gradient is not None and gradient.abs().max() > 0
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -201,29 +176,6 @@ def test_eager_and_sdpa_attention_agree(base: str, model: FusedLlamaForCausalLM,
     with torch.no_grad():
         attentions = loaded(IDS, output_attentions=True).attentions
     assert len(attentions) == 3 and all(attention.shape == (2, 4, 7, 7) for attention in attentions)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_does_not_change_what_real_tokens_get(fresh: FusedLlamaForCausalLM, side: str, attention: str) -> None:
-    fresh.set_attn_implementation(attention)
-    short, long = IDS[:1, :4], IDS[1:]
-    padding = torch.full((1, long.shape[1] - short.shape[1]), 1)
-    parts = [padding, short] if side == "left" else [short, padding]
-    ids = torch.cat([torch.cat(parts, dim=1), long])
-    mask = torch.cat(
-        [
-            torch.cat([torch.zeros_like(p) if p is padding else torch.ones_like(p) for p in parts], 1),
-            torch.ones_like(long),
-        ]
-    )
-    batch = logits(fresh, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    torch.testing.assert_close(batch[0][mask[0] == 1], logits(fresh, short)[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(batch[1], logits(fresh, long)[0], rtol=1e-4, atol=1e-4)
-    if side == "left":
-        together = fresh.generate(ids, attention_mask=mask, **GREEDY)[:, -6:]
-        alone = [fresh.generate(one, attention_mask=torch.ones_like(one), **GREEDY)[0, -6:] for one in (short, long)]
-        assert torch.equal(together, torch.stack(alone))
 
 
 # Generating
@@ -258,14 +210,6 @@ def test_assisted_generation_in_both_directions(base: str, model: FusedLlamaForC
     for target, assistant in ((dense, model), (model, dense)):
         alone = target.generate(IDS[:1], **settings)
         assert torch.equal(target.generate(IDS[:1], assistant_model=assistant, **settings), alone)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles(fresh: FusedLlamaForCausalLM, backend: str) -> None:
-    wanted = logits(fresh)
-    torch.compiler.reset()
-    compiled: Any = torch.compile(fresh, backend=backend, fullgraph=True)
-    torch.testing.assert_close(logits(compiled), wanted, rtol=1e-4, atol=1e-4)
 
 
 # Offloading

@@ -39,7 +39,6 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ("num_fusions=1,batchsize=4", "Unknown argument 'batchsize'; did you mean 'batch_size'?"),
         ("num_fusions=1,calibraton=x.txt", "Unknown argument 'calibraton'; did you mean 'calibration'?"),
         ("attn_implementatoin=eager", "Unknown argument 'attn_implementatoin'; did you mean 'attn_implementation'?"),
-        ("num_fusions=1,banana=1", "Unknown argument 'banana'; known are num_fusions, method"),
         ("batch_size=0", "batch_size must be an integer of at least 1, auto, or auto:N, got 0"),
         ("num_fusions=1,batch_size=many", "batch_size must be an integer of at least 1, auto, or auto:N, got 'many'"),
         ("peft=no/where", "Can't find 'adapter_config.json' at 'no/where'"),
