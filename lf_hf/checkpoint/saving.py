@@ -66,8 +66,8 @@ def check_room(path: object, needed: int, what: str) -> None:
 def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     """Whether a folder holds a fused checkpoint, which a fusion of `base`, a name or path, would replace.
 
-    Raises ValueError if it is the base's own, holds a model that lf_hf has not written so or one that was healed, or is no
-    folder. With `remade` a healed one may be replaced that says what it was made of.
+    Raises ValueError if it is the base's own or no folder, or holds a healed model or one that lf_hf did not write
+    so. With `remade` a healed model may be replaced that says what it was made of.
     """
     folder = checked_folder(path)
     finish_save(folder)
