@@ -259,7 +259,7 @@ ROWS: dict[str, Row] = {
     ),
     "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx' cannot be read .* give a .txt, .jsonl, .csv"),
     # Sweeps
-    "one level": (swept, {"num_fusions": 4}, "num_fusions must be a list, got 4"),
+    "one level": (swept, {"num_fusions": 4}, "num_fusions must be a list .*, got 4"),
     "an unknown setting": (swept, {"settings": {"bet": 1}}, "Unknown fusion setting 'bet'"),
     "an unknown task": (swept, {"tasks": ["mmlu_sampel"]}, "Unknown task 'mmlu_sampel'; did you mean 'mmlu_sample'"),
     # lm-eval's model args, all strings

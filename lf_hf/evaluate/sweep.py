@@ -144,7 +144,7 @@ def _configs(
 ) -> list[FusionConfig]:
     """The fusions that were asked for, by level; what is healed stands beside what is not."""
     for name, values in {"num_fusions": num_fusions, "methods": methods, "tasks": tasks}.items():
-        if not values or not isinstance(values, list | tuple):
+        if not values or not isinstance(values, Sequence) or isinstance(values, str):
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
     configs = []
     for level, method in itertools.product(num_fusions, methods):
