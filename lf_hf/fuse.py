@@ -313,9 +313,10 @@ def fuse_checkpoint(
 def check_low_memory(config: FusionConfig) -> None:
     """Raise ValueError for settings that need the whole model in memory."""
     if config.heal_tokens:
+        asked = "method='healed'" if config.method == "healed" else f"heal_tokens={config.heal_tokens}"
         raise ValueError(
-            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True; give low_memory=False, or fuse "
-            "without it, and heal the result with lf_hf.heal."
+            f"{asked} cannot be used with low_memory=True, as it trains the whole model; give low_memory=False, or "
+            "heal_tokens=0 and heal the result with lf_hf.heal."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
 
@@ -13,13 +14,17 @@ ALGORITHM = 8
 LEAST_HEAL_TOKENS = 1024
 """Of a healing: fewer teach nothing."""
 
-METHODS: dict[str, dict[str, str]] = {
+HEAL_TOKENS = 131072
+"""Of a healing, by default."""
+
+METHODS: dict[str, dict[str, Any]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
     "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
     "refit": {"selection": "least_influence", "alignment": "none", "merge": "select", "refit": "projections"},
 }
-"""What each preset sets. A field that the user gives overrides its preset."""
+METHODS["healed"] = METHODS["refit"] | {"selection": "groups", "heal_tokens": HEAL_TOKENS}
+"""What each preset sets; nothing is healed by the others. A field that the user gives overrides its preset."""
 
 LONGEST_GROUP = 6
 """Layers that selection="groups" makes one, at most."""
@@ -35,7 +40,7 @@ class FusionConfig(Settings):
     """Settings of a fusion."""
 
     noun = "fusion setting"
-    presets = "method", METHODS
+    presets = "method", {method: {"heal_tokens": 0} | fields for method, fields in METHODS.items()}
 
     num_fusions: int = setting(
         None,
@@ -45,7 +50,10 @@ class FusionConfig(Settings):
         minimum=1,
     )
     method: str = setting(
-        "neural_alignment", "Preset of selection, alignment, merge and refit.", choices=tuple(METHODS)
+        "neural_alignment",
+        'Preset of selection, alignment, merge and refit. "healed" is "refit" with the better choice of layers, and '
+        "heals the result.",
+        choices=tuple(METHODS),
     )
     selection: str = setting(
         None,
@@ -135,11 +143,12 @@ class FusionConfig(Settings):
         minimum=0,
     )
     heal_tokens: int = setting(
-        0,
+        None,
         "Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it "
-        "out.",
+        f'out, {HEAL_TOKENS} for method="healed".',
         minimum=LEAST_HEAL_TOKENS,
         also=0,
+        unset="from method",
         needs=("heal_tokens",),
     )
     seed: int = setting(

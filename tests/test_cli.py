@@ -86,6 +86,16 @@ def test_a_budget_is_told_below_the_table(run: Run, base: str, text: Path, tmp_p
     assert report.budget.text.startswith("text.txt") and f"tokens of {report.budget.text}, kept" in report.summary()
 
 
+def test_one_command_fuses_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:
+    short = ("--calibration-tokens", 1024, "--calibration-length", 64, "--perplexity-tokens", 300)
+    options = ("--num-fusions", 1, "--method", "healed", "--heal-tokens", 2048, "--calibration", text, *short)
+    code, out, _ = run("fuse", base, tmp_path / "out", *options)
+    report = FusionReport.load(tmp_path / "out")
+    assert code == 0 and report.healed is not None and report.layers_after == 4
+    assert report.config["method"] == "healed" and report.config["refit"] == "projections"
+    assert "healed" in out.split("layers")[0].split()
+
+
 def test_low_memory_and_plain_llama(run: Run, base: str, tmp_path: Path) -> None:
     code, _, _ = run(
         *("fuse", base, tmp_path / "out", "--num-fusions", 1, "--method", "truncate"), "--low-memory", "--as-llama"

@@ -26,6 +26,9 @@ def test_presets_fill_the_stage_fields_and_can_be_overridden(method: str) -> Non
     assert {name: getattr(config, name) for name in METHODS[method]} == METHODS[method]
     overridden = FusionConfig(num_fusions=1, method=method, merge="average", refit="none", alignment="neurons")
     assert (overridden.merge, overridden.alignment) == ("average", "neurons")
+    assert config.heal_tokens == (HealSettings().tokens if method == "healed" else 0)
+    assert FusionConfig(1, method, heal_tokens=0).heal_tokens == 0
+    assert FusionConfig.taken_from({"method": "refit"}, config).heal_tokens == 0
 
 
 def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:

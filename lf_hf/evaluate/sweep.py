@@ -149,7 +149,7 @@ def _configs(
     configs = []
     for level, method in itertools.product(num_fusions, methods):
         config = FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
-        configs += [replace(config, heal_tokens=0), config]
+        configs += [config] if method == "healed" else [replace(config, heal_tokens=0), config]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
 
 
@@ -292,7 +292,7 @@ class _Maker:
         report = model.fusion_report or report  # the healed model's
         return Point(
             key=key,
-            method=config.method + (HEALED if config.heal_tokens else ""),
+            method=config.method + (HEALED if config.heal_tokens and config.method != "healed" else ""),
             num_fusions=len(report.steps),
             layers=report.layers_after,
             parameters=report.parameters_after,

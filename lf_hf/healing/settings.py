@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
-from lf_hf.settings import LEAST_HEAL_TOKENS
+from lf_hf.settings import HEAL_TOKENS, LEAST_HEAL_TOKENS
 
 LEARNING_RATES = {"layers": 1e-4, "all": 1e-4, "fused": 1e-4, "lora": 5e-4}
 """By what is trained."""
@@ -20,7 +20,7 @@ class HealSettings(Settings):
     noun = "healing setting"
     presets = "train", {train: {"learning_rate": rate} for train, rate in LEARNING_RATES.items()}
 
-    tokens: int = setting(131072, "Tokens to train on, repeats counted.", minimum=LEAST_HEAL_TOKENS)
+    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", minimum=LEAST_HEAL_TOKENS)
     train: str = setting(
         "layers",
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '

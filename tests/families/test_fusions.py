@@ -168,6 +168,7 @@ WAYS = [
     *(
         {"method": method, "selection": selection}
         for method in METHODS
+        if method != "healed"
         for selection in FusionConfig.known["selection"].choices
     ),
     {"alignment": "neurons", "refit": "down_proj"},

@@ -211,7 +211,7 @@ def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:
         FusionReport.load(tmp_path)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "healed"])
 def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, text: Path) -> None:
     config = FusionConfig(num_fusions=2, method=method, **SETTINGS)
     without = config.to_dict().keys() - config.in_effect().keys()
