@@ -1,10 +1,9 @@
-"""Numbers of any device: float64, bfloat16 and its speed, whether they are finite, and whether they are the same."""
+"""Numbers of any device: float64, bfloat16, whether they are finite, and whether they are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,17 +38,6 @@ def slow_bfloat16_note(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype != torch.bfloat16 or device.type != "cpu" or computes_bfloat16():
         return None
     return "This CPU has no instructions for bfloat16, so it is several times as slow as float32; give dtype=float32."
-
-
-def product_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a product that is large enough to be typical of the device."""
-    size = 1024 if device.type == "cpu" else 4096
-    matrix, seconds = torch.ones(size, size, device=device).to(dtype), []
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
 
 
 def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -113,20 +113,19 @@ def test_a_token_that_begins_all_texts_is_there_once() -> None:
         assert first[0] == tokenizer.bos_token_id and first[1] != tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize("in_config", [True, False])
-def test_a_model_writes_both_sides_of_a_chat(in_config: bool) -> None:
+def test_a_model_writes_both_sides_of_a_chat() -> None:
     tokenizer = with_template(TEMPLATES["chatml"])
     form = chat_form(tokenizer, 400)
     assert form is not None
     end = form.asked[0]
-    model = make_llama(vocab_size=len(tokenizer), eos_token_id=[1, end] if in_config else 1)
+    model = make_llama(vocab_size=len(tokenizer), eos_token_id=[1, end])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(float(name.startswith(("model.embed_tokens", "model.norm"))))
         model.lm_head.weight[end] = 6 / model.config.hidden_size  # so that all tokens are alike, but half are this one
     written = torch.stack(generate(ModelDecoder(model), 16, 240, seed=0, chat=form))
     chats = written[CHATS]
-    assert len(chats) == 4 and (not in_config or (written == end).sum() == (chats == end).sum())
+    assert len(chats) == 4 and (written == end).sum() == (chats == end).sum()
     turns = 0
     for sequence in chats.tolist():
         assert sequence[: len(form.opening)] == form.opening
@@ -138,15 +137,6 @@ def test_a_model_writes_both_sides_of_a_chat(in_config: bool) -> None:
         turns += sequence[len(form.opening) :].count(end)
     assert turns > 50
     assert torch.equal(written, torch.stack(generate(ModelDecoder(model), 16, 240, seed=0, chat=form)))
-
-
-def test_a_chat_is_written_turn_by_turn() -> None:
-    chat = Chat(ChatForm(opening=[10, 11], asked=[20, 21], replied=[30, 31]))
-    drawn = iter([5, 20, 6, 20, 30, 7])
-    written: list[int] = []
-    for _ in range(10):
-        written.append(chat.next(next(drawn) if len(written) in (2, 3, 5, 6, 7, 9) else 99))
-    assert written == [10, 11, 5, 20, 21, 6, 20, 30, 31, 7]  # 20 ends no reply
 
 
 @pytest.mark.parametrize("kind", ["list", "jsonl", "parquet"])
@@ -195,17 +185,6 @@ def test_a_model_is_asked_a_question_in_its_template() -> None:
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     generated = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert answer.strip() == str(tokenizer.decode(generated)).strip()
-
-
-def test_an_answer_ends_where_the_template_ends_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the config says."""
-    tokenizer = with_template(TEMPLATES["chatml"])
-    model = make_llama(vocab_size=len(tokenizer))
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end not in (tokenizer.eos_token_id, model.config.eos_token_id)
-    word = tokenizer("layer")["input_ids"]
-    monkeypatch.setattr("lf_hf.measure.continuations", lambda *_: [torch.tensor([*word, end, *word])] * 4)
-    assert [text.replace(" ", "") for text in written_on(ModelDecoder(model), tokenizer).values()] == ["layer"] * 4
 
 
 def test_a_model_that_writes_nothing_gets_a_note() -> None:
