@@ -15,6 +15,7 @@ import griffe
 from griffe2md import render_object_docs
 
 import lf_hf
+from lf_hf import FusionConfig
 from lf_hf.runtime.fields import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +27,21 @@ All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from
 [family](families.md#what-it-is-called) there are classes as those for Llama are: `FusedQwen3ForCausalLM`,
 `FusedQwen3Config`, ...
 
+A method is a preset of settings, each of which can be given by itself; `FusionConfig` says what they mean:
+
+{methods}
+
 """
+_METHODS_FOR = {
+    "neural_alignment": "MKA with matched neurons; the default",
+    "mka": "[Pruning via Merging](https://arxiv.org/abs/2406.16330)",
+    "truncate": "the plainest baseline",
+    "refit": "a model that is to be used",
+    "healed": "the same, with a short training after it",
+}
 
 # Methods shown with their class; all that a class inherits is as in transformers.
-_METHODS = {
+_MEMBERS = {
     "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub", "to_plain", "to_llama"],
     "FusionReport": ["layers_removed_fraction", "parameters_removed_fraction", "summary", "save", "load"],
 }
@@ -44,10 +56,20 @@ def reference() -> str:
         if isinstance(public, type) and issubclass(public, Settings):  # whose docstring is made when it is imported
             shown = griffe.inspect(public.__module__, docstring_parser="numpy")[name]
         parts.append(_rendered(shown, 2, public))
-        parts += [_rendered(shown[method], 3, getattr(public, method)) for method in _METHODS.get(name, [])]
+        parts += [_rendered(shown[method], 3, getattr(public, method)) for method in _MEMBERS.get(name, [])]
     text = re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", "\n".join(parts))  # types link to pages that are not there
     text = re.sub(r" \u2013? *$", "", text, flags=re.MULTILINE)  # where there is no description
-    return HEAD + text.rstrip() + "\n"
+    return HEAD.format(methods=methods()) + text.rstrip() + "\n"
+
+
+def methods() -> str:
+    """The table of presets."""
+    names = ["selection", "alignment", "merge", "refit", "heal_tokens"]
+    rows = [["method", *names, "for"], ["---"] * (len(names) + 2)]
+    for method, purpose in _METHODS_FOR.items():
+        config = FusionConfig(1, method)
+        rows.append([f"`{method}`", *(str(getattr(config, name)) for name in names), purpose])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _rendered(shown: griffe.Object | griffe.Alias, level: int, public: object) -> str:
