@@ -33,9 +33,9 @@ from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import MOST_LAYERS
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and what else is true of a base only, and not of what it is fused to.
-_BASE_ONLY_ARGUMENTS = (*_HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
+_BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -218,7 +218,7 @@ def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # of any kind, where a config holds what it should not
         reason = " ".join(str(error).split())
         if isinstance(error.__cause__ or error, HFValidationError):
-            reason = "there is no such folder, and it cannot be a name on the hub"
+            reason = "there is no such folder, and it cannot be a name on the hub."
         raise ValueError(f"No config of a model can be read for {base!r}: {reason:.400}") from None
 
 
@@ -343,4 +343,4 @@ def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of from_pretrained's arguments that say where files are."""
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}

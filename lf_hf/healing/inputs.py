@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
 from lf_hf.checkpoint.fused_cache import base_fingerprint
@@ -21,10 +21,16 @@ from lf_hf.checkpoint.saving import checked_folder, finish_save
 from lf_hf.decoder.interface import Decoder
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import Samples
 
+# What is taken for loading the base, besides values of its config.
+_OF_BASE = (
+    *HUB_ARGUMENTS,
+    *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
+)
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 
 
@@ -110,6 +116,9 @@ def open_inputs(
     finish_save(folder)
     report = FusionReport.load(folder)
     opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
+    for name in hub:
+        if name not in _OF_BASE and not hasattr(opened.config, name):
+            raise ValueError(unknown_name("argument", name, (*HealSettings.known, *_OF_BASE)))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
     corpus = load_training_text(text, settings.tokens, lambda: tokenizer or opened.tokenizer())
