@@ -46,9 +46,12 @@ class Predictions:
         return cls(own, dense, divergence / count, agreed / count)
 
 
-def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(expected || found) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T)."""
-    return torch.linalg.vecdot(expected.exp(), expected - log_probs)
+def kl_divergence(expected: Tensor, log_probs: Tensor, probabilities: Tensor | None = None) -> Tensor:
+    """KL(expected || found) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T).
+
+    `probabilities` are those of `expected`, where a caller has them.
+    """
+    return torch.linalg.vecdot(expected.exp() if probabilities is None else probabilities, expected - log_probs)
 
 
 def token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None = None) -> Tensor:

@@ -15,9 +15,9 @@ from torch.nn.functional import linear, log_softmax
 
 from lf_hf.decoder.predictions import kl_divergence
 
-LOGITS = 1 << 25
+LOGITS = 1 << 27
 """About how many logits exist at a time, in the type of the computation."""
-FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 19
+FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 17
 """How many of them are worked on at a time in float32: on the CPU so few that they stay in its cache."""
 
 ToLogits = Callable[[Tensor], Tensor]
@@ -188,18 +188,19 @@ def _of_rows(
     with torch.enable_grad():
         attached = to_logits(of_head.requires_grad_())
     logits = attached.detach()
-    value, gradient = torch.zeros((), device=logits.device), torch.zeros_like(logits)
-    if share < 1:
-        student = log_softmax(logits / temperature, -1)
-        expected = teacher(some, student)
-        weight = (1 - share) * temperature / counts[0]
-        value = kl_divergence(expected, student).sum() * (weight * temperature)
-        gradient = (student.exp() - expected.exp()) * weight
-    if share > 0:
-        student, index = log_softmax(logits, -1), next_ids.clamp(min=0)[:, None]
-        weights = (next_ids >= 0)[:, None] * (share / max(1, counts[1]))
-        value = value - (student.gather(1, index) * weights).sum()
-        gradient = gradient + student.exp().scatter_add_(1, index, torch.full_like(weights, -1)) * weights
+    student = log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    expected = teacher(some, student)
+    probabilities = expected.exp()
+    of_teacher = (1 - share) * temperature / counts[0]
+    value = kl_divergence(expected, student, probabilities).sum() * (of_teacher * temperature)
+    plain = student if temperature == 1 else log_softmax(logits, -1)
+    of_text, index = (next_ids >= 0)[:, None] * (share / max(1, counts[1])), next_ids.clamp(min=0)[:, None]
+    value = value - (plain.gather(1, index) * of_text).sum()
+    if temperature == 1:
+        gradient = student.exp_().mul_(of_text + of_teacher)
+    else:
+        gradient = plain.exp_().mul_(of_text).add_(student.exp_(), alpha=of_teacher)
+    gradient.sub_(probabilities, alpha=of_teacher).scatter_add_(1, index, -of_text)
     if attached is not of_head:
         [gradient] = torch.autograd.grad(attached, of_head, gradient)
     return value, gradient

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lf_hf.families import family_of
-from lf_hf.healing.loss import LOGITS
+from lf_hf.healing.loss import FLOAT_LOGITS, LOGITS
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def training_memory(
     # Of each layer: its input, two norms, queries, keys, values, what attention and the MLP give, and the MLP's inside.
     values, layers = 10 * config.hidden_size + 4 * config.intermediate_size, config.num_hidden_layers
     values = values + layers * config.hidden_size if checkpointing else values * layers
-    return TrainingMemory(fixed + 6 * 4 * LOGITS, length * values * bytes_per_value)
+    loss = 2 * bytes_per_value * LOGITS + 6 * 4 * FLOAT_LOGITS
+    return TrainingMemory(fixed + loss, length * values * bytes_per_value)
 
 
 def model_bytes(config: PreTrainedConfig, bytes_per_value: int) -> int:

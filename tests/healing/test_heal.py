@@ -584,7 +584,7 @@ def test_it_heals_while_loading_and_keeps_the_result(
     arguments |= {"calibration_length": 64, "calibration_tokens": 1024, "heal_tokens": 4096, "calibration": TEXTS}
     arguments |= {"tokenizer": make_tokenizer(), "fused_dir": tmp_path / "fused"}
     for changes, message in (
-        ({"heal_tokens": 10}, "heal_tokens must be 0 or at least 1024, got 10"),
+        ({"heal_tokens": 10}, "heal_tokens must be 0 or an integer of at least 1024, got 10"),
         ({"calibration": TEXTS[:2]}, "tokens, which do not fill two sequences"),
     ):
         with pytest.raises(ValueError, match=message):
