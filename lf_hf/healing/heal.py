@@ -39,6 +39,7 @@ from lf_hf.healing.text import TextUse, given_text
 from lf_hf.healing.trainer import (
     check_arguments,
     choose_trained,
+    default_learning_rate,
     disk_needed,
     make_student,
     make_trainer,
@@ -245,7 +246,9 @@ def _distill(
 ) -> FusionReport:
     """Train the fused model, in place and in all processes; returns what its report is then."""
     start, model, processes = time.monotonic(), inputs.fused.model, Processes.of_launch()
-    settings, arguments = fitted_arguments(inputs.settings, model.config, work, given)
+    rate = inputs.settings.learning_rate or default_learning_rate(model, inputs.settings.train)
+    settings = dataclasses.replace(inputs.settings, learning_rate=rate)
+    settings, arguments = fitted_arguments(settings, model.config, work, given)
     inputs = dataclasses.replace(inputs, settings=settings)
     student = make_student(model, settings, inputs.fused.fused_layers)
     placement = place_teacher(inputs.base, settings, student, arguments, given, cache)

@@ -8,8 +8,8 @@ from typing import Any
 from lf_hf.runtime.fields import Settings, documented, setting
 from lf_hf.settings import HEAL_TOKENS, LEAST_HEAL_TOKENS
 
-LEARNING_RATES = {"layers": 1e-4, "all": 1e-4, "fused": 1e-4, "lora": 5e-4}
-"""By what is trained."""
+RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
+"""The default learning rate by what is trained, in units of the size of the model's weights."""
 
 
 @documented
@@ -18,7 +18,7 @@ class HealSettings(Settings):
     """Settings of a healing."""
 
     noun = "healing setting"
-    presets = "train", {train: {"learning_rate": rate} for train, rate in LEARNING_RATES.items()}
+    presets = "train", {train: dict[str, float]() for train in RELATIVE_RATES}
 
     tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", minimum=LEAST_HEAL_TOKENS)
     train: str = setting(
@@ -26,14 +26,15 @@ class HealSettings(Settings):
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '
         'too. "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the '
         "end.",
-        choices=tuple(LEARNING_RATES),
+        choices=tuple(RELATIVE_RATES),
     )
-    learning_rate: float = setting(
+    learning_rate: float | None = setting(
         None,
-        'The highest one, after the warm-up: 5e-4 for "lora", else 1e-4.',
+        'The highest one, after the warm-up. It follows from the size of the weights and, for "lora", is five times as '
+        "high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
         above=0,
         maximum=1,
-        unset="from train",
+        unset="from the model's weights",
     )
     temperature: float = setting(
         1.0, "What both models' logits are divided by before they are compared.", above=0, maximum=100

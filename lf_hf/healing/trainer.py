@@ -25,7 +25,7 @@ from transformers.utils import logging
 from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
-from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
 from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16
@@ -98,6 +98,16 @@ def choose_trained(student: nn.Module, train: str, fused_layers: Sequence[int]) 
     trained["fused"] = tuple(f"model.layers.{number}." for number in fused_layers)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.startswith(trained[train]) or "norm" in name)
+
+
+def default_learning_rate(model: nn.Module, train: str) -> float:
+    """A fixed part of the size of a model's weights, as one digit: the median over matrices of their root mean square.
+
+    A step of Adam is as long as the rate, whatever the gradient, and so changes weights by that part of their size.
+    """
+    matrices = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    size = torch.stack([matrix.float().square().mean().sqrt().cpu() for matrix in matrices]).median().item()
+    return float(f"{RELATIVE_RATES[train] * size:.0e}")
 
 
 def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
@@ -297,7 +307,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "output_dir": str(folder),
         "ddp_timeout": int(PATIENCE.total_seconds()),
         "max_steps": settings.steps,
-        "learning_rate": settings.learning_rate,
+        "learning_rate": settings.learning_rate or 0.0,  # none where nothing is trained yet
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1 if settings.steps >= _LEAST_WARMED_UP else 0,
         "adam_beta2": 0.95,  # some tens of steps only

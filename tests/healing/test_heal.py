@@ -427,6 +427,17 @@ def test_bad_arguments_get_a_sentence_before_the_base_is_read(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_the_default_rate_is_in_units_of_the_weights() -> None:
+    """So that one step changes the same part of any model; adapters start from nothing, and take longer steps."""
+    model = make_llama()
+    rates = [trainer.default_learning_rate(model, "layers"), trainer.default_learning_rate(model, "lora")]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    rates.append(trainer.default_learning_rate(model, "layers"))
+    assert 0 < rates[0] < rates[1] < rates[2] == pytest.approx(10 * rates[0])
+
+
 def test_fp16_in_place_of_bf16_is_no_contradiction(tmp_path: Path) -> None:
     arguments = trainer.training_arguments(HealSettings(), tmp_path, {"fp16": True})
     assert arguments.fp16 and not arguments.bf16
