@@ -253,7 +253,7 @@ def _num_fusions(num_layers: int, target_layers: int) -> int:
 @_DRY_RUN
 @_setting_options(HealSettings)
 def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any) -> None:
-    """Train the fused model FUSED for a short time to predict what its base predicts, and write it to OUT.
+    """Train FUSED to predict what its base predicts, and write it to OUT.
 
     Keeps the state that is nearest to the base on held-out text. When it was interrupted, the same command goes on
     where it stopped. Started by `accelerate launch -m lf_hf heal ...`, it uses all devices of the launch. Ends with a
@@ -326,10 +326,10 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @_LOADING
 @_setting_options(FusionConfig, _MECHANICS)
 def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metadata: str | None, **given: Any) -> None:
-    """Fuse BASE by several methods to several sizes, and evaluate all; results go to the folder OUTDIR.
+    """Fuse BASE by several methods to several sizes, and evaluate all.
 
-    Writes each result to results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped when the
-    command is run again, and the processes of a launch share the work. Writes tables as results.csv and
+    Writes each result to OUTDIR/results.jsonl as soon as it is there: an interrupted sweep goes on where it stopped
+    when the command is run again, and the processes of a launch share the work. Writes tables as results.csv and
     results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
     """
     from lf_hf.evaluate.sweep import check_evaluation
@@ -371,9 +371,9 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
 @click.option("--html", metavar="FILE", help="Where to write the page.", show_default="DIR/fusion_report.html")
 @click.option("--png", metavar="DIR", help="Also write the pictures into this folder.", show_default="no")
 def report(folder: str, html: str | None, png: str | None) -> None:
-    """Make a page of pictures and explanations about the fused checkpoint in the folder DIR.
+    """Make a page of pictures about the fused checkpoint in DIR.
 
-    The page is a single file that needs no network.
+    The page, with explanations, is a single file that needs no network.
     """
     from lf_hf.report.page import write_page, write_pictures
 

@@ -46,6 +46,7 @@ from lf_hf.healing.trainer import (
     training_arguments,
 )
 from lf_hf.report.report import FusionReport, HealingInfo, HealingPoint
+from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
@@ -71,6 +72,7 @@ _WITHOUT_EFFECT = (
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
+@naming(HealSettings)
 def heal(
     fused: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -106,7 +108,8 @@ def heal(
     training_args : dict, optional
         Fields of transformers' TrainingArguments: bf16, gradient_checkpointing, report_to, fsdp, deepspeed, ...
     **kwargs
-        HealSettings fields; all others are for loading the base (revision, token, gguf_file, ...).
+        HealSettings fields: {settings}.
+        All others are for loading the base (revision, token, gguf_file, ...).
 
     Returns
     -------
