@@ -69,6 +69,7 @@ from lf_hf.refit.layer_parts import (
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries
 from lf_hf.text.calibration import (
+    BUNDLED,
     Calibration,
     Corpus,
     documentation_halves,
@@ -467,7 +468,7 @@ def main() -> None:
     if window is not None and reach >= window:
         parser.error(f"Leave out --mmlu: the model's window of {window} tokens is shorter than a question.")
 
-    given = [halves[0]] if options.calibrate == "text" and halves else None
+    given = [halves[0]] if options.calibrate == "text" and halves else BUNDLED
     corpus = load_corpus(given, max_tokens=options.tokens)
     settings = FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
     sequences: list[Tensor] = []
@@ -482,7 +483,14 @@ def main() -> None:
         Base.open, scratch.name if options.tiny else options.base, {} if options.tiny else {"gguf_file": gguf}
     )
     ways = Ways(
-        tokenizer, load_calibration(), sequences, corpus, options.tokens, opened, heal_corpus, options.heal_tokens
+        tokenizer,
+        load_calibration(BUNDLED),
+        sequences,
+        corpus,
+        options.tokens,
+        opened,
+        heal_corpus,
+        options.heal_tokens,
     )
 
     dense = judge.predictions(base)

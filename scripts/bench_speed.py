@@ -64,7 +64,7 @@ from lf_hf.stages.alignment import match_rows, normalized_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
-from lf_hf.text.calibration import documentation_halves, load_calibration, load_needed
+from lf_hf.text.calibration import BUNDLED, documentation_halves, load_calibration, load_needed
 from lf_hf.text.packing import tokenize_samples
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def load(base: str) -> tuple[LlamaForCausalLM, list[Tensor]]:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     length = min(DEFAULTS.sample_length, model.config.max_position_embeddings)
-    return model, tokenize_samples(tokenizer, load_calibration(), length, model.config.vocab_size)
+    return model, tokenize_samples(tokenizer, load_calibration(BUNDLED), length, model.config.vocab_size)
 
 
 def one_pass(base: str) -> Callable[[], Array]:
