@@ -44,7 +44,7 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
 
 logger = logging.get_logger(__name__)
-_UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # of save_pretrained
+_UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # transformers' names
 
 
 class FusedForCausalLM(PreTrainedModel):
@@ -275,19 +275,13 @@ class FusedForCausalLM(PreTrainedModel):
             return None
 
     def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        tags: list[str] | None = None,
-        **kwargs: Any,
+        self, repo_id: str, *, tags: list[str] | None = None, token: bool | str | None = None, **kwargs: Any
     ) -> str:
-        """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address."""
+        """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address.
+
+        `private`, `commit_message`, `commit_description`, `create_pr` and `revision` are as for any transformers model.
+        """
+        uploading = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             name = self.name_or_path or repo_id
             self.save_pretrained(folder, **kwargs)
@@ -297,16 +291,7 @@ class FusedForCausalLM(PreTrainedModel):
                 card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
                 card.data["tags"] = [*(card.data.get("tags") or []), *tags]
                 card.save(file)
-            return _upload(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return _upload(folder, repo_id, token=token, **uploading)
 
     def _check_without_adapter(self) -> None:
         if any(".base_layer." in name for name, _ in self.named_parameters()):

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.checkpoint.card import model_card
 from lf_hf.checkpoint.weights import shard_names, tensor_files
-from lf_hf.evaluate.points import append_point, read_points
+from lf_hf.evaluate.points import read_points
 from lf_hf.families import FAMILIES
 from lf_hf.text.calibration import load_calibration, load_corpus
 from lf_hf.text.mmlu import read_csv_questions
@@ -180,14 +180,3 @@ def test_mmlu_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "dev").mkdir(exist_ok=True)
     (tmp_path / "dev" / "anatomy_dev.csv").write_bytes(content)
     only_our_errors(lambda: read_csv_questions(tmp_path, "dev", "anatomy"))
-
-
-def test_a_point_is_added_whole_after_one_that_was_cut_short(tmp_path: Path) -> None:
-    file = tmp_path / "results.jsonl"
-    append_point(file, POINT)
-    whole = file.read_bytes()
-    for size in range(0, len(whole), 7):
-        file.write_bytes(whole + whole[:size])
-        assert list(read_points(file)) == [POINT.key]
-        append_point(file, POINT)
-        assert file.read_bytes() == whole * 2

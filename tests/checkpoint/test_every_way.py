@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,10 +150,10 @@ def test_which_layers_were_merged_is_said_in_the_numbers_of_the_original(fused: 
 
     assert [step.pair for step in fused.report.steps] == PAIRS
     assert [list(group) for group in fused.report.groups] == [[0], [1, 2], [3, 4], [5]]
-    assert [part for part in fused.report.summary().splitlines() if "<-" in part] == [
-        f"  layer {i} <- {i}, {j}, influence {step.influence:.4f}"
-        for (i, j), step in zip(PAIRS, fused.report.steps, strict=True)
-    ]
+    said = [line.split(" <- ") for line in fused.report.summary().splitlines() if "<-" in line]
+    for pair, (layer, sources), step in zip(PAIRS, said, fused.report.steps, strict=True):
+        assert layer == f"  layer {pair[0]}" and re.findall(r"\b[1-5]\b(?!\.)", sources) == [*map(str, pair)]
+        assert f"influence {step.influence:.4f}" in sources
     lines = (fused.folder / "README.md").read_text().splitlines()
     start = lines.index("| layer i | layer j |") + 2
     assert lines[start : start + 3] == [*(f"| {i} | {j} |" for i, j in PAIRS), ""]

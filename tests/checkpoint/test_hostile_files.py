@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
 from lf_hf.report.page import write_page
 from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
-from lf_hf.text.calibration import load_corpus
 
 HOSTILE = (
     "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""
@@ -106,19 +104,6 @@ def test_a_fused_checkpoint_is_not_read_from_pickles_either(kind: Any, base: str
     with pytest.raises(ValueError, match="pickled weights can run code"):
         kind.from_pretrained(tmp_path / "out")
     assert len(kind.from_pretrained(tmp_path / "out", use_safetensors=False).model.layers) == 4
-
-
-def test_a_long_text_in_many_rows_of_a_small_parquet_file_is_in_memory_once(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows, length = 200, 4_000_000
-    text = pyarrow.DictionaryArray.from_arrays([0] * rows, ["layer " * (length // 6)])
-    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet", compression="zstd")
-    assert (tmp_path / "a.parquet").stat().st_size < 100_000
-    tracemalloc.start()
-    assert load_corpus(tmp_path / "a.parquet", max_tokens=1000).parts[0].startswith("layer layer")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak + pyarrow.default_memory_pool().max_memory() < rows * length / 4
 
 
 # Names

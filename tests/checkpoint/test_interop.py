@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_llama, make_texts, make_tokenizer
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 
@@ -58,27 +55,6 @@ OLD_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 320,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "scaled rope": {},
-    "plain rope, tied": {"rope_scaling": None, "tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-}
-
-
-def in_memory(base: str, out: Path) -> None:
-    FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS).save_pretrained(out, as_llama=True)
-
-
-def from_folder_to_folder(base: str, out: Path) -> None:
-    fuse_checkpoint(base, out, as_llama=True, max_shard_bytes=30_000, **SETTINGS)
-
-
-WAYS = [in_memory, from_folder_to_folder]
-
-
-def old_llama(config: dict[str, Any]) -> LlamaForCausalLM:
-    left_out = ("dtype", "torch_dtype", "model_type", "rope_parameters")
-    return make_llama(**{name: value for name, value in copy.deepcopy(config).items() if name not in left_out})
 
 
 class Plain(NamedTuple):
@@ -86,28 +62,22 @@ class Plain(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="module")
-def all_plain(tmp_path_factory: pytest.TempPathFactory) -> list[Plain]:
-    """Bases in the old format, and what was fused of them as plain Llamas."""
+@pytest.fixture(scope="module", params=[(tied, low) for tied in (False, True) for low in (False, True)], ids=str)
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """A base in the old format, and what was fused of it as a plain Llama, in memory or layer by layer."""
+    tied, low_memory = request.param
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
     tokenizer.chat_template = "{{ messages[0].content }}"
-    made = []
-    for variant in VARIANTS.values():
-        folder = tmp_path_factory.mktemp("plain")
-        config = OLD_CONFIG | variant
-        old_llama(config).bfloat16().save_pretrained(folder / "base")
-        (folder / "base" / "config.json").write_text(json.dumps(config))
-        tokenizer.save_pretrained(folder / "base")
-        for way in WAYS:
-            way(str(folder / "base"), folder / way.__name__)
-            made.append(Plain(folder / "base", folder / way.__name__))
-    return made
-
-
-@pytest.fixture(params=range(len(VARIANTS) * len(WAYS)), ids=[f"{v}-{w.__name__}" for v in VARIANTS for w in WAYS])
-def plain(request: pytest.FixtureRequest, all_plain: list[Plain]) -> Plain:
-    return all_plain[request.param]
+    folder = tmp_path_factory.mktemp("plain")
+    config = OLD_CONFIG | ({"rope_scaling": None, "tie_word_embeddings": True} if tied else {})
+    left_out = ("dtype", "torch_dtype", "model_type", "rope_parameters")
+    llama = make_llama(**{name: value for name, value in copy.deepcopy(config).items() if name not in left_out})
+    llama.bfloat16().save_pretrained(folder / "base")
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder / "base")
+    fuse_checkpoint(folder / "base", folder / "out", plain=True, low_memory=low_memory, **SETTINGS)
+    return Plain(folder / "base", folder / "out")
 
 
 def test_the_config_is_the_bases_with_fewer_layers_in_old_words_and_new(plain: Plain) -> None:
@@ -126,22 +96,6 @@ def test_the_config_is_the_bases_with_fewer_layers_in_old_words_and_new(plain: P
     assert not {"fusion", "quantization_config"} & config.keys()
 
 
-def test_the_weights_have_the_names_and_dtype_of_a_llama(plain: Plain) -> None:
-    """llama.cpp and vLLM take files that are named model*.safetensors, and a tied head from the embeddings."""
-    config = json.loads((plain.folder / "config.json").read_text())
-    wanted = old_llama(config).state_dict()
-    if config["tie_word_embeddings"]:
-        del wanted["lm_head.weight"]
-    found: dict[str, tuple[list[int], str]] = {}
-    for file in plain.folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                found[name] = (part.get_shape(), part.get_dtype())
-    assert found == {name: (list(tensor.shape), "BF16") for name, tensor in wanted.items()}
-
-
 def test_the_tokenizer_is_one_that_transformers_4_knows(plain: Plain) -> None:
     config = json.loads((plain.folder / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -151,40 +105,6 @@ def test_the_tokenizer_is_one_that_transformers_4_knows(plain: Plain) -> None:
     for text in ["<x> layer model<s>", *make_texts(5)]:
         assert ours(text).input_ids == theirs(text).input_ids
     assert ours.all_special_ids == theirs.all_special_ids and ours.chat_template == theirs.chat_template
-
-
-def test_stock_transformers_opens_it_where_lf_hf_can_not_be_imported(all_plain: list[Plain], tmp_path: Path) -> None:
-    """And computes what the fused model computes, which is what is left of the dense one."""
-    code = """
-import json, sys, torch
-class NoLfHf:
-    def find_spec(self, name, path=None, target=None):
-        if name == "lf_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NoLfHf())
-from transformers import AutoModelForCausalLM, AutoTokenizer
-ids, out, *folders = sys.argv[1:]
-computed = []
-for folder in folders:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert type(model).__name__ == "LlamaForCausalLM" and not any(map(len, info.values())), info
-    prompt = AutoTokenizer.from_pretrained(folder)("layer model", return_tensors="pt")
-    generated = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4)
-    assert generated.shape[1] == prompt.input_ids.shape[1] + 4
-    with torch.no_grad():
-        computed.append(model(torch.load(ids)).logits)
-assert "lf_hf" not in sys.modules
-torch.save(computed, out)
-"""
-    torch.save(IDS, tmp_path / "ids.pt")
-    arguments = [tmp_path / "ids.pt", tmp_path / "out.pt", *(plain.folder for plain in all_plain)]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for plain, logits in zip(all_plain, torch.load(tmp_path / "out.pt"), strict=True):
-        left = AutoModelForCausalLM.from_pretrained(plain.base)
-        del left.model.layers[3:]
-        with torch.no_grad():
-            assert torch.equal(logits, left(IDS).logits)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import GGUF
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -144,6 +146,16 @@ def test_a_gguf_base_is_plain_floats_wherever_there_is_a_kernel(
     llama = Base.open(gguf_folder, loading).load()
     assert projections(llama) == {"Linear"}
     assert all(parameter.is_floating_point() for parameter in llama.parameters())
+
+
+def test_a_gguf_file_is_parsed_once(gguf_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the config, the tokenizer and the weights together; it takes a minute for a large vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    reader = Mock(side_effect=gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    base = Base.open(gguf_folder, {"gguf_file": GGUF.name, "dtype": "bfloat16"})
+    assert len(base.tokenizer()) == base.load().config.vocab_size
+    assert reader.call_count == 1 and gguf.GGUFReader is reader
 
 
 # Raw errors where one sentence belongs

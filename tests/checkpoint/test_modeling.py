@@ -28,37 +28,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "tied": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "float16": {"dtype": torch.float16},
-    "wide heads": {"head_dim": 16},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_fuses_generates_saves_and_loads(variant: str, make_base: Callable[..., str], tmp_path: Path) -> None:
-    model = fuse(make_base(**VARIANTS[variant]))
-    dtype = VARIANTS[variant].get("dtype", torch.float32)
-    assert type(model) is FusedLlamaForCausalLM
-    assert model.config.num_hidden_layers == len(model.model.layers) == 3
-    assert model.dtype == dtype and not model.training
-
-    model.save_pretrained(tmp_path / "native")
-    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
-    model.save_pretrained(tmp_path / "llama", as_llama=True)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
-    assert [type(native).__name__, type(plain).__name__] == ["FusedLlamaForCausalLM", "LlamaForCausalLM"]
-    for loaded in (native, plain):
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
-        cached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=None)
-        uncached = loaded.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=False, eos_token_id=None)
-        assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
-
-
 def test_weights_did_change_where_they_should(base: str) -> None:
     before, after = LlamaForCausalLM.from_pretrained(base).state_dict(), fuse(base, 1).state_dict()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -109,27 +78,6 @@ def test_what_was_quantised_after_fusing_is_saved_as_such(base: str) -> None:
     # A base has it from a GGUF file alone, whose numbers are plain floats once they are loaded.
     assert model.fusion_report is not None
     assert not hasattr(fused_config(plain, model.fusion_report), "quantization_config")
-
-
-def test_refit_reaches_every_place(base: str, tmp_path: Path) -> None:
-    """With the default calibration text, half of which the model writes."""
-    settings: dict[str, Any] = {"method": "refit", "calibration": None, "calibration_tokens": 2048}
-    for run in ("b", "a"):
-        model = fuse(base, calibration_length=128, **settings)
-        model.save_pretrained(tmp_path / run)
-    report = model.fusion_report
-    assert report is not None and report.layers_after == 3
-    assert [info.relation for info in report.perplexities] == ["kin", "unseen"]
-    assert report.calibration[0].tokens <= 2048 and "by the model itself" in report.calibration[0].source
-    for step in report.steps:
-        assert step.influence is not None and step.pair[0] > 0 and step.pair[1] < 4
-        assert step.error_after is not None and step.error_before is not None and step.error_after < step.error_before
-        assert sum(step.channels_kept or []) == 48 and sum(step.heads_kept or []) == 2
-    assert [refit.layers for refit in report.fitted_layers] in ([[1, 2, 3]], [[1, 2], [2, 3]])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert loaded.fusion_report == report
-    assert torch.equal(logits(loaded), logits(model))
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_settings_may_come_as_a_config_with_overrides(base: str) -> None:

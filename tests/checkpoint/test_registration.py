@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     GenerationMixin,
 )
 
 import lf_hf
-from lf_hf import FusedLlamaConfig, FusedLlamaForCausalLM, FusedLlamaModel
+from lf_hf import FusedLlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +22,6 @@ def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
     FusedLlamaForCausalLM.from_pretrained_fused(base, **settings).save_pretrained(folder)
     return folder
-
-
-@pytest.mark.parametrize(
-    ("auto", "shape"),
-    [
-        (AutoModelForSequenceClassification, (1, 3)),
-        (AutoModelForTokenClassification, (1, 9, 3)),
-        (AutoModelForQuestionAnswering, (1, 9)),
-    ],
-)
-def test_other_heads_stand_on_the_fused_layers(auto: Any, shape: tuple[int, ...], fused: Path, tmp_path: Path) -> None:
-    model = auto.from_pretrained(fused, num_labels=3)
-    decoder = FusedLlamaModel.from_pretrained(fused)
-    for name, tensor in model.base_model.state_dict().items():
-        assert torch.equal(tensor, decoder.state_dict()[name])
-    ids = torch.arange(9)[None]
-    with torch.no_grad():
-        before = next(iter(model(ids).values()))
-        assert before.shape == shape
-        model.save_pretrained(tmp_path)
-        loaded = auto.from_pretrained(tmp_path)
-        assert type(loaded) is type(model) and isinstance(loaded.config, FusedLlamaConfig)
-        assert torch.equal(next(iter(loaded(ids).values())), before)
-    assert loaded.config.fusion == decoder.config.fusion is not None
 
 
 def test_the_class_says_itself_that_it_generates() -> None:

@@ -158,49 +158,7 @@ def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, 
     assert found == wanted
 
 
-def test_eager_and_sdpa_attention_agree(base: str, model: FusedLlamaForCausalLM, saved: Path) -> None:
-    assert model.config._attn_implementation == "sdpa"
-    fused, loaded = (
-        fuse(base, attn_implementation="eager"),
-        FusedLlamaForCausalLM.from_pretrained(saved, attn_implementation="eager"),
-    )
-    switched = copy.deepcopy(model)
-    switched.set_attn_implementation("eager")
-    mask = torch.ones_like(IDS)
-    mask[1, :3] = 0
-    for eager in (fused, loaded, switched, switched.to_llama()):
-        assert {layer.self_attn.config._attn_implementation for layer in eager.model.layers} == {"eager"}
-        for kwargs in ({}, {"attention_mask": mask}):
-            wanted = logits(model, **kwargs)
-            torch.testing.assert_close(logits(eager, **kwargs)[mask == 1], wanted[mask == 1], rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        attentions = loaded(IDS, output_attentions=True).attentions
-    assert len(attentions) == 3 and all(attention.shape == (2, 4, 7, 7) for attention in attentions)
-
-
 # Generating
-
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": GREEDY,
-    "beam search": GREEDY | {"num_beams": 3, "num_return_sequences": 2},
-    "static cache": GREEDY | {"cache_implementation": "static"},
-    "sampling": GREEDY | {"do_sample": True, "top_k": 20},
-    "prompt lookup": GREEDY | {"prompt_lookup_num_tokens": 2},
-}
-
-
-@pytest.mark.parametrize("kind", GENERATION)
-def test_generates_what_a_stock_llama_with_its_weights_generates(model: FusedLlamaForCausalLM, kind: str) -> None:
-    stock = make_llama(num_hidden_layers=3, tie_word_embeddings=model.config.tie_word_embeddings)
-    stock.load_state_dict(model.state_dict())
-    ids = IDS[:1] if kind == "prompt lookup" else IDS
-    written = []
-    for either in (model, stock):
-        torch.manual_seed(0)
-        written.append(either.generate(ids, attention_mask=torch.ones_like(ids), **GENERATION[kind]))
-    assert torch.equal(*written) and written[0].shape[1] == IDS.shape[1] + 6
-    if kind in ("static cache", "prompt lookup"):
-        assert torch.equal(written[0], model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
 
 
 def test_assisted_generation_in_both_directions(base: str, model: FusedLlamaForCausalLM) -> None:

@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     lf_hf.from_pretrained_fused(qwen3, trust_remote_code=True, **QUICK).save_pretrained(tmp_path, plain=True)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     lf_hf.from_pretrained_fused(qwen3, **QUICK).save_pretrained(tmp_path / "fused")
-    with pytest.raises(ValueError, match="is a Qwen3; load it with FusedQwen3ForCausalLM"):
+    with pytest.raises(ValueError, match="load it with FusedQwen3ForCausalLM"):
         lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused")
     monkeypatch.delattr(Base, "load")
     with pytest.raises(ValueError, match="flex_attention"):
@@ -372,9 +372,6 @@ def test_plain_and_as_llama_are_one_choice(make: Callable[..., Path], tmp_path: 
             assert type(AutoConfig.from_pretrained(tmp_path / str(number))).__name__ == "Qwen3Config"
         way(tmp_path / str(number), plain=False, as_llama=False)
         assert type(AutoConfig.from_pretrained(tmp_path / str(number))).__name__ == "FusedQwen3Config"
-        with pytest.raises(ValueError, match="plain=True and as_llama=False are two names of one choice"):
-            way(tmp_path / "none", plain=True, as_llama=False)
-    assert not (tmp_path / "none").exists()
     for option in ("--plain", "--as-llama"):
         command = ["fuse", str(base), str(tmp_path / option), "--num-fusions", "1", "--method", "truncate", option]
         assert main([*command, "--perplexity-tokens", "0"]) == 0
