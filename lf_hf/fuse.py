@@ -28,6 +28,7 @@ from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
+from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 from lf_hf.text.sources import Samples
 
@@ -185,7 +186,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) ->
         base=inputs.base.full_name,
         measurements=inputs.measurements,
     )
-    model = model_class.adopt(loaded, report, inputs.tokenizer)
+    model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     if inputs.to_heal is not None:
         heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
     return model
@@ -295,6 +296,8 @@ def fuse_checkpoint(
     config = FusionConfig.taken_from(kwargs, config)
     if low_memory:
         check_low_memory(config)
+        if config.speed:
+            logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
         device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     inputs = FusionInputs.load(opened, config, calibration, tokenizer)

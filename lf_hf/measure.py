@@ -49,6 +49,7 @@ _FUSING_FIELDS = (
     "ridge",
     "ratio_beta",
     "heal_tokens",
+    "speed",
 )
 
 

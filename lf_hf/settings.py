@@ -157,6 +157,11 @@ class FusionConfig(Settings):
         minimum=0,
         needs=("needs_similarity", "needs_text", "heal_tokens"),
     )
+    speed: bool = setting(
+        True,
+        "Measure how fast the fused model is beside its base: tokens a second, in some seconds. Only in memory, and "
+        "where one process fuses.",
+    )
     max_divergence: float | None = setting(
         None,
         "Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in "

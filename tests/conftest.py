@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lf_hf import speed
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -113,6 +115,24 @@ def shuffled_neurons(weights: dict[str, torch.Tensor], head_dim: int, seed: int 
         elif name == "self_attn.o_proj.weight":
             shuffled[name] = tensor[:, query_rows]
     return shuffled
+
+
+_measure_speed = speed.measure_speed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_speed() -> Iterator[None]:
+    """Nothing is timed but where a test asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measure_speed", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fusions and healings are timed, in as few runs as there may be."""
+    monkeypatch.setattr(speed, "measure_speed", _measure_speed)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
     without = f"\nWithout the package lf_hf, `{family.causal_lm.__name__}` of transformers opens the same weights.\n"
     head, rows = as_table(report.rows())
     figures = "".join(f"| {' | '.join(map(_as_text, cells))} |\n" for cells in [head, ["---"] * len(head), *rows])
-    judges = "".join(f"- {_as_text(judged.source)}.\n" for judged in report.perplexities)
+    judges = "".join(f"- {_as_text(source)}.\n" for source in report.sources)
     made_with = "".join(
         f"- Calibrated on {_as_text(info.source)}: {info.samples} samples, {info.tokens} tokens.\n"
         for info in report.calibration

@@ -84,7 +84,7 @@ def why_not_reused(folder: Path, config: FusionConfig, made_of: dict[str, str]) 
     settings = [
         f"{name}={report.config.get(name)!r} instead of {value!r}"
         for name, value in config.to_dict().items()
-        if report.config.get(name) != value
+        if name != "speed" and report.config.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
 

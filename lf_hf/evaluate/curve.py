@@ -1,4 +1,4 @@
-"""The picture of a sweep: scores and predictions against layers removed. Needs matplotlib."""
+"""The picture of a sweep: scores and predictions against layers removed and speed. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from lf_hf.report.figures import COLORS, new_figure
 def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, float]]) -> Figure:
     """Each score, and perplexity, divergence and agreement on each text, against the share of layers removed.
 
-    There is one line a method, and a dashed one where it was healed. What is infinite is marked at the top of its
-    panel; what has no finite value at all gets no panel.
+    Perplexity also against how many times as fast as the base's decoding is, where that was measured. There is one line
+    a method, and a dashed one where it was healed. What is infinite is marked at the top of its panel; what has no
+    finite value at all gets no panel.
 
     Parameters
     ----------
@@ -31,15 +32,20 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     methods = list(dict.fromkeys(point.method for point in points if point.method != DENSE))
     names = dict.fromkeys(method.removesuffix(HEALED) for method in (*methods, *published))
     colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
-    panels: dict[str, list[float]] = {}
+    removed = [100 * point.layers_removed_fraction for point in points]
+    faster = [point.speedups.get("decoding", math.nan) for point in points]
+    panels: list[tuple[str, str, list[float], list[float]]] = []
     for name in figure_names(points):
         heights = [found.value if (found := point.figures.get(name)) else math.nan for point in points]
         if any(map(math.isfinite, heights)):
-            panels[name] = heights
+            panels.append((name, "layers removed (%)", removed, heights))
+            if name.startswith("perplexity, ") and any(map(math.isfinite, faster)):
+                panels.insert(0, (name, "times as fast as the base, decoding", faster, heights))
     figure = new_figure(7, 3.0 * max(1, len(panels)) + 0.5)
-    axes: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False).flat)
-    for axis, (name, heights) in zip(axes, panels.items(), strict=False):
-        _panel(axis, points, methods, colors, heights)
+    axes: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, squeeze=False).flat)
+    for axis, (name, along, places, heights) in zip(axes, panels, strict=False):
+        _panel(axis, [point.method for point in points], places, heights, methods, colors)
+        axis.set_xlabel(along)
         score = next(point.figures[name] for point in points if name in point.figures)
         label = name if name.startswith(score.metric) else f"{score.metric}, {name}"
         axis.set_ylabel(f"{label} (log scale)" if score.is_perplexity else label, parse_math=False)
@@ -55,25 +61,29 @@ def sweep_curve(points: Sequence[Point], published: Mapping[str, Mapping[int, fl
     if entries:  # above all panels, where it hides no line
         handles, columns = list(entries.values()), min(4, len(entries))
         figure.legend(handles, list(entries), loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
-    axes[-1].set_xlabel("layers removed (%)")
     return figure
 
 
 def _panel(
-    axis: Axes, points: Sequence[Point], methods: Sequence[str], colors: Mapping[str, str], heights: Sequence[float]
+    axis: Axes,
+    of_methods: Sequence[str],
+    places: Sequence[float],
+    heights: Sequence[float],
+    methods: Sequence[str],
+    colors: Mapping[str, str],
 ) -> None:
-    """One line a method through the heights of its points and the dense model's."""
-    places = [(p.method, 100 * p.layers_removed_fraction, height) for p, height in zip(points, heights, strict=True)]
+    """One line a method through its points and the dense model's."""
+    points = list(zip(of_methods, places, heights, strict=True))
     for method in methods:
-        line = [(share, height) for of, share, height in places if of in (DENSE, method)]
+        line = [(place, height) for of, place, height in points if of in (DENSE, method)]
         color, style = colors[method.removesuffix(HEALED)], "--" if method.endswith(HEALED) else "-"
         axis.plot(*zip(*line, strict=True), color=color, linestyle=style, marker="o", markersize=4, label=method)
         if beyond := [share for share, height in line if height == math.inf]:
             marks: dict[str, Any] = {"color": color, "marker": "^", "linestyle": "none", "label": "infinite"}
             axis.plot(beyond, [0.97] * len(beyond), transform=axis.get_xaxis_transform(), **marks)
-    for method, share, height in places:
+    for method, place, height in points:
         if method == DENSE and math.isfinite(height):
-            axis.plot(share, height, color="black", marker="D", linestyle="none", label="dense")
+            axis.plot(place, height, color="black", marker="D", linestyle="none", label="dense")
             axis.axhline(height, color="black", linewidth=0.7, linestyle=":")
 
 

@@ -184,6 +184,7 @@ class FusedLM(HFLM):
                 "parameters_removed_fraction": report.parameters_removed_fraction,
                 "calibration": values["calibration"],
                 "perplexities": values["perplexities"],
+                "speed": values["speed"],
                 "notes": report.notes,
                 "summary": report.summary(),
             }

@@ -17,6 +17,7 @@ from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_js
 DENSE = "dense"
 HEALED = ", healed"  # after a method
 RESULTS = "results.jsonl"
+_ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # of figures that are no task's
 _BEGINNING = b'{"key": "'  # of each of its lines
 
 
@@ -38,7 +39,7 @@ class Score:
         return "perplexity" in self.metric
 
     def __str__(self) -> str:
-        if self.metric in ("perplexity", "divergence", "agreement"):
+        if self.metric in _ORDER:
             return shown(self.metric, self.value)
         return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr is not None else "")
 
@@ -49,7 +50,8 @@ class Point:
 
     `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one entry a judging text, by its
     name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report;
-    these are empty in results of an older version. `seconds` is wall time, evaluating and fusing: that of all steps
+    these are empty in results of an older version. `speedups` has how many times as fast as the base "prefill" and
+    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing: that of all steps
     from the dense model on, whichever point they were made for first, without loading and measuring the dense model.
     """
 
@@ -68,23 +70,24 @@ class Point:
     versions: dict[str, str]
     divergences: dict[str, float] = field(default_factory=dict)
     agreements: dict[str, float] = field(default_factory=dict)
+    speedups: dict[str, float] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, Score]:
         """All scores by task, and figures of texts by name, such as "perplexity, docs"."""
         of_texts = {"perplexity": self.perplexities, "divergence": self.divergences, "agreement": self.agreements}
         return self.scores | {
-            f"{metric}, {text}": Score(metric, value, None, metric == "agreement")
-            for metric, values in of_texts.items()
-            for text, value in values.items()
+            f"{metric}, {name}": Score(metric, value, None, metric in ("agreement", "speed-up"))
+            for metric, values in (of_texts | {"speed-up": self.speedups}).items()
+            for name, value in values.items()
         }
 
 
 def figure_names(points: Sequence[Point]) -> list[str]:
-    """Names of the figures that any of some points has: tasks, then what texts were measured by."""
+    """Names of the figures that any of some points has: tasks, then speed, and what predictions of texts are like."""
     names = dict.fromkeys(name for point in points for name in point.figures)
-    order = ("perplexity", "divergence", "agreement")
-    return sorted(names, key=lambda name: order.index(name.split(", ")[0]) if name.split(", ")[0] in order else -1)
+    metrics = {name: figure.metric for point in points for name, figure in point.figures.items()}
+    return sorted(names, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
 
 
 def read_points(path: Path) -> dict[str, Point]:

@@ -31,6 +31,7 @@ from lf_hf.measure import Measurements, measure
 from lf_hf.runtime.launch import Processes, local_rank, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import ALGORITHM, FusionConfig
+from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Corpus, load_needed, load_training_text
 from lf_hf.text.sources import Samples
 
@@ -271,6 +272,9 @@ class _Maker:
             perplexities={text.name: text.dense for text in measurements.judged},
             divergences={text.name: 0.0 for text in measurements.judged},
             agreements={text.name: 1.0 for text in measurements.judged},
+            speedups={"prefill": 1.0, "decoding": 1.0}
+            if self._configs[0].speed and self._processes.world_size == 1
+            else {},
             scores=scores,
             config=None,
             notes=[],
@@ -283,6 +287,7 @@ class _Maker:
         decoder, fusion = self._fused_to(config)
         decoder = decoder.copy()  # which the last pass changes
         report = pipeline.finish(fusion, decoder, self._tokenizer, base=self._base.full_name, parameters=parameters)
+        report = with_speed(report, decoder.model)
         model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
         if self._to_heal and config.heal_tokens:
             from lf_hf.healing.heal import heal_loaded
@@ -290,6 +295,7 @@ class _Maker:
             heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
         scores, seconds = self._scores(model)
         report = model.fusion_report or report  # the healed model's
+        speed = report.speed
         return Point(
             key=key,
             method=config.method + (HEALED if config.heal_tokens and config.method != "healed" else ""),
@@ -301,6 +307,7 @@ class _Maker:
             perplexities={text.name: text.fused for text in report.perplexities},
             divergences={text.name: text.divergence for text in report.perplexities if text.divergence is not None},
             agreements={text.name: text.agreement for text in report.perplexities if text.agreement is not None},
+            speedups={"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {},
             scores=scores,
             config=report.config,
             notes=report.notes,

@@ -51,8 +51,8 @@ class Stability:
 def stability(points: Sequence[Point]) -> list[Stability]:
     """Standard deviation, range and largest change for the worse of each method with two levels or more.
 
-    Scores are taken as they are; of perplexities the natural logarithm, which for ours is nats a token. Divergences and
-    agreements are left out.
+    Scores are taken as they are; of perplexities the natural logarithm, which for ours is nats a token. Divergences,
+    agreements and speed are left out.
     """
     found = []
     for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
@@ -61,7 +61,7 @@ def stability(points: Sequence[Point]) -> list[Stability]:
         for name, first in of_method[0].figures.items() if len(levels) > 1 else ():
             figures = [point.figures.get(name) for point in of_method]
             values = [figure.value if figure else math.nan for figure in figures]
-            if not all(map(math.isfinite, values)) or first.metric in ("divergence", "agreement"):
+            if not all(map(math.isfinite, values)) or first.metric in ("divergence", "agreement", "speed-up"):
                 continue
             sign = 1 if first.higher_is_better and not first.is_perplexity else -1
             if first.is_perplexity:

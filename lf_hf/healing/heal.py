@@ -50,6 +50,7 @@ from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
+from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.sources import Samples
 
@@ -126,7 +127,7 @@ def heal(
     """
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
     inputs, folder = open_healing(fused, out, base, text, settings, given, kwargs)
-    report = _distill(inputs, folder / WORK, cache, given)
+    report = with_speed(_distill(inputs, folder / WORK, cache, given), inputs.fused.model)
 
     def save() -> None:
         model = inputs.fused.model

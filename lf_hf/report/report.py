@@ -192,6 +192,43 @@ class HealingInfo:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """Tokens a second of both models, medians of several runs, and the median, least and largest ratio of a run."""
+
+    dense: float
+    fused: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class SpeedInfo:
+    """How fast a fused model is beside its base for one sequence, on a device and in a dtype: see `lf_hf.speed`.
+
+    A run reads a prompt of `prefill_tokens` and decodes `decoded_tokens`, one after the other. `weight_bytes` are those
+    of all weights and `cache_bytes` those of the KV cache a token, of the base and of the fused model.
+    """
+
+    device: str
+    dtype: str
+    prefill_tokens: int
+    decoded_tokens: int
+    prefill: Rate
+    decoding: Rate
+    weight_bytes: list[int]
+    cache_bytes: list[int]
+
+    @property
+    def source(self) -> str:
+        """What it was measured on, in one line."""
+        return (
+            f"speed: {self.device}, {self.dtype}, one sequence, a prompt of {self.prefill_tokens} tokens and "
+            f"{self.decoded_tokens} decoded"
+        )
+
+
+@dataclass(frozen=True)
 class GroupCost:
     """What making one layer of layers `first` to `last` of the dense model costs by itself, in nats a token."""
 
@@ -257,7 +294,7 @@ class FusionReport:
     `healed` says how the model was trained after the fusion, None where it was not. `budget` is what said how many
     layers to fuse, None where the number was given. `group_costs` are those of all groups that could become one layer,
     and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions; both are empty where
-    groups were not chosen by cost.
+    groups were not chosen by cost. `speed` is None where it was not measured.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local paths
     are private.
@@ -289,6 +326,7 @@ class FusionReport:
     budget: BudgetInfo | None = None
     group_costs: list[GroupCost] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
+    speed: SpeedInfo | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))
@@ -354,6 +392,14 @@ class FusionReport:
         if bytes_on_disk:
             first, last = bytes_on_disk
             rows.append(Row("bytes on disk", "size", [first, *[None] * (count - 2), last]))
+        if self.speed is not None:
+            for name, rate in (("prefill", self.speed.prefill), ("decoding", self.speed.decoding)):
+                spread = f"({rate.lowest:.3g} to {rate.highest:.3g})"
+                values = [rate.dense, rate.fused, rate.fused][:count]
+                rows.append(Row(f"{name}, tokens a second", "rate", values, rate.ratio, spread))
+            weights, cache = self.speed.weight_bytes, self.speed.cache_bytes
+            rows.append(Row("bytes of weights", "size", [*weights, weights[-1]][:count]))
+            rows.append(Row("bytes of cache a token", "size", [*cache, cache[-1]][:count]))
         texts = {text.name: text for text in self.perplexities}
         healed = {text.name: text for text in self.healed.judged} if self.healed else {}
         for name in dict.fromkeys([*texts, *healed]):
@@ -367,13 +413,18 @@ class FusionReport:
             rows += text_rows(name, *zip(*models[:count], strict=True))
         return rows
 
+    @property
+    def sources(self) -> list[str]:
+        """What the figures in `rows` were measured on, one line each."""
+        return [text.source for text in self.perplexities] + ([self.speed.source] if self.speed else [])
+
     def summary(self) -> str:
         """A few lines for people."""
         lines = [f"Fused {self.base} with {self.config['method']}:"]
         for row in self.rows():
             name, *values, change = row.cells
             lines.append(f"{name}: {' -> '.join(values)}{f', {change}' if change else ''}")
-        lines += (f"measured on {judged.source}" for judged in self.perplexities)
+        lines += self.sources
         lines += (
             f"calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)" for info in self.calibration
         )

@@ -16,18 +16,23 @@ _FORMS = {
     "perplexity": (".4g", "times"),
     "divergence": (".4g", "none"),
     "agreement": (".1%", "percent"),
+    "rate": (".4g", "times"),
+    "speed-up": (".3g", "none"),
 }
 
 
 class Row(NamedTuple):
     """One figure of the base, of the fused model and, where there is one, of the healed model.
 
-    `kind` is "size", "perplexity", "divergence" or "agreement". A value that was not measured is None.
+    `kind` is "size", "perplexity", "divergence", "agreement" or "rate". A value that was not measured is None. `ratio`
+    is that of the last value to the base's where it was measured on its own, and `spread` what it lies in.
     """
 
     name: str
     kind: str
     values: Sequence[float | None]
+    ratio: float | None = None
+    spread: str = ""
 
     @property
     def change(self) -> str:
@@ -35,7 +40,8 @@ class Row(NamedTuple):
         first, last, way = self.values[0], self.values[-1], _FORMS[self.kind][1]
         if first is None or last is None or way == "none":
             return ""
-        return f"x {last / first:.3g}" if way == "times" else f"{last / first - 1:+.1%}"
+        ratio = last / first if self.ratio is None else self.ratio
+        return f"x {ratio:.3g} {self.spread}".rstrip() if way == "times" else f"{ratio - 1:+.1%}"
 
     @property
     def cells(self) -> list[str]:

@@ -1,0 +1,127 @@
+"""How fast a fused model is beside its base: tokens a second, and bytes of weights and of cache.
+
+The time of a layer depends on its shape and not on what its weights are, so the base is run as the fused model with as
+many layers as the base has: some of them twice, with the same weights in memory. Both are run in turns, so that what
+else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from lf_hf.decoder.in_memory import sharing_copy
+from lf_hf.families import CausalLM
+from lf_hf.report.report import FusionReport, Rate, SpeedInfo
+from lf_hf.runtime.launch import Processes
+
+logger = logging.get_logger(__name__)
+SECONDS = 4.0
+"""For all runs, about."""
+_ROUNDS = (3, 9)  # at least, and at most
+_PREFILL, _DECODED = (16, 512), (4, 32)  # tokens, at least and at most
+
+
+def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
+    """A fused model's report with its speed, unless that is there or not wanted, or several processes work together."""
+    if report.speed is not None or not report.config.get("speed", True):
+        return report
+    if Processes.of_launch().world_size > 1:
+        logger.warning_once("Speed is not measured in a launch; evaluate or heal the result in one process for that.")
+        return report
+    try:
+        return dataclasses.replace(report, speed=measure_speed(model, report.layers_before))
+    except RuntimeError as error:  # of a device without room, say, after hours of other work
+        logger.warning(f"Speed was not measured ({' '.join(str(error).split()):.200}).")
+        return report
+
+
+@torch.inference_mode()
+def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
+    """Speed of a fused model and of its base of `num_base_layers` layers, for one sequence at a time.
+
+    After a run of each to warm up, as many runs in turns as take `SECONDS` together: three at least.
+    """
+    fused, head = model.model, model.lm_head
+    base = _with_layers(fused, num_base_layers)
+    length = max(1, min(_PREFILL[1], model.config.max_position_embeddings - _DECODED[1]))
+    ids = torch.arange(length, device=fused.embed_tokens.weight.device)[None] % model.config.vocab_size
+
+    # Newer versions of transformers call it otherwise.
+    cache_argument = "cache" if "cache" in inspect.signature(fused.forward).parameters else "past_key_values"
+
+    def run(body: Any, prefilled: int, decoded: int) -> tuple[float, float, int]:
+        """Seconds a token of both, and bytes of cache a token."""
+        cache: Any = DynamicCache(config=body.config)
+        start, given = _now(), {cache_argument: cache, "use_cache": True}
+        token = head(body(input_ids=ids[:, :prefilled], **given).last_hidden_state[:, -1:]).argmax(-1)
+        between, cache_bytes = _now(), sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        for _ in range(decoded):
+            token = head(body(input_ids=token, **given).last_hidden_state).argmax(-1)
+        return (between - start) / prefilled, (_now() - between) / decoded, cache_bytes // prefilled
+
+    prefilled, decoded = min(length, _PREFILL[0]), _DECODED[0]
+    for body in (fused, base, base):
+        a_token = run(body, prefilled, decoded)
+    share = SECONDS / _ROUNDS[0] / 4  # seconds of each of the four parts of a round
+    prefilled = min(length, max(prefilled, int(share / a_token[0])))
+    decoded = min(_DECODED[1], max(decoded, int(share / a_token[1])))
+    rounds, start = list[tuple[Any, Any]](), _now()
+    while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and _now() - start < SECONDS):
+        rounds.append((run(base, prefilled, decoded), run(fused, prefilled, decoded)))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    more = sum(parameter.nbytes for layer in base.layers[len(fused.layers) :] for parameter in layer.parameters())
+    return SpeedInfo(
+        device=_device_name(ids.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        prefill_tokens=prefilled,
+        decoded_tokens=decoded,
+        prefill=_rate([(of_base[0], of_fused[0]) for of_base, of_fused in rounds]),
+        decoding=_rate([(of_base[1], of_fused[1]) for of_base, of_fused in rounds]),
+        weight_bytes=[weights + more, weights],
+        cache_bytes=[rounds[0][0][2], rounds[0][1][2]],
+    )
+
+
+def _with_layers(body: Any, count: int) -> Any:
+    """A model without its head that has `count` layers: the first ones come again at the end, with the same weights."""
+    longer = sharing_copy(body)
+    left, config = len(longer.layers), longer.config
+    again = [number % left for number in range(count - left)]
+    for number in again:
+        layer = sharing_copy(longer.layers[number])
+        layer.self_attn.layer_idx = len(longer.layers)
+        longer.layers.append(layer)
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == left:
+            setattr(config, name, value + [value[number] for number in again])
+    config.num_hidden_layers = count
+    return longer
+
+
+def _rate(seconds: Sequence[tuple[float, float]]) -> Rate:
+    """From seconds a token of base and fused model in each round."""
+    of_base, of_fused = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = [a / b for a, b in seconds]
+    return Rate(1 / of_base, 1 / of_fused, statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _now() -> float:
+    """Seconds, when what was given to a device is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

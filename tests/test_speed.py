@@ -1,0 +1,126 @@
+"""Speed beside the base's: that it is there and sane, and where it is left out. Its value is nobody's to test."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import make_report
+from conftest import make_texts
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import lf_hf
+from lf_hf.cli import main
+from lf_hf.evaluate.curve import sweep_curve
+from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.evaluate.sweep import sweep
+from lf_hf.report.page import write_page
+from lf_hf.report.report import FusionReport, SpeedInfo
+from lf_hf.speed import measure_speed
+
+QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
+ROWS = ["prefill, tokens a second", "decoding, tokens a second", "bytes of weights", "bytes of cache a token"]
+CACHE = 2 * 2 * 8 * 4  # bytes a layer and token: keys and values of 2 heads of 8 numbers of 4 bytes
+
+
+def check(info: SpeedInfo | None) -> None:
+    assert info is not None
+    for rate in (info.prefill, info.decoding):
+        assert min(rate.dense, rate.fused) > 0 and 0 < rate.lowest <= rate.ratio <= rate.highest
+    assert info.cache_bytes == [5 * CACHE, 3 * CACHE] and info.dtype == "float32"
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--num-fusions 2 --method truncate --perplexity-tokens 0".split()
+    assert main(["fuse", base, str(tmp_path / "out"), *options]) == 0
+    table = capsys.readouterr().out
+    report = FusionReport.load(tmp_path / "out")
+    check(report.speed)
+    assert report.speed is not None
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in (base, tmp_path / "out")]
+    assert report.speed.weight_bytes == [sum(p.nbytes for p in model.parameters()) for model in models]
+    rows = {row.name: row for row in report.rows()}
+    write_page(report, tmp_path / "page.html")
+    card, page = (tmp_path / "out" / "README.md").read_text(), (tmp_path / "page.html").read_text()
+    for view in (table, report.summary(), card, page):
+        assert all(name in view and rows[name].cells[1] in view for name in ROWS)
+        assert f"x {report.speed.decoding.ratio:.3g} (" in view
+    heal = ["heal", str(tmp_path / "out"), str(tmp_path / "healed"), "--base", base, "--tokens", "1024"]
+    assert main(heal) == 0
+    assert all(name in capsys.readouterr().out for name in ROWS[:1])
+    assert FusionReport.load(tmp_path / "healed").speed == report.speed  # shapes are the same
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
+    model = tiny_model(kind)
+    before, config = {name: tensor.clone() for name, tensor in model.state_dict().items()}, copy.deepcopy(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        info = measure_speed(model, len(model.model.layers) + 3)
+        assert torch.equal(model(ids).logits, logits)
+    assert info.weight_bytes[0] > info.weight_bytes[1] and info.cache_bytes[0] > info.cache_bytes[1]
+    assert model.config.to_dict() == config.to_dict()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("timed")
+def test_it_can_be_left_out(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--num-fusions 2 --method truncate --perplexity-tokens 0 --no-speed".split()
+    assert main(["fuse", base, str(tmp_path / "out"), *options]) == 0
+    assert "tokens a second" not in capsys.readouterr().out and FusionReport.load(tmp_path / "out").speed is None
+    assert lf_hf.from_pretrained_fused(base, **QUICK, speed=False).fusion_report.speed is None  # type: ignore[union-attr]
+    lm = FusedLM.create_from_arg_string(
+        f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0,speed=false", {"device": "cpu"}
+    )
+    assert lm.get_model_info()["fusion"]["speed"] is None
+    kept = tmp_path / "kept"
+    lf_hf.from_pretrained_fused(base, **QUICK, fused_dir=kept)
+    check(lf_hf.from_pretrained_fused(base, **QUICK, fused_dir=kept, speed=False).fusion_report.speed)  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("timed")
+def test_where_layers_are_on_disk_it_says_that_it_is_not_measured(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert lf_hf.fuse_checkpoint(base, tmp_path / "out", **QUICK).speed is None
+    assert "Speed is not measured with low_memory=True" in caplog.text
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_sweep_has_a_curve_of_perplexity_over_speed(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from run_faults import Answers
+
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
+    points = sweep(
+        base,
+        tmp_path / "out",
+        num_fusions=[1, 2],
+        methods=["truncate"],
+        tasks=["task"],
+        settings={"perplexity_tokens": 100},
+    )
+    assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
+    assert all(min(point.speedups.values()) > 0 for point in points)
+    assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "out/results.md").read_text()
+    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points, {}).axes}
+    line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
+    assert list(line.get_xdata()) == [point.speedups["decoding"] for point in points]  # type: ignore[arg-type]
+
+
+def test_a_report_without_it_says_so(tmp_path: Path) -> None:
+    write_page(make_report(), tmp_path / "page.html")
+    assert "not measured" in (tmp_path / "page.html").read_text("utf-8")
