@@ -138,11 +138,10 @@ _LOADING = _options(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16", "float64", "auto"]),
-        help="What weights are computed in.",
-        show_default="as BASE has it",
+        help="What weights are computed in.  [default: as BASE has it]",
     ),
     click.option(
-        "--device", "device_map", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all GPUs.", show_default="cpu"
+        "--device", "device_map", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto for all GPUs.  [default: cpu]"
     ),
 )
 _DRY_RUN = click.option(
@@ -231,20 +230,17 @@ def _num_fusions(num_layers: int, target_layers: int) -> int:
 @click.option(
     "--base",
     metavar="BASE",
-    help="Folder or hub name of the checkpoint that was fused.",
-    show_default="what FUSED names, if that is on the hub",
+    help="Folder or hub name of the checkpoint that was fused.  [default: what FUSED names, if that is on the hub]",
 )
 @click.option(
     "--text",
     metavar="FILE",
-    help="Text to heal on, as --calibration of `lf-hf fuse` takes it.",
-    show_default="a mixture of text that comes with the packages",
+    help="Text to heal on, as --calibration of `lf-hf fuse` takes it.  [default: a mixture]",
 )
 @click.option(
     "--cache",
     metavar="DIR",
     help="Write BASE's predictions into this folder, for any number of healings of models made of it.",
-    show_default="no",
 )
 @click.option(
     "--arg", metavar="NAME=VALUE", multiple=True, help="A field of transformers' TrainingArguments; may be repeated."
@@ -308,10 +304,9 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @click.option(
     "--limit",
     type=float,
-    help="How many questions of each task, or, below 1, what share of them.",
-    show_default="all",
+    help="How many questions of each task, or, below 1, what share of them.  [default: all]",
 )
-@click.option("--num-fewshot", type=int, help="Examples before each question.", show_default="the task's own")
+@click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
 @click.option(
     "--batch-size", metavar="N|auto", default="1", show_default=True, help="How many questions to run together."
 )
@@ -321,7 +316,6 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     "--heal-cache",
     metavar="DIR",
     help="With --heal-tokens: write BASE's predictions into this folder once, for all points, as heal --cache.",
-    show_default="no",
 )
 @_LOADING
 @_setting_options(FusionConfig, _MECHANICS)
@@ -368,8 +362,8 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
 
 @app.command(epilog=_examples("report out --html out.html", "report out --png pictures"))
 @click.argument("folder", metavar="DIR")
-@click.option("--html", metavar="FILE", help="Where to write the page.", show_default="DIR/fusion_report.html")
-@click.option("--png", metavar="DIR", help="Also write the pictures into this folder.", show_default="no")
+@click.option("--html", metavar="FILE", help="Where to write the page.  [default: DIR/fusion_report.html]")
+@click.option("--png", metavar="DIR", help="Also write the pictures into this folder.")
 def report(folder: str, html: str | None, png: str | None) -> None:
     """Make a page of pictures about the fused checkpoint in DIR.
 
