@@ -19,6 +19,7 @@ from lf_hf.families import DecoderLayer
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
+_IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
 _BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
 
 
@@ -62,18 +63,21 @@ def _sampled(decoder: Decoder, tokens: Tensor, drawn: Tensor, chats: Mapping[int
             step = CachedStep(decoder, hidden_states, position_ids, cache)
             for layer in decoder.layers(range(decoder.num_layers)):
                 hidden_states = step.run(layer, hidden_states)
-            logits = head(hidden_states)[:, 0].float()  # (count, vocab)
-            finite.append(torch.isfinite(logits).all())
+            logits = head(hidden_states)[:, 0]  # (count, vocab)
             rows, ends = list(chats), [chat.end for chat in chats.values()]
             may_not_end = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
             end_logits = logits[rows, ends].masked_fill(may_not_end.to(logits.device), -torch.inf)
             logits[:, barred] = -torch.inf
             logits[rows, ends] = end_logits
-            cumulated = logits.softmax(-1).cumsum(-1)
-            drawn = drawn.to(cumulated.device)
-            points = drawn[:, position : position + 1] * cumulated[:, -1:] * _BELOW_ONE
-            sampled = torch.searchsorted(cumulated, points, right=True)[:, 0]
-            tokens = sampled.clamp(max=cumulated.shape[1] - 1)  # where predictions are not finite, too
+            drawn = drawn.to(logits.device)
+            rows_at_once = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+            sampled = []
+            for part, point in zip(logits.split(rows_at_once), drawn[:, position].split(rows_at_once), strict=True):
+                cumulated = part.float().softmax(-1).cumsum(-1)
+                finite.append(torch.isfinite(cumulated[:, -1]).all())  # else some logit was NaN or inf
+                points = point[:, None] * cumulated[:, -1:] * _BELOW_ONE
+                sampled.append(torch.searchsorted(cumulated, points, right=True)[:, 0])
+            tokens = torch.cat(sampled).clamp(max=logits.shape[1] - 1)  # where predictions are not finite, too
             for (row, chat), token in zip(chats.items(), tokens[rows].tolist(), strict=True):
                 tokens[row] = chat.next(token)
             written.append(tokens)

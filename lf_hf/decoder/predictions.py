@@ -6,7 +6,7 @@ These figures are defined here and nowhere else. This module knows nothing of fu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,8 +17,9 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
-LOGITS = 1 << 23
+LOGITS = 1 << 25
 """About how many logits of a model exist at a time: with a large vocabulary those of few tokens."""
+_IN_CACHE = 1 << 18  # about how many of them the CPU works on at a time, in float32
 
 Batches = Mapping[str, Sequence[Tensor]]
 """For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
@@ -76,7 +77,7 @@ def token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None =
     if expected is None:
         return torch.stack([one, loss, loss, torch.zeros_like(loss), one])
     dense_loss = -expected.gather(-1, next_ids[:, None])[:, 0]
-    agreed = (log_probs.argmax(-1) == expected.argmax(-1)).to(loss)
+    agreed = (log_probs.max(-1).indices == expected.max(-1).indices).to(loss)  # faster than argmax
     return torch.stack([one, loss, dense_loss, kl_divergence(expected, log_probs), agreed])
 
 
@@ -121,13 +122,13 @@ def predictions(
         for name, of_text in ids.items():
             parts = []
             for n, batch in enumerate(of_text):
-                own = _rows(decoder, states[name][n][:, :-1])
-                others = [None] * len(own) if dense is None else _rows(decoder, dense[name][n][:, :-1])
-                next_ids = batch[:, 1:].flatten().split(len(own[0]))
-                for rows, of_dense, following in zip(own, others, next_ids, strict=True):
-                    log_probs = _log_probs(head, rows)
-                    expected = None if of_dense is None else _log_probs(dense_head, of_dense.to(rows.device))
-                    figures = token_figures(log_probs, following.to(log_probs.device), expected)
+                models = [(head, states[name][n][:, :-1])]
+                if dense is not None:
+                    models.append((dense_head, dense[name][n][:, :-1].to(states[name][n].device)))
+                next_ids = batch[:, 1:].flatten().to(states[name][n].device)
+                for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
+                    following, next_ids = next_ids.split([len(log_probs), len(next_ids) - len(log_probs)])
+                    figures = token_figures(log_probs, following.to(log_probs.device), *expected)
                     parts.append(in_float64(figures).sum(-1))
             sums.append(_total(parts, 5))
     of_all = decoder.processes.all_reduce_sums(torch.cat(sums)) if sums else []
@@ -156,24 +157,29 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
     parts = []
     with decoder.head() as head:
         for n, states in enumerate(dense):
-            others = [_rows(decoder, candidate[n].to(states.device)) for candidate in candidates]
-            for rows, *of_candidates in zip(_rows(decoder, states), *others, strict=True):
-                expected = _log_probs(head, rows)
-                sums = [kl_divergence(expected, _log_probs(head, other)).sum() for other in of_candidates]
-                sums.append(torch.full((), len(rows), dtype=expected.dtype, device=expected.device))
+            models = [(head, states), *((head, candidate[n].to(states.device)) for candidate in candidates)]
+            for expected, *log_probs in _log_probs(models, decoder.config.vocab_size):
+                sums = [kl_divergence(expected, of_candidate).sum() for of_candidate in log_probs]
+                sums.append(torch.full((), len(expected), dtype=expected.dtype, device=expected.device))
                 parts.append(in_float64(torch.stack(sums)))
     *totals, tokens = decoder.processes.all_reduce_sums(_total(parts, len(candidates) + 1))
     return [total / tokens if math.isfinite(total) else math.inf for total in totals]
 
 
-def _log_probs(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Log-probabilities (tokens, vocab) in float32 from final states (tokens, hidden)."""
-    return head(rows[None])[0].float().log_softmax(-1)
+def _log_probs(
+    models: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]], vocab_size: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Log-probabilities of several models, each by its head and final states (sequences B, tokens T, hidden).
 
-
-def _rows(decoder: Decoder, states: Tensor) -> tuple[Tensor, ...]:
-    """States (sequences B, tokens T, hidden) in parts of shape (tokens, hidden), few enough for `LOGITS`."""
-    return states.flatten(0, 1).split(max(1, LOGITS // decoder.config.vocab_size))
+    Some tokens at a time, in order: float32 of shape (tokens, vocab) for each model. Products are of many tokens, as
+    each reads all of the head; what follows is of as few as stay in the CPU's cache.
+    """
+    rows = max(1, LOGITS // vocab_size)
+    for parts in zip(*(states.flatten(0, 1).split(rows) for _, states in models), strict=True):
+        logits = [head(part[None])[0] for (head, _), part in zip(models, parts, strict=True)]
+        rows_at_once = max(1, _IN_CACHE // vocab_size) if logits[0].device.type == "cpu" else rows
+        for pieces in zip(*(of_model.split(rows_at_once) for of_model in logits), strict=True):
+            yield tuple(piece.float().log_softmax(-1) for piece in pieces)
 
 
 def _total(parts: Sequence[Tensor], size: int) -> Tensor:
