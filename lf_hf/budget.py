@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lf_hf.report.report import BudgetTrial
+from lf_hf.report.records import BudgetTrial
 
 T = TypeVar("T")
 _GUESSES = 4  # trials that follow a power law

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from lf_hf.decoder.generating import continuations, generate
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
-from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
+from lf_hf.report.records import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances

@@ -37,17 +37,17 @@ from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, trace
 from lf_hf.report.notes import collapse_note, silence_note
-from lf_hf.report.report import (
+from lf_hf.report.records import (
     BudgetInfo,
     BudgetTrial,
     Continuation,
     FittedLayer,
-    FusionReport,
     FusionStep,
     GroupCost,
     PerplexityInfo,
     RowMatch,
 )
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, LONGEST_GROUP, FusionConfig

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import sharing_copy
 from lf_hf.families import CausalLM
-from lf_hf.report.report import FusionReport, Rate, SpeedInfo
+from lf_hf.report.records import Rate, SpeedInfo
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
 
 logger = logging.get_logger(__name__)

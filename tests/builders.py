@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lf_hf import FusionReport
 from lf_hf.evaluate.points import Point, Score
-from lf_hf.report.report import (
+from lf_hf.report.records import (
     CalibrationInfo,
     FittedLayer,
     FusionStep,

@@ -21,7 +21,8 @@ from lf_hf.budget import held_out, next_trial
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
 from lf_hf.pipeline import fuse
-from lf_hf.report.report import BudgetTrial, FusionReport
+from lf_hf.report.records import BudgetTrial
+from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Corpus
 
 TEXTS = make_texts(100)

@@ -20,7 +20,8 @@ from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.report.page import write_page
-from lf_hf.report.report import FusionReport, SpeedInfo
+from lf_hf.report.records import SpeedInfo
+from lf_hf.report.report import FusionReport
 from lf_hf.speed import measure_speed
 
 QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}

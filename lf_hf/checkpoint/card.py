@@ -10,7 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
 from lf_hf.families import Family
-from lf_hf.report.report import FusionReport, HealingInfo
+from lf_hf.report.records import HealingInfo
+from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 
 CARD_NAME = "README.md"

@@ -45,7 +45,8 @@ from lf_hf.healing.trainer import (
     make_trainer,
     training_arguments,
 )
-from lf_hf.report.report import FusionReport, HealingInfo, HealingPoint
+from lf_hf.report.records import HealingInfo, HealingPoint
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest

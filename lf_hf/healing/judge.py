@@ -18,12 +18,8 @@ from lf_hf.healing.teacher import Items, Teacher, stacked
 from lf_hf.healing.text import TextUse
 from lf_hf.measure import written_on
 from lf_hf.report.notes import COLLAPSED, SILENT, collapse_note, silence_note
-from lf_hf.report.report import (
-    FusionReport,
-    HealedText,
-    HealingInfo,
-    PerplexityInfo,
-)
+from lf_hf.report.records import HealedText, HealingInfo, PerplexityInfo
+from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.judging import judging_texts, relation

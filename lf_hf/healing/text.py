@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH, WRITTEN_LENGTH
-from lf_hf.report.report import CalibrationInfo
+from lf_hf.report.records import CalibrationInfo
 from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus, documentation_halves
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import judging_texts

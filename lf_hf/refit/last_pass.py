@@ -12,7 +12,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
-from lf_hf.report.report import FittedLayer
+from lf_hf.report.records import FittedLayer
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lf_hf.report.report import Continuation, PerplexityInfo
+from lf_hf.report.records import Continuation, PerplexityInfo
 
 COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
 SILENT = "The fused model writes nothing"  # begins the note about that

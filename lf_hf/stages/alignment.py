@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lf_hf.families import FAMILIES, Axis
-from lf_hf.report.report import RowMatch
+from lf_hf.report.records import RowMatch
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 

@@ -13,7 +13,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.families import PROJECTIONS, Axis
-from lf_hf.report.report import RowMatch
+from lf_hf.report.records import RowMatch
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.stages.alignment import SYMMETRY, match_neurons, match_rows, permute_neurons
 

@@ -24,7 +24,7 @@ from lf_hf.checkpoint.card import model_card
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
 from lf_hf.report.page import write_page
-from lf_hf.report.report import CalibrationInfo, Continuation, PerplexityInfo
+from lf_hf.report.records import CalibrationInfo, Continuation, PerplexityInfo
 
 HOSTILE = (
     "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""

@@ -10,7 +10,8 @@ import yaml
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.checkpoint.card import model_card
 from lf_hf.families import FAMILIES
-from lf_hf.report.report import CHANGED_NOTE, CalibrationInfo, Continuation, FusionStep, PerplexityInfo
+from lf_hf.report.records import CalibrationInfo, Continuation, FusionStep, PerplexityInfo
+from lf_hf.report.report import CHANGED_NOTE
 
 
 def make_report(method: str = "refit", base: str = "owner/model", **values: Any) -> FusionReport:

@@ -22,7 +22,7 @@ from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
 from lf_hf.report import figures
 from lf_hf.report.page import report_figures, write_page
-from lf_hf.report.report import Continuation, FusionStep, PerplexityInfo
+from lf_hf.report.records import Continuation, FusionStep, PerplexityInfo
 from lf_hf.text.mmlu import SUBJECTS
 
 HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'

@@ -22,15 +22,8 @@ from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
 from lf_hf.report.notes import collapse_note
 from lf_hf.report.page import write_page
-from lf_hf.report.report import (
-    CHANGED_NOTE,
-    BudgetInfo,
-    BudgetTrial,
-    FittedLayer,
-    FusionStep,
-    PerplexityInfo,
-    published_name,
-)
+from lf_hf.report.records import BudgetInfo, BudgetTrial, FittedLayer, FusionStep, PerplexityInfo
+from lf_hf.report.report import CHANGED_NOTE, published_name
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import METHODS
 

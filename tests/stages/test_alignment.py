@@ -9,7 +9,7 @@ import torch
 from conftest import make_llama, shuffled_neurons
 
 from lf_hf.families import PROJECTIONS
-from lf_hf.report.report import RowMatch
+from lf_hf.report.records import RowMatch
 from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import written_on
 from lf_hf.report.notes import silence_note
-from lf_hf.report.report import Continuation
+from lf_hf.report.records import Continuation
 from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
 from lf_hf.text.chats import CHATS, Chat, ChatForm, chat_form, chat_text
 from lf_hf.text.judging import QUESTION
