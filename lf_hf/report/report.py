@@ -178,9 +178,15 @@ class FusionReport:
             name, *values, change = row.cells
             lines.append(f"{name}: {' -> '.join(values)}{f', {change}' if change else ''}")
         lines += self.sources
-        lines += (
+        lines += self.details()
+        lines.append("seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
+        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def details(self) -> list[str]:
+        """How the model was made, a line each: on which text, of which layers, and what was fitted and healed."""
+        lines = [
             f"calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)" for info in self.calibration
-        )
+        ]
         for step in self.steps:
             i, j = step.pair
             line = f"layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
@@ -194,8 +200,7 @@ class FusionReport:
             lines.append(f"last fit of layers {fitted.layers}{kept}, {errors}")
         lines += [f"budget: {self.budget.summary()}"] if self.budget else []
         lines += [f"healed: {self.healed.summary()}"] if self.healed else []
-        lines.append("seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
-        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plus both compression figures, as strict JSON has it."""

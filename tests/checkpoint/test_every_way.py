@@ -155,8 +155,6 @@ def test_which_layers_were_merged_is_said_in_the_numbers_of_the_original(fused: 
         assert layer == f"  layer {pair[0]}" and re.findall(r"\b[1-5]\b(?!\.)", sources) == [*map(str, pair)]
         assert f"influence {step.influence:.4f}" in sources
     lines = (fused.folder / "README.md").read_text().splitlines()
-    start = lines.index("| layer i | layer j |") + 2
-    assert lines[start : start + 3] == [*(f"| {i} | {j} |" for i, j in PAIRS), ""]
     assert [line for line in lines if "became one" in line] == [f"- Layers {i}-{j} became one layer." for i, j in PAIRS]
     config = AutoConfig.from_pretrained(fused.folder)
     if config.model_type == "fused_llama":

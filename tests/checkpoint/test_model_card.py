@@ -36,7 +36,7 @@ def make_report(method: str = "refit", base: str = "owner/model", **values: Any)
 
 
 def settings(card: str) -> set[str]:
-    return {line.split("`")[1] for line in card.split("## Settings")[1].splitlines() if line.startswith("| `")}
+    return {line.split("`")[1] for line in card.split("The settings that")[1].splitlines() if line.startswith("| `")}
 
 
 @pytest.mark.parametrize("method", ["neural_alignment", "mka", "truncate", "refit"])
@@ -52,14 +52,14 @@ def test_figures_say_what_they_are_of() -> None:
     assert "| perplexity, docs | 10 | 12.5 | x 1.25 |\n| divergence, docs | 0 | 0.25 |  |\n" in card
     assert "| agreement, docs | 100.0% | 87.5% | -12.5% |" in card
     assert "- docs: 4,000 tokens of some documentation; part of it was fitted on." in card
-    assert "- Calibrated on some text: 20 samples, 4096 tokens." in card
+    assert "- calibration: some text (20 samples, 4096 tokens)" in card
     assert "| layers | 5 | 4 | -20.0% |" in card
     written = model_card(
         make_report(continuations=[Continuation("def f():", "\n    a | b", "")]), FAMILIES["llama"], plain=False
     )
     assert "| `def f():` | ` `<br>`\xa0\xa0\xa0\xa0a \\| b` | - |" in written
     without = model_card(make_report(perplexities=[], calibration=[]), FAMILIES["llama"], plain=False)
-    assert "erplexity, " not in without and "Calibrated on" not in without
+    assert "erplexity, " not in without and "calibration:" not in without
 
 
 def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:

@@ -100,7 +100,7 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert {file.name for file in healed.iterdir()} == {file.name for file in fused.iterdir()}
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (healed / name).read_bytes() == (fused / name).read_bytes()
-    assert "## Healed" in (healed / "README.md").read_text(encoding="utf-8")
+    assert "- healed: " in (healed / "README.md").read_text(encoding="utf-8")
     assert FusionReport.from_dict(report.to_dict()) == report
 
 
