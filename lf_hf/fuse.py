@@ -289,8 +289,6 @@ def fuse_checkpoint(
     OSError
         If another process is saving there, or if files cannot be written.
     """
-    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be an integer of at least 1, got {max_shard_bytes!r:.80}.")
     check_replaceable(out, base.name if isinstance(base, Base) else str(base))
     plain, target = bool(plain or as_llama), checked_folder(out)
     config = FusionConfig.taken_from(kwargs, config)

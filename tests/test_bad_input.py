@@ -237,7 +237,7 @@ ROWS: dict[str, Row] = {
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
     "quantised": (python, {}, "is quantised; fuse the original", config(quantization_config={"quant_method": "gptq"})),
     "one layer": (python, {}, "has 1 layers; fusing .* needs at least 2", config(num_hidden_layers=1)),
-    "no context": (python, {}, "max_position_embeddings=1|takes 1 tokens", config(max_position_embeddings=1)),
+    "no context": (python, {}, "has max_position_embeddings=1, but fusing needs 16", config(max_position_embeddings=1)),
     "an adapter": (python, {}, "is an adapter", write("adapter_config.json", '{"base_model_name_or_path": "/etc"}')),
     "fused already": (python, {}, "is fused already; fuse its base with a larger", config(model_type="fused_llama")),
     "no tokenizer": (python, {}, r"No tokenizer can be read for .*; put the base's own there", remove("token*")),

@@ -68,8 +68,8 @@ class Base:
         Raises
         ------
         ValueError
-            If there is no model in plain floats of a family that can be fused, or `loading` has a dtype, a device or
-            another argument that cannot be used.
+            If there is no model in plain floats of a family that can be fused, or if `loading` holds a dtype, a device
+            or another argument that cannot be used.
         """
         loading = dict(loading)
         if "torch_dtype" in loading:  # its older name
@@ -238,9 +238,11 @@ def _problem_of_config(config: PreTrainedConfig, loading: Mapping[str, Any]) -> 
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
     if file := getattr(config, "transformers_weights", None):
-        return f"names a file of weights in its config, {file!r:.80}; rename that to model.safetensors, and remove it"
+        return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
     if config.max_position_embeddings < _SHORTEST_CONTEXT:
-        return f"takes {config.max_position_embeddings} tokens by its config, and fusing at least {_SHORTEST_CONTEXT}"
+        return (
+            f"has max_position_embeddings={config.max_position_embeddings}, but fusing needs {_SHORTEST_CONTEXT} tokens"
+        )
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         return (
             f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}; repair its config"
@@ -255,7 +257,7 @@ def _problem_of_config(config: PreTrainedConfig, loading: Mapping[str, Any]) -> 
             family.decoder_layer(config, layer_idx=0)
     except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"has a config of which no {family.title} can be built ({reason:.300}); repair it"
+        return f"has a config from which no {family.title} can be built ({reason:.300}); repair it"
     return None
 
 

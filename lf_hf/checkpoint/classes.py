@@ -125,9 +125,7 @@ class FusedForCausalLM(PreTrainedModel):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except (StrictDataclassError, ZeroDivisionError, KeyError) as error:  # the latter two of an edited config
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"The config of {pretrained_model_name_or_path!r} is of no {cls.family.title}: {reason:.300}"
-            ) from None
+            raise ValueError(f"No {cls.family.title} can be built from the config of {name!r}: {reason:.300}") from None
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._opened_in = str(Path(name).resolve()) if os.path.isdir(name) else None
         model._opened_with = hub | {"trust_remote_code": kwargs.get("trust_remote_code")}
@@ -296,8 +294,8 @@ class FusedForCausalLM(PreTrainedModel):
     def _check_without_adapter(self) -> None:
         if any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
-                "No plain model is made of one with an adapter; load it again without, and merge the adapter by peft's "
-                "PeftModel.from_pretrained and merge_and_unload."
+                "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
+                "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
             )
 
     def to_plain(self) -> Any:

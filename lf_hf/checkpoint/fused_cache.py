@@ -69,7 +69,7 @@ def why_not_reused(folder: Path, config: FusionConfig, made_of: dict[str, str]) 
     except ValueError as error:
         return str(error)
     if not (folder / CONFIG_NAME).is_file():  # looked for after the report: a save under way puts it back last
-        return f"{str(folder)!r} holds no whole checkpoint."
+        return f"{str(folder)!r} holds no complete checkpoint."
     if changed := changed_files(folder):
         return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
     if report.fingerprints is None:

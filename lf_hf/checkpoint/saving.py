@@ -85,7 +85,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     elif folders := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
         problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
-        problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf has not written so"
+        problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
         if not report and (folder / REPORT_NAME).is_file():
             problem += f", as far as {REPORT_NAME} can be read"
     if problem:
@@ -176,7 +176,7 @@ def finish_save(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(folder: Path, state: str = "what was there before is as it was") -> Iterator[None]:
+def _explained(folder: Path, state: str = "what was there before is unchanged") -> Iterator[None]:
     """Raise errors of writing again, with the folder's name and its state."""
     try:
         yield
@@ -189,7 +189,7 @@ def _explained(folder: Path, state: str = "what was there before is as it was") 
 def _finish(folder: Path) -> None:
     """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
     saving, new = folder / _SAVING, folder / _SAVING / "new"
-    with _explained(folder, "what is to go there is whole, so solve that, and load or save there again to finish it"):
+    with _explained(folder, "the new files are complete, so solve that, and load or save there again to move them"):
         if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not new.is_symlink():

@@ -174,15 +174,15 @@ def a_folder_instead_of(name: str) -> Callable[[Path], None]:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no key-value heads": (config(num_key_value_heads=0), "has a config of which no Llama can be built"),
+    "no key-value heads": (config(num_key_value_heads=0), "has a config from which no Llama can be built"),
     "unknown rope": (
         config(rope_parameters={"rope_type": "no", "rope_theta": 1e4}),
-        "has a config of which no Llama can be built",
+        "has a config from which no Llama can be built",
     ),
-    "unknown activation": (config(hidden_act="no"), "has a config of which no Llama can be built .*'no'"),
+    "unknown activation": (config(hidden_act="no"), "has a config from which no Llama can be built .*'no'"),
     "a theta in words": (
         config(rope_parameters={"rope_type": "default", "rope_theta": "x"}),
-        "has a config of which no Llama can be built",
+        "has a config from which no Llama can be built",
     ),
     "a start beyond the vocabulary": (config(bos_token_id=320), "has bos_token_id=320, but a vocabulary of 320 tokens"),
     "layers without end": (
