@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -20,6 +19,7 @@ from lf_hf.runtime.memory import free_memory
 
 SHARE = 2  # Lists may take half of what is free: fits need the rest.
 Place = Literal["device", "host", "disk"]
+Fetch = Callable[[], Tensor]
 
 
 class StateStore:
@@ -59,72 +59,45 @@ class StateStore:
         """A list of these states; only one of them need be on its device at a time."""
         if self.place == "device":
             return list(states)
-        if self.place == "host":
-            return _OnHost(states)
-        assert self._folder is not None
-        return _OnDisk(states, self._folder)
+        return _Fetched([self._written(state) for state in states] if self.place == "host" else self._on_disk(states))
+
+    @staticmethod
+    def _written(state: Tensor) -> Fetch:
+        """Into the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
+        kept, device = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available()), state.device
+        kept.copy_(state, non_blocking=True)
+        return lambda: kept.to(device, non_blocking=True)
+
+    def _on_disk(self, states: Iterable[Tensor]) -> list[Fetch]:
+        """Into one file, which is deleted with the list."""
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed with the list
+
+        def fetch(start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+            file.seek(start)
+            data = np.fromfile(file, np.uint8, shape.numel() * dtype.itemsize)
+            return torch.from_numpy(data).view(dtype).view(shape).to(device)
+
+        fetches: list[Fetch] = []
+        for state in states:
+            fetches.append(partial(fetch, file.tell(), state.shape, state.dtype, state.device))
+            file.write(state.contiguous().view(torch.uint8).cpu().numpy().data)
+        file.flush()
+        return fetches
 
 
-class _Elsewhere(Sequence[Tensor]):
+class _Fetched(Sequence[Tensor]):
     """States that come back to their device when they are asked for."""
+
+    def __init__(self, fetches: list[Fetch]) -> None:
+        self._fetches = fetches
+
+    def __len__(self) -> int:
+        return len(self._fetches)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload
     def __getitem__(self, index: slice) -> list[Tensor]: ...
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        numbers = range(len(self))[index]
-        return self._fetch(numbers) if isinstance(numbers, int) else [self._fetch(number) for number in numbers]
-
-    @abstractmethod
-    def _fetch(self, index: int) -> Tensor:
-        """One of them, where it was made."""
-
-
-class _OnHost(_Elsewhere):
-    """In the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
-
-    def __init__(self, states: Iterable[Tensor]) -> None:
-        self._kept: list[tuple[Tensor, torch.device]] = []
-        for state in states:
-            kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available())
-            self._kept.append((kept.copy_(state, non_blocking=True), state.device))
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def _fetch(self, index: int) -> Tensor:
-        kept, device = self._kept[index]
-        return kept.to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    start: int  # byte in the file
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _OnDisk(_Elsewhere):
-    """In one file, which is deleted with the list."""
-
-    def __init__(self, states: Iterable[Tensor], folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the list
-        self._stored: list[_Stored] = []
-        end = 0
-        for state in states:
-            data = state.contiguous().view(torch.uint8).cpu().numpy()
-            self._file.write(data.data)
-            self._stored.append(_Stored(end, state.shape, state.dtype, state.device))
-            end += data.nbytes
-        self._file.flush()
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def _fetch(self, index: int) -> Tensor:
-        stored = self._stored[index]
-        self._file.seek(stored.start)
-        data = np.fromfile(self._file, np.uint8, stored.shape.numel() * stored.dtype.itemsize)
-        return torch.from_numpy(data).view(stored.dtype).view(stored.shape).to(stored.device)
+        chosen = self._fetches[index]
+        return [fetch() for fetch in chosen] if isinstance(chosen, list) else chosen()

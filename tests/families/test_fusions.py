@@ -110,12 +110,9 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(model_ty
     torch.testing.assert_close(decoder.run_layer(built, state), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("refit", ["none", "down_proj", "projections"])
-@pytest.mark.parametrize("active", [0, 1])
+@pytest.mark.parametrize(("active", "refit"), [(0, "down_proj"), (0, "projections"), (1, "projections")])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_layer_and_an_idle_one_fuse_to_the_layer(model_type: str, active: int, refit: str) -> None:
-    if active == 1 and refit != "projections":
-        pytest.skip("attention is the first layer's")
     model = tiny_model(model_type)
     first = 2  # the pair is of two kinds where there are some
     idle(model, first + 1 - active)
@@ -177,7 +174,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "smollm3", "olmo2"])
 def test_every_way_of_fusing_runs_or_is_refused_before_any_work(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 from builders import SEED, examples, no_warnings, normal
-from conftest import make_llama, shuffled_neurons
+from conftest import make_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.refit.layer_parts import build_layer
 from lf_hf.stages.activations import pairwise_distances
-from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
+from lf_hf.stages.alignment import match_rows
 from lf_hf.stages.fusion import average_layers
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
@@ -140,44 +138,6 @@ def test_rows_of_any_scale_are_matched_best(
     assert match.cosine_after == pytest.approx(
         float((units[0] * units[1][permutation]).sum(1).mean()), rel=1e-4, abs=1e-7
     )
-
-
-@given(
-    kv_heads=st.integers(1, 4),
-    group=st.integers(1, 4),
-    head_dim=st.sampled_from([2, 4, 6]),
-    neurons=st.integers(1, 40),
-    attention_bias=st.booleans(),
-    mlp_bias=st.booleans(),
-)
-@examples(20)
-def test_a_layer_aligned_by_neurons_computes_what_it_did(
-    kv_heads: int, group: int, head_dim: int, neurons: int, attention_bias: bool, mlp_bias: bool
-) -> None:
-    width = 6 * kv_heads * group
-    model = make_llama(
-        num_hidden_layers=2,
-        hidden_size=width,
-        num_attention_heads=kv_heads * group,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=neurons,
-        attention_bias=attention_bias,
-        mlp_bias=mlp_bias,
-        dtype=torch.float64,
-    )
-    decoder = ModelDecoder(model)
-    state = normal(1, 7, width, dtype=torch.float64)
-    weights = [{name: p.detach() for name, p in layer.named_parameters()} for layer in model.model.layers]
-    permutations, _ = match_neurons(weights[0], weights[1], head_dim)
-    with torch.no_grad():
-        expected = decoder.run_layer(model.model.layers[1], state)
-        aligned = decoder.run_layer(build_layer(decoder, permute_neurons(weights[1], permutations)), state)
-    torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-10)
-    # And the same match is found for the same layer in another order.
-    shuffled = shuffled_neurons(weights[0], head_dim)
-    for name, tensor in permute_neurons(shuffled, match_neurons(weights[0], shuffled, head_dim)[0]).items():
-        assert torch.equal(tensor, weights[0][name])
 
 
 # Stage 5
