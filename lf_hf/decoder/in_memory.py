@@ -90,12 +90,6 @@ class ModelDecoder(Decoder):
         embedded = (table(batch.to(table.weight.device)) for batch in batches)
         return [self.family.first_states(self.config, states) for states in embedded]
 
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        def predict(hidden_states: Tensor) -> Tensor:
-            return self.family.logits(self.config, self.model.lm_head(self.model.model.norm(hidden_states)))
-
-        return nullcontext(predict)
-
     def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
         return nullcontext((self.model.model.norm, self.model.lm_head.weight))
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -110,12 +111,14 @@ class Decoder(ABC):
         """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
 
     @abstractmethod
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
-        """Final norm and head, inside a `with` block: (sequences B, tokens T, hidden) -> logits (B, T, vocab)."""
-
-    @abstractmethod
     def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        """The parts of `head`, inside a `with` block: the final norm, and the head's weight (vocab, hidden)."""
+        """The final norm, and the head's weight (vocab, hidden), inside a `with` block."""
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Final norm and head, inside a `with` block: (sequences B, tokens T, hidden) -> logits (B, T, vocab)."""
+        with self.norm_and_head() as (norm, weight):
+            yield lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
     def batched(self, sequences: Sequence[Tensor]) -> list[list[int]]:
         """Numbers of sequences that go through the layers together: of one length, and no more than fit.

@@ -173,11 +173,6 @@ class CheckpointDecoder(Decoder):
         return [self.family.first_states(self.config, states, rows=True) for states in embedded]
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        with self.norm_and_head() as (norm, weight):
-            yield lambda states: self.family.logits(self.config, nn.functional.linear(norm(states), weight))
-
-    @contextmanager
     def norm_and_head(self) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
         gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING], self.device)
         norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
