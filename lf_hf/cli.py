@@ -328,7 +328,7 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
     """
     from lf_hf.evaluate.sweep import check_evaluation
     from lf_hf.evaluate.sweep import sweep as run_sweep
-    from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability, stability_rows
+    from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability_rows
     from lf_hf.report.page import missing_plot_packages
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which else tells how it builds each task
@@ -355,7 +355,7 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
     if local_rank():  # of a launch: the first one on a machine speaks
         return
     head, *rows = results_rows(points)
-    steady = stability_rows(stability(points))
+    steady = stability_rows(points)
     below: list[Table | str] = [_table("Stability", STABILITY_HEAD, steady), STABILITY_NOTE] if steady else []
     _print(_table(base, head, rows), *below, *filter(None, [missing_plot_packages()]))
 

@@ -7,7 +7,6 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,30 +30,13 @@ STABILITY_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Stability:
-    """How much a quantity moves over the levels of a sweep; the dense model is left out.
-
-    `deviation` is the sample standard deviation (n - 1). `worst_step` is the largest change for the worse from one
-    level to the next: `worst_from` to `worst_to` layers fused; 0, with no levels, where it never gets worse.
-    """
-
-    method: str
-    quantity: str
-    deviation: float
-    range: float
-    worst_step: float
-    worst_from: int | None
-    worst_to: int | None
-
-
-def stability(points: Sequence[Point]) -> list[Stability]:
-    """Standard deviation, range and largest change for the worse of each method with two levels or more.
+def stability_rows(points: Sequence[Point]) -> list[list[str]]:
+    """Rows under STABILITY_HEAD, of each method with two levels or more.
 
     Scores are taken as they are; of perplexities the natural logarithm, which for ours is nats a token. Divergences,
     agreements and speed are left out.
     """
-    found = []
+    rows = []
     for method in dict.fromkeys(point.method for point in points if point.method != DENSE):
         of_method = sorted((point for point in points if point.method == method), key=lambda point: point.num_fusions)
         levels = [point.num_fusions for point in of_method]
@@ -68,10 +50,11 @@ def stability(points: Sequence[Point]) -> list[Stability]:
                 name = f"log {name}" if name not in of_method[0].scores else f"log {first.metric}, {name}"
                 values = list(map(math.log, values))
             steps = [(sign * (a - b), m, n) for (a, b), (m, n) in zip(pairwise(values), pairwise(levels), strict=True)]
-            step = max(steps)
-            worst = step if step[0] > 0 else (0.0, None, None)
-            found.append(Stability(method, name, statistics.stdev(values), max(values) - min(values), *worst))
-    return found
+            worst, before, after = max(steps)
+            shown = f"{worst:.4f} ({before} -> {after})" if worst > 0 else "none"
+            spread = [statistics.stdev(values), max(values) - min(values)]
+            rows.append([method, name, *(f"{value:.4f}" for value in spread), shown])
+    return rows
 
 
 def results_rows(points: Sequence[Point]) -> list[list[str]]:
@@ -85,25 +68,11 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
     return rows
 
 
-def stability_rows(found: Sequence[Stability]) -> list[list[str]]:
-    """Rows for people, under STABILITY_HEAD."""
-    return [
-        [
-            entry.method,
-            entry.quantity,
-            f"{entry.deviation:.4f}",
-            f"{entry.range:.4f}",
-            "none" if entry.worst_from is None else f"{entry.worst_step:.4f} ({entry.worst_from} -> {entry.worst_to})",
-        ]
-        for entry in found
-    ]
-
-
 def markdown(points: Sequence[Point], base: str, *, published: bool) -> str:
     """The results as a document: one row a point, then how stable each method is."""
     head, *rows = results_rows(points)
     text = f"# Fusions of {as_code(published_name(base))}\n\n{_markdown_table(head, rows)}"
-    if steps := stability_rows(stability(points)):
+    if steps := stability_rows(points):
         text += f"\n## Stability\n\n{STABILITY_NOTE}\n\n{_markdown_table(STABILITY_HEAD, steps)}"
     if published:
         numbers = [[method, str(n), f"{value:.4f}"] for method, row in PUBLISHED.items() for n, value in row.items()]

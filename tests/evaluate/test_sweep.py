@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import make_point, no_warnings
 from conftest import ROOT, make_texts, make_tokenizer
@@ -28,7 +29,7 @@ from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, read_points
 from lf_hf.evaluate.sweep import check_evaluation, is_llama_3_8b, sweep
-from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability, write_tables
+from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability_rows, write_tables
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}
@@ -311,13 +312,12 @@ def test_stability_follows_from_the_scores(
         )
         for level, value in levels.items()
     ]
-    [found] = stability(points)
-    assert found.quantity == quantity
-    assert (found.worst_step, found.worst_from, found.worst_to) == (pytest.approx(worst[0]), *worst[1:])
     values = [math.log(value) if score.is_perplexity else value for value in levels.values()]
-    assert found.range == pytest.approx(max(values) - min(values))
+    step = f"{worst[0]:.4f} ({worst[1]} -> {worst[2]})" if worst[0] else "none"
+    spread = [f"{np.std(values, ddof=1):.4f}", f"{np.ptp(values):.4f}"]
+    assert stability_rows(points) == [["mka", quantity, *spread, step]]
     assert sweep_curve(points, {}).axes[0].get_yscale() == ("log" if score.is_perplexity else "linear")
-    assert stability(points[:1]) == []
+    assert stability_rows(points[:1]) == []
 
 
 def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
     head, *rows = results_rows(points)
     assert head[5:8] == ["mmlu_5shot", "another", "perplexity, docs"]
     assert [row[6:8] for row in rows] == [["-", "10"], ["-", "inf"], ["0.5000", "11"], ["-", "12"]]
-    assert stability(points) == []
+    assert stability_rows(points) == []
     # What is finite nowhere has no panel.
     assert [axis.get_ylabel() for axis in figure.axes] == ["acc, another", "perplexity, docs (log scale)"]
     [legend] = figure.legends  # above the panels
