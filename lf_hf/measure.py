@@ -28,7 +28,7 @@ from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import Calibration, Corpus
 from lf_hf.text.chats import CHATS, chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, relation
-from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_tokens, tokenize_samples
+from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_other_kinds, pack_tokens, tokenize_samples
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +85,8 @@ class Measurements:
     similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
     text : list of int64 tensors of shape (tokens T,)
         Calibration text for influence, selection and fits.
+    other_kinds : list of int64 tensors of shape (tokens T,)
+        Pieces of text of other kinds, which judge beside it.
     text_note : str
         What users should know of that text.
     sample_labels : list of str or None
@@ -112,6 +114,7 @@ class Measurements:
     influences: list[float] | None = None
     of_samples: CalibrationInfo | None = None
     text: list[Tensor] = field(default_factory=list)
+    other_kinds: list[Tensor] = field(default_factory=list)
     text_note: str = ""
     of_text: CalibrationInfo | None = None
     continuations: dict[str, str] = field(default_factory=dict)
@@ -167,6 +170,8 @@ def measure(
     if text is not None:
         with clock("calibration text"):
             packed, chats = calibration_sequences(decoder, tokenizer, text, config)
+            length = min(config.calibration_length, decoder.config.max_position_embeddings)
+            found["other_kinds"] = pack_other_kinds(tokenizer, text, length, decoder.config.vocab_size)
         written = f", {chats} sequences of it as chats" if chats else ""
         found |= {
             "text": packed,

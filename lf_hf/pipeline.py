@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from lf_hf.families import DecoderLayer, Kind, Weights, check_layers, head_dim
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.groups import FINALISTS, Group, GroupCosts, cheapest_levels, num_trials, text_for_groups
+from lf_hf.refit.groups import Group, GroupCosts, cheapest_levels, estimated, text_for_groups
 from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
@@ -59,6 +58,7 @@ logger = logging.get_logger(__name__)
 
 _STEPS = "alignment and fusion"  # stages 4 and 5, in a report's seconds
 STEP_TOKENS = 8192  # of the calibration text that each step runs; the last pass runs all of it
+_HELD_OUT = 32  # one of so many sequences of calibration text is held out of the last pass
 
 
 def fuse(
@@ -115,7 +115,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
     with fusion.clock(_STEPS):
         if fusion.table is not None and not fusion.planned:
-            fusion.planned = fusion.table.best(num_fusions, trials=num_trials(num_fusions))
+            fusion.planned = list(fusion.table.best(num_fusions))
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
             fused = fusion.fuse_pair(i)
@@ -168,7 +168,8 @@ class Fusion:
             ends = dict(self.planned)
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
             assert self.table is not None
-            costs, (first, *_, last) = self.table.by_group, (*self.groups[i], *self.groups[i + 1])
+            costs = estimated(self.table.by_group, longest=max(last - first + 1 for first, last in self.planned))
+            first, *_, last = *self.groups[i], *self.groups[i + 1]
             return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
@@ -300,8 +301,8 @@ def start(
     clock = clock or Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(_STEPS):
-            *roles, final = _texts_of_roles(config, measured.text)
-            parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in roles]
+            fitting, judging = _texts_of_roles(config, measured)
+            parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in (fitting, judging)]
             embedded = decoder.embed([batch for part in parts for batch in part])
             expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
@@ -320,35 +321,18 @@ def start(
                 fusion.influences = list(fusion.boundaries.influences)
             if config.selection == "groups":
                 assert fusion.boundaries is not None
-                batches = iter(range(sum(map(len, parts))))
-                fitting, judging, judging_sets = (list(islice(batches, len(part))) for part in parts)
-                final_text = decoder.batches(decoder.processes.shard(final)) if final else None
-                known = measured.group_costs.get(_group_settings(config))
-                fusion.table = GroupCosts(
-                    decoder,
-                    fusion.boundaries,
-                    fitting,
-                    judging,
-                    judging_sets,
-                    final_text,
-                    fusion.try_group,
-                    store,
-                    known,
-                )
-                measured.group_costs[_group_settings(config)] = fusion.table.by_group
+                known = measured.group_costs.setdefault(_group_settings(config), {})
+                fitted, judged = range(len(parts[0])), range(len(parts[0]), sum(map(len, parts)))
+                fusion.table = GroupCosts(decoder, fusion.boundaries, fitted, judged, fusion.try_group, store, known)
         yield fusion
         fusion.boundaries = fusion.table = None  # the last pass needs the room
 
 
-def _texts_of_roles(config: FusionConfig, text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Sequences of calibration text for what steps do with it.
-
-    Those that they are fitted to; where groups are chosen also those that judge each, those that judge sets, and those
-    that the best few sets are fitted to.
-    """
+def _texts_of_roles(config: FusionConfig, measured: Measurements) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Sequences that steps are fitted to, and where groups are chosen those that judge them."""
     if config.selection == "groups":
-        return text_for_groups(text)
-    return beginning(text, STEP_TOKENS) if config.needs_text else [], [], [], []
+        return text_for_groups(measured.text, measured.other_kinds)
+    return beginning(measured.text, STEP_TOKENS) if config.needs_text else [], []
 
 
 def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
@@ -358,12 +342,9 @@ def _group_settings(config: FusionConfig) -> tuple[Any, ...]:
 
 def state_copies(config: FusionConfig, num_layers: int) -> int:
     """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
-    tried = 0
-    if config.selection == "groups":
-        of_groups = (LONGEST_GROUP - 1) * num_layers // 5 + LONGEST_GROUP  # what judges each, a fifth of all, after it
-        of_finalists = 2 * (FINALISTS + 2 * LONGEST_GROUP)  # on twice as much text, with the window that is fitted to
-        tried = max(of_groups, of_finalists)
-    return num_layers + 7 + tried
+    # Half of the text judges: after each pair of layers it is there once. Groups are fitted to the other half.
+    of_groups = num_layers // 2 + 2 * LONGEST_GROUP if config.selection == "groups" else 0
+    return num_layers + 7 + of_groups
 
 
 def _fuse_within_budget(
@@ -404,7 +385,10 @@ def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
     if fusion.config.refit == "none":
         return []
     with fusion.clock("last pass"):
-        return fit_from_bottom(decoder, fusion.groups, fusion.measured.text, fusion.config)
+        text = fusion.measured.text
+        held_out = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_kinds]
+        rest = [sequence for n, sequence in enumerate(text, 1) if n % _HELD_OUT]
+        return fit_from_bottom(decoder, fusion.groups, rest, fusion.config, held_out)
 
 
 def finish(
@@ -463,7 +447,7 @@ def _report(
         embeddings=None,
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(measured, fusion.config, judged, continuations),
+        notes=_notes(measured, fusion.config, fitted, judged, continuations),
         influences=fusion.influences or None,
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
@@ -483,7 +467,7 @@ def _report(
         report = replace(
             report,
             group_costs=[GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
-            predicted=[predicted for predicted, _ in cheapest_levels(costs, fusion.config.most_fusions(layers))],
+            predicted=[cost for cost, _ in cheapest_levels(estimated(costs), fusion.config.most_fusions(layers))],
         )
     return report
 
@@ -491,15 +475,25 @@ def _report(
 def _notes(
     measured: Measurements,
     config: FusionConfig,
+    fitted: Sequence[FittedLayer],
     judged: Sequence[PerplexityInfo],
     continuations: Sequence[Continuation],
 ) -> list[str]:
     """What a user should know, one sentence each."""
     notes = list(measured.notes)
-    if advice := measured.text_note if config.needs_text else "":
-        if (config.selection, config.refit) == ("least_influence", "projections"):
-            advice += ", and so does selection='groups', in three to four times the time"
-        notes.append(f"{advice}.")
+    if config.needs_text and measured.text_note:
+        notes.append(f"{measured.text_note}.")
+    if config.selection == "least_influence":
+        notes.append(
+            "Layers were chosen by their influence alone, and what any pair of them costs was not measured; "
+            "selection='groups' measures it, and finds pairs that must not be fused."
+        )
+    notes += [
+        f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "
+        "text it comes nearer to what they do than the fitted layer."
+        for layer in fitted
+        if layer.layer_instead is not None
+    ]
     for note in (collapse_note(judged, fitted=config.refit != "none"), silence_note(continuations)):
         if note:
             notes.append(note)

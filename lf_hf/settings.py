@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
 
-ALGORITHM = 8
+ALGORITHM = 9
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024
@@ -21,13 +20,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
     "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
-    "refit": {"selection": "least_influence", "alignment": "none", "merge": "select", "refit": "projections"},
+    "refit": {"selection": "groups", "alignment": "none", "merge": "select", "refit": "projections"},
 }
-METHODS["healed"] = METHODS["refit"] | {"selection": "groups", "heal_tokens": HEAL_TOKENS}
+METHODS["healed"] = METHODS["refit"] | {"heal_tokens": HEAL_TOKENS}
 """What each preset sets; nothing is healed by the others. A field that the user gives overrides its preset."""
 
 LONGEST_GROUP = 6
-"""Layers that selection="groups" makes one, at most."""
+"""Layers that selection="groups" makes one, at most; more only where so many are to go that they have to be."""
 
 _SIMILARITY = ("needs_similarity",)  # what stages 1 to 3 use has an effect only where they run
 LEVELS = ("num_fusions", "max_divergence", "max_perplexity_ratio")
@@ -45,21 +44,19 @@ class FusionConfig(Settings):
     num_fusions: int = setting(
         None,
         "How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless "
-        'selection="last", and with "groups" as many as leave one layer of every six. One of this, '
-        "max_divergence and max_perplexity_ratio is given.",
+        'selection="last". One of this, max_divergence and max_perplexity_ratio is given.',
         minimum=1,
     )
     method: str = setting(
         "neural_alignment",
-        'Preset of selection, alignment, merge and refit. "healed" is "refit" with the better choice of layers, and '
-        "heals the result.",
+        'Preset of selection, alignment, merge and refit. "healed" is "refit", and heals the result.',
         choices=tuple(METHODS),
     )
     selection: str = setting(
         None,
         'Which pair each step fuses. "last": the last two layers of the model. "least_influence": the layer that '
-        'changes the residual stream least, with the one before it. "groups": those groups of two to six layers that, '
-        "each made one layer and tried on calibration text, move the model's predictions least together. In the "
+        'changes the residual stream least, with the one before it. "groups": those groups of two layers or more that, '
+        "each made one layer and tried on several kinds of text, move the model's predictions least together. In the "
         "latter two the first and the last layer stay.",
         choices=("last", "least_influence", "groups"),
         unset="from method",
@@ -222,10 +219,7 @@ class FusionConfig(Settings):
 
     def most_fusions(self, num_hidden_layers: int) -> int:
         """How many fusions a model of `num_hidden_layers` layers allows; below 1 where it allows none."""
-        left = 1 if self.selection == "last" else 3  # with the first and the last layer kept, three stay
-        if self.selection == "groups":
-            left = max(left, 2 + math.ceil((num_hidden_layers - 2) / LONGEST_GROUP))
-        return num_hidden_layers - left
+        return num_hidden_layers - (1 if self.selection == "last" else 3)  # else the first and the last layer stay
 
     def check_num_layers(self, num_hidden_layers: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare ways of making a model shallower: one run, one table of how well each predicts text, and accuracies.
 
-    .venv/bin/python scripts/bench_quality.py --text wiki.txt --mmlu mmlu_dir
+    .venv/bin/python scripts/bench_quality.py --model gemma3-270m --text wiki.txt --mmlu mmlu_dir
 
 All ways get the same model and the same calibration text, and are judged on text that it does not contain; but mka and
 neural_alignment take MMLU questions instead, and drop by loss takes some 16 sequences of the text. Healed ones are
@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 
 ROOT = Path(__file__).parent.parent
+MODELS = {"smollm2": "fetch_smollm2", "gemma3-270m": "fetch_gemma3"}
 LENGTH = 512
 _LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
@@ -243,11 +245,10 @@ WAYS: dict[str, Way] = {
     "neurons, average, refit": partial(
         Ways.fusion, selection="least_influence", alignment="neurons", merge="average", refit="down_proj"
     ),
+    "refit by influence": partial(Ways.fusion, method="refit", selection="least_influence"),
     "refit": partial(Ways.fusion, method="refit"),
     "drop by influence, healed": partial(Ways.fusion, method="truncate", selection="least_influence", healed=True),
     "refit, healed": partial(Ways.fusion, method="refit", healed=True),
-    "refit, groups": partial(Ways.fusion, method="refit", selection="groups"),
-    "refit, groups, healed": partial(Ways.fusion, method="refit", selection="groups", healed=True),
 }
 
 
@@ -414,7 +415,8 @@ def row(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder or hub name")
+    parser.add_argument("--model", default="smollm2", choices=MODELS, help="what scripts/environment fetches, once")
+    parser.add_argument("--base", help="folder or hub name, in place of --model")
     parser.add_argument("--gguf-file", help="default: the first *.gguf in --base")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--text", type=Path, help="a file of prose")
@@ -436,6 +438,9 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
+    if options.base is None:
+        options.base = str(ROOT / ".cache" / options.model)
+        subprocess.run(["bash", "-c", f". scripts/environment && {MODELS[options.model]}"], cwd=ROOT, check=True)
     gguf = options.gguf_file or min((file.name for file in Path(options.base).glob("*.gguf")), default=None)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
     halves: tuple[str, str] | None = None

@@ -46,7 +46,7 @@ def test_limits_that_depend_on_the_model_and_the_data() -> None:
     config.check_num_layers(33)
     with pytest.raises(ValueError, match="has 1 layers; fusing with selection='last' needs at least 2"):
         config.check_num_layers(1)
-    with pytest.raises(ValueError, match=r"num_fusions must be 1 to 30 .* selection='least_influence', got 32"):
+    with pytest.raises(ValueError, match=r"num_fusions must be 1 to 30 .* selection='groups', got 32"):
         FusionConfig(num_fusions=32, method="refit").check_num_layers(33)
     with pytest.raises(ValueError, match=r"entropy_neighbors=50.* need at least 51 calibration samples, got 50"):
         config.check_num_samples(50)

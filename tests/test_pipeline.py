@@ -91,7 +91,7 @@ def test_a_refit_without_a_users_text_is_told_what_helps(selection: str, by_defa
     decoder = ModelDecoder(make_llama(), keep_originals=True)
     notes = fuse(decoder, make_tokenizer(), config, None, text, base="tiny").notes
     assert any("own domain" in note for note in notes) == by_default
-    assert any("selection='groups'" in note for note in notes) == (by_default and selection == "least_influence")
+    assert any("selection='groups' measures it" in note for note in notes) == (selection == "least_influence")
 
 
 def test_nothing_is_measured_when_no_tokens_are_asked_for() -> None:
@@ -131,6 +131,7 @@ def test_measurements_serve_every_fusion_that_would_measure_the_same() -> None:
 
 LEVELS = {
     **{method: {"method": method} for method in METHODS if method != "healed"},
+    "refit": {"method": "refit", "selection": "least_influence"},  # groups are chosen for one level
     "averaged and fitted": {"method": "mka", "selection": "least_influence", "refit": "down_proj"},
 }
 

@@ -61,7 +61,7 @@ Read = Callable[[Tensor], Tensor]
 
 def fit_attention(
     fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
-) -> tuple[dict[str, Tensor], Kind, list[int] | None]:
+) -> tuple[dict[str, Tensor], Kind, list[int] | None, float]:
     """The attention of a group's layers as one: the best heads of all layers, and an o_proj that writes what all wrote.
 
     What is kept or dropped as a whole is a key-value group with its queries, or else all attention of a layer: heads of
@@ -78,6 +78,8 @@ def fit_attention(
         Of the fused layer, with the first layer's MLP.
     heads_kept : list of int or None
         How many key-value groups are from each layer, where there are several layers.
+    error : float
+        Of what is written, squared and relative, as fitted.
     """
     decoder, half, norms, count = fit.decoder, fit.half, fit.decoder.family.head_norms, len(group)
     maps = fit.input_maps(group[0]["self_attn.o_proj.weight"])
@@ -115,8 +117,8 @@ def fit_attention(
         elif norms:  # one norm gives heads other sizes than their own ones did
             weights |= with_one_norm(group, wide, rows)
             problem = fit.problem(weights, read(weights, kind))
-    fit.fit_writer(weights, read(weights, kind), problem)
-    return weights, kind, heads_kept
+    _, error = fit.fit_writer(weights, read(weights, kind), problem)
+    return weights, kind, heads_kept, error
 
 
 def fit_mlp(

@@ -24,7 +24,8 @@ class GroupFit:
 
     `heads_kept` and `channels_kept` count the key-value groups and MLP channels from each layer of the group, where
     they were selected. The errors are what is left of what the MLP should write, squared and relative, with
-    down_proj as it was and as it is; where that goes through a norm, in front of it.
+    down_proj as it was and as it is; where that goes through a norm, in front of it. `attention_error` is the same of
+    the attention, with o_proj as it is, where that was fitted.
     """
 
     weights: dict[str, Tensor]
@@ -33,6 +34,7 @@ class GroupFit:
     channels_kept: list[int] | None
     error_before: float
     error_after: float
+    attention_error: float | None
 
 
 @torch.no_grad()
@@ -84,10 +86,10 @@ def fit_group(
     ) -> HalfFit:
         return (NormedHalfFit if half.after else HalfFit)(decoder, half, there, inputs, targets, ridge, quick)
 
-    weights, kind, heads_kept = group[0], kinds[0], None
+    weights, kind, heads_kept, attention_error = group[0], kinds[0], None, None
     if refit == "projections":
         attention = half_fit(family.attention, states, traces.inputs, traces.after_attention)
-        weights, kind, heads_kept = fit_attention(attention, group, kinds)
+        weights, kind, heads_kept, attention_error = fit_attention(attention, group, kinds)
     fused = build_layer(decoder, weights, kind)
     residuals = store.keep(after_attention(decoder, fused, state) for state in states)
     del fused
@@ -102,4 +104,4 @@ def fit_group(
         decoder.processes.broadcast(weight)  # in case machines round differently
         if not all_finite(weight):
             raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
-    return GroupFit(weights, kind, heads_kept, channels_kept, *errors)
+    return GroupFit(weights, kind, heads_kept, channels_kept, *errors, attention_error)

@@ -1,10 +1,16 @@
-"""What contiguous groups of layers would cost as one layer each, and which of them together cost least."""
+"""Which groups of adjacent layers become one layer each: those that together move the model's predictions least.
+
+What a group costs is measured: it is made one layer by a rough fit, and the divergence of predictions from the dense
+model's is taken on short pieces of several kinds of text. All pairs of layers are measured. What a longer group costs
+is estimated from the pairs in it, as it is about their sum, and measured where the group is in one of the cheapest
+sets. Of these a few are tried out whole.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
@@ -22,21 +28,23 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP
-from lf_hf.text.packing import beginning
+from lf_hf.text.packing import JUDGING_LENGTH, beginning
 
 Group = tuple[int, int]
 """The first and the last layer of a group, by their numbers in the dense model."""
+Groups = tuple[Group, ...]
+"""Groups that share no layer, in ascending order."""
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-_TRIALS = 16  # sets of groups that are tried out whole, at most
-FINALISTS = 4  # of these, that are compared once more, fitted to more text
-GROUP_TOKENS, FINAL_TOKENS = 4096, 16384  # of the calibration text that groups are fitted to, and finalists
-JUDGING_PIECES, JUDGING_LENGTH = 16, 128  # sequences that judge single groups, and the tokens of each
-JUDGING_SETS = 8  # sequences that judge sets of groups, each as long as it is
-_SHRINKAGE = 3.0  # of what joins cost beyond the table, which a dozen trials are to say
-# Tokens: half, as predictions take as long as the layers, and neighbours' say much the same.
-_JUDGED = slice(1, None, 2)
+_TRIALS = 8  # sets of groups that are tried out whole, at most
+_FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
+_MOST_TRIALS = 18  # where all that were tried are far from that
+_AHEAD = 3  # sets whose groups are measured in one pass through the layers
+_GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
+_JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
+_JUDGED_LOGITS = 1 << 27  # of a candidate that are compared, about: of a large vocabulary, those of fewer tokens
+_SHRINKAGE = 3.0  # of what joins cost beyond their groups, which a few trials are to say
 
 
 class _Crossing(NamedTuple):
@@ -55,32 +63,24 @@ class _Crossing(NamedTuple):
 class GroupCosts:
     """Costs of groups, and of sets of them, as divergences of predictions from the dense model's.
 
-    Groups are fitted to some batches of the text, and judged on others: short ones judge single groups, as there are
-    many, and long ones whole sets. Little text is unfair to sets of many groups, and to late layers, which need more of
-    it: the best few sets are fitted to more, and compared again.
-
     Parameters
     ----------
     decoder : Decoder
         The dense model.
     boundaries : Boundaries
         Its states on calibration text.
-    fitting, judging, judging_sets : sequences of int
-        What the batches of these states are for.
-    final_text : sequence of int64 tensors of shape (sequences B, tokens T), or None
-        What the best few sets are fitted to; None where there is no more than what groups are fitted to.
+    fitting, judging : sequences of int
+        The batches of these states that groups are fitted to, and those that judge them.
     fuse : FuseGroup
     store : StateStore
-    known : dict, optional
-        Costs of groups that were measured before, to be taken instead.
+    by_group : dict
+        Costs of groups that were measured before; those that are measured are added.
 
     Attributes
     ----------
     by_group : dict
-        For each group of two layers or more, never with the first or the last layer of the model, the nats a token that
-        it costs by itself; inf where its predictions cannot be computed with.
-    tried : dict
-        For each set of groups that was tried out whole, what it costs.
+        For each group that was measured, which never has the first or the last layer of the model, the nats a token
+        that it costs by itself; inf where its predictions cannot be computed.
     """
 
     def __init__(
@@ -89,73 +89,105 @@ class GroupCosts:
         boundaries: Boundaries,
         fitting: Sequence[int],
         judging: Sequence[int],
-        judging_sets: Sequence[int],
-        final_text: Sequence[Tensor] | None,
         fuse: FuseGroup,
         store: StateStore,
-        known: dict[Group, float] | None = None,
+        by_group: dict[Group, float],
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
-        self._fitting, self._judging, self._judging_sets = fitting, judging, judging_sets
-        self._final_text = final_text
-        self.tried: dict[tuple[Group, ...], float] = {}
-        self.by_group = known or self._measured()
+        self._fitting, self._judging, self.by_group = fitting, judging, by_group
+        tokens = sum(state.shape[:2].numel() for state in self._part(0, judging))
+        stride = tokens * decoder.config.vocab_size // _JUDGED_LOGITS
+        self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
 
-    def best(self, num_fusions: int, *, trials: int) -> list[Group]:
-        """The groups that cost least together, where they leave `num_fusions` layers fewer.
+    def best(self, num_fusions: int) -> Groups:
+        """The groups that cost least together, of those that leave `num_fusions` layers fewer.
 
         Raises ValueError if no such set has costs that are finite.
         """
-        for _ in progress(range(trials), desc="Trying sets of groups", unit="set", leave=False):
-            promised = partial(promising, self.by_group, self.tried, num_fusions)
-            groups: tuple[Group, ...] | None = self._decoder.processes.broadcast_object(promised)
+        tried: dict[Groups, float] = {}
+        promised = math.inf
+        bar = progress(range(_MOST_TRIALS), desc="Trying sets of groups", unit="set", leave=False)
+        for trial in bar:
+            if trial >= min(_TRIALS, 2 * num_fusions) and min(tried.values()) <= _FAR * promised:
+                break
+            groups = self._next(tried, num_fusions)
             if groups is None:
                 break
-            [self.tried[groups]] = self._costs_of_sets([groups], self._crossings(groups[0][0]))
-        mine = {groups: cost for groups, cost in _finite(self.tried).items() if removed(groups) == num_fusions}
-        finalists = heapq.nsmallest(FINALISTS, mine, key=mine.__getitem__)
-        if len(finalists) > 1 and self._final_text is not None:
-            last = max(groups[-1][1] for groups in finalists)
-            costs = self._costs_of_sets(finalists, self._final_crossings(self._final_text, last))
-            mine = _finite(dict(zip(finalists, costs, strict=True)))
-        if not mine:
+            tried[groups] = self._cost_of_set(groups)
+            promised = min(promised, sum(self.by_group[group] for group in groups))
+        if not tried or not math.isfinite(min(tried.values())):
             raise ValueError(
                 f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
                 "wider range, such as bfloat16, or fewer fusions."
             )
-        best = min(mine, key=mine.__getitem__)
-        return list(best)
+        return min(tried, key=tried.__getitem__)
+
+    def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
+        """The set to try next; costs of its groups are measured. None where no set is left."""
+        top = self._decoder.num_layers - 2
+        missing: Collection[Group] = {(n, n + 1) for n in range(1, top)} - self.by_group.keys()
+        while True:
+            if missing:
+                self._measure(missing)
+            longest = longest_group(self._decoder.num_layers, num_fusions)
+            found = partial(promising, estimated(self.by_group, longest), tried, num_fusions, count=_AHEAD)
+            sets: list[Groups] = self._decoder.processes.broadcast_object(found)
+            if not sets:
+                return None
+            if self.by_group.keys() >= set(sets[0]):
+                return sets[0]
+            missing = {group for groups in sets for group in groups} - self.by_group.keys()
 
     def _part(self, index: int, numbers: Sequence[int]) -> list[Tensor]:
         states = self._boundaries.before(index)
         return [states[number] for number in numbers]
 
     @torch.no_grad()
-    def _measured(self) -> dict[Group, float]:
+    def _measure(self, groups: Collection[Group]) -> None:
         """Fuse each group when its last layer comes by, and run what comes out through all layers above."""
         states: dict[Group, Sequence[Tensor]] = {}
         window: dict[int, _Crossing] = {}
-        top = self._decoder.num_layers - 1
-        bar = progress(self._crossings(1), total=top, desc="Costs of groups", unit="layer", leave=False)
-        for crossing in bar:
-            last, tokens = crossing.number, _JUDGED if crossing.number == top else slice(None)
+        for crossing in self._crossings(min(groups)[0], "Costs of groups"):
+            number = crossing.number
             for group, before in states.items():
-                after = (self._decoder.run_layer(crossing.layer, state) for state in before)
-                states[group] = self._store.keep(state[:, tokens] for state in after)
-            if last == top:
-                break
-            window[last] = self._traced(crossing)
-            window.pop(last - LONGEST_GROUP, None)
-            for first in range(min(window), last):
-                fused = self._fused([window[number] for number in range(first, last + 1)], window[first].before)
-                states[first, last] = self._run(fused, self._part(first, self._judging))
-        del window
-        return dict(zip(states, self._divergences(self._judging, states.values()), strict=True))
+                states[group] = self._run(crossing.layer, before)
+            if any(first <= number <= last for first, last in groups):
+                window[number] = self._traced(crossing)
+            for first in sorted(first for first, last in groups if last == number):
+                fused = self._fused([window[n] for n in range(first, number + 1)], window[first].before)
+                states[first, number] = self._run(fused, self._part(first, self._judging))
+            needed = {n for first, last in groups if first <= number < last for n in range(first, last)}
+            window = {n: of_layer for n, of_layer in window.items() if n in needed}
+        self.by_group |= dict(zip(states, self._divergences(states.values()), strict=True))
 
-    def _divergences(self, numbers: Sequence[int], found: Iterable[Sequence[Tensor]]) -> list[float]:
-        """Of final states of some batches, each of which has the tokens that judge."""
-        dense = self._store.keep(state[:, _JUDGED] for state in self._part(self._decoder.num_layers, numbers))
-        return divergences(self._decoder, dense, found)
+    @torch.no_grad()
+    def _cost_of_set(self, groups: Groups) -> float:
+        """What a set costs as a whole, with its groups fused from the bottom up."""
+        start, ends = groups[0][0], dict(groups)
+        fitted: Sequence[Tensor] = self._part(start, self._fitting)
+        judged: Sequence[Tensor] = self._part(start, self._judging)
+        window: list[_Crossing] = []
+        for crossing in self._crossings(start):
+            first, layer = window[0].number if window else crossing.number, crossing.layer
+            if first in ends:
+                window.append(self._traced(crossing))
+                if crossing.number < ends[first]:
+                    continue
+                layer = self._fused(window, fitted)
+                window.clear()
+            if crossing.number < groups[-1][1]:  # above its last group nothing is fitted
+                fitted = self._run(layer, fitted)
+            judged = self._run(layer, judged)
+        [cost] = self._divergences([judged])
+        return cost
+
+    def _divergences(self, found: Iterable[Sequence[Tensor]]) -> list[float]:
+        """Of final states of the text that judges."""
+        dense, *candidates = (
+            [state[:, self._judged] for state in states]
+            for states in (self._part(self._decoder.num_layers, self._judging), *found)
+        )
+        return divergences(self._decoder, dense, candidates)
 
     def _traced(self, crossing: _Crossing) -> _Crossing:
         residuals = (after_attention(self._decoder, crossing.layer, state) for state in crossing.before)
@@ -176,53 +208,12 @@ class GroupCosts:
         )
         return self._fuse(group[0].number, layers, traces, on_device(states, start, store))
 
-    def _crossings(self, start: int) -> Iterator[_Crossing]:
+    def _crossings(self, start: int, desc: str | None = None) -> Iterator[_Crossing]:
         """Of the layers from `start` on, and what groups are fitted to."""
         upwards = range(start, self._decoder.num_layers)
-        for number, layer in zip(upwards, self._decoder.layers(upwards), strict=True):
+        numbers = progress(upwards, desc=desc, unit="layer", leave=False) if desc else upwards
+        for number, layer in zip(numbers, self._decoder.layers(upwards), strict=True):
             yield _Crossing(number, layer, self._part(number, self._fitting), self._part(number + 1, self._fitting))
-
-    def _final_crossings(self, text: Sequence[Tensor], last: int) -> Iterator[_Crossing]:
-        """Of all layers, with states of some text up to the last layer that is in a group."""
-        upwards = range(self._decoder.num_layers)
-        before = self._store.keep(self._decoder.embed(text))
-        bar = progress(upwards, desc="Comparing sets of groups", unit="layer", leave=False)
-        for number, layer in zip(bar, self._decoder.layers(upwards), strict=True):
-            after = self._run(layer, before) if number <= last else []
-            yield _Crossing(number, layer, before, after)
-            before = after
-
-    @torch.no_grad()
-    def _costs_of_sets(self, sets: Sequence[tuple[Group, ...]], upwards: Iterable[_Crossing]) -> list[float]:
-        """Fuse all groups of each set, from the bottom up, all sets together; what each set costs as a whole."""
-        fitted: dict[tuple[Group, ...], Sequence[Tensor]] = {}
-        judged: dict[tuple[Group, ...], Sequence[Tensor]] = {}
-        window: dict[int, _Crossing] = {}
-        for crossing in upwards:
-            number = crossing.number
-            within = {groups: next((g for g in groups if g[0] <= number <= g[1]), None) for groups in sets}
-            if any(within.values()):
-                window[number] = self._traced(crossing)
-            window.pop(number - LONGEST_GROUP, None)
-            for groups, group in within.items():
-                if number < groups[0][0]:  # all is as in the dense model
-                    continue
-                if number == groups[0][0]:
-                    fitted[groups], judged[groups] = crossing.before, self._part(number, self._judging_sets)
-                layer = crossing.layer
-                if group is not None:
-                    if number < group[1]:
-                        continue
-                    layer = self._fused([window[member] for member in range(group[0], number + 1)], fitted[groups])
-                if number < groups[-1][1]:  # above its last group nothing is fitted
-                    fitted[groups] = self._run(layer, fitted[groups])
-                judged[groups] = self._run(layer, judged[groups])
-        found = ([state[:, _JUDGED] for state in judged[groups]] for groups in sets)
-        return self._divergences(self._judging_sets, found)
-
-
-def _finite(costs: Mapping[tuple[Group, ...], float]) -> dict[tuple[Group, ...], float]:
-    return {groups: cost for groups, cost in costs.items() if math.isfinite(cost)}
 
 
 def removed(groups: Iterable[Group]) -> int:
@@ -230,15 +221,32 @@ def removed(groups: Iterable[Group]) -> int:
     return sum(last - first for first, last in groups)
 
 
-def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int) -> list[tuple[Group, ...]]:
-    """Sets of groups that share no layer and leave `num_fusions` layers fewer; those of least summed cost first.
+def longest_group(num_layers: int, num_fusions: int) -> int:
+    """How many layers become one, at most."""
+    return max(LONGEST_GROUP, math.ceil((num_layers - 2) / (num_layers - 2 - num_fusions)))
+
+
+def estimated(measured: Mapping[Group, float], longest: int = LONGEST_GROUP) -> dict[Group, float]:
+    """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured.
+
+    A group that was not measured costs what two groups cost that have one layer in common and are this group together.
+    """
+    costs, top = dict(measured), max(last for _, last in measured)
+    for longer in range(2, longest):
+        for first in range(1, top + 1 - longer):
+            last = first + longer
+            if (first, last) not in costs:
+                costs[first, last] = min(costs[first, n] + costs[n, last] for n in range(first + 1, last))
+    return costs
+
+
+def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int) -> list[Groups]:
+    """Sets of groups that leave `num_fusions` layers fewer; those of least summed cost first.
 
     By dynamic programming from the bottom up, with the `count` best sets of each size kept at each layer.
     """
     top = max(last for _, last in costs)
-    best: list[list[list[tuple[float, tuple[Group, ...]]]]] = [
-        [[] for _ in range(num_fusions + 1)] for _ in range(top + 2)
-    ]
+    best: list[list[list[tuple[float, Groups]]]] = [[[] for _ in range(num_fusions + 1)] for _ in range(top + 2)]
     best[0][0] = [(0.0, ())]  # of layers below 0
     by_last: dict[int, list[Group]] = {}
     for group in costs:
@@ -254,7 +262,7 @@ def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int)
     return [groups for _, groups in best[top + 1][num_fusions]]
 
 
-def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, tuple[Group, ...]]]:
+def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, Groups]]:
     """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are.
 
     It ends before the first number for which no groups have costs that are finite.
@@ -264,23 +272,22 @@ def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float
 
 
 def promising(
-    costs: Mapping[Group, float], tried: Mapping[tuple[Group, ...], float], num_fusions: int
-) -> tuple[Group, ...] | None:
-    """The set that is expected to cost least of those that were not tried; None where all were.
+    costs: Mapping[Group, float], tried: Mapping[Groups, float], num_fusions: int, *, count: int
+) -> list[Groups]:
+    """The sets that are expected to cost least of those that were not tried, `count` of them at most.
 
     Costs of groups do not add up: joining one more layer costs more where its neighbours have gone too. What sets cost
     beyond the sum of their groups is put down to the layers that they join to the one below, by ridge regression.
     """
-    known = {groups: cost for groups, cost in tried.items() if removed(groups) == num_fusions}
-    finite = list(_finite(known))
+    finite = [groups for groups, cost in tried.items() if math.isfinite(cost)]
     if len(finite) > 1:
         top = max(last for _, last in costs)
         joined = [[_joins(groups, layer) for layer in range(top + 1)] for groups in finite]
-        beyond = [known[groups] - sum(costs[group] for group in groups) for groups in finite]
+        beyond = [tried[groups] - sum(costs[group] for group in groups) for groups in finite]
         weights = Ridge(_SHRINKAGE).fit(joined, beyond).coef_
         costs = {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}
-    found = cheapest_sets(costs, num_fusions, count=len(known) + 1)
-    return next((groups for groups in found if groups not in known), None)
+    found = cheapest_sets(costs, num_fusions, count=len(tried) + count)
+    return [groups for groups in found if groups not in tried][:count]
 
 
 def _joins(groups: Iterable[Group], layer: int) -> bool:
@@ -288,37 +295,23 @@ def _joins(groups: Iterable[Group], layer: int) -> bool:
     return any(first < layer <= last for first, last in groups)
 
 
-def text_for_groups(text: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Sequences that candidates are fitted to, and others that judge groups, and sets of them, from all over the text.
+def text_for_groups(text: Sequence[Tensor], other_kinds: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Sequences that groups are fitted to, and pieces that judge them: of other sequences, and of other kinds of text.
 
-    And fourth those that the best few sets are fitted to, if there are more than candidates are fitted to.
+    The pieces lie at evenly spaced tokens of the text, and only a text of one sequence is for both. Every other piece
+    is half as long and there twice: only the heads that look up what followed before predict the second time, and no
+    other text shows as clearly where they are lost.
 
-    Those are taken that lie at evenly spaced tokens. Where kinds of text take turns, some judge more than others, which
-    chooses no worse groups. A single sequence is for all. Of those that judge groups the beginning is enough. Every
-    other sequence that judges is half as long and there twice: only the heads that look up what followed before
-    predict the second time, and no other text shows as clearly where they are lost.
+    Parameters
+    ----------
+    text, other_kinds : sequences of int64 tensors of shape (tokens T,)
     """
     ends = np.cumsum([len(sequence) for sequence in text])
-    points = (np.arange(JUDGING_PIECES) + 0.5) * ends[-1] / JUDGING_PIECES
+    points = (np.arange(_JUDGING_PIECES) + 0.5) * ends[-1] / _JUDGING_PIECES
     chosen = sorted(set(np.searchsorted(ends, points, side="right").tolist()))
     if sum(len(text[number]) for number in chosen) > ends[-1] / 2:
         chosen = chosen[1::2] or chosen
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    wholes = [text[number] for number in chosen]
-    pieces = [whole[:JUDGING_LENGTH] for whole in wholes]
-    some = wholes[:: max(1, len(wholes) // JUDGING_SETS)]
-    fitting, final = (beginning(rest or text, tokens) for tokens in (GROUP_TOKENS, FINAL_TOKENS))
-    return fitting, _half_twice(pieces), _half_twice(some), final if len(final) > len(fitting) else []
-
-
-def _half_twice(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Sequences, of every other one the first half two times."""
-    return [
-        torch.cat([sequence[: len(sequence) // 2]] * 2) if number % 2 else sequence
-        for number, sequence in enumerate(sequences)
-    ]
-
-
-def num_trials(num_fusions: int) -> int:
-    """How many sets of groups are tried out whole: a few where there are few groups in a set."""
-    return min(_TRIALS, 4 * num_fusions)
+    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(text[number] for number in chosen), *other_kinds)]
+    judging = [torch.cat([piece[: len(piece) // 2]] * 2) if n % 2 else piece for n, piece in enumerate(pieces)]
+    return list(beginning(rest or text, _GROUP_TOKENS)), judging

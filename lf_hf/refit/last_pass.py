@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer
+from lf_hf.refit.fit import token_weights
 from lf_hf.refit.group import fit_group
+from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.report.records import FittedLayer
+from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 
@@ -23,8 +28,12 @@ def fit_from_bottom(
     groups: Sequence[list[int]],
     sequences: Sequence[Tensor],
     config: FusionConfig,
+    held_out: Sequence[Tensor] = (),
 ) -> list[FittedLayer]:
     """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
+
+    With merge="select" each fused layer is made again from all layers of its group. Where one of these, as it is, comes
+    nearer to what they do to held-out text, it is taken instead.
 
     Parameters
     ----------
@@ -35,15 +44,19 @@ def fit_from_bottom(
     sequences : sequence of int64 tensors of shape (tokens T,)
         Calibration text.
     config : FusionConfig
-        With merge="select" each fused layer is made again from all layers of its group, else it is fitted as it is.
+    held_out : sequence of int64 tensors of shape (tokens T,)
+        Text that nothing is fitted to.
     """
     widest = max(map(len, groups))
-    embedded = decoder.embed(decoder.batches(decoder.processes.shard(sequences)))
+    embedded, embedded_held = (
+        decoder.embed(decoder.batches(decoder.processes.shard(text))) for text in (sequences, held_out)
+    )
+    held = _HeldOut(decoder, embedded_held)
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense: Sequence[Tensor] = store.keep(embedded)
         states = dense
-        del embedded
+        del embedded, embedded_held
         fitted = []
         originals = decoder.originals(range(sum(map(len, groups))))
         for index, group in enumerate(progress(groups, desc="Last pass", unit="layer")):
@@ -55,18 +68,63 @@ def fit_from_bottom(
                 else:
                     states = after
                 dense = after
+                held.cross_dense([layer])
+                held.cross(layer)
                 del layer
                 continue
             with ExitStack() as stack:
                 layers = [next(originals) for _ in group]
                 traces = trace(decoder, layers, dense, store)
+                held.cross_dense(layers)
+                missed = [held.missed(layer)[0] for layer in layers] if config.merge == "select" else [math.inf]
                 if config.merge != "select":
                     layers = [stack.enter_context(decoder.layer(index))]
                 fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
             decoder.replace(index, fit.weights, fit.kind)
+            with decoder.layer(index) as layer:
+                of_fused, of_first = held.missed(layer)
+            instead = group[missed.index(min(missed))] if min(missed) < of_fused else None
+            if instead is not None:
+                with decoder.original(instead) as layer:
+                    decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             dense = traces.output
             del traces
             with decoder.layer(index) as layer:
                 states = store.keep(decoder.run_layer(layer, state) for state in states)
-            fitted.append(FittedLayer(group, fit.heads_kept, fit.channels_kept, fit.error_before, fit.error_after))
+                held.cross(layer)
+            errors = fit.error_before, fit.error_after, fit.attention_error
+            on_held_out: tuple[float | None, float | None] = (of_fused, of_first) if held_out else (None, None)
+            fitted.append(FittedLayer(group, fit.heads_kept, fit.channels_kept, *errors, *on_held_out, instead))
     return fitted
+
+
+class _HeldOut:
+    """Held-out text on its way through the dense and through the fused model, one layer or group after the other."""
+
+    def __init__(self, decoder: Decoder, embedded: Sequence[Tensor]) -> None:
+        self._decoder, self._states = decoder, list(embedded)  # in front of the fused model's layer
+        self._dense = self._target = self._states  # in front of the dense model's layers, and after them
+
+    def cross_dense(self, layers: Sequence[DecoderLayer]) -> None:
+        """Run layers of the dense model."""
+        self._dense = self._target
+        for layer in layers:
+            self._target = [self._decoder.run_layer(layer, state) for state in self._target]
+
+    def missed(self, layer: DecoderLayer) -> tuple[float, float]:
+        """The part of what the dense model's layers did to the stream that a layer in their place misses.
+
+        Squared and weighted as in fits: of all tokens, and of each sequence's first.
+        """
+        sums = torch.zeros(4, dtype=torch.float64)
+        for state, dense, target in zip(self._states, self._dense, self._target, strict=True):
+            found, weights = self._decoder.run_layer(layer, state), token_weights(self._decoder, target)
+            apart = [(part.to(target.device).float() - target.float()).square().sum(-1) for part in (found, dense)]
+            of_tokens = in_float64(torch.stack(apart) * weights.view(target.shape[:2]))  # (2, sequences B, tokens T)
+            sums = sums.to(of_tokens.device) + torch.cat([of_tokens.sum((1, 2)), of_tokens[:, :, 0].sum(1)])
+        missed, done, missed_first, done_first = self._decoder.processes.all_reduce_sums(sums)
+        return (missed / done if done else missed), (missed_first / done_first if done_first else missed_first)
+
+    def cross(self, layer: DecoderLayer) -> None:
+        """Run the fused model's layer in their place."""
+        self._states = [self._decoder.run_layer(layer, state) for state in self._states]

@@ -63,7 +63,11 @@ class FittedLayer:
 
     `layers` are the original layers that it stands for. `heads_kept` and `channels_kept` count the key-value groups
     and MLP channels from each of them, where they were selected. The errors are those of what the MLP adds to the
-    stream (squared, relative), before and after.
+    stream (squared, relative), before and after, and of what attention adds, after.
+
+    On held-out text, `held_out_error` is the part of what the original layers do to the stream that the fitted layer
+    misses (squared, relative), and `first_token_error` that of each sequence's first token. `layer_instead` is the one
+    of `layers` that misses less as it is, and was taken for that. All are None where they do not apply.
     """
 
     layers: list[int]
@@ -71,6 +75,10 @@ class FittedLayer:
     channels_kept: list[int] | None
     error_before: float
     error_after: float
+    attention_error: float | None = None
+    held_out_error: float | None = None
+    first_token_error: float | None = None
+    layer_instead: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from string import ascii_uppercase
@@ -279,6 +280,19 @@ def _answered_questions(*, explained: bool) -> str:
         plain = [f"{text}\n{q.explanation}" for text, q in zip(plain, questions, strict=True)]
     pairs = list(zip(lettered, plain, strict=True))
     return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
+
+
+def other_kinds(corpus: Corpus) -> list[str]:
+    """Texts of kinds that a corpus has little of, on which fused layers are judged: worked examples, and documentation.
+
+    Worked examples are explained answers to questions that are neither in a corpus for fits nor in `mmlu_sample`. There
+    are none without lm-eval, and documentation stands beside a user's text alone.
+    """
+    texts = [] if corpus.by_default else [documentation_halves()[0]]
+    with suppress(ValueError):
+        subjects = [[q for q in of[1:] if q != asked_in_sample(of)] for of in bundled_questions().values()]
+        texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for of in subjects for q in of))
+    return [text for text in texts if text]
 
 
 def documentation_halves() -> tuple[str, str]:

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.calibration import TOKEN_CHARACTERS, Calibration, Corpus
+from lf_hf.text.calibration import TOKEN_CHARACTERS, Calibration, Corpus, other_kinds
+
+JUDGING_LENGTH = 128
+"""Tokens of a piece of text that judges fused layers."""
+_OTHER_TOKENS = 1024  # of each other kind of text
 
 
 def tokenize_samples(
@@ -83,6 +87,14 @@ def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, 
         packed[part] = pack(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
         left -= sum(map(len, packed[part]))
     return [packed[part] for part in corpus.parts]
+
+
+def pack_other_kinds(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> list[Tensor]:
+    """Pieces of the kinds of text that a corpus has little of, of at most `length` tokens: of shape (tokens T,)."""
+    length = min(length, JUDGING_LENGTH)
+    pieces = [piece for text in other_kinds(corpus) for piece in pack_tokens(tokenizer, text, length, _OTHER_TOKENS)]
+    check_ids(max((int(piece.max()) for piece in pieces), default=0), vocab_size)
+    return pieces
 
 
 def interleaved(*lists: Sequence[Tensor]) -> list[Tensor]:

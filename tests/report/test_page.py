@@ -44,7 +44,7 @@ def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fu
         "neural_alignment": {"num_fusions": 2},
         "mka": {"num_fusions": 2, "calibration": text},
         "truncate": {"num_fusions": 2},
-        "refit": {"num_fusions": 2, "calibration": text},
+        "refit": {"num_fusions": 2, "calibration": text, "selection": "least_influence"},
         "within a budget": {"method": "refit", **budget},
     }
     made = {}
