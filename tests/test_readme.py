@@ -27,7 +27,7 @@ from lf_hf.settings import LEVELS
 FOLDERS = ROOT / "docs", ROOT / "research"
 PAGES = [ROOT / "README.md"]
 PAGES += [page for folder in FOLDERS for page in sorted(folder.glob("*.md")) if page.name != "api.md"]
-OTHER_PROGRAMS = "hf", "pip", ".", "export", "convert_hf_to_gguf.py", "llama-quantize", "vllm"  # nothing is checked
+OTHER_PROGRAMS = "hf pip . export convert_hf_to_gguf.py llama-quantize llama-server vllm".split()  # nothing is checked
 
 
 def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
