@@ -56,24 +56,20 @@ MMLU = HubFile(
 def first_rows(file: HubFile) -> list[dict[str, Any]]:
     """The rows, the same ones each time: from the cache, or from the hub, and then they are in the cache.
 
-    Raises
-    ------
-    OSError, ValueError
-        If the hub does not give them in time, or is not to be asked.
+    Raises OSError or ValueError if the hub does not give them in time, or is not to be asked.
     """
     global _failure
     cached: Path | None = None
     with suppress(OSError, ValueError):  # of a cache that cannot be made or read
         cached = cached_assets_path("lf_hf", file.repo, file.commit) / f"{Path(file.path).stem}.json"
-        return _checked(file, cached.read_bytes())
+        return json.loads(cached.read_bytes())
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     if _failure is not None:
         raise _failure
     try:
         command = [sys.executable, __file__, json.dumps(asdict(file))]
-        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
-        rows = _checked(file, done.stdout)
+        content = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True).stdout
     except subprocess.TimeoutExpired:
         _failure = OSError(f"it took more than {PATIENCE:.0f} seconds")
         raise _failure from None
@@ -83,16 +79,9 @@ def first_rows(file: HubFile) -> list[dict[str, Any]]:
     if cached is not None:
         with suppress(OSError):
             new = cached.with_suffix(f".{os.getpid()}")
-            new.write_bytes(done.stdout)
+            new.write_bytes(content)
             new.replace(cached)
-    return rows
-
-
-def _checked(file: HubFile, content: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(content)
-    if not rows or any(list(row) != file.columns for row in rows):
-        raise ValueError(f"{file.path} of {file.repo} does not hold what it is known to hold")
-    return rows
+    return json.loads(content)
 
 
 def _read(repo: str, commit: str, path: str, columns: list[str], rows: int) -> list[dict[str, Any]]:
@@ -102,7 +91,10 @@ def _read(repo: str, commit: str, path: str, columns: list[str], rows: int) -> l
 
     with HfFileSystem().open(f"datasets/{repo}@{commit}/{path}") as file:
         batches = ParquetFile(file).iter_batches(100, columns=columns)
-        return list(islice((row for batch in batches for row in batch.to_pylist()), rows))
+        found = list(islice((row for batch in batches for row in batch.to_pylist()), rows))
+    if not found or any(list(row) != columns for row in found):
+        raise ValueError(f"{path} of {repo} does not hold what it is known to hold")
+    return found
 
 
 if __name__ == "__main__":
