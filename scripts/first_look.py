@@ -62,8 +62,8 @@ def table(reports: dict[str, FusionReport], scores: dict[str, dict[str, tuple[fl
 
 
 def factor(row: Row) -> str:
-    """By how much perplexity grew."""
-    return f" ({row.change})" if row.kind == "perplexity" else ""
+    """How many times the base's perplexity or speed it is, without its spread."""
+    return f" ({' '.join(row.change.split()[:2])})" if row.kind in ("perplexity", "rate") else ""
 
 
 def main_scores(folder: Path) -> dict[str, tuple[float, int]]:

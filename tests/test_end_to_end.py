@@ -23,14 +23,9 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "1"]
     data = json.dumps({"mmlu_dir": str(mmlu_dir)})
     command += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path()), "--metadata", data, "--log_samples"]
-    done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # compared below with what this process computes on its CPU
-        timeout=1200,
-    )
+    command += ["--output_path", str(tmp_path / "results")]
+    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # as what it is compared with below
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=on_the_cpu, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "|anatomy|" in done.stdout.replace(" ", "")
 
@@ -42,8 +37,6 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     assert fusion["layers"] == [30, 26]
     before, after = fusion["parameters"]
     assert (before, after) == (134_515_008, 120_354_624) and config["model_num_parameters"] == after
-    removed = [fusion["layers_removed_fraction"], fusion["parameters_removed_fraction"]]
-    assert removed == pytest.approx([4 / 30, 1 - after / before])
     assert all(info["dense"] < info["fused"] for info in fusion["perplexities"])
 
     # What it kept is no GGUF any more; opened by itself it answers alike.

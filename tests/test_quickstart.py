@@ -29,20 +29,17 @@ def write_results(folder: Path, accuracy: float, group: str = "group", questions
 
 
 def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"perplexity_tokens": 256, "sample_length": 32, "calibration_tokens": 1024}
+    settings: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 256, "calibration_tokens": 1024}
     write_results(tmp_path / "dense", 0.25)
     reports, fused = [], []
     for n, method in enumerate(("truncate", "refit")):
-        reports.append(fuse_checkpoint(base, tmp_path / method, num_fusions=1, method=method, **settings))
+        reports.append(fuse_checkpoint(base, tmp_path / method, method=method, **settings))
         write_results(tmp_path / "results" / method, 0.5 + n / 4)
         fused.append(f"{method}={tmp_path / method}")
     (tmp_path / "dense").rename(tmp_path / "results" / "dense")
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "first_look.py", tmp_path / "results", "--fused", *fused],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-    )
+    command = [sys.executable, f"{ROOT}/scripts/first_look.py", str(tmp_path / "results"), "--fused", *fused]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.replace(" (x ", "(x").partition("docs, ")[0].splitlines()]
     rows = {" ".join(words[:-3]): words[-3:] for words in lines if len(words) >= 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -34,17 +35,14 @@ def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
+def commands() -> Iterator[list[str]]:
     """Each command line of each page, and those inside others, in words: without variables before and comments."""
-    for page in PAGES:
-        for block in blocks("bash", page):
-            for line in block.replace("\\\n", " ").splitlines():
-                for command in (line, *re.findall(r'"\$\((.*?)\)"', line)):
-                    words = shlex.split(command, comments=True)
-                    while words and re.match(r"\w+=", words[0]):
-                        del words[0]
-                    if words:
-                        yield page.name, words
+    for block in itertools.chain(*(blocks("bash", page) for page in PAGES)):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in (line, *re.findall(r'"\$\((.*?)\)"', line)):
+                words = shlex.split(command, comments=True)
+                if words := list(itertools.dropwhile(re.compile(r"\w+=").match, words)):
+                    yield words
 
 
 def adapted(code: str, base: str) -> str:
@@ -83,15 +81,17 @@ def test_lm_eval_blocks_run(block: str, base: str) -> None:
     assert "|anatomy" in done.stdout.replace(" ", "")
 
 
-@pytest.mark.parametrize(("page", "words"), list(commands()))
-def test_every_command_is_one_that_there_is(page: str, words: list[str]) -> None:
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_every_command_is_one_that_there_is(words: list[str]) -> None:
     program, *arguments = words
     if program == "lf-hf":
         check_lf_hf(arguments or ["--help"])  # as main does
     elif "lf_hf" in words:  # by a launcher
         check_lf_hf(words[words.index("lf_hf") + 1 :])
     elif "lm_eval" in words[:8]:  # by itself, or by a launcher
-        check_lm_eval(arguments)
+        args = simple_parse_args_string(arguments[arguments.index("--model_args") + 1])
+        known = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(FusedLlamaLM.__init__).parameters}
+        assert set(args) <= known | set(FusionConfig.field_names())
     elif program.endswith("python"):
         assert arguments[0] == "-c" or (ROOT / arguments[0]).is_file()
     elif program not in OTHER_PROGRAMS:
@@ -112,13 +112,6 @@ def check_lf_hf(arguments: list[str]) -> None:
         settings["num_fusions"] = 1  # a sweep has several, and other commands none
     for method in params.get("methods", params.get("method") or "mka").split(","):
         FusionConfig.from_kwargs(**settings | {"method": method})
-
-
-def check_lm_eval(arguments: list[str]) -> None:
-    """Each model arg is one of the model's or of the settings'."""
-    args = simple_parse_args_string(arguments[arguments.index("--model_args") + 1])
-    known = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(FusedLlamaLM.__init__).parameters}
-    assert set(args) <= known | set(FusionConfig.field_names())
 
 
 def anchors(page: Path) -> set[str]:
