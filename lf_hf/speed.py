@@ -35,23 +35,26 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
     """A fused model's report with its speed, unless that is there or not wanted, or several processes work together."""
     if report.speed is not None or not report.config.get("speed", True):
         return report
-    if Processes.of_launch().world_size > 1:
-        logger.warning_once("Speed is not measured in a launch; evaluate or heal the result in one process for that.")
+    processes = Processes.of_launch()
+    if processes.world_size > 1:
+        if processes.is_main:
+            logger.warning_once("Speed is not measured where several processes work together.")
         return report
     try:
         return dataclasses.replace(report, speed=measure_speed(model, report.layers_before))
-    except RuntimeError as error:  # of a device without room, say, after hours of other work
+    except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
         logger.warning(f"Speed was not measured ({' '.join(str(error).split()):.200}).")
         return report
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     """Speed of a fused model and of its base of `num_base_layers` layers, for one sequence at a time.
 
     After a run of each to warm up, as many runs in turns as take `SECONDS` together: three at least.
     """
-    fused, head = model.model, model.lm_head
+    fused, head, was_training = model.model, model.lm_head, model.training
+    model.eval()
     base = _with_layers(fused, num_base_layers)
     length = max(1, min(_PREFILL[1], model.config.max_position_embeddings - _DECODED[1]))
     ids = torch.arange(length, device=fused.embed_tokens.weight.device)[None] % model.config.vocab_size
@@ -78,6 +81,7 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     rounds, start = list[tuple[Any, Any]](), _now()
     while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and _now() - start < SECONDS):
         rounds.append((run(base, prefilled, decoded), run(fused, prefilled, decoded)))
+    model.train(was_training)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     more = sum(parameter.nbytes for layer in base.layers[len(fused.layers) :] for parameter in layer.parameters())
     return SpeedInfo(
@@ -125,4 +129,5 @@ def _now() -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type

@@ -13,6 +13,7 @@ from builders import make_report
 from conftest import make_texts
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import warning_once
 
 import lf_hf
 from lf_hf.cli import main
@@ -94,6 +95,7 @@ def test_where_layers_are_on_disk_it_says_that_it_is_not_measured(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    warning_once.cache_clear()
     assert lf_hf.fuse_checkpoint(base, tmp_path / "out", **QUICK).speed is None
     assert "Speed is not measured with low_memory=True" in caplog.text
 
