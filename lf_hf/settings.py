@@ -39,7 +39,6 @@ class FusionConfig(Settings):
     """Settings of a fusion."""
 
     noun = "fusion setting"
-    presets = "method", {method: {"heal_tokens": 0} | fields for method, fields in METHODS.items()}
 
     num_fusions: int = setting(
         None,
@@ -170,6 +169,10 @@ class FusionConfig(Settings):
         "Fuse as many as keep the perplexity of that text within this many times the dense model's.",
         above=1,
     )
+
+    def _preset(self) -> dict[str, Any]:
+        self._check("method")
+        return {"heal_tokens": 0} | METHODS[self.method]
 
     def _check_together(self) -> None:
         given = [name for name in LEVELS if getattr(self, name) is not None]

@@ -18,7 +18,6 @@ class HealSettings(Settings):
     """Settings of a healing."""
 
     noun = "healing setting"
-    presets = "train", {train: dict[str, float]() for train in RELATIVE_RATES}
 
     tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", minimum=LEAST_HEAL_TOKENS)
     train: str = setting(

@@ -124,11 +124,8 @@ class Settings:
     known: ClassVar[Mapping[str, Setting]]
     noun: ClassVar[str]
     """What one of them is called where a name is unknown."""
-    presets: ClassVar[tuple[str, Mapping[str, Mapping[str, Any]]]]
-    """The field that fills in others, and what with for each of its values."""
 
     def __post_init__(self) -> None:
-        self._check(self.presets[0])
         for name, value in self._preset().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -140,8 +137,8 @@ class Settings:
         object.__setattr__(self, name, self.known[name].checked(getattr(self, name)))
 
     def _preset(self) -> Mapping[str, Any]:
-        field, presets = self.presets
-        return presets[getattr(self, field)]
+        """What fields are that were not given, where another field decides that."""
+        return {}
 
     def _check_together(self) -> None:
         """Raise ValueError for values that exclude each other."""
