@@ -36,10 +36,6 @@ from lf_hf.text.sources import Samples
 _CHARACTERS_PER_TOKEN = 4
 _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one
 _BYTES_TRAINED = 18  # of a parameter: itself, its gradient and two moments in float32, and a copy to compute in
-_CHOSEN = {
-    "least_influence": "the layer of least influence joins the one before it",
-    "groups": "the groups of layers whose fusion changes predictions least",
-}
 
 
 @dataclass(frozen=True)
@@ -108,14 +104,14 @@ def plan_fusion(
     on_disk = sum(file.stat().st_size for file in opened.files())
     devices = _devices(kwargs.get("device_map"))
     memory, reduced = (_peak(opened, config, samples, text, devices[0], low_memory=low) for low in (False, True))
-    pairs = f"chosen while fusing, on calibration text: {_CHOSEN.get(config.selection)}"
+    pairs = f"chosen while fusing, on calibration text, by selection={config.selection!r}"
     if config.selection == "last":
-        pairs = ", then ".join(f"{layer} into {layer - 1}" for layer in range(layers - 1, layers - 1 - fused, -1))
-        pairs += f"; layer {layers - 1 - fused} then replaces {layers - 1 - fused} to {layers - 1}"
-    plural = "" if fused == 1 else "s"
-    how_many = (
-        "as many fusions as the budget allows, figures for one" if config.within_budget else f"{fused} fusion{plural}"
-    )
+        first, last = layers - 1 - fused, layers - 1
+        pairs = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
+        pairs += f"; layer {first} then replaces {first} to {last}"
+    how_many = "1 fusion" if fused == 1 else f"{fused} fusions"
+    if config.within_budget:
+        how_many = "as many fusions as the budget allows, figures for one"
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"
     sources = [samples and samples.source, text and text.full_source]
     notes = {
