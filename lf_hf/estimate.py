@@ -24,12 +24,12 @@ from lf_hf.fuse import FusionInputs, check_low_memory, low_memory_device
 from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH
-from lf_hf.pipeline import STEP_TOKENS, state_copies
 from lf_hf.refit.fit import num_candidates
 from lf_hf.refit.states import SHARE
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
+from lf_hf.steps import STEP_TOKENS, state_copies
 from lf_hf.text.calibration import Calibration, Corpus
 from lf_hf.text.sources import Samples
 

@@ -16,8 +16,8 @@ from conftest import ROOT
 from lf_hf import fuse_checkpoint
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "runtime settings families text report checkpoint decoder stages refit measure pipeline healing fuse".split()
-ORDER += "__init__ evaluate estimate cli".split()
+ORDER = "runtime settings families text report checkpoint decoder stages refit measure steps budget".split()
+ORDER += "pipeline healing fuse __init__ evaluate estimate cli".split()
 
 
 @functools.cache

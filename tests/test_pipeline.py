@@ -15,8 +15,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import WRITTEN_LENGTH, Measurements, calibration_sequences, measure
-from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs, start
+from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs
 from lf_hf.settings import METHODS
+from lf_hf.steps import start
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")

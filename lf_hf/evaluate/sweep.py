@@ -32,6 +32,7 @@ from lf_hf.runtime.launch import Processes, local_rank, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.speed import with_speed
+from lf_hf.steps import Fusion, start
 from lf_hf.text.calibration import Corpus, load_needed, load_training_text
 from lf_hf.text.sources import Samples
 
@@ -178,7 +179,7 @@ class _Maker:
         if healed:
             self._to_heal = load_training_text(calibration, healed[0].heal_tokens, lambda: self._tokenizer)
             self._check_healing(healed[0], self._to_heal)  # the lowest level, which takes most
-        self._fusion: tuple[ModelDecoder, pipeline.Fusion] | None = None
+        self._fusion: tuple[ModelDecoder, Fusion] | None = None
         self._stack = ExitStack()  # of the fusion
 
     def _check_healing(self, config: FusionConfig, text: Corpus) -> None:
@@ -241,7 +242,7 @@ class _Maker:
         parameters = pipeline.check_model(decoder, config)
         return model, parameters, measure(decoder, self._tokenizer, config, self._samples, self._text)
 
-    def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, pipeline.Fusion]:
+    def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, Fusion]:
         """A fusion of as many pairs as a config asks for, which goes on from the last one where that was the same."""
         if self._fusion is not None:
             before = self._fusion[1]
@@ -253,7 +254,7 @@ class _Maker:
         if self._fusion is None:
             model, _, measurements = self._dense
             decoder = ModelDecoder(model, keep_originals=config.refit != "none").copy()
-            started = pipeline.start(decoder, replace(config, heal_tokens=0), measurements)
+            started = start(decoder, replace(config, heal_tokens=0), measurements)
             self._fusion = decoder, self._stack.enter_context(started)
         pipeline.fuse_pairs(self._fusion[1], config.num_fusions)
         return self._fusion

@@ -14,9 +14,10 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, fuse_pairs, last_pass, start
+from lf_hf.pipeline import fuse, fuse_pairs, last_pass
 from lf_hf.refit.groups import cheapest_sets, estimated, promising, removed, text_for_groups
 from lf_hf.settings import METHODS
+from lf_hf.steps import start
 from lf_hf.text.calibration import Calibration, Corpus
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]

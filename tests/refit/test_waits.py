@@ -13,8 +13,9 @@ from two_devices import CPU, OTHER, TwoDevices
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse_pairs, start
+from lf_hf.pipeline import fuse_pairs
 from lf_hf.refit.last_pass import fit_from_bottom
+from lf_hf.steps import start
 
 WAITING = {"item", "tolist", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
 
