@@ -166,16 +166,17 @@ def plan_heal(
     OSError
         If the disk has no room for the training's states.
     """
-    from lf_hf.healing.heal import STATES, WORK, fitted_arguments, open_healing  # import the Trainer
+    from lf_hf.healing.heal import STATES, fitted_arguments  # import the Trainer
+    from lf_hf.healing.inputs import WORK, open_inputs
     from lf_hf.healing.teacher import place_teacher
     from lf_hf.healing.trainer import disk_needed, make_student
 
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    inputs, folder = open_healing(fused, out, base, text, settings, given, kwargs, reads_weights=False)
-    model = inputs.fused.model
+    inputs, folder = open_inputs(fused, out, base, text, settings, given, kwargs, reads_weights=False)
+    model = inputs.model
     with TemporaryDirectory() as work:
         settings, arguments = fitted_arguments(settings, model.config, Path(work), given)
-        student = make_student(model, settings, inputs.fused.fused_layers)
+        student = make_student(model, settings, inputs.fused_layers)
         placement = place_teacher(inputs.base, settings, student, arguments, given, cache, planned=model)
     disk = disk_needed(student, settings.train)
     check_room(folder, disk, STATES)

@@ -27,17 +27,16 @@ from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.checkpoint.saving import check_replaceable, check_room, checked_folder, only_writer
+from lf_hf.checkpoint.saving import check_room, only_writer
 from lf_hf.decoder.interface import remove_config_layer
 from lf_hf.families import is_tied
-from lf_hf.healing.inputs import FusedCheckpoint, HealingInputs, open_inputs
+from lf_hf.healing.inputs import LOGS, WORK, HealingInputs, open_inputs
 from lf_hf.healing.judge import healed_report, healed_texts, judge
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.teacher import Placement, place_teacher, stacked, training_data
 from lf_hf.healing.text import TextUse, given_text
 from lf_hf.healing.trainer import (
-    check_arguments,
     choose_trained,
     default_learning_rate,
     disk_needed,
@@ -57,11 +56,8 @@ from lf_hf.text.sources import Samples
 
 logger = logging.get_logger(__name__)
 
-WORK = ".lf_hf-healing"
-"""In OUT: the state of a training that is not done."""
 STATES = "states of the training take"
 """On disk, at most."""
-_LOGS = "runs"  # in it: where the Trainer's loggers write, unless they are told another place
 # What the names of training arguments begin with that change nothing in the result.
 _WITHOUT_EFFECT = (
     "report_to",
@@ -127,16 +123,15 @@ def heal(
         If another process is at work in that folder, or if files cannot be written.
     """
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    inputs, folder = open_healing(fused, out, base, text, settings, given, kwargs)
-    report = with_speed(_distill(inputs, folder / WORK, cache, given), inputs.fused.model)
+    inputs, folder = open_inputs(fused, out, base, text, settings, given, kwargs)
+    report = with_speed(_distill(inputs, folder / WORK, cache, given), inputs.model)
 
     def save() -> None:
-        model = inputs.fused.model
-        model.fusion_report, model.tokenizer = report, inputs.fused.tokenizer
-        model.save_pretrained(folder, plain=inputs.fused.plain)
-        logs = folder / WORK / _LOGS
+        inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.own_tokenizer
+        inputs.model.save_pretrained(folder, plain=inputs.plain)
+        logs = folder / WORK / LOGS
         for log in logs.rglob("*"):
-            target = folder / _LOGS / log.relative_to(logs)
+            target = folder / LOGS / log.relative_to(logs)
             if log.is_file() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(log, target)
@@ -144,31 +139,6 @@ def heal(
 
     Processes.of_launch().broadcast_object(save)
     return report
-
-
-def open_healing(
-    fused: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    base: str | os.PathLike[str] | Base | None,
-    text: Samples | None,
-    settings: HealSettings,
-    given: Mapping[str, Any],
-    hub: Mapping[str, Any],
-    *,
-    reads_weights: bool = True,
-) -> tuple[HealingInputs, Path]:
-    """What `heal` starts from, checked, and the folder of the result."""
-    folder = checked_folder(out)
-    if isinstance(fused, str | os.PathLike) and folder == checked_folder(fused):
-        raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    if (folder / _LOGS).is_file() and given.get("report_to", "none") != "none":
-        raise ValueError(
-            f"{os.fspath(out)!r} holds a file {_LOGS!r}, where the Trainer's logs go; choose another folder."
-        )
-    check_arguments(given)
-    inputs = open_inputs(fused, base, text, settings, hub, reads_weights=reads_weights)
-    check_replaceable(folder, inputs.base.name)
-    return inputs, folder
 
 
 def heal_loaded(
@@ -183,8 +153,8 @@ def heal_loaded(
     report, tokens = model.fusion_report, config.heal_tokens
     assert report is not None
     report = dataclasses.replace(report, config=report.config | {"heal_tokens": tokens})
-    fused = FusedCheckpoint(model, report, model.tokenizer)
-    inputs = HealingInputs(fused, base, corpus, HealSettings(tokens=tokens, seed=config.seed))
+    settings = HealSettings(tokens=tokens, seed=config.seed)
+    inputs = HealingInputs(model, report, model.tokenizer, base, corpus, settings)
     with ExitStack() as stack:
         work = Processes.of_launch().broadcast_object(lambda: stack.enter_context(TemporaryDirectory()))
         model.fusion_report = _distill(inputs, Path(work), cache, {})
@@ -250,12 +220,12 @@ def _distill(
     inputs: HealingInputs, work: Path, cache: str | os.PathLike[str] | None, given: dict[str, Any]
 ) -> FusionReport:
     """Train the fused model, in place and in all processes; returns what its report is then."""
-    start, model, processes = time.monotonic(), inputs.fused.model, Processes.of_launch()
+    start, model, processes = time.monotonic(), inputs.model, Processes.of_launch()
     rate = inputs.settings.learning_rate or default_learning_rate(model, inputs.settings.train)
     settings = dataclasses.replace(inputs.settings, learning_rate=rate)
     settings, arguments = fitted_arguments(settings, model.config, work, given)
     inputs = dataclasses.replace(inputs, settings=settings)
-    student = make_student(model, settings, inputs.fused.fused_layers)
+    student = make_student(model, settings, inputs.fused_layers)
     placement = place_teacher(inputs.base, settings, student, arguments, given, cache)
 
     with ExitStack() as stack:
@@ -277,7 +247,7 @@ def _distill(
         if use.note:
             logger.warning(use.note)
         before = judge(model, data.judging, data.teacher, processes)
-        trainer.teacher, trainer.eval_dataset = data.teacher, data.held_out
+        trainer.targets, trainer.eval_dataset = data.teacher.targets, data.held_out
         trainer.train_dataset = data.training[use.order]
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         trainer.train(resume_from_checkpoint=resumed)
@@ -319,7 +289,7 @@ def _identity(
     """What a run must have in common with one that was cut short to go on with it."""
     return inputs.content() | {
         "settings": inputs.settings.to_dict(),
-        "fused": weights_digest(inputs.fused.model.named_parameters()),
+        "fused": weights_digest(inputs.model.named_parameters()),
         "processes": arguments.world_size,
         "training_args": {name: str(value) for name, value in given.items() if not name.startswith(_WITHOUT_EFFECT)},
         "teacher": placement.description,

@@ -17,9 +17,10 @@ from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_token
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
 from lf_hf.checkpoint.fused_cache import base_fingerprint
-from lf_hf.checkpoint.saving import checked_folder, finish_save
+from lf_hf.checkpoint.saving import check_replaceable, checked_folder, finish_save
 from lf_hf.decoder.interface import Decoder
 from lf_hf.healing.settings import HealSettings
+from lf_hf.healing.trainer import check_arguments
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
@@ -31,16 +32,26 @@ _OF_BASE = (
     *HUB_ARGUMENTS,
     *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
 )
+WORK = ".lf_hf-healing"
+"""In OUT: the state of a training that is not done."""
+LOGS = "runs"
+"""In both: where the Trainer's loggers write, unless they are told another place."""
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 
 
 @dataclass(frozen=True)
-class FusedCheckpoint:
-    """A fused model in memory, as it was opened. `plain` says whether its folder was a plain checkpoint."""
+class HealingInputs:
+    """A fused model in memory with its report, its base, the text, and the settings of a healing.
+
+    `own_tokenizer` is that beside the fused model, and `plain` says whether its folder is a plain checkpoint.
+    """
 
     model: FusedForCausalLM
     report: FusionReport
-    tokenizer: PreTrainedTokenizerBase | None
+    own_tokenizer: PreTrainedTokenizerBase | None
+    base: Base
+    corpus: Corpus
+    settings: HealSettings
     plain: bool = False
 
     @property
@@ -48,36 +59,26 @@ class FusedCheckpoint:
         """Numbers of the layers that stand for several."""
         return [number for number, group in enumerate(self.report.groups) if len(group) > 1]
 
-
-@dataclass(frozen=True)
-class HealingInputs:
-    """The fused checkpoint, its base, the text, and the settings of a healing."""
-
-    fused: FusedCheckpoint
-    base: Base
-    corpus: Corpus
-    settings: HealSettings
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fused model's own, or its base's."""
-        return self.fused.tokenizer or self.base.tokenizer()
+        return self.own_tokenizer or self.base.tokenizer()
 
     @property
     def judging_tokens(self) -> int:
         """Tokens of each judging text: as many as the fusion was judged by."""
-        return self.fused.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
+        return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
 
     @property
     def base_dtype(self) -> torch.dtype:
         """The type of the base when it was fused, as far as the report says."""
-        return checked_dtype(self.fused.report.dtype) or self.fused.model.dtype
+        return checked_dtype(self.report.dtype) or self.model.dtype
 
     def content(self) -> dict[str, Any]:
         """What the text, and the teacher's predictions of it, depend on, JSON-ready; files by content."""
         text = hashlib.sha256(json.dumps([self.corpus.parts, self.corpus.generated_share]).encode()).hexdigest()
         return {
-            "base": self.fused.report.base_digest or base_fingerprint(self.base),
+            "base": self.report.base_digest or base_fingerprint(self.base),
             "text": text,
             "chat_template": str(self.tokenizer.chat_template),
             "judging_tokens": self.judging_tokens,
@@ -85,7 +86,7 @@ class HealingInputs:
 
     def check_base(self, decoder: Decoder) -> None:
         """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
-        report, other = self.fused.report, False
+        report, other = self.report, False
         if report.base_digest is not None:
             other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
         elif report.fingerprints is not None:
@@ -99,26 +100,38 @@ class HealingInputs:
 
 def open_inputs(
     fused: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     base: str | os.PathLike[str] | Base | None,
     text: Samples | None,
     settings: HealSettings,
+    given: Mapping[str, Any],
     hub: Mapping[str, Any],
     *,
     reads_weights: bool = True,
-) -> HealingInputs:
-    """Open and check all of them. Weights come last: those of the base are not read, and without `reads_weights` none.
+) -> tuple[HealingInputs, Path]:
+    """Open and check what `heal` takes, `given` being training arguments; returns the folder of the result, too.
 
-    The model is on the meta device then.
+    Weights come last: those of the base are not read, and without `reads_weights` none; the model is then on the meta
+    device.
     """
+    out_folder = checked_folder(out)
+    if (out_folder / LOGS).is_file() and given.get("report_to", "none") != "none":
+        raise ValueError(
+            f"{os.fspath(out)!r} holds a file {LOGS!r}, where the Trainer's logs go; choose another folder."
+        )
+    check_arguments(given)
     if not isinstance(fused, str | os.PathLike):
         raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
     folder = checked_folder(fused)
+    if folder == out_folder:
+        raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     finish_save(folder)
     report = FusionReport.load(folder)
     opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
     for name in hub:
         if name not in _OF_BASE and not hasattr(opened.config, name):
             raise ValueError(unknown_name("argument", name, (*HealSettings.known, *_OF_BASE)))
+    check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
     corpus = load_training_text(text, settings.tokens, lambda: tokenizer or opened.tokenizer())
@@ -137,7 +150,7 @@ def open_inputs(
     else:
         with torch.device("meta"):
             model = fused_class(config)(config).to(config.dtype)
-    return HealingInputs(FusedCheckpoint(model, report, tokenizer, plain), opened, corpus, settings)
+    return HealingInputs(model, report, tokenizer, opened, corpus, settings, plain), out_folder
 
 
 def _base_name(

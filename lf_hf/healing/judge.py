@@ -61,15 +61,14 @@ def healed_report(
     diverged: tuple[int, float] | None,
 ) -> FusionReport:
     """The fused model's report, of what it has become; `diverged` is as of a `DistillationTrainer`."""
-    fused = inputs.fused
-    report = fused.report
+    report = inputs.report
     # What is said below is of this healing; what was said of an earlier one is not true any more.
     stale = (COLLAPSED, SILENT, "Healing ", "The loss of healing")
     kept_notes = [note for note in report.notes if not note.startswith(stale)]
     perplexities = _perplexities(inputs, healed, after, use)
     continuations = report.continuations
-    if fused.tokenizer is not None and continuations:
-        now = written_on(ModelDecoder(fused.model), fused.tokenizer)
+    if inputs.own_tokenizer is not None and continuations:
+        now = written_on(ModelDecoder(inputs.model), inputs.own_tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
     new_notes = [
         f"The loss of healing was not finite at step {diverged[0]}, at a learning rate of {diverged[1]:.3g}, so the "
@@ -92,7 +91,7 @@ def healed_report(
         perplexities=perplexities,
         notes=[*kept_notes, *filter(None, new_notes)],
         seconds=report.seconds | {"healing": healed.seconds},
-        weights_digest=weights_digest(fused.model.named_parameters()),
+        weights_digest=weights_digest(inputs.model.named_parameters()),
         fingerprints=None,
         healed=healed,
     )
@@ -118,7 +117,7 @@ def _perplexities(
     texts, tokens = {judging.name: judging for judging in judging_texts()}, {t.name: t.tokens for t in healed.judged}
     sources = [kind.source for kind in use.kinds]
     perplexities = []
-    for info in inputs.fused.report.perplexities:
+    for info in inputs.report.perplexities:
         if (now := after.get(info.name)) is None or info.name not in texts:
             continue
         nearness = relation(texts[info.name], inputs.corpus.parts, sources) if healed.kept else "unseen"
@@ -133,4 +132,4 @@ def _perplexities(
                 agreement=now.agreement,
             )
         )
-    return perplexities or inputs.fused.report.perplexities
+    return perplexities or inputs.report.perplexities

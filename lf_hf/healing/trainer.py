@@ -7,11 +7,11 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -132,21 +132,14 @@ def disk_needed(student: nn.Module, train: str) -> int:
     return 3 * (weights + sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
 
 
-class TargetsOf(Protocol):
-    """What has the teacher's predictions."""
-
-    def targets(self, batch: Mapping[str, Tensor]) -> Targets:
-        """Of a batch of items, stacked."""
-
-
 class DistillationTrainer(Trainer):
     """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
 
-    `diverged` is the step and the learning rate at which the loss was not finite, where it ever was; training stops
-    there.
+    `targets` gives the teacher's predictions of a batch. `diverged` is the step and the learning rate at which the loss
+    was not finite, where it ever was; training stops there.
     """
 
-    teacher: TargetsOf
+    targets: Callable[[Mapping[str, Tensor]], Targets]
 
     def __init__(self, *, loss: Loss, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -159,7 +152,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = self.loss if model.training else Loss()  # held-out text is judged by the divergence itself
-        outputs = model(input_ids=inputs["input_ids"], targets=self.teacher.targets(inputs), loss=loss)
+        outputs = model(input_ids=inputs["input_ids"], targets=self.targets(inputs), loss=loss)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
