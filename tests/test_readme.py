@@ -69,7 +69,7 @@ def test_python_blocks_run_one_after_the_other(
             exec(adapted(block, base), names)
     for saved in re.findall(r'save_pretrained\("(.*?)"', "".join(blocks("python", page))):
         assert (tmp_path / saved / "config.json").is_file()
-    assert page.name != "README.md" or "5 -> 3 layers" in capsys.readouterr().out
+    assert page.name != "README.md" or "layers: 5 -> 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if block.startswith("lm_eval")])
