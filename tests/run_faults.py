@@ -155,7 +155,7 @@ def main(folder: Path) -> None:
             assert not before or foreign(out) == before
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2, 3], "methods": ["truncate"], "tasks": ["task"]}
-    arguments["settings"] = {"perplexity_tokens": 100}
+    arguments["settings"] = {"perplexity_tokens": 100, "speed": False}
     put_foreign(folder / "whole")
     taken = seconds(lambda: sweep(base, folder / "whole", **arguments))
     for number in (signal.SIGKILL, signal.SIGINT):
