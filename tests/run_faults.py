@@ -123,7 +123,7 @@ def main(folder: Path) -> None:
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     rng = random.Random(0)
-    settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0}
+    settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0, "speed": False}
     models = {
         count: FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=count, **settings) for count in (1, 2)
     }
