@@ -140,7 +140,7 @@ def fuse_all(base: str, out: Path) -> None:
 
 
 def write(base: str, out: Path, kind: str, **arguments: Any) -> FusionReport:
-    config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 200, "calibration_length": 64}
+    config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 200, "speed": False, "calibration_length": 64}
     config |= {"calibration_tokens": 1024, "method": kind} | SETTINGS[kind] | arguments
     return fuse_checkpoint(base, out, calibration=make_texts(), **config)
 

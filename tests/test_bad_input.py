@@ -223,7 +223,7 @@ ROWS: dict[str, Row] = {
         {"num_fusions": 10**9},
         "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000",
     ),
-    "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='least_influence', got 3"),
+    "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal": (healed, {"trian": "all"}, "Unknown argument 'trian'; did you mean 'train'"),
     "not of heal": (healed, {"num_fusions": 5}, "Unknown argument 'num_fusions'; known are tokens, train"),

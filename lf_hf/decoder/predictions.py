@@ -159,9 +159,9 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
         for n, states in enumerate(dense):
             models = [(head, states), *((head, candidate[n].to(states.device)) for candidate in candidates)]
             for expected, *log_probs in _log_probs(models, decoder.config.vocab_size):
-                sums = [kl_divergence(expected, of_candidate).sum() for of_candidate in log_probs]
-                sums.append(torch.full((), len(expected), dtype=expected.dtype, device=expected.device))
-                parts.append(in_float64(torch.stack(sums)))
+                figures = [kl_divergence(expected, of_candidate) for of_candidate in log_probs]
+                # In float64, so that sums do not depend on how many sequences are in a batch.
+                parts.append(in_float64(torch.stack([*figures, torch.ones_like(expected[:, 0])])).sum(-1))
     *totals, tokens = decoder.processes.all_reduce_sums(_total(parts, len(candidates) + 1))
     return [total / tokens if math.isfinite(total) else math.inf for total in totals]
 
