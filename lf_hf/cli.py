@@ -90,7 +90,7 @@ def _is_no_load_report(record: logging.LogRecord) -> bool:
 @click.version_option(version("lf_hf"), message="lf-hf %(version)s")
 @click.option(_TRACEBACK, is_flag=True, help="Show where an error came from; works after a command, too.")
 def app(traceback: bool) -> None:  # which `main` takes out, wherever it is
-    """Make a language model smaller by fusing pairs of its decoder layers."""
+    """Make a language model smaller by fusing decoder layers that follow each other."""
 
 
 def _examples(*commands: str) -> str:

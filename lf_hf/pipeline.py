@@ -64,7 +64,8 @@ def fuse(
         Changed: it has `num_fusions` fewer layers afterwards, or as many fewer as a budget allows.
     tokenizer : the model's tokenizer
     config : FusionConfig
-    samples, text : Calibration or None
+    samples : Calibration or None
+    text : Corpus or None
         Samples for the layer similarity, and running text for influence, selection and fits. Each may be None
         only where `config.needs_similarity` or `config.needs_text` is false, or there are measurements.
     base : str
