@@ -40,11 +40,15 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
         if processes.is_main:
             logger.warning_once("Speed is not measured where several processes work together.")
         return report
+    was_training = model.training
+    model.eval()
     try:
         return dataclasses.replace(report, speed=measure_speed(model, report.layers_before))
     except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
         logger.warning(f"Speed was not measured ({' '.join(str(error).split()):.200}).")
         return report
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -53,8 +57,7 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
 
     After a run of each to warm up, as many runs in turns as take `SECONDS` together: three at least.
     """
-    fused, head, was_training = model.model, model.lm_head, model.training
-    model.eval()
+    fused, head = model.model, model.lm_head
     base = _with_layers(fused, num_base_layers)
     length = max(1, min(_PREFILL[1], model.config.max_position_embeddings - _DECODED[1]))
     ids = torch.arange(length, device=fused.embed_tokens.weight.device)[None] % model.config.vocab_size
@@ -81,7 +84,6 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     rounds, start = list[tuple[Any, Any]](), _now()
     while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and _now() - start < SECONDS):
         rounds.append((run(base, prefilled, decoded), run(fused, prefilled, decoded)))
-    model.train(was_training)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     more = sum(parameter.nbytes for layer in base.layers[len(fused.layers) :] for parameter in layer.parameters())
     return SpeedInfo(

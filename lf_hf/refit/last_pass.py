@@ -83,8 +83,14 @@ def fit_from_bottom(
             decoder.replace(index, fit.weights, fit.kind)
             with decoder.layer(index) as layer:
                 of_fused, of_first = held.missed(layer)
-            instead = group[missed.index(min(missed))] if min(missed) < of_fused else None
+            least = min(missed)  # a fitted layer that overflows misses NaN, which is no less
+            instead = group[missed.index(least)] if math.isfinite(least) and not of_fused <= least else None
+            heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
             if instead is not None:
+                heads_kept, channels_kept = (
+                    kept and [sum(kept) * (number == instead) for number in group]
+                    for kept in (heads_kept, channels_kept)
+                )
                 with decoder.original(instead) as layer:
                     decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             dense = traces.output
@@ -94,7 +100,7 @@ def fit_from_bottom(
                 held.cross(layer)
             errors = fit.error_before, fit.error_after, fit.attention_error
             on_held_out: tuple[float | None, float | None] = (of_fused, of_first) if held_out else (None, None)
-            fitted.append(FittedLayer(group, fit.heads_kept, fit.channels_kept, *errors, *on_held_out, instead))
+            fitted.append(FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead))
     return fitted
 
 

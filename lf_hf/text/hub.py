@@ -60,7 +60,7 @@ def first_rows(file: HubFile) -> list[dict[str, Any]]:
     """
     global _failure
     cached: Path | None = None
-    with suppress(OSError, ValueError):  # of a cache that cannot be made or read
+    with suppress(OSError, ValueError, RuntimeError):  # of a cache that cannot be made or read; without a home
         cached = cached_assets_path("lf_hf", file.repo, file.commit) / f"{Path(file.path).stem}.json"
         return json.loads(cached.read_bytes())
     if constants.HF_HUB_OFFLINE:
