@@ -44,7 +44,7 @@ MAX_SHARD_BYTES = 500_000_000
 class FusionInputs:
     """All that a fusion is made of. `samples` and `text` may be None where there are measurements.
 
-    `to_heal` is the text of the healing that follows, where there is one.
+    `to_heal` is the text of the healing that follows, where there is one. `by_default` says that the user gave none.
     """
 
     base: Base
@@ -54,6 +54,7 @@ class FusionInputs:
     text: Corpus | None
     to_heal: Corpus | None
     measurements: Measurements | None
+    by_default: bool
 
     @classmethod
     def load(
@@ -72,7 +73,7 @@ class FusionInputs:
         )
         used = own or base.tokenizer()
         to_heal = load_training_text(calibration, config.heal_tokens, lambda: used) if config.heal_tokens else None
-        return cls(base, config, used, samples, text, to_heal, measurements)
+        return cls(base, config, used, samples, text, to_heal, measurements, calibration is None)
 
     @property
     def processes(self) -> Processes:
@@ -198,7 +199,7 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
     The first run to lock the folder fuses, and the others wait for it.
     """
     base, config, processes = inputs.base, inputs.config, inputs.processes
-    made_of = fingerprints(base, inputs.tokenizer, inputs.texts)
+    made_of = fingerprints(base, inputs.tokenizer, None if inputs.by_default and inputs.texts else inputs.texts)
     model: FusedForCausalLM | None = None
 
     def reasons_to_fuse() -> list[str]:
@@ -221,8 +222,9 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
             with only_writer(folder, wait=True):
                 _write_files(model, folder)
     if model is None:
-        logger.info(f"Loading what was fused before from {str(folder)!r}.")
         model = model_class.from_pretrained(folder, **base.loading_fused())
+        sources = [info.source for info in model.fusion_report.calibration] if model.fusion_report else []
+        logger.info(f"Loaded from {str(folder)!r} what was fused before, on {', '.join(sources) or 'no text'}.")
         model.tokenizer = inputs.tokenizer
         if reasons_to_fuse():  # replaced while it was read, by a run with other settings
             del model

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from huggingface_hub import cached_assets_path
 from test_saving import no_privileges
 from tokenizers import normalizers
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.checkpoint.saving import only_writer
+from lf_hf.text.hub import GENERAL
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
 
@@ -151,6 +153,36 @@ def test_what_another_run_replaces_while_it_is_read_is_not_used(
 
     monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
     assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
+
+
+@pytest.mark.parametrize(("answers_first", "heal_tokens"), [(True, 1024), (False, 0)])
+def test_the_default_text_is_the_same_with_and_without_a_hub(
+    answers_first: bool,
+    heal_tokens: int,
+    base: str,
+    tmp_path: Path,
+    fusions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """So what took long, as a healing, is not replaced where the hub answers now and did not then, or the reverse."""
+    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
+    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
+    settings: dict[str, Any] = {"calibration": None, "method": "refit", "perplexity_tokens": 200}
+    settings |= {"calibration_tokens": 1024, "calibration_length": 64, "heal_tokens": heal_tokens}
+    models = []
+    for answers in (answers_first, not answers_first):
+        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "lf_hf"):
+            patch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+            patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path if answers else os.devnull)
+            caplog.clear()
+            models.append(load(base, tmp_path / "fused", **settings))
+    assert len(fusions) == 1 and same(*models)
+    [line] = [message for message in caplog.messages if "what was fused before, on" in message]
+    assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
+    for changes in ({"calibration": "bundled"}, {"tokenizer": tokenizer_with(template="{{ messages[0].content }}")}):
+        load(base, tmp_path / "fused", **settings | changes | {"heal_tokens": 0})
+    assert len(fusions) == 3
 
 
 def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:

@@ -26,17 +26,26 @@ _MEANING = {
 }
 
 
-def fingerprints(base: Base, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, str]:
+def fingerprints(base: Base, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] | None) -> dict[str, str]:
     """What a fusion, and the healing that may follow, is made of besides its FusionConfig: by content, not by name.
+
+    Parameters
+    ----------
+    texts : iterable of str or None
+        The calibration text that the user gave. None for the default, which is the same whether the hub gave it or not.
 
     Returns
     -------
     dict with
         base : `base_fingerprint`
-        calibration : SHA-256 over the texts, the tokens of their beginning, and the chat template
+        calibration : SHA-256 over the texts, the tokens of their beginning, and the chat template; by default over the
+            vocabulary in place of texts
         dtype, algorithm : as they are
     """
     calibration = hashlib.sha256(str(tokenizer.chat_template).encode())
+    if texts is None:
+        vocabulary = tokenizer.get_vocab()
+        texts = [" ".join(sorted(vocabulary, key=vocabulary.__getitem__))]
     for text in texts:
         calibration.update(hashlib.sha256(text.encode()).digest())
         calibration.update(str(tokenizer(text[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())

@@ -235,7 +235,7 @@ def _distill(
                 check_room(work, disk_needed(student, settings.train), STATES)
                 given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
             stack.enter_context(only_writer(work))
-            return _resumed_from(work, _identity(inputs, placement, arguments, given))
+            return _resumed_from(work, _identity(inputs, placement, arguments, given), inputs.corpus.source)
 
         stack.enter_context(_unchanged_process())
         resumed = processes.broadcast_object(begin)
@@ -297,13 +297,14 @@ def _identity(
     }
 
 
-def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
+def _resumed_from(work: Path, identity: dict[str, Any], source: str) -> str | None:
     """The checkpoint of a run of the same healing that was cut short, if any; all else in the folder is removed.
 
-    Raises ValueError for a run of another healing, so that nothing is lost.
+    `source` says where the text is from. Raises ValueError for a run of another healing, so that nothing is lost.
     """
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    source_before = before.pop("source", "another text")
     for checkpoint in work.glob("checkpoint-*"):
         try:
             json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
@@ -320,6 +321,11 @@ def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
                 f"for it the base's predictions were {before['teacher']}, and now they would be {identity['teacher']}; "
                 "go on with as much memory and the same cache"
             )
+        elif differ == ["text"]:
+            reason = (
+                f"its text is {source_before}, and now it would be {source}; go on with that text (without text= it is "
+                "the hub's where that answers, else as with text='bundled')"
+            )
         raise ValueError(
             f"{str(work.parent)!r} holds a run that was cut short, of another healing: {reason}, or remove "
             f"{str(work)!r} to start anew."
@@ -330,7 +336,7 @@ def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
                 shutil.rmtree(path)
             elif not path.name.endswith(".lock"):
                 path.unlink()
-        note.with_suffix(".new").write_text(json.dumps(identity), encoding="utf-8")
+        note.with_suffix(".new").write_text(json.dumps(identity | {"source": source}), encoding="utf-8")
         note.with_suffix(".new").replace(note)
     if checkpoint:
         logger.warning(f"Going on from {checkpoint!r}, where an earlier run of the same healing stopped.")

@@ -191,6 +191,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     for changes, message in (
         ({"cache": tmp_path / "cache"}, "for it the base's predictions were computed by the base, which"),
         ({"learning_rate": 1e-3}, "a run that was cut short, of another healing: its settings differ; give the same"),
+        (
+            {"text": "bundled"},
+            "its text is strings given .*, and now it would be Python documentation .*; go on with that",
+        ),
         ({"base": other_base}, "is not the base that this model was fused from"),
     ):
         with pytest.raises(ValueError, match=message):
