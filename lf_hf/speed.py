@@ -26,9 +26,9 @@ from lf_hf.runtime.launch import Processes
 
 logger = logging.get_logger(__name__)
 SECONDS = 4.0
-"""For all runs, about."""
-_ROUNDS = (3, 9)  # at least, and at most
-_PREFILL, _DECODED = (16, 512), (4, 32)  # tokens, at least and at most
+"""For warming up, and again for all rounds, about: a slow machine makes one run and two rounds of the least size."""
+_ROUNDS = (2, 9)  # at least, and at most
+_PREFILL, _DECODED = (16, 512), (1, 32)  # tokens, at least and at most
 
 
 def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
@@ -55,46 +55,55 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
 def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     """Speed of a fused model and of its base of `num_base_layers` layers, for one sequence at a time.
 
-    After a run of each to warm up, as many runs in turns as take `SECONDS` together: three at least.
+    After warming up, both run in turns as often as `SECONDS` allow: twice at least.
     """
     fused, head = model.model, model.lm_head
     base = _with_layers(fused, num_base_layers)
     length = max(1, min(_PREFILL[1], model.config.max_position_embeddings - _DECODED[1]))
     ids = torch.arange(length, device=fused.embed_tokens.weight.device)[None] % model.config.vocab_size
-
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
     # Newer versions of transformers call it otherwise.
     cache_argument = "cache" if "cache" in inspect.signature(fused.forward).parameters else "past_key_values"
+
+    def now() -> float:
+        for device in devices:  # whose work is to be done
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
 
     def run(body: Any, prefilled: int, decoded: int) -> tuple[float, float, int]:
         """Seconds a token of both, and bytes of cache a token."""
         cache: Any = DynamicCache(config=body.config)
-        start, given = _now(), {cache_argument: cache, "use_cache": True}
+        start, given = now(), {cache_argument: cache, "use_cache": True}
         token = head(body(input_ids=ids[:, :prefilled], **given).last_hidden_state[:, -1:]).argmax(-1)
-        between, cache_bytes = _now(), sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        between, cache_bytes = now(), sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         for _ in range(decoded):
             token = head(body(input_ids=token, **given).last_hidden_state).argmax(-1)
-        return (between - start) / prefilled, (_now() - between) / decoded, cache_bytes // prefilled
+        return (between - start) / prefilled, (now() - between) / decoded, cache_bytes // prefilled
 
-    prefilled, decoded = min(length, _PREFILL[0]), _DECODED[0]
+    prefilled, decoded, start = min(length, _PREFILL[0]), _DECODED[0], now()
     for body in (fused, base, base):
         a_token = run(body, prefilled, decoded)
-    share = SECONDS / _ROUNDS[0] / 4  # seconds of each of the four parts of a round
+        if now() - start > SECONDS:  # so slow that a first run's own costs do not count
+            break
+    share = SECONDS / 12  # seconds of each of the four parts of a round, of three rounds
     prefilled = min(length, max(prefilled, int(share / a_token[0])))
     decoded = min(_DECODED[1], max(decoded, int(share / a_token[1])))
-    rounds, start = list[tuple[Any, Any]](), _now()
-    while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and _now() - start < SECONDS):
+    rounds, start = list[tuple[Any, Any]](), now()
+    while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and now() - start < SECONDS):
         rounds.append((run(base, prefilled, decoded), run(fused, prefilled, decoded)))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     more = sum(parameter.nbytes for layer in base.layers[len(fused.layers) :] for parameter in layer.parameters())
+    of_base, of_fused = rounds[0]
     return SpeedInfo(
         device=_device_name(ids.device),
         dtype=str(model.dtype).removeprefix("torch."),
         prefill_tokens=prefilled,
         decoded_tokens=decoded,
-        prefill=_rate([(of_base[0], of_fused[0]) for of_base, of_fused in rounds]),
-        decoding=_rate([(of_base[1], of_fused[1]) for of_base, of_fused in rounds]),
+        prefill=_rate([(base[0], fused[0]) for base, fused in rounds]),
+        decoding=_rate([(base[1], fused[1]) for base, fused in rounds]),
         weight_bytes=[weights + more, weights],
-        cache_bytes=[rounds[0][0][2], rounds[0][1][2]],
+        cache_bytes=[of_base[2], of_fused[2]],
+        runs=len(rounds),
     )
 
 
@@ -119,13 +128,6 @@ def _rate(seconds: Sequence[tuple[float, float]]) -> Rate:
     of_base, of_fused = (statistics.median(column) for column in zip(*seconds, strict=True))
     ratios = [a / b for a, b in seconds]
     return Rate(1 / of_base, 1 / of_fused, statistics.median(ratios), min(ratios), max(ratios))
-
-
-def _now() -> float:
-    """Seconds, when what was given to a device is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
     assert model.config.to_dict() == config.to_dict()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model in memory, devices that it is not on are left alone: asking for one takes memory there."""
+    monkeypatch.setattr("lf_hf.speed.SECONDS", 0.05)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: pytest.fail("another device was asked"))
+    model, calls = tiny_model("llama"), list[None]()
+
+    def slow(*_: Any) -> None:
+        calls.append(None)
+        time.sleep(0.06)
+
+    model.model.layers[0].register_forward_pre_hook(slow)
+    info = measure_speed(model, 8)
+    assert (info.runs, info.prefill_tokens, info.decoded_tokens) == (2, 16, 1)
+    assert len(calls) <= 2 + 3 * 2 + 2 * 2 * 3  # one run to warm up, and two rounds; the base has this layer twice
+    assert "a prompt of 16 tokens and 1 decoded, 2 runs of each model" in info.source
 
 
 @pytest.mark.usefixtures("timed")

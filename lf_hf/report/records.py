@@ -32,11 +32,12 @@ class FusionStep:
 
     `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
     for all of them. `ratio_i` + `ratio_j` = 1, and `ratio_j` is 0 where weights are not averaged. `matches` has one
-    entry for each aligned projection. `influence` is how much layer j changed the residual stream, and `divergence` how
-    far the model's predictions were expected to move with this fusion, in nats per token, where pairs were chosen by
-    such figures. `heads_kept` and `channels_kept` count the key-value groups and MLP channels from layer i and from
-    layer j, where they were selected, and the errors are those of what the MLP adds to the stream (squared, relative),
-    before and after the fit, all at this step: the last pass makes fused layers again, see FittedLayer.
+    entry for each aligned projection. Where pairs were chosen by them, `influence` is how much layer j changed the
+    residual stream, and `divergence` what the new group is expected to cost in nats a token, less what the group that
+    became layer i was; it may be negative. `heads_kept` and `channels_kept` count the key-value groups and MLP channels
+    from layer i and from layer j, where they were selected, and the errors are those of what the MLP adds to the stream
+    (squared, relative), before and after the fit, all at this step: the last pass makes fused layers again, see
+    FittedLayer.
     """
 
     layers_i: list[int]
@@ -199,8 +200,9 @@ class Rate:
 class SpeedInfo:
     """How fast a fused model is beside its base for one sequence, on a device and in a dtype: see `lf_hf.speed`.
 
-    A run reads a prompt of `prefill_tokens` and decodes `decoded_tokens`, one after the other. `weight_bytes` are those
-    of all weights and `cache_bytes` those of the KV cache a token, of the base and of the fused model.
+    Each of `runs` runs (None in a report of an older version) reads a prompt of `prefill_tokens` and then decodes
+    `decoded_tokens`. `weight_bytes` are those of all weights and `cache_bytes` those of the KV cache a token, of the
+    base and of the fused model.
     """
 
     device: str
@@ -211,13 +213,15 @@ class SpeedInfo:
     decoding: Rate
     weight_bytes: list[int]
     cache_bytes: list[int]
+    runs: int | None = None
 
     @property
     def source(self) -> str:
         """What it was measured on, in one line."""
+        runs = f", {self.runs} runs of each model" if self.runs else ""
         return (
             f"speed: {self.device}, {self.dtype}, one sequence, a prompt of {self.prefill_tokens} tokens and "
-            f"{self.decoded_tokens} decoded"
+            f"{self.decoded_tokens} decoded{runs}"
         )
 
 

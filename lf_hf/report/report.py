@@ -190,7 +190,7 @@ class FusionReport:
         for step in self.steps:
             i, j = step.pair
             line = f"layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
-            figures = {"influence": step.influence, "divergence": step.divergence}
+            figures = {"influence": step.influence, "added divergence": step.divergence}
             if step.matches:
                 figures["mean matched cosine"] = statistics.mean(match.cosine_after for match in step.matches.values())
             lines.append(line + "".join(f", {name} {v:.4f}" for name, v in figures.items() if v is not None))
