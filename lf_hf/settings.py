@@ -38,7 +38,7 @@ LEVELS = ("num_fusions", "max_divergence", "max_perplexity_ratio")
 class FusionConfig(Settings):
     """Settings of a fusion."""
 
-    noun = "fusion setting"
+    noun, one_of = "fusion setting", LEVELS
 
     num_fusions: int = setting(
         None,

@@ -19,7 +19,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.pipeline import fuse
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import Calibration, Corpus, load_calibration
 
 TEMPLATE = (  # so that processes share chats to write, too
     "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
@@ -66,6 +66,8 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
 def main() -> None:
     torch.set_num_threads(1)
     processes = Processes.of_launch()
+    if processes.rank == 1:
+        load_calibration()  # which a process may do alone
     for name in sys.argv[1:]:
         alone = None
         settings = SETTINGS["refit" if name == "dies" else name]

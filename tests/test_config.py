@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 
+import numpy as np
 import pytest
 
 from lf_hf import FusionConfig, HealSettings
@@ -39,6 +40,14 @@ def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = FusionConfig.from_kwargs(
+        num_fusions=np.int64(4), rank_normalize=np.False_, ridge=np.float32(0.5), kernel_scale=np.int8(2)
+    )
+    assert given.to_dict() == FusionConfig(4, rank_normalize=False, ridge=0.5, kernel_scale=2.0).to_dict()
+    assert all(type(value) in (int, float, bool, str, type(None)) for value in given.to_dict().values())
+
+
 def test_limits_that_depend_on_the_model_and_the_data() -> None:
     config = FusionConfig(num_fusions=32)
     with pytest.raises(ValueError, match="num_fusions must be 1 to 31 for a model of 32 layers"):
@@ -59,6 +68,7 @@ def test_a_field_given_over_settings_brings_its_preset() -> None:
     assert FusionConfig.taken_from({"method": "refit"}, config) == FusionConfig(1, "refit", ridge=0.2)
     chosen = FusionConfig(num_fusions=1, selection="groups")
     assert FusionConfig.taken_from({"method": "refit", "ridge": "0.2"}, chosen).selection == "groups"
+    assert FusionConfig.taken_from({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
     assert HealSettings.taken_from({"train": "lora"}, HealSettings(learning_rate=0.1)).learning_rate == 0.1
 
 

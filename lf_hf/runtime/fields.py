@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 LARGEST_INTEGER = 2**32 - 1  # what every library takes, as a seed too
 _MOST_LISTED = 30  # known names in a sentence
 
@@ -84,9 +86,10 @@ class Setting:
             return value
 
     def checked(self, value: Any) -> Any:
-        """A value in the field's type, one of numpy's numbers too. Raises ValueError for any that is not allowed."""
+        """A value in the field's type, also from one of numpy's. Raises ValueError for any that is not allowed."""
         if value is None and self.default is None:
             return None
+        value = value.item() if isinstance(value, np.generic) else value
         if self.choices and isinstance(value, str) and value not in self.choices:
             raise ValueError(unknown_name(self.name, value, self.choices))
         allowed, result = self.allowed, value
@@ -124,6 +127,8 @@ class Settings:
     known: ClassVar[Mapping[str, Setting]]
     noun: ClassVar[str]
     """What one of them is called where a name is unknown."""
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Fields of which one is given, in place of the others."""
 
     def __post_init__(self) -> None:
         for name, value in self._preset().items():
@@ -192,9 +197,11 @@ class Settings:
             if difflib.get_close_matches(name, cls.field_names(), n=1, cutoff=0.75):
                 raise ValueError(unknown_name("argument", name, cls.field_names()))
         own: dict[str, Any] = {}
-        if settings is not None:  # but for what a preset filled in, which goes with the old preset
-            preset = settings._preset()
-            own = {name: value for name, value in settings.to_dict().items() if value != preset.get(name)}
+        if settings is not None:  # but for what a preset filled in, and for what is given in another way now
+            left_out = settings._preset()
+            if any(given.get(name) is not None for name in cls.one_of):
+                left_out = {**left_out, **{name: getattr(settings, name) for name in cls.one_of}}
+            own = {name: value for name, value in settings.to_dict().items() if value != left_out.get(name)}
         return cls.from_kwargs(**own | given)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from lf_hf.runtime.launch import Processes, rank
+from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
-from lf_hf.text.hub import GENERAL, MMLU, HubFile, first_rows
+from lf_hf.text.hub import GENERAL, MMLU, first_rows
 from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, questions_of
 from lf_hf.text.sources import OpenTokenizer, Samples, checked_strings, open_samples, spread_evenly, windows
 
@@ -86,16 +86,28 @@ def load_needed(
 ) -> tuple[Calibration | None, Corpus | None]:
     """What a fusion with `config` needs of samples for layer similarity and of running text.
 
-    Raises ValueError if `calibration` cannot be used, or has too few samples.
+    The first process of a launch reads it for all, so each has to call this. Raises ValueError if `calibration` cannot
+    be used, or has too few samples.
     """
-    samples, text = None, None
-    if config.needs_similarity:
-        settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
-        samples = load_calibration(calibration, **settings, open_tokenizer=open_tokenizer)
-        config.check_num_samples(len(samples.texts))
-    if config.needs_text:
-        text = load_corpus(calibration, max_tokens=config.calibration_tokens, open_tokenizer=open_tokenizer)
-    return samples, text
+
+    def load() -> tuple[Calibration | None, Corpus | None]:
+        samples, text = None, None
+        if config.needs_similarity:
+            settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
+            samples = load_calibration(calibration, **settings, open_tokenizer=open_tokenizer)
+            config.check_num_samples(len(samples.texts))
+        if config.needs_text:
+            text = load_corpus(calibration, max_tokens=config.calibration_tokens, open_tokenizer=open_tokenizer)
+        return samples, text
+
+    return Processes.of_launch().broadcast_object(load)
+
+
+def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
+    """As `load_corpus`, to train on so many tokens; as `load_needed`, what the first process of a launch reads."""
+    return Processes.of_launch().broadcast_object(
+        lambda: load_corpus(text, max_tokens=tokens, to_train=True, open_tokenizer=open_tokenizer)
+    )
 
 
 def load_calibration(
@@ -146,23 +158,13 @@ def _check_not_empty(total: int, source: str) -> None:
         raise ValueError(f"The text ({source}) is empty; give a file with text.")
 
 
-def _from_hub(file: HubFile) -> tuple[list[dict[str, Any]], str]:
-    """Its rows, or none and the reason: in all processes of a launch what the first one gets."""
-
-    def read() -> tuple[list[dict[str, Any]], str]:
-        try:
-            return first_rows(file), ""
-        except (OSError, ValueError) as error:
-            return [], f"{error}"
-
-    return Processes.of_launch().broadcast_object(read)
-
-
 def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration:
-    rows, reason = _from_hub(MMLU) if ask_hub else ([], "")
-    questions, source = questions_of(rows), "cais/mmlu, validation split"
-    if not rows:
-        logger.info("No MMLU validation questions from the hub (%s).", reason)
+    try:
+        if not ask_hub:
+            raise OSError("the bundled ones are asked for")
+        questions, source = questions_of(first_rows(MMLU)), "cais/mmlu, validation split"
+    except OSError as error:
+        logger.info("No MMLU validation questions from the hub (%s).", error)
         questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
         if samples_per_subject > 1:
             logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
@@ -215,10 +217,11 @@ def load_corpus(
         return _bundled(f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model", to_train)
     samples: Iterable[Any]
     if calibration is None:
-        pages, reason = _from_hub(GENERAL)
-        if not pages:
-            return _bundled(_COST.format(reason), to_train, warns=True)
-        samples, source = (page["text"] for page in pages), f"{GENERAL.repo} at {GENERAL.commit[:8]}"
+        try:
+            samples = [page["text"] for page in first_rows(GENERAL)]
+        except OSError as error:
+            return _bundled(_COST.format(error), to_train, warns=True)
+        source = f"{GENERAL.repo} at {GENERAL.commit[:8]}"
         note = f"Calibrated on general text; {_OWN_TEXT} a better model"
     else:
         samples, source = open_samples(calibration, max_tokens)
@@ -240,17 +243,12 @@ def load_corpus(
 
 def _bundled(note: str, to_train: bool, *, warns: bool = False) -> Corpus:
     """The mixture of what is installed."""
-    if warns and not rank():
+    if warns:
         logger.warning_once(f"{note}.")
     named = {DOCUMENTATION: documentation_halves()[0], QUESTIONS: _answered_questions(explained=to_train)}
     parts = {name: part for name, part in named.items() if part}
     _check_not_empty(len(parts), "Python's documentation and lm-eval's questions, neither of which is installed")
     return Corpus(list(parts.values()), ", ".join(parts), _WRITTEN_SHARE, by_default=True, note=note)
-
-
-def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
-    """As `load_corpus`, to train on so many tokens."""
-    return load_corpus(text, max_tokens=tokens, to_train=True, open_tokenizer=open_tokenizer)
 
 
 def _beside(text: str, documentation: str, limit: float) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 from huggingface_hub import cached_assets_path, constants
 
 PATIENCE = 10.0
-"""Seconds until the hub has to have given what it is asked for; where it has not, this process does not ask again."""
-_failure: OSError | None = None
+"""Seconds until the hub has to have given what it is asked for."""
+failure: str | None = None
+"""Why the hub did not give something; then this process does not ask it again."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,34 @@ MMLU = HubFile(
 def first_rows(file: HubFile) -> list[dict[str, Any]]:
     """The rows, the same ones each time: from the cache, or from the hub, and then they are in the cache.
 
-    Raises OSError or ValueError if the hub does not give them in time, or is not to be asked.
+    Raises OSError if the hub does not give them in time, or is not to be asked.
     """
-    global _failure
+    global failure
     cached: Path | None = None
     with suppress(OSError, ValueError, RuntimeError):  # of a cache that cannot be made or read; without a home
         cached = cached_assets_path("lf_hf", file.repo, file.commit) / f"{Path(file.path).stem}.json"
         return json.loads(cached.read_bytes())
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    if _failure is not None:
-        raise _failure
-    try:
-        command = [sys.executable, __file__, json.dumps(asdict(file))]
-        content = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True).stdout
-    except subprocess.TimeoutExpired:
-        _failure = OSError(f"it took more than {PATIENCE:.0f} seconds")
-        raise _failure from None
-    except subprocess.CalledProcessError as error:
-        _failure = OSError(f"{' '.join(error.stderr.decode(errors='replace').split()):.200}")
-        raise _failure from None
+    if failure is None:
+        try:
+            command = [sys.executable, __file__, json.dumps(asdict(file))]
+            content = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True).stdout
+            rows = json.loads(content)
+        except subprocess.TimeoutExpired:
+            failure = f"it took more than {PATIENCE:.0f} seconds"
+        except subprocess.CalledProcessError as error:
+            failure = f"{' '.join(error.stderr.decode(errors='replace').split()):.200}"
+        except (OSError, ValueError) as error:  # of a process that cannot be started, or prints something else
+            failure = f"{error}"
+    if failure is not None:
+        raise OSError(failure)
     if cached is not None:
         with suppress(OSError):
             new = cached.with_suffix(f".{os.getpid()}")
             new.write_bytes(content)
             new.replace(cached)
-    return json.loads(content)
+    return rows
 
 
 def _read(repo: str, commit: str, path: str, columns: list[str], rows: int) -> list[dict[str, Any]]:

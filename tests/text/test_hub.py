@@ -94,7 +94,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(hub, "_failure", None)
+    monkeypatch.setattr(hub, "failure", None)
     yield Own
     server.shutdown()
 
@@ -116,19 +116,26 @@ def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) ->
     assert bundled[0].names == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
 
 
-@pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses"])
+@pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses", "chatty"])
 def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
-    manner: str, online: type[Hub], monkeypatch: pytest.MonkeyPatch
+    manner: str, online: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert hub.PATIENCE == 10
     monkeypatch.setattr(hub, "PATIENCE", 2.0)
-    online.manner = manner
     if manner == "refuses":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    elif manner == "chatty":  # a Python that says something wherever it starts
+        (tmp_path / "sitecustomize.py").write_text("print('hello')")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    else:
+        online.manner = manner
     start = time.monotonic()
-    corpora = [load_corpus(), load_corpus(), load_training_text(None, 8192)]
+    corpora = [load_corpus()]
+    asked = online.requests
+    corpora += [load_corpus(), load_training_text(None, 8192)]
     samples = load_calibration()
     assert time.monotonic() - start < 5
     assert all(corpus.names == [DOCUMENTATION, QUESTIONS] and corpus.by_default for corpus in corpora)
     assert "lm-eval" in samples.source and samples == load_calibration(BUNDLED)
+    assert online.requests == asked and not list((tmp_path / "assets").rglob("*.json"))
     assert "as the hub gave none (" in corpora[0].note and "1.1 to 1.4 times the perplexity" in corpora[0].note
