@@ -56,11 +56,11 @@ from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import Regression, token_weights
 from lf_hf.refit.groups import cheapest_sets
 from lf_hf.refit.layer_parts import (
-    after_attention,
     attention_heads,
     build_layer,
     expanded,
     layer_weights,
+    mid_state,
     mlp_channels,
     stacked,
     with_channels,
@@ -168,7 +168,7 @@ class Ways:
         with decoder.layer(start - 1) as layer:
             regression = Regression.empty(model.config.hidden_size, model.config.hidden_size, model.device)
             for before, target in zip(states[start - 1], states[start + count], strict=True):
-                residual = after_attention(decoder, layer, before)
+                residual = mid_state(decoder, layer, before)
                 written = written_by_mlp(decoder, layer, residual)
                 wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
                 regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
@@ -217,7 +217,7 @@ class Ways:
         of_queries, of_keys = expanded(kept, queries * head_dim // keys), expanded(kept, head_dim)
         attention = with_heads(attention, of_queries, of_keys)
         narrow = build_layer(decoder, attention, kind)
-        residuals = [after_attention(decoder, narrow, state) for state in states]
+        residuals = [mid_state(decoder, narrow, state) for state in states]
 
         mlp = stacked(decoder.family.mlp, pair)
         channels = [mlp_channels(decoder, mlp, residual) for residual in residuals]

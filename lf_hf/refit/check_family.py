@@ -15,12 +15,12 @@ from transformers import PretrainedConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import family_of, head_dim
 from lf_hf.refit.layer_parts import (
-    after_attention,
     after_mlp,
     attention_heads,
     build_layer,
     expanded,
     layer_weights,
+    mid_state,
     mlp_channels,
     stacked,
     with_heads,
@@ -104,7 +104,7 @@ def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
         )
         if unknown := weights.keys() - family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
-        yield "a layer", after_mlp(decoder, layer, after_attention(decoder, layer, states)), expected
+        yield "a layer", after_mlp(decoder, layer, mid_state(decoder, layer, states)), expected
         moved = permute_neurons(weights, orders, family.symmetry)
         folded = moved | stacked(family.attention, [moved]) | stacked(family.mlp, [moved])
         found = decoder.run_layer(build_layer(decoder, folded, kind), states)

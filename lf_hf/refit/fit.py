@@ -26,7 +26,6 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import Half, Kind, Weights, head_dim
-from lf_hf.refit.in_place import compacted, eliminated, power_of_two, saliency, solved
 from lf_hf.refit.layer_parts import (
     HEAD_NORMS,
     attention_heads,
@@ -39,6 +38,7 @@ from lf_hf.refit.layer_parts import (
     with_heads,
     with_one_norm,
 )
+from lf_hf.refit.linalg import compacted, eliminated, power_of_two, saliency, solved
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 
@@ -55,8 +55,8 @@ PRUNING_ROUNDS = 4
 EXACT_LIMIT = 4096
 """Up to this size systems are solved in float64."""
 
-Read = Callable[[Tensor], Tensor]
-"""What the writer of a half reads: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
+WriterInputs = Callable[[Tensor], Tensor]
+"""What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
 
 
 def fit_attention(
@@ -84,7 +84,7 @@ def fit_attention(
     decoder, half, norms, count = fit.decoder, fit.half, fit.decoder.family.head_norms, len(group)
     maps = fit.input_maps(group[0]["self_attn.o_proj.weight"])
 
-    def read(weights: Weights, kind: Kind) -> Read:
+    def read(weights: Weights, kind: Kind) -> WriterInputs:
         return partial(attention_heads, decoder, build_layer(decoder, weights, kind))
 
     apart = count > 1 and (norms is not None or any(kind != kinds[0] for kind in kinds))
@@ -231,19 +231,22 @@ class HalfFit:
             maps.append(problem.ridge(identity, self.ridge).to(weight.device))
         return maps
 
-    def problem(self, weights: Weights, read: Read) -> Regression:
-        """What the half's writer should write from what it reads. `weights` has the writer as it is."""
+    def problem(self, weights: Weights, read: WriterInputs) -> Regression:
+        """The least-squares problem of the half's writer: what it reads against what the half should add to the stream.
+
+        `weights` has the writer as it is.
+        """
         start = weights[f"{self.half.writer}.weight"]
         problem = self._empty(start.shape, start)
         for state, target in zip(self.states, self.targets(), strict=True):
-            problem.add(*self.asked(weights, read(state), target, state))
+            problem.add(*self.equations(weights, read(state), target, state))
         problem.all_reduce()
         return problem
 
     def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
         return Regression.empty(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
 
-    def fit_writer(self, weights: dict[str, Tensor], read: Read, problem: Regression) -> tuple[float, float]:
+    def fit_writer(self, weights: dict[str, Tensor], read: WriterInputs, problem: Regression) -> tuple[float, float]:
         """Fit the half's writer in `weights`, which reads `read`; the errors before and after."""
         name = f"{self.half.writer}.weight"
         start = weights[name]
@@ -252,20 +255,20 @@ class HalfFit:
         weights[name] = fitted.to(start)
         return before, problem.relative_error(fitted)
 
-    def sizes(self, group: Sequence[Weights], reads: Sequence[Read]) -> list[float] | None:
+    def sizes(self, group: Sequence[Weights], reads: Sequence[WriterInputs]) -> list[float] | None:
         """For `stacked`: what each layer's half writes has a size of its own only where it goes through a norm."""
         return None
 
-    def asked(self, weights: Weights, read: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def equations(self, weights: Weights, read: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
-        y, bias = self.added(target, state), weights.get(f"{self.half.writer}.bias")
+        y, bias = self.residual_update(target, state), weights.get(f"{self.half.writer}.bias")
         return read, y if bias is None else y - bias, token_weights(self.decoder, target)
 
-    def added(self, target: Tensor, state: Tensor) -> Tensor:
+    def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
         factor = self.decoder.family.residual_factor(self.decoder.config)
-        added = (target - state).flatten(0, 1)
-        return added if factor == 1 else added / factor
+        update = (target - state).flatten(0, 1)
+        return update if factor == 1 else update / factor
 
 
 def token_weights(decoder: Decoder, states: Tensor) -> Tensor:

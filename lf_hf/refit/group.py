@@ -11,7 +11,7 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Half, Kind
 from lf_hf.refit.fit import HalfFit, fit_attention, fit_mlp
-from lf_hf.refit.layer_parts import after_attention, build_layer, layer_weights
+from lf_hf.refit.layer_parts import build_layer, layer_weights, mid_state
 from lf_hf.refit.normed_half import NormedHalfFit
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Traces, on_device
@@ -88,15 +88,15 @@ def fit_group(
 
     weights, kind, heads_kept, attention_error = group[0], kinds[0], None, None
     if refit == "projections":
-        attention = half_fit(family.attention, states, traces.inputs, traces.after_attention)
+        attention = half_fit(family.attention, states, traces.inputs, traces.attention_targets)
         weights, kind, heads_kept, attention_error = fit_attention(attention, group, kinds)
     fused = build_layer(decoder, weights, kind)
-    residuals = store.keep(after_attention(decoder, fused, state) for state in states)
+    mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
     del fused
     norms = [f"{norm}.weight" for norm in family.attention.norms]
     weights = {name: weight for name, weight in weights.items() if name.startswith("self_attn.") or name in norms}
     of_mlp, channels_kept, errors = fit_mlp(
-        half_fit(family.mlp, residuals, traces.residuals, lambda: traces.output), group, refit
+        half_fit(family.mlp, mid_states, traces.mid_states, lambda: traces.output), group, refit
     )
     weights |= of_mlp
     for name, weight in weights.items():

@@ -23,7 +23,7 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
-from lf_hf.refit.layer_parts import after_attention
+from lf_hf.refit.layer_parts import mid_state
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, on_device
 from lf_hf.runtime.progress import progress
@@ -47,17 +47,17 @@ _JUDGED_LOGITS = 1 << 27  # of a candidate that are compared, about: of a large 
 _SHRINKAGE = 3.0  # of what joins cost beyond their groups, which a few trials are to say
 
 
-class _Crossing(NamedTuple):
+class _TracedLayer(NamedTuple):
     """A layer of the dense model, and the model's states before and after it, of text to fit to.
 
-    `residuals` are those between its attention and its MLP, where it is in a group.
+    `mid_states` are those between its attention and its MLP, where it is in a group.
     """
 
     number: int
     layer: DecoderLayer
     before: Sequence[Tensor]
     after: Sequence[Tensor]
-    residuals: Sequence[Tensor] = ()
+    mid_states: Sequence[Tensor] = ()
 
 
 class GroupCosts:
@@ -146,13 +146,13 @@ class GroupCosts:
     def _measure(self, groups: Collection[Group]) -> None:
         """Fuse each group when its last layer comes by, and run what comes out through all layers above."""
         states: dict[Group, Sequence[Tensor]] = {}
-        window: dict[int, _Crossing] = {}
-        for crossing in self._crossings(min(groups)[0], "Costs of groups"):
-            number = crossing.number
+        window: dict[int, _TracedLayer] = {}
+        for traced in self._traced_layers(min(groups)[0], "Costs of groups"):
+            number = traced.number
             for group, before in states.items():
-                states[group] = self._run(crossing.layer, before)
+                states[group] = self._run(traced.layer, before)
             if any(first <= number <= last for first, last in groups):
-                window[number] = self._traced(crossing)
+                window[number] = self._with_mid_states(traced)
             for first in sorted(first for first, last in groups if last == number):
                 fused = self._fused([window[n] for n in range(first, number + 1)], window[first].before)
                 states[first, number] = self._run(fused, self._part(first, self._judging))
@@ -166,16 +166,16 @@ class GroupCosts:
         start, ends = groups[0][0], dict(groups)
         fitted: Sequence[Tensor] = self._part(start, self._fitting)
         judged: Sequence[Tensor] = self._part(start, self._judging)
-        window: list[_Crossing] = []
-        for crossing in self._crossings(start):
-            first, layer = window[0].number if window else crossing.number, crossing.layer
+        window: list[_TracedLayer] = []
+        for traced in self._traced_layers(start):
+            first, layer = window[0].number if window else traced.number, traced.layer
             if first in ends:
-                window.append(self._traced(crossing))
-                if crossing.number < ends[first]:
+                window.append(self._with_mid_states(traced))
+                if traced.number < ends[first]:
                     continue
                 layer = self._fused(window, fitted)
                 window.clear()
-            if crossing.number < groups[-1][1]:  # above its last group nothing is fitted
+            if traced.number < groups[-1][1]:  # above its last group nothing is fitted
                 fitted = self._run(layer, fitted)
             judged = self._run(layer, judged)
         [cost] = self._divergences([judged])
@@ -189,31 +189,31 @@ class GroupCosts:
         )
         return divergences(self._decoder, dense, candidates)
 
-    def _traced(self, crossing: _Crossing) -> _Crossing:
-        residuals = (after_attention(self._decoder, crossing.layer, state) for state in crossing.before)
-        return crossing._replace(residuals=self._store.keep(residuals))
+    def _with_mid_states(self, traced: _TracedLayer) -> _TracedLayer:
+        mid_states = (mid_state(self._decoder, traced.layer, state) for state in traced.before)
+        return traced._replace(mid_states=self._store.keep(mid_states))
 
     def _run(self, layer: DecoderLayer, states: Sequence[Tensor]) -> Sequence[Tensor]:
         there = on_device(states, layer, self._store)
         return self._store.keep(self._decoder.run_layer(layer, state) for state in there)
 
-    def _fused(self, group: Sequence[_Crossing], states: Sequence[Tensor]) -> DecoderLayer:
+    def _fused(self, group: Sequence[_TracedLayer], states: Sequence[Tensor]) -> DecoderLayer:
         """The layer that a group becomes, for `states` before it."""
-        layers, store = [crossing.layer for crossing in group], self._store
+        layers, store = [traced.layer for traced in group], self._store
         start = layers[0]  # where all states come together
         traces = Traces(
-            [on_device(crossing.before, start, store) for crossing in group],
-            [on_device(crossing.residuals, start, store) for crossing in group],
+            [on_device(traced.before, start, store) for traced in group],
+            [on_device(traced.mid_states, start, store) for traced in group],
             on_device(group[-1].after, start, store),
         )
         return self._fuse(group[0].number, layers, traces, on_device(states, start, store))
 
-    def _crossings(self, start: int, desc: str | None = None) -> Iterator[_Crossing]:
+    def _traced_layers(self, start: int, desc: str | None = None) -> Iterator[_TracedLayer]:
         """Of the layers from `start` on, and what groups are fitted to."""
         upwards = range(start, self._decoder.num_layers)
         numbers = progress(upwards, desc=desc, unit="layer", leave=False) if desc else upwards
         for number, layer in zip(numbers, self._decoder.layers(upwards), strict=True):
-            yield _Crossing(number, layer, self._part(number, self._fitting), self._part(number + 1, self._fitting))
+            yield _TracedLayer(number, layer, self._part(number, self._fitting), self._part(number + 1, self._fitting))
 
 
 def removed(groups: Iterable[Group]) -> int:

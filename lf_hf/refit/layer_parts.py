@@ -122,7 +122,7 @@ def written_by_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> T
     return layer.mlp(layer.get_submodule(before)(residual) if before else residual)
 
 
-def added(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor, written: Tensor) -> Tensor:
+def with_update(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor, written: Tensor) -> Tensor:
     """The residual stream after a half that wrote something: each (sequences B, tokens T, hidden)."""
     factor = decoder.family.residual_factor(decoder.config)
     if half.after:
@@ -133,15 +133,15 @@ def added(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor, writ
 
 
 @torch.no_grad()
-def after_attention(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
+def mid_state(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
     """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
-    return added(decoder, decoder.family.attention, layer, state, written_by_attention(decoder, layer, state))
+    return with_update(decoder, decoder.family.attention, layer, state, written_by_attention(decoder, layer, state))
 
 
 @torch.no_grad()
 def after_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> Tensor:
     """A layer's output from the residual stream after its attention: (sequences B, tokens T, hidden)."""
-    return added(decoder, decoder.family.mlp, layer, residual, written_by_mlp(decoder, layer, residual))
+    return with_update(decoder, decoder.family.mlp, layer, residual, written_by_mlp(decoder, layer, residual))
 
 
 def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:

@@ -15,20 +15,20 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.families import Weights
-from lf_hf.refit.fit import HalfFit, Read, Regression, token_weights
+from lf_hf.refit.fit import HalfFit, Regression, WriterInputs, token_weights
 from lf_hf.runtime.numerics import in_float64
 
 
 class NormedHalfFit(HalfFit):
     """As `HalfFit`, with the writer's problem in front of the norm."""
 
-    def asked(self, weights: Weights, read: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def equations(self, weights: Weights, read: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the weight of each token.
 
         y is what the norm should let through, divided by its gains and brought to size 1: its direction is all that the
         norm lets through, and counts as much as its size. x is divided by the size that the norm divides by.
         """
-        y, bias = self.added(target, state), weights.get(f"{self.half.writer}.bias")
+        y, bias = self.residual_update(target, state), weights.get(f"{self.half.writer}.bias")
         scale = self._mean_square(self._written(weights, read).float())[:, None].rsqrt()  # (B * T, 1)
         gain = weights[f"{self.half.after}.weight"].to(y.device)
         y = torch.where(gain == 0, 0.0, y.float() / gain)
@@ -36,7 +36,7 @@ class NormedHalfFit(HalfFit):
         y = y / size.clamp(min=torch.finfo(torch.float32).tiny)
         return read * scale, y if bias is None else y - bias * scale, token_weights(self.decoder, target) * size[:, 0]
 
-    def sizes(self, group: Sequence[Weights], reads: Sequence[Read]) -> list[float] | None:
+    def sizes(self, group: Sequence[Weights], reads: Sequence[WriterInputs]) -> list[float] | None:
         """Root mean square of what each layer's half writes for each token, as a geometric mean; None for one layer."""
         if len(group) == 1:
             return None
@@ -49,7 +49,7 @@ class NormedHalfFit(HalfFit):
         *of_layers, tokens = self.decoder.processes.all_reduce_sums(sums)
         return [math.exp(total / tokens) for total in of_layers]
 
-    def fit_writer(self, weights: dict[str, Tensor], read: Read, problem: Regression) -> tuple[float, float]:
+    def fit_writer(self, weights: dict[str, Tensor], read: WriterInputs, problem: Regression) -> tuple[float, float]:
         """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
         errors = super().fit_writer(weights, read, problem)
         if not self.quick:  # again, as sizes in front of the norm are known better now
@@ -58,7 +58,7 @@ class NormedHalfFit(HalfFit):
         weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, read)
         return errors
 
-    def _fitted_gain(self, weights: Weights, read: Read) -> Tensor:
+    def _fitted_gain(self, weights: Weights, read: WriterInputs) -> Tensor:
         """The gains of the norm, by ridge regression of each channel by itself."""
         gain = weights[f"{self.half.after}.weight"]
         start = gain.to(torch.promote_types(gain.dtype, torch.float32))  # sums over tokens need it
@@ -68,7 +68,7 @@ class NormedHalfFit(HalfFit):
             x = x * self._mean_square(x)[:, None].rsqrt()
             counted = token_weights(self.decoder, target).to(start)
             squares += counted @ x.square()
-            products += counted @ (x * self.added(target, state).to(start))
+            products += counted @ (x * self.residual_update(target, state).to(start))
         for sums in (squares, products):
             self.decoder.processes.all_reduce(sums)
         pull = self.ridge * squares.mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder, check_finite
 from lf_hf.families import DecoderLayer
-from lf_hf.refit.layer_parts import after_attention, after_mlp
+from lf_hf.refit.layer_parts import after_mlp, mid_state
 from lf_hf.refit.states import StateStore
 from lf_hf.stages.activations import influence
 
@@ -20,27 +20,27 @@ from lf_hf.stages.activations import influence
 class Traces:
     """States of sequences on their way through a group's layers; each is (sequences B, tokens T, hidden).
 
-    `inputs` and `residuals` have one list a layer: before it, and between its attention and its MLP.
+    `inputs` and `mid_states` have one list a layer: before it, and between its attention and its MLP.
     """
 
     inputs: list[Sequence[Tensor]]
-    residuals: list[Sequence[Tensor]]
+    mid_states: list[Sequence[Tensor]]
     output: Sequence[Tensor]
 
-    def after_attention(self) -> Iterator[Tensor]:
+    def attention_targets(self) -> Iterator[Tensor]:
         """The states before the first layer, with all that the attention of any layer of the group added to them."""
         for n, first in enumerate(self.inputs[0]):
-            yield first + sum(r[n] - i[n] for r, i in zip(self.residuals, self.inputs, strict=True))
+            yield first + sum(r[n] - i[n] for r, i in zip(self.mid_states, self.inputs, strict=True))
 
 
 @torch.no_grad()
 def trace(decoder: Decoder, layers: Sequence[DecoderLayer], states: Sequence[Tensor], store: StateStore) -> Traces:
     """Run layers one after the other; all states are kept where the first one's weights are."""
-    inputs, residuals = [on_device(states, layers[0], store)], []
+    inputs, mid_states = [on_device(states, layers[0], store)], []
     for layer in layers:
-        residuals.append(store.keep(after_attention(decoder, layer, state) for state in inputs[-1]))
-        inputs.append(store.keep(after_mlp(decoder, layer, residual) for residual in residuals[-1]))
-    return Traces(inputs[:-1], list(residuals), inputs[-1])
+        mid_states.append(store.keep(mid_state(decoder, layer, state) for state in inputs[-1]))
+        inputs.append(store.keep(after_mlp(decoder, layer, residual) for residual in mid_states[-1]))
+    return Traces(inputs[:-1], list(mid_states), inputs[-1])
 
 
 def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:
