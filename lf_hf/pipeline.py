@@ -38,7 +38,7 @@ from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
-from lf_hf.steps import STEPS, Fusion, group_settings, start
+from lf_hf.steps import STEPS, FusedLayer, Fusion, group_settings, start
 from lf_hf.text.calibration import Calibration, Corpus
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
             fusion.planned = list(fusion.table.best(num_fusions))
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            fused = fusion.fuse_pair(i)
+            fused = FusedLayer({}, {}) if fusion.left_to_last_pass else fusion.fuse_pair(i)
             fusion.steps.append(fusion.report_step(i, fused, cost))
             fusion.decoder.replace(i, fused.changed, fused.kind)
             fusion.decoder.remove(i + 1)

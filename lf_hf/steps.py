@@ -70,6 +70,11 @@ class Fusion:
     table: GroupCosts | None = None
     planned: list[Group] = field(default_factory=list)
 
+    @property
+    def left_to_last_pass(self) -> bool:
+        """Whether layers are only counted out here, as they were chosen all at once and the last pass makes them."""
+        return bool(self.planned) and self.config.remakes
+
     def choose(self) -> tuple[int, float | None]:
         """The first layer of the pair to fuse next, and what that is expected to cost where it was measured."""
         if self.planned:
@@ -95,9 +100,7 @@ class Fusion:
 
     @torch.no_grad()
     def fuse_pair(self, i: int) -> FusedLayer:
-        """Layers i and i + 1 as one. Where the last pass makes it again a rough fit will do, or none."""
-        if self.planned and self.config.remakes:
-            return FusedLayer({}, {})
+        """Layers i and i + 1 as one. A rough fit will do where the last pass makes it again."""
         states = [] if self.boundaries is None else self.boundaries.before(i)
         with ExitStack() as stack:
             pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
@@ -186,7 +189,7 @@ class Fusion:
     def update(self, i: int) -> None:
         """Layers i and i + 1 have become layer i."""
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
-        if self.boundaries is not None and not (self.planned and self.config.remakes):
+        if self.boundaries is not None and not self.left_to_last_pass:
             self.boundaries.update(i)
 
 
