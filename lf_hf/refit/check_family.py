@@ -9,43 +9,26 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import family_of, head_dim
-from lf_hf.refit.layer_parts import (
-    after_mlp,
-    attention_heads,
-    build_layer,
-    expanded,
-    layer_weights,
-    mid_state,
-    mlp_channels,
-    stacked,
-    with_heads,
-    written_by_mlp,
-)
-from lf_hf.stages.alignment import permute_neurons
+from lf_hf.refit.group import fit_group
+from lf_hf.refit.layer_parts import build_layer, layer_weights
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
 
 _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
-_WIDTHS = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 6,
-    "vocab_size": 16,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "_attn_implementation": "eager",
-}
+_WIDTHS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 6, "vocab_size": 16}
+_WIDTHS |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | {"_attn_implementation": "eager"}
 
 
 def check_computes(config: PretrainedConfig) -> None:
     """Compare a tiny model of the same config with what fusing takes its layers to compute; some milliseconds.
 
-    The model is in float64, so that no setting of float32 products matters.
+    Each layer is fitted to what it does itself, which has to give the same layer. The model is in float64, so that no
+    setting of float32 products matters.
 
     Raises
     ------
@@ -87,36 +70,17 @@ def _tiny(config: PretrainedConfig) -> Any:
 
 def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What is compared, what we compute, and what the model does."""
-    family, model, channels = decoder.family, decoder.model, head_dim(decoder.config)
-    ids = torch.randint(model.config.vocab_size, (1, _TOKENS))
-    states = torch.randn(1, _TOKENS, model.config.hidden_size, dtype=torch.float64)
-    query_heads, key_heads = torch.tensor([3, 2, 0, 1]), torch.tensor([1, 0])
-    orders = {
-        "mlp": torch.arange(6).flip(0),
-        "query": expanded(query_heads, channels),
-        "key_value": expanded(key_heads, channels),
-    }
-    for layer in model.model.layers:
-        weights, kind, expected = (
-            layer_weights(decoder, layer),
-            family.layer_kind(layer),
-            decoder.run_layer(layer, states),
-        )
-        if unknown := weights.keys() - family.parameters:
+    ids = torch.randint(decoder.config.vocab_size, (1, _TOKENS))
+    states = torch.randn(1, _TOKENS, decoder.config.hidden_size, dtype=torch.float64)
+    for layer in decoder.model.model.layers:
+        if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
-        yield "a layer", after_mlp(decoder, layer, mid_state(decoder, layer, states)), expected
-        moved = permute_neurons(weights, orders, family.symmetry)
-        folded = moved | stacked(family.attention, [moved]) | stacked(family.mlp, [moved])
-        found = decoder.run_layer(build_layer(decoder, folded, kind), states)
-        yield "a layer with its neurons in another order and without norm gains", found, expected
-        read = mlp_channels(decoder, folded, states)
-        found = linear(read, folded["mlp.down_proj.weight"], folded.get("mlp.down_proj.bias"))
-        yield "the MLP", found.view_as(states), written_by_mlp(decoder, layer, states)
-        if family.head_norms != "all":  # where the heads that stay depend on those that go
-            rows = torch.arange(2 * channels)
-            narrow = build_layer(decoder, with_heads(weights, rows, rows[:channels]), kind)
-            found, expected = (attention_heads(decoder, of_layer, states) for of_layer in (narrow, layer))
-            yield "attention with fewer heads", found, expected[:, rows]
+        with StateStore() as store:
+            traces, before = trace(decoder, [layer], [states], store), [states.clone()]
+            fit = fit_group(decoder, [layer], traces, before, store, refit="projections", ridge=1.0)
+        expected = decoder.run_layer(layer, states)
+        yield "a layer", traces.output[0], expected
+        yield "a layer's parts", decoder.run_layer(build_layer(decoder, fit.weights, fit.kind), states), expected
     *_, last = decoder.walk([ids])
     with decoder.head() as head:
-        yield "the predictions", head(last[0]), model(ids).logits
+        yield "the predictions", head(last[0]), decoder.model(ids).logits
