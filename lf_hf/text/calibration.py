@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from string import ascii_uppercase
-from typing import Any
 
 from transformers.utils import logging
 
@@ -16,7 +15,7 @@ from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, first_rows
 from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, questions_of
-from lf_hf.text.sources import OpenTokenizer, Samples, checked_strings, open_samples, spread_evenly, windows
+from lf_hf.text.sources import OpenTokenizer, Samples, read_samples, spread_evenly, windows
 
 logger = logging.get_logger(__name__)
 BUNDLED = "bundled"
@@ -24,6 +23,8 @@ BUNDLED = "bundled"
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
+MAX_SAMPLES = 1024
+"""Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 _TRAINING_CHARACTERS = 8  # a token: more than usual
 # The share of the tokens that the model itself writes, by default and beside a user's text. It keeps what no other text
@@ -39,9 +40,6 @@ _COST = (
     "Calibrated on installed text, as the hub gave none ({}): other kinds of text then have 1.1 to 1.4 times the "
     f"perplexity that {_OWN_TEXT} them"
 )
-
-MAX_SAMPLES = 1024
-"""Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +141,18 @@ def load_calibration(
     """
     if calibration is None or calibration == BUNDLED:
         return _mmlu_calibration(samples_per_subject, ask_hub=calibration is None)
-    samples, source = open_samples(calibration, MAX_SAMPLES * sample_length)
-    longest = sample_length * TOKEN_CHARACTERS
-    strings = checked_strings(samples, source, open_tokenizer)
-    texts, total = spread_evenly((string[:longest] for string in strings), MAX_SAMPLES)
-    _check_not_empty(total, source)
-    if len(texts) < total:
-        source = f"{source} ({len(texts):,} samples, spread evenly over {total:,})"
-    return Calibration(texts, source)
+    samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, open_tokenizer)
+    cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
+    texts, spread = _taken(cut, MAX_SAMPLES, source, "samples")
+    return Calibration(texts, source + spread)
 
 
-def _check_not_empty(total: int, source: str) -> None:
+def _taken(items: Iterable[str], count: int, source: str, kind: str) -> tuple[list[str], str]:
+    """At most so many of the items, and what to say of them where there are more. Raises ValueError for none."""
+    taken, total = spread_evenly(items, count)
     if not total:
         raise ValueError(f"The text ({source}) is empty; give a file with text.")
+    return taken, f" ({len(taken):,} of {total:,} {kind}, spread evenly)" if len(taken) < total else ""
 
 
 def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration:
@@ -168,11 +165,11 @@ def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration
         questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
         if samples_per_subject > 1:
             logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
-    subject, fewest = min(((subject, len(questions[subject])) for subject in SUBJECTS), key=lambda pair: pair[1])
-    if fewest < samples_per_subject:
+    subject = min(SUBJECTS, key=lambda subject: len(questions[subject]))
+    if len(questions[subject]) < samples_per_subject:
         raise ValueError(
-            f"samples_per_subject={samples_per_subject}, but {source} has only {fewest} questions on {subject}; lower "
-            "it, or give calibration= a file of your own."
+            f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} questions on "
+            f"{subject}; lower it, or give calibration= a file of your own."
         )
     labels = [subject for subject in SUBJECTS for _ in range(samples_per_subject)]
     texts = [format_question(question) for subject in SUBJECTS for question in questions[subject][:samples_per_subject]]
@@ -212,43 +209,33 @@ def load_corpus(
     ValueError, OSError
         As for `load_calibration`, or if neither documentation nor lm-eval is installed.
     """
-    note = ""
+    own, name, note = calibration, "", ""
     if calibration == BUNDLED:
-        return _bundled(f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model", to_train)
-    samples: Iterable[Any]
-    if calibration is None:
+        own, note = None, f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model"
+    elif calibration is None:
         try:
-            samples = [page["text"] for page in first_rows(GENERAL)]
+            own = [page["text"] for page in first_rows(GENERAL)]
+            name = f"{GENERAL.repo} at {GENERAL.commit[:8]}"
+            note = f"Calibrated on general text; {_OWN_TEXT} a better model"
         except OSError as error:
-            return _bundled(_COST.format(error), to_train, warns=True)
-        source = f"{GENERAL.repo} at {GENERAL.commit[:8]}"
-        note = f"Calibrated on general text; {_OWN_TEXT} a better model"
+            note = _COST.format(error)
+            logger.warning_once(f"{note}.")
+    documentation, questions = documentation_halves()[0], _answered_questions(explained=to_train)
+    if own is None:
+        parts = {DOCUMENTATION: documentation, QUESTIONS: questions}
     else:
-        samples, source = open_samples(calibration, max_tokens)
-    size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
-    strings = checked_strings(samples, source, open_tokenizer)
-    pieces, total = spread_evenly(windows(strings, size), TOKEN_CHARACTERS)
-    _check_not_empty(total, source)
-    text = ("" if len(pieces) == total else "\n\n").join(pieces)
-    if len(pieces) < total:
-        source = f"{source} ({len(pieces)} excerpts of {size:,} characters, spread evenly over {total:,} such)"
-    parts = {source: text}
-    if to_train:
-        parts[DOCUMENTATION] = _beside(text, documentation_halves()[0], _DOCUMENTATION_CHARACTERS * max_tokens)
-    limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
-    parts[QUESTIONS] = _answered_questions(explained=to_train)[: int(limit)]
+        samples, source = read_samples(own, max_tokens, open_tokenizer)
+        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
+        pieces, spread = _taken(windows(samples, size), TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
+        text = ("\n\n" if spread else "").join(pieces)
+        beside = _beside(text, documentation, _DOCUMENTATION_CHARACTERS * max_tokens) if to_train else ""
+        most = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
+        parts = {(name or source) + spread: text, DOCUMENTATION: beside, QUESTIONS: questions[: int(most)]}
     parts = {name: part for name, part in parts.items() if part}
-    return Corpus(list(parts.values()), ", ".join(parts), _WRITTEN_SHARE_OF_USERS, note=note)
-
-
-def _bundled(note: str, to_train: bool, *, warns: bool = False) -> Corpus:
-    """The mixture of what is installed."""
-    if warns:
-        logger.warning_once(f"{note}.")
-    named = {DOCUMENTATION: documentation_halves()[0], QUESTIONS: _answered_questions(explained=to_train)}
-    parts = {name: part for name, part in named.items() if part}
-    _check_not_empty(len(parts), "Python's documentation and lm-eval's questions, neither of which is installed")
-    return Corpus(list(parts.values()), ", ".join(parts), _WRITTEN_SHARE, by_default=True, note=note)
+    if not parts:
+        raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
+    share = _WRITTEN_SHARE if own is None else _WRITTEN_SHARE_OF_USERS
+    return Corpus(list(parts.values()), ", ".join(parts), share, by_default=own is None, note=note)
 
 
 def _beside(text: str, documentation: str, limit: float) -> str:

@@ -94,6 +94,11 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
     return str(found)
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a tokenizer puts before each text, if it does."""
+    return [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
+
+
 class Chat:
     """A chat that is being written, token by token; its turn `may_end` once it has a token."""
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from lf_hf.text.calibration import DOCUMENTATION, documentation_halves
+from lf_hf.text.mmlu import lm_eval_path
 
-_REASONING = Path("tasks", "bbh", "cot_fewshot")
 _PROBES = 40  # paragraphs that are looked for in calibration text
 _SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
 
@@ -67,13 +65,13 @@ def relation(judging: JudgingText, fitted: Sequence[str], names: Sequence[str] =
 
 @functools.cache
 def _reasoning() -> str:
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or spec.origin is None:
+    folder = lm_eval_path("tasks", "bbh", "cot_fewshot")
+    if folder is None:
         return ""
     import yaml  # lm-eval's own dependency
 
     examples = []
-    for file in sorted((Path(spec.origin).parent / _REASONING).glob("[!_]*.yaml")):
+    for file in sorted(folder.glob("[!_]*.yaml")):
         try:
             samples = yaml.safe_load(file.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
             examples += [f"{sample['input'].strip()}\n{sample['target'].strip()}" for sample in samples]

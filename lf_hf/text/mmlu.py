@@ -39,7 +39,6 @@ _CATEGORIES = {
 }
 SUBJECTS = dict(sorted((subject, category) for category, of in _CATEGORIES.items() for subject in of.split()))
 """The 57 subjects, each with its category."""
-_PROMPTS = Path("tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
 # In lm-eval 0.4.13 the end of one answer has slipped into the question after it.
 _STRAY_ANSWER = (
     "The symmetric group $S_n$ has $\nactorial{n}$ elements, hence it is not true that $S_{10}$ has 10 elements.\n"
@@ -68,6 +67,12 @@ def format_question(question: Question) -> str:
     return "\n".join(lines)
 
 
+def lm_eval_path(*names: str) -> Path | None:
+    """Something in the folder of lm-eval, if that is installed."""
+    spec = importlib.util.find_spec("lm_eval")
+    return Path(spec.origin).parent.joinpath(*names) if spec and spec.origin else None
+
+
 def bundled_questions() -> dict[str, list[Question]]:
     """The MMLU development questions that come with lm-eval; nothing is downloaded.
 
@@ -82,10 +87,9 @@ def bundled_questions() -> dict[str, list[Question]]:
     ValueError
         If lm-eval is not installed, or its file is missing or not of the known form.
     """
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or spec.origin is None:
+    path = lm_eval_path("tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
+    if path is None:
         raise ValueError("The MMLU development questions come with lm-eval; run `pip install lm-eval`.")
-    path = Path(spec.origin).parent / _PROMPTS
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
         return {subject: _parse_prompt(prompts[subject]) for subject in SUBJECTS}

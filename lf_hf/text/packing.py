@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.text.calibration import TOKEN_CHARACTERS, Calibration, Corpus, other_kinds
+from lf_hf.text.chats import first_token
 
 JUDGING_LENGTH = 128
 """Tokens of a piece of text that judges fused layers."""
@@ -35,27 +36,24 @@ def tokenize_samples(
     return samples
 
 
-def pack_tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
+def pack_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int, *, whole: bool = False
+) -> list[Tensor]:
     """Sequences of `length` tokens, spread evenly over a text, that have at most `max_tokens` tokens together.
 
     They are int64 tensors; only the last one may be shorter than `length`, and none has fewer than two tokens. Each
     starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of more than 64 *
-    `max_tokens` characters only those are looked at.
+    `max_tokens` characters only those are looked at, unless `whole`.
     """
-    return _pack_all(tokenizer, text[: max_tokens * TOKEN_CHARACTERS], length, max_tokens)
-
-
-def _pack_all(tokenizer: PreTrainedTokenizerBase, text: str, length: int, max_tokens: int) -> list[Tensor]:
-    """As `pack_tokens`, of a text of any size."""
+    text = text if whole else text[: max_tokens * TOKEN_CHARACTERS]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    prefix = first_token(tokenizer)
     step = length - len(prefix)
     pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
     pieces = [piece for piece in pieces if len(piece) > 1]
-    if sum(map(len, pieces)) <= max_tokens:
-        return pieces
-    count = max(1, max_tokens // length)
-    pieces = [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
+    if sum(map(len, pieces)) > max_tokens:
+        count = max(1, max_tokens // length)
+        pieces = [pieces[n * len(pieces) // count][:max_tokens] for n in range(count)]
     return [piece for piece in pieces if len(piece) > 1]
 
 
@@ -81,10 +79,9 @@ def pack_corpus(
 def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int) -> list[list[Tensor]]:
     """As `pack_corpus`, the sequences of each part in a list of their own; there may be none."""
     packed: dict[str, list[Tensor]] = {}
-    pack = pack_tokens if corpus.by_default else _pack_all  # a user's text counts from its beginning to its end
-    left = max_tokens
+    left, whole = max_tokens, not corpus.by_default  # a user's text counts from its beginning to its end
     for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
-        packed[part] = pack(tokenizer, part, length, left // (len(corpus.parts) - len(packed)))
+        packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)), whole=whole)
         left -= sum(map(len, packed[part]))
     return [packed[part] for part in corpus.parts]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.chats import Messages, chat_text, is_chat
+from lf_hf.text.chats import Messages, chat_text, first_token, is_chat
 
 Samples = Sequence[str | Messages] | str | Path
 """Strings and chats; or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
@@ -31,30 +31,35 @@ _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that so much from 
 _LONGEST_LINE = 1 << 24  # characters that are read at once
 
 
-def open_samples(given: Samples, tokens: int) -> tuple[Iterable[Any], str]:
-    """The samples that a user gave, unchecked, and what to call them.
+def read_samples(given: Samples, tokens: int, open_tokenizer: OpenTokenizer | None) -> tuple[Iterator[str], str]:
+    """The samples that a user gave, but for blank ones, and what to call them; each ends with one newline.
 
-    Of a data set on the hub they are the first ones, of some `tokens` tokens together; otherwise all of them.
+    Of a data set on the hub they are the first ones, of some `tokens` tokens together; otherwise all of them. Chats are
+    written out by the tokenizer's template. A sample that is no text, or cannot be read, raises ValueError or OSError
+    when its turn comes.
     """
     if isinstance(given, str | os.PathLike):
         path = Path(given)
-        if path.suffix == ".txt":
-            return _read(path.name, lambda: _paragraphs(path)), path.name
-        if path.suffix in _TABLES:
-            return _read(path.name, lambda: _rows_of_file(path)), path.name
         name, config, split, column = (f"{given}".split(":", 3) + [""] * 3)[:4]
-        split = split or "train"
-        rows = _read(name, lambda: _rows_of_set(name, config, split, column, tokens * _CHARACTERS_PER_TOKEN))
-        return rows, f"{name} ({split})"
+        if path.suffix == ".txt":
+            source, rows = path.name, _paragraphs(path)
+        elif path.suffix in _TABLES:
+            source, rows = path.name, _rows_of_file(path)
+        else:
+            split = split or "train"
+            source = f"{name} ({split})"
+            rows = _rows_of_set(name, config, split, column, tokens * _CHARACTERS_PER_TOKEN)
+        return _checked(_explained(rows, source), source, open_tokenizer), source
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise ValueError(f"Text must be a list of strings, a file or the name of a data set, got {given!r:.80}.")
-    return given, "strings given by the caller"
+    source = "strings given by the caller"
+    return _checked(given, source, open_tokenizer), source
 
 
-def _read(name: str, rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+def _explained(rows: Iterator[Any], name: str) -> Iterator[Any]:
     """The rows, whose reader may fail in ways of its own, at any of them."""
     try:
-        yield from rows()
+        yield from rows
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
@@ -65,29 +70,24 @@ def _read(name: str, rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
 def _paragraphs(path: Path) -> Iterator[str]:
     """What blank lines separate in a UTF-8 file, with or without a byte order mark; endless ones are in pieces."""
     with path.open(encoding="utf-8-sig") as file:
-        paragraph: list[str] = []
-        size = 0
+        paragraph = ""
         while line := file.readline(_LONGEST_LINE):
             if line.strip():
-                paragraph.append(line)
-                size += len(line)
-            if paragraph and (not line.strip() or size >= _LONGEST_LINE):
-                yield "".join(paragraph)
-                paragraph, size = [], 0
-        yield "".join(paragraph)
+                paragraph += line
+            if not line.strip() or len(paragraph) >= _LONGEST_LINE:
+                yield paragraph
+                paragraph = ""
+        yield paragraph
 
 
 def _rows_of_file(path: Path) -> Iterator[Any]:
     from datasets import load_dataset
 
     kind, options = _TABLES[path.suffix]
-    with path.open("rb") as file:
-        first = file.readline(_LONGEST_LINE)
-    if kind != "parquet" and len(first) == _LONGEST_LINE:
-        raise ValueError(f"its first line has more than {_LONGEST_LINE:,} bytes")
     with TemporaryDirectory() as cache:
-        options = options | {"data_files": glob.escape(str(path.absolute())), "cache_dir": cache}
-        yield from _column(load_dataset(kind, split="train", streaming=True, **options) if first else [])
+        files = glob.escape(str(path.absolute()))
+        rows = load_dataset(kind, split="train", streaming=True, data_files=files, cache_dir=cache, **options)
+        yield from _column(rows, _COLUMNS)
 
 
 def _rows_of_set(name: str, config: str, split: str, column: str, characters: int) -> Iterator[Any]:
@@ -101,7 +101,7 @@ def _rows_of_set(name: str, config: str, split: str, column: str, characters: in
             return
 
 
-def _column(rows: Iterable[dict[str, Any]], names: Sequence[str] = _COLUMNS) -> Iterator[Any]:
+def _column(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[Any]:
     """What the rows have in the first of some columns that is there."""
     for row in rows:
         name = next((name for name in names if row.get(name) is not None), None)
@@ -111,18 +111,16 @@ def _column(rows: Iterable[dict[str, Any]], names: Sequence[str] = _COLUMNS) -> 
             raise ValueError(f"it has no column {' or '.join(names)}, but {', '.join(row)}")
 
 
-def checked_strings(samples: Iterable[Any], source: str, open_tokenizer: OpenTokenizer | None) -> Iterator[str]:
-    """The samples that are not blank, checked to be strings; each ends with one newline, as paragraphs of a file do.
-
-    Chats are written out by the tokenizer's template.
-    """
+def _checked(samples: Iterable[Any], source: str, open_tokenizer: OpenTokenizer | None) -> Iterator[str]:
     tokenizer: PreTrainedTokenizerBase | None = None
     for number, sample in enumerate(samples, 1):
         try:
             if is_chat(sample):
                 assert open_tokenizer is not None, "chats need a tokenizer"
                 tokenizer = tokenizer or open_tokenizer()
-                sample = _without_first(tokenizer, chat_text(tokenizer, sample))
+                sample = chat_text(tokenizer, sample)
+                if first_token(tokenizer):  # which the tokenizer puts there itself
+                    sample = sample.removeprefix(str(tokenizer.bos_token))
             if not isinstance(sample, str):
                 raise ValueError("neither a string nor a list of messages that have a role and a content")
             sample.encode()  # which half a character cannot be
@@ -130,13 +128,6 @@ def checked_strings(samples: Iterable[Any], source: str, open_tokenizer: OpenTok
             raise ValueError(f"Sample {number} of {source} cannot be used ({error}): {sample!r:.80}.") from None
         if sample.strip():
             yield sample.rstrip("\n") + "\n"
-
-
-def _without_first(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text without the token that the tokenizer itself puts before each."""
-    first = tokenizer.bos_token
-    adds = first is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(first) if adds else text
 
 
 def spread_evenly(items: Iterable[str], count: int) -> tuple[list[str], int]:

@@ -81,7 +81,7 @@ def test_a_large_text_counts_from_its_beginning_to_its_end(kind: str, tmp_path: 
     assert numbers == sorted(numbers) and numbers[0] == 0 and numbers[-1] > 3900
     assert max(b - a for a, b in itertools.pairwise(numbers)) < 130  # 64 places in 4000
     assert 0.4 < text.count("early") / len(numbers) < 0.6
-    assert "(64 excerpts of 1,024 characters, spread evenly over 986 such)" in corpus.source
+    assert "(64 of 986 excerpts of 1,024 characters, spread evenly)" in corpus.source
     sequences = pack_corpus(make_tokenizer(), corpus, 128, 1000, 320)
     words = "".join(str(make_tokenizer().decode(torch.cat(sequences))).split())
     assert "early" in words and "late" in words
@@ -114,7 +114,7 @@ def test_of_many_samples_as_many_as_are_compared_are_taken_from_all_of_them() ->
         numbers = [int(text.split()[0]) for text in calibration.texts]
         assert len(numbers) == MAX_SAMPLES and numbers == sorted(set(numbers)) and numbers[0] == 0
         assert max(b - a for a, b in itertools.pairwise([*numbers, number])) <= 2 * number / MAX_SAMPLES + 1
-        assert f"(1,024 samples, spread evenly over {number:,})" in calibration.source
+        assert f"(1,024 of {number:,} samples, spread evenly)" in calibration.source
 
 
 class Endless(list[str]):
