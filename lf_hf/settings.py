@@ -16,6 +16,9 @@ LEAST_HEAL_TOKENS = 1024
 HEAL_TOKENS = 131072
 """Of a healing, by default."""
 
+LARGEST_SEED = 2**32 - 1
+"""What every library takes."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "neural_alignment": {"selection": "last", "alignment": "rows", "merge": "average", "refit": "none"},
     "mka": {"selection": "last", "alignment": "none", "merge": "average", "refit": "none"},
@@ -44,7 +47,7 @@ class FusionConfig(Settings):
         None,
         "How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless "
         'selection="last". One of this, max_divergence and max_perplexity_ratio is given.',
-        minimum=1,
+        bounds=">= 1",
     )
     method: str = setting(
         "neural_alignment",
@@ -89,27 +92,27 @@ class FusionConfig(Settings):
         0.1,
         "Strength of the refit's pull towards the weights as they were, in units of the mean diagonal of the "
         "activations' Gram matrix.",
-        above=0,
+        bounds="> 0",
         needs=("fits",),
     )
     calibration_tokens: int = setting(
         49152,
         "Tokens of calibration text that influence, channel selection and refit use at most. The model writes a third "
         "of them itself and answered questions are a fifth; where no text is given it writes half.",
-        minimum=1024,
+        bounds=">= 1024",
         needs=("needs_text",),
     )
-    calibration_length: int = setting(512, "Tokens of a sequence of that text.", minimum=16, needs=("needs_text",))
-    kernel_scale: float = setting(8.0, "sigma_K of the diffusion kernel.", above=0, needs=_SIMILARITY)
+    calibration_length: int = setting(512, "Tokens of a sequence of that text.", bounds=">= 16", needs=("needs_text",))
+    kernel_scale: float = setting(8.0, "sigma_K of the diffusion kernel.", bounds="> 0", needs=_SIMILARITY)
     kernel_alpha: float = setting(0.5, "Power alpha of the kernel's density normalisation.", needs=_SIMILARITY)
     embedding_dim: int = setting(
-        2, "d, the number of manifold coordinates of each sample.", minimum=1, needs=_SIMILARITY
+        2, "d, the number of manifold coordinates of each sample.", bounds=">= 1", needs=_SIMILARITY
     )
-    mi_neighbors: int = setting(5, "k of the mutual information estimate.", minimum=1, needs=_SIMILARITY)
+    mi_neighbors: int = setting(5, "k of the mutual information estimate.", bounds=">= 1", needs=_SIMILARITY)
     entropy_neighbors: int = setting(
         50,
         "k of the entropy estimate; needs at least k + 1 calibration samples.",
-        minimum=1,
+        bounds=">= 1",
         needs=_SIMILARITY,
     )
     rank_normalize: bool = setting(
@@ -124,33 +127,32 @@ class FusionConfig(Settings):
         needs=_SIMILARITY,
     )
     sample_length: int = setting(
-        512, "T_max, tokens of a calibration sample; longer ones are cut.", minimum=1, needs=_SIMILARITY
+        512, "T_max, tokens of a calibration sample; longer ones are cut.", bounds=">= 1", needs=_SIMILARITY
     )
     samples_per_subject: int = setting(
         1,
         "Questions of each of the 57 MMLU subjects in the default calibration set.",
-        minimum=1,
+        bounds=">= 1",
         needs=_SIMILARITY,
     )
     perplexity_tokens: int = setting(
         4000,
         "Tokens of each judging text, on which perplexity is measured before and after fusing, and how far "
         "predictions moved; 0 leaves that out, and what both models write.",
-        minimum=0,
+        bounds=">= 0",
     )
     heal_tokens: int = setting(
         None,
         "Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it "
         f'out, {HEAL_TOKENS} for method="healed".',
-        minimum=LEAST_HEAL_TOKENS,
-        also=0,
+        bounds=f"0 or >= {LEAST_HEAL_TOKENS}",
         unset="from method",
         needs=("heal_tokens",),
     )
     seed: int = setting(
         0,
         "Seed of the mutual information estimate, of the calibration text that the model writes, and of healing.",
-        minimum=0,
+        bounds=f">= 0 and <= {LARGEST_SEED}",
         needs=("needs_similarity", "needs_text", "heal_tokens"),
     )
     speed: bool = setting(
@@ -162,12 +164,12 @@ class FusionConfig(Settings):
         None,
         "Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in "
         "nats a token. It is measured on an eighth of the calibration text, to which nothing is fitted then.",
-        above=0,
+        bounds="> 0",
     )
     max_perplexity_ratio: float | None = setting(
         None,
         "Fuse as many as keep the perplexity of that text within this many times the dense model's.",
-        above=1,
+        bounds="> 1",
     )
 
     def _preset(self) -> dict[str, Any]:

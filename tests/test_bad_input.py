@@ -195,9 +195,9 @@ ROWS: dict[str, Row] = {
     # Settings: types, ranges, choices, and what excludes what
     "none": (settings, {"num_fusions": None}, "Give one of num_fusions, max_divergence, max_perplexity_ratio, .* none"),
     "two levels": (settings, {"max_divergence": 0.1}, "got num_fusions=1 and max_divergence=0.1"),
-    "a seed that numpy refuses": (settings, {"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
-    "not a number": (settings, {"ridge": NAN}, "ridge must be a finite number greater than 0, got nan"),
-    "no ratio": (settings, {"num_fusions": None, "max_perplexity_ratio": 1}, "a finite number greater than 1, got 1"),
+    "a seed that numpy refuses": (settings, {"seed": 2**32}, "seed must be int >= 0 and <= 4294967295, got 4294967296"),
+    "not a number": (settings, {"ridge": NAN}, "ridge must be float > 0, got nan"),
+    "no ratio": (settings, {"num_fusions": None, "max_perplexity_ratio": 1}, "must be float > 1, got 1"),
     "no truth": (settings, {"rank_normalize": 1}, "rank_normalize must be true or false, got 1"),
     "a misspelt choice": (settings, {"method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
     "averages of none": (settings, {"merge": "keep_first"}, "alignment='rows' has no effect with merge='keep_first'"),
@@ -205,7 +205,7 @@ ROWS: dict[str, Row] = {
     "healing at no rate": (
         healing,
         {"learning_rate": 0},
-        "a finite number greater than 0 and at most 1, got 0",
+        "must be float > 0 and <= 1, got 0",
     ),
     "healing what": (
         healing,
@@ -261,7 +261,7 @@ ROWS: dict[str, Row] = {
     "one level": (swept, {"num_fusions": 4}, "num_fusions must be a list .*, got 4"),
     "an unknown setting": (swept, {"settings": {"bet": 1}}, "Unknown fusion setting 'bet'"),
     # lm-eval's model args, all strings
-    "lm-eval, in words": (lm_eval, ["pretrained={base},num_fusions=four"], "must be an integer of .*, got 'four'"),
+    "lm-eval, in words": (lm_eval, ["pretrained={base},num_fusions=four"], "must be int >= 1, got 'four'"),
     "lm-eval, calibration": (
         lm_eval,
         ["pretrained={base},num_fusions=1,calibration=no.txt"],
@@ -284,14 +284,14 @@ ROWS: dict[str, Row] = {
     "in words": (
         mistyped,
         (*FUSE, "--num-fusions", "four"),
-        "an integer of at least 1, got 'four'",
+        "int >= 1, got 'four'",
     ),
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),
     "a dtype": (mistyped, (*ONE, "--dtype", "int8"), "'int8' is not one of 'float32'"),
     "no folder": (mistyped, ("fuse", "{base}"), "OUT"),
     "levels of a sweep": (mistyped, (*SWEEP, "--num-fusions", "1,,2"), "--num-fusions must be integers .*, got '1,,2'"),
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "--metadata is not JSON"),
-    "a share": (mistyped, (*HEAL, "--written-share", "all"), "written_share must be a finite number of at least 0 and"),
+    "a share": (mistyped, (*HEAL, "--written-share", "all"), "written_share must be float >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
     "device": (failed, (*ONE, "--device", "banana"), "The device 'banana' cannot be used"),
     "low memory of all": (failed, (*ONE, "--low-memory", "--device", "auto"), "onto one device"),

@@ -91,7 +91,7 @@ def test_every_command_is_one_that_there_is(words: list[str]) -> None:
     elif "lm_eval" in words[:8]:  # by itself, or by a launcher
         args = simple_parse_args_string(arguments[arguments.index("--model_args") + 1])
         known = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(FusedLlamaLM.__init__).parameters}
-        assert set(args) <= known | set(FusionConfig.field_names())
+        assert set(args) <= known | set(FusionConfig.known)
     elif program.endswith("python"):
         assert arguments[0] == "-c" or (ROOT / arguments[0]).is_file()
     elif program not in OTHER_PROGRAMS:
@@ -107,7 +107,7 @@ def check_lf_hf(arguments: list[str]) -> None:
             params = command.make_context(name, rest, parent=outer).params
     except click.exceptions.Exit:  # --help has no more to say
         return
-    settings = {name: params[name] for name in FusionConfig.field_names() if params.get(name) is not None}
+    settings = {name: params[name] for name in FusionConfig.known if params.get(name) is not None}
     if isinstance(settings.get("num_fusions"), str) or not settings.keys() & {*LEVELS, "num_fusions"}:
         settings["num_fusions"] = 1  # a sweep has several, and other commands none
     for method in params.get("methods", params.get("method") or "mka").split(","):

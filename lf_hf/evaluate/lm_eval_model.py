@@ -34,7 +34,7 @@ _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
 # What HFLM, this class and the configs of models take; from_pretrained takes more.
 _KNOWN = (
-    *FusionConfig.field_names(),
+    *FusionConfig.known,
     *("attn_implementation", "calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
     *(name for name in _HFLM_ARGUMENTS if name not in ("self", "kwargs")),
     *sorted({name for config in FUSED_CONFIGS.values() for name in config.__dataclass_fields__}),
@@ -90,7 +90,7 @@ class FusedLM(HFLM):
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
-        settings = {name: kwargs.pop(name) for name in FusionConfig.field_names() if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
         settings |= {} if num_fusions is None else {"num_fusions": num_fusions}
         own: dict[str, Any] = {"calibration": calibration, "fused_dir": fused_dir}
         self._own = {name: value for name, value in own.items() if value is not None}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
-from lf_hf.settings import HEAL_TOKENS, LEAST_HEAL_TOKENS
+from lf_hf.settings import HEAL_TOKENS, LARGEST_SEED, LEAST_HEAL_TOKENS
 
 RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
 """The default learning rate by what is trained, in units of the size of the model's weights."""
@@ -19,7 +19,7 @@ class HealSettings(Settings):
 
     noun = "healing setting"
 
-    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", minimum=LEAST_HEAL_TOKENS)
+    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", bounds=f">= {LEAST_HEAL_TOKENS}")
     train: str = setting(
         "layers",
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '
@@ -31,31 +31,31 @@ class HealSettings(Settings):
         None,
         'The highest one, after the warm-up. It follows from the size of the weights and, for "lora", is five times as '
         "high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
-        above=0,
-        maximum=1,
+        bounds="> 0 and <= 1",
         unset="from the model's weights",
     )
     temperature: float = setting(
-        1.0, "What both models' logits are divided by before they are compared.", above=0, maximum=100
+        1.0, "What both models' logits are divided by before they are compared.", bounds="> 0 and <= 100"
     )
     next_token_share: float = setting(
         0.2,
         "Share of the loss that is for the text's own next token; the rest is for the base's predictions.",
-        minimum=0,
-        maximum=1,
+        bounds=">= 0 and <= 1",
     )
     written_share: float | None = setting(
-        None, "Share of the tokens that the base writes itself.", minimum=0, maximum=0.9, unset="from the text"
+        None, "Share of the tokens that the base writes itself.", bounds=">= 0 and <= 0.9", unset="from the text"
     )
-    length: int = setting(512, "Tokens of a sequence.", minimum=16)
-    batch_tokens: int = setting(2048, "Tokens of a step, over all processes.", minimum=16)
-    lora_rank: int = setting(32, "Rank of the adapters.", minimum=1, needs=("with_adapters",))
+    length: int = setting(512, "Tokens of a sequence.", bounds=">= 16")
+    batch_tokens: int = setting(2048, "Tokens of a step, over all processes.", bounds=">= 16")
+    lora_rank: int = setting(32, "Rank of the adapters.", bounds=">= 1", needs=("with_adapters",))
     top_k: int = setting(
         64,
         "How many of the base's predictions of a token are kept where they are written to disk; all others are one.",
-        minimum=1,
+        bounds=">= 1",
     )
-    seed: int = setting(0, "Seed of the text that the base writes and of the order of sequences.", minimum=0)
+    seed: int = setting(
+        0, "Seed of the text that the base writes and of the order of sequences.", bounds=f">= 0 and <= {LARGEST_SEED}"
+    )
 
     def _check_together(self) -> None:
         if self.batch_tokens < self.length:

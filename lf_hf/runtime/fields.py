@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import numbers
 import operator
+import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-LARGEST_INTEGER = 2**32 - 1  # what every library takes, as a seed too
+_COMPARISONS = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<=": operator.le}
 _MOST_LISTED = 30  # known names in a sentence
 
 
@@ -28,10 +28,8 @@ class Setting:
     Attributes
     ----------
     help : str
-    minimum, maximum, above : float or None
-        Bounds; `above` is a lower one that is not allowed itself.
-    also : int or None
-        A value outside these bounds that is allowed too.
+    bounds : str
+        Of numbers, such as "> 0 and <= 1", or "0 or >= 1024".
     choices : tuple of str
     unset : str
         Where the value comes from if the default is None.
@@ -42,10 +40,7 @@ class Setting:
     """
 
     help: str
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-    also: int | None = None
+    bounds: str = ""
     choices: tuple[str, ...] = ()
     unset: str = ""
     needs: tuple[str, ...] = ()
@@ -54,62 +49,46 @@ class Setting:
     default: Any = None
 
     @property
-    def described(self) -> str:
-        """Type, bounds and default, as in a docstring."""
-        also = "" if self.also is None else f", {self.also} or"
-        kind = "{" + ", ".join(f'"{choice}"' for choice in self.choices) + "}" if self.choices else self.kind.__name__
-        default = f", default={self.default!r}".replace("'", '"')
-        if self.default is None:
-            default = f", default {self.unset}" if self.unset else ", optional"
-        return f"{kind}{also}{self._bounds('>=', '>', '<=')}{default}"
+    def allowed(self) -> str:
+        """What a value may be."""
+        if self.choices:
+            return "{" + ", ".join(f'"{choice}"' for choice in self.choices) + "}"
+        return "true or false" if self.kind is bool else f"{self.kind.__name__} {self.bounds}".strip()
 
     @property
-    def allowed(self) -> str:
-        """What a value must be, in words."""
-        also = "" if self.also is None else f"{self.also} or "
-        words = {str: f"one of {', '.join(self.choices)}", bool: "true or false", int: "an integer"}
-        return (
-            f"{also}{words.get(self.kind, 'a finite number')}{self._bounds('of at least', 'greater than', 'at most')}"
-        )
-
-    def _bounds(self, *words: str) -> str:
-        bounds = zip(words, (self.minimum, self.above, self.maximum), strict=True)
-        return " and".join(f" {word} {bound:g}" for word, bound in bounds if bound is not None)
-
-    def parsed(self, value: Any) -> Any:
-        """A string read as the field's type, where it can be; any other value as it is."""
-        if not isinstance(value, str) or self.kind is str:
-            return value
-        try:
-            return {"true": True, "false": False}[value.strip().lower()] if self.kind is bool else self.kind(value)
-        except (KeyError, ValueError):
-            return value
+    def described(self) -> str:
+        """What a value may be, and the default, as in a docstring."""
+        default = f"default={self.default!r}".replace("'", '"')
+        if self.default is None:
+            default = f"default {self.unset}" if self.unset else "optional"
+        return f"{self.allowed}, {default}"
 
     def checked(self, value: Any) -> Any:
-        """A value in the field's type, also from one of numpy's. Raises ValueError for any that is not allowed."""
+        """A value in the field's type, also from a string or from one of numpy's.
+
+        Raises ValueError for any that is not allowed.
+        """
         if value is None and self.default is None:
             return None
-        value = value.item() if isinstance(value, np.generic) else value
-        if self.choices and isinstance(value, str) and value not in self.choices:
-            raise ValueError(unknown_name(self.name, value, self.choices))
-        allowed, result = self.allowed, value
-        if self.kind is int:
-            result = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
-            if result is not None and result > LARGEST_INTEGER:
-                allowed, result = f"at most {LARGEST_INTEGER}", None
-        elif self.kind is float:
-            result = _finite(value)
-        if result is None or not self._holds(result):
-            raise ValueError(f"{self.name} must be {allowed}, got {value!r:.80}.")
-        return result
+        found = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, str):
+            with suppress(KeyError, ValueError):
+                word = value.strip().lower()
+                found = {"true": True, "false": False}[word] if self.kind is bool else self.kind(value)
+        if self.choices and isinstance(found, str) and found not in self.choices:
+            raise ValueError(unknown_name(self.name, found, self.choices))
+        finite = type(found) in (int, float) and abs(found) <= sys.float_info.max
+        if not (type(found) is self.kind or (self.kind is float and finite)) or not self._within_bounds(found):
+            raise ValueError(f"{self.name} must be {self.allowed}, got {value!r:.80}.")
+        return self.kind(found)
 
-    def _holds(self, value: Any) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool)
-        if self.kind is str:
-            return value in self.choices
-        lower = (self.minimum is None or value >= self.minimum) and (self.above is None or value > self.above)
-        return value == self.also or (lower and (self.maximum is None or value <= self.maximum))
+    def _within_bounds(self, value: Any) -> bool:
+        def holds(bound: str) -> bool:
+            sign, limit = f"== {bound}".split()[-2:]
+            return bool(_COMPARISONS[sign](value, float(limit)))
+
+        alternatives = self.bounds.split(" or ") if self.bounds else []
+        return not alternatives or any(all(map(holds, bounds.split(" and "))) for bounds in alternatives)
 
 
 def setting(default: Any, help: str, **known: Any) -> Any:
@@ -161,23 +140,12 @@ class Settings:
         }
 
     @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Names of all fields."""
-        return tuple(cls.known)
-
-    @classmethod
     def from_kwargs(cls: type[SettingsType], **kwargs: Any) -> SettingsType:
-        """Build from values that may be strings, as command lines and model args give them.
-
-        Raises
-        ------
-        ValueError
-            For an unknown name (the nearest known one is named) or a value that is not allowed.
-        """
+        """As the class itself, but raises ValueError for an unknown name, too, and names the nearest known one."""
         for name in kwargs:
             if name not in cls.known:
-                raise ValueError(unknown_name(cls.noun, name, cls.field_names()))
-        return cls(**{name: cls.known[name].parsed(value) for name, value in kwargs.items()})
+                raise ValueError(unknown_name(cls.noun, name, cls.known))
+        return cls(**kwargs)
 
     @classmethod
     def taken_from(cls: type[SettingsType], kwargs: dict[str, Any], settings: SettingsType | None) -> SettingsType:
@@ -194,15 +162,15 @@ class Settings:
             )
         given = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
         for name in kwargs.keys() - {"token"}:  # the hub's, which is no misspelt `tokens`
-            if difflib.get_close_matches(name, cls.field_names(), n=1, cutoff=0.75):
-                raise ValueError(unknown_name("argument", name, cls.field_names()))
-        own: dict[str, Any] = {}
-        if settings is not None:  # but for what a preset filled in, and for what is given in another way now
-            left_out = settings._preset()
-            if any(given.get(name) is not None for name in cls.one_of):
-                left_out = {**left_out, **{name: getattr(settings, name) for name in cls.one_of}}
-            own = {name: value for name, value in settings.to_dict().items() if value != left_out.get(name)}
-        return cls.from_kwargs(**own | given)
+            if difflib.get_close_matches(name, cls.known, n=1, cutoff=0.75):
+                raise ValueError(unknown_name("argument", name, cls.known))
+        if settings is None:
+            return cls(**given)
+        # What a preset filled in goes with the old preset, and what is given in another way now goes, too.
+        own, preset = settings.to_dict(), settings._preset()
+        replaced = cls.one_of if any(given.get(name) is not None for name in cls.one_of) else ()
+        kept = {name: own[name] for name in own if name not in replaced and own[name] != preset.get(name)}
+        return cls(**kept | given)
 
 
 def documented(cls: type[SettingsType]) -> type[SettingsType]:
@@ -239,19 +207,10 @@ def naming(settings: type[Settings]) -> Callable[[Function], Function]:
     return decorate
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    listed = ", ".join(known) if len(known) <= _MOST_LISTED else f"{', '.join(known[:_MOST_LISTED])}, ..."
+    names = list(known)
+    nearest = difflib.get_close_matches(name, names, n=1)
+    listed = ", ".join(names[:_MOST_LISTED]) + ", ..." * (len(names) > _MOST_LISTED)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {listed}."
     return f"Unknown {kind} {name!r:.80}; {hint}"
-
-
-def _finite(value: object) -> float | None:
-    """A finite number as a float, one of numpy's too; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer that no float comes near
-        return None

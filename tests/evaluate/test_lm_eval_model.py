@@ -63,12 +63,12 @@ def test_documented_arguments_are_those_of_fusion_config() -> None:
     documentation = inspect.getdoc(FusedLlamaLM.__init__) or ""
     settings = documentation[documentation.index("**kwargs") : documentation.index("And every argument")]
     documented = re.findall(r"``(\w+)``", settings)
-    assert documented == list(FusionConfig.field_names())
+    assert documented == list(FusionConfig.known)
 
 
 def test_no_setting_is_called_like_an_argument_of_hflm() -> None:
     theirs = inspect.signature(HFLM.__init__).parameters.keys()
-    assert not theirs & {*FusionConfig.field_names(), "calibration", "fused_dir"}
+    assert not theirs & {*FusionConfig.known, "calibration", "fused_dir"}
 
 
 def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibration: str, saved: str) -> None:

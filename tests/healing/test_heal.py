@@ -396,10 +396,10 @@ def test_bfloat16_weights_learn_what_is_too_small_for_them_from_the_base_in_bflo
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"tokens": 10}, "tokens must be an integer of at least 1024, got 10"),
+    ({"tokens": 10}, "tokens must be int >= 1024, got 10"),
     ({"train": "norms"}, "Unknown train 'norms'"),
-    ({"learning_rate": 0}, "learning_rate must be a finite number greater than 0"),
-    ({"next_token_share": 2}, "next_token_share must be a finite number of at least 0 and at most 1"),
+    ({"learning_rate": 0}, "learning_rate must be float > 0"),
+    ({"next_token_share": 2}, "next_token_share must be float >= 0 and <= 1"),
     ({"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=32"),
     ({"learning_rat": 1e-3}, "learning_rat"),
     ({"cache": ""}, "must be a path, got ''"),
@@ -599,7 +599,7 @@ def test_it_heals_while_loading_and_keeps_the_result(
     arguments |= {"calibration_length": 64, "calibration_tokens": 1024, "heal_tokens": 4096, "calibration": TEXTS}
     arguments |= {"tokenizer": make_tokenizer(), "fused_dir": tmp_path / "fused"}
     for changes, message in (
-        ({"heal_tokens": 10}, "heal_tokens must be 0 or an integer of at least 1024, got 10"),
+        ({"heal_tokens": 10}, "heal_tokens must be int 0 or >= 1024, got 10"),
         ({"calibration": TEXTS[:2]}, "tokens, which do not fill two sequences"),
     ):
         with pytest.raises(ValueError, match=message):
