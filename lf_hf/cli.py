@@ -199,7 +199,7 @@ def fuse(
         print(plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
         return
     if low_memory:
-        low_memory_device(given)
+        low_memory_device(config, given)
     opened = Base.open(base, given)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table

@@ -20,7 +20,7 @@ from lf_hf.checkpoint.saving import check_replaceable, check_room
 from lf_hf.checkpoint.weights import stored_dtype
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY
 from lf_hf.decoder.predictions import LOGITS
-from lf_hf.fuse import FusionInputs, check_low_memory, low_memory_device
+from lf_hf.fuse import FusionInputs, low_memory_device
 from lf_hf.healing.memory import model_bytes
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH
@@ -82,19 +82,14 @@ def plan_fusion(
     replaces = out is not None and check_replaceable(out, os.fspath(base))
     low_memory_fits = True
     try:
-        check_low_memory(config)
-        low_memory_device(kwargs)
+        low_memory_device(config, kwargs)
     except ValueError:
         low_memory_fits = False
         if low_memory:
             raise
-    inputs = FusionInputs.load(Base.open(base, kwargs), config, calibration, None)
-    inputs.check_text()
-    opened, samples, text = inputs.base, inputs.samples, inputs.text
-    if inputs.to_heal is not None:
-        from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
-
-        check_can_heal(opened, inputs.tokenizer, inputs.to_heal, config)
+    inputs = FusionInputs.open(Base.open(base, kwargs), config, calibration, None)
+    inputs.check()
+    opened, (samples, text) = inputs.base, inputs.samples_and_text
     if out is not None:
         check_disk(opened, config, out)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from lf_hf.checkpoint.configuration import fused_config, plain_config
 from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.report.report import REPORT_NAME, FusionReport
@@ -32,9 +34,6 @@ from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
 from lf_hf.text.sources import Samples
 
-if TYPE_CHECKING:
-    from lf_hf.measure import Measurements
-
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
@@ -42,56 +41,66 @@ MAX_SHARD_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class FusionInputs:
-    """All that a fusion is made of. `samples` and `text` may be None where there are measurements.
+    """All that a fusion is made of; text is read when it is first needed.
 
-    `to_heal` is the text of the healing that follows, where there is one. `by_default` says that the user gave none.
+    `calibration` is what the user gave, and `tokenizer` the base's unless the user gave one.
     """
 
     base: Base
     config: FusionConfig
+    calibration: Samples | None
     tokenizer: PreTrainedTokenizerBase
-    samples: Calibration | None
-    text: Corpus | None
-    to_heal: Corpus | None
-    measurements: Measurements | None
-    by_default: bool
 
     @classmethod
-    def load(
-        cls,
-        base: Base,
-        config: FusionConfig,
-        calibration: Samples | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        measurements: Measurements | None = None,
+    def open(
+        cls, base: Base, config: FusionConfig, calibration: Samples | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> FusionInputs:
-        """Check that the settings suit the base, and load its tokenizer and the text that they need."""
+        """Check that the settings suit the base, and read its tokenizer."""
         check_layers(config, base.config)
-        own = checked_tokenizer(tokenizer)
-        samples, text = (
-            (None, None) if measurements else load_needed(config, calibration, lambda: own or base.tokenizer())
-        )
-        used = own or base.tokenizer()
-        to_heal = load_training_text(calibration, config.heal_tokens, lambda: used) if config.heal_tokens else None
-        return cls(base, config, used, samples, text, to_heal, measurements, calibration is None)
+        return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer())
 
     @property
     def processes(self) -> Processes:
         """Those that share the work: none others where each spreads its model, and with it its states, over devices."""
         return ALONE if is_spread(self.base.loading.get("device_map")) else Processes.of_launch()
 
-    @property
-    def texts(self) -> list[str]:
-        """All text, in order."""
-        samples = self.samples.texts if self.samples else []
-        return [*samples, *(part for corpus in (self.text, self.to_heal) if corpus for part in corpus.parts)]
+    @cached_property
+    def samples_and_text(self) -> tuple[Calibration | None, Corpus | None]:
+        """What a method compares layers on, and what it fits them to."""
+        return load_needed(self.config, self.calibration, lambda: self.tokenizer)
 
-    def check_text(self) -> None:
-        """Raise ValueError, before weights are read, if there is too little calibration text."""
+    @cached_property
+    def to_heal(self) -> Corpus | None:
+        """The text of the healing that follows, if one does."""
+        tokens = self.config.heal_tokens
+        return load_training_text(self.calibration, tokens, lambda: self.tokenizer) if tokens else None
+
+    def check(self) -> None:
+        """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal."""
         from lf_hf.measure import given_sequences  # imports scipy and scikit-learn, which loading does not need
 
-        if self.text is not None:
-            given_sequences(self.base.config, self.tokenizer, self.text, self.config)
+        _, text = self.samples_and_text
+        if text is not None:
+            given_sequences(self.base.config, self.tokenizer, text, self.config)
+        if self.to_heal is not None:
+            from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+
+            check_can_heal(self.base, self.tokenizer, self.to_heal, self.config)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells this fusion from others with the same settings."""
+        texts = None
+        if self.calibration is not None:
+            samples, text = self.samples_and_text
+            texts = samples.texts if samples else []
+            texts = [*texts, *(part for corpus in (text, self.to_heal) if corpus for part in corpus.parts)]
+        return fingerprints(self.base, self.tokenizer, texts)
+
+    def fuse(self, decoder: Decoder) -> FusionReport:
+        """Fuse the base's layers, in place."""
+        from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+
+        return pipeline.fuse(decoder, self.tokenizer, self.config, *self.samples_and_text, base=self.base.full_name)
 
 
 @naming(FusionConfig)
@@ -101,7 +110,6 @@ def from_pretrained_fused(
     *,
     calibration: Samples | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    measurements: Measurements | None = None,
     fused_dir: str | os.PathLike[str] | None = None,
     model_class: type[FusedForCausalLM] | None = None,
     **kwargs: Any,
@@ -122,12 +130,9 @@ def from_pretrained_fused(
         `lf_hf.text.calibration.load_corpus`.
     tokenizer : optional
         The base's tokenizer, if it is not beside the base.
-    measurements : Measurements, optional
-        What `lf_hf.measure.measure` found on the same base, to fuse it several times; by default it is measured.
     fused_dir : path, optional
         Where to keep the fused model. If one is there that was made of the same base (by content), calibration text
-        and settings, it is loaded; else the base is fused and saved there, once on each machine. Not with
-        `measurements`.
+        and settings, it is loaded; else the base is fused and saved there, once on each machine.
     model_class : class, optional
         What the result is to be. Default: the class for the base's family.
     **kwargs
@@ -145,11 +150,6 @@ def from_pretrained_fused(
         Before any long work, for settings, a base or calibration text that cannot be used.
     """
     kept_in = None if fused_dir is None else checked_folder(fused_dir)
-    if kept_in is not None and measurements is not None:
-        raise ValueError(
-            "fused_dir and measurements exclude each other: measurements do not say what text they are of. Leave one "
-            "of them out."
-        )
     config = FusionConfig.taken_from(kwargs, config)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
     of_family = fused_class(opened.config)
@@ -159,10 +159,11 @@ def from_pretrained_fused(
             f"{opened.full_name!r} is a {opened.config.model_type!r} model, so it is fused with {of_family.__name__}, "
             f"not with {model_class.__name__}; or use lf_hf.from_pretrained_fused, which finds the class itself."
         )
-    inputs = FusionInputs.load(opened, config, calibration, tokenizer, measurements)
-    if kept_in is None:
-        return _load_and_fuse(model_class, inputs)
-    return _load_or_fuse(model_class, inputs, kept_in)
+    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
+    if kept_in is not None:
+        return _load_or_fuse(model_class, inputs, kept_in)
+    inputs.check()
+    return _load_and_fuse(model_class, inputs)
 
 
 FusedForCausalLM._fuse = from_pretrained_fused
@@ -170,25 +171,12 @@ FusedForCausalLM._fuse = from_pretrained_fused
 
 def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
     """Load the base and fuse it in memory."""
-    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
-
-    if inputs.to_heal is not None:
-        from lf_hf.healing.heal import check_can_heal, heal_loaded  # import the Trainer, which takes seconds
-
-        check_can_heal(inputs.base, inputs.tokenizer, inputs.to_heal, inputs.config)
-    inputs.check_text()
     loaded = inputs.base.load()
-    report = pipeline.fuse(
-        ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=inputs.processes),
-        inputs.tokenizer,
-        inputs.config,
-        inputs.samples,
-        inputs.text,
-        base=inputs.base.full_name,
-        measurements=inputs.measurements,
-    )
+    report = inputs.fuse(ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=inputs.processes))
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     if inputs.to_heal is not None:
+        from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
+
         heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
     return model
 
@@ -199,7 +187,7 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
     The first run to lock the folder fuses, and the others wait for it.
     """
     base, config, processes = inputs.base, inputs.config, inputs.processes
-    made_of = fingerprints(base, inputs.tokenizer, None if inputs.by_default and inputs.texts else inputs.texts)
+    made_of = inputs.fingerprints()
     model: FusedForCausalLM | None = None
 
     def reasons_to_fuse() -> list[str]:
@@ -213,6 +201,7 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
             if reasons := reasons_to_fuse():  # checked again under the lock
                 if (folder / REPORT_NAME).is_file():
                     logger.warning(f"{reasons[0]} Fusing, to replace it.")
+                inputs.check()
                 model = _load_and_fuse(model_class, inputs)
                 assert model.fusion_report is not None
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
@@ -295,46 +284,30 @@ def fuse_checkpoint(
     plain, target = bool(plain or as_llama), checked_folder(out)
     config = FusionConfig.taken_from(kwargs, config)
     if low_memory:
-        check_low_memory(config)
+        device = low_memory_device(config, base.loading if isinstance(base, Base) else kwargs)
         if config.speed:
             logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
-        device = low_memory_device(base.loading if isinstance(base, Base) else kwargs)
     opened = base if isinstance(base, Base) else Base.open(base, kwargs)
-    inputs = FusionInputs.load(opened, config, calibration, tokenizer)
-    if low_memory:
-        generation = _generation_config(opened)
-    with _written_once(target, own_tokenizer=tokenizer is not None) as folder:
-        if low_memory:
-            return _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
-        model = _load_and_fuse(fused_class(opened.config), inputs)
-        if Processes.of_launch().is_main:
-            model.write_files(folder, plain=plain, max_shard_size=max_shard_bytes)
-    assert model.fusion_report is not None
-    return model.fusion_report
-
-
-def check_low_memory(config: FusionConfig) -> None:
-    """Raise ValueError for settings that need the whole model in memory."""
-    if config.heal_tokens:
-        asked = "method='healed'" if config.method == "healed" else f"heal_tokens={config.heal_tokens}"
-        raise ValueError(
-            f"{asked} cannot be used with low_memory=True, as it trains the whole model; give low_memory=False, or "
-            "heal_tokens=0 and heal the result with lf_hf.heal."
-        )
-
-
-@contextmanager
-def _written_once(target: Path, *, own_tokenizer: bool) -> Iterator[Path]:
-    """A folder whose files become those of `target`, for the first process to write; the others wait until it is."""
-    processes = Processes.of_launch()
+    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
+    processes, generation = Processes.of_launch(), _generation_config(opened) if low_memory else None
+    inputs.check()
     with ExitStack() as stack:
 
         def begin() -> Path:
             stack.enter_context(only_writer(target))
-            return stack.enter_context(replaced_files(target, own_tokenizer=own_tokenizer))
+            return stack.enter_context(replaced_files(target, own_tokenizer=tokenizer is not None))
 
-        yield processes.broadcast_object(begin)
-    processes.all_gather_object(None)
+        folder = processes.broadcast_object(begin)
+        if generation is not None:
+            report = _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
+        else:
+            model = _load_and_fuse(fused_class(opened.config), inputs)
+            assert model.fusion_report is not None
+            report = model.fusion_report
+            if processes.is_main:
+                model.write_files(folder, plain=plain, max_shard_size=max_shard_bytes)
+    processes.all_gather_object(None)  # the others wait until the files are in their places
+    return report
 
 
 def _fuse_on_disk(
@@ -347,9 +320,6 @@ def _fuse_on_disk(
     max_shard_bytes: int,
 ) -> FusionReport:
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
-    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
-
-    inputs.check_text()
     base, processes = inputs.base, Processes.of_launch()
     place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
     with tempfile.TemporaryDirectory(dir=place) as scratch:
@@ -357,9 +327,7 @@ def _fuse_on_disk(
             base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype, device=device
         )
         decoder.processes = processes
-        report = pipeline.fuse(
-            decoder, inputs.tokenizer, inputs.config, inputs.samples, inputs.text, base=base.full_name
-        )
+        report = inputs.fuse(decoder)
         processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
         if not processes.is_main:
             return report
@@ -373,11 +341,17 @@ def _fuse_on_disk(
     return report
 
 
-def low_memory_device(loading: Mapping[str, Any]) -> torch.device:
+def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch.device:
     """The device that from_pretrained's arguments name for layers that are read one at a time.
 
     Raises ValueError where only fusing in memory can do what is asked, or there is no such device.
     """
+    if config.heal_tokens:
+        asked = "method='healed'" if config.method == "healed" else f"heal_tokens={config.heal_tokens}"
+        raise ValueError(
+            f"{asked} cannot be used with low_memory=True, as it trains the whole model; give low_memory=False, or "
+            "heal_tokens=0 and heal the result with lf_hf.heal."
+        )
     given = {name for name, value in loading.items() if value is not None}
     unknown = given - hub_arguments(loading).keys() - {"dtype", "trust_remote_code", "device_map"}
     if unknown or loading.get("gguf_file"):
@@ -404,8 +378,7 @@ def _generation_config(base: Base) -> GenerationConfig:
         except OSError:
             of_model: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
             found = GenerationConfig.from_pretrained(base.name, **base.hub, **of_model)
-        with tempfile.TemporaryDirectory() as folder, suppress(OSError):  # not all that can be read can be saved
-            found.save_pretrained(folder)
+        found.validate(strict=True)  # as saving does; not all that can be read can be saved
     except Exception as error:  # of any kind: of files that hold what they should not
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(

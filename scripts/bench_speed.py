@@ -51,7 +51,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, fuse_checkpoint
+from lf_hf import FusionConfig, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
@@ -461,12 +461,12 @@ def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[
         del dense
         found = []
         for config in configs:
-            model = FusedLlamaForCausalLM.from_pretrained_fused(
-                opened, config, tokenizer=tokenizer, measurements=measured
+            model = opened.load()
+            decoder = ModelDecoder(model, keep_originals=config.refit != "none")
+            report = pipeline.fuse(decoder, tokenizer, config, None, None, base=base, measurements=measured)
+            found.append(
+                ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
             )
-            scores = evaluation.scores(model, tokenizer)
-            assert model.fusion_report is not None
-            found.append(({judged.name: judged.fused for judged in model.fusion_report.perplexities}, scores))
         return found
 
     return run

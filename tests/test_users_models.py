@@ -59,7 +59,7 @@ def test_a_save_that_was_cut_off_is_never_read_half(cut_off: Path, base: str, au
 def test_a_folder_without_config_is_no_model(base: str, tmp_path: Path) -> None:
     fused(base).save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"is no folder with a config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json of a 'llama' model"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path)
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, quantization_config
+from transformers.utils import quantization_config
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -25,6 +24,7 @@ from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     check_complete,
     check_floats,
+    local_folder,
     tensor_files,
     weight_files,
     weights_folder,
@@ -37,7 +37,6 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only",
 # Those, and what else is true of a base only, and not of what it is fused to.
 _BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
-_SHORTEST_CONTEXT = 16  # tokens, the shortest calibration_length
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that spread a model over all devices."""
@@ -80,7 +79,7 @@ class Base:
         name = os.fspath(name)
         check_device(loading.get("device_map"))
         config = _read_config(name, hub_arguments(loading))
-        if problem := _problem_of_config(config, loading) or _problem_of_arguments(name, config, loading):
+        if problem := _problem(name, config, loading):
             raise ValueError(f"{name!r} {problem}.")
         return cls(name, config, loading)
 
@@ -124,17 +123,13 @@ class Base:
         patterns = [str(hub.pop("gguf_file"))] if "gguf_file" in hub else [*CHECKPOINT_FILES]
         if self.loading.get("use_safetensors") is False:
             patterns.append("*.bin")
-        subfolder = hub.pop("subfolder", "")
         hub.pop("force_download", None)  # loading fetches them again
-        is_folder = os.path.isdir(self.name)
-        folder = Path(
-            self.name if is_folder else snapshot_download(self.name, allow_patterns=patterns, **hub), subfolder
-        )
+        folder = local_folder(self.name, hub, patterns)
         return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
     def weights_folder(self) -> Path:
         """The folder of the safetensors files; those of the hub are downloaded."""
-        return weights_folder(self.name, self.hub)
+        return weights_folder(self.name, self.hub, self.loading.get("variant"))
 
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
@@ -145,11 +140,10 @@ class Base:
             If the files of weights are not whole or not what the config describes, if they are pickled, which can run
             code, and the user did not ask for it with use_safetensors=False, or if transformers knows no such argument.
         """
-        variant = self.loading.get("variant")
-        loading = {**self.loading}
+        loading, variant = {**self.loading}, self.loading.get("variant")
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
-            check_floats(tensor_files(weights_folder(self.name, self.hub, variant), variant))
+            check_floats(tensor_files(self.weights_folder(), variant))
             loading.pop("force_download", None)  # as that has fetched them again
         if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
             # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
@@ -209,9 +203,9 @@ def check_device(device_map: object) -> None:
 
 def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ValueError if there is none that can be read."""
-    finish_and_check(base, hub)
     if hub.get("gguf_file") and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install '.[gguf]'` in lf_hf's checkout.")
+    finish_save(Path(base, hub.get("subfolder", "")))
     try:
         with _gguf_file_read_once(hub):
             return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
@@ -222,14 +216,16 @@ def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"No config of a model can be read for {base!r}: {reason:.400}") from None
 
 
-def _problem_of_config(config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
-    """What keeps the model of a config from being fused, and what to do about it; None where nothing does."""
+def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
+    """What keeps a model from being fused, and what to do about it; None where nothing does."""
     family = FAMILIES.get(config.model_type)
     if config.model_type.startswith("fused_"):
         return (
             "is fused already; fuse its base with a larger num_fusions, or save it with plain=True (--plain) and fuse "
             "that plain checkpoint"
         )
+    if not loading.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub_arguments(loading)):
+        return "is an adapter, not a model; merge it into its base, and fuse that"
     if family is None or not isinstance(config, family.config_class):  # of code that came with a checkpoint
         kinds = ", ".join(FAMILIES)
         return f"is a {config.model_type!r} model; only dense decoders of text fuse, which are those of type {kinds}"
@@ -237,58 +233,20 @@ def _problem_of_config(config: PreTrainedConfig, loading: Mapping[str, Any]) -> 
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
-    if file := getattr(config, "transformers_weights", None):
-        return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
-    if config.max_position_embeddings < _SHORTEST_CONTEXT:
-        return (
-            f"has max_position_embeddings={config.max_position_embeddings}, but fusing needs {_SHORTEST_CONTEXT} tokens"
-        )
+    fixed = ("num_hidden_layers", *family.layer_lists)
+    if given := [argument for argument in (*_QUANTIZATION_ARGUMENTS, *fixed) if loading.get(argument)]:
+        return f"cannot be fused with {given[0]}; leave it out: fusing takes all layers, in floating point"
+    if loading.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
+        return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
-        return (
-            f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}; repair its config"
-        )
-    for name in ("bos_token_id", "pad_token_id"):
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < config.vocab_size:
-            return f"has {name}={token}, but a vocabulary of {config.vocab_size} tokens; repair its config"
+        return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
     try:
-        family.rotary_embedding(config)
         with torch.device("meta"):
-            family.decoder_layer(config, layer_idx=0)
+            family.causal_lm(copy.deepcopy(config))
     except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"has a config from which no {family.title} can be built ({reason:.300}); repair it"
     return None
-
-
-def _problem_of_arguments(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
-    """What keeps a model from being fused with from_pretrained's arguments; None where nothing does."""
-    if quantizing := [argument for argument in _QUANTIZATION_ARGUMENTS if loading.get(argument)]:
-        return f"cannot be fused with {quantizing[0]}; fuse it in bfloat16, save the result, and quantise that"
-    if loading.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
-        return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
-    fixed = ("num_hidden_layers", *family_of(config).layer_lists)
-    if given := [argument for argument in fixed if loading.get(argument) is not None]:
-        return f"cannot be fused with another {given[0]}: fusing decides what layers there are"
-    if not loading.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub_arguments(loading)):
-        return "is an adapter, not a model; merge it into its base, and fuse that"
-    return None
-
-
-def finish_and_check(name: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
-    """Finish what a killed save left in a checkpoint's folder, and look whether a model is there.
-
-    Raises ValueError for a folder with neither a config nor a GGUF file or an adapter, which bring their own.
-    """
-    folder = Path(name, hub.get("subfolder", ""))
-    finish_save(folder)
-    if not os.path.exists(name) or (os.path.isdir(name) and hub.get("gguf_file")):
-        return
-    if not any((folder / file).is_file() for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
-        raise ValueError(
-            f"{str(folder)!r} is no folder with a config.json; give the folder of a model (and name a GGUF file in it "
-            "with gguf_file= or --gguf-file)."
-        )
 
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,13 +16,13 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checkpoint.base import Base, finish_and_check, hub_arguments, load_tokenizer, optional_file
+from lf_hf.checkpoint.base import Base, hub_arguments, load_tokenizer, optional_file
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import (
@@ -34,12 +34,11 @@ from lf_hf.checkpoint.configuration import (
     plain_config,
 )
 from lf_hf.checkpoint.peft import register_peft
-from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
-from lf_hf.checkpoint.weights import check_floats, shard_names, tensor_files, with_variant
+from lf_hf.checkpoint.saving import checked_folder, finish_save, only_writer, replaced_files
+from lf_hf.checkpoint.weights import shard_names, with_variant
 from lf_hf.families import FAMILIES, HEADS, Family, family_of, is_tied
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.checked_json import parse_json
-from lf_hf.runtime.launch import Processes, rank
+from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
 
@@ -52,8 +51,7 @@ class FusedForCausalLM(PreTrainedModel):
 
     family: ClassVar[Family]
     _fuse: ClassVar[Callable[..., PreTrainedModel]]  # set by lf_hf.fuse: fusing is a client of these classes
-    _opened_in: str | None = None  # the folder
-    _opened_with: Mapping[str, Any] = MappingProxyType({})  # arguments with which its tokenizer is read, too
+    _opened_in: Path | None = None  # the folder
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -109,28 +107,20 @@ class FusedForCausalLM(PreTrainedModel):
         It is None, with a warning, where the report cannot be read. Of an adapter's folder the model that it belongs
         to is loaded, with the adapter.
         """
-        hub, name = hub_arguments(kwargs), ""
+        hub, name = hub_arguments(kwargs), os.fspath(pretrained_model_name_or_path or "")
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
-        tensors: dict[str, Path] = {}
-        if pretrained_model_name_or_path is not None:
-            if kwargs.get("config") is None:  # else the files that it was read with count
-                finish_and_check(pretrained_model_name_or_path, hub)
-            name = _model_of_adapter(os.fspath(pretrained_model_name_or_path), hub)
-            if kwargs.get("config") is None:
-                cls._check_family(name, hub)
-            if kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file"):
-                tensors = _checked_files(name, hub, kwargs.get("variant"))
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (StrictDataclassError, ZeroDivisionError, KeyError) as error:  # the latter two of an edited config
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"No {cls.family.title} can be built from the config of {name!r}: {reason:.300}") from None
+        if name and kwargs.get("config") is None:  # else the files that it was read with count
+            finish_save(Path(name, hub.get("subfolder", "")))
+            cls._check_family(name, hub)
+        index = with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
+        if name and (file := optional_file(name, index, hub)):
+            shard_names(Path(file))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._opened_in = str(Path(name).resolve()) if os.path.isdir(name) else None
-        model._opened_with = hub | {"trust_remote_code": kwargs.get("trust_remote_code")}
-        if getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers as they should be
-            check_floats(tensors)
+        name = str(model.name_or_path)  # which an adapter's folder has led to
+        if os.path.isdir(name):
+            model._opened_in = Path(name, hub.get("subfolder", "")).resolve()
         if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.fusion_report = FusionReport.load(file)
@@ -142,19 +132,16 @@ class FusedForCausalLM(PreTrainedModel):
 
     @classmethod
     def _check_family(cls, name: str, hub: dict[str, Any]) -> None:
-        """Raise ValueError, before weights are read, for a checkpoint of another family."""
-        try:
-            values: Any = PreTrainedConfig.get_config_dict(name, **hub)[0]
-        except (OSError, ValueError):  # which transformers says itself
+        """Raise ValueError, before weights are read, where there is no model of this family, nor an adapter of one."""
+        model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        family = str(model_type).removeprefix(FUSED)
+        if family == cls.family.model_type or (model_type is None and optional_file(name, ADAPTER_CONFIG_NAME, hub)):
             return
-        model_type = str(values.get("model_type")) if isinstance(values, dict) else ""
-        if model_type.removeprefix(FUSED) not in (cls.family.model_type, "None"):
-            classes = FUSED_CLASSES.get(model_type.removeprefix(FUSED))
-            loader = f"; load it with {classes.causal_lm.__name__}" if classes else ""
-            raise ValueError(
-                f"{name!r} is a model of type {model_type!r}, and not {cls.family.model_type!r} as {cls.__name__} "
-                f"needs{loader}."
-            )
+        loader = f"; load it with {FUSED_CLASSES[family].causal_lm.__name__}" if family in FUSED_CLASSES else ""
+        raise ValueError(
+            f"{name!r} has no config.json of a {cls.family.model_type!r} model, as {cls.__name__} needs, but "
+            f"{f'one of type {model_type!r}' if model_type else 'none'}{loader}."
+        )
 
     def save_pretrained(
         self,
@@ -213,18 +200,16 @@ class FusedForCausalLM(PreTrainedModel):
             state_dict = _gathered(tensors)
             if self.config.tie_word_embeddings and state_dict:  # gathered one by one, they share no memory any more
                 state_dict.pop("lm_head.weight", None)
-        failure, names = None, list[str]()
-        try:
-            if writes:
-                with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
-                    self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
-                    names = [str(file.relative_to(new)) for file in new.rglob("*")]
-        except BaseException as error:
-            failure = str(error)
-            raise
-        finally:  # the others wait for it
-            if sharded and (reason := Processes.of_launch().broadcast_object(lambda: failure)) and failure is None:
-                raise OSError(f"Rank 0 could not save: {reason}")
+
+        def save() -> None:
+            if not writes:
+                return
+            with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
+                self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
+                names.extend(str(file.relative_to(new)) for file in new.rglob("*"))
+
+        names: list[str] = []
+        (Processes.of_launch() if sharded else ALONE).broadcast_object(save)
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
         if push_to_hub and writes:
@@ -263,11 +248,10 @@ class FusedForCausalLM(PreTrainedModel):
 
     def _tokenizer_of_checkpoint(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer in the folder that the model was loaded from, if there is one."""
-        folder = self._opened_in or self.name_or_path
-        if not folder or not Path(folder, self._opened_with.get("subfolder", ""), "tokenizer_config.json").is_file():
+        if self._opened_in is None or not (self._opened_in / TOKENIZER_CONFIG_FILE).is_file():
             return None
         try:
-            return load_tokenizer(folder, self._opened_with)
+            return load_tokenizer(str(self._opened_in), {})
         except ValueError as error:  # the weights may be all that is left of a long training
             logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
             return None
@@ -284,10 +268,9 @@ class FusedForCausalLM(PreTrainedModel):
             name = self.name_or_path or repo_id
             self.save_pretrained(folder, **kwargs)
             self.name_or_path = self.config._name_or_path = name
-            if tags:
-                file = Path(folder, CARD_NAME)
-                card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
-                card.data["tags"] = [*(card.data.get("tags") or []), *tags]
+            if tags and (file := Path(folder, CARD_NAME)).is_file():
+                card = ModelCard.load(file)
+                card.data.tags = [*card.data.tags, *tags]
                 card.save(file)
             return _upload(folder, repo_id, token=token, **uploading)
 
@@ -411,28 +394,6 @@ def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise ValueError(f"tokenizer must be a loaded tokenizer, got {tokenizer!r:.80}.")
     return tokenizer
-
-
-def _checked_files(name: str, hub: dict[str, Any], variant: str | None) -> dict[str, Path]:
-    """For each tensor of a checkpoint in a folder the file that holds it; on the hub only an index is looked at.
-
-    Raises ValueError if weights are elsewhere, or, in a folder, not whole or not safetensors.
-    """
-    if os.path.isdir(name):
-        return tensor_files(Path(name, hub.get("subfolder", "")), variant)
-    index = optional_file(name, with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), hub)
-    if index is not None:
-        shard_names(Path(index))
-    return {}
-
-
-def _model_of_adapter(name: str, hub: dict[str, Any]) -> str:
-    """The checkpoint that transformers loads by a name: of an adapter alone the one that it was trained on."""
-    if os.path.isfile(os.path.join(name, CONFIG_NAME)) or not (file := optional_file(name, ADAPTER_CONFIG_NAME, hub)):
-        return name
-    values = parse_json(Path(file).read_bytes(), repr(file))
-    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-    return base if isinstance(base, str) else name
 
 
 def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
@@ -34,10 +35,9 @@ _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _PLACES = 64
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
-_TOKENIZER |= {"tokenizer.model", "merges.txt", "chat_template.jinja"}
 _WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
-_NAMES = _TOKENIZER | {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, REPORT_NAME, CARD_NAME}
+_TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
+_TOKENIZER |= _WHOLE_TOKENIZER
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
@@ -72,7 +72,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     folder = checked_folder(path)
     finish_save(folder)
     report = _report(folder)
-    ours = {name for name, digest in _manifest(report).items() if _is_written(folder / name, digest)}
+    ours = _ours(folder, report)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
@@ -82,12 +82,8 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
-    elif folders := [name for name in sorted(_NAMES) if (folder / name).is_dir()]:
-        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
-        if not report and (folder / REPORT_NAME).is_file():
-            problem += f", as far as {REPORT_NAME} can be read"
     if problem:
         raise ValueError(f"{str(path)!r} {problem}; choose another folder.")
     return CONFIG_NAME in ours
@@ -100,16 +96,24 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     The lock is a file in it that exists while it is held; a killed process keeps nobody out. Raises BlockingIOError
     if another process is at work there, unless `wait`.
     """
+    lock = FileLock(folder / _LOCK)
     with ExitStack() as stack:
         with _explained(folder):
             stack.enter_context(gone_if_empty(folder))
-            if not stack.enter_context(held(folder / _LOCK, _LOCK_SECONDS)):
+            try:
+                lock.acquire(timeout=_LOCK_SECONDS)
+            except Timeout:
                 if not wait:
                     advice = "wait until it is done, or choose another folder"
-                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.")
+                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.") from None
                 logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                stack.enter_context(held(folder / _LOCK, -1))
-        yield
+                lock.acquire()
+        try:
+            yield
+        finally:
+            with suppress(PermissionError):  # Windows removes no file that is open
+                (folder / _LOCK).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            lock.release()
 
 
 @contextmanager
@@ -126,24 +130,6 @@ def gone_if_empty(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(file: Path, seconds: float) -> Iterator[bool]:
-    """Whether this process got a lock within some seconds, -1 for no limit; it has it during the block.
-
-    The lock is a file that exists while it is held; what a killed process leaves of it keeps nobody out.
-    """
-    lock = FileLock(file)
-    try:
-        with suppress(Timeout):
-            lock.acquire(timeout=seconds)
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            with suppress(PermissionError):  # Windows removes no file that is open
-                file.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-            lock.release()
-
-
-@contextmanager
 def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Path]:
     """A new hidden folder, whose files go into `folder` when the block ends well and vanish when it does not.
 
@@ -152,19 +138,20 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
     """
     new = folder / _SAVING / "new"
     _finish(folder)
-    with ExitStack() as unless_whole:
-        unless_whole.callback(shutil.rmtree, new.parent, ignore_errors=True)
+    try:
         with _explained(folder):
             new.mkdir(parents=True)
             yield new
             stale = _prepare(folder, new, own_tokenizer=own_tokenizer)
             marker = new.with_name("writing")
             marker.write_text("\n".join(stale), encoding="utf-8")
-            for file in (*_files(new), marker):
+            for file in (*_files(new).values(), marker):
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
             marker.replace(new.with_name(_COMPLETE))
-        unless_whole.pop_all()
+    except BaseException:
+        shutil.rmtree(new.parent, ignore_errors=True)
+        raise
     _finish(folder)
 
 
@@ -193,67 +180,53 @@ def _finish(folder: Path) -> None:
         if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not new.is_symlink():
-            if (new / CONFIG_NAME).is_file():
+            written, stale = _files(new), (saving / _COMPLETE).read_text(encoding="utf-8", errors="replace").split("\n")
+            if CONFIG_NAME in written:
                 (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for name in (saving / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines():
-                if _is_name(name):
-                    (folder / name).unlink(missing_ok=True)
-            for file in sorted(_files(new), key=lambda file: file == new / CONFIG_NAME):  # that one last
-                (folder / file.relative_to(new)).parent.mkdir(exist_ok=True)
-                file.replace(folder / file.relative_to(new))
+            for name, file in _files(folder).items():
+                if name in stale:
+                    file.unlink()
+            for name, file in sorted(written.items(), key=lambda item: item[0] == CONFIG_NAME):  # that one last
+                (folder / name).parent.mkdir(exist_ok=True)
+                file.replace(folder / name)
             (saving / _COMPLETE).unlink()
         shutil.rmtree(saving, ignore_errors=True)
 
 
 def changed_files(folder: Path) -> list[str]:
     """Those of the weights and config.json that are not as the last save wrote them."""
-    model = {
-        name: digest
-        for name, digest in _manifest(_report(folder)).items()
-        if name == CONFIG_NAME or _variant(name) is not None
-    }
-    return [name for name, digest in model.items() if not _is_written(folder / name, digest)]
+    report = _report(folder)
+    model = {name for name in _manifest(report) if name == CONFIG_NAME or _variant(name) is not None}
+    return sorted(model - _ours(folder, report))
 
 
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
-    manifest, there = _manifest(_report(folder)), _digests(folder)
-    ours = {name for name, digest in there.items() if manifest.get(name) == digest}
-    kept = _kept(folder, new, {name: digest for name, digest in there.items() if name not in ours}, own_tokenizer)
-    for name in kept:
-        (new / name).unlink(missing_ok=True)
-    for file in _files(new):
+    report, there, written = _report(folder), _files(folder), _files(new)
+    ours = _ours(folder, report)
+    users = there.keys() - ours
+    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
+    if not own_tokenizer and (tokenizer := users & _TOKENIZER):
+        if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
+            logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+        kept |= tokenizer
+        if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
+            kept |= {name for name in written if name in _TOKENIZER or name.startswith(_TEMPLATES)}
+    for name in kept & written.keys():
+        written.pop(name).unlink()
+    for file in written.values():
         file.chmod(new.stat().st_mode & 0o666)  # safetensors keeps what it writes to the user alone
-        target = folder / file.relative_to(new)
-        if target.is_dir() or target.parent.is_file():
-            raise OSError(f"{file.relative_to(new)} has the name of something else there")
-    written = _digests(new)
     stale = set[str]()
     if CONFIG_NAME in written:  # else adapters, which go beside a model
         variants = {_variant(name) for name in written} - {None}
         stale = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
         stale = (stale | {name for name in there if _variant(name) in variants}) - kept - written.keys()
     if REPORT_NAME in written:
-        report = json.loads((new / REPORT_NAME).read_text(encoding="utf-8"))
-        report["files"] = {name: manifest[name] for name in sorted(ours - stale)} | written
-        (new / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        values, manifest = json.loads(written[REPORT_NAME].read_text(encoding="utf-8")), _manifest(report)
+        values["files"] = {name: manifest[name] for name in sorted(ours - stale)}
+        values["files"] |= {name: _digest(file) for name, file in sorted(written.items())}
+        written[REPORT_NAME].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return sorted(stale)
-
-
-def _kept(folder: Path, new: Path, users: dict[str, str], own_tokenizer: bool) -> set[str]:
-    """Names of what stays as the user has it: a model card, chat templates, and unless `own_tokenizer` a tokenizer."""
-    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
-    if (folder / _TEMPLATES).is_symlink():
-        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
-    tokenizer = users.keys() & _TOKENIZER
-    if own_tokenizer or not tokenizer:
-        return kept
-    if any((new / name).is_file() and not _is_written(new / name, users[name]) for name in tokenizer):
-        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
-    if not tokenizer & _WHOLE_TOKENIZER:  # but a template or a list of words, which the new one goes beside
-        return kept | tokenizer
-    shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
-    return kept | _TOKENIZER
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -267,20 +240,19 @@ def _report(folder: Path) -> dict[str, Any]:
 def _manifest(report: dict[str, Any]) -> dict[str, Any]:
     """Names of the files that the save of a report wrote, each with its `_digest`."""
     files = report.get("files")
-    return {name: digest for name, digest in files.items() if _is_name(name)} if isinstance(files, dict) else {}
+    return files if isinstance(files, dict) else {}
 
 
-def _is_written(file: Path, digest: object) -> bool:
-    """Whether a file is there as it was written."""
-    return file.is_file() and _digest(file) == digest
+def _ours(folder: Path, report: dict[str, Any]) -> set[str]:
+    """Names of the files that are there as the save of a report wrote them."""
+    manifest = _manifest(report)
+    return {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """`_digest` of each file that may be a checkpoint's, by its name in the folder."""
-    templates = folder / _TEMPLATES
-    files = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() and not templates.is_symlink() else [])]
-    names = {file.relative_to(folder).as_posix(): file for file in sorted(files) if file.is_file()}
-    return {name: digest for name, file in names.items() if _is_name(name) and (digest := _digest(file)) is not None}
+def _files(folder: Path) -> dict[str, Path]:
+    """The files in a folder that may be a checkpoint's, by their names in it."""
+    files = [*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*")]
+    return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
 
 
 def _digest(file: Path) -> str | None:
@@ -291,13 +263,10 @@ def _digest(file: Path) -> str | None:
     if file.name == REPORT_NAME:
         return ""
     with suppress(PermissionError), file.open("rb") as opened:
-        digest = hashlib.sha256()
         if file.suffix != ".safetensors":
-            while part := opened.read(1 << 20):
-                digest.update(part)
-            return digest.hexdigest()
+            return sha_fileobj(opened).hex()
         size = file.stat().st_size
-        digest.update(str(size).encode())
+        digest = hashlib.sha256(str(size).encode())
         for place in range(_PLACES):
             opened.seek(place * size // _PLACES)
             digest.update(opened.read(4096))
@@ -309,15 +278,3 @@ def _variant(name: str) -> str | None:
     """The variant of a file of weights, "" for none; None for any other file."""
     match = _WEIGHTS.fullmatch(name)
     return match and (match[1] or match[2] or "")
-
-
-def _is_name(name: object) -> bool:
-    """Whether it is one of a checkpoint's file, and leads nowhere else."""
-    if not isinstance(name, str) or not name.isprintable():
-        return False
-    *place, last = name.split("/")
-    return place in ([], [_TEMPLATES]) and last not in ("", ".", "..") and os.path.basename(last) == last
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if not file.is_dir()]

@@ -48,11 +48,14 @@ def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
 
 def weights_folder(base: str, hub: dict[str, Any], variant: str | None = None) -> Path:
     """The folder of a checkpoint's safetensors files; those of the hub are downloaded."""
-    if os.path.isdir(base):
-        return Path(base, hub.get("subfolder", ""))
+    return local_folder(base, hub, ["*.safetensors", with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)])
+
+
+def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
+    """The folder of a checkpoint; of one on the hub, files of these patterns are downloaded."""
     arguments = {name: value for name, value in hub.items() if name != "subfolder"}
-    patterns = ["*.safetensors", with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)]
-    return Path(snapshot_download(base, allow_patterns=patterns, **arguments), hub.get("subfolder", ""))
+    found = base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, **arguments)
+    return Path(found, hub.get("subfolder", ""))
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -132,7 +135,6 @@ def stored_dtype(file: Path) -> torch.dtype:
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header."""
     try:
-        file.open("rb").close()  # of any file that it may not open safetensors says that there is none
         with open_tensors(file) as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has its own error for a damaged header
