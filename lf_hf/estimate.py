@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -161,23 +160,16 @@ def plan_heal(
     OSError
         If the disk has no room for the training's states.
     """
-    from lf_hf.healing.heal import STATES, fitted_arguments  # import the Trainer
+    from lf_hf.healing.heal import prepare  # imports the Trainer
     from lf_hf.healing.inputs import WORK, open_inputs
-    from lf_hf.healing.teacher import place_teacher
-    from lf_hf.healing.trainer import disk_needed, make_student
 
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    inputs, folder = open_inputs(fused, out, base, text, settings, given, kwargs, reads_weights=False)
-    model = inputs.model
-    with TemporaryDirectory() as work:
-        settings, arguments = fitted_arguments(settings, model.config, Path(work), given)
-        student = make_student(model, settings, inputs.fused_layers)
-        placement = place_teacher(inputs.base, settings, student, arguments, given, cache, planned=model)
-    disk = disk_needed(student, settings.train)
-    check_room(folder, disk, STATES)
+    inputs, folder = open_inputs(fused, out, base, text, settings, kwargs, reads_weights=False)
+    prepared = prepare(inputs.model, inputs.fused_layers, inputs.base.config, settings, folder / WORK, given, cache)
+    settings, model, student = prepared.settings, inputs.model, prepared.student
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
-    on_cpu = arguments.device.type == "cpu"
-    memory = placement.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
+    on_cpu = prepared.arguments.device.type == "cpu"
+    memory = prepared.teacher.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
     goes_on = f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on."
     plural = "" if settings.steps == 1 else "s"
     return Plan(
@@ -187,13 +179,13 @@ def plan_heal(
             f"parameters ({settings.train})",
             f"training: {settings.steps:,} step{plural} of {settings.batch * settings.length:,} tokens",
             f"text: {inputs.corpus.full_source}",
-            f"the base's predictions: {placement.description}",
-            f"peak memory{'' if on_cpu else f' on {arguments.device}'}, about: {in_gib(memory)}",
-            f"disk, until it is done, at most about: {in_gib(disk)}",
+            f"the base's predictions: {prepared.teacher.description}",
+            f"peak memory{'' if on_cpu else f' on {prepared.arguments.device}'}, about: {in_gib(memory)}",
+            f"disk, until it is done, at most about: {in_gib(prepared.disk)}",
         ],
         [goes_on] if (folder / WORK).is_dir() else [],
         memory,
-        free_memory(arguments.device),
+        free_memory(prepared.arguments.device),
     )
 
 

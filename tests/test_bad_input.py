@@ -226,7 +226,6 @@ ROWS: dict[str, Row] = {
     "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal": (healed, {"trian": "all"}, "Unknown argument 'trian'; did you mean 'train'"),
-    "not of heal": (healed, {"num_fusions": 5}, "Unknown argument 'num_fusions'; known are tokens, train"),
     "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),
     "a base nowhere": (python, {"base": "/no/where"}, "'/no/where'"),
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ _IN_CACHE = 1 << 18  # about how many of them the CPU works on at a time, in flo
 
 Batches = Mapping[str, Sequence[Tensor]]
 """For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
+
+
+class HasHead(Protocol):
+    """What makes logits of final states, as a `Decoder` does."""
+
+    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Te
 
 @torch.no_grad()
 def predictions(
-    decoder: Decoder, ids: Batches, states: Batches, dense: Batches | None = None, base: Decoder | None = None
+    decoder: Decoder, ids: Batches, states: Batches, dense: Batches | None = None, base: HasHead | None = None
 ) -> dict[str, Predictions]:
     """Compare a model's predictions of each text with the dense model's.
 
@@ -112,7 +119,7 @@ def predictions(
     ids : token ids of each text
     states : the model's final states, as `final_states` gives them
     dense : the dense model's, by default the same
-    base : Decoder, optional
+    base : Decoder or what else has its `head`, optional
         The dense model where its final norm or head differs from the decoder's; fusing changes neither.
     """
     sums = []
@@ -128,7 +135,8 @@ def predictions(
                 next_ids = batch[:, 1:].flatten().to(states[name][n].device)
                 for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
                     following, next_ids = next_ids.split([len(log_probs), len(next_ids) - len(log_probs)])
-                    figures = token_figures(log_probs, following.to(log_probs.device), *expected)
+                    device = log_probs.device
+                    figures = token_figures(log_probs, following.to(device), *(each.to(device) for each in expected))
                     parts.append(in_float64(figures).sum(-1))
             sums.append(_total(parts, 5))
     of_all = decoder.processes.all_reduce_sums(torch.cat(sums)) if sums else []

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import json
 import math
 import os
-import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -29,22 +29,23 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import check_room, only_writer
 from lf_hf.decoder.interface import remove_config_layer
-from lf_hf.families import is_tied
-from lf_hf.healing.inputs import LOGS, WORK, HealingInputs, open_inputs
+from lf_hf.families import CausalLM, is_tied
+from lf_hf.healing.inputs import WORK, HealingInputs, open_inputs
 from lf_hf.healing.judge import healed_report, healed_texts, judge
 from lf_hf.healing.loss import Loss
+from lf_hf.healing.memory import Placement, place_teacher
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import Placement, place_teacher, stacked, training_data
-from lf_hf.healing.text import TextUse, given_text
+from lf_hf.healing.teacher import open_teacher, stacked
+from lf_hf.healing.text import given_text, training_order
 from lf_hf.healing.trainer import (
-    choose_trained,
     default_learning_rate,
     disk_needed,
     make_student,
     make_trainer,
+    num_shards,
     training_arguments,
 )
-from lf_hf.report.records import HealingInfo, HealingPoint
+from lf_hf.report.records import CalibrationInfo, HealingInfo, HealingPoint
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import Processes
@@ -56,17 +57,7 @@ from lf_hf.text.sources import Samples
 
 logger = logging.get_logger(__name__)
 
-STATES = "states of the training take"
-"""On disk, at most."""
-# What the names of training arguments begin with that change nothing in the result.
-_WITHOUT_EFFECT = (
-    "report_to",
-    "logging_",
-    "run_name",
-    "disable_tqdm",
-    "gradient_checkpointing",
-    "dataloader_num_workers",
-)
+_LOGS = "runs"  # in the work folder and in the result's: where the Trainer's loggers write
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -123,22 +114,24 @@ def heal(
         If another process is at work in that folder, or if files cannot be written.
     """
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
-    inputs, folder = open_inputs(fused, out, base, text, settings, given, kwargs)
-    report = with_speed(_distill(inputs, folder / WORK, cache, given), inputs.model)
+    inputs, folder = open_inputs(fused, out, base, text, settings, kwargs)
+    work = folder / WORK
+    report = with_speed(_distill(inputs, work, cache, given), inputs.model)
 
     def save() -> None:
         inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.own_tokenizer
         inputs.model.save_pretrained(folder, plain=inputs.plain)
-        logs = folder / WORK / LOGS
-        for log in logs.rglob("*"):
-            target = folder / LOGS / log.relative_to(logs)
-            if log.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(log, target)
-        shutil.rmtree(folder / WORK, ignore_errors=True)
+        if (work / _LOGS).is_dir():
+            shutil.copytree(work / _LOGS, folder / _LOGS, copy_function=_copy_new, dirs_exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().broadcast_object(save)
     return report
+
+
+def _copy_new(source: str, target: str) -> None:
+    if not os.path.exists(target):  # else it is the user's
+        shutil.copy2(source, target)
 
 
 def heal_loaded(
@@ -170,50 +163,63 @@ def check_can_heal(
     cache: str | os.PathLike[str] | None = None,
 ) -> None:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
-    settings, fused = HealSettings(tokens=config.heal_tokens, seed=config.seed), copy.deepcopy(base.config)
+    fused = base.new_config()
     for _ in range(config.num_fusions or 1):  # one at least, where a budget says how many
         remove_config_layer(fused, fused.num_hidden_layers - 1)
     with torch.device("meta"):
-        student = base.family.causal_lm(fused)
-    with TemporaryDirectory() as work:
-        settings, arguments = fitted_arguments(settings, base.config, Path(work), {})
-        choose_trained(student, settings.train, [])
-        given_text(tokenizer, corpus, settings, base.config.vocab_size)
-        place_teacher(base, settings, student, arguments, {}, cache)
-        check_room(work, disk_needed(student, settings.train), STATES)
+        model = base.family.causal_lm(fused)
+    settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)
+    prepared = prepare(model, [], base.config, settings, Path(gettempdir()), {}, cache)
+    given_text(tokenizer, corpus, prepared.settings, base.config.vocab_size)
 
 
-def fitted_arguments(
-    settings: HealSettings, config: PreTrainedConfig, work: Path, given: Mapping[str, Any]
-) -> tuple[HealSettings, TrainingArguments]:
-    """Settings with sequences no longer than the model takes, and as many in a step as all processes share evenly.
+@dataclass(frozen=True)
+class Preparation:
+    """A student, and where and how it trains. `disk` is how many bytes its states take on disk at most."""
 
-    A step is no longer than the whole training.
+    settings: HealSettings
+    arguments: TrainingArguments
+    student: nn.Module
+    teacher: Placement
+    disk: int
+
+
+def prepare(
+    model: CausalLM,
+    fused_layers: Sequence[int],
+    base: PreTrainedConfig,
+    settings: HealSettings,
+    work: Path,
+    given: Mapping[str, Any],
+    cache: str | os.PathLike[str] | None,
+) -> Preparation:
+    """Make a student of a model, which may be on the meta device, and see whether it can be trained in `work`.
+
+    Its sequences are no longer than the model takes, a step no longer than the whole training, and all processes have
+    as many sequences of a step. `given` are training arguments.
+
+    Raises
+    ------
+    ValueError
+        For training arguments that cannot be used, or too little memory.
+    OSError
+        For too little room on the disk.
     """
-    length = min(settings.length, config.max_position_embeddings)
+    length = min(settings.length, base.max_position_embeddings)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
     settings = dataclasses.replace(settings, length=length, batch_tokens=batch_tokens)
+    world_size = training_arguments(settings, work, given).world_size
+    batch = math.ceil(settings.batch / world_size) * world_size
+    if batch != settings.batch:
+        logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that all processes have as many.")
+        settings = dataclasses.replace(settings, batch_tokens=batch * length)
     arguments = training_arguments(settings, work, given)
-    batch = math.ceil(settings.batch / arguments.world_size) * arguments.world_size
-    if batch == settings.batch:
-        return settings, arguments
-    logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that all processes have as many.")
-    settings = dataclasses.replace(settings, batch_tokens=batch * settings.length)
-    return settings, training_arguments(settings, work, given)
-
-
-@contextmanager
-def _unchanged_process() -> Iterator[None]:
-    """Give back, after a training, the random numbers and the precision that it sets for the whole process."""
-    python, of_numpy, set_before = random.getstate(), np.random.get_state(), bool(AcceleratorState._shared_state)
-    try:
-        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)
-        if not set_before and Processes.of_launch().world_size == 1:
-            AcceleratorState._reset_state()
+    student = make_student(model, settings, fused_layers)
+    placement = place_teacher(base, student, settings, arguments, cache, num_shards(arguments))
+    disk = disk_needed(student, settings)
+    if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
+        Processes.of_launch().broadcast_object(lambda: check_room(work, disk, "states of the training take"))
+    return Preparation(settings, arguments, student, placement, disk)
 
 
 def _distill(
@@ -223,50 +229,48 @@ def _distill(
     start, model, processes = time.monotonic(), inputs.model, Processes.of_launch()
     rate = inputs.settings.learning_rate or default_learning_rate(model, inputs.settings.train)
     settings = dataclasses.replace(inputs.settings, learning_rate=rate)
-    settings, arguments = fitted_arguments(settings, model.config, work, given)
+    prepared = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, given, cache)
+    settings, arguments, student = prepared.settings, prepared.arguments, prepared.student
     inputs = dataclasses.replace(inputs, settings=settings)
-    student = make_student(model, settings, inputs.fused_layers)
-    placement = place_teacher(inputs.base, settings, student, arguments, given, cache)
 
     with ExitStack() as stack:
 
         def begin() -> str | None:
-            if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
-                check_room(work, disk_needed(student, settings.train), STATES)
+            if not any(work.glob("checkpoint-*")):
                 given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
             stack.enter_context(only_writer(work))
-            return _resumed_from(work, _identity(inputs, placement, arguments, given), inputs.corpus.source)
+            return _resumed_from(work, _identity(inputs, prepared, given))
 
-        stack.enter_context(_unchanged_process())
+        if not AcceleratorState._shared_state and processes.world_size == 1:
+            stack.callback(AcceleratorState._reset_state)  # with the precision that is set for the whole process
         resumed = processes.broadcast_object(begin)
-        loss = Loss(settings.temperature, settings.next_token_share)
         arguments.eval_on_start = resumed is None
-        trainer = make_trainer(student, arguments, loss, stacked)
-        data = training_data(inputs, placement, arguments, work, processes)
-        use = TextUse.of(data.counts, settings)
-        if use.note:
-            logger.warning(use.note)
-        before = judge(model, data.judging, data.teacher, processes)
-        trainer.targets, trainer.eval_dataset = data.teacher.targets, data.held_out
-        trainer.train_dataset = data.training[use.order]
+        trainer = make_trainer(student, arguments, Loss(settings.temperature, settings.next_token_share), stacked)
+        teacher = open_teacher(inputs, prepared.teacher, arguments, work)
+        before = judge(model, teacher, processes)
+        names = [name for name, items in teacher.training.items() for _ in range(len(items))]
+        order = training_order(len(names), settings)
+        used = Counter(names[number] for number in set(order))
+        trainer.targets, trainer.eval_dataset = teacher.targets, teacher.held_out
+        trainer.train_dataset = Subset(ConcatDataset(teacher.training.values()), order)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         trainer.train(resume_from_checkpoint=resumed)
         if kept := trainer.best_step():
             _load(model, trainer.trained_state(model, settings), processes)
-        after = judge(model, data.judging, data.teacher, processes)
+        after = judge(model, teacher, processes)
         healed = HealingInfo(
-            settings=settings.recorded(on_disk=placement.files is not None, written_share=use.written_share),
-            text=use.kinds,
-            epochs=use.epochs,
+            settings=settings.in_effect(),
+            text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],
+            epochs=len(order) / used.total(),
             trained=trained,
             steps=trainer.state.global_step,
             kept=kept,
-            teacher=placement.description,
+            teacher=prepared.teacher.description,
             curve=[HealingPoint(step, of_kinds) for step, of_kinds in sorted(trainer.curve().items())],
-            judged=healed_texts(data.judging, before, after),
+            judged=healed_texts(teacher, before, after),
             seconds=time.monotonic() - start,
         )
-        return healed_report(inputs, healed, after, use, trainer.diverged)
+        return healed_report(inputs, healed, after)
 
 
 @torch.no_grad()
@@ -283,61 +287,42 @@ def _load(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Proce
         model.tie_weights()
 
 
-def _identity(
-    inputs: HealingInputs, placement: Placement, arguments: TrainingArguments, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def _identity(inputs: HealingInputs, prepared: Preparation, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must have in common with one that was cut short to go on with it."""
-    return inputs.content() | {
+    content = inputs.content()
+    return content | {
+        "text": f"{inputs.corpus.source} ({content['text']:.16})",
         "settings": inputs.settings.to_dict(),
         "fused": weights_digest(inputs.model.named_parameters()),
-        "processes": arguments.world_size,
-        "training_args": {name: str(value) for name, value in given.items() if not name.startswith(_WITHOUT_EFFECT)},
-        "teacher": placement.description,
+        "processes": prepared.arguments.world_size,
+        "training_args": {name: str(value) for name, value in given.items()},
+        "teacher": prepared.teacher.description,
         "algorithm": ALGORITHM,
     }
 
 
-def _resumed_from(work: Path, identity: dict[str, Any], source: str) -> str | None:
-    """The checkpoint of a run of the same healing that was cut short, if any; all else in the folder is removed.
+def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
+    """The last state of a run of the same healing that was cut short, if there is one.
 
     `source` says where the text is from. Raises ValueError for a run of another healing, so that nothing is lost.
     """
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    source_before = before.pop("source", "another text")
-    for checkpoint in work.glob("checkpoint-*"):
+    for state in work.glob("checkpoint-*"):
         try:
-            json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+            json.loads((state / _TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # cut short while it was written
-            shutil.rmtree(checkpoint)
-    checkpoint = get_last_checkpoint(str(work))
-    if before != identity and checkpoint:
-        differ = [name for name, value in identity.items() if before.get(name) != value]
-        reason = f"its {', '.join(differ)} differ; give the same command again to go on"
-        if "algorithm" in differ:
-            reason = "it is of another version of lf_hf; go on with that"
-        elif differ == ["teacher"]:
-            reason = (
-                f"for it the base's predictions were {before['teacher']}, and now they would be {identity['teacher']}; "
-                "go on with as much memory and the same cache"
-            )
-        elif differ == ["text"]:
-            reason = (
-                f"its text is {source_before}, and now it would be {source}; go on with that text (without text= it is "
-                "the hub's where that answers, else as with text='bundled')"
-            )
+            shutil.rmtree(state)
+    last = get_last_checkpoint(str(work))
+    if last and before != identity:
+        changes = [(name, before.get(name), now) for name, now in identity.items() if before.get(name) != now]
+        differ = "; ".join(f"{name} was {then}, and now is {now}" for name, then, now in changes)
         raise ValueError(
-            f"{str(work.parent)!r} holds a run that was cut short, of another healing: {reason}, or remove "
-            f"{str(work)!r} to start anew."
+            f"{str(work.parent)!r} holds a run that was cut short, of another healing ({differ:.500}). Give the same "
+            f"command again to go on, with as much memory, or remove {str(work)!r} to start anew."
         )
-    if before != identity:
-        for path in work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.endswith(".lock"):
-                path.unlink()
-        note.with_suffix(".new").write_text(json.dumps(identity | {"source": source}), encoding="utf-8")
-        note.with_suffix(".new").replace(note)
-    if checkpoint:
-        logger.warning(f"Going on from {checkpoint!r}, where an earlier run of the same healing stopped.")
-    return checkpoint
+    if last:
+        logger.warning(f"Going on from {last!r}, where an earlier run of the same healing stopped.")
+    note.with_suffix(".new").write_text(json.dumps(identity), encoding="utf-8")
+    note.with_suffix(".new").replace(note)
+    return last

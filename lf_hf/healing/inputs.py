@@ -11,31 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
 from lf_hf.checkpoint.fused_cache import base_fingerprint
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, finish_save
 from lf_hf.decoder.interface import Decoder
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.trainer import check_arguments
 from lf_hf.report.report import FusionReport
-from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import Samples
 
-# What is taken for loading the base, besides values of its config.
-_OF_BASE = (
-    *HUB_ARGUMENTS,
-    *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
-)
 WORK = ".lf_hf-healing"
 """In OUT: the state of a training that is not done."""
-LOGS = "runs"
-"""In both: where the Trainer's loggers write, unless they are told another place."""
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 
 
@@ -86,15 +77,11 @@ class HealingInputs:
 
     def check_base(self, decoder: Decoder) -> None:
         """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
-        report, other = self.report, False
-        if report.base_digest is not None:
-            other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
-        elif report.fingerprints is not None:
-            other = base_fingerprint(self.base) != report.fingerprints["base"]
-        if other:
+        expected = self.report.base_digest
+        if expected is not None and weights_digest(decoder.named_parameters()) not in (None, expected):
             raise ValueError(
-                f"{self.base.full_name!r} is not the base that this model was fused from, which was {report.base!r}: "
-                "its weights are others; give that one."
+                f"{self.base.full_name!r} is not the base that this model was fused from, which was "
+                f"{self.report.base!r}: its weights are others; give that one."
             )
 
 
@@ -104,47 +91,35 @@ def open_inputs(
     base: str | os.PathLike[str] | Base | None,
     text: Samples | None,
     settings: HealSettings,
-    given: Mapping[str, Any],
     hub: Mapping[str, Any],
     *,
     reads_weights: bool = True,
 ) -> tuple[HealingInputs, Path]:
-    """Open and check what `heal` takes, `given` being training arguments; returns the folder of the result, too.
+    """Open and check what `heal` takes; returns the folder of the result, too.
 
-    Weights come last: those of the base are not read, and without `reads_weights` none; the model is then on the meta
-    device.
+    The base's weights are not read, and without `reads_weights` none; the model is then on the meta device.
     """
-    out_folder = checked_folder(out)
-    if (out_folder / LOGS).is_file() and given.get("report_to", "none") != "none":
-        raise ValueError(
-            f"{os.fspath(out)!r} holds a file {LOGS!r}, where the Trainer's logs go; choose another folder."
-        )
-    check_arguments(given)
     if not isinstance(fused, str | os.PathLike):
         raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
-    folder = checked_folder(fused)
+    folder, out_folder = checked_folder(fused), checked_folder(out)
     if folder == out_folder:
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     finish_save(folder)
     report = FusionReport.load(folder)
     opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
-    for name in hub:
-        if name not in _OF_BASE and not hasattr(opened.config, name):
-            raise ValueError(unknown_name("argument", name, (*HealSettings.known, *_OF_BASE)))
     check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
     corpus = load_training_text(text, settings.tokens, lambda: tokenizer or opened.tokenizer())
     config = AutoConfig.from_pretrained(folder)
-    _check_vocabulary(opened, config, tokenizer)
+    if opened.config.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{opened.full_name!r} has {opened.config.vocab_size} embeddings, and the fused model {config.vocab_size}; "
+            "give the base that it was fused from."
+        )
     plain = config.model_type in FUSED_CONFIGS
     if plain:
         config = converted_config(config, FUSED_CONFIGS[config.model_type])
-    if config.num_hidden_layers != report.layers_after:
-        raise ValueError(
-            f"{str(fused)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
-            "the folder of a fused checkpoint."
-        )
     if reads_weights:
         model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
     else:
@@ -166,21 +141,3 @@ def _base_name(
     if is_gguf and not hub.get("gguf_file") and (os.fspath(base) == name or Path(base, file).is_file()):
         return base, {**hub, "gguf_file": file}
     return base, dict(hub)
-
-
-def _check_vocabulary(base: Base, fused: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise ValueError if a base has not as many embeddings, or other tokens, than a fused model."""
-    if base.config.vocab_size != fused.vocab_size:
-        raise ValueError(
-            f"{base.full_name!r} has {base.config.vocab_size} embeddings, and the fused model {fused.vocab_size}; give "
-            "the base that it was fused from."
-        )
-    try:
-        other = tokenizer is not None and base.tokenizer().get_vocab() != tokenizer.get_vocab()
-    except ValueError:  # the base has no tokenizer
-        return
-    if other:
-        raise ValueError(
-            f"The tokenizer of {base.full_name!r} has other tokens than the fused model's; give the base that it was "
-            "fused from."
-        )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import astuple
 
 import torch
-from torch.nn.functional import log_softmax
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import Predictions, token_figures
-from lf_hf.families import CausalLM, family_of
+from lf_hf.decoder.predictions import Predictions, final_states, predictions
+from lf_hf.families import CausalLM
 from lf_hf.healing.inputs import HealingInputs
-from lf_hf.healing.loss import next_tokens, parts
-from lf_hf.healing.teacher import Items, Teacher, stacked
-from lf_hf.healing.text import TextUse
+from lf_hf.healing.teacher import STATES, Teacher
 from lf_hf.measure import written_on
 from lf_hf.report.notes import COLLAPSED, SILENT, collapse_note, silence_note
 from lf_hf.report.records import HealedText, HealingInfo, PerplexityInfo
@@ -25,71 +24,51 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.judging import judging_texts, relation
 
 logger = logging.get_logger(__name__)
-_TOKENS = 4096  # that pass the layers together
-_LOGITS = 1 << 24  # of each model that exist at a time
+_MOST_EPOCHS = 3  # more times through the same text are worth a warning
 _RELATIONS = ("seen", "kin", "unseen")
 
 
-@torch.no_grad()
-def judge(
-    model: CausalLM, texts: Mapping[str, Items], teacher: Teacher, processes: Processes = ALONE
-) -> dict[str, Predictions]:
-    """Compare a model in memory with the teacher on each text, of whose sequences each process reads a share."""
-    config, judged = model.config, dict[str, Predictions]()
-    for name, items in texts.items():
-        mine, sums = processes.shard(items), torch.zeros(5, dtype=torch.float64)
-        together = max(1, _TOKENS // len(items[0]["input_ids"]))
-        for start in range(0, len(mine), together):
-            batch = {key: tensor.to(model.device) for key, tensor in stacked(mine[start : start + together]).items()}
-            ids, targets = batch["input_ids"], teacher.targets(batch)
-            states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            next_ids = next_tokens(ids).to(states.device)
-            for rows in parts(len(states), config.vocab_size, _LOGITS):
-                log_probs = log_softmax(family_of(config).logits(config, model.lm_head(states[rows]).float()), -1)
-                expected = targets.part(rows, 1.0)(slice(None), log_probs).to(log_probs.device)
-                figures = token_figures(log_probs, next_ids[rows].clamp(min=0), expected)
-                sums += figures[:, next_ids[rows] >= 0].double().sum(-1).cpu()
-        judged[name] = Predictions.from_sums(*processes.all_reduce_sums(sums))
-    return judged
+def judge(model: CausalLM, teacher: Teacher, processes: Processes = ALONE) -> dict[str, Predictions]:
+    """Compare a model in memory with the teacher on each judging text, of which each process reads a share."""
+    decoder = ModelDecoder(model, processes=processes)
+    ids, expected = {}, {}
+    for name, items in teacher.judging.items():
+        mine = [items[n] for n in processes.shard(range(len(items)))]
+        ids[name] = decoder.batches([item["input_ids"] for item in mine])
+        states = iter(item[STATES] for item in mine)
+        expected[name] = [torch.stack([next(states) for _ in batch]) for batch in ids[name]]
+    return predictions(decoder, ids, final_states(decoder, ids, "Judging"), expected, teacher)
 
 
-def healed_report(
-    inputs: HealingInputs,
-    healed: HealingInfo,
-    after: Mapping[str, Predictions],
-    use: TextUse,
-    diverged: tuple[int, float] | None,
-) -> FusionReport:
-    """The fused model's report, of what it has become; `diverged` is as of a `DistillationTrainer`."""
+def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str, Predictions]) -> FusionReport:
+    """The fused model's report, of what it has become."""
     report = inputs.report
     # What is said below is of this healing; what was said of an earlier one is not true any more.
-    stale = (COLLAPSED, SILENT, "Healing ", "The loss of healing")
-    kept_notes = [note for note in report.notes if not note.startswith(stale)]
-    perplexities = _perplexities(inputs, healed, after, use)
+    notes = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, "Healing "))]
+    perplexities = _perplexities(inputs, healed, after)
     continuations = report.continuations
     if inputs.own_tokenizer is not None and continuations:
         now = written_on(ModelDecoder(inputs.model), inputs.own_tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
-    new_notes = [
-        f"The loss of healing was not finite at step {diverged[0]}, at a learning rate of {diverged[1]:.3g}, so the "
-        f"state of step {healed.kept} is kept; a lower learning_rate goes further."
-        if diverged
-        else None,
+    last = healed.curve[-1]
+    new_notes = {
+        f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
+        "goes further.": not all(map(math.isfinite, last.divergences.values())),
         "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
-        "before; take more tokens or a lower learning_rate."
-        if not healed.kept
-        else None,
-        use.note,
-        collapse_note(perplexities, fitted=report.config.get("refit") != "none"),
-        silence_note(continuations),
-    ]
-    for note in filter(None, new_notes):
+        "before; take more tokens or a lower learning_rate.": not healed.kept,
+        f"Healing goes {healed.epochs:.1f} times through its text: more text, or fewer tokens, gives a better model "
+        "for the same time.": healed.epochs > _MOST_EPOCHS,
+        collapse_note(perplexities, fitted=report.config.get("refit") != "none"): True,
+        silence_note(continuations): True,
+    }
+    for note in [note for note, applies in new_notes.items() if note and applies]:
         logger.warning(note)
+        notes.append(note)
     return dataclasses.replace(
         report,
         continuations=continuations,
         perplexities=perplexities,
-        notes=[*kept_notes, *filter(None, new_notes)],
+        notes=notes,
         seconds=report.seconds | {"healing": healed.seconds},
         weights_digest=weights_digest(inputs.model.named_parameters()),
         fingerprints=None,
@@ -98,27 +77,24 @@ def healed_report(
 
 
 def healed_texts(
-    texts: Mapping[str, Items], before: Mapping[str, Predictions], after: Mapping[str, Predictions]
+    teacher: Teacher, before: Mapping[str, Predictions], after: Mapping[str, Predictions]
 ) -> list[HealedText]:
     """The figures of each judging text."""
     judged = []
-    for name, items in texts.items():
-        tokens, was, now = len(items) * len(items[0]["input_ids"]), before[name], after[name]
-        pairs = zip(dataclasses.astuple(was), dataclasses.astuple(now), strict=True)
-        perplexity, _, divergence, agreement = pairs
+    for name, items in teacher.judging.items():
+        perplexity, _, divergence, agreement = zip(astuple(before[name]), astuple(after[name]), strict=True)
+        tokens = len(items) * len(items[0]["input_ids"])
         judged.append(HealedText(name, tokens, *perplexity, *divergence, *agreement))
     return judged
 
 
-def _perplexities(
-    inputs: HealingInputs, healed: HealingInfo, after: Mapping[str, Predictions], use: TextUse
-) -> list[PerplexityInfo]:
+def _perplexities(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str, Predictions]) -> list[PerplexityInfo]:
     """Those of the fusion, of what the model is now, where the same text judges both."""
     texts, tokens = {judging.name: judging for judging in judging_texts()}, {t.name: t.tokens for t in healed.judged}
-    sources = [kind.source for kind in use.kinds]
+    sources = [kind.source for kind in healed.text]
     perplexities = []
     for info in inputs.report.perplexities:
-        if (now := after.get(info.name)) is None or info.name not in texts:
+        if (now := after.get(info.name)) is None:
             continue
         nearness = relation(texts[info.name], inputs.corpus.parts, sources) if healed.kept else "unseen"
         perplexities.append(

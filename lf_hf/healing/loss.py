@@ -134,7 +134,8 @@ class _Distillation(torch.autograd.Function):
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         with torch.autocast(kind, enabled=False):
             flat, head = states.flatten(0, 1).to(dtype), weight.to(dtype)  # (B T, hidden), (vocab, hidden)
-            next_ids = next_tokens(ids)
+            # The tokens that follow; -1 after the last one of each sequence.
+            next_ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
             grad_states = torch.empty_like(flat, dtype=states.dtype) if needs_states else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
             total = torch.zeros((), device=states.device)
@@ -161,11 +162,6 @@ class _Distillation(torch.autograd.Function):
         of_states = None if grad_states is None else grad_states.view(ctx.shape) * grad_output
         of_weight = None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype)
         return of_states, of_weight, None, None, None, None
-
-
-def next_tokens(ids: Tensor) -> Tensor:
-    """The tokens that follow those of sequences (B, tokens T), as (B T,); -1 after the last one of each."""
-    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
 
 
 def parts(count: int, vocab_size: int, logits: int) -> Iterator[slice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
 from lf_hf.settings import HEAL_TOKENS, LARGEST_SEED, LEAST_HEAL_TOKENS
@@ -88,8 +87,3 @@ class HealSettings(Settings):
     def written_sequences(self, by_default: float) -> int:
         """Sequences that the base writes at most."""
         return int(self.sequences * self.share_written(by_default))
-
-    def recorded(self, *, on_disk: bool, written_share: float) -> dict[str, Any]:
-        """The fields that a healing depended on, JSON-ready: whether predictions were on disk, and what was written."""
-        values = self.in_effect() | {"written_share": written_share}
-        return {name: value for name, value in values.items() if on_disk or name != "top_k"}

@@ -6,8 +6,7 @@ This module knows no model: what the base writes comes from a function.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,18 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH, WRITTEN_LENGTH
-from lf_hf.report.records import CalibrationInfo
-from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus, documentation_halves
+from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
 
 HELD_OUT = 4
 """Sequences of a kind of text that are held out at most, to see how far the student is from the teacher."""
-
-MOST_EPOCHS = 3
-"""More times through the same text are worth a warning."""
-
 WRITTEN, WRITTEN_CHATS = "text written by the base", "chats written by the base"
 WRITTEN_TOGETHER = 256
 """Pieces that the base writes together; a multiple of the step of `CHATS`, so that chats keep their places."""
@@ -80,27 +74,20 @@ def healing_text(
     corpus: Corpus,
     settings: HealSettings,
     vocab_size: int,
-    write: Write | None,
+    write: Write,
     *,
     chats: bool = False,
 ) -> list[Kind]:
     """The text of a healing: `given_text`, and the share that the settings, or else the corpus, leave to the base.
 
-    `chats` says whether `CHATS` of what `write` gives are chats. At least two kinds of text are held out: if one was
-    given, and the base writes none, that is some of the text that comes with this package.
+    `chats` says whether `CHATS` of what `write` gives are chats.
     """
     length = settings.length
     kinds = given_text(tokenizer, corpus, settings, vocab_size)
     share, given = settings.share_written(corpus.generated_share), sum(len(kind.training) for kind in kinds)
     # Short text keeps its share.
     count = min(settings.written_sequences(corpus.generated_share), round(given * share / (1 - share)))
-    lacks_kind = len([kind for kind in kinds if kind.held_out]) < 2
-    if write is None:
-        if lacks_kind and DOCUMENTATION not in {kind.name for kind in kinds if kind.training}:
-            sequences = pack_tokens(tokenizer, documentation_halves()[0], length, HELD_OUT * length)
-            whole = [sequence for sequence in sequences if len(sequence) == length]
-            kinds.append(Kind(f"{DOCUMENTATION}, for comparison", held_out=whole))
-    elif count or lacks_kind:
+    if count:
         of_chats = len(range(count)[CHATS]) if chats else 0
         held_out_chats, of_text = min(HELD_OUT, of_chats), count - of_chats + HELD_OUT
         enough = max(CHATS.step * (of_chats + held_out_chats), math.ceil(of_text * CHATS.step / (CHATS.step - 1)))
@@ -121,12 +108,19 @@ def judging_kinds(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int)
 
     `longest` is what the model takes, and `tokens` is how many there are of each text.
     """
-    length = min(PERPLEXITY_LENGTH, longest)
-    kinds = []
-    for judging in judging_texts():
-        sequences = pack_tokens(tokenizer, judging.text, length, max(length, tokens))
-        kinds.append(Kind(judging.name, judging=[sequence for sequence in sequences if len(sequence) == length]))
-    return [kind for kind in kinds if kind.judging]
+    length, kinds = min(PERPLEXITY_LENGTH, longest), []
+    for text in judging_texts():
+        sequences = pack_tokens(tokenizer, text.text, length, max(length, tokens))
+        kinds.append(Kind(text.name, judging=[sequence for sequence in sequences if len(sequence) == length]))
+    return kinds
+
+
+def training_order(count: int, settings: HealSettings) -> list[int]:
+    """Numbers of `count` sequences as a training goes through them: all in a new order, again and again."""
+    random, order = torch.Generator().manual_seed(settings.seed), list[int]()
+    while len(order) < settings.sequences:
+        order += torch.randperm(count, generator=random).tolist()
+    return order[: settings.sequences]
 
 
 def _written(write: Write, length: int, seed: int, count: int) -> list[Tensor]:
@@ -151,41 +145,3 @@ def _split(name: str, sequences: list[Tensor]) -> Kind:
     places = {(2 * n + 1) * len(sequences) // (2 * count) for n in range(count)}
     training = [sequence for place, sequence in enumerate(sequences) if place not in places]
     return Kind(name, training, [sequences[place] for place in sorted(places)])
-
-
-@dataclass(frozen=True)
-class TextUse:
-    """What a training goes through: `order` has the numbers of its sequences, one after the other, which may repeat.
-
-    `kinds` are the kinds of text with the sequences and tokens that there are of each, and `epochs` says how often they
-    are gone through. `written_share` is the base's share of them.
-    """
-
-    order: list[int]
-    kinds: list[CalibrationInfo]
-    epochs: float
-    written_share: float
-
-    @classmethod
-    def of(cls, counts: Mapping[str, int], settings: HealSettings) -> TextUse:
-        """From the number of sequences to train on of each kind: all of them in a new order, again and again."""
-        random, count = torch.Generator().manual_seed(settings.seed), sum(counts.values())
-        order: list[int] = []
-        while len(order) < settings.sequences:
-            order += torch.randperm(count, generator=random).tolist()
-        order = order[: settings.sequences]
-        names = [name for name, of_kind in counts.items() for _ in range(of_kind)]
-        used = Counter(names[number] for number in set(order))
-        kinds = [CalibrationInfo(name, used[name], used[name] * settings.length) for name in counts if used[name]]
-        written = (used[WRITTEN] + used[WRITTEN_CHATS]) / used.total()
-        return cls(order, kinds, len(order) / used.total(), round(written, 3))
-
-    @property
-    def note(self) -> str | None:
-        """A sentence about too little text, if there is."""
-        if self.epochs <= MOST_EPOCHS:
-            return None
-        return (
-            f"Healing goes {self.epochs:.1f} times through its text: more text, or fewer tokens, gives a better model "
-            "for the same time."
-        )

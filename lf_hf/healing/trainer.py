@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -26,7 +25,6 @@ from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
-from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16
 from lf_hf.runtime.progress import progress
@@ -40,10 +38,10 @@ DIVERGENCE = "eval_divergence"
 _LEAST_WARMED_UP = 10  # steps: of fewer, the first one, at a rate of 0, would be too many
 # TrainingArguments that healing itself depends on.
 _OWN = (
-    "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy greater_is_better label_names "
-    "label_smoothing_factor learning_rate load_best_model_at_end max_steps metric_for_best_model num_train_epochs "
-    "output_dir prediction_loss_only push_to_hub remove_unused_columns resume_from_checkpoint save_only_model "
-    "save_steps save_strategy seed train_sampling_strategy use_liger_kernel"
+    "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy gradient_accumulation_steps "
+    "greater_is_better label_names label_smoothing_factor learning_rate load_best_model_at_end max_steps "
+    "metric_for_best_model num_train_epochs output_dir prediction_loss_only push_to_hub remove_unused_columns "
+    "resume_from_checkpoint save_only_model save_steps save_strategy seed train_sampling_strategy use_liger_kernel"
 ).split()
 
 
@@ -58,13 +56,12 @@ class Student:
     lm_head: Any
 
     def forward(
-        self, input_ids: Tensor | None = None, targets: Targets | None = None, loss: Loss | None = None, **_: Any
+        self, input_ids: Tensor, targets: Targets, loss: Loss, return_loss: bool = True, **_: Any
     ) -> dict[str, Tensor]:
-        """{"loss": ...} of a batch: ids of shape (sequences B, tokens T)."""
-        assert input_ids is not None and targets is not None
+        """{"loss": ...} of a batch: ids of shape (sequences B, tokens T). By `return_loss` the Trainer expects it."""
         states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
         to_logits = partial(family_of(self.config).logits, self.config)
-        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss or Loss(), to_logits)}
+        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss, to_logits)}
 
 
 def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence[int]) -> nn.Module:
@@ -88,16 +85,11 @@ def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    choose_trained(student, settings.train, fused_layers)
-    return student
-
-
-def choose_trained(student: nn.Module, train: str, fused_layers: Sequence[int]) -> None:
-    """Have gradients for what `train`, not "lora", says is trained."""
     trained: dict[str, str | tuple[str, ...]] = {"all": "", "layers": "model.layers."}
     trained["fused"] = tuple(f"model.layers.{number}." for number in fused_layers)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(trained[train]) or "norm" in name)
+        parameter.requires_grad_(name.startswith(trained[settings.train]) or "norm" in name)
+    return student
 
 
 def default_learning_rate(model: nn.Module, train: str) -> float:
@@ -123,30 +115,27 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     return get_peft_model(student, adapters)
 
 
-def disk_needed(student: nn.Module, train: str) -> int:
+def disk_needed(student: nn.Module, settings: HealSettings) -> int:
     """Bytes that a training keeps on disk at most: its best state, its last, and one that is being written.
 
     Each has the weights, of adapters alone where these are trained, and AdamW's two float32 numbers for each trained.
     """
-    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad or train != "lora")
+    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad or settings.train != "lora")
     return 3 * (weights + sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
 
 
 class DistillationTrainer(Trainer):
     """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
 
-    `targets` gives the teacher's predictions of a batch. `diverged` is the step and the learning rate at which the loss
-    was not finite, where it ever was; training stops there.
+    `targets` gives the teacher's predictions of a batch.
     """
 
     targets: Callable[[Mapping[str, Tensor]], Targets]
 
     def __init__(self, *, loss: Loss, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        super().__init__(**arguments, callbacks=[_Flow()])
         self.loss = loss
-        self.diverged: tuple[int, float] | None = None
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Progress())
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,25 +144,12 @@ class DistillationTrainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], targets=self.targets(inputs), loss=loss)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.diverged is None and not self.accelerator.gather(loss.isfinite()).all():
-            self.diverged = self.state.global_step + 1, self._get_learning_rate()
-            self.control.should_training_stop = True
-        return loss
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        with self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
         if eval_dataset is None and isinstance(self.eval_dataset, dict):  # not one kind of text of several
-            of_kinds = [metrics[f"eval_{name}_loss"] for name in self.eval_dataset]
-            metrics[DIVERGENCE] = sum(of_kinds) / len(of_kinds) if all(map(math.isfinite, of_kinds)) else math.inf
+            mean = sum(metrics[f"eval_{name}_loss"] for name in self.eval_dataset) / len(self.eval_dataset)
+            metrics[DIVERGENCE] = mean if math.isfinite(mean) else math.inf
+            self.control.should_training_stop |= not math.isfinite(mean)  # which it never is again
             self.log({DIVERGENCE: metrics[DIVERGENCE]})
         return metrics
 
@@ -198,10 +174,8 @@ class DistillationTrainer(Trainer):
 
     def best_step(self) -> int:
         """The step whose state is the nearest to the teacher on held-out text; 0 is the fused model."""
-        means = {step: sum(points.values()) / len(points) for step, points in self.curve().items()}
-        best = self.state.best_global_step or 0
-        value = means.get(best, math.inf)
-        return best if math.isfinite(value) and value < means.get(0, math.inf) else 0
+        before, *means = [entry[DIVERGENCE] for entry in self.state.log_history if DIVERGENCE in entry]
+        return self.state.best_global_step or 0 if min(means, default=math.inf) < before else 0
 
     def trained_state(self, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
         """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
@@ -215,53 +189,40 @@ class DistillationTrainer(Trainer):
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-class _Progress(TrainerCallback):
+class _Flow(TrainerCallback):
     """Shows how far a training is, and looks at held-out text after its last step too."""
 
-    def __init__(self) -> None:
-        self._shown: Any = None
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            left = state.max_steps - state.global_step  # fewer where a run goes on
-            self._shown = progress(total=left, desc="Healing", unit="step").__enter__()
+        left = state.max_steps - state.global_step  # fewer where a run goes on
+        self._shown = progress(total=left, desc="Healing", unit="step").__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._shown is not None:
-            self._shown.update()
+        self._shown.update()
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._shown is not None:
-            self._shown.__exit__(None, None, None)
+        self._shown.__exit__(None, None, None)
 
 
-def is_sharded(arguments: TrainingArguments) -> bool:
-    """Whether processes share the student's weights; accelerate splits none on a CPU, whatever is asked for."""
+def num_shards(arguments: TrainingArguments) -> int:
+    """How many processes share the student's weights."""
     if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return True
-    return _asks_for_fsdp(arguments) and arguments.device.type != "cpu"
-
-
-def _asks_for_fsdp(arguments: TrainingArguments) -> bool:
-    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return arguments.world_size
+    if not arguments.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return 1
+    if arguments.device.type == "cpu":
+        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
+        return 1
+    return arguments.world_size
 
 
 def make_trainer(student: nn.Module, arguments: TrainingArguments, loss: Loss, collator: Any) -> DistillationTrainer:
     """The Trainer, before there is text and a teacher. Raises ValueError for arguments with which it cannot train."""
-    schedule: Any = arguments.lr_scheduler_kwargs
-    try:
+    with _explained():
         trainer = DistillationTrainer(loss=loss, model=student, args=arguments, data_collator=collator, eval_dataset={})
         trainer.get_optimizer_cls_and_kwargs(arguments, student)  # type: ignore[arg-type]
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
-        steps = arguments.max_steps
-        get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(steps), steps, schedule)
-    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
     unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
-    if _asks_for_fsdp(arguments) and trainer.accelerator.distributed_type != DistributedType.FSDP:
-        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
     return trainer
 
 
@@ -279,22 +240,13 @@ def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for a training argument that TrainingArguments does not have, or that healing sets itself."""
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    for name in given:
-        if name in _OWN:
-            raise ValueError(f"The training argument {name!r} is set by heal itself; leave it out.")
-        if name not in known:
-            raise ValueError(unknown_name("training argument", name, [other for other in known if other not in _OWN]))
-
-
 def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
     """TrainingArguments for a healing whose state is kept in `folder`; those `given` count.
 
     Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
-    check_arguments(given)
+    if own := [name for name in given if name in _OWN]:
+        raise ValueError(f"The training argument {own[0]!r} is set by heal itself; leave it out.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     values: dict[str, Any] = {
         "output_dir": str(folder),
@@ -303,6 +255,9 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "learning_rate": settings.learning_rate or 0.0,  # none where nothing is trained yet
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1 if settings.steps >= _LEAST_WARMED_UP else 0,
+        "per_device_train_batch_size": settings.batch,  # at most
+        # One by one, as the mean of a batch that is filled up for the last of several processes is another.
+        "per_device_eval_batch_size": 1,
         "adam_beta2": 0.95,  # some tens of steps only
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -324,10 +279,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "metric_for_best_model": DIVERGENCE,
         "greater_is_better": False,
     }
-    try:
+    with _explained():
         arguments = TrainingArguments(**values | dict(given))
-    except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
@@ -337,25 +290,14 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     return arguments
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in one sentence that the training arguments are what transformers raises an error about."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
+
+
 def _reason(error: Exception) -> str:
     return f"{' '.join(str(error).split()):.300}"
-
-
-def set_batches(arguments: TrainingArguments, batch: int, most: int, given: Mapping[str, Any]) -> None:
-    """Split a step's `batch` sequences over processes and, at most `most` together, over parts of a step.
-
-    Raises ValueError if they do not divide.
-    """
-    of_process = batch // arguments.world_size
-    size, accumulated = (given.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    sizes = [n for n in range(1, of_process + 1) if of_process % n == 0]
-    fitting = [n for n in sizes if size in (None, n) and accumulated in (None, of_process // n)]
-    if not fitting:
-        raise ValueError(
-            f"per_device_train_batch_size={size!r:.80} and gradient_accumulation_steps={accumulated!r:.80} do not "
-            f"divide the {of_process} sequences of a step and process."
-        )
-    arguments.per_device_train_batch_size = max([n for n in fitting if n <= most], default=fitting[0])
-    # One by one, as the mean of a batch that is filled up for the last of several processes is another.
-    arguments.per_device_eval_batch_size = given.get("per_device_eval_batch_size", 1)
-    arguments.gradient_accumulation_steps = of_process // arguments.per_device_train_batch_size

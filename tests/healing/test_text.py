@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import make_texts, make_tokenizer
 
@@ -14,8 +15,8 @@ from lf_hf.healing.text import (
     WRITTEN,
     WRITTEN_CHATS,
     WRITTEN_TOGETHER,
-    TextUse,
     healing_text,
+    training_order,
 )
 from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import QUESTIONS, Corpus
@@ -70,7 +71,7 @@ def test_chats_that_the_base_writes_are_a_kind_of_their_own() -> None:
     def write_both(count: int, length: int, seed: int) -> list[torch.Tensor]:
         return [torch.full((length,), int(n in range(count)[CHATS])) for n in range(count)]
 
-    corpus = Corpus(["\n\n".join(make_texts(9000, seed=3))], "a text", 0.25)
+    corpus = Corpus(["\n\n".join(make_texts(3000, seed=3))], "a text", 0.25)
     for length in (32, 160):  # one piece and two
         settings = HealSettings(tokens=36 * length, length=length, batch_tokens=4 * length)
         kinds = healing_text(make_tokenizer(), corpus, settings, 320, write_both, chats=True)
@@ -80,38 +81,18 @@ def test_chats_that_the_base_writes_are_a_kind_of_their_own() -> None:
             assert all(sequence.tolist() == [number] * length for sequence in (*kind.training, *kind.held_out))
 
 
-def test_text_alone_is_judged_by_what_the_base_writes_too() -> None:
-    kinds = healing_text(make_tokenizer(), Corpus(["\n".join(make_texts(400))], "a text"), SETTINGS, 320, write)
-    assert [(kind.name, bool(kind.training), bool(kind.held_out)) for kind in kinds] == [
-        ("a text", True, True),
-        (WRITTEN, False, True),
-    ]
-
-
-def test_questions_are_kept_aside_only_where_there_is_no_other_text() -> None:
+@pytest.mark.parametrize(("share", "kept"), [(0.25, {"a text", WRITTEN}), (0.0, {"a text", QUESTIONS})])
+def test_questions_are_kept_aside_only_where_there_is_no_other_text(share: float, kept: set[str]) -> None:
     """Each is there in two forms, so the other one would be trained on."""
     parts = ["\n".join(make_texts(400, seed=seed)) for seed in (1, 2)]
-    corpus = Corpus(parts, f"a text, {QUESTIONS}", 0.25)
-    for writer, kept in ((write, {"a text", WRITTEN}), (None, {"a text", QUESTIONS})):
-        kinds = healing_text(make_tokenizer(), corpus, SETTINGS, 320, writer)
-        assert {kind.name for kind in kinds if kind.held_out} == kept
-        assert all(kind.training for kind in kinds)
-
-
-def test_a_base_that_writes_nothing_is_judged_on_text_that_comes_with_the_package() -> None:
-    kinds = healing_text(make_tokenizer(), Corpus(["\n".join(make_texts(400))], "a text", 0.25), SETTINGS, 320, None)
-    assert [(kind.name == "a text", bool(kind.training), len(kind.held_out)) for kind in kinds] == [
-        (True, True, HELD_OUT),
-        (False, False, HELD_OUT),
-    ]
+    corpus = Corpus(parts, f"a text, {QUESTIONS}", share)
+    kinds = healing_text(make_tokenizer(), corpus, SETTINGS, 320, write)
+    assert {kind.name for kind in kinds if kind.held_out} == kept
+    assert all(kind.training for kind in kinds)
 
 
 def test_every_sequence_is_used_before_any_is_used_again() -> None:
-    counts, settings = {"a text": 7, WRITTEN: 3}, HealSettings(tokens=32 * 32, length=32, batch_tokens=160)
-    use = TextUse.of(counts, settings)
-    assert sorted(Counter(use.order[:30]).values()) == [3] * 10 and sorted(use.order[:10]) == list(range(10))
-    assert use.order[:10] != use.order[10:20] and use.order != TextUse.of(counts, replace(settings, seed=2)).order
-    assert [(kind.source, kind.samples, kind.tokens) for kind in use.kinds] == [("a text", 7, 224), (WRITTEN, 3, 96)]
-    assert (use.epochs, use.written_share) == (3, 0.3) and use.note is None
-    few = TextUse.of({"a text": 2}, settings)
-    assert few.epochs == 15 and few.note is not None and "15.0 times through its text" in few.note
+    settings = HealSettings(tokens=32 * 32, length=32, batch_tokens=160)
+    order = training_order(10, settings)
+    assert sorted(Counter(order).values()) == [3] * 10 and sorted(order[:10]) == list(range(10))
+    assert order[:10] != order[10:20] and order != training_order(10, replace(settings, seed=2))
