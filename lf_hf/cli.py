@@ -326,7 +326,7 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
     when the command is run again, and the processes of a launch share the work. Writes tables as results.csv and
     results.md, and a plot as curve.png and curve.svg. Ends with two tables: the results, and how stable each method is.
     """
-    from lf_hf.evaluate.sweep import check_evaluation
+    from lf_hf.evaluate.points import check_evaluation
     from lf_hf.evaluate.sweep import sweep as run_sweep
     from lf_hf.evaluate.tables import STABILITY_HEAD, STABILITY_NOTE, results_rows, stability_rows
     from lf_hf.report.page import missing_plot_packages

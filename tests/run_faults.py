@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
     make_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     # Nothing runs in this process but what makes no thread, as it forks.
-    patch("lf_hf.evaluate.tables.missing_plot_packages", lambda: "no pictures").start()
+    patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     rng = random.Random(0)

@@ -138,7 +138,7 @@ def test_a_sweep_has_a_curve_of_perplexity_over_speed(
     assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
     assert all(min(point.speedups.values()) > 0 for point in points)
     assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "out/results.md").read_text()
-    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points, {}).axes}
+    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points).axes}
     line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
     assert list(line.get_xdata()) == [point.speedups["decoding"] for point in points]  # type: ignore[arg-type]
 

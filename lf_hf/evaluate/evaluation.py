@@ -16,8 +16,6 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import tasks_path
-from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.points import Score
 from lf_hf.runtime.fields import unknown_name
 
@@ -69,28 +67,25 @@ class Evaluation:
 
         Each process of a launch evaluates by itself.
         """
-        wrapper = FusedLM if isinstance(model, FusedForCausalLM) else HFLM
-        lm = wrapper(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
         loaded = self._load()
         evaluated = evaluate(
             lm, loaded, limit=self._limit, log_samples=False, confirm_run_unsafe_code=self._may_run_code
         )
         results, better = evaluated["results"], evaluated.get("higher_is_better", {})
+        tags = {task: [*self._manager.load(task)["tasks"]] for task in self._tasks if task in self._manager.all_tags}
+        members = loaded["group_map"] | tags
 
         def with_figures(name: str) -> list[str]:
             if _figures(results.get(name, {})):
                 return [name]
-            return [task for child in loaded["group_map"].get(name, []) for task in with_figures(child)]
+            return [task for child in members.get(name, ()) for task in with_figures(child)]
 
-        tags = self._manager.all_tags
-        names = [
-            name for task in self._tasks for name in (self._manager.load(task)["tasks"] if task in tags else [task])
-        ]
-        figures = dict.fromkeys(task for name in names for task in with_figures(name))
+        figures = dict.fromkeys(task for name in self._tasks for task in with_figures(name))
         return {task: _score(results[task], better.get(task, {})) for task in figures}
 
     def _load(self) -> dict[str, Any]:
-        """The tasks, as lm-eval's `simple_evaluate` prepares them."""
+        """The tasks, as lm-eval's `simple_evaluate` prepares them, which only the first process of a launch can use."""
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
@@ -109,8 +104,7 @@ def _figures(values: Mapping[str, Any]) -> list[str]:
 
 def _score(values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None]) -> Score:
     """The main metric of one task's results, which lm-eval names `metric,filter`; the filter takes the answer out."""
-    metrics = _figures(values)
-    name = min(metrics, key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
+    name = min(_figures(values), key=lambda name: [*_METRICS, name.split(",")[0]].index(name.split(",")[0]))
     metric, _, filtered = name.partition(",")
     stderr = values.get(f"{metric}_stderr,{filtered}")
     better = higher_is_better.get(metric) is not False  # None for a group whose tasks do not agree

@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from lm_eval.api.registry import register_model
@@ -19,7 +19,7 @@ from lf_hf import FusionConfig, from_pretrained_fused
 from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_tokenizer
 from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS
 from lf_hf.checkpoint.saving import finish_save
-from lf_hf.evaluate.points import check_batch_size
+from lf_hf.evaluate.points import check_evaluation
 from lf_hf.runtime.fields import naming, unknown_name
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
@@ -36,7 +36,7 @@ _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_c
 _KNOWN = (
     *FusionConfig.known,
     *("attn_implementation", "calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
-    *(name for name in _HFLM_ARGUMENTS if name not in ("self", "kwargs")),
+    *_HFLM_ARGUMENTS,
     *sorted({name for config in FUSED_CONFIGS.values() for name in config.__dataclass_fields__}),
 )
 
@@ -47,8 +47,6 @@ class FusedLM(HFLM):
 
     All else, from batching to data-parallel runs, is HFLM's.
     """
-
-    _families: ClassVar[tuple[str, ...]] = tuple(FUSED_CONFIGS)
 
     @naming(FusionConfig)
     def __init__(
@@ -86,14 +84,22 @@ class FusedLM(HFLM):
             raise ValueError(
                 "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
             )
-        _check_arguments(kwargs)
+        for name in kwargs:
+            if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
+                raise ValueError(unknown_name("argument", name, _KNOWN))
+        checked_dtype(kwargs.get("dtype"))
+        check_evaluation(None, kwargs.get("batch_size", 1))
+        if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
+            from peft import PeftConfig
+
+            PeftConfig.from_pretrained(kwargs["peft"], revision=kwargs.get("revision"))
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
         settings = {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
         settings |= {} if num_fusions is None else {"num_fusions": num_fusions}
-        own: dict[str, Any] = {"calibration": calibration, "fused_dir": fused_dir}
-        self._own = {name: value for name, value in own.items() if value is not None}
+        own = {"calibration": calibration, "fused_dir": fused_dir}
+        self._own: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         self.fusion_config: FusionConfig | None = None
         if level := ", ".join(f"{name}={settings[name]}" for name in LEVELS if name in settings):
             self.fusion_config = FusionConfig.from_kwargs(**settings)
@@ -104,7 +110,6 @@ class FusedLM(HFLM):
                 )
             loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
             self._base = Base.open(cast(str, pretrained), loading)  # which refuses a model
-            self._check_family(repr(pretrained), self._base.config)
         elif settings or self._own:
             raise ValueError(
                 f"{', '.join([*settings, *self._own])} without num_fusions has no effect; add num_fusions=N, or a "
@@ -130,23 +135,15 @@ class FusedLM(HFLM):
                 f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to "
                 "fuse it while loading, or evaluate it as it is with --model hf."
             )
-        self._check_family(name, config)
-
-    def _check_family(self, name: str, config: PreTrainedConfig) -> None:
-        if config.model_type.removeprefix(FUSED) not in self._families:
-            raise ValueError(f"{name} is a {config.model_type!r} model; evaluate it with --model fused.")
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         with reading_tokenizer(str(tokenizer or pretrained)):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        self._base_tokenizer = self.tokenizer
-        named = tokenizer is None or isinstance(tokenizer, str)
-        if named and (kwargs.get("add_bos_token") is not None or kwargs.get("use_fast_tokenizer") is False):
-            # These are about the evaluation; a model is fused and saved with its own tokenizer.
-            where = self._base.loading if self.fusion_config is not None else kwargs
-            if tokenizer:
-                where = {name: value for name, value in where.items() if name != "gguf_file"}
-            self._base_tokenizer = load_tokenizer(tokenizer or pretrained, where)
+        if self.fusion_config is not None:
+            # add_bos_token and the like are about the evaluation; a model is fused and saved with its own tokenizer.
+            where = dict(self._base.loading) | ({"gguf_file": None} if tokenizer else {})
+            named = tokenizer is None or isinstance(tokenizer, str)
+            self._base_tokenizer = load_tokenizer(tokenizer or pretrained, where) if named else tokenizer
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is not None:  # HFLM loads a model, places it and adds an adapter by this
@@ -174,18 +171,13 @@ class FusedLM(HFLM):
         report = self.model.fusion_report
         if report is not None:
             values = report.to_dict()
-            info["fusion"] = {
-                "config": values["config"],
+            fractions = ("layers_removed_fraction", "parameters_removed_fraction")
+            same = ("config", *fractions, "calibration", "perplexities", "speed", "notes")
+            info["fusion"] = {name: values[name] for name in same} | {
                 "pairs": [list(step.pair) for step in report.steps],
                 "ratios": [[step.ratio_i, step.ratio_j] for step in report.steps],
                 "layers": [report.layers_before, report.layers_after],
                 "parameters": [report.parameters_before, report.parameters_after],
-                "layers_removed_fraction": report.layers_removed_fraction,
-                "parameters_removed_fraction": report.parameters_removed_fraction,
-                "calibration": values["calibration"],
-                "perplexities": values["perplexities"],
-                "speed": values["speed"],
-                "notes": report.notes,
                 "summary": report.summary(),
             }
         return info
@@ -193,19 +185,4 @@ class FusedLM(HFLM):
 
 @register_model("fused_llama")
 class FusedLlamaLM(FusedLM):
-    """A fused Llama, and no model of another family; see FusedLM."""
-
-    _families = ("llama",)
-
-
-def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for misspelt arguments, and values that the evaluation would refuse later."""
-    for name in kwargs:
-        if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
-            raise ValueError(unknown_name("argument", name, _KNOWN))
-    checked_dtype(kwargs.get("dtype"))
-    check_batch_size(kwargs.get("batch_size", 1))
-    if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
-        from peft import PeftConfig
-
-        PeftConfig.from_pretrained(kwargs["peft"], revision=kwargs.get("revision"))
+    """FusedLM under its older name."""

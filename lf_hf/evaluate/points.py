@@ -1,10 +1,8 @@
-"""The points of a sweep, their figures, and the file that keeps them."""
+"""The points of a sweep and their figures."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lf_hf.report.rows import shown
-from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
+from lf_hf.runtime.checked_json import dataclass_from_json, parse_json
 
 DENSE = "dense"
 HEALED = ", healed"  # after a method
 RESULTS = "results.jsonl"
 _ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # of figures that are no task's
-_BEGINNING = b'{"key": "'  # of each of its lines
 
 
 @dataclass(frozen=True)
@@ -75,36 +72,28 @@ class Point:
     @property
     def figures(self) -> dict[str, Score]:
         """All scores by task, and figures of texts by name, such as "perplexity, docs"."""
-        of_texts = {"perplexity": self.perplexities, "divergence": self.divergences, "agreement": self.agreements}
+        of_texts = (self.speedups, self.perplexities, self.divergences, self.agreements)
         return self.scores | {
             f"{metric}, {name}": Score(metric, value, None, metric in ("agreement", "speed-up"))
-            for metric, values in (of_texts | {"speed-up": self.speedups}).items()
+            for metric, values in zip(_ORDER, of_texts, strict=True)
             for name, value in values.items()
         }
+
+    def value(self, name: str) -> float:
+        """A figure's value, NaN where it was not measured."""
+        return self.figures[name].value if name in self.figures else math.nan
 
 
 def figure_names(points: Sequence[Point]) -> list[str]:
     """Names of the figures that any of some points has: tasks, then speed, and what predictions of texts are like."""
-    names = dict.fromkeys(name for point in points for name in point.figures)
     metrics = {name: figure.metric for point in points for name, figure in point.figures.items()}
-    return sorted(names, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
+    return sorted(metrics, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
 
 
 def read_points(path: Path) -> dict[str, Point]:
-    """The points of a results file by their keys, without a last line that an interruption cut short.
-
-    Raises
-    ------
-    ValueError
-        If it holds anything else.
-    """
-    if not path.is_file():
-        return {}
-    *lines, rest = path.read_bytes().split(b"\n")
-    if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
-        lines.append(rest)
+    """The points of a results file by their keys. Raises ValueError if it holds anything else."""
     points = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             point = dataclass_from_json(Point, parse_json(line, "it"), "it")
         except ValueError as error:
@@ -115,25 +104,10 @@ def read_points(path: Path) -> dict[str, Point]:
     return points
 
 
-def append_point(path: Path, point: Point) -> None:
-    """Add a point to a results file, whole or not at all; it is on the disk when this returns.
-
-    A last line that an interruption cut short goes.
-    """
-    left = memoryview((json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False) + "\n").encode())
-    size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
-    with path.open("ab", buffering=0) as file:
-        os.truncate(path, size)
-        try:
-            while left:  # a disk that gets full takes a part
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, size)
-            raise
-
-
-def check_batch_size(batch_size: object) -> None:
-    """Raise ValueError unless this is a batch size of lm-eval's."""
+def check_evaluation(limit: object, batch_size: object) -> None:
+    """Raise ValueError unless these are what lm-eval takes."""
+    fits = isinstance(limit, int | float) and 0 < limit < math.inf and (limit < 1 or limit % 1 == 0)
+    if limit is not None and not fits:
+        raise ValueError(f"limit must be a number of questions, whole, or their share below 1, got {limit!r:.80}.")
     if not re.fullmatch(r"auto(:\d+(\.\d+)?)?|[1-9]\d*", str(batch_size)):
         raise ValueError(f"batch_size must be an integer of at least 1, auto, or auto:N, got {batch_size!r:.80}.")

@@ -1,14 +1,22 @@
-"""A sweep's folder: the points that are there, and the tables made of them."""
+"""A sweep's folder: the points that are there, and the tables and the picture made of them."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from lf_hf.checkpoint.saving import gone_if_empty, only_writer
-from lf_hf.evaluate.points import RESULTS, Point, append_point, read_points
-from lf_hf.evaluate.tables import TABLES, write_tables
+from lf_hf.checkpoint.saving import only_writer
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points
+from lf_hf.evaluate.tables import as_csv, markdown
+from lf_hf.report.page import missing_plot_packages
+from lf_hf.runtime.checked_json import json_ready
+
+_MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
 
 
 class Results:
@@ -21,35 +29,25 @@ class Results:
         Name of the dense model.
     keys : sequence of str
         In the order of the tables.
-    published : bool
-        As for `write_tables`.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written.
+    ValueError
+        If it holds results of something else, or tables without results.
     """
 
-    def __init__(self, folder: Path, base: str, keys: Sequence[str], *, published: bool) -> None:
-        self._folder, self._base, self._keys, self._published = folder, base, keys, published
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make the folder, which goes again if nothing is written.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        ValueError
-            If it holds results of something else, or tables without results.
-        """
-        with ExitStack() as stack:
-            with self._alone():
-                stack.enter_context(gone_if_empty(self._folder))
-                read_points(self._folder / RESULTS)
-                others = [name for name in TABLES if (self._folder / name).exists()]
-                if others and not (self._folder / RESULTS).exists():
-                    raise ValueError(
-                        f"{str(self._folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; "
-                        "choose another folder, or move them."
-                    )
-            yield
+    def __init__(self, folder: Path, base: str, keys: Sequence[str]) -> None:
+        self._folder, self._base, self._keys = folder, base, keys
+        with self._alone():
+            read_points(folder / RESULTS)
+            others = [name for name in _MADE if (folder / name).exists()]
+            if others and not (folder / RESULTS).exists():
+                raise ValueError(
+                    f"{str(folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; choose "
+                    "another folder, or move them."
+                )
 
     def points(self) -> list[Point]:
         """Those that are there now."""
@@ -63,17 +61,43 @@ class Results:
 
     def add(self, point: Point) -> None:
         """Keep a point, at once, and write the tables of all points that are there."""
+        line = json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False).encode()
+        file = self._folder / RESULTS
         with self._alone():
-            append_point(self._folder / RESULTS, point)
+            lines = [*(file.read_bytes().splitlines() if file.exists() else ()), line]
+            self._write(RESULTS, b"".join(line + b"\n" for line in lines))
             self._write_tables()
 
-    def write_tables(self) -> None:
-        """Write the tables."""
+    def complete(self) -> None:
+        """Write the tables and, with matplotlib, the picture; of the dense model alone there is none."""
         with self._alone():
             self._write_tables()
+            points = self.points()
+            if missing_plot_packages() or all(point.method == DENSE for point in points):
+                return
+            from lf_hf.evaluate.curve import sweep_curve
+
+            figure = sweep_curve(points)
+            for suffix in ("png", "svg"):
+                content = io.BytesIO()
+                figure.savefig(content, format=suffix)
+                self._write(f"curve.{suffix}", content.getvalue())
 
     def _write_tables(self) -> None:
-        write_tables(self._folder, self.points(), self._base, published=self._published)
+        self._write("results.csv", as_csv(self.points()).encode())
+        self._write("results.md", markdown(self.points(), self._base).encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all; it is on the disk when this returns."""
+        scratch = self._folder / f".{name}.new"
+        try:
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(self._folder / name)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -6,25 +6,24 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.classes import fused_class
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.fused_cache import base_fingerprint
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.evaluate.points import DENSE, HEALED, Point, Score, check_batch_size
+from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.families import check_layers
 from lf_hf.measure import Measurements, measure
@@ -33,20 +32,13 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.speed import with_speed
 from lf_hf.steps import Fusion, start
-from lf_hf.text.calibration import Corpus, load_needed, load_training_text
+from lf_hf.text.calibration import load_needed, load_training_text
 from lf_hf.text.sources import Samples
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
 
 logger = logging.get_logger(__name__)
-_LLAMA_3_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-}
 
 
 def sweep(
@@ -122,23 +114,17 @@ def sweep(
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     maker = _Maker(opened, configs, calibration, heal_cache, Evaluation(tasks, batch_size=batch_size, **asked))
     keys = maker.keys(asked | {"tasks": sorted(tasks)})
-    results = Results(folder, opened.full_name, [*keys], published=is_llama_3_8b(opened.name, opened.config))
-    with results.open(), _telling_what_is_missing(results, keys):
-        maker.make(keys, results)
-    return results.points()
-
-
-@contextmanager
-def _telling_what_is_missing(results: Results, configs: Mapping[str, FusionConfig | None]) -> Iterator[None]:
+    results = Results(folder, opened.full_name, [*keys])
     try:
-        yield
+        maker.make(keys, results)
     except BaseException as error:  # of any kind, such as KeyboardInterrupt
-        missing = [configs[key] for key in results.missing()]
+        missing = [keys[key] for key in results.missing()]
         names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
         reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
         if names:
             logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
         raise
+    return results.points()
 
 
 def _configs(
@@ -173,23 +159,20 @@ class _Maker:
             if (config.needs_similarity and not self._samples) or (config.needs_text and not self._text):
                 samples, text = load_needed(config, calibration, lambda: self._tokenizer)
                 self._samples, self._text = self._samples or samples, self._text or text
-        healed = [config for config in configs if config.heal_tokens]
-        if heal_cache is not None and not healed:
-            raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
+        healed = next((config for config in configs if config.heal_tokens), None)  # of the lowest level: takes most
         if healed:
-            self._to_heal = load_training_text(calibration, healed[0].heal_tokens, lambda: self._tokenizer)
-            self._check_healing(healed[0], self._to_heal)  # the lowest level, which takes most
+            if self._processes.world_size > 1:
+                raise ValueError(
+                    "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
+                )
+            from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+
+            self._to_heal = load_training_text(calibration, healed.heal_tokens, lambda: self._tokenizer)
+            check_can_heal(base, self._tokenizer, self._to_heal, healed, cache=heal_cache)
+        elif heal_cache is not None:
+            raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
         self._fusion: tuple[ModelDecoder, Fusion] | None = None
         self._stack = ExitStack()  # of the fusion
-
-    def _check_healing(self, config: FusionConfig, text: Corpus) -> None:
-        if self._processes.world_size > 1:
-            raise ValueError(
-                "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
-            )
-        from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
-
-        check_can_heal(self._base, self._tokenizer, text, config, cache=self._heal_cache)
 
     def keys(self, evaluation: Mapping[str, Any]) -> dict[str, FusionConfig | None]:
         """The dense model, None, and the fusions, by what identifies their results."""
@@ -200,19 +183,18 @@ class _Maker:
             "algorithm": ALGORITHM,
         }
         keys: dict[str, FusionConfig | None] = {}
-
-        def add(config: FusionConfig | None, **values: Any) -> None:
-            text = json.dumps(identity | values, sort_keys=True)
-            keys[hashlib.sha256(text.encode()).hexdigest()[:16]] = config
-
-        add(None, perplexity_tokens=self._configs[0].perplexity_tokens)
-        for config in self._configs:
-            texts = [self._samples.texts] if self._samples and config.needs_similarity else []
-            texts += [self._text.parts] if self._text and config.needs_text else []
-            texts += [self._to_heal.parts] if self._to_heal and config.heal_tokens else []
-            # What learns from a cache is not quite what learns from the base beside it.
-            cached = self._heal_cache is not None and config.heal_tokens > 0
-            add(config, settings=config.to_dict(), texts=texts, heal_cache=cached)
+        for config in (None, *self._configs):
+            made_of: dict[str, Any] = {"perplexity_tokens": self._configs[0].perplexity_tokens}
+            if config is not None:
+                samples = self._samples.texts if self._samples and config.needs_similarity else None
+                text = self._text.parts if self._text and config.needs_text else None
+                # What learns from a cache is not quite what learns from the base beside it.
+                healing = (
+                    [self._to_heal.parts, bool(self._heal_cache)] if self._to_heal and config.heal_tokens else None
+                )
+                made_of = {"settings": config.to_dict(), "texts": [samples, text, healing]}
+            content = json.dumps(identity | made_of, sort_keys=True)
+            keys[hashlib.sha256(content.encode()).hexdigest()[:16]] = config
         return keys
 
     def make(self, keys: Mapping[str, FusionConfig | None], results: Results) -> None:
@@ -228,19 +210,72 @@ class _Maker:
         self._text = self._text if any(config.needs_text for config in wanted) else None
         with self._stack:
             for key in progress(mine, desc="Sweep", unit="point"):
-                config = keys[key]
-                results.add(self._fused_point(key, config) if config else self._dense_point(key))
+                results.add(self._point(key, keys[key]))
         self._processes.all_gather_object(None)
         if self._processes.is_main:
-            results.write_tables()
+            results.complete()
+
+    def _point(self, key: str, config: FusionConfig | None) -> Point:
+        dense, measured = self._dense
+        model = self._fused(config) if config else dense
+        start = time.perf_counter()
+        scores = self._evaluation.scores(model, self._tokenizer)
+        seconds = {"evaluating": time.perf_counter() - start}
+        method, report, speedups = DENSE, None, dict[str, float]()
+        texts: list[tuple[str, float, float | None, float | None]]
+        if config is None:
+            texts = [(text.name, text.dense, 0.0, 1.0) for text in measured.judged]
+            if self._configs[0].speed and self._processes.world_size == 1:
+                speedups = {"prefill": 1.0, "decoding": 1.0}
+        else:
+            report = cast(FusedForCausalLM, model).fusion_report
+            assert report is not None
+            method = config.method + (HEALED if config.heal_tokens and config.method != "healed" else "")
+            texts = [(text.name, text.fused, text.divergence, text.agreement) for text in report.perplexities]
+            seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
+            if report.speed:
+                speedups = {"prefill": report.speed.prefill.ratio, "decoding": report.speed.decoding.ratio}
+        layers, of_base = model.config.num_hidden_layers, dense.config.num_hidden_layers
+        return Point(
+            key=key,
+            method=method,
+            num_fusions=of_base - layers,
+            layers=layers,
+            parameters=model.num_parameters(),
+            layers_removed_fraction=(of_base - layers) / of_base,
+            parameters_removed_fraction=1 - model.num_parameters() / dense.num_parameters(),
+            perplexities={name: perplexity for name, perplexity, _, _ in texts},
+            divergences={name: divergence for name, _, divergence, _ in texts if divergence is not None},
+            agreements={name: agreement for name, *_, agreement in texts if agreement is not None},
+            speedups=speedups,
+            scores=scores,
+            config=report.config if report else None,
+            notes=report.notes if report else [],
+            seconds=seconds,
+            versions=report.versions if report else pipeline.versions(),
+        )
 
     @cached_property
-    def _dense(self) -> tuple[PreTrainedModel, int, Measurements]:
-        """The base, its number of parameters, and what is measured on it."""
+    def _dense(self) -> tuple[PreTrainedModel, Measurements]:
+        """The base, and what is measured on it."""
         model, config = self._base.load(), self._configs[0]
         decoder = ModelDecoder(model)
-        parameters = pipeline.check_model(decoder, config)
-        return model, parameters, measure(decoder, self._tokenizer, config, self._samples, self._text)
+        pipeline.check_model(decoder, config)
+        return model, measure(decoder, self._tokenizer, config, self._samples, self._text)
+
+    def _fused(self, config: FusionConfig) -> FusedForCausalLM:
+        """The fusion, healed where that is asked for."""
+        dense, _ = self._dense
+        steps, fusion = self._fused_to(config)
+        decoder = steps.copy()  # which the last pass changes
+        names: dict[str, Any] = {"base": self._base.full_name, "parameters": dense.num_parameters()}
+        report = with_speed(pipeline.finish(fusion, decoder, self._tokenizer, **names), decoder.model)
+        model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
+        if self._to_heal and config.heal_tokens:
+            from lf_hf.healing.heal import heal_loaded
+
+            heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
+        return model
 
     def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, Fusion]:
         """A fusion of as many pairs as a config asks for, which goes on from the last one where that was the same."""
@@ -252,88 +287,9 @@ class _Maker:
                 self._fusion = None
                 self._stack.close()
         if self._fusion is None:
-            model, _, measurements = self._dense
+            model, measured = self._dense
             decoder = ModelDecoder(model, keep_originals=config.refit != "none").copy()
-            started = start(decoder, replace(config, heal_tokens=0), measurements)
+            started = start(decoder, replace(config, heal_tokens=0), measured)
             self._fusion = decoder, self._stack.enter_context(started)
         pipeline.fuse_pairs(self._fusion[1], config.num_fusions)
         return self._fusion
-
-    def _dense_point(self, key: str) -> Point:
-        model, parameters, measurements = self._dense
-        scores, seconds = self._scores(model)
-        return Point(
-            key=key,
-            method=DENSE,
-            num_fusions=0,
-            layers=model.config.num_hidden_layers,
-            parameters=parameters,
-            layers_removed_fraction=0.0,
-            parameters_removed_fraction=0.0,
-            perplexities={text.name: text.dense for text in measurements.judged},
-            divergences={text.name: 0.0 for text in measurements.judged},
-            agreements={text.name: 1.0 for text in measurements.judged},
-            speedups={"prefill": 1.0, "decoding": 1.0}
-            if self._configs[0].speed and self._processes.world_size == 1
-            else {},
-            scores=scores,
-            config=None,
-            notes=[],
-            seconds={"evaluating": seconds},
-            versions=pipeline.versions(),
-        )
-
-    def _fused_point(self, key: str, config: FusionConfig) -> Point:
-        _, parameters, measurements = self._dense
-        decoder, fusion = self._fused_to(config)
-        decoder = decoder.copy()  # which the last pass changes
-        report = pipeline.finish(fusion, decoder, self._tokenizer, base=self._base.full_name, parameters=parameters)
-        report = with_speed(report, decoder.model)
-        model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
-        if self._to_heal and config.heal_tokens:
-            from lf_hf.healing.heal import heal_loaded
-
-            heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
-        scores, seconds = self._scores(model)
-        report = model.fusion_report or report  # the healed model's
-        speed = report.speed
-        return Point(
-            key=key,
-            method=config.method + (HEALED if config.heal_tokens and config.method != "healed" else ""),
-            num_fusions=len(report.steps),
-            layers=report.layers_after,
-            parameters=report.parameters_after,
-            layers_removed_fraction=report.layers_removed_fraction,
-            parameters_removed_fraction=report.parameters_removed_fraction,
-            perplexities={text.name: text.fused for text in report.perplexities},
-            divergences={text.name: text.divergence for text in report.perplexities if text.divergence is not None},
-            agreements={text.name: text.agreement for text in report.perplexities if text.agreement is not None},
-            speedups={"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {},
-            scores=scores,
-            config=report.config,
-            notes=report.notes,
-            seconds={
-                "fusing": sum(report.seconds.values()) - sum(measurements.seconds.values()),
-                "evaluating": seconds,
-            },
-            versions=report.versions,
-        )
-
-    def _scores(self, model: PreTrainedModel) -> tuple[dict[str, Score], float]:
-        """Scores of a model, and the seconds that they took."""
-        start = time.perf_counter()
-        return self._evaluation.scores(model, self._tokenizer), time.perf_counter() - start
-
-
-def check_evaluation(limit: object, batch_size: object) -> None:
-    """Raise ValueError unless these are what `sweep` takes."""
-    fits = isinstance(limit, int | float) and 0 < limit < math.inf and (limit < 1 or limit % 1 == 0)
-    if limit is not None and not fits:
-        raise ValueError(f"limit must be a number of questions, whole, or their share below 1, got {limit!r:.80}.")
-    check_batch_size(batch_size)
-
-
-def is_llama_3_8b(base: str, config: PreTrainedConfig) -> bool:
-    """Whether a base is the model that `PUBLISHED` is about: its shape, and not tuned for instructions."""
-    shape = all(getattr(config, name) == value for name, value in _LLAMA_3_8B.items())
-    return shape and "instruct" not in base.lower()

@@ -9,7 +9,6 @@ import base64
 import importlib.util
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,42 +47,28 @@ def write_pictures(report: FusionReport, folder: str | os.PathLike[str]) -> list
     ValueError
         As `write_page`.
     """
-    figures = report_figures(report)
+    figures = {Path(folder, f"{name}.png"): figure for name, figure in report_figures(report).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, figure in figures.items():
-        files.append(Path(folder, f"{name}.png"))
-        files[-1].write_bytes(_png(figure))
-    return files
+    for file, figure in figures.items():
+        figure.savefig(file)
+    return [*figures]
 
 
 def report_figures(report: FusionReport) -> dict[str, Figure]:
     """The pictures that a report has the figures for, by name, in the order of the page."""
     if missing := missing_plot_packages():
         raise ValueError(missing)
-    from lf_hf.report import figures
+    from lf_hf.report.figures import PICTURES
 
-    averaged = any(step.ratio_j > 0 for step in report.steps)
-    planned: list[tuple[bool, Callable[[FusionReport], Figure]]] = [
-        (True, figures.layer_map),
-        (report.similarity is not None, figures.similarity_heatmap),
-        (report.embeddings is not None, figures.manifolds),
-        (bool(report.group_costs), figures.group_costs),
-        (bool(report.predicted), figures.cost_curve),
-        (report.influences is not None or averaged, figures.along_depth),
-        (any(step.matches for step in report.steps), figures.matched_cosines),
-        (bool(report.fitted_layers), figures.fit_errors),
-        (report.healed is not None, figures.healing_curve),
-    ]
     drawn = {}
-    for there, draw in planned:
-        if there:
-            try:
-                drawn[draw.__name__] = draw(report)
-            except (LookupError, TypeError, ValueError) as error:  # as after editing by hand
-                raise ValueError(
-                    f"The figures for {draw.__name__} do not fit together ({error!r:.150}); save the model again."
-                ) from None
+    for draw in PICTURES:
+        try:
+            if figure := draw(report):
+                drawn[draw.__name__] = figure
+        except (LookupError, TypeError, ValueError) as error:  # as after editing by hand
+            raise ValueError(
+                f"The figures for {draw.__name__} do not fit together ({error!r:.150}); save the model again."
+            ) from None
     return drawn
 
 
@@ -102,13 +87,3 @@ def _svg(figure: Figure) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "lf_hf"}):  # the same report gives the same bytes
         figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    """A PNG of at most 256 colours, which is a third of the size and looks the same."""
-    from PIL import Image
-
-    content, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(content, format="png")
-    Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()

@@ -21,7 +21,7 @@ from lf_hf.report.records import (
     PerplexityInfo,
     SpeedInfo,
 )
-from lf_hf.report.rows import Row, text_rows
+from lf_hf.report.rows import Row
 from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
 from lf_hf.settings import FusionConfig
 
@@ -137,22 +137,22 @@ class FusionReport:
         `bytes_on_disk` are those of the base and of the last model.
         """
         count = 3 if self.healed else 2
-        sizes = {
-            "layers": (self.layers_before, self.layers_after, self.layers_after),
-            "parameters": (self.parameters_before, self.parameters_after, self.parameters_after),
-        }
-        rows = [Row(name, "size", values[:count]) for name, values in sizes.items()]
+
+        def row(name: str, kind: str, base: float, fused: float, *change: Any) -> Row:
+            return Row(name, kind, [base, fused, fused][:count], *change)  # healing changes no sizes
+
+        rows = [
+            row("layers", "size", self.layers_before, self.layers_after),
+            row("parameters", "size", self.parameters_before, self.parameters_after),
+        ]
         if bytes_on_disk:
-            first, last = bytes_on_disk
-            rows.append(Row("bytes on disk", "size", [first, *[None] * (count - 2), last]))
+            rows.append(row("bytes on disk", "size", *bytes_on_disk))
         if self.speed is not None:
             for name, rate in (("prefill", self.speed.prefill), ("decoding", self.speed.decoding)):
-                spread = f"({rate.lowest:.3g} to {rate.highest:.3g})"
-                values = [rate.dense, rate.fused, rate.fused][:count]
-                rows.append(Row(f"{name}, tokens a second", "rate", values, rate.ratio, spread))
-            weights, cache = self.speed.weight_bytes, self.speed.cache_bytes
-            rows.append(Row("bytes of weights", "size", [*weights, weights[-1]][:count]))
-            rows.append(Row("bytes of cache a token", "size", [*cache, cache[-1]][:count]))
+                change = rate.ratio, f"({rate.lowest:.3g} to {rate.highest:.3g})"
+                rows.append(row(f"{name}, tokens a second", "rate", rate.dense, rate.fused, *change))
+            rows.append(row("bytes of weights", "size", *self.speed.weight_bytes))
+            rows.append(row("bytes of cache a token", "size", *self.speed.cache_bytes))
         texts = {text.name: text for text in self.perplexities}
         healed = {text.name: text for text in self.healed.judged} if self.healed else {}
         for name in dict.fromkeys([*texts, *healed]):
@@ -163,7 +163,10 @@ class FusionReport:
                 models.append((after.perplexity_after, after.divergence_after, after.agreement_after))
             elif text is not None:
                 models += [(text.fused, text.divergence, text.agreement), (None, None, None)]
-            rows += text_rows(name, *zip(*models[:count], strict=True))
+            for n, kind in enumerate(("perplexity", "divergence", "agreement")):
+                values = [figures[n] for figures in models[:count]]
+                if any(value is not None for value in values[1:]):
+                    rows.append(Row(f"{kind}, {name}", kind, values))
         return rows
 
     @property
@@ -211,12 +214,8 @@ class FusionReport:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FusionReport:
-        """The report that `to_dict` wrote. Raises ValueError for anything else."""
-        return cls._from_json(values, "This")
-
-    @classmethod
-    def _from_json(cls, values: Any, name: str) -> FusionReport:
+    def from_dict(cls, values: Any, name: str = "This") -> FusionReport:
+        """The report that `to_dict` wrote. Raises ValueError, with `name`, for anything else."""
         try:
             report = dataclass_from_json(cls, values, "it")
             report._check()
@@ -244,12 +243,11 @@ class FusionReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FusionReport:
         """Read a report from its file or from the folder of a fused checkpoint."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / REPORT_NAME
+        file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
-        return cls._from_json(parse_json(file.read_bytes(), repr(str(file))), repr(str(file)))
+        name = repr(str(file))
+        return cls.from_dict(parse_json(file.read_bytes(), name), name)
 
 
 def published_name(base: str) -> str:

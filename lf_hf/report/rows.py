@@ -54,19 +54,6 @@ def shown(kind: str, value: float | None) -> str:
     return NOT_MEASURED if value is None else format(value, _FORMS[kind][0])
 
 
-def text_rows(
-    name: str, perplexity: Sequence[float | None], divergence: Sequence[float | None], agreement: Sequence[float | None]
-) -> list[Row]:
-    """The rows about predictions of one text, without those that no model but the base has a value of."""
-    rows = [
-        Row(f"perplexity, {name}", "perplexity", perplexity),
-        Row(f"divergence, {name}", "divergence", divergence),
-        Row(f"agreement, {name}", "agreement", agreement),
-    ]
-    return [row for row in rows if any(value is not None for value in row.values[1:])]
-
-
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of a table of rows, all of them with values of the same models."""
-    models = _MODELS[: len(rows[0].values)]
-    return ["", *models, "change"], [row.cells for row in rows]
+    return ["", *_MODELS[: len(rows[0].values)], "change"], [row.cells for row in rows]

@@ -197,4 +197,4 @@ def test_the_model_card_shows_hostile_text_as_text(as_llama: bool) -> None:
 
 
 def test_the_tables_of_a_sweep_show_hostile_text_as_text() -> None:
-    check_markdown(markdown([], HOSTILE, published=False))
+    check_markdown(markdown([], HOSTILE))

@@ -10,10 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,15 +20,15 @@ from builders import make_point, no_warnings
 from conftest import ROOT, make_texts, make_tokenizer
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
-from transformers import LlamaConfig
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, tasks_path
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, read_points
-from lf_hf.evaluate.sweep import check_evaluation, is_llama_3_8b, sweep
-from lf_hf.evaluate.tables import PUBLISHED, markdown, results_rows, stability_rows, write_tables
+from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, check_evaluation, read_points
+from lf_hf.evaluate.results import Results
+from lf_hf.evaluate.sweep import sweep
+from lf_hf.evaluate.tables import results_rows, stability_rows
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}
@@ -68,19 +67,26 @@ def whole(run: Callable[..., list[Point]], tmp_path_factory: pytest.TempPathFact
     return folder, run(folder)
 
 
+class Kept(Answers):
+    """Answers that stand for lm-eval's, and keep the models."""
+
+    models: ClassVar[list[Any]] = []
+    most = 99  # after which there is an interruption
+
+    def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+        if len(self.models) == self.most:
+            raise KeyboardInterrupt
+        self.models.append(model)
+        return super().scores(model, tokenizer)
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The models that are judged, by answers that stand for lm-eval's, without pictures."""
-    models: list[Any] = []
-
-    class Kept(Answers):
-        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
-            models.append(model)
-            return super().scores(model, tokenizer)
-
+    """The models that are judged by such, without pictures."""
+    Kept.models.clear()
     monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Kept)
-    monkeypatch.setattr("lf_hf.evaluate.tables.missing_plot_packages", lambda: "none wanted")
-    return models
+    monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
+    return Kept.models
 
 
 def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
@@ -139,30 +145,22 @@ def test_healed_points_are_beside_those_that_are_not(run: Callable[..., list[Poi
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(
-    whole: tuple[Path, list[Point]], run: Callable[..., list[Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., list[Point]], judged: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores, calls = Evaluation.scores, []
+    whole = run(tmp_path / "whole")
+    assert len(judged) == 5
 
-    def counted(self: Evaluation, *arguments: Any) -> dict[str, Score]:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return scores(self, *arguments)
-
-    monkeypatch.setattr(Evaluation, "scores", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    assert len(read_points(tmp_path / RESULTS)) == 2
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
-    with (tmp_path / RESULTS).open("a") as file:
-        file.write('{"key": "cut sho')
-    points = run(tmp_path)
-    assert len(calls) == 3 + 3
-    assert without_seconds(points) == without_seconds(whole[1])
-    run(tmp_path)
-    assert len(calls) == 6
-    run(tmp_path, methods=["mka"], num_fusions=[1], limit=1)  # another question, so another answer
-    assert len(calls) == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "most", 7)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out")
+    assert len(read_points(tmp_path / "out" / RESULTS)) == 2
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 3
+    points = run(tmp_path / "out")
+    assert len(judged) == 5 + 2 + 3 and without_seconds(points) == without_seconds(whole)
+    assert run(tmp_path / "out") == points and len(judged) == 10
+    run(tmp_path / "out", methods=["mka"], num_fusions=[1], limit=1)  # another question, so another answer
+    assert len(judged) == 12
 
 
 @pytest.mark.usefixtures("_one_task_index")
@@ -192,42 +190,34 @@ def test_the_base_in_a_hub_s_cache_is_the_same_base(run: Callable[..., list[Poin
     assert [point.key for point in there] == [point.key for point in here]
 
 
-def test_the_processes_of_a_launch_share_the_points_and_what_one_leaves_is_made_later(
+def test_the_processes_of_a_launch_share_the_points_and_what_is_missing_is_made_later(
     make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]
 ) -> None:
     options = "--num-fusions 1,2 --methods truncate,refit --tasks task --perplexity-tokens 100"
     options += f" --calibration-tokens 1024 --calibration {text}"
     words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]
-    names = Counter(["dense 6", *(f"{method} {layers}" for method in ("truncate", "refit") for layers in (5, 4))])
-
-    def launched(end: str) -> tuple[int, Counter[str], str]:
-        launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-        environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*launch, str(ROOT / "tests" / "run_swept.py"), end, *words],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-            timeout=240,
-        )
-        return done.returncode, Counter(re.findall("^judged (.*)$", done.stdout, re.M)), done.stdout + done.stderr
-
-    def results() -> list[dict[str, Any]]:
-        found = without_seconds(list(read_points(tmp_path / "out" / RESULTS).values()))
-        return sorted(found, key=lambda point: (point["method"], point["layers"]))
-
-    code, made, said = launched("dies")
-    there = (tmp_path / "out" / RESULTS).read_bytes()
-    assert code and made == names - Counter(["refit 4"]) and len(there.splitlines()) == 3
-    assert "Not there yet: refit at 1, refit at 2" in said and "run the sweep again" in said
-    assert main(words) == 0 and len(judged) == 2
-    assert (tmp_path / "out" / RESULTS).read_bytes().startswith(there)
-    mended = results()
-    shutil.rmtree(tmp_path / "out")
-    code, made, said = launched("lives")
-    assert (code, made) == (0, names), said
-    assert results() == mended and said.count("Stability") == 1  # one speaks
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(ROOT / "tests" / "run_swept.py"), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["dense 6", *(f"{method} {layers}" for method in ("refit", "truncate") for layers in (4, 5))]
+    assert sorted(re.findall("judged (.*) in process [01]", done.stdout)) == names
+    assert {"0", "1"} == set(re.findall("in process (.)", done.stdout)) and done.stdout.count("Stability") == 1
     assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, "results.csv", "results.md"}
+
+    whole = read_points(tmp_path / "out" / RESULTS)
+    lines = (tmp_path / "out" / RESULTS).read_bytes().splitlines(keepends=True)
+    (tmp_path / "out" / RESULTS).write_bytes(b"".join(lines[:-2]))  # as a process leaves it that dies before its last
+    assert main(words) == 0 and len(judged) == 2
+    assert (tmp_path / "out" / RESULTS).read_bytes().startswith(b"".join(lines[:-2]))
+    mended = read_points(tmp_path / "out" / RESULTS)
+    assert without_seconds([mended[key] for key in whole]) == without_seconds([*whole.values()])
 
 
 # Mistakes
@@ -282,7 +272,6 @@ def test_tables_hold_every_point(whole: tuple[Path, list[Point]]) -> None:
     assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
     document = (folder / "results.md").read_text(encoding="utf-8")
     assert document.count("\n| mka | ") == 2 + 4 and "| refit | 2 | 3 | 40.0% |" in document
-    assert "Published" not in document
     last = points[-1]
     assert f"| {last.divergences['docs']:.4g} |" in document and f"| {last.agreements['docs']:.1%} |" in document
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -316,7 +305,7 @@ def test_stability_follows_from_the_scores(
     step = f"{worst[0]:.4f} ({worst[1]} -> {worst[2]})" if worst[0] else "none"
     spread = [f"{np.std(values, ddof=1):.4f}", f"{np.ptp(values):.4f}"]
     assert stability_rows(points) == [["mka", quantity, *spread, step]]
-    assert sweep_curve(points, {}).axes[0].get_yscale() == ("log" if score.is_perplexity else "linear")
+    assert sweep_curve(points).axes[0].get_yscale() == ("log" if score.is_perplexity else "linear")
     assert stability_rows(points[:1]) == []
 
 
@@ -328,10 +317,19 @@ def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
         dataclasses.replace(make_point("mka", 4, 0.5, 11.0), scores={"another": Score("acc", 0.5, None)}),
         make_point("refit", 8, math.nan, 12.0),
     ]
+    results = Results(tmp_path, "a base", [point.key for point in points])
     with no_warnings():
-        write_tables(tmp_path, points, "a base", published=True)
-        figure = sweep_curve(points, {})
-    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md", "curve.png", "curve.svg"}
+        for point in points:
+            results.add(point)
+        results.complete()
+        figure = sweep_curve(points)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        RESULTS,
+        "results.csv",
+        "results.md",
+        "curve.png",
+        "curve.svg",
+    }
     head, *rows = results_rows(points)
     assert head[5:8] == ["mmlu_5shot", "another", "perplexity, docs"]
     assert [row[6:8] for row in rows] == [["-", "10"], ["-", "inf"], ["0.5000", "11"], ["-", "12"]]
@@ -343,35 +341,21 @@ def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
 
 
 def test_the_dense_model_alone_gets_no_curve(tmp_path: Path) -> None:
+    results = Results(tmp_path, "a base", ["dense0"])
     with no_warnings():
-        write_tables(tmp_path, [make_point(DENSE, 0, 0.66)], "a base", published=True)
-    assert {file.name for file in tmp_path.iterdir()} == {"results.csv", "results.md"}
+        results.add(make_point(DENSE, 0, 0.66))
+        results.complete()
+    assert {file.name for file in tmp_path.iterdir()} == {RESULTS, "results.csv", "results.md"}
 
 
 def test_healed_points_are_a_dashed_line_of_their_method_s_colour() -> None:
     names = [method + healed for method in ("neural_alignment", "mka", "truncate", "refit") for healed in ("", HEALED)]
     points = [make_point(DENSE, 0, 0.5), *(make_point(name, 1, 0.4) for name in names)]
-    lines = {str(line.get_label()): line for line in sweep_curve(points, {}).axes[0].get_lines()}
+    lines = {str(line.get_label()): line for line in sweep_curve(points).axes[0].get_lines()}
     for name in names[::2]:
         assert lines[name].get_color() == lines[name + HEALED].get_color()
         assert (lines[name].get_linestyle(), lines[name + HEALED].get_linestyle()) == ("-", "--")
     assert len({lines[name].get_color() for name in names}) == 4
-
-
-def test_published_numbers_stand_beside_llama_3_8b_alone() -> None:
-    shape = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, vocab_size=128256)
-    assert is_llama_3_8b("meta-llama/Meta-Llama-3-8B", shape) and is_llama_3_8b("/models/base", shape)
-    assert not is_llama_3_8b("meta-llama/Meta-Llama-3-8B-Instruct", shape)
-    assert not is_llama_3_8b("meta-llama/Llama-2-7b-hf", LlamaConfig())
-    points = [make_point(DENSE, 0, 0.66), make_point("mka", 4, 0.6)]
-    assert "| mka | 4 | 0.5470 |" in markdown(points, "base", published=True)
-    axis = sweep_curve(points, PUBLISHED).axes[0]
-    lines: dict[str, Any] = {str(line.get_label()): line for line in axis.get_lines()}
-    assert list(lines["mka, published"].get_xdata()) == pytest.approx([100 * n / 32 for n in PUBLISHED["mka"]])
-    assert list(lines["mka, published"].get_ydata()) == list(PUBLISHED["mka"].values())
-    others = [dataclasses.replace(point, scores={"mmlu_pro": point.scores["mmlu_5shot"]}) for point in points]
-    for figure in (sweep_curve(points, {}), sweep_curve(others, PUBLISHED)):
-        assert not any("published" in str(line.get_label()) for line in figure.axes[0].get_lines())
 
 
 def test_command(

@@ -20,7 +20,6 @@ from matplotlib.patches import Rectangle
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport
 from lf_hf.cli import main
-from lf_hf.report import figures
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.records import Continuation, FusionStep, PerplexityInfo
 from lf_hf.text.mmlu import SUBJECTS
@@ -135,9 +134,9 @@ def test_reports_hold_what_the_pictures_need(reports: dict[str, FusionReport], t
 
 def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport]) -> None:
     report = reports["neural_alignment"]
-    [image] = figures.similarity_heatmap(report).axes[0].get_images()
+    [image] = report_figures(report)["similarity_heatmap"].axes[0].get_images()
     np.testing.assert_allclose(np.asarray(image.get_array()), np.array(report.similarity))
-    panels = figures.manifolds(report).axes
+    panels = report_figures(report)["manifolds"].axes
     assert [panel.get_title() for panel in panels[:5]] == [f"layer {n}" for n in range(5)]
     offsets = np.asarray(panels[2].collections[0].get_offsets())  # (N, 2)
     assert report.embeddings is not None
@@ -147,7 +146,9 @@ def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport
 
 def test_the_map_has_every_layer_inside_its_frame() -> None:
     steps = [FusionStep([n], list(range(n + 1, 37)), 0.625, 0.375) for n in range(35, 23, -1)]
-    [axis] = figures.layer_map(make_report(steps=steps, layers_before=37, layers_after=25, fitted_layers=[])).axes
+    [axis] = report_figures(make_report(steps=steps, layers_before=37, layers_after=25, fitted_layers=[]))[
+        "layer_map"
+    ].axes
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     for label in axis.texts:
         x, y = label.get_position()
@@ -160,13 +161,13 @@ def test_the_map_has_every_layer_inside_its_frame() -> None:
 
 def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(reports: dict[str, FusionReport]) -> None:
     report = reports["within a budget"]
-    axis = figures.group_costs(report).axes[0]
+    axis = report_figures(report)["group_costs"].axes[0]
     values = np.asarray(axis.get_images()[0].get_array())  # rows: groups of 2, 3, ... layers
     for cost in report.group_costs:
         assert values[cost.last - cost.first - 1, cost.first] == pytest.approx(max(cost.divergence, 1e-6))
     frames = [(frame.get_x() + 0.5, frame.get_y() + 2.5) for frame in axis.patches if isinstance(frame, Rectangle)]
     assert frames == [(min(group), len(group)) for group in report.groups if len(group) > 1]
-    axis = figures.cost_curve(report).axes[0]
+    axis = report_figures(report)["cost_curve"].axes[0]
     curve, budget, chosen = axis.get_lines()
     assert list(np.asarray(curve.get_ydata())) == report.predicted
     assert report.budget is not None and set(np.asarray(budget.get_ydata())) == {report.budget.allowed}
@@ -176,7 +177,7 @@ def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(repor
 
 
 def test_the_curve_of_a_healing() -> None:
-    [line, kept] = figures.healing_curve(make_report(healed=HEALED)).axes[0].get_lines()
+    [line, kept] = report_figures(make_report(healed=HEALED))["healing_curve"].axes[0].get_lines()
     assert list(np.asarray(line.get_ydata())) == [2.0, 1.0] and set(np.asarray(kept.get_xdata())) == {1}
 
 

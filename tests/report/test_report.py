@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
-from lf_hf.evaluate.points import append_point, read_points
+from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
 from lf_hf.report.notes import collapse_note
@@ -155,9 +155,9 @@ def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Pa
 
 def test_infinite_figures_of_a_sweep_come_back_too(tmp_path: Path) -> None:
     point = dataclasses.replace(make_point("mka", 1, math.inf), perplexities={"docs": math.inf, "b": -math.inf})
-    append_point(tmp_path / "results.jsonl", point)
+    Results(tmp_path, "base", [point.key]).add(point)
     strictly((tmp_path / "results.jsonl").read_text())
-    assert read_points(tmp_path / "results.jsonl") == {point.key: point}
+    assert Results(tmp_path, "base", [point.key]).points() == [point]
 
 
 def test_reports_of_an_older_version_are_read_and_shown(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_no_file_of_a_fusion_says_where_its_base_was(base: str, text: Path, tmp_
             assert str(Path(base).parent).encode() not in content and str(text.parent).encode() not in content, file
         name = Path(base).name
         assert json.loads((tmp_path / folder / "config.json").read_text())["fusion"]["base"] == name
-    assert str(Path(base).parent) not in markdown([], base, published=False)
+    assert str(Path(base).parent) not in markdown([], base)
 
 
 # Models that were changed
