@@ -118,13 +118,16 @@ def sweep(
     try:
         maker.make(keys, results)
     except BaseException as error:  # of any kind, such as KeyboardInterrupt
-        missing = [keys[key] for key in results.missing()]
-        names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
-        reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
-        if names:
-            logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
+        _tell_what_is_missing([keys[key] for key in results.missing()], error)
         raise
     return results.points()
+
+
+def _tell_what_is_missing(missing: Sequence[FusionConfig | None], error: BaseException) -> None:
+    names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
+    reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
+    if names:
+        logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
 
 
 def _configs(
