@@ -168,6 +168,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a tiny checkpoint of some family, family_base(model_type, **config overrides), that tests only read."""
+    from tiny_models import tiny_model  # which imports this
+
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **overrides: Any) -> Path:
+        key = f"{model_type} {overrides}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("base")
+            tiny_model(model_type, **overrides).save_pretrained(made[key])
+            make_tokenizer().save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def gguf_folder() -> str:
     if not GGUF.is_file():
         pytest.skip(f"{GGUF.relative_to(ROOT)} is missing; scripts/quickstart and scripts/test fetch it")

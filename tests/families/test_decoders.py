@@ -43,7 +43,7 @@ def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_
         assert [added.tolist() for added in continuations(decoder, prompts, 8)] == expected
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Path) -> None:
     """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions."""
     model = tiny_model(model_type)
@@ -61,7 +61,7 @@ def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Pat
     assert bool((drawn <= above + 1e-4).all()) and bool((drawn >= below - 1e-4).all())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.layer_lists] + ["llama"])
 def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     lists = {name: getattr(model.config, name) for name in FAMILIES[model_type].layer_lists}

@@ -110,7 +110,7 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(model_ty
     torch.testing.assert_close(decoder.run_layer(built, state), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("active", "refit"), [(0, "down_proj"), (0, "projections"), (1, "projections")])
+@pytest.mark.parametrize(("active", "refit"), [(0, "down_proj"), (1, "projections")])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_layer_and_an_idle_one_fuse_to_the_layer(model_type: str, active: int, refit: str) -> None:
     model = tiny_model(model_type)
@@ -129,7 +129,7 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(model_type: str, active: int,
     assert float((found - traces.output[0]).norm() / traces.output[0].norm()) < 1e-3
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])  # of the others, files are compared
 def test_low_memory_gives_the_model_of_the_usual_way_and_its_config_makes_it_again(
     model_type: str, tmp_path: Path
 ) -> None:
@@ -174,7 +174,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "smollm3", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_every_way_of_fusing_runs_or_is_refused_before_any_work(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
