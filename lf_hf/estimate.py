@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +29,7 @@ from lf_hf.refit.states import SHARE
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
-from lf_hf.steps import STEP_TOKENS, state_copies
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import Calibration
 from lf_hf.text.sources import Samples
 
 _CHARACTERS_PER_TOKEN = 4
@@ -79,13 +79,8 @@ def plan_fusion(
         If the disk of `out` has no room for the result.
     """
     replaces = out is not None and check_replaceable(out, os.fspath(base))
-    low_memory_fits = True
-    try:
+    if low_memory:
         low_memory_device(config, kwargs)
-    except ValueError:
-        low_memory_fits = False
-        if low_memory:
-            raise
     inputs = FusionInputs.open(Base.open(base, kwargs), config, calibration, None)
     inputs.check()
     opened, (samples, text) = inputs.base, inputs.samples_and_text
@@ -97,7 +92,7 @@ def plan_fusion(
     bytes_before, bytes_after = before * dtype.itemsize, after * dtype.itemsize
     on_disk = sum(file.stat().st_size for file in opened.files())
     devices = _devices(kwargs.get("device_map"))
-    memory, reduced = (_peak(opened, config, samples, text, devices[0], low_memory=low) for low in (False, True))
+    memory, reduced = (_peak(opened, config, samples, devices[0], low_memory=low) for low in (False, True))
     pairs = f"chosen while fusing, on calibration text, by selection={config.selection!r}"
     if config.selection == "last":
         first, last = layers - 1 - fused, layers - 1
@@ -107,12 +102,16 @@ def plan_fusion(
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"
+    with_low_memory = "cannot be used here"
+    with suppress(ValueError):
+        low_memory_device(config, kwargs)
+        with_low_memory = in_gib(reduced)
     sources = [samples and samples.source, text and text.full_source]
-    notes = {
-        f"{str(out)!r} holds a fused model, which would be replaced.": replaces,
-        f"The base is not on this machine yet; about {in_gib(bytes_before)} will be downloaded.": not on_disk,
-        slow_bfloat16_note(dtype, devices[0]): True,
-    }
+    notes = [
+        f"{str(out)!r} holds a fused model, which would be replaced." if replaces else None,
+        None if on_disk else f"The base is not on this machine yet; {in_gib(bytes_before)} will be downloaded.",
+        slow_bfloat16_note(dtype, devices[0]),
+    ]
     return Plan(
         f"{opened.full_name} with {config.method}, {how_many}",
         [
@@ -122,10 +121,9 @@ def plan_fusion(
             *([f"healing: on {config.heal_tokens:,} tokens"] if config.heal_tokens else []),
             f"bytes on disk: {_change(on_disk or bytes_before, bytes_after)}, as {str(dtype)[6:]}",
             *(f"calibration: {source}" for source in sources if source),
-            f"peak memory{where}, about: {in_gib(memory)}; with low memory: "
-            f"{in_gib(reduced) if low_memory_fits else 'cannot be used here'}",
+            f"peak memory{where}, about: {in_gib(memory)}; with low memory: {with_low_memory}",
         ],
-        [note for note, applies in notes.items() if note and applies],
+        [note for note in notes if note],
         reduced if low_memory else memory,
         sum(map(free_memory, devices)),
     )
@@ -168,7 +166,7 @@ def plan_heal(
     prepared = prepare(inputs.model, inputs.fused_layers, inputs.base.config, settings, folder / WORK, given, cache)
     settings, model, student = prepared.settings, inputs.model, prepared.student
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
-    on_cpu = prepared.arguments.device.type == "cpu"
+    device, on_cpu = prepared.arguments.device, prepared.arguments.device.type == "cpu"
     memory = prepared.teacher.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
     goes_on = f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on."
     plural = "" if settings.steps == 1 else "s"
@@ -180,12 +178,12 @@ def plan_heal(
             f"training: {settings.steps:,} step{plural} of {settings.batch * settings.length:,} tokens",
             f"text: {inputs.corpus.full_source}",
             f"the base's predictions: {prepared.teacher.description}",
-            f"peak memory{'' if on_cpu else f' on {prepared.arguments.device}'}, about: {in_gib(memory)}",
+            f"peak memory{'' if on_cpu else f' on {device}'}, about: {in_gib(memory)}",
             f"disk, until it is done, at most about: {in_gib(prepared.disk)}",
         ],
         [goes_on] if (folder / WORK).is_dir() else [],
         memory,
-        free_memory(prepared.arguments.device),
+        free_memory(device),
     )
 
 
@@ -209,13 +207,7 @@ def _dtype(base: Base) -> torch.dtype:
 
 
 def _peak(
-    base: Base,
-    config: FusionConfig,
-    samples: Calibration | None,
-    text: Corpus | None,
-    device: torch.device,
-    *,
-    low_memory: bool,
+    base: Base, config: FusionConfig, samples: Calibration | None, device: torch.device, *, low_memory: bool
 ) -> int:
     """Bytes at the peak of a fusion: the process, the weights, and the most that one phase needs beside them.
 
@@ -223,38 +215,27 @@ def _peak(
     """
     model, size, layer = base.config, _dtype(base).itemsize, _layer(base)
     hidden, mlp, fused = model.hidden_size, model.intermediate_size, config.num_fusions or 1
-    # Two layers, or those of a group, and on a device the next one, which is read meanwhile.
-    held = LONGEST_GROUP + 1 if config.selection == "groups" else 2
-    weights = (held + (device.type != "cpu")) * layer + model.vocab_size * hidden
     before, after = _parameters(base, config)
-    if not low_memory:  # and the originals of layers that change, at most
+    if low_memory:  # two layers, or those of a group, and on a device the next one, which is read meanwhile
+        held = LONGEST_GROUP + 1 if config.selection == "groups" else 2
+        weights = (held + (device.type != "cpu")) * layer + model.vocab_size * hidden
+    else:  # and the originals of layers that change, at most
         weights = before + (fused * layer if config.refit != "none" else 0)
-    phases = [0]
+    # Predictions of some tokens, six times in float32, and final states of two texts, the dense model's too.
+    judging = 24 * min(LOGITS, PERPLEXITY_LENGTH * model.vocab_size) + 4 * config.perplexity_tokens * hidden * size
+    phases = [judging if config.perplexity_tokens else 0, _BYTES_TRAINED * after if config.heal_tokens else 0]
     if samples is not None:  # states of all samples before and after a layer
-        phases.append(2 * sum(min(_num_tokens(text), config.sample_length) for text in samples.texts) * hidden * size)
-    if config.perplexity_tokens:
-        # Predictions of some tokens, six times in float32, and final states of two texts, the dense model's too.
-        logits = 24 * min(LOGITS, PERPLEXITY_LENGTH * model.vocab_size)
-        phases.append(logits + 4 * config.perplexity_tokens * hidden * size)
+        tokens = sum(min(len(text) // _CHARACTERS_PER_TOKEN, config.sample_length) for text in samples.texts)
+        phases.append(2 * tokens * hidden * size)
     if config.alignment != "none" and device.type == "cpu":
         phases.append(12 * mlp**2 + 8 * hidden * mlp)  # cost matrices and what they are of; never on a GPU
-    if config.fits and text is not None:  # Gram squares of all candidates, in float32 and once more, and their weights
-        share = text.generated_share
-        given = min(sum(map(_num_tokens, text.parts)), config.calibration_tokens * (1 - share))
-        tokens = given / (1 - share)
-        candidates, step = num_candidates(2 * mlp, mlp), min(tokens, STEP_TOKENS)
-        states = int(max(_STATES_OF_A_GROUP * tokens, state_copies(config, model.num_hidden_layers) * step))
-        states *= hidden * size
-        room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
+    if config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
+        candidates = num_candidates(2 * mlp, mlp)
         fit = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
+        states = _STATES_OF_A_GROUP * config.calibration_tokens * hidden * size
+        room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
         phases.append(fit + (states if states < room else 0))
-    if config.heal_tokens:
-        phases.append(_BYTES_TRAINED * after)
     return (0 if device.type == "cuda" else PROCESS) + weights * size + max(phases)
-
-
-def _num_tokens(text: str) -> int:
-    return max(1, len(text) // _CHARACTERS_PER_TOKEN)
 
 
 def _devices(device_map: Any) -> list[torch.device]:

@@ -33,7 +33,7 @@ from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 6
+KILLS = 5
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
     *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),
@@ -137,9 +137,9 @@ def main(folder: Path) -> None:
             else:
                 models[count].save_pretrained(out)
 
-    for name in ("fresh", "used", "foreign", "fuse", "fused_dir"):
+    for name in ("fresh", "foreign", "fuse", "fused_dir"):
         out = folder / name
-        if name not in ("fresh", "used"):
+        if name != "fresh":
             put_foreign(out)
         before = foreign(out)
         taken = seconds(lambda: write(out, [1]))  # noqa: B023

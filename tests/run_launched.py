@@ -1,4 +1,7 @@
-"""Fuse a tiny model in all processes of a launch together, and in the first one alone; print how they compare."""
+"""What the processes of a launch do together, and one of them alone; run by test_launches.py.
+
+`run_launched.py FOLDER [ARGUMENTS]`: all of it, or a healing alone, with training arguments in JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,39 @@ from typing import Any
 
 import torch
 from conftest import make_llama, make_texts, make_tokenizer
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from lf_hf import FusionConfig
+import lf_hf
+from lf_hf import FusionConfig, HealSettings
+from lf_hf.cli import main as command
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.healing import trainer
+from lf_hf.healing.loss import FullTargets, Loss
 from lf_hf.pipeline import fuse
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.calibration import Calibration, Corpus, load_calibration
+from lf_hf.text.calibration import Calibration, Corpus
 
 TEMPLATE = (  # so that processes share chats to write, too
     "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "refit": {"method": "refit", "num_fusions": 3},
-    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2, "calibration_tokens": 8192},
+    "refit": {"method": "refit", "num_fusions": 2},
+    "refit, on disk": {"method": "refit", "num_fusions": 2},
+    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "neural_alignment, refitted": {"method": "neural_alignment", "refit": "down_proj", "num_fusions": 2},
 }
+HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
 
 
 def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """What comes out, as numbers."""
-    llama = make_llama(num_hidden_layers=6).double()
+    llama = make_llama().double()
     decoder: Decoder
     if folder is None:
         decoder = ModelDecoder(llama, keep_originals=True, processes=processes)
@@ -43,9 +54,10 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
         shared = processes.broadcast_object(lambda: llama.save_pretrained(folder / "base") or folder)
         decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
         decoder.processes = processes
-    config = FusionConfig(**{"calibration_tokens": 2048, "calibration_length": 64, "perplexity_tokens": 300} | settings)
+    # Of 31 sequences, so that shares are not even.
+    config = FusionConfig(**{"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300} | settings)
     texts = make_texts(config.calibration_tokens // 40)
-    samples, text = Calibration(texts[:60], "samples"), Corpus(texts, "texts", generated_share=0.25)
+    samples, text = Calibration(make_texts(60), "samples"), Corpus(texts, "texts", generated_share=0.25)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     report = fuse(decoder, tokenizer, config, samples, text, base="base")
@@ -63,39 +75,84 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
     }
 
 
-def main() -> None:
+def compared(processes: Processes, name: str, alone: dict[str, Any]) -> dict[str, Any]:
+    """How a fusion of all processes differs from that of one, which is kept for the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        together = fused(processes, SETTINGS[name], Path(folder) if "disk" in name else None)
+        digests = processes.all_gather_object(together["digest"])
+    if not processes.is_main:
+        return {}
+    if "disk" not in name:
+        alone.update(fused(ALONE, SETTINGS[name], None))
+    return {
+        "processes": processes.world_size,
+        "digests": len(set(digests)),
+        "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted", "written")),
+        "weights": max(
+            float((together["weights"][key] - weight).detach().abs().max()) for key, weight in alone["weights"].items()
+        ),
+        "perplexities": max(
+            abs(a / b - 1) for a, b in zip(together["perplexities"], alone["perplexities"], strict=True)
+        ),
+    }
+
+
+def student_figures(*, sharded: bool) -> list[float]:
+    """The loss of a student, and the norm of each of its gradients."""
+    model = make_llama()
+    student: Any = trainer.make_student(model, HealSettings(train="all"), [])
+    if sharded:
+        for layer in student.model.layers:
+            fully_shard(layer)
+        fully_shard(student)
+    ids = torch.arange(2, 66).view(2, 32)
+    states = torch.randn(2, 32, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    loss = student(ids, targets=FullTargets(states, model.lm_head.weight.detach()), loss=Loss(2.0, 0.2))["loss"]
+    loss.backward()
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in student.parameters()]
+    return [loss.item(), *(gradient.norm().item() for gradient in gradients)]
+
+
+def heal(folder: Path, given: dict[str, Any]) -> str:
+    """The kind of launch that the Trainer saw."""
+    kinds: list[str] = []
+    real = trainer.DistillationTrainer.train
+
+    def spy(self: Any, *arguments: Any, **named: Any) -> Any:
+        kinds.append(self.accelerator.distributed_type.value)
+        return real(self, *arguments, **named)
+
+    trainer.DistillationTrainer.train = spy  # type: ignore[method-assign]
+    texts = make_texts(1200, seed=5)
+    arguments = {"text": texts, "training_args": {"bf16": False, **given}, **HEALING}
+    lf_hf.heal(folder / "fused", folder / "healed", base=folder / "base", **arguments)
+    return kinds[0]
+
+
+def main(folder: Path, given: str = "") -> None:
     torch.set_num_threads(1)
+    words = "--method refit --num-fusions 2 --low-memory --calibration-tokens 1984 --calibration-length 64".split()
+    words = ["fuse", str(folder / "base"), str(folder / "out"), *words, "--calibration", str(folder / "texts.txt")]
+    refused = 0 if given else command([*words, "--ridge", "0"])  # before the processes are connected
     processes = Processes.of_launch()
+
+    def say(name: str, value: Any) -> None:
+        if processes.is_main:
+            print("RESULT " + json.dumps([name, value]), flush=True)
+
+    if given:
+        say("healed", heal(folder, json.loads(given)))
+        return
+    say("codes", processes.all_gather_object([command(words), refused]))
+    say("healed", heal(folder, {"fsdp": True}))
+    say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
+    alone: dict[str, Any] = {}
+    for name in SETTINGS:
+        say(name, compared(processes, name, alone))
     if processes.rank == 1:
-        load_calibration()  # which a process may do alone
-    for name in sys.argv[1:]:
-        alone = None
-        settings = SETTINGS["refit" if name == "dies" else name]
-        for on_disk in (False, True) if name == "refit" else (False,):
-            with tempfile.TemporaryDirectory() as folder:
-                together = fused(processes, settings, Path(folder) if on_disk else None)
-                digests = processes.all_gather_object(together["digest"])
-            if not processes.is_main:
-                continue
-            alone = alone or fused(ALONE, settings, None)
-            differences = [
-                float((together["weights"][key] - weight).detach().abs().max())
-                for key, weight in alone["weights"].items()
-            ]
-            result = {
-                "name": name,
-                "processes": processes.world_size,
-                "digests": len(set(digests)),
-                "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted", "written")),
-                "weights": max(differences),
-                "perplexities": max(
-                    abs(a / b - 1) for a, b in zip(together["perplexities"], alone["perplexities"], strict=True)
-                ),
-            }
-            print("RESULT " + json.dumps(result), flush=True)
+        raise SystemExit(3)  # while the other one sums
+    fused(processes, SETTINGS["refit"], None)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "dies" and Processes.of_launch().rank == 1:
-        raise SystemExit(3)  # while the others sum
-    main()
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -22,7 +22,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     """What opens is whole; what does not open was never saved, or is whole with the next load."""
     outcome = outcome_of("run_faults.py", tmp_path)
     print(outcome)  # what the kills hit
-    for name in ("fresh", "used", "foreign", "fuse", "fused_dir"):
+    for name in ("fresh", "foreign", "fuse", "fused_dir"):
         assert set(outcome["found"][name]) <= {"1", "2", "none, then 1", "none, then 2"} | (
             {"none, then none"} if name == "fresh" else set()
         )

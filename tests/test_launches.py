@@ -1,4 +1,4 @@
-"""Processes that a launcher starts share one fusion, and end with what one process alone would have."""
+"""Processes that a launcher starts share one fusion or healing, and end with what one process alone would have."""
 
 from __future__ import annotations
 
@@ -6,54 +6,102 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from conftest import ROOT, make_texts
-from run_launched import SETTINGS
+import pytest
+import torch
+from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from run_launched import HEALING, SETTINGS
 
-from lf_hf import FusedLlamaForCausalLM
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM, FusionReport
+
+ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
+ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
 
 
-def launched(count: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in some processes on the CPU, as torchrun starts them."""
+class Launch(NamedTuple):
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return dict(json.loads(line[7:]) for line in self.out.splitlines() if line.startswith("RESULT "))
+
+
+def launched(folder: Path, *given: str) -> Launch:
+    """Run `run_launched.py` in two processes on the CPU, as torchrun starts them."""
     environment = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return subprocess.run(
-        [*torchrun, *words], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    make_llama().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    (folder / "texts.txt").write_text("\n\n".join(make_texts(100)))
+    lf_hf.fuse_checkpoint(folder / "base", folder / "fused", num_fusions=2, method="truncate", perplexity_tokens=512)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "tests" / "run_launched.py"), str(folder), *given],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
     )
+    return Launch(folder, done.returncode, done.stdout, done.stderr)
 
 
-def test_processes_together_find_what_one_does() -> None:
-    """Three of them, so that shares are not even."""
-    done = launched(3, str(ROOT / "tests" / "run_launched.py"), *SETTINGS)
-    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert [result["name"] for result in results] == ["refit", *SETTINGS], done.stderr  # refit in memory and on disk
-    for result in results:
-        assert result["processes"] == 3 and result["digests"] == 1 and result["same choices"], result
-        assert result["weights"] < 1e-6 and result["perplexities"] < 1e-6, result
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return launched(tmp_path_factory.mktemp("launch"))
 
 
-def test_when_one_process_dies_the_others_say_so_and_end() -> None:
-    done = launched(2, str(ROOT / "tests" / "run_launched.py"), "dies")
-    assert done.returncode
-    assert "LostProcessError: Another process of this launch has ended" in done.stderr or "SIGTERM" in done.stderr
+def test_processes_together_find_what_one_does(launch: Launch) -> None:
+    for name in SETTINGS:
+        result = launch.results.get(name)
+        assert result, launch.err
+        assert result["processes"] == 2 and result["digests"] == 1 and result["same choices"], (name, result)
+        assert result["weights"] < 1e-6 and result["perplexities"] < 1e-6, (name, result)
 
 
-def test_the_command_writes_and_speaks_once(make_base: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("\n\n".join(make_texts(100)))
-    out, base = tmp_path / "out", make_base(num_hidden_layers=6)
-    options = "--method refit --num-fusions 2 --low-memory --calibration-tokens 2048 --calibration-length 64".split()
-    words = ["-m", "lf_hf", "fuse", base, str(out), *options, "--calibration", str(tmp_path / "texts.txt")]
-    done = launched(2, *words)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bytes on disk") == 1
-    model = FusedLlamaForCausalLM.from_pretrained(out)
-    assert model.config.num_hidden_layers == 4 and model.fusion_report.layers_before == 6
+def test_the_command_writes_and_speaks_once(launch: Launch) -> None:
+    assert launch.results["codes"] == [[0, 2], [0, 1]], launch.err  # the second is quiet
+    assert launch.out.count("bytes on disk") == 1 and launch.err.count("ridge must be") == 1
+    model = FusedLlamaForCausalLM.from_pretrained(launch.folder / "out")
+    assert model.config.num_hidden_layers == 3 and model.fusion_report.layers_before == 5
 
-    refused = launched(2, *words, "--ridge", "0")
-    assert refused.returncode and refused.stderr.count("ridge must be") == 1
+
+def test_when_one_process_dies_the_others_say_so_and_end(launch: Launch) -> None:
+    assert launch.code
+    assert "LostProcessError: Another process of this launch has ended" in launch.err or "SIGTERM" in launch.err
+
+
+def test_a_sharded_student_has_the_gradients_of_a_whole_one(launch: Launch) -> None:
+    """By torch's own FSDP2, as accelerate splits nothing on a CPU."""
+    sharded, whole = launch.results["figures"]
+    assert sharded == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["MULTI_CPU", "DEEPSPEED"])
+def test_two_processes_heal_as_one_does(kind: str, launch: Launch, tmp_path: Path) -> None:
+    """With the same sequences in each step; to rounding, which training amplifies. What was split loads whole."""
+    if kind == "DEEPSPEED":
+        pytest.importorskip("deepspeed")
+        launch = launched(tmp_path, json.dumps({"deepspeed": ZERO}))
+    assert launch.results["healed"] == kind, launch.err
+    assert ("FSDP is ignored" in launch.err) == (kind == "MULTI_CPU")
+    fused, base, one = launch.folder / "fused", launch.folder / "base", tmp_path / "one"
+    lf_hf.heal(fused, one, base=base, text=make_texts(1200, seed=5), training_args={"bf16": False}, **HEALING)
+    result, expected = (FusionReport.load(folder).healed for folder in (launch.folder / "healed", one))
+    assert result is not None and expected is not None
+    for point, of_one in zip(result.curve, expected.curve, strict=True):
+        assert point.step == of_one.step and point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
+    for text, of_text in zip(result.judged, expected.judged, strict=True):
+        assert text.divergence_before == pytest.approx(of_text.divergence_before, rel=1e-5)
+        assert text.perplexity_after == pytest.approx(of_text.perplexity_after, rel=2e-3)
+    loaded = FusedLlamaForCausalLM.from_pretrained(launch.folder / "healed").state_dict()
+    for name, tensor in FusedLlamaForCausalLM.from_pretrained(one).state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from conftest import make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy
@@ -293,48 +291,6 @@ def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="needs the peft package; run `pip install"):
         lf_hf.heal(fused, tmp_path / "again", base=base, **settings(train="lora"))
-
-
-ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
-ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
-
-
-@pytest.mark.parametrize(("kind", "given"), [("MULTI_CPU", {"fsdp": True}), ("DEEPSPEED", {"deepspeed": ZERO})])
-def test_two_processes_do_what_one_does(
-    kind: str, given: dict[str, Any], base: str, fused: Path, healed: Path, tmp_path: Path
-) -> None:
-    """With the same sequences in each step; to rounding, which training amplifies. What was split loads whole.
-
-    On a CPU accelerate ignores FSDP, which is said, so torch's own is tried beside it.
-    """
-    if kind == "DEEPSPEED":
-        pytest.importorskip("deepspeed")
-    arguments = {**settings(), "fused": str(fused), "out": str(tmp_path / "out"), "base": base}
-    arguments["training_args"] = {"bf16": False, **given}
-    (tmp_path / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
-    done = subprocess.run(
-        [*launch.split(), str(ROOT / "tests" / "healing_processes.py"), str(tmp_path / "arguments.json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads((tmp_path / "said.json").read_text(encoding="utf-8"))
-    assert said["distributed_type"] == kind
-    assert ("FSDP is ignored" in done.stderr) == (kind == "MULTI_CPU")
-    assert said["sharded"] == pytest.approx(said["whole"], rel=1e-4)  # a loss and norms of gradients
-    result, expected = (FusionReport.load(folder).healed for folder in (tmp_path / "out", healed))
-    assert result is not None and expected is not None
-    for point, of_one in zip(result.curve, expected.curve, strict=True):
-        assert point.step == of_one.step and point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
-    for text, of_text in zip(result.judged, expected.judged, strict=True):
-        assert text.divergence_before == pytest.approx(of_text.divergence_before, rel=1e-5)
-        assert text.perplexity_after == pytest.approx(of_text.perplexity_after, rel=2e-3)
-    loaded = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    for name, tensor in FusedLlamaForCausalLM.from_pretrained(healed).state_dict().items():
-        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)
 
 
 def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, fused: Path, tmp_path: Path) -> None:
