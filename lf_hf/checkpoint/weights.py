@@ -21,7 +21,7 @@ from lf_hf.runtime.checked_json import parse_json
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
 Shape = Sequence[int]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-_BLOCK = 1 << 24  # bytes that are read at a time onto a device
+BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
 def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
@@ -118,7 +118,7 @@ def read_onto(device: torch.device, file: Path, name: str, dtype: torch.dtype) -
         opened.seek(8 + size + entry["data_offsets"][0])
         tensor = torch.empty(entry["shape"], dtype=dtype, device=device)
         stored = str_to_torch_dtype[entry["dtype"]]
-        for part in tensor.view(-1).split(_BLOCK // stored.itemsize):
+        for part in tensor.view(-1).split(BLOCK // stored.itemsize):
             block = torch.empty(len(part), dtype=stored, pin_memory=device.type == "cuda")
             if opened.readinto(block.view(torch.uint8).numpy().data) < block.nbytes:
                 raise OSError(f"{file.name!r} ends inside {name!r}; download it again.")

@@ -14,8 +14,9 @@ from conftest import make_llama
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
-from two_devices import CPU, OTHER, TwoDevices
+from two_devices import OTHER, TwoDevices
 
+from lf_hf.checkpoint.weights import read_onto
 from lf_hf.decoder.on_disk import CheckpointDecoder
 
 UP = "mlp.up_proj.weight"
@@ -39,22 +40,20 @@ def make_decoder(tmp_path: Path) -> Callable[..., CheckpointDecoder]:
 
 
 class Reads:
-    """Numbers of the layers that were read, as often as they were; `wait_for` one that another thread reads."""
+    """Numbers of the layers that were read onto the device; `wait_for` one that another thread reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.layers: list[int] = []
         self._new = threading.Condition()
-        read: Callable[..., list[Tensor]] = CheckpointDecoder._read
 
-        def noted(decoder: CheckpointDecoder, names: list[str], *device: torch.device) -> list[Tensor]:
-            tensors = read(decoder, names, *device)
-            if names[0].startswith("model.layers."):
+        def noted(device: torch.device, file: Path, name: str, dtype: torch.dtype) -> Tensor:
+            if name.endswith(UP):
                 with self._new:
-                    self.layers.append(int(names[0].split(".")[2]))
+                    self.layers.append(int(name.split(".")[2]))
                     self._new.notify_all()
-            return tensors
+            return read_onto(device, file, name, dtype)
 
-        monkeypatch.setattr(CheckpointDecoder, "_read", noted)
+        monkeypatch.setattr("lf_hf.decoder.on_disk.read_onto", noted)
 
     def wait_for(self, number: int) -> bool:
         with self._new:
@@ -62,7 +61,7 @@ class Reads:
 
 
 @pytest.mark.parametrize("name", ["layers", "originals"])
-def test_the_next_layer_is_read_while_one_is_used_but_not_on_the_cpu(
+def test_the_next_layer_is_read_while_one_is_used(
     name: str, devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, reads = make_decoder(), Reads(monkeypatch)
@@ -71,15 +70,11 @@ def test_the_next_layer_is_read_while_one_is_used_but_not_on_the_cpu(
         assert number == 4 or reads.wait_for(number + 1)
     assert reads.layers == [0, 1, 2, 3, 4]
 
-    decoder, reads = make_decoder(CPU), Reads(monkeypatch)
-    for number, _ in enumerate(getattr(decoder, name)(range(5))):
-        assert reads.layers == list(range(number + 1))
-
 
 def test_what_is_read_is_what_the_files_hold(
     devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lf_hf.checkpoint.weights._BLOCK", 1000)  # so that no tensor is a whole number of blocks
+    monkeypatch.setattr("lf_hf.checkpoint.weights.BLOCK", 1000)  # so that no tensor is a whole number of blocks
     decoder = make_decoder(dtype=torch.bfloat16, attention_bias=True)
     held = load_file(tmp_path / "base" / "model.safetensors")
     for number, layer in enumerate(decoder.layers(range(5))):

@@ -55,20 +55,13 @@ def loglikelihoods(lm: HFLM) -> list[float]:
     return [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 
 
-def test_registered() -> None:
-    assert get_model("fused_llama") is FusedLlamaLM
-
-
 def test_documented_arguments_are_those_of_fusion_config() -> None:
     documentation = inspect.getdoc(FusedLlamaLM.__init__) or ""
     settings = documentation[documentation.index("**kwargs") : documentation.index("And every argument")]
-    documented = re.findall(r"``(\w+)``", settings)
-    assert documented == list(FusionConfig.known)
-
-
-def test_no_setting_is_called_like_an_argument_of_hflm() -> None:
+    assert re.findall(r"``(\w+)``", settings) == [*FusionConfig.known]
     theirs = inspect.signature(HFLM.__init__).parameters.keys()
     assert not theirs & {*FusionConfig.known, "calibration", "fused_dir"}
+    assert get_model("fused_llama") is FusedLlamaLM
 
 
 def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibration: str, saved: str) -> None:
@@ -106,12 +99,8 @@ def test_arguments_of_hflm_pass_through(base: str) -> None:
     assert lm.model.dtype == torch.bfloat16
     assert (lm.max_length, lm.add_bos_token) == (64, True)
     assert len(loglikelihoods(lm)) == len(PAIRS)
-
-
-def test_device_map(base: str) -> None:
-    """`parallelize` lets accelerate place the layers; here on the one device that there is."""
-    lm = fuse_lm(base, parallelize=True, max_cpu_memory="4GiB")
-    assert loglikelihoods(lm) == loglikelihoods(fuse_lm(base))
+    placed = fuse_lm(base, parallelize=True, max_cpu_memory="4GiB")  # by accelerate, on the one device that there is
+    assert loglikelihoods(placed) == loglikelihoods(fuse_lm(base))
 
 
 def test_tokenizer_from_elsewhere(base: str, make_base: Callable[..., str]) -> None:
@@ -211,19 +200,12 @@ def test_errors(base: str, arguments: dict[str, Any], message: str) -> None:
         make_lm(base, **arguments)
 
 
-def test_a_fused_checkpoint_is_not_fused_again(saved: str) -> None:
-    with pytest.raises(ValueError, match="is fused already"):
-        make_lm(saved, num_fusions=1)
-
-
-def test_a_model_cannot_be_fused_by_argument(saved: str) -> None:
-    model = FusedLlamaForCausalLM.from_pretrained(saved)
-    with pytest.raises(
-        ValueError, match="base must be the folder or hub name of a checkpoint, got FusedLlamaForCausalLM"
+def test_only_bases_are_fused_and_only_fused_models_opened(saved: str) -> None:
+    fused = FusedLlamaForCausalLM.from_pretrained(saved)
+    for pretrained, settings, message in (
+        (saved, {"num_fusions": 1}, "is fused already"),
+        (fused, {"num_fusions": 1}, "base must be the folder or hub name of a checkpoint, got FusedLlamaForCausalLM"),
+        (make_llama(), {}, "`pretrained` is a 'llama' model that is not fused"),
     ):
-        make_lm(model, num_fusions=1)
-
-
-def test_a_model_must_be_fused() -> None:
-    with pytest.raises(ValueError, match="`pretrained` is a 'llama' model that is not fused"):
-        make_lm(make_llama())
+        with pytest.raises(ValueError, match=message):
+            make_lm(pretrained, **settings)
