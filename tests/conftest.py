@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lf_hf import speed
+from lf_hf import FusedLlamaForCausalLM, speed
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -76,6 +76,9 @@ TINY: dict[str, Any] = {
     "pad_token_id": 1,
 }
 """Settings of tiny models: grouped-query attention, and weights large enough to matter."""
+
+QUICK: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
+"""Settings of the quickest fusion."""
 
 
 def make_llama(**overrides: Any) -> LlamaForCausalLM:
@@ -183,6 +186,14 @@ def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its last two layers fused, which tests only read."""
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

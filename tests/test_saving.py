@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from conftest import ROOT, make_texts, make_tokenizer
+from conftest import QUICK, ROOT, make_texts, make_tokenizer
 from peft import LoraConfig, inject_adapter_in_model
 from run_faults import foreign, put_foreign
 from transformers import (
@@ -36,16 +37,26 @@ from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.report.report import CHANGED_NOTE
 
-SETTINGS: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
-
 
 @pytest.fixture(scope="module")
 def model(base: str) -> FusedLlamaForCausalLM:
-    return FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS | {"num_fusions": 2})
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK | {"num_fusions": 2})
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def same(a: Any, b: Any) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def trained(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
 
 
 def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
@@ -60,7 +71,7 @@ def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: s
         model.save_pretrained(out, **options)
         assert foreign(out) == before
     for low_memory in (True, False):
-        fuse_checkpoint(base, out, low_memory=low_memory, **SETTINGS)
+        fuse_checkpoint(base, out, low_memory=low_memory, **QUICK)
         assert foreign(out) == before
     after = os.stat(out)
     assert (after.st_ino, after.st_mode, after.st_uid, after.st_gid) == (folder.st_ino, folder.st_mode, *folder[4:6])
@@ -119,7 +130,7 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
     kept = {name: content for name, content in files(out).items() if name.startswith(("tokenizer", "README"))}
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(out)
     model.save_pretrained(out)
-    fuse_checkpoint(base, out, **SETTINGS)
+    fuse_checkpoint(base, out, **QUICK)
     assert kept.items() <= files(out).items()
     model.save_pretrained(out, tokenizer=make_tokenizer())
     assert len(AutoTokenizer.from_pretrained(out)) == len(make_tokenizer())
@@ -145,8 +156,7 @@ def test_a_tokenizer_that_cannot_be_read_costs_no_weights(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
     loaded.save_pretrained(tmp_path / "out")
     assert "No tokenizer can be read" in caplog.text and "saved without a tokenizer" in caplog.text
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), loaded)
 
 
 def test_the_report_is_of_the_weights_that_were_given(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -172,8 +182,7 @@ def test_what_transformers_accepts_is_accepted(
     new = FusedLlamaForCausalLM(model.config)
     for size in ("5KB", "1GB", "5KB"):
         new.save_pretrained(tmp_path / "without report", max_shard_size=size)
-        loaded = FusedLlamaForCausalLM.from_pretrained(tmp_path / "without report").state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in new.state_dict().items())
+        assert same(FusedLlamaForCausalLM.from_pretrained(tmp_path / "without report"), new)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     model.save_pretrained(".")
@@ -189,38 +198,77 @@ def test_a_trainer_saves_into_its_folder_and_checkpoints(model: FusedLlamaForCau
         str(out), max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True
     )
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
-    trained: Any = copy.deepcopy(model)
-    trainer = Trainer(trained, arguments, train_dataset=rows, processing_class=model.tokenizer)
+    student: Any = copy.deepcopy(model)
+    trainer = Trainer(student, arguments, train_dataset=rows, processing_class=model.tokenizer)
     trainer.save_metrics("train", trainer.train().metrics)
     for _ in range(2):
         trainer.save_model()
     assert {"train_results.json", "training_args.bin", "checkpoint-1", "checkpoint-2"} <= {*os.listdir(out)}
     for folder in (out, out / "checkpoint-2"):
-        loaded = FusedLlamaForCausalLM.from_pretrained(folder).state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.state_dict().items())
+        assert same(FusedLlamaForCausalLM.from_pretrained(folder), student)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "a.gguf"])
+def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
+    fused: dict[str, Any] = QUICK | {"fused_dir": out}
+    return [
+        lambda: fuse_checkpoint(base, out, **QUICK),
+        lambda: fuse_checkpoint(base, out, low_memory=False, **QUICK),
+        lambda: FusedLlamaForCausalLM.from_pretrained_fused(base, **fused),
+    ]
+
+
 def test_fusing_refuses_another_model_before_the_work_and_nothing_else(
-    name: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / name).write_text("{}")
     (tmp_path / "training_args.bin").touch()
     monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
     monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
-    fused: dict[str, Any] = SETTINGS | {"fused_dir": tmp_path}
-    ways: list[Callable[[], Any]] = [
-        lambda: fuse_checkpoint(base, tmp_path, **SETTINGS),
-        lambda: fuse_checkpoint(base, tmp_path, low_memory=False, **SETTINGS),
-        lambda: FusedLlamaForCausalLM.from_pretrained_fused(base, **fused),
-    ]
-    for way in ways:
-        with pytest.raises(ValueError, match=f"holds {name}, which lf_hf did not write or which changed since; choose"):
-            way()
-    assert files(tmp_path) == {name: b"{}", "training_args.bin": b""}
-    (tmp_path / name).unlink()
-    for way in ways:
+    for name in ("config.json", "model-00001-of-00002.safetensors", "a.gguf"):
+        (tmp_path / name).write_text("{}")
+        for way in ways_of_fusing(base, tmp_path):
+            with pytest.raises(ValueError, match=f"holds {name}, which lf_hf did not write or which changed since"):
+                way()
+        assert files(tmp_path) == {name: b"{}", "training_args.bin": b""}
+        (tmp_path / name).unlink()
+    for way in ways_of_fusing(base, tmp_path):
         way()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_fusing_does_not_replace_what_was_trained(base: str, tmp_path: Path, plain: bool) -> None:
+    fused: dict[str, Any] = QUICK | {"fused_dir": tmp_path}
+    model = trained(FusedLlamaForCausalLM.from_pretrained_fused(base, **fused))
+    (model.to_llama() if plain else model).save_pretrained(tmp_path)
+    for way in ways_of_fusing(base, tmp_path):
+        with pytest.raises(ValueError, match="choose another folder"):
+            way()
+    loader: Any = LlamaForCausalLM if plain else FusedLlamaForCausalLM
+    assert same(loader.from_pretrained(tmp_path), model)
+
+
+def test_variants_and_adapters_lie_beside_a_model(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    for variant in (None, "fp16", None):
+        model.save_pretrained(tmp_path, variant=variant)
+    for variant in (None, "fp16"):
+        assert same(FusedLlamaForCausalLM.from_pretrained(tmp_path, variant=variant), model)
+    peft.get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_users_chat_templates_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "base", "rag": "base"}
+    folder, templates = tmp_path / "model", tmp_path / "templates"
+    place = templates if link else folder / "additional_chat_templates"
+    place.mkdir(parents=True)
+    (place / "rag.jinja").write_text("mine")
+    if link:
+        folder.mkdir()
+        (folder / "additional_chat_templates").symlink_to(templates)
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    assert (place / "rag.jinja").read_text() == "mine"
 
 
 def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -232,11 +280,19 @@ def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", ["", None, 5], ids=repr)
-def test_what_names_no_folder_is_refused(path: Any, model: FusedLlamaForCausalLM, base: str) -> None:
-    for way in (partial(model.save_pretrained, path), partial(fuse_checkpoint, base, path, **SETTINGS)):
-        with pytest.raises(ValueError, match=r"must be a path, got .*; '\.' is the current folder"):
-            way()
+def test_what_names_no_folder_is_refused(model: FusedLlamaForCausalLM, base: str) -> None:
+    for path in ("", None, 5):
+        for way in (partial(model.save_pretrained, path), partial(fuse_checkpoint, base, path, **QUICK)):
+            with pytest.raises(ValueError, match=r"must be a path, got .*; '\.' is the current folder"):
+                way()
+
+
+def test_a_folder_without_config_is_no_model(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
+    """transformers would make one with weights of its own."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json of a 'llama' model"):
+        FusedLlamaForCausalLM.from_pretrained(tmp_path)
 
 
 class Killed(BaseException):
@@ -247,7 +303,7 @@ def test_cut_off_between_any_two_steps_of_the_move(
     model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What opens is a whole model, by any program; where nothing opens, loading or saving finishes the move."""
-    other = FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS)
+    other = FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK)
     for name, saved in (("old", model), ("new", other)):
         saved.save_pretrained(tmp_path / name, max_shard_size="20KB" if saved is model else "1GB")
 
@@ -285,10 +341,11 @@ def test_cut_off_between_any_two_steps_of_the_move(
         assert state != "none" or "config.json" not in found
         seen.append(state)
         if count % 2:
-            check = FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
-            assert check.config.num_hidden_layers == (3 if state == "old" else 4)
+            loader: Any = AutoModelForCausalLM if state != "none" else FusedLlamaForCausalLM
+            assert same(loader.from_pretrained(tmp_path / "out"), model if state == "old" else other)
+            FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
         else:
-            fuse_checkpoint(base, tmp_path / "out", **SETTINGS)
+            fuse_checkpoint(base, tmp_path / "out", **QUICK)
         assert foreign(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
         shutil.rmtree(tmp_path / "out")
         if steps > 0:
@@ -309,25 +366,20 @@ def file_size_limit(size: int) -> Iterator[None]:
         enable_progress_bar()
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_full_disk(model: FusedLlamaForCausalLM, exists: bool, tmp_path: Path) -> None:
+def test_full_disk(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
     """Whichever file it is that does not fit."""
     model.save_pretrained(tmp_path / "out", max_shard_size="5KB")
     before = files(tmp_path / "out")
     sizes = {name: len(content) for name, content in before.items()}
-    target = tmp_path / ("out" if exists else "new")
-    for size in sorted({min(sizes.values()) - 1, sizes["tokenizer.json"] - 1, max(sizes.values()) - 1}):
-        with file_size_limit(size), pytest.raises(OSError, match=r"was not written \(.*File too large") as error:
-            model.save_pretrained(target, max_shard_size="5KB")
-        assert str(target) in str(error.value) and "\n" not in str(error.value)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        assert files(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
-
-
-def test_full_disk_while_fusing_from_folder_to_folder(base: str, tmp_path: Path) -> None:
+    for target in (tmp_path / "out", tmp_path / "new"):
+        for size in sorted({min(sizes.values()) - 1, sizes["tokenizer.json"] - 1, max(sizes.values()) - 1}):
+            with file_size_limit(size), pytest.raises(OSError, match=r"was not written \(.*File too large") as error:
+                model.save_pretrained(target, max_shard_size="5KB")
+            assert str(target) in str(error.value) and "\n" not in str(error.value)
     with file_size_limit(20_000), pytest.raises(OSError, match=r"was not written .*File too large"):
-        fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="mka", calibration=make_texts())
-    assert list(tmp_path.iterdir()) == []
+        fuse_checkpoint(base, tmp_path / "fused", num_fusions=1, method="mka", calibration=make_texts())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert files(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
 
 
 @contextlib.contextmanager
@@ -370,7 +422,7 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
             model.save_pretrained(tmp_path / "out")
         for low_memory in (True, False):  # before the work, not after it
             with pytest.raises(BlockingIOError, match=message):
-                fuse_checkpoint(base, tmp_path / "out", low_memory=low_memory, **SETTINGS)
+                fuse_checkpoint(base, tmp_path / "out", low_memory=low_memory, **QUICK)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -385,12 +437,11 @@ def test_a_model_can_be_saved_where_it_was_loaded_from(model: FusedLlamaForCausa
     assert files(tmp_path / "out").keys() == before.keys()
 
 
-@pytest.mark.parametrize("mask", [0o027])
-def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, mask: int, tmp_path: Path) -> None:
-    before = os.umask(mask)
+def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
+    before = os.umask(mask := 0o027)
     try:
         model.save_pretrained(tmp_path / "saved")
-        fuse_checkpoint(base, tmp_path / "fused", **SETTINGS)
+        fuse_checkpoint(base, tmp_path / "fused", **QUICK)
     finally:
         os.umask(before)
     for folder in (tmp_path / "saved", tmp_path / "fused"):
@@ -410,7 +461,7 @@ def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, t
 def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., str], tmp_path: Path) -> None:
     """By FSDP2 and tensor parallelism. Rank 0 writes, all end, and all learn that it could not."""
     base = make_base(tie_word_embeddings=True)
-    FusedLlamaForCausalLM.from_pretrained_fused(base, **SETTINGS).save_pretrained(tmp_path / "whole")
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path / "whole")
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     done = subprocess.run(
         [*launch.split(), str(ROOT / "tests" / "sharded_saves.py"), str(tmp_path)],

@@ -24,7 +24,7 @@ from lf_hf.evaluate.points import read_points
 from lf_hf.families import FAMILIES
 from lf_hf.text.calibration import load_calibration, load_corpus
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
 values = st.recursive(
@@ -142,7 +142,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=20)
 @given(data=st.data())
 def test_calibration_files(tmp_path: Path, name: str, data: st.DataObject) -> None:
     (tmp_path / name).write_bytes(data.draw(damaged(FILES[name])))

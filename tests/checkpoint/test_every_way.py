@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.predictions import perplexity
 from lf_hf.text.calibration import documentation_halves
@@ -33,32 +32,6 @@ SETTINGS: dict[str, Any] = {
     "perplexity_tokens": 300,
 }
 CALIBRATION = [" ".join(make_texts(400))]
-
-
-def in_memory(base: str, out: Path) -> None:
-    model = FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=CALIBRATION, **SETTINGS)
-    model.save_pretrained(out)
-
-
-def in_memory_as_llama(base: str, out: Path) -> None:
-    model = FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=CALIBRATION, **SETTINGS)
-    model.save_pretrained(out, as_llama=True)
-
-
-def from_folder_to_folder(base: str, out: Path) -> None:
-    fuse_checkpoint(base, out, calibration=CALIBRATION, **SETTINGS)
-
-
-def from_folder_to_folder_as_llama(base: str, out: Path) -> None:
-    fuse_checkpoint(base, out, calibration=CALIBRATION, as_llama=True, **SETTINGS)
-
-
-WAYS: list[Callable[[str, Path], None]] = [
-    in_memory,
-    in_memory_as_llama,
-    from_folder_to_folder,
-    from_folder_to_folder_as_llama,
-]
 
 
 class Fused(NamedTuple):
@@ -82,10 +55,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: way.__name__)
+@pytest.fixture(scope="module", params=["in memory", "in memory, plain", "low memory", "low memory, plain"])
 def fused(request: pytest.FixtureRequest, dense: str, tmp_path_factory: pytest.TempPathFactory) -> Fused:
-    folder = tmp_path_factory.mktemp("fused") / "out"
-    request.param(dense, folder)
+    folder, plain = tmp_path_factory.mktemp("fused") / "out", "plain" in request.param
+    if "low" in request.param:
+        fuse_checkpoint(dense, folder, calibration=CALIBRATION, as_llama=plain, **SETTINGS)
+    else:
+        model = FusedLlamaForCausalLM.from_pretrained_fused(dense, calibration=CALIBRATION, **SETTINGS)
+        model.save_pretrained(folder, plain=plain)
     return Fused(folder, FusionReport.load(folder))
 
 
@@ -104,6 +81,7 @@ def test_the_config_counts_the_layers_that_are_there(fused: Fused) -> None:
     [file] = fused.folder.glob("*.safetensors")
     numbers = {int(name.split(".")[2]) for name in load_file(file) if name.startswith("model.layers.")}
     assert numbers == set(range(len(KEPT)))
+    assert sum(tensor.numel() for tensor in load_file(file).values()) == fused.report.parameters_after
     assert config["num_hidden_layers"] == len(config["layer_types"]) == len(KEPT)
     assert AutoConfig.from_pretrained(fused.folder).num_hidden_layers == len(KEPT)
 
@@ -159,3 +137,5 @@ def test_which_layers_were_merged_is_said_in_the_numbers_of_the_original(fused: 
     config = AutoConfig.from_pretrained(fused.folder)
     if config.model_type == "fused_llama":
         assert config.fusion["pairs"] == [list(pair) for pair in PAIRS]
+        assert FusionConfig(**config.fusion["config"]) == FusionConfig(**SETTINGS)
+        assert AutoModelForCausalLM.from_pretrained(fused.folder).fusion_report == fused.report

@@ -81,29 +81,23 @@ def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, t
     assert not marker.exists() and not (tmp_path / "new").exists()
 
 
-def pickle_instead(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def test_pickled_weights_are_read_only_when_asked_for(copy: Path, base: str, tmp_path: Path) -> None:
-    in_memory(base, tmp_path / "whole")
-    pickle_instead(copy)
+def test_pickled_weights_are_read_only_when_asked_for(copy: Path, fused: Path, base: str, tmp_path: Path) -> None:
+    saved = Path(shutil.copytree(fused, tmp_path / "fused"))
+    for folder in (copy, saved):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
     for given in ({}, {"use_safetensors": None}, {"use_safetensors": True}):
         with pytest.raises(ValueError, match=r"pickled weights can run code .* pass use_safetensors=False"):
             in_memory(str(copy), tmp_path / "out", **given)
-    in_memory(str(copy), tmp_path / "out", use_safetensors=False)
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    for name, given in ((base, {}), (str(copy), {"use_safetensors": False})):
+        in_memory(name, tmp_path / Path(name).name, **given)
+    a, b = (load_file(tmp_path / Path(name).name / "model.safetensors") for name in (base, copy))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("kind", [FusedLlamaForCausalLM, AutoModelForCausalLM])
-def test_a_fused_checkpoint_is_not_read_from_pickles_either(kind: Any, base: str, tmp_path: Path) -> None:
-    in_memory(base, tmp_path / "out")
-    pickle_instead(tmp_path / "out")
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        kind.from_pretrained(tmp_path / "out")
-    assert len(kind.from_pretrained(tmp_path / "out", use_safetensors=False).model.layers) == 4
+    loaders: list[Any] = [FusedLlamaForCausalLM, AutoModelForCausalLM]
+    for kind in loaders:
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            kind.from_pretrained(saved)
+        assert len(kind.from_pretrained(saved, use_safetensors=False).model.layers) == 4
 
 
 # Names
@@ -119,17 +113,15 @@ def test_names_of_chat_templates_stay_in_the_folder(fuse: Fuse, copy: Path, tmp_
     assert not list(tmp_path.parent.glob("stray*"))
 
 
-@pytest.mark.parametrize("shard", ["../whole/model.safetensors", "sub/model.safetensors", "model.bin", ""])
-def test_an_index_of_a_fused_checkpoint_names_its_own_files_alone(base: str, tmp_path: Path, shard: str) -> None:
-    in_memory(base, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "out")
-    weights = tmp_path / "out" / "model.safetensors"
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), shard)}
-    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
-    weights.unlink()
-    for kind in (FusedLlamaForCausalLM, AutoModelForCausalLM):
-        with pytest.raises(ValueError, match="only safetensors files in its own folder are read"):
-            kind.from_pretrained(tmp_path / "out")
+def test_an_index_of_a_fused_checkpoint_names_its_own_files_alone(fused: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(fused, tmp_path / "out"))
+    (out / "model.safetensors").unlink()
+    for shard in ("../fused/model.safetensors", "sub/model.safetensors", "model.bin", ""):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(fused / "model.safetensors"), shard)}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        for kind in (FusedLlamaForCausalLM, AutoModelForCausalLM):
+            with pytest.raises(ValueError, match="only safetensors files in its own folder are read"):
+                kind.from_pretrained(out)
 
 
 @both

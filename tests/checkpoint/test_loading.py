@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import GGUF
+from conftest import GGUF, QUICK
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -19,7 +19,6 @@ from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 
 UP = "model.layers.1.mlp.up_proj.weight"
-QUICK: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
 
 
 def in_memory(base: str, out: Path, **kwargs: Any) -> None:
@@ -28,14 +27,6 @@ def in_memory(base: str, out: Path, **kwargs: Any) -> None:
 
 def from_folder_to_folder(base: str, out: Path, **kwargs: Any) -> None:
     fuse_checkpoint(base, out, **QUICK | kwargs)
-
-
-@pytest.fixture(scope="module")
-def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fused checkpoint that tests only read."""
-    folder = tmp_path_factory.mktemp("fused") / "model"
-    in_memory(base, folder)
-    return folder
 
 
 def linked(folder: Path, to: Path) -> Path:
@@ -143,3 +134,9 @@ def test_arguments_of_transformers_pass(base: str) -> None:
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK, **given)
     assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
     assert model.config.use_cache is False and model.config.max_position_embeddings == 128
+
+
+def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ValueError, match="needs the gguf package"):
+        Base.open(base, {"gguf_file": "x.gguf"})

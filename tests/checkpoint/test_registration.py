@@ -8,20 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    GenerationMixin,
-)
+from transformers import GenerationMixin
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM
-
-
-@pytest.fixture(scope="module")
-def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fused") / "model"
-    settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
-    FusedLlamaForCausalLM.from_pretrained_fused(base, **settings).save_pretrained(folder)
-    return folder
 
 
 def test_the_class_says_itself_that_it_generates() -> None:
@@ -42,17 +32,20 @@ def test_peft_knows_where_its_adapters_go(method: str, fused: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_peft_is_not_imported_until_there_is_a_fused_model(fused: Path) -> None:
-    pytest.importorskip("peft")
+def test_a_new_process_imports_peft_late_and_knows_what_a_model_returns(base: str) -> None:
+    """transformers registers what a class can return when one is built."""
     code = """if True:
         import sys
-        import lf_hf
+        import lf_hf, torch
         assert "peft" not in sys.modules
-        lf_hf.FusedLlamaForCausalLM.from_pretrained(sys.argv[1])
+        settings = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0, "attn_implementation": "eager"}
+        model = lf_hf.FusedLlamaForCausalLM.from_pretrained_fused(sys.argv[1], **settings)
+        out = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
+        assert len(out.hidden_states) == 4 and len(out.attentions) == 3, out
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
         assert all(table[f"fused_{name}"] == table[name] for name in ("llama", "mistral", "qwen2", "gemma2"))
         """
-    done = subprocess.run([sys.executable, "-c", code, str(fused)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code, base], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

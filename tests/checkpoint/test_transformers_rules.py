@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from lf_hf import FusedLlamaForCausalLM
+from lf_hf import FusedLlamaForCausalLM, FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44], [0, 8, 150, 3, 3, 260, 12]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -32,9 +29,11 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def fuse(base: str, **kwargs: Any) -> FusedLlamaForCausalLM:
-    settings: dict[str, Any] = {"num_fusions": 2, "method": "mka", "perplexity_tokens": 0}
-    return FusedLlamaForCausalLM.from_pretrained_fused(base, calibration=make_texts(), **settings, **kwargs)
+def fuse(base: str) -> FusedLlamaForCausalLM:
+    config = FusionConfig(num_fusions=1, method="mka", perplexity_tokens=0)
+    model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
+    assert model.fusion_report.config["method"] == "mka" and model.fusion_report.layers_after == 3
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +111,14 @@ def test_embeddings_can_be_resized_and_saved(
 # Computing
 
 
-def test_hidden_states_of_a_model_that_is_the_first_of_its_class(make_base: Callable[..., str]) -> None:
-    """transformers registers what a class can return when one is built, so a process of its own is needed."""
-    code = """
-import sys, torch
-from lf_hf import FusedLlamaForCausalLM
-settings = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0, "attn_implementation": "eager"}
-model = FusedLlamaForCausalLM.from_pretrained_fused(sys.argv[1], **settings)
-out = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
-assert len(out.hidden_states) == 4 and len(out.attentions) == 3, out
-"""
-    done = subprocess.run([sys.executable, "-c", code, make_base()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_plain_model_shares_the_weights(fresh: FusedLlamaForCausalLM) -> None:
+    fresh.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}  # as after fusing
+    plain = fresh.to_llama()
+    assert type(plain) is LlamaForCausalLM and plain.config.model_type == "llama"
+    assert plain.config.quantization_config == fresh.config.quantization_config
+    theirs = dict(plain.named_parameters())
+    assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in fresh.named_parameters())
+    assert torch.equal(logits(plain), logits(fresh))
 
 
 def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:
