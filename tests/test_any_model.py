@@ -15,7 +15,6 @@ import pytest
 import torch
 from builders import no_warnings
 from conftest import make_llama, make_texts, make_tokenizer
-from safetensors.torch import load_file
 from two_devices import OTHER, TwoDevices, spread
 
 from lf_hf import FusionConfig, fuse_checkpoint, pipeline
@@ -33,7 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mka, refitted": {"method": "mka", "refit": "down_proj"},
     "groups dropped": {"method": "truncate", "selection": "groups"},
     "groups averaged and refitted": {"method": "mka", "selection": "groups", "refit": "down_proj"},
-    "groups": {"method": "refit", "selection": "groups"},
     "least influential averaged": {"method": "neural_alignment", "selection": "least_influence"},
 }
 
@@ -66,11 +64,11 @@ def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
     ("dtype", "kind"),
     [
         *((torch.bfloat16, kind) for kind in SETTINGS),
-        *((dtype, kind) for dtype in (torch.float32, torch.float16) for kind in OF_EACH_PART),
+        *((torch.float16, kind) for kind in OF_EACH_PART),
     ],
 )
 def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch.dtype, kind: str) -> None:
-    for exponent in (-30, 3, 30):
+    for exponent in (-30, 30):
         model = scaled_model(dtype, exponent)
         with no_warnings():
             try:
@@ -122,7 +120,7 @@ def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("kind", ["refit", "mka, refitted", "neural_alignment"])
+@pytest.mark.parametrize("kind", ["refit", "neural_alignment"])
 def test_activations_that_overflow_are_named(kind: str) -> None:
     model = make_llama(dtype=torch.float16)
     with torch.no_grad():
@@ -147,9 +145,7 @@ def write(base: str, out: Path, kind: str, **arguments: Any) -> FusionReport:
 
 def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> None:
     fuse_all(base, tmp_path / "here")
-    code = (
-        f"import pathlib, test_any_model; test_any_model.fuse_all({base!r}, pathlib.Path({str(tmp_path)!r}, 'there'))"
-    )
+    code = f"import pathlib, test_any_model as t; t.fuse_all({base!r}, pathlib.Path({str(tmp_path / 'there')!r}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
     for kind in OF_EACH_PART:
@@ -162,18 +158,6 @@ def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> Non
             FusionReport.load(tmp_path / side / kind).to_dict() | {"seconds": None} for side in ("here", "there")
         ]
         assert reports[0] == reports[1]
-
-
-@pytest.mark.parametrize("kind", [kind for kind in (*OF_EACH_PART, "groups") if SETTINGS[kind]])
-def test_low_memory_writes_the_same_bytes(kind: str, base: str, tmp_path: Path) -> None:
-    """The plain methods are in test_fuse_checkpoint."""
-    reports = [
-        write(base, tmp_path / str(low_memory), kind, low_memory=low_memory).to_dict() | {"seconds": None}
-        for low_memory in (True, False)
-    ]
-    assert reports[0] == reports[1]
-    low, high = (load_file(tmp_path / str(low_memory) / "model.safetensors") for low_memory in (True, False))
-    assert low.keys() == high.keys() and all(torch.equal(low[name], high[name]) for name in low)
 
 
 @pytest.mark.parametrize("kind", ["neural_alignment", "refit"])
@@ -197,44 +181,30 @@ OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "
 LAYERS = {f"model.layers.{n}": "cpu" for n in range(5)}
 
 
-@pytest.mark.parametrize(
-    "device_map",
-    [
-        {"": "disk"},
-        {"": "meta"},
-        OUTER | LAYERS | {"model.layers.0": "disk"},
-        OUTER | LAYERS | {"lm_head": "disk"},
-        OUTER | LAYERS | {"model.embed_tokens": "disk"},
-        OUTER | dict.fromkeys(LAYERS, "disk"),
-    ],
-)
+@pytest.mark.parametrize("on_disk", [{""}, {"model.layers.0"}, {"lm_head"}, {*LAYERS}])
 def test_offloaded_models_are_refused_and_left_as_they_are(
-    device_map: dict[str, str], make_base: Callable[..., str], tmp_path: Path
+    on_disk: set[str], make_base: Callable[..., str], tmp_path: Path
 ) -> None:
     base = make_base()
     before = {path.name: path.read_bytes() for path in Path(base).iterdir()}
+    device_map = (OUTER | LAYERS if "" not in on_disk else {}) | dict.fromkeys(on_disk, "disk")
+    loading: dict[str, Any] = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
     with pytest.raises(ValueError, match=r"is offloaded, so it cannot be fused in place; .* or use fuse_checkpoint"):
-        write(
-            *(base, tmp_path / "out", "refit"),
-            low_memory=False,
-            device_map=device_map,
-            offload_folder=str(tmp_path / "offload"),
-        )
+        write(base, tmp_path / "out", "refit", low_memory=False, **loading)
     assert not (tmp_path / "out").exists()
     assert {path.name: path.read_bytes() for path in Path(base).iterdir()} == before
 
 
-@pytest.mark.parametrize("kind", ["neural_alignment", "refit"])
-def test_a_device_map_that_fits_changes_nothing(kind: str, base: str, tmp_path: Path) -> None:
+def test_a_device_map_that_fits_changes_nothing(base: str, tmp_path: Path) -> None:
     for name, device_map in (("plain", None), ("one", {"": "cpu"}), ("parts", OUTER | LAYERS), ("auto", "auto")):
-        write(base, tmp_path / name, kind, low_memory=False, device_map=device_map)
+        write(base, tmp_path / name, "refit", low_memory=False, device_map=device_map)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
 @pytest.mark.parametrize(
     ("kind", "first"),
-    [("neural_alignment", 3), ("refit", 2), ("groups averaged and refitted", 3)],
+    [("neural_alignment", 3), ("refit", 2)],
 )
 def test_a_model_on_two_devices_fuses_as_on_one(kind: str, first: int) -> None:
     whole, parts = make_llama(), make_llama()

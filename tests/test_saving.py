@@ -251,7 +251,7 @@ def test_variants_and_adapters_lie_beside_a_model(model: FusedLlamaForCausalLM, 
         model.save_pretrained(tmp_path, variant=variant)
     for variant in (None, "fp16"):
         assert same(FusedLlamaForCausalLM.from_pretrained(tmp_path, variant=variant), model)
-    peft.get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    peft.get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(str(tmp_path))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -281,7 +281,8 @@ def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausa
 
 
 def test_what_names_no_folder_is_refused(model: FusedLlamaForCausalLM, base: str) -> None:
-    for path in ("", None, 5):
+    paths: list[Any] = ["", None, 5]
+    for path in paths:
         for way in (partial(model.save_pretrained, path), partial(fuse_checkpoint, base, path, **QUICK)):
             with pytest.raises(ValueError, match=r"must be a path, got .*; '\.' is the current folder"):
                 way()

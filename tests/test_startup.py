@@ -9,6 +9,7 @@ import venv
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,12 +66,6 @@ def editable_python(python_with: Callable[[str], Path]) -> Path:
     return python_with("editable")
 
 
-@pytest.fixture(params=["wheel", "editable"])
-def python(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(f"{request.param}_python")
-    return found
-
-
 def run(python: Path | str, code: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [str(python), "-c", code]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(**extra), timeout=300)
@@ -83,26 +78,15 @@ def output(python: Path | str, code: str, folder: Path, **extra: str) -> str:
 
 
 def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
-    tasks = output(wheel_python, "import lf_hf; print(lf_hf.tasks_path())", tmp_path)
-    lm_eval = [*ARGUMENTS, "--include_path", tasks]
+    lm_eval = [*ARGUMENTS, "--include_path", str(ROOT / "lm_eval_tasks")]
     commands = [  # a third way, -m lm_eval, is launched below
-        [wheel_python, script("lm_eval", "lm_eval"), *lm_eval],
-        [editable_python, script("lm_eval", "lm-eval"), "run", *lm_eval],
-        [wheel_python, "-c", BLOCKED + "runpy.run_module('lf_hf.evaluate', run_name='__main__')", *lm_eval],
+        [str(editable_python), script("lm_eval", "lm_eval"), *lm_eval],
+        [str(wheel_python), "-c", BLOCKED + "runpy.run_module('lf_hf.evaluate', run_name='__main__')", *lm_eval],
     ]
-    running = [
-        subprocess.Popen(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tmp_path,
-            env=environment(),
-        )
-        for command in commands
-    ]
+    where: dict[str, Any] = {"cwd": tmp_path, "env": environment()}
+    running = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True, **where) for words in commands]
     for process in running:
-        text, _ = process.communicate(timeout=600)
+        _, text = process.communicate(timeout=600)
         assert ANSWER in text, f"{process.args!r}\n{text}"
 
 
@@ -133,7 +117,7 @@ def test_installed_files(wheel_python: Path, editable_python: Path, tmp_path: Pa
     assert tasks == ROOT / "lm_eval_tasks"
 
 
-def test_registers_a_name_and_imports_nothing(python: Path, tmp_path: Path) -> None:
+def test_registers_names_and_imports_nothing(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
     code = """if True:
         import sys
         assert not {"lf_hf", "lm_eval", "torch", "typing"} & set(sys.modules)
@@ -146,7 +130,8 @@ def test_registers_a_name_and_imports_nothing(python: Path, tmp_path: Path) -> N
         assert not {"lf_hf", "torch"} & set(sys.modules)
         assert not [f for f in sys.meta_path if type(f).__module__ == "lf_hf_startup"]
         """
-    output(python, code, tmp_path)
+    for python in (wheel_python, editable_python):
+        output(python, code, tmp_path)
 
 
 def test_the_entry_point_of_newer_pythons_does_the_same(wheel_python: Path, tmp_path: Path) -> None:
@@ -186,7 +171,7 @@ def test_nothing_without_installation(python_with: Callable[[str], Path], tmp_pa
 def test_start_up_costs_little(wheel_python: Path, tmp_path: Path) -> None:
     """A fraction of a small standard module's import, and no import of anything else."""
     ratios = []
-    for _ in range(5):
+    for _ in range(3):
         command = [str(wheel_python), "-X", "importtime", "-c", "import argparse"]
         said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment()).stderr
         found = re.findall(r"(\d+) \| +(lf_hf_startup|argparse)$", said, re.M)
@@ -207,59 +192,35 @@ model_registry = Registry()
 """
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Import lm_eval.models of a made-up lm-eval, with the bridge armed, and print its registry."""
-
-    def run_fake(registry: str = REGISTRY, models: str | None = "") -> subprocess.CompletedProcess[str]:
-        for name, text in {"__init__": "", "api/__init__": "", "api/registry": registry, "models": models}.items():
-            if text is not None:
-                file = tmp_path / "lm_eval" / f"{name}.py"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text)
-        code = (
-            "import lf_hf_startup; lf_hf_startup.arm()\n"
-            "import lm_eval.models\n"
-            "import lm_eval.api.registry as r; print(getattr(r, 'model_registry', None))"
-        )
-        return run(sys.executable, code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-
-    return run_fake
+# Of a made-up lm-eval: its registry, its models (None: no such module), and what is said on standard output or error.
+FAKES: dict[str, tuple[str, str | None, str]] = {
+    "names that are not there": (REGISTRY, "", "{'fused': 'lf_hf.evaluate.lm_eval_model:FusedLM', 'fused_llama': 'l"),
+    "plugins are found": (REGISTRY + "def load_plugins(): ...\n", "", "{}"),
+    "a name that is there": (
+        REGISTRY,
+        "from lm_eval.api.registry import model_registry as r\nr['fused_llama'] = 'mine'\n",
+        "{'fused_llama': 'mine'",
+    ),
+    "no registry": ("", "", "lf_hf could not add fused and fused_llama to lm-eval: "),
+    "another registry": ("model_registry = None\n", "", "lf_hf could not add fused and fused_llama to lm-eval: "),
+    "no models": (REGISTRY, None, "ModuleNotFoundError: No module named 'lm_eval.models'"),
+    "an error of its own": (REGISTRY, "1 / 0\n", "ZeroDivisionError: division by zero"),
+}
 
 
-@pytest.mark.parametrize(
-    ("registry", "models", "printed"),
-    [
-        (REGISTRY, "", "{'fused': 'lf_hf.evaluate.lm_eval_model:FusedLM', 'fused_llama': 'lf_hf.eval"),
-        (REGISTRY + "def load_plugins(): ...\n", "", "{}"),  # it finds plugins itself
-        (
-            REGISTRY,
-            "from lm_eval.api.registry import model_registry as r\nr['fused_llama'] = 'mine'\n",
-            "{'fused_llama': 'mine'",
-        ),
-    ],
-)
-def test_names_that_are_not_there_are_added(
-    fake: Callable[..., subprocess.CompletedProcess[str]], registry: str, models: str, printed: str
-) -> None:
-    assert fake(registry, models).stdout.startswith(printed)
-
-
-@pytest.mark.parametrize("registry", ["", "model_registry = None\n", "raise OSError('broken')\n"])
-def test_never_raises(fake: Callable[..., subprocess.CompletedProcess[str]], registry: str) -> None:
-    done = fake(registry)
-    assert "lf_hf could not add fused and fused_llama to lm-eval: " in done.stderr
-    assert "lm_eval.models" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("models", "error"),
-    [
-        (None, "ModuleNotFoundError: No module named 'lm_eval.models'"),
-        ("1 / 0\n", "ZeroDivisionError: division by zero"),
-    ],
-)
-def test_errors_of_lm_eval_stay_its_own(
-    fake: Callable[..., subprocess.CompletedProcess[str]], models: str | None, error: str
-) -> None:
-    assert fake(models=models).stderr.endswith(f"{error}\n")
+@pytest.mark.parametrize("name", FAKES)
+def test_the_bridge_adds_what_is_missing_and_never_raises(name: str, tmp_path: Path) -> None:
+    registry, models, said = FAKES[name]
+    for module, text in {"__init__": "", "api/__init__": "", "api/registry": registry, "models": models}.items():
+        if text is not None:
+            file = tmp_path / "lm_eval" / f"{module}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    code = (
+        "import lf_hf_startup; lf_hf_startup.arm()\n"
+        "import lm_eval.models\n"
+        "import lm_eval.api.registry as r; print(getattr(r, 'model_registry', None))"
+    )
+    done = run(sys.executable, code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert said in done.stdout + done.stderr
+    assert ("Error: " in said) == (done.returncode != 0), done.stderr

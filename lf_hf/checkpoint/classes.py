@@ -6,6 +6,7 @@ they are made stands in `lf_hf.fuse`.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
-import torch
 from huggingface_hub import HfApi, ModelCard
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ from lf_hf.checkpoint.configuration import (
 from lf_hf.checkpoint.peft import register_peft
 from lf_hf.checkpoint.saving import checked_folder, finish_save, only_writer, replaced_files
 from lf_hf.checkpoint.weights import shard_names, with_variant
-from lf_hf.families import FAMILIES, HEADS, Family, family_of, is_tied
+from lf_hf.families import FAMILIES, HEADS, Family, family_of
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
@@ -83,17 +83,10 @@ class FusedForCausalLM(PreTrainedModel):
         cls: type[Model], stock: PreTrainedModel, report: FusionReport, tokenizer: PreTrainedTokenizerBase
     ) -> Model:
         """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
-        config = fused_config(stock.config, report)
-        for module in stock.modules():
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                vars(module)["config"] = config
-        stock.name_or_path = config._name_or_path
         # A base from GGUF is plain floats now, whatever the loader left behind.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             stock.__dict__.pop(name, None)
-        # The decoder stays a stock one, as in a model that was loaded: transformers knows what else a class can
-        # return, such as hidden states, only once one of it was built.
-        stock.__class__ = cls
+        _turn_into(cls, stock, fused_config(stock.config, report))
         assert isinstance(stock, cls)
         register_peft()
         stock.fusion_report = report
@@ -293,17 +286,23 @@ class FusedForCausalLM(PreTrainedModel):
         for name, parameter in self.named_parameters():
             if parameter.device.type == "meta":
                 raise ValueError(f"{name} is offloaded; use save_pretrained(plain=True) and load what it writes.")
-        with torch.device("meta"):
-            plain = self.family.causal_lm(plain_config(self.config))
-        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        plain.load_state_dict(self.state_dict(keep_vars=True), assign=True)  # which lets all be trained
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(trained[name])
-        with_buffers(plain, self)
-        if is_tied(self):
-            plain.tie_weights()
-        plain.generation_config = self.generation_config
-        return plain.train(self.training)
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        plain = copy.deepcopy(self, shared | {id(self.tokenizer): None})
+        _turn_into(self.family.causal_lm, plain, plain_config(self.config))
+        return plain
+
+
+def _turn_into(model_class: Any, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Make a model one of another class with the same modules.
+
+    The decoder stays as it is: transformers knows what else a class can return, such as hidden states, only once one of
+    it was built.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            vars(module)["config"] = config
+    model.name_or_path = config._name_or_path
+    model.__class__ = model_class
 
 
 Model = TypeVar("Model", bound=FusedForCausalLM)

@@ -62,7 +62,10 @@ def base_fingerprint(base: Base) -> str:
 
     And over those arguments of loading that choose among files or change the config, where there are any.
     """
-    content = digest(base.content_files())
+    files = base.content_files()
+    with ThreadPoolExecutor() as pool:
+        digests = [(file.name, digest) for file, digest in zip(files, pool.map(_file_digest, files), strict=True)]
+    content = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     changes = [name for name in base.loading if name == "variant" or hasattr(base.config, name)]
     chosen = {name: repr(base.loading[name]) for name in sorted(changes) if name != "dtype"}
     return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest() if chosen else content
@@ -96,14 +99,6 @@ def why_not_reused(folder: Path, config: FusionConfig, made_of: dict[str, str]) 
         if name != "speed" and report.config.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
-
-
-def digest(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and contents of some files, several at a time."""
-    files = list(files)
-    with ThreadPoolExecutor() as pool:
-        parts = zip(files, pool.map(_file_digest, files), strict=True)
-        return hashlib.sha256(json.dumps([(file.name, digest) for file, digest in parts]).encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

@@ -129,7 +129,7 @@ def test_lora_trains_only_itself_and_loads_again(base: str, tmp_path: Path) -> N
     after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
 
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.save_pretrained(str(tmp_path / "adapter"))
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert again.peft_config["default"].base_model_name_or_path == str(tmp_path / "fused")
     merged = copy.deepcopy(again).merge_and_unload()

@@ -32,7 +32,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def fuse(base: str) -> FusedLlamaForCausalLM:
     config = FusionConfig(num_fusions=1, method="mka", perplexity_tokens=0)
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
-    assert model.fusion_report.config["method"] == "mka" and model.fusion_report.layers_after == 3
+    report = model.fusion_report
+    assert report is not None and report.config["method"] == "mka" and report.layers_after == 3
     return model
 
 
