@@ -190,7 +190,7 @@ def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its last two layers fused, which tests only read."""
+    """The checkpoint `base` with its last two layers fused, which tests only read."""
     folder = tmp_path_factory.mktemp("fused") / "model"
     FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(folder)
     return folder
