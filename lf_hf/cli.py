@@ -22,7 +22,6 @@ from rich.text import Text
 import lf_hf
 from lf_hf.checkpoint.base import Base, hub_arguments
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [argument for argument in given if argument != _TRACEBACK]
     # Base says in a sentence what transformers says in these and in a table.
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_load_report)
+    logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
     for name in ("configuration_utils", "modeling_rope_utils"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that an old terminal cannot show is no failure
@@ -71,22 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OtherProcessError) or (local_rank() and rank() is None):
             return 1  # another process says it, or found the same before this one met it
-        wrong_usage = isinstance(error, click.ClickException)
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        if not isinstance(error, (ValueError, OSError)) and not wrong_usage:
+        if not isinstance(error, (ValueError, OSError, click.ClickException)):
             message = f"{type(error).__name__}: {message} (run it again with {_TRACEBACK} to see where)"
         print(f"lf-hf: {' '.join(message.split())}", file=sys.stderr)
-        return 2 if wrong_usage else 1
+        return 2 if isinstance(error, click.ClickException) else 1
 
 
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-@click.group(
-    epilog=_GUIDE,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.group(epilog=_GUIDE, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(version("lf_hf"), message="lf-hf %(version)s")
 @click.option(_TRACEBACK, is_flag=True, help="Show where an error came from; works after a command, too.")
 def app(traceback: bool) -> None:  # which `main` takes out, wherever it is
@@ -109,10 +100,10 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-def _setting_options(settings: type[Settings], names: Iterable[str] | None = None) -> Callable[[Command], Command]:
+def _setting_options(settings: type[Settings], *names: str) -> Callable[[Command], Command]:
     """An option for each field of settings, or for some; None where it is not used. Settings read and check values."""
     options = []
-    for field in map(settings.known.__getitem__, settings.known if names is None else names):
+    for field in (settings.known[name] for name in names or settings.known):
         name = "--" + field.name.replace("_", "-")
         metavar = "|".join(field.choices) or {int: "INTEGER", float: "FLOAT"}.get(field.kind)
         default = field.unset if field.default is None else field.default
@@ -159,9 +150,9 @@ _DRY_RUN = click.option(
 )
 @_BASE
 @click.argument("out")
-@_setting_options(FusionConfig, ["num_fusions"])
+@_setting_options(FusionConfig, "num_fusions")
 @click.option("--target-layers", type=int, help="How many layers to leave, in place of --num-fusions.")
-@_setting_options(FusionConfig, [*LEVELS[1:], "method"])
+@_setting_options(FusionConfig, *LEVELS[1:], "method")
 @_CALIBRATION
 @_LOADING
 @click.option(
@@ -173,7 +164,7 @@ _DRY_RUN = click.option(
     help="Hold two layers, or one group, in memory instead of the model; with --device in that of the device.",
 )
 @_DRY_RUN
-@_setting_options(FusionConfig, _MECHANICS)
+@_setting_options(FusionConfig, *_MECHANICS)
 def fuse(
     base: str, out: str, target_layers: int | None, plain: bool, low_memory: bool, dry_run: bool, **given: Any
 ) -> None:
@@ -192,14 +183,17 @@ def fuse(
             "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
         )
     if target_layers is not None:
-        settings["num_fusions"] = _num_fusions(Base.open(base, hub).config.num_hidden_layers, target_layers)
+        layers = Base.open(base, hub).config.num_hidden_layers
+        if not 1 <= target_layers < layers:
+            raise click.UsageError(
+                f"--target-layers must be 1 to {layers - 1} for a base of {layers} layers, got {target_layers}."
+            )
+        settings["num_fusions"] = layers - target_layers
     with _usage_errors():
         config = FusionConfig.from_kwargs(**settings)
     if dry_run:
         print(plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
         return
-    if low_memory:
-        low_memory_device(config, given)
     opened = Base.open(base, given)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table
@@ -209,14 +203,6 @@ def fuse(
     sizes = weights_size(base, hub), weights_size(out, {})
     budget = [report.budget.summary()] if report.budget else []
     _print(_table(out, *as_table(report.rows(sizes))), *budget, *report.notes)
-
-
-def _num_fusions(num_layers: int, target_layers: int) -> int:
-    if not 1 <= target_layers < num_layers:
-        raise click.UsageError(
-            f"--target-layers must be 1 to {num_layers - 1} for a base of {num_layers} layers, got {target_layers}."
-        )
-    return num_layers - target_layers
 
 
 @app.command(
@@ -318,7 +304,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     help="With --heal-tokens: write BASE's predictions into this folder once, for all points, as heal --cache.",
 )
 @_LOADING
-@_setting_options(FusionConfig, _MECHANICS)
+@_setting_options(FusionConfig, *_MECHANICS)
 def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metadata: str | None, **given: Any) -> None:
     """Fuse BASE by several methods to several sizes, and evaluate all.
 
@@ -333,25 +319,13 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which else tells how it builds each task
     settings, given = _taken(FusionConfig, given)
-    try:
-        levels = [int(level) for level in num_fusions.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--num-fusions must be integers with commas between, got {num_fusions!r}.") from None
+    levels, given["methods"], given["tasks"] = _names(num_fusions), _names(methods), _names(tasks)
     with _usage_errors():
         values = None if metadata is None else parse_json(metadata, "--metadata")
         check_evaluation(given.get("limit"), given["batch_size"])
-        for level, method in itertools.product(levels, _names(methods)):
+        for level, method in itertools.product(levels, given["methods"]):
             FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
-    points = run_sweep(
-        base,
-        out,
-        num_fusions=levels,
-        methods=_names(methods),
-        tasks=_names(tasks),
-        metadata=values,
-        settings=settings,
-        **given,
-    )
+    points = run_sweep(base, out, num_fusions=[*map(int, levels)], metadata=values, settings=settings, **given)
     if local_rank():  # of a launch: the first one on a machine speaks
         return
     head, *rows = results_rows(points)

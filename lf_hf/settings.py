@@ -110,10 +110,7 @@ class FusionConfig(Settings):
     )
     mi_neighbors: int = setting(5, "k of the mutual information estimate.", bounds=">= 1", needs=_SIMILARITY)
     entropy_neighbors: int = setting(
-        50,
-        "k of the entropy estimate; needs at least k + 1 calibration samples.",
-        bounds=">= 1",
-        needs=_SIMILARITY,
+        50, "k of the entropy estimate; needs at least k + 1 calibration samples.", bounds=">= 1", needs=_SIMILARITY
     )
     rank_normalize: bool = setting(
         True,
@@ -122,18 +119,13 @@ class FusionConfig(Settings):
         needs=_SIMILARITY,
     )
     ratio_beta: float = setting(
-        1.0,
-        "beta, the slope of the sigmoid that makes fusion ratios of similarities.",
-        needs=_SIMILARITY,
+        1.0, "beta, the slope of the sigmoid that makes fusion ratios of similarities.", needs=_SIMILARITY
     )
     sample_length: int = setting(
         512, "T_max, tokens of a calibration sample; longer ones are cut.", bounds=">= 1", needs=_SIMILARITY
     )
     samples_per_subject: int = setting(
-        1,
-        "Questions of each of the 57 MMLU subjects in the default calibration set.",
-        bounds=">= 1",
-        needs=_SIMILARITY,
+        1, "Questions of each of the 57 MMLU subjects in the default calibration set.", bounds=">= 1", needs=_SIMILARITY
     )
     perplexity_tokens: int = setting(
         4000,
@@ -167,9 +159,7 @@ class FusionConfig(Settings):
         bounds="> 0",
     )
     max_perplexity_ratio: float | None = setting(
-        None,
-        "Fuse as many as keep the perplexity of that text within this many times the dense model's.",
-        bounds="> 1",
+        None, "Fuse as many as keep the perplexity of that text within this many times the dense model's.", bounds="> 1"
     )
 
     def _preset(self) -> dict[str, Any]:

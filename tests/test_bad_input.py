@@ -295,7 +295,7 @@ ROWS: dict[str, Row] = {
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),
     "a dtype": (mistyped, (*ONE, "--dtype", "int8"), "'int8' is not one of 'float32'"),
     "no folder": (mistyped, ("fuse", "{base}"), "OUT"),
-    "levels of a sweep": (mistyped, (*SWEEP, "--num-fusions", "1,,2"), "--num-fusions must be integers .*, got '1,,2'"),
+    "levels of a sweep": (mistyped, (*SWEEP, "--num-fusions", "1,,2"), "num_fusions must be int >= 1, got ''"),
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "--metadata is not JSON"),
     "a share": (mistyped, (*HEAL, "--written-share", "all"), "written_share must be float >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +31,7 @@ class LostProcessError(ConnectionError):
 class Processes:
     """Processes that compute one thing together: each calls the same methods in the same order.
 
-    Attributes
-    ----------
-    rank : int
-        Number of this one, from 0.
-    world_size : int
-        How many there are; with 1 nothing is sent.
+    `rank` is the number of this one, from 0. With a `world_size` of 1 nothing is sent.
     """
 
     rank: int = 0
@@ -59,9 +55,20 @@ class Processes:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Make a tensor, in place and in all processes, the sum over those of all."""
+        self._in_place(distributed.all_reduce, tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Make a tensor, in place, what it is in the first process."""
+        self._in_place(partial(distributed.broadcast, src=0), tensor)
+
+    def _in_place(self, collective: Callable[[Tensor], Any], tensor: Tensor) -> None:
         if self.world_size > 1:
-            with _connected(), _carried(tensor) as sent:
-                distributed.all_reduce(sent)
+            only_devices = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
+            sent = tensor.to("cuda") if only_devices else tensor
+            with _connected():
+                collective(sent)
+            if only_devices:
+                tensor.copy_(sent)
 
     def all_reduce_sums(self, numbers: Tensor) -> list[float]:
         """Sums of all processes' numbers, of a tensor of shape (n,); the host waits for the device once."""
@@ -71,43 +78,31 @@ class Processes:
 
     def all_gather_object(self, value: T) -> list[T]:
         """A small value of each process, by rank, in all of them."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        with _connected():
-            distributed.all_gather_object(values, value)
-        return values
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Make a tensor, in place, what it is in the first process."""
+        values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            with _connected(), _carried(tensor) as sent:
-                distributed.broadcast(sent, 0)
+            with _connected():
+                distributed.all_gather_object(values, value)
+        return values
 
     def broadcast_object(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes, in all of them.
 
-        Raises
-        ------
-        OtherProcessError
-            In all others if it raises an error there.
+        Raises OtherProcessError in all others if it raises an error there.
         """
         if self.world_size == 1:
             return compute()
-        box: list[Any] = [None, None]
+        box: list[Any] = [None, None]  # the value, and the reason why there is none
         error: Exception | None = None
-        try:
-            box[0] = compute() if self.is_main else None
-        except Exception as raised:
-            error, box[1] = raised, str(raised)
+        if self.is_main:
+            try:
+                box[0] = compute()
+            except Exception as raised:
+                error, box[1] = raised, str(raised)
         with _connected():
             distributed.broadcast_object_list(box, src=0)
-        if error is not None:
-            raise error
-        value, reason = box
-        if reason is not None:
-            raise OtherProcessError(reason)
-        return value
+        if box[1] is not None:
+            raise error or OtherProcessError(box[1])
+        return box[0]
 
 
 ALONE = Processes()
@@ -141,17 +136,6 @@ def own_device(device: Any) -> Any:
     if local_processes() == 1 or kind is None or device != kind.type:
         return device
     return f"{device}:{local_rank() % torch.accelerator.device_count()}"
-
-
-@contextmanager
-def _carried(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, or for what only sends from a device a copy there, which is copied back."""
-    if distributed.get_backend() != "nccl" or tensor.device.type == "cuda":
-        yield tensor
-        return
-    sent = tensor.to("cuda")
-    yield sent
-    tensor.copy_(sent)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from lf_hf.runtime.launch import local_rank
 EVERY = 30.0
 """Seconds from one line of a log to the next; shorter stages print none."""
 
+_LINE = "{desc}: {unit} {n_fmt} of {total_fmt} is done in {elapsed}, {remaining} left"
+
 
 def progress(
     iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str, unit: str, leave: bool = True
@@ -39,31 +41,14 @@ def progress(
     if terminal or autonotebook.tqdm is not std.tqdm or not hf_logging.is_progress_bar_enabled():
         return hf_logging.tqdm(iterable, **options)
     options["disable"] |= hf_logging.get_verbosity() > logging.WARNING
-    return _Lines(iterable, **options, delay=EVERY, mininterval=EVERY, miniters=1)
+    options |= {"bar_format": _LINE, "leave": False, "delay": EVERY, "mininterval": EVERY, "miniters": 1}
+    return _Lines(iterable, **options)
 
 
 class _Lines(std.tqdm):
-    """Lines on standard error in place of a bar."""
+    """Lines on standard error in place of a bar, and a last one where tqdm clears that."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg is None and 0 < self.n != self.total:
-            of, left = "", ""
-            if self.total:
-                seconds = self.format_dict["elapsed"] * (self.total - self.n) / self.n
-                of, left = f" of {self.total}", f", about {duration(seconds)} left"
-            print(f"{self.desc}: {self.unit} {self.n}{of} is done{left}.", file=sys.stderr, flush=True)
-        return False  # there is nothing to clear
-
-    def close(self) -> None:
-        taken = self.format_dict["elapsed"]
-        if not self.disable and taken >= EVERY and 0 < self.n == self.total:
-            print(f"{self.desc}: done in {duration(taken)}.", file=sys.stderr, flush=True)
-        self.leave = False
-        super().close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds, for people."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        if self.n:
+            print(self, file=sys.stderr, flush=True)
+        return False
