@@ -262,7 +262,11 @@ ROWS: dict[str, Row] = {
         "has only \\d tokens, .* sequence of 256; give more text",
         write("model.safetensors", b""),  # which are not read before that is said
     ),
-    "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx' cannot be read .* give a .txt, .jsonl, .csv"),
+    "an unknown kind": (
+        python,
+        {"calibration": "a.docx"},
+        "'a.docx .train.' cannot be read .* give a .txt, .jsonl, .csv",
+    ),
     # Sweeps
     "one level": (swept, {"num_fusions": 4}, "num_fusions must be a list .*, got 4"),
     "an unknown setting": (swept, {"settings": {"bet": 1}}, "Unknown fusion setting 'bet'"),

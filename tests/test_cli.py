@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,24 +82,20 @@ def test_a_budget_is_told_below_the_table(run: Run, base: str, text: Path, tmp_p
     report = FusionReport.load(tmp_path / "out")
     assert code == 0 and report.budget is not None and report.budget.summary() in out
     assert report.budget.allowed == 9 and report.steps
-    assert report.budget.text.startswith("text.txt") and f"tokens of {report.budget.text}, kept" in report.summary()
 
 
 def test_one_command_fuses_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:
     short = ("--calibration-tokens", 1024, "--calibration-length", 64, "--perplexity-tokens", 300)
-    options = ("--num-fusions", 1, "--method", "healed", "--heal-tokens", 2048, "--calibration", text, *short)
+    options = ("--num-fusions", 1, "--method", "healed", "--heal-tokens", 1024, "--calibration", text, *short)
     code, out, _ = run("fuse", base, tmp_path / "out", *options)
     report = FusionReport.load(tmp_path / "out")
     assert code == 0 and report.healed is not None and report.layers_after == 4
-    assert report.config["method"] == "healed" and report.config["refit"] == "projections"
     assert "healed" in out.split("layers")[0].split()
 
 
 def test_low_memory_and_plain_llama(run: Run, base: str, tmp_path: Path) -> None:
-    code, _, _ = run(
-        *("fuse", base, tmp_path / "out", "--num-fusions", 1, "--method", "truncate"), "--low-memory", "--as-llama"
-    )
-    assert code == 0
+    options = ("--num-fusions", 1, "--method", "truncate", "--perplexity-tokens", 0, "--low-memory", "--as-llama")
+    assert run("fuse", base, tmp_path / "out", *options)[0] == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM" and len(model.model.layers) == 4
 
@@ -123,10 +120,10 @@ def test_a_disk_without_room_is_found_out_before_fusing(
 def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     code, out, err = run()
     assert code == 0 and err == "" and (code, out, err) == run("--help")
-    for command in ("fuse", "sweep", "report", "tasks"):
+    for command in ("fuse", "heal", "sweep", "report", "tasks"):
         assert f"\n  {command} " in out and f"\n    lf-hf {command}" in out
-    assert max(map(len, out.splitlines())) <= 100
-    assert out.rstrip().endswith("lf-hf fuse path/to/model out --num-fusions 4 --dry-run")
+    assert run("--version") == (0, f"lf-hf {version('lf_hf')}\n", "")
+    assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
 
 
 def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
@@ -154,16 +151,10 @@ def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
             run(*arguments[:number], "--traceback", *arguments[number:])
 
 
-# A shell lets what it starts in the background ignore SIGINT, and that is inherited.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-HEEDS_SIGINT = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-
-
-def test_ctrl_c_gets_one_line_and_leaves_nothing(make_base: Callable[..., str], tmp_path: Path) -> None:
+def test_ctrl_c_gets_one_line_in_a_log_and_leaves_nothing(make_base: Callable[..., str], tmp_path: Path) -> None:
     base, out = make_base(num_hidden_layers=40), tmp_path / "out"  # so many that it takes some seconds
-    command = [sys.executable, "-c", f"{HEEDS_SIGINT}; from lf_hf.cli import main; sys.exit(main())"]
     arguments = ["fuse", base, str(out), "--num-fusions", "1", "--perplexity-tokens", "10000000"]
-    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = installed_command(*arguments)
     while not out.exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -171,12 +162,8 @@ def test_ctrl_c_gets_one_line_and_leaves_nothing(make_base: Callable[..., str], 
     _, err = process.communicate()
     assert process.returncode == 130
     assert err.endswith("lf-hf: interrupted.\n") and "Traceback" not in err
+    assert "\r" not in err and "Perplexity before" not in err  # no bar, and no line in the first half minute
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_log_file_gets_no_bars(base: str, tmp_path: Path) -> None:
-    done = installed_command("fuse", base, str(tmp_path / "out"), "--num-fusions", "1", "--perplexity-tokens", "512")
-    assert done.returncode == 0 and "\r" not in done.stderr and "Perplexity before" not in done.stderr
 
 
 def test_a_long_stage_tells_a_log_how_far_it_is(
@@ -200,17 +187,16 @@ def test_a_long_stage_tells_a_log_how_far_it_is(
     assert "5/5" in count(5)
 
 
-def test_version_and_tasks(run: Run) -> None:
-    assert run("--version") == (0, f"lf-hf {version('lf_hf')}\n", "")
-    assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
-
-
-def installed_command(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """Run what pip makes of the entry point in pyproject.toml, after some code of a test."""
+def installed_command(*arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """Start what pip makes of the entry point in pyproject.toml, after some code of a test."""
     [entry] = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("lf-hf =")]
     module, name = entry.split('"')[1].split(":")
-    code = f"import sys\n{before}\nfrom {module} import {name} as command\nsys.exit(command())"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heeds}\n{before}\nfrom {module} import {name} as command\nsys.exit(command())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, env=environment, **pipes)
 
 
 def test_ctrl_c_while_importing_gets_one_line() -> None:
@@ -220,5 +206,5 @@ class Interrupt:
         if name == "transformers":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())"""
-    done = installed_command("tasks", before=interrupt)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lf-hf: interrupted.\n")
+    process = installed_command("tasks", before=interrupt)
+    assert (*process.communicate(), process.returncode) == ("", "lf-hf: interrupted.\n", 130)

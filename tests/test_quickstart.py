@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ def write_results(folder: Path, accuracy: float, group: str = "group", questions
     (folder / "of_lm_eval" / "results_2026.json").write_text(json.dumps(written))
 
 
-def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) -> None:
+def test_a_base_and_its_fusions_stand_side_by_side(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 256, "calibration_tokens": 1024}
     write_results(tmp_path / "dense", 0.25)
     reports, fused = [], []
@@ -37,20 +39,20 @@ def test_a_base_and_its_fusions_stand_side_by_side(base: str, tmp_path: Path) ->
         write_results(tmp_path / "results" / method, 0.5 + n / 4)
         fused.append(f"{method}={tmp_path / method}")
     (tmp_path / "dense").rename(tmp_path / "results" / "dense")
-    command = [sys.executable, f"{ROOT}/scripts/first_look.py", str(tmp_path / "results"), "--fused", *fused]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.replace(" (x ", "(x").partition("docs, ")[0].splitlines()]
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["first_look.py", str(tmp_path / "results"), "--fused", *fused])
+    runpy.run_path(f"{ROOT}/scripts/first_look.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.replace(" (x ", "(x").partition("docs, ")[0].splitlines()]
     rows = {" ".join(words[:-3]): words[-3:] for words in lines if len(words) >= 3}
     assert rows[""] == ["dense", "truncate", "refit"] and rows["layers"] == ["5", "4", "4"]
     assert rows["group"] == ["0.250", "0.500", "0.750"] and rows["a"] == ["1.000"] * 3
-    assert "group: 2 questions, too few" in done.stdout and "a: 1000" not in done.stdout
+    assert "group: 2 questions, too few" in printed and "a: 1000" not in printed
     for of_models in zip(*(report.perplexities for report in reports), strict=True):
         expected = [f"{judged.fused:.4g}(x{judged.ratio:.3g})" for judged in of_models]
         assert rows[f"perplexity, {of_models[0].name}"] == [f"{of_models[0].dense:.4g}", *expected]
-        assert of_models[1].label in done.stdout
-    assert all(" ".join(told.prompt.split()) in done.stdout for told in reports[1].continuations)
+        assert of_models[1].label in printed
+    assert all(" ".join(told.prompt.split()) in printed for told in reports[1].continuations)
 
 
 @pytest.mark.parametrize("argument", ["-o", "--output_path=out"])
