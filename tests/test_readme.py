@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import os
 import re
 import shlex
@@ -76,6 +77,9 @@ def test_lm_eval_blocks_run(
 ) -> None:
     only_own = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # reading all takes long
     monkeypatch.setattr(TaskManager, "__init__", only_own)
+    logger = logging.getLogger("lm_eval")  # which it sets up
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
     words = shlex.split(adapted(block, base).replace("\\\n", " "))
     monkeypatch.setattr("sys.argv", [str(tasks_path()) if "tasks_path" in word else word for word in words])
     cli_evaluate()
