@@ -1,23 +1,18 @@
 from __future__ import annotations
 
-import functools
 import math
 import platform
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import dispatch_model
 from conftest import make_llama, make_texts, make_tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
+from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import WRITTEN_LENGTH, Measurements, calibration_sequences, measure
-from lf_hf.pipeline import check_model, finish, fuse, fuse_pairs
-from lf_hf.settings import METHODS
-from lf_hf.steps import start
+from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
+from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
@@ -103,55 +98,6 @@ def test_the_model_is_unchanged_when_calibration_fails() -> None:
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-LEVELS = {
-    **{method: {"method": method} for method in METHODS if method != "healed"},
-    "refit": {"method": "refit", "selection": "least_influence"},  # groups are chosen for one level
-    "averaged and fitted": {"method": "mka", "selection": "least_influence", "refit": "down_proj"},
-}
-
-
-@functools.cache
-def measured_once() -> Measurements:
-    config = FusionConfig(1, perplexity_tokens=100, calibration_tokens=1024)
-    return measure(ModelDecoder(make_llama(num_hidden_layers=6)), make_tokenizer(), config, CALIBRATION, TEXT)
-
-
-@pytest.mark.parametrize(("name", "hooked"), [*((name, False) for name in LEVELS), ("refit", True)])
-def test_a_fusion_that_goes_on_from_a_level_gives_what_one_of_each_level_alone_does(name: str, hooked: bool) -> None:
-    tokenizer, measured = make_tokenizer(), measured_once()
-    dense = make_llama(num_hidden_layers=6)
-    if hooked:  # as a device map of several devices leaves it
-        dispatch_model(dense, {"": "cpu"}, force_hooks=True)
-    before = [parameter.clone() for parameter in dense.parameters()]
-    settings: dict[str, Any] = {"perplexity_tokens": 100, "calibration_tokens": 1024} | LEVELS[name]
-    configs = [FusionConfig(level, **settings) for level in (1, 3)]
-    parameters, at_levels = check_model(ModelDecoder(dense), configs[-1]), []
-    steps = ModelDecoder(dense, keep_originals=True).copy()
-    with start(steps, configs[0], measured) as fusion:
-        for config in configs:
-            fuse_pairs(fusion, config.num_fusions)
-            decoder = steps.copy()
-            report = finish(fusion, decoder, make_tokenizer(), base="tiny", parameters=parameters)
-            at_levels.append((report, FusedLlamaForCausalLM.adopt(decoder.model, report, tokenizer)))
-    for config, (report, fused) in zip(configs, at_levels, strict=True):
-        model = make_llama(num_hidden_layers=6)
-        alone = fuse(
-            ModelDecoder(model, keep_originals=True),
-            *(tokenizer, config, None, None),
-            base="tiny",
-            measurements=measured,
-        )
-        assert {**vars(report), "seconds": None} == {**vars(alone), "seconds": None}
-        assert fused.config.num_hidden_layers == len(fused.model.layers) == 6 - config.num_fusions
-        for ours, other in zip(fused.parameters(), model.parameters(), strict=True):
-            assert torch.equal(ours, other)
-        prompt = torch.arange(2, 9)[None]
-        limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        assert torch.equal(fused.generate(prompt, **limits), model.generate(prompt, **limits))
-    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), before, strict=True))
-    assert dense.config.num_hidden_layers == 6 and not isinstance(dense, FusedLlamaForCausalLM)
 
 
 def test_measurements_of_other_settings_are_refused() -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_report
-from conftest import make_texts
+from run_faults import Answers
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
@@ -123,26 +122,12 @@ def test_where_layers_are_on_disk_it_says_that_it_is_not_measured(
 def test_a_sweep_has_a_curve_of_perplexity_over_speed(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from run_faults import Answers
-
     monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
-    points = sweep(
-        base,
-        tmp_path / "out",
-        num_fusions=[1, 2],
-        methods=["truncate"],
-        tasks=["task"],
-        settings={"perplexity_tokens": 100},
-    )
+    asked: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
+    points = sweep(base, tmp_path / "out", **asked, settings={"perplexity_tokens": 100})
     assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
     assert all(min(point.speedups.values()) > 0 for point in points)
     assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "out/results.md").read_text()
     panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points).axes}
     line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
     assert list(line.get_xdata()) == [point.speedups["decoding"] for point in points]  # type: ignore[arg-type]
-
-
-def test_a_report_without_it_says_so(tmp_path: Path) -> None:
-    write_page(make_report(), tmp_path / "page.html")
-    assert "not measured" in (tmp_path / "page.html").read_text("utf-8")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import make_llama
 
 from lf_hf.decoder.generating import generate
@@ -66,10 +67,15 @@ def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str,
     assert (decoder.layer_inputs(hidden_states, model.model.layers[0])["attention_mask"] is not None) == mask
 
 
-def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed() -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed(hooked: bool) -> None:
     model = make_llama()
+    if hooked:  # as a device map of several devices leaves it
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
     decoder = ModelDecoder(model)
     copy = decoder.copy()
+    with torch.no_grad():
+        expected = model(SAMPLES[0][None]).logits
     before = [p.clone() for p in model.parameters()]
     for ours, other in zip(model.parameters(), copy.model.parameters(), strict=True):
         assert ours.data_ptr() == other.data_ptr()
@@ -79,6 +85,9 @@ def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed() -> None:
     assert (model.config.num_hidden_layers, copy.model.config.num_hidden_layers) == (4, 5)
     assert all(torch.equal(a, b) for a, b in zip(copy.model.parameters(), before, strict=True))
     assert copy.model.model.layers[4].self_attn.layer_idx == 4
+    with torch.no_grad():
+        assert torch.equal(copy.model(SAMPLES[0][None]).logits, expected)
+        assert not torch.equal(model(SAMPLES[0][None]).logits, expected)
 
 
 def test_removing_a_layer_renumbers_what_the_cache_and_config_need() -> None:

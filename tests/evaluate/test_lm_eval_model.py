@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
@@ -68,14 +68,6 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibr
     fused = make_lm(base, num_fusions=2, calibration=calibration, perplexity_tokens=0)
     loaded = make_lm(saved)
     assert loglikelihoods(fused) == loglikelihoods(loaded)
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
-    for (context, continuation), value in zip(PAIRS, loglikelihoods(fused), strict=True):
-        start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + continuation)["input_ids"]
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        by_hand = sum(logprobs[n - 1, ids[n]].item() for n in range(start, len(ids)))
-        assert value == pytest.approx(by_hand, abs=1e-4)
 
 
 def test_a_budget_and_a_healing_after_it(base: str, calibration: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -16,28 +17,32 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from builders import make_point, no_warnings
 from conftest import ROOT, make_texts, make_tokenizer
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
+from transformers import AutoModelForCausalLM
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, tasks_path
+import lf_hf
+from lf_hf import FusionConfig
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, check_evaluation, read_points
+from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, read_points
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import results_rows, stability_rows
+from lf_hf.settings import METHODS
 
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
-SETTINGS = {"perplexity_tokens": 300, "calibration_tokens": 1024}
+SETTINGS: dict[str, Any] = {"perplexity_tokens": 300, "calibration_tokens": 1024}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_task_index() -> Iterator[None]:
-    """lm-eval takes seconds to look through all its tasks; here it does so once."""
-    index = TaskManager(include_path=str(tasks_path()))
+    """lm-eval takes seconds to look through all its tasks; here are ours alone."""
+    index = TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
         yield
@@ -96,34 +101,53 @@ def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
 # What is measured
 
 
-def test_points_are_what_single_runs_give(whole: tuple[Path, list[Point]], base: str, text: Path) -> None:
-    points = whole[1]
-    names = [(DENSE, 0), ("mka", 1), ("refit", 1), ("mka", 2), ("refit", 2)]
-    assert [(point.method, point.num_fusions) for point in points] == names
-    for point in points[1:]:
-        config = FusionConfig(point.num_fusions, point.method, perplexity_tokens=300, calibration_tokens=1024)
-        model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
-        report = model.fusion_report
-        assert report is not None and len(report.perplexities) == 2
+@pytest.mark.parametrize(
+    ("methods", "settings"),
+    [
+        ([method for method in METHODS if method != "healed"], {}),  # refit chooses groups anew at each level
+        (["refit"], {"selection": "least_influence"}),
+        (["mka"], {"selection": "least_influence", "refit": "down_proj"}),
+    ],
+)
+def test_points_are_what_single_runs_give(
+    methods: list[str],
+    settings: dict[str, Any],
+    run: Callable[..., list[Point]],
+    judged: list[Any],
+    base: str,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    """Bit for bit, though a level goes on from the one below; and the base stays as it is."""
+    settings = {"perplexity_tokens": 100, "calibration_tokens": 1024} | settings
+    dense, *fused = run(tmp_path, methods=methods, settings=settings)
+    assert [(point.num_fusions, point.method) for point in (dense, *fused)] == [
+        (0, DENSE),
+        *itertools.product((1, 2), methods),
+    ]
+    models = {(model.fusion_report.config["method"], len(model.model.layers)): model for model in judged[1:]}
+    for point in fused:
+        config = FusionConfig(point.num_fusions, point.method, **settings)
+        alone, model = lf_hf.from_pretrained_fused(base, config, calibration=text), models[point.method, point.layers]
+        assert equal(model, alone) and alone.fusion_report is not None
+        report = dataclasses.replace(alone.fusion_report, seconds={})
+        assert report == dataclasses.replace(model.fusion_report, seconds={}) and len(report.perplexities) == 2
         assert point.perplexities == {info.name: info.fused for info in report.perplexities}
         assert point.divergences == {info.name: info.divergence for info in report.perplexities}
         assert point.agreements == {info.name: info.agreement for info in report.perplexities}
-        assert points[0].perplexities == {info.name: info.dense for info in report.perplexities}
+        assert dense.perplexities == {info.name: info.dense for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
         assert point.config == config.to_dict()
-    assert Evaluation(TASKS).scores(model, make_tokenizer()) == points[-1].scores
+    assert equal(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
 
 
-@pytest.mark.usefixtures("judged")
-def test_by_groups_each_level_has_its_own(
-    run: Callable[..., list[Point]], base: str, text: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = SETTINGS | {"selection": "groups"}
-    for point in run(tmp_path, num_fusions=[1, 2], methods=["refit"], settings=settings)[1:]:
-        config = FusionConfig(point.num_fusions, "refit", **settings)
-        report = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text).fusion_report
-        assert report is not None
-        assert point.perplexities == {info.name: info.fused for info in report.perplexities}
+def equal(model: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_scores_are_those_of_lm_eval(whole: tuple[Path, list[Point]], base: str, text: Path) -> None:
+    model = lf_hf.from_pretrained_fused(base, FusionConfig(2, "refit", **SETTINGS), calibration=text)
+    assert Evaluation(TASKS).scores(model, make_tokenizer()) == whole[1][-1].scores
 
 
 @pytest.mark.usefixtures("judged")
@@ -232,6 +256,8 @@ def test_the_processes_of_a_launch_share_the_points_and_what_is_missing_is_made_
         ({"settings": {"ratio_beta": "x"}}, "ratio_beta must be"),
         ({"calibration": "none.txt"}, "none.txt"),
         ({"limit": 2.5}, "limit must be a number of questions, whole, or their share below 1, got 2.5"),
+        ({"limit": 0}, "limit must be a number of questions"),
+        ({"limit": math.nan}, "limit must be a number of questions"),
         ({"batch_size": "many"}, "batch_size must be an integer of at least 1, auto, or auto:N, got 'many'"),
     ],
 )
@@ -241,14 +267,6 @@ def test_mistakes_are_found_before_anything_is_written(
     with pytest.raises((ValueError, OSError), match=message):
         run(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_limit_is_a_share_or_whole() -> None:
-    for fine in (None, 0.5, 1, 200.0):
-        check_evaluation(fine, 1)
-    for limit in (0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="limit must be a number of questions"):
-            check_evaluation(limit, 1)
 
 
 def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fu
     }
     made = {}
     for name, settings in ways.items():
-        given: dict[str, Any] = {"method": name, "perplexity_tokens": 100, "calibration_tokens": 512} | settings
+        given: dict[str, Any] = {"method": name, "perplexity_tokens": 100, "calibration_tokens": 1024} | settings
         report = FusedLlamaForCausalLM.from_pretrained_fused(base, **given).fusion_report
         assert report is not None
         made[name] = report
