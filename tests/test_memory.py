@@ -40,16 +40,7 @@ TOTAL = f"active_file 7\ninactive_file 7\ntotal_active_file {MIB}\ntotal_inactiv
     ("cgroup", "groups", "left"),
     [
         ("", {}, []),
-        (
-            "0::/slurm/job_7/step_0\n",
-            {
-                "slurm/job_7/step_0": group(V2, "max", 300, CACHE),
-                "slurm/job_7": group(V2, 1000, 300, CACHE),
-                "slurm": group(V2, 700, 500),
-            },
-            [703, 200],
-        ),
-        ("3:cpuset:/elsewhere\n0::/\n", {"": group(V2, 100, 40, CACHE)}, [63]),
+        ("0::/slurm/job\n", {"slurm/job": group(V2, 1000, 300, CACHE), "slurm": group(V2, 700, 500)}, [703, 200]),
         ("0::/docker/8c1f\n", {"": group(V2, 100, 40, CACHE)}, [63]),  # the path is the host's, not the container's
         ("4:cpu,memory:/docker/8c1f\n", {"memory": group(V1, 100, 40, TOTAL)}, [63]),
         ("\nnonsense\n0::/job\n", {"job": group(V2, 100, 40, "anon x\nactive_file")}, [60]),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.weights import weights_size
@@ -96,74 +94,46 @@ def test_it_refuses_what_fusing_refuses(base: str, arguments: dict[str, Any], tm
         fuse_checkpoint(config=config, **given)
 
 
-def test_a_large_model_is_planned_without_reading_it(tmp_path: Path) -> None:
-    """Of a checkpoint that is all header: its weights are a hole in the file."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        dtype="bfloat16",
-    )
-    with torch.device("meta"):
-        parameters = dict(LlamaForCausalLM(config).named_parameters())
-    header, size = {}, 0
-    for name, parameter in parameters.items():
-        end = size + 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)
-    config.save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, **shape)
+    config.dtype, snapshot = "bfloat16", tmp_path / "models--you--model" / "snapshots" / "0"
+    config.save_pretrained(snapshot)
+    make_tokenizer().save_pretrained(snapshot)
+    (tmp_path / "models--you--model" / "refs").mkdir()
+    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
 
-    def plan(*, dtype: str = "bfloat16", low_memory: bool = False, **settings: Any) -> Plan:
-        return plan_fusion(tmp_path, FusionConfig(4, **settings), dtype=dtype, low_memory=low_memory)
+    def plan(*, low_memory: bool = False, dtype: str = "auto", **settings: Any) -> Plan:
+        given: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0}
+        config = FusionConfig(4, **given | settings)
+        return plan_fusion("you/model", config, low_memory=low_memory, dtype=dtype, cache_dir=str(tmp_path))
 
     four = plan()
     assert "32 -> 28 (-12.5%)" in four.summary() and "8,030,261,248 -> 7,157,813,248 (-10.9%)" in four.summary()
-    assert 15 < four.memory / 2**30 < 20 and 3 < plan(low_memory=True).memory / 2**30 < 8
+    assert "not on this machine yet" in four.notes[0]
+    assert 15 < four.memory / 2**30 < 20 and 1 < plan(low_memory=True).memory / 2**30 < 8
     assert plan(dtype="float32").memory > 1.8 * four.memory
     squares = 2 * 4 * 17920**2 / 2**30  # Gram matrices of the channels that a fit chooses from, in float32
     pairs, groups = (plan(method="refit", low_memory=True, selection=name) for name in ("least_influence", "groups"))
     assert squares + 0.8 < pairs.memory / 2**30 < 3 * squares < groups.memory / 2**30 + squares
 
 
-def test_what_a_user_should_know_is_noted(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_user_should_know_is_noted(
+    make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
-    assert "note:" not in plan_fusion(base, config, out=out).summary()
+    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: False)
+    base = make_base(dtype=torch.bfloat16)
+    assert plan_fusion(base, config, out=out, dtype="float32").notes == []
     fuse_checkpoint(base, out, config)
+    assert "no instructions for bfloat16" in caplog.text
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
     said = plan_fusion(base, config, out=out).summary()
     assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
+    assert "note: This CPU has no instructions for bfloat16" in said
     assert "note: 1.0 MiB of memory are free now, less than the " in said
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_cpu_without_bfloat16_is_said_beforehand(
-    make_base: Callable[..., str], tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: fast)
-    base, config = make_base(dtype=torch.bfloat16), FusionConfig(1, method="truncate", perplexity_tokens=0)
-    assert plan_fusion(base, config, dtype="float32").notes == []
-    assert any("no instructions for bfloat16" in note for note in plan_fusion(base, config).notes) != fast
-    fuse_checkpoint(base, tmp_path / "out", config)
-    assert ("no instructions for bfloat16" in caplog.text) != fast
-
-
-def test_a_base_that_is_not_downloaded_yet(base: str, tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--you--model" / "snapshots" / "0"
-    shutil.copytree(base, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
-    (tmp_path / "models--you--model" / "refs").mkdir()
-    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
-    here, there = (
-        plan_fusion(name, FusionConfig(1, "truncate"), cache_dir=str(tmp_path)) for name in (base, "you/model")
-    )
-    assert there.memory == here.memory and here.notes == []
-    assert "not on this machine yet" in there.notes[0]

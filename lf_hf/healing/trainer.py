@@ -36,13 +36,6 @@ EVALUATIONS = 6
 
 DIVERGENCE = "eval_divergence"
 _LEAST_WARMED_UP = 10  # steps: of fewer, the first one, at a rate of 0, would be too many
-# TrainingArguments that healing itself depends on.
-_OWN = (
-    "do_train do_eval do_predict eval_delay eval_on_start eval_steps eval_strategy gradient_accumulation_steps "
-    "greater_is_better label_names label_smoothing_factor learning_rate load_best_model_at_end max_steps "
-    "metric_for_best_model num_train_epochs output_dir prediction_loss_only push_to_hub remove_unused_columns "
-    "resume_from_checkpoint save_only_model save_steps save_strategy seed train_sampling_strategy use_liger_kernel"
-).split()
 
 
 class Student:
@@ -133,7 +126,7 @@ class DistillationTrainer(Trainer):
     targets: Callable[[Mapping[str, Tensor]], Targets]
 
     def __init__(self, *, loss: Loss, **arguments: Any) -> None:
-        super().__init__(**arguments, callbacks=[_Flow()])
+        super().__init__(**arguments, callbacks=[_Progress()])
         self.loss = loss
         self.remove_callback(PrinterCallback)
 
@@ -189,8 +182,8 @@ class DistillationTrainer(Trainer):
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-class _Flow(TrainerCallback):
-    """Shows how far a training is, and looks at held-out text after its last step too."""
+class _Progress(TrainerCallback):
+    """Shows how far a training is."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         left = state.max_steps - state.global_step  # fewer where a run goes on
@@ -198,8 +191,6 @@ class _Flow(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._shown.update()
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._shown.__exit__(None, None, None)
@@ -245,14 +236,29 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
 
     Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
-    if own := [name for name in given if name in _OWN]:
-        raise ValueError(f"The training argument {own[0]!r} is set by heal itself; leave it out.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
-    values: dict[str, Any] = {
+    own: dict[str, Any] = {
         "output_dir": str(folder),
-        "ddp_timeout": int(PATIENCE.total_seconds()),
-        "max_steps": settings.steps,
+        "seed": settings.seed,
         "learning_rate": settings.learning_rate or 0.0,  # none where nothing is trained yet
+        "max_steps": settings.steps,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 1,  # as many as fit the memory
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_only_model": False,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": DIVERGENCE,
+        "greater_is_better": False,
+    }
+    defaults: dict[str, Any] = {
+        "save_total_limit": 1,
+        "ddp_timeout": int(PATIENCE.total_seconds()),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1 if settings.steps >= _LEAST_WARMED_UP else 0,
         "per_device_train_batch_size": settings.batch,  # at most
@@ -261,26 +267,16 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "adam_beta2": 0.95,  # some tens of steps only
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "seed": settings.seed,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "eval_on_start": True,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": DIVERGENCE,
-        "greater_is_better": False,
     }
+    if refused := own.keys() & given.keys():
+        raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
     with _explained():
-        arguments = TrainingArguments(**values | dict(given))
+        arguments = TrainingArguments(**defaults | dict(given) | own)
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})

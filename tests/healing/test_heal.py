@@ -128,7 +128,7 @@ def test_the_report_says_what_both_models_do_in_sequences_as_the_fusion_has_them
 def test_nothing_to_gain_gives_back_the_fused_model_which_is_called_collapsed_if_it_is(
     base: str, fused: Path, tmp_path: Path
 ) -> None:
-    """And many times through a short text is a note; a later healing has its own notes, and keeps that of a change."""
+    """And many times through a short text is a note, beside that of a change before."""
     model = FusedLlamaForCausalLM.from_pretrained(fused)
     with torch.no_grad():
         model.model.norm.weight *= 100
@@ -142,9 +142,6 @@ def test_nothing_to_gain_gives_back_the_fused_model_which_is_called_collapsed_if
     begins = ("Healing did not bring", "Healing goes", COLLAPSED, CHANGED_NOTE)
     assert all(sum(note.startswith(begin) for note in report.notes) == 1 for begin in begins)
     assert CHANGED_NOTE in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = lf_hf.heal(tmp_path / "out", tmp_path / "again", base=base, **settings(tokens=1024))
-    assert again.healed is not None and again.healed.kept > 0 and CHANGED_NOTE in again.notes
-    assert not any(note.startswith(begins[:2]) for note in again.notes)
 
 
 def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(base: str, fused: Path, tmp_path: Path) -> None:
@@ -265,19 +262,23 @@ def test_too_little_room_is_said_before_the_base_is_read(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("train", "trained"), [("layers", "model.layers."), ("all", ""), ("fused", "model.layers.2.")])
+@pytest.mark.parametrize(("train", "trained"), [("layers", "model.layers."), ("fused", "model.layers.2.")])
 def test_what_is_not_to_be_trained_stays(
     train: str, trained: str, base: str, fused: Path, healed: Path, tmp_path: Path
 ) -> None:
-    """And a temperature is for training alone, not for what is measured."""
-    folder = healed
+    """Here bfloat16 weights, that learn what is too small for them; a temperature is for training alone."""
+    before, folder = fused, healed
     if train != "layers":
-        folder = tmp_path / "out"
-        report = lf_hf.heal(fused, folder, base=base, **settings(train=train, temperature=3.0))
-        warm, cold = report.healed, FusionReport.load(healed).healed
-        assert warm is not None and cold is not None
-        assert warm.curve[0] == cold.curve[0] and warm.curve[-1] != cold.curve[-1]
-    assert changed(fused, folder) == {name for name in weights(fused) if "norm" in name or name.startswith(trained)}
+        before, folder = tmp_path / "fused", tmp_path / "out"
+        FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(before)
+        arguments = settings(train=train, temperature=3.0, learning_rate=1e-4)
+        warm, cold = lf_hf.heal(before, folder, base=base, **arguments).healed, FusionReport.load(healed).healed
+        assert warm is not None and cold is not None and warm.kept
+        assert warm.curve[0].divergences == pytest.approx(cold.curve[0].divergences, rel=0.1)
+        assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+    allowed = {name for name in weights(fused) if "norm" in name or name.startswith(trained)}
+    found = changed(before, folder)
+    assert found <= allowed and found >= {name for name in allowed if name.startswith(trained) and "proj" in name}
 
 
 def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
@@ -291,14 +292,6 @@ def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="needs the peft package; run `pip install"):
         lf_hf.heal(fused, tmp_path / "again", base=base, **settings(train="lora"))
-
-
-def test_bfloat16_weights_learn_what_is_too_small_for_them(base: str, fused: Path, tmp_path: Path) -> None:
-    FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(tmp_path / "fused")
-    arguments = settings(learning_rate=1e-4, training_args={"bf16": True}, tokens=1024)
-    report = lf_hf.heal(tmp_path / "fused", tmp_path / "out", base=base, **arguments)
-    assert report.healed is not None and report.healed.kept > 0 and changed(tmp_path / "out", tmp_path / "fused")
-    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -352,8 +345,13 @@ def test_the_default_rate_is_in_units_of_the_weights() -> None:
     assert 0 < rates[0] < rates[1] < rates[2] == pytest.approx(10 * rates[0])
 
 
-def test_fp16_in_place_of_bf16_is_no_contradiction(tmp_path: Path) -> None:
-    arguments = trainer.training_arguments(HealSettings(), tmp_path, {"fp16": True})
+@pytest.mark.parametrize(
+    ("given", "value"), [("False", False), ("false", False), (".5", 0.5), ("None", None), ("null", None), ("a", "a")]
+)
+def test_training_arguments_are_read_as_people_write_them(given: str, value: object, tmp_path: Path) -> None:
+    """And fp16 takes the place of bf16, which is the default where the machine is fast at it."""
+    assert trainer.parse_training_arguments([f"name={given}"]) == {"name": value}
+    arguments = trainer.training_arguments(HealSettings(), tmp_path, trainer.parse_training_arguments(["fp16=true"]))
     assert arguments.fp16 and not arguments.bf16
 
 
@@ -400,13 +398,6 @@ def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
     assert not changed(tmp_path / "out", healed)
     assert main([*command, "--arg", "bf16"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("given", "value"), [("False", False), ("false", False), (".5", 0.5), ("None", None), ("null", None), ("a", "a")]
-)
-def test_training_arguments_are_read_as_people_write_them(given: str, value: object) -> None:
-    assert trainer.parse_training_arguments([f"name={given}"]) == {"name": value}
 
 
 @pytest.mark.parametrize(("world", "tokens", "step"), [(1, 1024, 1024), (1, 4096, 1024), (3, 4096, 1536)])

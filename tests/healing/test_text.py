@@ -48,37 +48,21 @@ def test_what_is_kept_aside_is_not_trained_on_and_the_base_writes_its_share() ->
     assert found[0] == 0 and found[-1] > 0.95 * len(places)
 
 
-def test_long_sequences_of_the_base_are_made_of_short_pieces_that_differ() -> None:
-    asked: list[int] = []
-
-    def write_pieces(count: int, length: int, seed: int) -> list[torch.Tensor]:
-        asked.append(length)
-        return write(count, length, seed)
-
-    settings = HealSettings(tokens=300 * 128, length=300, batch_tokens=300)  # 300 is no multiple of a piece
-    text = "\n\n".join(make_texts(3000, seed=3))
-    [_, written] = healing_text(make_tokenizer(), Corpus([text], "a text", 0.75), settings, 320, write_pieces)
-    sequences = [*written.training, *written.held_out]
-    assert [tuple(sequence.shape) for sequence in sequences] == [(300,)] * (96 + HELD_OUT)
-    assert max(asked) <= WRITTEN_LENGTH and len(asked) > 1
-    pieces = [piece for sequence in sequences for piece in sequence[:256].split(128)]
-    assert len(as_sets(pieces)[0]) == len(pieces)
-
-
-def test_chats_that_the_base_writes_are_a_kind_of_their_own() -> None:
+@pytest.mark.parametrize("length", [32, 160])
+def test_what_the_base_writes_is_made_of_short_pieces_and_chats_are_a_kind_of_their_own(length: int) -> None:
     assert WRITTEN_TOGETHER % CHATS.step == 0  # so that they keep their places
 
     def write_both(count: int, length: int, seed: int) -> list[torch.Tensor]:
+        assert length <= WRITTEN_LENGTH
         return [torch.full((length,), int(n in range(count)[CHATS])) for n in range(count)]
 
     corpus = Corpus(["\n\n".join(make_texts(3000, seed=3))], "a text", 0.25)
-    for length in (32, 160):  # one piece and two
-        settings = HealSettings(tokens=36 * length, length=length, batch_tokens=4 * length)
-        kinds = healing_text(make_tokenizer(), corpus, settings, 320, write_both, chats=True)
-        assert [kind.name for kind in kinds] == ["a text", WRITTEN, WRITTEN_CHATS]
-        assert [(len(kind.training), len(kind.held_out)) for kind in kinds[1:]] == [(7, HELD_OUT), (2, 2)]
-        for number, kind in enumerate(kinds[1:]):
-            assert all(sequence.tolist() == [number] * length for sequence in (*kind.training, *kind.held_out))
+    settings = HealSettings(tokens=36 * length, length=length, batch_tokens=4 * length)
+    kinds = healing_text(make_tokenizer(), corpus, settings, 320, write_both, chats=True)
+    assert [kind.name for kind in kinds] == ["a text", WRITTEN, WRITTEN_CHATS]
+    assert [(len(kind.training), len(kind.held_out)) for kind in kinds[1:]] == [(7, HELD_OUT), (2, 2)]
+    for number, kind in enumerate(kinds[1:]):
+        assert all(sequence.tolist() == [number] * length for sequence in (*kind.training, *kind.held_out))
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.25, {"a text", WRITTEN}), (0.0, {"a text", QUESTIONS})])
