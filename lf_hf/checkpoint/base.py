@@ -110,12 +110,7 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        try:
-            return weight_files(self.name, self.hub)
-        except (ValueError, OSError):
-            if os.path.isdir(self.name):
-                raise
-            return []
+        return weight_files(self.name, self.hub)
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""

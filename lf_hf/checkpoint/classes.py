@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
@@ -19,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.base import Base, hub_arguments, load_tokenizer, optional_file
@@ -43,6 +42,7 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
 
 logger = logging.get_logger(__name__)
+_CAUSAL_LM = "AutoModelForCausalLM"
 _UPLOADING = ("private", "commit_message", "commit_description", "create_pr", "revision")  # transformers' names
 
 
@@ -126,11 +126,13 @@ class FusedForCausalLM(PreTrainedModel):
     @classmethod
     def _check_family(cls, name: str, hub: dict[str, Any]) -> None:
         """Raise ValueError, before weights are read, where there is no model of this family, nor an adapter of one."""
+        if not optional_file(name, CONFIG_NAME, hub) and optional_file(name, ADAPTER_CONFIG_NAME, hub):
+            return
         model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         family = str(model_type).removeprefix(FUSED)
-        if family == cls.family.model_type or (model_type is None and optional_file(name, ADAPTER_CONFIG_NAME, hub)):
+        if family == cls.family.model_type:
             return
-        loader = f"; load it with {FUSED_CLASSES[family].causal_lm.__name__}" if family in FUSED_CLASSES else ""
+        loader = f"; load it with {FUSED_CLASSES[family][_CAUSAL_LM].__name__}" if family in FUSED_CLASSES else ""
         raise ValueError(
             f"{name!r} has no config.json of a {cls.family.model_type!r} model, as {cls.__name__} needs, but "
             f"{f'one of type {model_type!r}' if model_type else 'none'}{loader}."
@@ -328,21 +330,11 @@ class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin)
         return cast(LlamaForCausalLM, self.to_plain())
 
 
-@dataclass(frozen=True)
-class FusedClasses:
-    """The classes of one family's fused models; `heads` by the names in `lf_hf.families.HEADS`, as transformers has."""
+def _classes_of(family: Family) -> dict[str, Any]:
+    """The classes of a family's fused models by the names of the Auto classes that find them.
 
-    config: Any
-    model: Any
-    causal_lm: type[FusedForCausalLM]
-    heads: dict[str, Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.config, self.model, self.causal_lm, *self.heads.values()))
-
-
-def _classes_of(family: Family) -> FusedClasses:
-    """The classes of a family: transformers' own, with the config of a fused model."""
+    They are transformers' own, with the config of a fused model.
+    """
     config, lm = FUSED_CONFIGS[family.model_type], family.causal_lm
 
     def derived(stock: Any, what: str, bases: tuple[type, ...] = (), **contents: Any) -> Any:
@@ -350,24 +342,23 @@ def _classes_of(family: Family) -> FusedClasses:
         contents["__doc__"] = f"{what} Computes what {stock.__name__} computes."
         return type(f"Fused{stock.__name__}", bases or (stock,), contents)
 
-    fused_lm: Any = FusedLlamaForCausalLM
+    classes = {"AutoConfig": config}
+    classes["AutoModel"] = derived(family.model_class, f"The decoder of a fused {family.title}, without a head.")
+    classes[_CAUSAL_LM] = FusedLlamaForCausalLM
     if family.model_type != "llama":
         what = f"A {family.title} whose layers were fused."
-        fused_lm = derived(lm, what, (FusedForCausalLM, lm, GenerationMixin), family=family)
-    heads = {kind: stock for kind in HEADS if (stock := family.head_class(kind)) is not None}
-    # The prefix is that of all other checkpoints; some heads' own classes would find no layers in them.
-    prefix = {"base_model_prefix": lm.base_model_prefix}
-    return FusedClasses(
-        config,
-        derived(family.model_class, f"The decoder of a fused {family.title}, without a head."),
-        fused_lm,
-        {kind: derived(stock, f"A fused {family.title} with another head.", **prefix) for kind, stock in heads.items()},
-    )
+        classes[_CAUSAL_LM] = derived(lm, what, (FusedForCausalLM, lm, GenerationMixin), family=family)
+    for kind in HEADS:
+        if (stock := family.head_class(kind)) is not None:
+            # The prefix is that of all other checkpoints; some heads' own classes would find no layers in them.
+            contents = {"base_model_prefix": lm.base_model_prefix}
+            classes[f"AutoModelFor{kind}"] = derived(stock, f"A fused {family.title} with another head.", **contents)
+    return classes
 
 
 FUSED_CLASSES = MappingProxyType({name: _classes_of(family) for name, family in FAMILIES.items()})
-"""By the base's `model_type`; by their names they are in this module, too."""
-globals().update({made.__name__: made for classes in FUSED_CLASSES.values() for made in classes})
+"""By the base's `model_type`, then by the names of Auto classes; by their own names they are in this module, too."""
+globals().update({made.__name__: made for classes in FUSED_CLASSES.values() for made in classes.values()})
 
 
 def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
@@ -375,7 +366,8 @@ def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
 
     Raises ValueError where it is of none.
     """
-    return FUSED_CLASSES[family_of(config).model_type].causal_lm
+    found: type[FusedForCausalLM] = FUSED_CLASSES[family_of(config).model_type][_CAUSAL_LM]
+    return found
 
 
 def with_buffers(model: Any, like: Any) -> None:

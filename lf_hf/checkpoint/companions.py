@@ -70,22 +70,14 @@ def _write_older_names(folder: Path) -> None:
     transformers 4, and what builds on it (vLLM up to 0.23, llama.cpp's converter), takes a missing `rope_theta` for
     its own default without a word, and does not know the tokenizer class. transformers 5 reads both.
     """
-    for name, with_older in ((CONFIG_NAME, _with_older_config), (TOKENIZER_CONFIG_FILE, _with_older_tokenizer)):
-        if (file := folder / name).is_file():
-            values = with_older(json.loads(file.read_text(encoding="utf-8")))
-            file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config
-
-
-def _with_older_config(config: dict[str, Any]) -> dict[str, Any]:
-    return config | _older_names(config)
+    for file in filter(Path.is_file, (folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE)):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values |= _older_names(values)
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(values.get("extra_special_tokens"), list):
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _older_names(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,20 +25,20 @@ BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
 def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
-    """A checkpoint's files of weights on this machine. `hub` holds from_pretrained's arguments on where files are.
+    """A checkpoint's files of weights on this machine; none if they are on the hub only.
 
-    Raises
-    ------
-    ValueError
-        If there are none.
+    `hub` holds from_pretrained's arguments on where files are. Raises ValueError if a folder holds none.
     """
     base = os.fspath(base)
     hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
-    if hub.get("gguf_file"):
-        file = cached_file(base, hub.pop("gguf_file"), **hub)
-        assert file is not None  # cached_file raises for a file that is not there
-        return [Path(file)]
-    return sorted(set(tensor_files(weights_folder(base, hub)).values()))
+    try:
+        if gguf_file := hub.pop("gguf_file", None):
+            return [Path(str(cached_file(base, gguf_file, **hub)))]
+        return sorted(set(tensor_files(weights_folder(base, hub)).values()))
+    except (ValueError, OSError):
+        if os.path.isdir(base):
+            raise
+        return []
 
 
 def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:

@@ -76,23 +76,19 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-REPORT = json.loads(json.dumps(make_report().to_dict()))
-REPORT |= {name: REPORT[name][:5] for name in ("embeddings", "similarity")} | {"similarity": None}
 POINT = make_point("mka", 1, 0.5)
+REPORT = make_report(similarity=None, embeddings=None).to_dict()
 
 
 @quick
-@given(edited(make_report(similarity=None, embeddings=None).to_dict()).map(json_bytes) | damaged(json_bytes(REPORT)))
+@given(edited(REPORT).map(json_bytes) | damaged(json_bytes(REPORT)))
 def test_reports(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "fusion_report.json").write_bytes(content)
-
     try:
         report = FusionReport.load(tmp_path)
     except (ValueError, OSError):
         return
-    assert report.summary() and model_card(
-        report, FAMILIES["llama"], plain=False
-    )  # whatever loads can be shown and saved
+    assert report.summary() and model_card(report, FAMILIES["llama"], plain=False)  # what loads can be shown and saved
     assert len(report.groups) == report.layers_after
     report.save(tmp_path)
 
