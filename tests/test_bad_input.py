@@ -9,7 +9,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,13 @@ import pytest
 import torch
 from conftest import make_llama, make_texts
 from lm_eval.api.registry import get_model
-from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint, tasks_path
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
-from lf_hf.evaluate.sweep import sweep
 
 Edit = Callable[[Path], Any]
 NAN = float("nan")
@@ -129,29 +127,10 @@ def healing(at: Places, **kwargs: Any) -> Any:
     return lf_hf.HealSettings(**kwargs)
 
 
-def calibrate(at: Places, content: bytes = b"", name: str = "text.txt", **kwargs: Any) -> Any:
-    file = Path(at.base) / name
-    file.write_bytes(content)
-    return python(at, calibration=str(file), **kwargs)
-
-
-def swept(at: Places, **kwargs: Any) -> Any:
-    given: dict[str, Any] = {"num_fusions": [1], "methods": ["mka"], "tasks": ["mmlu_sample_anatomy"]}
-    given |= {"base": at.base, "out": at.out, "calibration": at.text, "settings": {"perplexity_tokens": 0}} | kwargs
-    return sweep(**given)
-
-
 def lm_eval(at: Places, arguments: str) -> Any:
     """`lm_eval --model fused_llama --model_args ARGUMENTS`."""
     given = arguments.format(base=at.base, fused=at.fused, text=at.text)
     return get_model("fused_llama").create_from_arg_string(given, {"device": "cpu", "batch_size": 1})
-
-
-def task(at: Places, **metadata: Any) -> Any:
-    values = {name: value.format(base=at.base) if isinstance(value, str) else value for name, value in metadata.items()}
-    return TaskManager(include_path=str(tasks_path()), include_defaults=False, metadata=values).load(
-        "mmlu_5shot_anatomy"
-    )
 
 
 def healed(at: Places, **kwargs: Any) -> Any:
@@ -160,10 +139,6 @@ def healed(at: Places, **kwargs: Any) -> Any:
 
 def read_report(at: Places) -> Any:
     return FusionReport.load(at.fused)
-
-
-def loaded(at: Places) -> Any:
-    return FusedLlamaForCausalLM.from_pretrained(at.fused)
 
 
 def failed(at: Places, *words: Any, code: int = 1) -> Any:
@@ -202,27 +177,10 @@ ROWS: dict[str, Row] = {
     "a misspelt choice": (settings, {"method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
     "averages of none": (settings, {"merge": "keep_first"}, "alignment='rows' has no effect with merge='keep_first'"),
     "a fit of averages": (settings, {"refit": "projections"}, "refit='projections' .* set merge='select' or refit="),
-    "healing at no rate": (
-        healing,
-        {"learning_rate": 0},
-        "must be float > 0 and <= 1, got 0",
-    ),
-    "healing what": (
-        healing,
-        {"train": "layer"},
-        "Unknown train 'layer'; did you mean 'layers'",
-    ),
-    "steps without a sequence": (
-        healing,
-        {"batch_tokens": 16},
-        "batch_tokens=16 holds no sequence of length=512",
-    ),
+    "healing what": (healing, {"train": "layer"}, "Unknown train 'layer'; did you mean 'layers'"),
+    "steps without a sequence": (healing, {"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=512"),
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
-    "too many": (
-        python,
-        {"num_fusions": 10**9},
-        "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000",
-    ),
+    "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
     "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal": (healed, {"trian": "all"}, "Unknown argument 'trian'; did you mean 'train'"),
@@ -257,26 +215,15 @@ ROWS: dict[str, Row] = {
     "calibrating on a number": (python, {"calibration": 3}, "Text must be a list of strings, a file or .*, got 3"),
     "half a character": (python, {"calibration": ["\ud800"] * 60}, "Sample 1 of .* cannot be used .*surrogates"),
     "little text": (
-        calibrate,
-        {"content": b"layer", "method": "refit"},
+        python,
+        {"calibration": ["layer"], "method": "refit"},
         "has only \\d tokens, .* sequence of 256; give more text",
         write("model.safetensors", b""),  # which are not read before that is said
     ),
-    "an unknown kind": (
-        python,
-        {"calibration": "a.docx"},
-        "'a.docx .train.' cannot be read .* give a .txt, .jsonl, .csv",
-    ),
-    # Sweeps
-    "one level": (swept, {"num_fusions": 4}, "num_fusions must be a list .*, got 4"),
-    "an unknown setting": (swept, {"settings": {"bet": 1}}, "Unknown fusion setting 'bet'"),
+    "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx .train.' cannot be read .* give a .txt, .jsonl"),
     # lm-eval's model args, all strings
     "lm-eval, in words": (lm_eval, ["pretrained={base},num_fusions=four"], "must be int >= 1, got 'four'"),
-    "lm-eval, calibration": (
-        lm_eval,
-        ["pretrained={base},num_fusions=1,calibration=no.txt"],
-        "'no.txt' cannot",
-    ),
+    "lm-eval, calibration": (lm_eval, ["pretrained={base},num_fusions=1,calibration=no.txt"], "'no.txt' cannot"),
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),
     "lm-eval, mixtral": (lm_eval, ["pretrained={base},num_fusions=1"], "'mixtral' model", config(model_type="mixtral")),
     "lm-eval, nothing": (lm_eval, [""], "pretrained is missing; give pretrained=NAME, a base to fuse"),
@@ -284,18 +231,12 @@ ROWS: dict[str, Row] = {
     "lm-eval, theirs": (lm_eval, ["pretrained={fused},batchsize=4"], "'batchsize'; did you mean 'batch_size'?"),
     "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
-    # Task metadata
-    "tasks nowhere": (task, {"mmlu_dir": "no"}, "'no' is not the folder .* of dev/anatomy_dev.csv cannot be read"),
     # Saved fusions, edited by hand
     "a report of huge models": (read_report, {}, "layers_before=1000000000000 is not", report(layers_before=10**12)),
     "a report cut off": (read_report, {}, "fusion_report.json' is not JSON", cut("fusion_report.json", 300)),
     # Commands: a wrong command line, and failures
     "layers for this model": (mistyped, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
-    "in words": (
-        mistyped,
-        (*FUSE, "--num-fusions", "four"),
-        "int >= 1, got 'four'",
-    ),
+    "in words": (mistyped, (*FUSE, "--num-fusions", "four"), "int >= 1, got 'four'"),
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),
     "a dtype": (mistyped, (*ONE, "--dtype", "int8"), "'int8' is not one of 'float32'"),
     "no folder": (mistyped, ("fuse", "{base}"), "OUT"),
@@ -305,11 +246,7 @@ ROWS: dict[str, Row] = {
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
     "device": (failed, (*ONE, "--device", "banana"), "The device 'banana' cannot be used"),
     "low memory of all": (failed, (*ONE, "--low-memory", "--device", "auto"), "onto one device"),
-    "low memory and healing": (
-        failed,
-        (*ONE, "--low-memory", "--heal-tokens", 2048),
-        "heal_tokens=2048 cannot be",
-    ),
+    "low memory and healing": (failed, (*ONE, "--low-memory", "--heal-tokens", 2048), "heal_tokens=2048 cannot be"),
     "cut-off weights": (failed, ONE, "safetensors' cannot be read", cut("model.safetensors", 9000)),
     "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
     "a page nowhere": (failed, ("report", "{fused}", "--html", "/no/where.html"), "No such file"),
@@ -337,32 +274,13 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_task_index() -> Iterator[None]:
-    """lm-eval takes seconds to look through all its tasks; here only ours are wanted."""
-    index = TaskManager(include_path=str(tasks_path()), include_defaults=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
-        yield
-
-
-@pytest.fixture(scope="module")
-def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint that was saved fused; tests only read it."""
-    folder = str(tmp_path_factory.mktemp("fused") / "model")
-    settings: dict[str, Any] = {"num_fusions": 1, "method": "truncate", "perplexity_tokens": 0}
-    FusedLlamaForCausalLM.from_pretrained_fused(base, **settings).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def at(base: str, fused: str, tmp_path: Path) -> Places:
+def at(base: str, fused: Path, tmp_path: Path) -> Places:
     """Copies of whole checkpoints, and text that is enough."""
     for name, source in (("base", base), ("fused", fused)):
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "text.txt").write_text("\n\n".join(make_texts(400)), encoding="utf-8")
-    base, fused, text = (str(tmp_path / name) for name in ("base", "fused", "text.txt"))
-    return Places(base, fused, text, tmp_path / "out")
+    return Places(str(tmp_path / "base"), str(tmp_path / "fused"), str(tmp_path / "text.txt"), tmp_path / "out")
 
 
 @pytest.fixture
@@ -388,7 +306,7 @@ def test_one_sentence_before_any_work(at: Places, name: str) -> None:
         pytest.skip("this transformers has layers of one kind in a config")
     call, arguments, message, *edits = ROWS[name]
     for edit in edits:
-        edit(Path(at.fused if call in (loaded, read_report) else at.base))
+        edit(Path(at.fused if call is read_report else at.base))
     words, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
     with pytest.raises((ValueError, OSError)) as error:
         call(at, *words, **named)
@@ -398,13 +316,12 @@ def test_one_sentence_before_any_work(at: Places, name: str) -> None:
 @pytest.mark.parametrize("call", [python, from_folder_to_folder])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_bad_weights_get_the_same_sentence_however_they_are_read(
-    at: Places, call: Call, name: str, monkeypatch: pytest.MonkeyPatch
+    at: Places, call: Call, name: str, request: pytest.FixtureRequest
 ) -> None:
     edit, message = WEIGHTS[name]
     edit(Path(at.base))
     if "activations" not in name:
-        monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
-        monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
+        request.getfixturevalue("no_work")
     with pytest.raises(ValueError, match=message) as error:
         call(at, method="mka")
     check(str(error.value), message, at)

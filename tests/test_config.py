@@ -38,6 +38,8 @@ def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     assert FusionConfig.from_kwargs(**strings) == config
     assert FusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
+    with pytest.raises(ValueError, match="Unknown fusion setting 'bet'; did you mean"):
+        FusionConfig.from_kwargs(num_fusions=1, bet=1)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -7,20 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts
+from conftest import QUICK, make_texts
 
-from lf_hf import FusedLlamaForCausalLM
 from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
-
-QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
-
-
-@pytest.fixture(scope="module")
-def saved(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("fused") / "model")
-    FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(folder)
-    return folder
-
 
 PASSING = (
     "attn_implementation=eager,low_cpu_mem_usage=True,use_cache=False,weights_only=True,max_length=64,logits_cache=0"
@@ -28,8 +17,8 @@ PASSING = (
 
 
 @pytest.mark.parametrize("fusing", [True, False])
-def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, saved: str) -> None:
-    given = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0" if fusing else f"pretrained={saved}"
+def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fused: Path) -> None:
+    given = f"pretrained={base},num_fusions=1,method=truncate,perplexity_tokens=0" if fusing else f"pretrained={fused}"
     options = {"device": "cpu", "batch_size": "auto:2", "max_batch_size": 2}
     lm = FusedLlamaLM.create_from_arg_string(f"{given},dtype=float,{PASSING}", options)
     assert lm.model.config._attn_implementation == "eager" and lm.model.config.use_cache is False
@@ -37,9 +26,9 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, sav
 
 
 def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(300)))
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
     given: dict[str, Any] = {"calibration": str(tmp_path / "text.txt"), "device": "cpu", "calibration_tokens": 1024}
-    given |= QUICK | {"method": "refit"}
+    given |= QUICK | {"method": "refit", "selection": "last", "refit": "down_proj"}
     plain = FusedLlamaLM(base, fused_dir=str(tmp_path / "plain"), **given)
     started = FusedLlamaLM(base, fused_dir=str(tmp_path / "started"), add_bos_token=True, **given)
     assert started.tokenizer.add_bos_token and not getattr(plain.tokenizer, "add_bos_token", False)

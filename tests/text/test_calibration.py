@@ -26,10 +26,8 @@ from lf_hf.text.packing import interleaved, pack_corpus, pack_tokens, tokenize_s
 
 def test_default_samples_are_the_first_question_of_each_subject_without_its_answer() -> None:
     calibration = load_calibration()
-    assert len(calibration.texts) == 57 and "lm-eval" in calibration.source
-    for text, subject in zip(calibration.texts, SUBJECTS, strict=True):
-        assert text.startswith(bundled_questions()[subject][0].question.strip())
-        assert text.endswith("\nAnswer:")
+    assert "lm-eval" in calibration.source
+    assert calibration.texts == [format_question(bundled_questions()[subject][0]) for subject in SUBJECTS]
     assert len(load_calibration(samples_per_subject=2).texts) == 114
     with pytest.raises(ValueError, match=r"samples_per_subject=5, but .* only 4 questions on college_chemistry"):
         load_calibration(samples_per_subject=5)
@@ -46,23 +44,16 @@ def test_training_has_every_question_but_those_of_the_sample_and_says_why_answer
             assert f"Answer: {question.choices[question.answer]}\n{question.explanation}" in trained
 
 
-@pytest.mark.parametrize(
-    ("length", "tokens"), [(2_000_000, 131072), (40_000, 131072), (8000, 8192), (2_000_000, 6800), (10, 131072)]
-)
+@pytest.mark.parametrize(("length", "tokens"), [(2_000_000, 131072), (8000, 8192), (2_000_000, 6800), (10, 131072)])
 def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(length: int, tokens: int) -> None:
-    fitted = load_corpus(["a" * length], max_tokens=tokens)
-    trained = load_training_text(["a" * length], tokens)
+    fitted, trained = load_corpus(["a" * length], max_tokens=tokens), load_training_text(["a" * length], tokens)
     assert fitted.names[1:] == [QUESTIONS] and trained.names[1:] == [DOCUMENTATION, QUESTIONS]
     assert fitted.full_source.endswith(f"{QUESTIONS}, text by the model itself")
-    assert set(fitted.parts[0]) == set(trained.parts[0]) == {"a", "\n"}
-    for corpus in (fitted, trained):
-        text, questions = corpus.parts[0], corpus.parts[-1]
-        assert len(questions) == int(min(len(text) / 2, tokens * 0.8, 40_000)) and (
-            length == 10 or "Answer: " in questions
-        )
-    documentation = trained.parts[1]
+    for text, *_, questions in (fitted.parts, trained.parts):
+        assert set(text) == {"a", "\n"} and len(questions) == int(min(len(text) / 2, tokens * 0.8, 40_000))
+        assert length == 10 or "Answer: " in questions
+    documentation, first = trained.parts[1], documentation_halves()[0]
     assert len(documentation) == int(min(len(trained.parts[0]) / 2, tokens * 0.6))
-    first = documentation_halves()[0]
     pieces = [documentation[start : start + 200] for start in range(0, len(documentation), 2050)]
     places = [first.index(piece) for piece in pieces]
     assert places == sorted(places)
@@ -85,10 +76,8 @@ def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: py
 
 
 def test_documentation_halves_share_no_paragraph() -> None:
-    first, second = documentation_halves()
-    assert len(first) > 100_000 and len(second) > 100_000
-    paragraphs = [set(re.split(r"\n\n+", half)) for half in (first, second)]
-    assert not paragraphs[0] & paragraphs[1]
+    halves = [set(re.split(r"\n\n+", half)) for half in documentation_halves()]
+    assert not halves[0] & halves[1] and all(sum(map(len, half)) > 100_000 for half in halves)
 
 
 def test_samples_are_cut_and_checked_against_the_model_and_leave_the_tokenizer_as_it_was() -> None:
@@ -104,20 +93,14 @@ def test_sequences_are_spread_over_the_text() -> None:
     tokenizer = make_tokenizer()
     text = " ".join(make_texts(100))
     everything = pack_tokens(tokenizer, text, 20, 10**6)
-    ids = tokenizer(text)["input_ids"]
-    assert torch.cat(everything).tolist() == ids[: 20 * len(everything)]
+    assert torch.cat(everything).tolist() == tokenizer(text)["input_ids"][: 20 * len(everything)]
     some = pack_tokens(tokenizer, text, 20, 200)
     places = [next(n for n, piece in enumerate(everything) if torch.equal(piece, one)) for one in some]
     assert places == [n * len(everything) // 10 for n in range(10)] and places[-1] > len(everything) / 2
     assert pack_tokens(tokenizer, text, 16, 1) == []  # none has a single token
-
-
-def test_a_tokenizer_that_adds_a_first_token_has_it_before_every_sequence() -> None:
-    tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    sequences = pack_tokens(tokenizer, " ".join(make_texts(30)), 50, 200)
-    assert all(sequence[0] == 0 for sequence in sequences)
-    assert [len(sequence) for sequence in sequences] == [50] * 4
+    begun = pack_tokens(tokenizer, text, 50, 200)
+    assert [(len(sequence), int(sequence[0])) for sequence in begun] == [(50, 0)] * 4
 
 
 def test_parts_of_a_corpus_share_the_tokens() -> None:

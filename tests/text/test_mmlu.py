@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question, read_csv_questions
+from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, read_csv_questions
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +17,10 @@ def bundled() -> dict[str, list[Question]]:
     return bundled_questions()
 
 
-def test_subjects_and_categories() -> None:
-    assert len(SUBJECTS) == 57
-    counts = {category: list(SUBJECTS.values()).count(category) for category in SUBJECTS.values()}
-    assert counts == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
-
-
 def test_bundled_questions_are_what_the_design_counts_on(bundled: dict[str, list[Question]]) -> None:
     assert bundled.keys() == SUBJECTS.keys() and sum(map(len, bundled.values())) == 282
+    counts = {category: list(SUBJECTS.values()).count(category) for category in SUBJECTS.values()}
+    assert counts == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
     four = {subject for subject, questions in bundled.items() if len(questions) == 4}
     assert four == {"college_chemistry", "formal_logic", "human_aging"}
     odd = [(s, i, len(q.choices)) for s, qs in bundled.items() for i, q in enumerate(qs) if len(q.choices) != 4]
@@ -59,8 +55,8 @@ def test_bundled_agrees_with_the_original(bundled: dict[str, list[Question]], mm
                 found += 1
                 wrong += original.answer != question.answer
     assert found >= 270
-    # college_chemistry's fifth choice, and one answer that lm-eval corrects.
-    assert wrong == 2
+    assert wrong == 2  # college_chemistry's fifth choice, and one answer that lm-eval corrects
+    assert sum(len(read_csv_questions(mmlu_dir, "test", subject)) for subject in SUBJECTS) == 14042
 
 
 def test_lm_eval_of_another_shape_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +75,6 @@ def test_lm_eval_of_another_shape_or_none(tmp_path: Path, monkeypatch: pytest.Mo
         bundled_questions()
 
 
-def test_format_question() -> None:
-    question = Question("  Two and two? ", ("3", " 4", "5 ", "22"), 1)
-    assert format_question(question) == "Two and two?\nA. 3\nB.  4\nC. 5 \nD. 22\nAnswer:"
-
-
 def test_the_original_release_is_read_and_anything_else_refused(tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     file = tmp_path / "dev" / "anatomy_dev.csv"
@@ -98,8 +89,3 @@ def test_the_original_release_is_read_and_anything_else_refused(tmp_path: Path) 
             read_csv_questions(tmp_path, "dev", "anatomy")
     with pytest.raises(ValueError, match=r"original MMLU release.* test/anatomy_test.csv cannot be read"):
         read_csv_questions(tmp_path, "test", "anatomy")
-
-
-def test_read_csv_release(mmlu_dir: Path) -> None:
-    assert sum(len(read_csv_questions(mmlu_dir, "test", subject)) for subject in SUBJECTS) == 14042
-    assert all(len(read_csv_questions(mmlu_dir, "dev", subject)) == 5 for subject in SUBJECTS)
