@@ -43,7 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    path.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
     return path
 
 

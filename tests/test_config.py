@@ -38,7 +38,7 @@ def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     assert FusionConfig.from_kwargs(**strings) == config
     assert FusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
-    with pytest.raises(ValueError, match="Unknown fusion setting 'bet'; did you mean"):
+    with pytest.raises(ValueError, match="Unknown fusion setting 'bet'; known are num_fusions"):
         FusionConfig.from_kwargs(num_fusions=1, bet=1)
 
 
