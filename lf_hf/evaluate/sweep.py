@@ -174,7 +174,7 @@ class _Maker:
             check_can_heal(base, self._tokenizer, self._to_heal, healed, cache=heal_cache)
         elif heal_cache is not None:
             raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
-        self._fusion: tuple[ModelDecoder, Fusion] | None = None
+        self._fusion: Fusion | None = None
         self._stack = ExitStack()  # of the fusion
 
     def keys(self, evaluation: Mapping[str, Any]) -> dict[str, FusionConfig | None]:
@@ -191,11 +191,10 @@ class _Maker:
             if config is not None:
                 samples = self._samples.texts if self._samples and config.needs_similarity else None
                 text = self._text.parts if self._text and config.needs_text else None
+                to_heal = self._to_heal.parts if self._to_heal and config.heal_tokens else None
                 # What learns from a cache is not quite what learns from the base beside it.
-                healing = (
-                    [self._to_heal.parts, bool(self._heal_cache)] if self._to_heal and config.heal_tokens else None
-                )
-                made_of = {"settings": config.to_dict(), "texts": [samples, text, healing]}
+                cached = self._heal_cache is not None and to_heal is not None
+                made_of = {"settings": config.to_dict(), "texts": [samples, text, to_heal], "heal_cache": cached}
             content = json.dumps(identity | made_of, sort_keys=True)
             keys[hashlib.sha256(content.encode()).hexdigest()[:16]] = config
         return keys
@@ -269,8 +268,8 @@ class _Maker:
     def _fused(self, config: FusionConfig) -> FusedForCausalLM:
         """The fusion, healed where that is asked for."""
         dense, _ = self._dense
-        steps, fusion = self._fused_to(config)
-        decoder = steps.copy()  # which the last pass changes
+        fusion = self._fused_to(config)
+        decoder = cast(ModelDecoder, fusion.decoder.copy())  # which the last pass changes
         names: dict[str, Any] = {"base": self._base.full_name, "parameters": dense.num_parameters()}
         report = with_speed(pipeline.finish(fusion, decoder, self._tokenizer, **names), decoder.model)
         model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
@@ -280,19 +279,17 @@ class _Maker:
             heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
         return model
 
-    def _fused_to(self, config: FusionConfig) -> tuple[ModelDecoder, Fusion]:
+    def _fused_to(self, config: FusionConfig) -> Fusion:
         """A fusion of as many pairs as a config asks for, which goes on from the last one where that was the same."""
-        if self._fusion is not None:
-            before = self._fusion[1]
-            same = before.config.method == config.method and len(before.steps) <= config.num_fusions
+        if last := self._fusion:
+            same = last.config.method == config.method and len(last.steps) <= config.num_fusions
             # The best groups of one level need not be parts of those of the next.
-            if not same or (config.selection == "groups" and config.num_fusions != before.config.num_fusions):
+            if not same or (config.selection == "groups" and config.num_fusions != last.config.num_fusions):
                 self._fusion = None
                 self._stack.close()
         if self._fusion is None:
             model, measured = self._dense
             decoder = ModelDecoder(model, keep_originals=config.refit != "none").copy()
-            started = start(decoder, replace(config, heal_tokens=0), measured)
-            self._fusion = decoder, self._stack.enter_context(started)
-        pipeline.fuse_pairs(self._fusion[1], config.num_fusions)
+            self._fusion = self._stack.enter_context(start(decoder, replace(config, heal_tokens=0), measured))
+        pipeline.fuse_pairs(self._fusion, config.num_fusions)
         return self._fusion

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-_RELATIONS = {
-    "unseen": "; it was not fitted on",
-    "kin": "; text of its kind was fitted on",
-    "seen": "; part of it was fitted on",
-}
+_FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,11 @@ class FusionStep:
 class FittedLayer:
     """The last fit of one fused layer, to the dense model's states.
 
-    `layers` are the original layers that it stands for. `heads_kept` and `channels_kept` count the key-value groups
-    and MLP channels from each of them, where they were selected. The errors are those of what the MLP adds to the
-    stream (squared, relative), before and after, and of what attention adds, after.
-
-    On held-out text, `held_out_error` is the part of what the original layers do to the stream that the fitted layer
-    misses (squared, relative), and `first_token_error` that of each sequence's first token. `layer_instead` is the one
-    of `layers` that misses less as it is, and was taken for that. All are None where they do not apply.
+    `layers` are the original layers that it stands for; the counts and errors are those of FusionStep, from each of
+    them, and `attention_error` is that of what attention adds, after the fit. On held-out text, `held_out_error` is the
+    part of what the original layers do to the stream that the fitted layer misses (squared, relative), and
+    `first_token_error` that of each sequence's first token. `layer_instead` is the one of `layers` that misses less as
+    it is, and was taken for that. All are None where they do not apply.
     """
 
     layers: list[int]
@@ -95,12 +89,10 @@ class CalibrationInfo:
 class PerplexityInfo:
     """Perplexity of both models on `tokens` tokens of a text, `name` in short, and how far apart they are there.
 
-    `divergence` is that of the fused model's predictions from the dense model's, KL(dense || fused), in nats a token on
-    average. `agreement` is the share of tokens, 0..1, at which both have the same most likely next token. They are None
-    in a report of an older version.
-
     `relation` is that of the text to what was fitted or trained on: "unseen", "kin" (a text of its kind was) or "seen"
-    (part of the text itself was).
+    (part of the text itself was). `divergence` is that of the fused model's predictions from the dense model's, in nats
+    a token on average, KL(dense || fused), and `agreement` the share of tokens, 0..1, at which both have the same most
+    likely next token; they are None in a report of an older version.
     """
 
     name: str
@@ -120,7 +112,7 @@ class PerplexityInfo:
     @property
     def label(self) -> str:
         """The text, and what of it was fitted or trained on."""
-        return f"{self.text}{_RELATIONS.get(self.relation, '')}"
+        return f"{self.text}; {_FITTED_ON.get(self.relation, 'it is unknown what was')} fitted on"
 
     @property
     def source(self) -> str:
@@ -158,10 +150,10 @@ class HealingPoint:
 class HealingInfo:
     """What a healing did: a short distillation from the base, after the fusion.
 
-    `settings` are those of the healing. `text` has the kinds of text with the sequences and tokens that there are of
-    each; they were gone through `epochs` times. `trained` parameters were changed at each of `steps` steps, and the
-    state of step `kept` was the best on held-out text, see `curve`; 0 is what came in. `judged` is what it did to texts
-    that it has not seen, and `teacher` how the base's predictions were had.
+    `text` has the kinds of text with the sequences and tokens that there are of each; they were gone through `epochs`
+    times. `trained` parameters were changed at each of `steps` steps, and the state of step `kept` was the best on
+    held-out text, see `curve`; 0 is what came in. `judged` is what it did to texts that it has not seen, and `teacher`
+    how the base's predictions were had.
     """
 
     settings: dict[str, Any]
@@ -178,11 +170,9 @@ class HealingInfo:
     def summary(self) -> str:
         """One sentence about what was trained on what."""
         kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return (
-            f"Trained {self.trained:,} parameters ({self.settings['train']}) for {steps}, of which step "
-            f"{self.kept} is kept; {self.epochs:.1f} times through tokens: {kinds}."
-        )
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}, of which step {self.kept} is kept"
+        trained = f"{self.trained:,} parameters ({self.settings['train']})"
+        return f"Trained {trained} for {steps}; {self.epochs:.1f} times through tokens: {kinds}."
 
 
 @dataclass(frozen=True)
@@ -218,11 +208,9 @@ class SpeedInfo:
     @property
     def source(self) -> str:
         """What it was measured on, in one line."""
+        tokens = f"a prompt of {self.prefill_tokens} tokens and {self.decoded_tokens} decoded"
         runs = f", {self.runs} runs of each model" if self.runs else ""
-        return (
-            f"speed: {self.device}, {self.dtype}, one sequence, a prompt of {self.prefill_tokens} tokens and "
-            f"{self.decoded_tokens} decoded{runs}"
-        )
+        return f"speed: {self.device}, {self.dtype}, one sequence, {tokens}{runs}"
 
 
 @dataclass(frozen=True)
@@ -259,18 +247,14 @@ class BudgetInfo:
 
     def summary(self) -> str:
         """One sentence: what was allowed, and what came out."""
-        found = ", ".join(
-            f"{trial.costs(self.name):.4g} with {trial.num_fusions}"
-            for trial in sorted(self.tried, key=lambda trial: trial.num_fusions)
-        )
+        tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
+        found = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
         return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {found} fused."
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """How the dense and the fused model go on from a prompt: by their most likely token each time, to their end or
-    for some tokens.
-    """
+    """How both models go on from a prompt: by their most likely token each time, to their end or for some tokens."""
 
     prompt: str
     dense: str

@@ -188,7 +188,7 @@ class FusionReport:
     def details(self) -> list[str]:
         """How the model was made, a line each: on which text, of which layers, and what was fitted and healed."""
         lines = [
-            f"calibration: {info.source} ({info.samples} samples, {info.tokens} tokens)" for info in self.calibration
+            f"calibration: {text.source} ({text.samples} samples, {text.tokens} tokens)" for text in self.calibration
         ]
         for step in self.steps:
             i, j = step.pair
