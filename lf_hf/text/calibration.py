@@ -14,7 +14,7 @@ from transformers.utils import logging
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, first_rows
-from lf_hf.text.mmlu import SUBJECTS, asked_in_sample, bundled_questions, format_question, questions_of
+from lf_hf.text.mmlu import SUBJECTS, format_question, questions_of, questions_to_fit
 from lf_hf.text.sources import OpenTokenizer, Samples, read_samples, spread_evenly, windows
 
 logger = logging.get_logger(__name__)
@@ -156,15 +156,12 @@ def _taken(items: Iterable[str], count: int, source: str, kind: str) -> tuple[li
 
 
 def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration:
-    try:
-        if not ask_hub:
-            raise OSError("the bundled ones are asked for")
-        questions, source = questions_of(first_rows(MMLU)), "cais/mmlu, validation split"
-    except OSError as error:
-        logger.info("No MMLU validation questions from the hub (%s).", error)
-        questions, source = bundled_questions(), "MMLU development questions that lm-eval ships"
-        if samples_per_subject > 1:
-            logger.warning("samples_per_subject=%d takes questions that mmlu_sample asks.", samples_per_subject)
+    questions, source = {}, "cais/mmlu, validation split"
+    if ask_hub:
+        with suppress(OSError):
+            questions = questions_of(first_rows(MMLU))
+    if not questions:
+        questions, source = questions_to_fit(), "MMLU development questions that lm-eval ships"
     subject = min(SUBJECTS, key=lambda subject: len(questions[subject]))
     if len(questions[subject]) < samples_per_subject:
         raise ValueError(
@@ -173,7 +170,6 @@ def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration
         )
     labels = [subject for subject in SUBJECTS for _ in range(samples_per_subject)]
     texts = [format_question(question) for subject in SUBJECTS for question in questions[subject][:samples_per_subject]]
-    logger.info("Calibrating on %d questions: %s.", len(texts), source)
     return Calibration(texts, source, labels)
 
 
@@ -253,11 +249,10 @@ def _answered_questions(*, explained: bool) -> str:
     and the second format says why the answer is right. Nothing where lm-eval is not installed.
     """
     try:
-        bundled = bundled_questions().values()
+        subjects = [of if explained else of[:1] for of in questions_to_fit().values()]
     except ValueError as error:
         logger.warning("Without questions in the calibration text: %s", error)
         return ""
-    subjects = [[q for q in of if q != asked_in_sample(of)] if explained else of[:1] for of in bundled]
     questions = [question for nth in zip_longest(*subjects) for question in nth if question is not None]
     lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
     plain = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
@@ -275,8 +270,8 @@ def other_kinds(corpus: Corpus) -> list[str]:
     """
     texts = [] if corpus.by_default else [documentation_halves()[0]]
     with suppress(ValueError):
-        subjects = [[q for q in of[1:] if q != asked_in_sample(of)] for of in bundled_questions().values()]
-        texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for of in subjects for q in of))
+        others = [question for of in questions_to_fit().values() for question in of[1:]]
+        texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
     return [text for text in texts if text]
 
 

@@ -112,6 +112,11 @@ def asked_in_sample(questions: Sequence[Question]) -> Question:
     return [question for question in questions if len(question.choices) == 4][-1]
 
 
+def questions_to_fit() -> dict[str, list[Question]]:
+    """The bundled questions of each subject, three or four, but for the one that `mmlu_sample` asks."""
+    return {subject: [q for q in of if q != asked_in_sample(of)] for subject, of in bundled_questions().items()}
+
+
 def _parse_prompt(prompt: str) -> list[Question]:
     """Take the questions out of a subject's chain-of-thought prompt: `Q: ...`, `(A) ... (B) ...`, `A: ...`."""
     questions = []
