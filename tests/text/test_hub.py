@@ -57,24 +57,21 @@ class Hub(BaseHTTPRequestHandler):
         body, status, file = b"<html>Please log in</html>", 200, FILES.get(self.path.split("/", 6)[-1], b"")
         if self.manner == "hangs":
             time.sleep(20)
-        elif self.manner == "trickles":
-            body = b" " * 1000
         elif self.manner == "good" and file:
             first, last = (int(place) for place in self.headers["range"].removeprefix("bytes=").split("-"))
             body, status = file[first : last + 1], 206
         elif self.manner == "good":
             files = [{"type": "file", "path": path, "size": len(file), "oid": "0"} for path, file in FILES.items()]
-            body = json.dumps(
-                files if "/tree/" in self.path else {"id": "a/b", "sha": self.path.split("/")[-1]}
-            ).encode()
+            of_set = {"id": "a/b", "sha": self.path.split("/")[-1]}
+            body = json.dumps(files if "/tree/" in self.path else of_set).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         with suppress(OSError):  # of whom no longer listens
-            for byte in [body] if self.manner != "trickles" else [body[n : n + 1] for n in range(len(body))]:
+            for byte in [body] if self.manner != "trickles" else [b" "] * len(body):
                 self.wfile.write(byte)
-                time.sleep(0.1 if self.manner == "trickles" else 0)
+                time.sleep(0.2 if self.manner == "trickles" else 0)
 
     do_POST = do_HEAD = do_GET
 
