@@ -32,6 +32,7 @@ from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
+from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import Samples
 
 logger = logging.get_logger(__name__)
@@ -77,11 +78,10 @@ class FusionInputs:
 
     def check(self) -> None:
         """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal."""
-        from lf_hf.measure import given_sequences  # imports scipy and scikit-learn, which loading does not need
-
         _, text = self.samples_and_text
         if text is not None:
-            given_sequences(self.base.config, self.tokenizer, text, self.config)
+            length = min(self.config.calibration_length, self.base.config.max_position_embeddings)
+            check_enough(self.tokenizer, text, length, self.base.config.vocab_size)
         if self.to_heal is not None:
             from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
 

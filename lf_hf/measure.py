@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder.generating import continuations, generate
@@ -234,33 +234,6 @@ def _similarity(
     }
 
 
-class GivenSequences(NamedTuple):
-    """Calibration text that is given, as int64 tensors of shape (tokens T,), and what the model is to write beside it.
-
-    It writes `to_write` sequences of `length` tokens.
-    """
-
-    sequences: list[Tensor]
-    to_write: int
-    length: int
-
-
-def given_sequences(
-    model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
-) -> GivenSequences:
-    """The part of the calibration text that is given, and how much a model is to write beside it.
-
-    Raises ValueError if it is too little, or has ids that the model does not have.
-    """
-    length, share = min(config.calibration_length, model_config.max_position_embeddings), text.generated_share
-    short = min(WRITTEN_LENGTH, length)
-    # The text that is given fills one sequence at least.
-    count = max(0, min(int(config.calibration_tokens * share), config.calibration_tokens - length)) // short
-    packed = pack_corpus(tokenizer, text, length, config.calibration_tokens - count * short, model_config.vocab_size)
-    count = min(count, round(sum(map(len, packed)) * share / (1 - share) / short))  # short text keeps its share
-    return GivenSequences(packed, count, short)
-
-
 def calibration_sequences(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
 ) -> tuple[list[Tensor], int]:
@@ -268,12 +241,18 @@ def calibration_sequences(
 
     And how many of the sequences are chats that it wrote.
     """
-    given = given_sequences(decoder.config, tokenizer, text, config)
-    if not given.to_write:
-        return given.sequences, 0
-    form = chat_form(tokenizer, decoder.config.vocab_size)
-    written = generate(decoder, given.to_write, given.length, config.seed, form)
-    return interleaved(given.sequences, written), len(written[CHATS]) if form else 0
+    model, share, tokens = decoder.config, text.generated_share, config.calibration_tokens
+    length = min(config.calibration_length, model.max_position_embeddings)
+    short = min(WRITTEN_LENGTH, length)
+    # The text that is given fills one sequence at least.
+    count = max(0, min(int(tokens * share), tokens - length)) // short
+    given = pack_corpus(tokenizer, text, length, tokens - count * short, model.vocab_size)
+    count = min(count, round(sum(map(len, given)) * share / (1 - share) / short))  # short text keeps its share
+    if not count:
+        return given, 0
+    form = chat_form(tokenizer, model.vocab_size)
+    written = generate(decoder, count, short, config.seed, form)
+    return interleaved(given, written), len(written[CHATS]) if form else 0
 
 
 def _judged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 
 import numpy as np
@@ -74,6 +75,12 @@ def pack_corpus(
         )
     check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
     return sequences
+
+
+def check_enough(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> None:
+    """Raise the errors of `pack_corpus`, from no more of a corpus than that takes."""
+    enough = [part[: length * TOKEN_CHARACTERS] for part in corpus.parts]
+    pack_corpus(tokenizer, replace(corpus, parts=enough), length, len(enough) * length, vocab_size)
 
 
 def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int) -> list[list[Tensor]]:
