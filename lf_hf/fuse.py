@@ -186,46 +186,41 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
 
     The first run to lock the folder fuses, and the others wait for it.
     """
-    base, config, processes = inputs.base, inputs.config, inputs.processes
-    made_of = inputs.fingerprints()
-    model: FusedForCausalLM | None = None
+    base, processes, made_of = inputs.base, inputs.processes, inputs.fingerprints()
 
-    def reasons_to_fuse() -> list[str]:
-        reasons = processes.all_gather_object(why_not_reused(folder, config, made_of))  # of each machine's folder
-        return [reason for reason in reasons if reason]
+    def reason_to_fuse() -> str | None:
+        of_each_machine = processes.all_gather_object(why_not_reused(folder, inputs.config, made_of))
+        return next(filter(None, of_each_machine), None)
+
+    def write(model: FusedForCausalLM) -> None:
+        with replaced_files(folder) as new:
+            model.write_files(new)
 
     with ExitStack() as stack:
-        if reasons_to_fuse():
+        if reason_to_fuse():
             check_replaceable(folder, base.name, remade=True)
             processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
-            if reasons := reasons_to_fuse():  # checked again under the lock
+            if reason := reason_to_fuse():  # checked again under the lock
                 if (folder / REPORT_NAME).is_file():
-                    logger.warning(f"{reasons[0]} Fusing, to replace it.")
+                    logger.warning(f"{reason} Fusing, to replace it.")
                 inputs.check()
                 model = _load_and_fuse(model_class, inputs)
                 assert model.fusion_report is not None
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                processes.broadcast_object(lambda: _write_files(model, folder))
-        on_another_machine = not processes.is_main and local_rank() == 0
-        if model is not None and on_another_machine and why_not_reused(folder, config, made_of):
-            with only_writer(folder, wait=True):
-                _write_files(model, folder)
-    if model is None:
-        model = model_class.from_pretrained(folder, **base.loading_fused())
-        sources = [info.source for info in model.fusion_report.calibration] if model.fusion_report else []
-        logger.info(f"Loaded from {str(folder)!r} what was fused before, on {', '.join(sources) or 'no text'}.")
-        model.tokenizer = inputs.tokenizer
-        if reasons_to_fuse():  # replaced while it was read, by a run with other settings
-            del model
-            return _load_or_fuse(model_class, inputs, folder)
+                processes.broadcast_object(lambda: write(model))
+                on_another_machine = not processes.is_main and local_rank() == 0
+                if on_another_machine and why_not_reused(folder, inputs.config, made_of):
+                    with only_writer(folder, wait=True):
+                        write(model)
+                return model
+    model = model_class.from_pretrained(folder, **base.loading_fused())
+    sources = [info.source for info in model.fusion_report.calibration] if model.fusion_report else []
+    logger.info(f"Loaded from {str(folder)!r} what was fused before, on {', '.join(sources) or 'no text'}.")
+    model.tokenizer = inputs.tokenizer
+    if reason_to_fuse():  # replaced while it was read, by a run with other settings
+        del model
+        return _load_or_fuse(model_class, inputs, folder)
     return model
-
-
-def _write_files(model: FusedForCausalLM | None, folder: Path) -> None:
-    """Write a model into a folder of which the caller is the only writer."""
-    assert model is not None
-    with replaced_files(folder) as new:
-        model.write_files(new)
 
 
 @naming(FusionConfig)

@@ -33,7 +33,6 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.saving import only_writer, replaced_files
-from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.report.report import CHANGED_NOTE
 
@@ -186,7 +185,7 @@ def test_what_transformers_accepts_is_accepted(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     model.save_pretrained(".")
-    assert main(["fuse", base, ".", "--num-fusions", "1", "--method", "truncate", "--perplexity-tokens", "0"]) == 0
+    fuse_checkpoint(base, ".", **QUICK)
     assert os.path.samefile(os.getcwd(), tmp_path / "here")
     for folder in ("out", "llama", "here"):
         FusedLlamaForCausalLM.from_pretrained(tmp_path / folder)
@@ -429,13 +428,16 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
 
 
 def test_a_model_can_be_saved_where_it_was_loaded_from(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    """Its weights may still be mapped from the file that is replaced."""
-    model.save_pretrained(tmp_path / "out")
-    before = files(tmp_path / "out")
+    """Its weights may still be mapped from the file that is replaced; a link keeps pointing to the checkpoint."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    model.save_pretrained(tmp_path / "link")
+    before = files(tmp_path / "disk" / "out")
     for _ in range(2):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
-    assert files(tmp_path / "out")["model.safetensors"] == before["model.safetensors"]
-    assert files(tmp_path / "out").keys() == before.keys()
+        AutoModelForCausalLM.from_pretrained(tmp_path / "link").save_pretrained(tmp_path / "link")
+    after = files(tmp_path / "disk" / "out")
+    assert after["model.safetensors"] == before["model.safetensors"] and after.keys() == before.keys()
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
@@ -449,14 +451,6 @@ def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp
         modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
         assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~mask}
         assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
-
-
-def test_a_link_keeps_pointing_to_the_checkpoint(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
-    for _ in range(2):
-        model.save_pretrained(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "config.json").is_file()
 
 
 def test_models_spread_over_processes_are_saved_whole(make_base: Callable[..., str], tmp_path: Path) -> None:
