@@ -6,7 +6,6 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import json
@@ -71,8 +70,7 @@ def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = sig
     """Run `work` in a process that gets a signal after `seconds`."""
     pid = os.fork()
     if not pid:
-        with contextlib.suppress(KeyboardInterrupt):
-            work()
+        work()
         os._exit(0)
     time.sleep(seconds)
     os.kill(pid, number)
@@ -155,17 +153,16 @@ def main(folder: Path) -> None:
     put_foreign(folder / "whole")
     taken = seconds(lambda: sweep(base, folder / "whole", **arguments))
     whole = [{**vars(point), "seconds": None} for point in read_points(folder / "whole" / RESULTS).values()]
-    for number in (signal.SIGKILL, signal.SIGINT):
-        out = folder / f"sweep {number.name}"
-        put_foreign(out)
-        before = foreign(out)
-        for _ in range(KILLS):
-            killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken), number)  # noqa: B023
-            found[out.name].append(swept_state(out))
-            assert foreign(out) == before
-        seconds(lambda: sweep(base, out, **arguments))  # noqa: B023
-        assert [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()] == whole
-        assert {file.name for file in out.iterdir()} == {file.name for file in (folder / "whole").iterdir()}
+    out = folder / "sweep"
+    put_foreign(out)
+    before = foreign(out)
+    for _ in range(KILLS):
+        killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken))
+        found[out.name].append(swept_state(out))
+        assert foreign(out) == before
+    seconds(lambda: sweep(base, out, **arguments))
+    assert [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()] == whole
+    assert {file.name for file in out.iterdir()} == {file.name for file in (folder / "whole").iterdir()}
     print(json.dumps({"found": found, "left": sorted(path.name for path in folder.iterdir())}))
 
 

@@ -67,7 +67,9 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     aside, _ = held_out(measured.text, config.seed)
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert report.budget is not None
+    assert report.budget is not None and measured.of_text is not None
+    for of_rest in report.calibration:  # where something is fitted
+        assert of_rest.tokens + report.budget.tokens == measured.of_text.tokens
     at, number = {trial.num_fusions: trial for trial in report.budget.tried}, len(report.steps)
     assert at[number].divergence == pytest.approx(divergence, rel=1e-3)
     assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)
@@ -75,30 +77,6 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     assert report.config[level] == allowed and report.config["num_fusions"] is None
     assert f"{level}={allowed:g} on" in report.summary()
     assert FusionReport.from_dict(report.to_dict()) == report
-
-
-def test_a_budget_measures_costs_of_groups_on_its_own_text() -> None:
-    """Beside fusions of a number that are given, with the same measurements."""
-    tokenizer, model = make_tokenizer(), make_llama(num_hidden_layers=6)
-    settings: dict[str, Any] = SETTINGS | {"method": "refit", "selection": "groups"}
-    budget, number = FusionConfig(max_divergence=1e9, **settings), FusionConfig(2, **settings)
-    measured = measure(ModelDecoder(model), tokenizer, number, None, Corpus(TEXTS, "texts"))
-    alone, within, after = (
-        fuse(
-            ModelDecoder(model, keep_originals=True).copy(),
-            tokenizer,
-            config,
-            None,
-            None,
-            base="tiny",
-            measurements=measured,
-        )
-        for config in (number, budget, number)
-    )
-    assert after.group_costs == alone.group_costs != within.group_costs
-    [of_all], [of_rest] = alone.calibration, within.calibration
-    assert within.budget is not None and within.budget.text == of_rest.source == of_all.source
-    assert of_rest.tokens + within.budget.tokens == of_all.tokens and of_rest.samples < of_all.samples
 
 
 def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() -> None:

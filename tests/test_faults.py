@@ -12,7 +12,6 @@ from conftest import make_texts, outcome_of
 from run_faults import Answers
 from test_saving import file_size_limit, no_privileges
 
-from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.points import RESULTS
 from lf_hf.evaluate.sweep import sweep
@@ -26,9 +25,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert set(outcome["found"][name]) <= {"1", "2", "none, then 1", "none, then 2"} | (
             {"none, then none"} if name == "fresh" else set()
         )
-    for name in ("sweep SIGKILL", "sweep SIGINT"):
-        counts = list(map(int, outcome["found"][name]))
-        assert counts == sorted(counts) and counts[-1] > 0  # no point is lost
+    counts = list(map(int, outcome["found"]["sweep"]))
+    assert counts == sorted(counts) and counts[-1] > 0  # no point is lost
     assert set(outcome["left"]) - {"fresh"} == {"base", "whole", *outcome["found"]} - {"fresh"}
 
 
@@ -81,15 +79,3 @@ def test_results_of_something_else_are_left_alone(
     with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
         sweep(base, tmp_path, **arguments)
     assert (tmp_path / RESULTS).read_bytes() == content
-
-
-def test_an_interrupted_sweep_says_so_in_one_line(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
-) -> None:
-    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    monkeypatch.setattr("lf_hf.evaluate.sweep.measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    words = ["sweep", base, str(tmp_path / "out"), "--num-fusions", "1", "--methods", "truncate"]
-    assert main(words) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "lf-hf: interrupted."
-    assert "Not there yet: dense, truncate at 1; run the sweep again" in caplog.text
-    assert not (tmp_path / "out").exists()

@@ -39,7 +39,6 @@ from lf_hf.healing.teacher import open_teacher, stacked
 from lf_hf.healing.text import given_text, training_order
 from lf_hf.healing.trainer import (
     default_learning_rate,
-    disk_needed,
     make_student,
     make_trainer,
     num_shards,
@@ -121,17 +120,13 @@ def heal(
     def save() -> None:
         inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.own_tokenizer
         inputs.model.save_pretrained(folder, plain=inputs.plain)
-        if (work / _LOGS).is_dir():
-            shutil.copytree(work / _LOGS, folder / _LOGS, copy_function=_copy_new, dirs_exist_ok=True)
+        if (work / _LOGS).is_dir():  # what is there already is the user's
+            copy = lambda source, target: os.path.exists(target) or shutil.copy2(source, target)  # noqa: E731
+            shutil.copytree(work / _LOGS, folder / _LOGS, copy_function=copy, dirs_exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().broadcast_object(save)
     return report
-
-
-def _copy_new(source: str, target: str) -> None:
-    if not os.path.exists(target):  # else it is the user's
-        shutil.copy2(source, target)
 
 
 def heal_loaded(
@@ -216,9 +211,16 @@ def prepare(
     arguments = training_arguments(settings, work, given)
     student = make_student(model, settings, fused_layers)
     placement = place_teacher(base, student, settings, arguments, cache, num_shards(arguments))
-    disk = disk_needed(student, settings)
-    if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
-        Processes.of_launch().broadcast_object(lambda: check_room(work, disk, "states of the training take"))
+    trained = [p for p in student.parameters() if p.requires_grad]
+    kept = trained if settings.train == "lora" else student.parameters()
+    # The best state, the last one, and one that is being written, each with AdamW's two float32 numbers of a parameter.
+    disk = 3 * (sum(p.nbytes for p in kept) + sum(8 * p.numel() for p in trained))
+
+    def check_disk() -> None:
+        if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
+            check_room(work, disk, "states of the training take")
+
+    Processes.of_launch().broadcast_object(check_disk)
     return Preparation(settings, arguments, student, placement, disk)
 
 
@@ -250,7 +252,7 @@ def _distill(
         before = judge(model, teacher, processes)
         names = [name for name, items in teacher.training.items() for _ in range(len(items))]
         order = training_order(len(names), settings)
-        used = Counter(names[number] for number in set(order))
+        used = Counter(names[number] for number in sorted(set(order)))
         trainer.targets, trainer.eval_dataset = teacher.targets, teacher.held_out
         trainer.train_dataset = Subset(ConcatDataset(teacher.training.values()), order)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -304,7 +306,7 @@ def _identity(inputs: HealingInputs, prepared: Preparation, given: Mapping[str, 
 def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
     """The last state of a run of the same healing that was cut short, if there is one.
 
-    `source` says where the text is from. Raises ValueError for a run of another healing, so that nothing is lost.
+    Raises ValueError for a run of another healing, so that nothing is lost.
     """
     note = work / "healing.json"
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}

@@ -70,19 +70,14 @@ def place_teacher(
         how = "in memory" if in_memory else "read layer by layer"
         description = f"the {settings.top_k} most likely ones of each token, written to disk by the base, {how}"
     logger.info(f"The base's predictions: {description}.")
-    _set_batches(arguments, settings.batch, int((free - fixed) // one))
-    training = fixed + loaded + arguments.per_device_train_batch_size * one
+    of_process = settings.batch // arguments.world_size
+    most = max(1, min((free - fixed) // one, arguments.per_device_train_batch_size))
+    size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= most)
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, of_process // size
+    training = fixed + loaded + size * one
     memory = training + of_base if beside else max(training, loaded + of_base if in_memory else 0)
     files = None if beside else cache or Path(arguments.output_dir or ".")
     return Placement(description, files, in_memory, memory)
-
-
-def _set_batches(arguments: TrainingArguments, batch: int, fitting: int) -> None:
-    """Split a step's `batch` sequences over processes and over parts of a step, of which memory takes `fitting`."""
-    of_process = batch // arguments.world_size
-    most = max(1, min(fitting, arguments.per_device_train_batch_size))
-    size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= most)
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, of_process // size
 
 
 def training_memory(student: Any, length: int, arguments: TrainingArguments) -> tuple[int, int]:

@@ -166,7 +166,10 @@ def _write(
             inputs.check_base(decoder)
         settings, index = inputs.settings, list[tuple[str, str, list[tuple[str, int]]]]()
         top = partial(_top_predictions, top_k=settings.top_k, temperature=settings.temperature)
-        known = {"training": _tokens if base else top, "held_out": _states if base else top, "judging": _states}
+        # For each part of the text what is to be known of it.
+        known: dict[str, Any] = {"training": top, "held_out": top, "judging": _states}
+        if base:
+            known |= {"training": lambda *_: {}, "held_out": _states}
         try:
             if not base:
                 with decoder.norm_and_head() as (_, weight):
@@ -200,10 +203,6 @@ def _kinds(inputs: HealingInputs, placement: Placement, decoder: Decoder) -> lis
     write = partial(generate, decoder, chat=form)
     kinds = healing_text(tokenizer, corpus, settings, config.vocab_size, write, chats=form is not None)
     return kinds + judging_kinds(tokenizer, config.max_position_embeddings, inputs.judging_tokens)
-
-
-def _tokens(decoder: Decoder, ids: Tensor) -> dict[str, Tensor]:
-    return {}
 
 
 def _states(decoder: Decoder, ids: Tensor) -> dict[str, Tensor]:

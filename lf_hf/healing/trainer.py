@@ -108,15 +108,6 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     return get_peft_model(student, adapters)
 
 
-def disk_needed(student: nn.Module, settings: HealSettings) -> int:
-    """Bytes that a training keeps on disk at most: its best state, its last, and one that is being written.
-
-    Each has the weights, of adapters alone where these are trained, and AdamW's two float32 numbers for each trained.
-    """
-    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad or settings.train != "lora")
-    return 3 * (weights + sum(8 * p.numel() for p in student.parameters() if p.requires_grad))
-
-
 class DistillationTrainer(Trainer):
     """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
 

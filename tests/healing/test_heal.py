@@ -59,17 +59,6 @@ def healed(base: str, fused: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture(scope="session")
-def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the base, but for some weights."""
-    folder, other = tmp_path_factory.mktemp("other"), make_llama()
-    with torch.no_grad():
-        other.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    other.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -95,10 +84,8 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert DOCUMENTATION in [info.source for info in report.healed.text]  # beside the text that was given
     assert {info.name: info.relation for info in report.perplexities} == {"docs": "kin", "reasoning": "unseen"}
     assert {file.name for file in healed.iterdir()} == {file.name for file in fused.iterdir()}
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
-        assert (healed / name).read_bytes() == (fused / name).read_bytes()
+    assert (healed / "config.json").read_bytes() == (fused / "config.json").read_bytes()
     assert "- healed: " in (healed / "README.md").read_text(encoding="utf-8")
-    assert FusionReport.from_dict(report.to_dict()) == report
 
 
 def test_the_report_says_what_both_models_do_in_sequences_as_the_fusion_has_them(
@@ -158,7 +145,12 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
-    base: str, fused: Path, healed: Path, other_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_base: Callable[..., str],
+    base: str,
+    fused: Path,
+    healed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its states take no more of the disk than a plan says; logs are kept beside a user's."""
     real, steps, kills = Trainer.training_step, list[int](), [10]
@@ -191,7 +183,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         ({"cache": tmp_path / "cache"}, r"another healing \(teacher was computed by the base, which"),
         ({"learning_rate": 1e-3}, r"a run that was cut short, of another healing \(settings was {'tokens': 2048, "),
         ({"text": "bundled"}, r"another healing \(text was strings given .*, and now is Python documentation"),
-        ({"base": other_base}, "is not the base that this model was fused from"),
+        ({"base": make_base(initializer_range=0.3)}, "is not the base that this model was fused from"),
     ):
         with pytest.raises(ValueError, match=message):
             lf_hf.heal(fused, out, **arguments | changes)
@@ -431,26 +423,17 @@ def test_a_model_on_two_devices_is_judged_as_on_one(base: str, fused: Path) -> N
     assert devices.moved > 0
 
 
-def test_it_heals_while_loading_and_keeps_the_result(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a tokenizer that is given, where the base has none, and within a budget."""
-    make_llama(num_hidden_layers=4).save_pretrained(tmp_path / "base")
-    arguments: dict[str, Any] = {"method": "truncate", "max_divergence": 1e9, "perplexity_tokens": 0}
-    arguments |= {"calibration_length": 64, "calibration_tokens": 1024, "heal_tokens": 4096, "calibration": TEXTS}
-    arguments |= {"tokenizer": make_tokenizer(), "fused_dir": tmp_path / "fused"}
-    for changes, message in (
-        ({"heal_tokens": 10}, "heal_tokens must be int 0 or >= 1024, got 10"),
-        ({"calibration": TEXTS[:2]}, "tokens, which do not fill two sequences"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            FusedLlamaForCausalLM.from_pretrained_fused(tmp_path / "base", **arguments | changes)
-    with pytest.raises(ValueError, match="heal_tokens=2048 cannot be used with low_memory=True"):
-        lf_hf.fuse_checkpoint(base, tmp_path / "out", num_fusions=2, method="truncate", heal_tokens=2048)
-    model = FusedLlamaForCausalLM.from_pretrained_fused(tmp_path / "base", **arguments)
+def test_it_heals_while_loading_and_keeps_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tokenizer that is given, where the base has none."""
+    make_llama().save_pretrained(tmp_path / "base")
+    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0, "heal_tokens": 4096}
+    arguments |= {"calibration": TEXTS, "tokenizer": make_tokenizer(), "fused_dir": tmp_path / "fused"}
+    with pytest.raises(ValueError, match="tokens, which do not fill two sequences"):
+        lf_hf.from_pretrained_fused(tmp_path / "base", **arguments | {"calibration": TEXTS[:2]})
+    model = lf_hf.from_pretrained_fused(tmp_path / "base", **arguments)
     report = model.fusion_report
-    assert report is not None and report.healed is not None and report.budget is not None
-    assert report.healed.steps == 2 and report.config["heal_tokens"] == 4096
+    assert report is not None and report.healed is not None and report.healed.steps == 2
+    assert report.config["heal_tokens"] == 4096
     monkeypatch.delattr(Base, "load")
-    again = FusedLlamaForCausalLM.from_pretrained_fused(tmp_path / "base", **arguments)
+    again = lf_hf.from_pretrained_fused(tmp_path / "base", **arguments)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
