@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_texts
 
 from lf_hf import fuse_checkpoint
 
@@ -32,6 +32,7 @@ def test_a_base_and_its_fusions_stand_side_by_side(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 256, "calibration_tokens": 1024}
+    settings |= {"low_memory": False, "calibration": make_texts(100), "calibration_length": 64}
     write_results(tmp_path / "dense", 0.25)
     reports, fused = [], []
     for n, method in enumerate(("truncate", "refit")):

@@ -49,7 +49,8 @@ def adapted(code: str, base: str) -> str:
     """The same with a tiny base, settings that fit it, and tasks that need no network."""
     code = code.replace("path/to/Meta-Llama-3-8B", base).replace("meta-llama/Meta-Llama-3-8B", base)
     code = code.replace("num_fusions=4", "num_fusions=2").replace("tokens=16384", "tokens=2048")
-    code = code.replace('method="refit"', 'method="refit", calibration_tokens=1024')
+    code = code.replace('method="refit"', 'method="refit", calibration_tokens=1024, perplexity_tokens=512')
+    code = code.replace('"fused", num', '"fused", low_memory=False, num')
     return code.replace(",dtype=bfloat16", ",calibration_tokens=1024").replace("mmlu_5shot", "mmlu_sample_anatomy")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -193,15 +194,13 @@ def documented(cls: type[SettingsType]) -> type[SettingsType]:
 
 def naming(settings: type[Settings]) -> Callable[[Function], Function]:
     """Decorator: in place of `{settings}` in a function's docstring come the names of all fields."""
+    names = ", ".join(f"``{name}``" for name in settings.known)
+
+    def filled(line: re.Match[str]) -> str:
+        return textwrap.fill(line[0].replace("{settings}", names), 116, subsequent_indent=line[1])
 
     def decorate(function: Function) -> Function:
-        lines = (function.__doc__ or "").split("\n")
-        for number, line in enumerate(lines):
-            if "{settings}" in line:
-                line = line.replace("{settings}", ", ".join(f"``{name}``" for name in settings.known))
-                indent = line[: -len(line.lstrip())]
-                lines[number] = textwrap.fill(line, 116, subsequent_indent=indent)
-        function.__doc__ = "\n".join(lines)
+        function.__doc__ = re.sub(r"^( *).*\{settings\}.*$", filled, function.__doc__ or "", flags=re.MULTILINE)
         return function
 
     return decorate
