@@ -29,21 +29,11 @@ _MEANING = {
 def fingerprints(base: Base, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] | None) -> dict[str, str]:
     """What a fusion, and the healing that may follow, is made of besides its FusionConfig: by content, not by name.
 
-    Parameters
-    ----------
-    texts : iterable of str or None
-        The calibration text that the user gave. None for the default, which is the same whether the hub gave it or not.
-
-    Returns
-    -------
-    dict with
-        base : `base_fingerprint`
-        calibration : SHA-256 over the texts, the tokens of their beginning, and the chat template; by default over the
-            vocabulary in place of texts
-        dtype, algorithm : as they are
+    `texts` are what the user gave to calibrate on; None stands for the default text, wherever it is from. Of them
+    "calibration" is the SHA-256, with the tokens of their beginning and the chat template.
     """
     calibration = hashlib.sha256(str(tokenizer.chat_template).encode())
-    if texts is None:
+    if texts is None:  # which also depends on the tokenizer
         vocabulary = tokenizer.get_vocab()
         texts = [" ".join(sorted(vocabulary, key=vocabulary.__getitem__))]
     for text in texts:

@@ -61,10 +61,8 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """For each tensor of a checkpoint the file that holds it.
 
-    Raises
-    ------
-    ValueError
-        If there are no safetensors files, a shard is missing or damaged, or the index names files elsewhere.
+    Raises ValueError if there are no safetensors files, a shard is missing or damaged, or the index names files
+    elsewhere.
     """
     index, single = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
     if single.is_file():  # then transformers does not look at an index either
@@ -166,12 +164,8 @@ def check_complete(
 ) -> None:
     """Raise ValueError if a base's weights are not those that its config describes.
 
-    Parameters
-    ----------
-    base : its name
-    missing : tensors that the config has and the files do not
-    mismatched : for tensors of other shapes (shape in the files, shape by the config)
-    unexpected : tensors that only the files have; those outside the layers do no harm
+    `missing` are tensors that the files lack, `unexpected` those that only they have, which do no harm outside the
+    layers, and `mismatched` those of other shapes: (shape in the files, shape by the config).
     """
     problems = [f"has no tensor {name!r}, which its config.json asks for" for name in sorted(missing)]
     problems += [
