@@ -91,11 +91,9 @@ def healed_texts(
 def _perplexities(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str, Predictions]) -> list[PerplexityInfo]:
     """Those of the fusion, of what the model is now, where the same text judges both."""
     texts, tokens = {judging.name: judging for judging in judging_texts()}, {t.name: t.tokens for t in healed.judged}
-    sources = [kind.source for kind in healed.text]
-    perplexities = []
-    for info in inputs.report.perplexities:
-        if (now := after.get(info.name)) is None:
-            continue
+    sources, perplexities = [kind.source for kind in healed.text], []
+    for info in (info for info in inputs.report.perplexities if info.name in after):
+        now = after[info.name]
         nearness = relation(texts[info.name], inputs.corpus.parts, sources) if healed.kept else "unseen"
         perplexities.append(
             dataclasses.replace(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
-from transformers.utils import logging
 
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.families import family_of
@@ -18,7 +17,6 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.memory import free_memory, in_gib
 
-logger = logging.get_logger(__name__)
 _SPARE = 0.9  # of free memory: estimates leave something out
 
 
@@ -69,7 +67,6 @@ def place_teacher(
     else:
         how = "in memory" if in_memory else "read layer by layer"
         description = f"the {settings.top_k} most likely ones of each token, written to disk by the base, {how}"
-    logger.info(f"The base's predictions: {description}.")
     of_process = settings.batch // arguments.world_size
     most = max(1, min((free - fixed) // one, arguments.per_device_train_batch_size))
     size = max(n for n in range(1, of_process + 1) if of_process % n == 0 and n <= most)

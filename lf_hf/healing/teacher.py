@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from lf_hf.checkpoint.saving import only_writer
 from lf_hf.decoder.generating import generate
@@ -44,7 +43,6 @@ from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import all_finite
 from lf_hf.text.chats import chat_form
 
-logger = logging.get_logger(__name__)
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden), after the norm."""
 _TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
