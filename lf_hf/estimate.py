@@ -232,9 +232,10 @@ def _peak(
     if config.fits:  # Gram squares of all candidates, in float32 and once more, and their weights
         candidates = num_candidates(2 * mlp, mlp)
         fit = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
+        tuning = _BYTES_TRAINED * layer if config.refit == "projections" else 0
         states = _STATES_OF_A_GROUP * config.calibration_tokens * hidden * size
         room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
-        phases.append(fit + (states if states < room else 0))
+        phases.append(max(fit, tuning) + (states if states < room else 0))
     return (0 if device.type == "cuda" else PROCESS) + weights * size + max(phases)
 
 

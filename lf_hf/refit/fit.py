@@ -40,7 +40,7 @@ from lf_hf.refit.layer_parts import (
 )
 from lf_hf.refit.linalg import compacted, eliminated, power_of_two, saliency, solved
 from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.numerics import bfloat16_products, in_float64
 
 # Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is
 # more. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
@@ -232,10 +232,7 @@ class HalfFit:
         return maps
 
     def problem(self, weights: Weights, read: WriterInputs) -> Regression:
-        """The least-squares problem of the half's writer: what it reads against what the half should add to the stream.
-
-        `weights` has the writer as it is.
-        """
+        """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
         problem = self._empty(start.shape, start)
         for state, target in zip(self.states, self.targets(), strict=True):
@@ -309,6 +306,8 @@ class Regression:
         Whether `unit` was set; it is 1 before.
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
+    of_bfloat16 : bool
+        Whether x and y are computed in bfloat16, so that sums may be of products in it.
     """
 
     gram: Tensor
@@ -317,6 +316,7 @@ class Regression:
     unit: Tensor
     scaled: bool = False
     processes: Processes = ALONE
+    of_bfloat16: bool = False
 
     @classmethod
     def empty(
@@ -331,11 +331,11 @@ class Regression:
 
         It is on the CPU where the device, Apple's mps, has no float64 to solve it in.
         """
-        device = torch.device("cpu") if device.type == "mps" else device
+        device, of_bfloat16 = torch.device("cpu") if device.type == "mps" else device, dtype == torch.bfloat16
         dtype = torch.promote_types(dtype, torch.float32)
         gram, cross = (torch.zeros(rows, inputs, dtype=dtype, device=device) for rows in (inputs, outputs))
         energy, unit = torch.zeros((), dtype=torch.float64, device=device), torch.ones((), device=device)
-        return cls(gram, cross, energy, unit, processes=processes)
+        return cls(gram, cross, energy, unit, processes=processes, of_bfloat16=of_bfloat16)
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
@@ -345,11 +345,12 @@ class Regression:
             # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
             largest = (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]).amax()
             self.unit, self.scaled = power_of_two(largest), True
-        # A product with float32 is the one copy of half-precision numbers; another dtype is for float64 alone.
+        # A product with float32 is the one copy of half-precision numbers.
         x, y = ((part * root).to(self.gram.dtype) for part in (x, y))
         x *= self.unit.reciprocal()
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(y.T, x)
+        with bfloat16_products(self.of_bfloat16):
+            self.gram.addmm_(x.T, x)
+            self.cross.addmm_(y.T, x)
         for rows in y.split(_ROWS):
             self.energy += rows.double().square_().sum()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer
 from lf_hf.refit.fit import token_weights
-from lf_hf.refit.group import fit_group
-from lf_hf.refit.layer_parts import layer_weights
+from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
+from lf_hf.refit.tuning import Row, steps_of, tune
 from lf_hf.report.records import FittedLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
@@ -32,8 +33,9 @@ def fit_from_bottom(
 ) -> list[FittedLayer]:
     """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
 
-    With merge="select" each fused layer is made again from all layers of its group. Where one of these, as it is, comes
-    nearer to what they do to held-out text, it is taken instead.
+    With merge="select" each fused layer is made again from all layers of its group; with refit="projections" it is then
+    trained by itself, unless that makes it worse on held-out text. Where a layer of the group, as it is, comes nearer
+    to what they do to held-out text, it is taken instead.
 
     Parameters
     ----------
@@ -52,6 +54,7 @@ def fit_from_bottom(
         decoder.embed(decoder.batches(decoder.processes.shard(text))) for text in (sequences, held_out)
     )
     held = _HeldOut(decoder, embedded_held)
+    steps = steps_of(decoder, sequences) if config.refit == "projections" and held_out else []
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense: Sequence[Tensor] = store.keep(embedded)
@@ -80,9 +83,9 @@ def fit_from_bottom(
                 if config.merge != "select":
                     layers = [stack.enter_context(decoder.layer(index))]
                 fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
-            decoder.replace(index, fit.weights, fit.kind)
-            with decoder.layer(index) as layer:
-                of_fused, of_first = held.missed(layer)
+            dense = traces.output
+            del traces
+            fused, of_fused, of_first = _tuned(decoder, fit, states, dense, steps, held)
             least = min(missed)  # a fitted layer that overflows misses NaN, which is no less
             instead = group[missed.index(least)] if math.isfinite(least) and not of_fused <= least else None
             heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
@@ -91,10 +94,9 @@ def fit_from_bottom(
                     kept and [sum(kept) * (number == instead) for number in group]
                     for kept in (heads_kept, channels_kept)
                 )
-                with decoder.original(instead) as layer:
-                    decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
-            dense = traces.output
-            del traces
+            with nullcontext(fused) if instead is None else decoder.original(instead) as layer:
+                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
+            del fused
             with decoder.layer(index) as layer:
                 states = store.keep(decoder.run_layer(layer, state) for state in states)
                 held.cross(layer)
@@ -102,6 +104,25 @@ def fit_from_bottom(
             on_held_out: tuple[float | None, float | None] = (of_fused, of_first) if held_out else (None, None)
             fitted.append(FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead))
     return fitted
+
+
+def _tuned(
+    decoder: Decoder,
+    fit: GroupFit,
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    steps: Sequence[Sequence[Row]],
+    held: _HeldOut,
+) -> tuple[DecoderLayer, float, float]:
+    """A layer as fitted, or trained after that where it then misses less of held-out text; and what it misses."""
+    layer = build_layer(decoder, fit.weights, fit.kind)
+    missed = held.missed(layer)
+    if steps:
+        tuned = build_layer(decoder, fit.weights, fit.kind)
+        tuned.load_state_dict(tune(decoder, tuned, states, targets, steps))
+        if (of_tuned := held.missed(tuned)) < missed:
+            layer, missed = tuned, of_tuned
+    return layer, *missed
 
 
 class _HeldOut:

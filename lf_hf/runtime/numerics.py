@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,32 @@ def all_finite(tensor: Tensor) -> bool:
 def in_float64(tensor: Tensor) -> Tensor:
     """A tensor in float64; on the CPU where its device, Apple's mps, has no such numbers."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def typical_size(weights: Iterable[Tensor]) -> float:
+    """The size of a model's weights: the root mean square of each matrix, and of all these the median."""
+    matrices = (weight.detach() for weight in weights if weight.dim() == 2)
+    return torch.stack([matrix.float().square().mean().sqrt().cpu() for matrix in matrices]).median().item()
+
+
+@contextmanager
+def bfloat16_products(apply: bool) -> Iterator[None]:
+    """Let products of float32 matrices take their factors as bfloat16 on the CPU and TF32 on CUDA; sums are in float32.
+
+    For factors that come from bfloat16 numbers: several times as fast where the hardware has such products.
+    """
+    faster = ((torch.backends.mkldnn, "bf16"), (torch.backends.cuda, "tf32"))
+    before = []
+    try:
+        for place, precision in faster if apply else ():
+            matmul: Any = getattr(place, "matmul", None)
+            if hasattr(matmul, "fp32_precision"):  # torch >= 2.9
+                before.append((matmul, matmul.fp32_precision))
+                matmul.fp32_precision = precision
+        yield
+    finally:
+        for matmul, precision in before:
+            matmul.fp32_precision = precision
 
 
 def computes_bfloat16() -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lf_hf.runtime.numerics import bfloat16_products
 from lf_hf.runtime.progress import progress
 
 try:
@@ -60,7 +60,8 @@ def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
         rows_i, factors_i, squares_i = scaled_rows(pair[0])
         rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in scaled_rows(pair[1]))
         step = max(1, BLOCK // len(rows_j))
-        with _exact_bfloat16(all(weight.dtype == torch.bfloat16 for weight in pair)):
+        # Which changes nothing, as rows were scaled by powers of two.
+        with bfloat16_products(all(weight.dtype == torch.bfloat16 for weight in pair)):
             for start in range(0, len(rows_i), step):
                 block = slice(start, start + step)
                 squared = rows_i[block] @ rows_j.T  # (block, n)
@@ -118,21 +119,3 @@ def scaled_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norms = rows.norm(dim=1)
     factors = 1 / (norms + _EPSILON * powers.to(rows.device))
     return rows, factors, (norms * factors).square()
-
-
-@contextmanager
-def _exact_bfloat16(exact: bool) -> Iterator[None]:
-    """Let the CPU take float32 factors as bfloat16 where that changes nothing, since it may be several times as fast.
-
-    Sums are in float32 all the same.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
-    if matmul is None or not exact:
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

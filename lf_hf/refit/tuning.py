@@ -1,0 +1,111 @@
+"""The end of a fit: a fused layer is trained by itself to do to the residual stream what its group did.
+
+A fit solves for what a layer writes with, and leaves what reads the stream as it was in the group. Some passes of
+gradient descent over the same states, through this one layer, move all of its weights. No other layer, and no loss over
+the vocabulary, is involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import get_cosine_schedule_with_warmup
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.families import DecoderLayer
+from lf_hf.refit.fit import token_weights
+from lf_hf.runtime.numerics import in_float64, typical_size
+
+Row = tuple[int, int]
+"""A sequence of this process: the number of its batch, and its row there."""
+
+_PASSES = 6  # over the calibration text
+_STEP_TOKENS = 2048  # at least, of all processes together
+_WARM_UP_STEPS = 10
+_RELATIVE_RATE = 2.75e-3  # of the size of the layer's weights
+
+
+@torch.no_grad()
+def tune(
+    decoder: Decoder,
+    layer: DecoderLayer,
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    steps: Sequence[Sequence[Row]],
+) -> dict[str, Tensor]:
+    """The parameters of a layer after training it to turn `states` into `targets`, by the layer's own names.
+
+    By AdamW on squared errors, weighted as in fits.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    layer : DecoderLayer
+    states, targets : sequences of tensors of shape (sequences B, tokens T, hidden)
+        The stream in front of the layer, and as it should be after it: this process's share of the text.
+    steps : sequence of sequences of Row
+        What `steps_of` gives for this text.
+    """
+    device, dtype = layer.mlp.down_proj.weight.device, layer.mlp.down_proj.weight.dtype
+    computed = torch.float32 if dtype == torch.float16 else dtype  # as its gradients would underflow
+    weights = {
+        name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        for name, parameter in layer.named_parameters()
+    }
+    missed = torch.zeros(1, dtype=torch.float64)  # of all text, without the layer
+    for state, target in zip(states, targets, strict=True):
+        missed += in_float64(_squares(state, target) @ token_weights(decoder, target)).cpu()
+    [missed_without] = decoder.processes.all_reduce_sums(missed)
+    rate = _RELATIVE_RATE * typical_size(weights.values())
+    optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps))
+    for rows in steps if missed_without else ():
+        of_length: dict[int, list[Row]] = {}
+        for n, row in rows:
+            of_length.setdefault(states[n].shape[1], []).append((n, row))
+        for alike in of_length.values():
+            state, target = (torch.stack([some[n][row] for n, row in alike]).to(device) for some in (states, targets))
+            state = state.to(computed)
+            with torch.enable_grad():
+                cast = {name: weight.to(computed) for name, weight in weights.items()}
+                found = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
+                loss = _squares(found, target) @ token_weights(decoder, target)
+                (loss * (len(steps) / _PASSES / missed_without)).backward()
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            decoder.processes.all_reduce(weight.grad)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    tuned = {name: weight.detach().to(dtype) for name, weight in weights.items()}
+    for weight in tuned.values():
+        decoder.processes.broadcast(weight)  # in case machines round differently
+    return tuned
+
+
+def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> list[list[Row]]:
+    """Of all sequences, (tokens T,) each, those of this process that are in each step of some passes over the text.
+
+    All processes together take the same steps as one alone.
+    """
+    mine = decoder.processes.shard(range(len(sequences)))
+    batches = decoder.batched(decoder.processes.shard(sequences))
+    places = {mine[number]: (n, row) for n, numbers in enumerate(batches) for row, number in enumerate(numbers)}
+    steps, tokens = [list[Row]()], 0
+    generator = torch.Generator().manual_seed(0)
+    for number in [n for _ in range(_PASSES) for n in torch.randperm(len(sequences), generator=generator).tolist()]:
+        if tokens >= _STEP_TOKENS:
+            steps.append([])
+            tokens = 0
+        tokens += len(sequences[number])
+        steps[-1] += [places[number]] if number in places else []
+    return steps
+
+
+def _squares(found: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of each token's state: (sequences B, tokens T, hidden) twice -> (B * T,)."""
+    dtype = torch.promote_types(found.dtype, torch.float32)
+    return (found.to(target.device, dtype) - target.to(dtype)).square().sum(-1).flatten()
