@@ -55,14 +55,11 @@ def tune(
         name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
         for name, parameter in layer.named_parameters()
     }
-    missed = torch.zeros(1, dtype=torch.float64)  # of all text, without the layer
-    for state, target in zip(states, targets, strict=True):
-        missed += in_float64(_squares(state, target) @ token_weights(decoder, target)).cpu()
-    [missed_without] = decoder.processes.all_reduce_sums(missed)
+    scale = _channel_weights(decoder, states, targets).to(device)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps))
-    for rows in steps if missed_without else ():
+    for rows in steps if bool(scale.any()) else ():
         of_length: dict[int, list[Row]] = {}
         for n, row in rows:
             of_length.setdefault(states[n].shape[1], []).append((n, row))
@@ -72,8 +69,8 @@ def tune(
             with torch.enable_grad():
                 cast = {name: weight.to(computed) for name, weight in weights.items()}
                 found = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
-                loss = _squares(found, target) @ token_weights(decoder, target)
-                (loss * (len(steps) / _PASSES / missed_without)).backward()
+                missed = (found - target).to(scale.dtype).square().flatten(0, 1) @ scale
+                (missed @ token_weights(decoder, target).to(missed) * (len(steps) / _PASSES)).backward()
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             decoder.processes.all_reduce(weight.grad)
@@ -105,7 +102,14 @@ def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> list[list[Row]]:
     return steps
 
 
-def _squares(found: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of each token's state: (sequences B, tokens T, hidden) twice -> (B * T,)."""
-    dtype = torch.promote_types(found.dtype, torch.float32)
-    return (found.to(target.device, dtype) - target.to(dtype)).square().sum(-1).flatten()
+def _channel_weights(decoder: Decoder, states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """For each channel of the stream 1 / what it misses of all text without the layer, as (hidden,).
+
+    So all channels count alike, however large they are: some are a hundred times as large as others.
+    """
+    missed = torch.zeros(decoder.config.hidden_size, dtype=torch.float64)
+    for state, target in zip(states, targets, strict=True):
+        squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
+        missed += in_float64(token_weights(decoder, target) @ squares).cpu()
+    decoder.processes.all_reduce(missed)
+    return torch.where(missed > 0, 1 / missed, 0.0).div_(len(missed)).float()
