@@ -83,8 +83,8 @@ class FusionConfig(Settings):
         None,
         "\"down_proj\": fit the fused layers' down projections to the dense model's states, by ridge regression on "
         'calibration text. "projections", for merge="select": also choose the key-value groups of both layers that '
-        "the output needs most, fit o_proj, and let each layer's heads and channels read the stream through a fitted "
-        "map.",
+        "the output needs most, fit o_proj, let each layer's heads and channels read the stream through a fitted map, "
+        "and train what comes out, layer by layer, to write what its group wrote.",
         choices=("none", "down_proj", "projections"),
         unset="from method",
     )

@@ -141,16 +141,22 @@ class _HeldOut:
     def missed(self, layer: DecoderLayer) -> tuple[float, float]:
         """The part of what the dense model's layers did to the stream that a layer in their place misses.
 
-        Squared and weighted as in fits: of all tokens, and of each sequence's first.
+        Squared and weighted as in fits: of all tokens, and of each sequence's first. It is a mean over channels of the
+        stream, as some are a hundred times as large as others.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(
+            2, 2, self._decoder.config.hidden_size, dtype=torch.float64
+        )  # missed and done, all and first
         for state, dense, target in zip(self._states, self._dense, self._target, strict=True):
             found, weights = self._decoder.run_layer(layer, state), token_weights(self._decoder, target)
-            apart = [(part.to(target.device).float() - target.float()).square().sum(-1) for part in (found, dense)]
-            of_tokens = in_float64(torch.stack(apart) * weights.view(target.shape[:2]))  # (2, sequences B, tokens T)
-            sums = sums.to(of_tokens.device) + torch.cat([of_tokens.sum((1, 2)), of_tokens[:, :, 0].sum(1)])
-        missed, done, missed_first, done_first = self._decoder.processes.all_reduce_sums(sums)
-        return (missed / done if done else missed), (missed_first / done_first if done_first else missed_first)
+            for n, part in enumerate((found, dense)):
+                squares = (part.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
+                squares *= weights.view(*target.shape[:2], 1)
+                sums[n] += torch.stack([in_float64(some).sum((0, 1)).cpu() for some in (squares, squares[:, :1])])
+        self._decoder.processes.all_reduce(sums)
+        missed, done = sums
+        of_all, of_first = torch.where(done > 0, missed / done, missed).mean(-1).tolist()
+        return of_all, of_first
 
     def cross(self, layer: DecoderLayer) -> None:
         """Run the fused model's layer in their place."""
