@@ -42,8 +42,8 @@ from lf_hf.refit.linalg import compacted, eliminated, power_of_two, saliency, so
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products, in_float64
 
-# Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is
-# more. Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
+# Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is more.
+# Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
 _MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
@@ -52,8 +52,7 @@ _FIRST_SHARE = 1 / 32
 _SELECTION_RIDGE = 1e-2
 _ROWS = 256  # of a weight that an error is summed over at a time, in float64
 PRUNING_ROUNDS = 4
-EXACT_LIMIT = 4096
-"""Up to this size systems are solved in float64."""
+EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 
 WriterInputs = Callable[[Tensor], Tensor]
 """What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
@@ -307,7 +306,7 @@ class Regression:
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
     of_bfloat16 : bool
-        Whether x and y are computed in bfloat16, so that sums may be of products in it.
+        Whether x and y are computed in bfloat16, so that sums may be of such products.
     """
 
     gram: Tensor
