@@ -42,8 +42,8 @@ from lf_hf.refit.linalg import compacted, eliminated, power_of_two, saliency, so
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products, in_float64
 
-# Channels that are compared by regression at most, the largest ones: 6144, or 1.25 for each that is kept if that is more.
-# Two float32 squares of them are in memory at a time: 2.6 GB for a width of 14336.
+# Of the largest channels, which regression compares: 6144, or 1.25 for each that is kept if that is more. Two float32
+# squares of them are in memory at a time: 2.6 GB for a width of 14336.
 _MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write

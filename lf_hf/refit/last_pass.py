@@ -16,7 +16,7 @@ from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
-from lf_hf.refit.tuning import Row, steps_of, tune
+from lf_hf.refit.tuning import Row, channel_weights, steps_of, tune
 from lf_hf.report.records import FittedLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
@@ -141,8 +141,7 @@ class _HeldOut:
     def missed(self, layer: DecoderLayer) -> tuple[float, float]:
         """The part of what the dense model's layers did to the stream that a layer in their place misses.
 
-        Squared and weighted as in fits: of all tokens, and of each sequence's first. It is a mean over channels of the
-        stream, as some are a hundred times as large as others.
+        Squared and weighted as in fits: of all tokens, as a mean over the stream's channels, and of each first one.
         """
         sums = torch.zeros(
             2, 2, self._decoder.config.hidden_size, dtype=torch.float64
@@ -154,9 +153,9 @@ class _HeldOut:
                 squares *= weights.view(*target.shape[:2], 1)
                 sums[n] += torch.stack([in_float64(some).sum((0, 1)).cpu() for some in (squares, squares[:, :1])])
         self._decoder.processes.all_reduce(sums)
-        missed, done = sums
-        of_all, of_first = torch.where(done > 0, missed / done, missed).mean(-1).tolist()
-        return of_all, of_first
+        (of_all, of_first), (done, done_first) = sums
+        missed_first = of_first.sum() / done_first.sum() if done_first.any() else of_first.sum()
+        return float(channel_weights(done) @ of_all), float(missed_first)
 
     def cross(self, layer: DecoderLayer) -> None:
         """Run the fused model's layer in their place."""

@@ -55,11 +55,16 @@ def tune(
         name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
         for name, parameter in layer.named_parameters()
     }
-    scale = _channel_weights(decoder, states, targets).to(device)
+    changes = torch.zeros(decoder.config.hidden_size, dtype=torch.float64)
+    for state, target in zip(states, targets, strict=True):
+        squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
+        changes += in_float64(token_weights(decoder, target) @ squares).cpu()
+    decoder.processes.all_reduce(changes)
+    scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps))
-    for rows in steps if bool(scale.any()) else ():
+    for rows in steps:
         of_length: dict[int, list[Row]] = {}
         for n, row in rows:
             of_length.setdefault(states[n].shape[1], []).append((n, row))
@@ -102,14 +107,11 @@ def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> list[list[Row]]:
     return steps
 
 
-def _channel_weights(decoder: Decoder, states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """For each channel of the stream 1 / what it misses of all text without the layer, as (hidden,).
+def channel_weights(changes: Tensor) -> Tensor:
+    """A weight for each channel of the stream, from the squares that it changes by, as (hidden,).
 
-    So all channels count alike, however large they are: some are a hundred times as large as others.
+    So all channels count alike, however large they are: some are a hundred times as large as others. One that hardly
+    changes counts as if it changed by a tenth of what is usual.
     """
-    missed = torch.zeros(decoder.config.hidden_size, dtype=torch.float64)
-    for state, target in zip(states, targets, strict=True):
-        squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
-        missed += in_float64(token_weights(decoder, target) @ squares).cpu()
-    decoder.processes.all_reduce(missed)
-    return torch.where(missed > 0, 1 / missed, 0.0).div_(len(missed)).float()
+    least = max(float(changes.median()) / 100, torch.finfo(torch.float32).tiny)
+    return 1 / changes.clamp(min=least) / len(changes)

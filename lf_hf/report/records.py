@@ -60,9 +60,9 @@ class FittedLayer:
 
     `layers` are the original layers that it stands for; the counts and errors are those of FusionStep, from each of
     them, and `attention_error` is that of what attention adds, after the fit. On held-out text, `held_out_error` is the
-    part of what the original layers do to the stream that the fitted layer misses (squared, relative), and
-    `first_token_error` that of each sequence's first token. `layer_instead` is the one of `layers` that misses less as
-    it is, and was taken for that. All are None where they do not apply.
+    part of what the original layers do to the stream that the fitted layer misses (squared, relative, a mean over
+    channels), and `first_token_error` that of each sequence's first token. `layer_instead` is the one of `layers` that
+    misses less as it is, and was taken for that. All are None where they do not apply.
     """
 
     layers: list[int]
