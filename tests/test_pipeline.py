@@ -16,7 +16,7 @@ from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
 
 CALIBRATION = Calibration(make_texts(), "random sentences")
-TEXT = Corpus([" ".join(make_texts(400))], "random text")
+TEXT = Corpus([" ".join(make_texts(200))], "random text")
 
 
 def run(num_fusions: int = 3, **settings: object) -> FusionReport:

@@ -32,7 +32,7 @@ FEW_PICTURES: dict[str, Any] = {"similarity": None, "embeddings": None}
 def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FusionReport]:
     """A real report of each method."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    text.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
     budget: dict[str, Any] = {"selection": "groups", "max_divergence": 10.0, "calibration_length": 64}
     ways: dict[str, dict[str, Any]] = {
         "neural_alignment": {"num_fusions": 2},

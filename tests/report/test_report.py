@@ -48,7 +48,7 @@ OTHERWISE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("private") / "text.txt"
-    file.write_text("\n\n".join(make_texts(400)), encoding="utf-8")
+    file.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
     return file
 
 
