@@ -29,8 +29,8 @@ from lf_hf.refit.states import SHARE
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
-from lf_hf.text.calibration import Calibration
-from lf_hf.text.sources import Samples
+from lf_hf.text.calibration import CalibrationSamples
+from lf_hf.text.sources import TextSource
 
 _CHARACTERS_PER_TOKEN = 4
 _STATES_OF_A_GROUP = 11  # times those of all text that the last pass holds, for three layers that become one
@@ -66,7 +66,7 @@ def plan_fusion(
     *,
     out: str | os.PathLike[str] | None = None,
     low_memory: bool = False,
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Say what `fuse_checkpoint` with these arguments would do and take.
@@ -142,7 +142,7 @@ def plan_heal(
     out: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | Base | None = None,
-    text: Samples | None = None,
+    text: TextSource | None = None,
     settings: HealSettings | None = None,
     cache: str | os.PathLike[str] | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -207,7 +207,7 @@ def _dtype(base: Base) -> torch.dtype:
 
 
 def _peak(
-    base: Base, config: FusionConfig, samples: Calibration | None, device: torch.device, *, low_memory: bool
+    base: Base, config: FusionConfig, samples: CalibrationSamples | None, device: torch.device, *, low_memory: bool
 ) -> int:
     """Bytes at the peak of a fusion: the process, the weights, and the most that one phase needs beside them.
 

@@ -31,9 +31,9 @@ from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.speed import with_speed
-from lf_hf.text.calibration import Calibration, Corpus, load_needed, load_training_text
+from lf_hf.text.calibration import CalibrationSamples, Corpus, load_needed, load_training_text
 from lf_hf.text.packing import check_enough
-from lf_hf.text.sources import Samples
+from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
@@ -49,12 +49,12 @@ class FusionInputs:
 
     base: Base
     config: FusionConfig
-    calibration: Samples | None
+    calibration: TextSource | None
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def open(
-        cls, base: Base, config: FusionConfig, calibration: Samples | None, tokenizer: PreTrainedTokenizerBase | None
+        cls, base: Base, config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> FusionInputs:
         """Check that the settings suit the base, and read its tokenizer."""
         check_layers(config, base.config)
@@ -66,7 +66,7 @@ class FusionInputs:
         return ALONE if is_spread(self.base.loading.get("device_map")) else Processes.of_launch()
 
     @cached_property
-    def samples_and_text(self) -> tuple[Calibration | None, Corpus | None]:
+    def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
         """What a method compares layers on, and what it fits them to."""
         return load_needed(self.config, self.calibration, lambda: self.tokenizer)
 
@@ -108,7 +108,7 @@ def from_pretrained_fused(
     base: str | os.PathLike[str] | Base,
     config: FusionConfig | None = None,
     *,
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fused_dir: str | os.PathLike[str] | None = None,
     model_class: type[FusedForCausalLM] | None = None,
@@ -232,7 +232,7 @@ def fuse_checkpoint(
     low_memory: bool = True,
     plain: bool | None = None,
     as_llama: bool | None = None,
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,

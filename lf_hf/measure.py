@@ -25,10 +25,10 @@ from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, relation
-from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_other_kinds, pack_tokens, tokenize_samples
+from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_other_text, pack_tokens, tokenize_samples
 
 logger = logging.get_logger(__name__)
 
@@ -85,7 +85,7 @@ class Measurements:
     similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
     text : list of int64 tensors of shape (tokens T,)
         Calibration text for influence, selection and fits.
-    other_kinds : list of int64 tensors of shape (tokens T,)
+    other_text : list of int64 tensors of shape (tokens T,)
         Pieces of text of other kinds, which judge beside it.
     text_note : str
         What users should know of that text.
@@ -114,7 +114,7 @@ class Measurements:
     influences: list[float] | None = None
     of_samples: CalibrationInfo | None = None
     text: list[Tensor] = field(default_factory=list)
-    other_kinds: list[Tensor] = field(default_factory=list)
+    other_text: list[Tensor] = field(default_factory=list)
     text_note: str = ""
     of_text: CalibrationInfo | None = None
     continuations: dict[str, str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def measure(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    samples: Calibration | None,
+    samples: CalibrationSamples | None,
     text: Corpus | None,
 ) -> Measurements:
     """Measure perplexity, layer similarity where there are samples, and take calibration text.
@@ -171,7 +171,7 @@ def measure(
         with clock("calibration text"):
             packed, chats = calibration_sequences(decoder, tokenizer, text, config)
             length = min(config.calibration_length, decoder.config.max_position_embeddings)
-            found["other_kinds"] = pack_other_kinds(tokenizer, text, length, decoder.config.vocab_size)
+            found["other_text"] = pack_other_text(tokenizer, text, length, decoder.config.vocab_size)
         written = f", {chats} sequences of it as chats" if chats else ""
         found |= {
             "text": packed,
@@ -188,7 +188,7 @@ def _similarity(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    samples: Calibration,
+    samples: CalibrationSamples,
     clock: Clock,
 ) -> dict[str, Any]:
     """Stages 1 to 3, on the samples."""
@@ -259,7 +259,7 @@ def _judged(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    samples: Calibration | None,
+    samples: CalibrationSamples | None,
     text: Corpus | None,
 ) -> list[Judged]:
     """The judging texts as sequences, with the dense model's perplexity on each."""

@@ -39,7 +39,7 @@ from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_diges
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.steps import STEPS, FusedLayer, Fusion, group_settings, start
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,7 @@ def fuse(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    samples: Calibration | None,
+    samples: CalibrationSamples | None,
     text: Corpus | None,
     *,
     base: str,
@@ -64,7 +64,7 @@ def fuse(
         Changed: it has `num_fusions` fewer layers afterwards, or as many fewer as a budget allows.
     tokenizer : the model's tokenizer
     config : FusionConfig
-    samples : Calibration or None
+    samples : CalibrationSamples or None
     text : Corpus or None
         Samples for the layer similarity, and running text for influence, selection and fits. Each may be None
         only where `config.needs_similarity` or `config.needs_text` is false, or there are measurements.
@@ -150,7 +150,7 @@ def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
         return []
     with fusion.clock("last pass"):
         text = fusion.measured.text
-        held_out = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_kinds]
+        held_out = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_text]
         rest = [sequence for n, sequence in enumerate(text, 1) if n % _HELD_OUT]
         return fit_from_bottom(decoder, fusion.groups, rest, fusion.config, held_out)
 

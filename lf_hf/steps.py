@@ -242,7 +242,7 @@ def start(
 def _texts_of_roles(config: FusionConfig, measured: Measurements) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Sequences that steps are fitted to, and where groups are chosen those that judge them."""
     if config.selection == "groups":
-        return text_for_groups(measured.text, measured.other_kinds)
+        return text_for_groups(measured.text, measured.other_text)
     return beginning(measured.text, STEP_TOKENS) if config.needs_text else [], []
 
 

@@ -71,7 +71,7 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries
 from lf_hf.text.calibration import (
     BUNDLED,
-    Calibration,
+    CalibrationSamples,
     Corpus,
     documentation_halves,
     load_calibration,
@@ -95,7 +95,7 @@ class Ways:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        samples: Calibration,
+        samples: CalibrationSamples,
         sequences: Sequence[Tensor],
         corpus: Corpus,
         tokens: int,

@@ -29,7 +29,7 @@ from lf_hf.healing.loss import FullTargets, Loss
 from lf_hf.pipeline import fuse
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 TEMPLATE = (  # so that processes share chats to write, too
     "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
@@ -58,7 +58,7 @@ def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -
     # Of 31 sequences, so that shares are not even.
     config = FusionConfig(**{"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300} | settings)
     texts = make_texts(config.calibration_tokens // 40)
-    samples, text = Calibration(make_texts(60), "samples"), Corpus(texts, "texts", generated_share=0.25)
+    samples, text = CalibrationSamples(make_texts(60), "samples"), Corpus(texts, "texts", generated_share=0.25)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     report = fuse(decoder, tokenizer, config, samples, text, base="base")

@@ -21,7 +21,7 @@ from lf_hf import FusionConfig, fuse_checkpoint, pipeline
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.pipeline import fuse
 from lf_hf.report.report import FusionReport
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "neural_alignment": {},
@@ -45,7 +45,7 @@ def run(model: Any, *, samples: list[str] | None = None, **overrides: Any) -> Fu
         ModelDecoder(model, keep_originals=True),
         make_tokenizer(),
         FusionConfig(**config | {"calibration_length": 64} | overrides),
-        Calibration(samples or make_texts(), "random sentences"),
+        CalibrationSamples(samples or make_texts(), "random sentences"),
         Corpus([" ".join(make_texts(400))], "random text"),
         base="tiny",
     )

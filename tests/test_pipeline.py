@@ -13,9 +13,9 @@ from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
-from lf_hf.text.calibration import Calibration, Corpus, documentation_halves
+from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
-CALIBRATION = Calibration(make_texts(), "random sentences")
+CALIBRATION = CalibrationSamples(make_texts(), "random sentences")
 TEXT = Corpus([" ".join(make_texts(200))], "random text")
 
 

@@ -33,7 +33,7 @@ from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.speed import with_speed
 from lf_hf.steps import Fusion, start
 from lf_hf.text.calibration import load_needed, load_training_text
-from lf_hf.text.sources import Samples
+from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
@@ -52,7 +52,7 @@ def sweep(
     num_fewshot: int | None = None,
     batch_size: int | str = 1,
     metadata: dict[str, Any] | None = None,
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     heal_cache: str | os.PathLike[str] | None = None,
     settings: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -151,7 +151,7 @@ class _Maker:
         self,
         base: Base,
         configs: Sequence[FusionConfig],
-        calibration: Samples | None,
+        calibration: TextSource | None,
         heal_cache: str | os.PathLike[str] | None,
         evaluation: Evaluation,
     ) -> None:

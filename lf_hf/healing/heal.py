@@ -52,7 +52,7 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.speed import with_speed
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.sources import Samples
+from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ def heal(
     out: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | Base | None = None,
-    text: Samples | None = None,
+    text: TextSource | None = None,
     settings: HealSettings | None = None,
     cache: str | os.PathLike[str] | None = None,
     training_args: Mapping[str, Any] | None = None,

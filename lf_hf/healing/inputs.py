@@ -23,7 +23,7 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import Corpus, load_training_text
-from lf_hf.text.sources import Samples
+from lf_hf.text.sources import TextSource
 
 WORK = ".lf_hf-healing"
 """In OUT: the state of a training that is not done."""
@@ -89,7 +89,7 @@ def open_inputs(
     fused: str | os.PathLike[str],
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | Base | None,
-    text: Samples | None,
+    text: TextSource | None,
     settings: HealSettings,
     hub: Mapping[str, Any],
     *,

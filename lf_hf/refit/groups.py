@@ -295,7 +295,7 @@ def _joins(groups: Iterable[Group], layer: int) -> bool:
     return any(first < layer <= last for first, last in groups)
 
 
-def text_for_groups(text: Sequence[Tensor], other_kinds: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def text_for_groups(text: Sequence[Tensor], other_text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Sequences that groups are fitted to, and pieces that judge them: of other sequences, and of other kinds of text.
 
     The pieces lie at evenly spaced tokens of the text, and only a text of one sequence is for both. Every other piece
@@ -304,7 +304,7 @@ def text_for_groups(text: Sequence[Tensor], other_kinds: Sequence[Tensor]) -> tu
 
     Parameters
     ----------
-    text, other_kinds : sequences of int64 tensors of shape (tokens T,)
+    text, other_text : sequences of int64 tensors of shape (tokens T,)
     """
     ends = np.cumsum([len(sequence) for sequence in text])
     points = (np.arange(_JUDGING_PIECES) + 0.5) * ends[-1] / _JUDGING_PIECES
@@ -312,6 +312,6 @@ def text_for_groups(text: Sequence[Tensor], other_kinds: Sequence[Tensor]) -> tu
     if sum(len(text[number]) for number in chosen) > ends[-1] / 2:
         chosen = chosen[1::2] or chosen
     rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(text[number] for number in chosen), *other_kinds)]
+    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(text[number] for number in chosen), *other_text)]
     judging = [torch.cat([piece[: len(piece) // 2]] * 2) if n % 2 else piece for n, piece in enumerate(pieces)]
     return list(beginning(rest or text, _GROUP_TOKENS)), judging

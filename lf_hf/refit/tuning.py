@@ -22,7 +22,7 @@ from lf_hf.runtime.numerics import in_float64, typical_size
 Row = tuple[int, int]
 """A sequence of this process: the number of its batch, and its row there."""
 
-_PASSES = 6  # over the calibration text
+_PASSES = 8  # over the calibration text
 _STEP_TOKENS = 2048  # at least, of all processes together
 _WARM_UP_STEPS = 10
 _RELATIVE_RATE = 2.75e-3  # of the size of the layer's weights

@@ -15,7 +15,7 @@ from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, first_rows
 from lf_hf.text.mmlu import SUBJECTS, format_question, questions_of, questions_to_fit
-from lf_hf.text.sources import OpenTokenizer, Samples, read_samples, spread_evenly, windows
+from lf_hf.text.sources import OpenTokenizer, TextSource, read_samples, spread_evenly, windows
 
 logger = logging.get_logger(__name__)
 BUNDLED = "bundled"
@@ -43,7 +43,7 @@ _COST = (
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSamples:
     """Calibration samples, and for people where they are from.
 
     `labels` are the MMLU subjects of the texts, where they are MMLU questions.
@@ -80,15 +80,15 @@ class Corpus:
 
 
 def load_needed(
-    config: FusionConfig, calibration: Samples | None, open_tokenizer: OpenTokenizer
-) -> tuple[Calibration | None, Corpus | None]:
+    config: FusionConfig, calibration: TextSource | None, open_tokenizer: OpenTokenizer
+) -> tuple[CalibrationSamples | None, Corpus | None]:
     """What a fusion with `config` needs of samples for layer similarity and of running text.
 
     The first process of a launch reads it for all, so each has to call this. Raises ValueError if `calibration` cannot
     be used, or has too few samples.
     """
 
-    def load() -> tuple[Calibration | None, Corpus | None]:
+    def load() -> tuple[CalibrationSamples | None, Corpus | None]:
         samples, text = None, None
         if config.needs_similarity:
             settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
@@ -101,7 +101,7 @@ def load_needed(
     return Processes.of_launch().broadcast_object(load)
 
 
-def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
+def load_training_text(text: TextSource | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
     """As `load_corpus`, to train on so many tokens; as `load_needed`, what the first process of a launch reads."""
     return Processes.of_launch().broadcast_object(
         lambda: load_corpus(text, max_tokens=tokens, to_train=True, open_tokenizer=open_tokenizer)
@@ -109,12 +109,12 @@ def load_training_text(text: Samples | None, tokens: int, open_tokenizer: OpenTo
 
 
 def load_calibration(
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     *,
     samples_per_subject: int = 1,
     sample_length: int = 512,
     open_tokenizer: OpenTokenizer | None = None,
-) -> Calibration:
+) -> CalibrationSamples:
     """Calibration samples from a user's text, or, with None, one MMLU question a subject.
 
     Parameters
@@ -144,7 +144,7 @@ def load_calibration(
     samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, open_tokenizer)
     cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
     texts, spread = _taken(cut, MAX_SAMPLES, source, "samples")
-    return Calibration(texts, source + spread)
+    return CalibrationSamples(texts, source + spread)
 
 
 def _taken(items: Iterable[str], count: int, source: str, kind: str) -> tuple[list[str], str]:
@@ -155,7 +155,7 @@ def _taken(items: Iterable[str], count: int, source: str, kind: str) -> tuple[li
     return taken, f" ({len(taken):,} of {total:,} {kind}, spread evenly)" if len(taken) < total else ""
 
 
-def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration:
+def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> CalibrationSamples:
     questions, source = {}, "cais/mmlu, validation split"
     if ask_hub:
         with suppress(OSError):
@@ -170,11 +170,11 @@ def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration
         )
     labels = [subject for subject in SUBJECTS for _ in range(samples_per_subject)]
     texts = [format_question(question) for subject in SUBJECTS for question in questions[subject][:samples_per_subject]]
-    return Calibration(texts, source, labels)
+    return CalibrationSamples(texts, source, labels)
 
 
 def load_corpus(
-    calibration: Samples | None = None,
+    calibration: TextSource | None = None,
     *,
     max_tokens: int = 49152,
     to_train: bool = False,
@@ -262,7 +262,7 @@ def _answered_questions(*, explained: bool) -> str:
     return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
 
 
-def other_kinds(corpus: Corpus) -> list[str]:
+def other_text(corpus: Corpus) -> list[str]:
     """Texts of kinds that a corpus has little of, on which fused layers are judged: worked examples, and documentation.
 
     Worked examples are explained answers to questions that are neither in a corpus for fits nor in `mmlu_sample`. There

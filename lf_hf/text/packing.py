@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.calibration import TOKEN_CHARACTERS, Calibration, Corpus, other_kinds
+from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, other_text
 from lf_hf.text.chats import first_token
 
 JUDGING_LENGTH = 128
@@ -20,7 +20,7 @@ _OTHER_TOKENS = 1024  # of each other kind of text
 
 
 def tokenize_samples(
-    tokenizer: PreTrainedTokenizerBase, calibration: Calibration, sample_length: int, vocab_size: int
+    tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSamples, sample_length: int, vocab_size: int
 ) -> list[Tensor]:
     """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
 
@@ -93,10 +93,10 @@ def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, 
     return [packed[part] for part in corpus.parts]
 
 
-def pack_other_kinds(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> list[Tensor]:
+def pack_other_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> list[Tensor]:
     """Pieces of the kinds of text that a corpus has little of, of at most `length` tokens: of shape (tokens T,)."""
     length = min(length, JUDGING_LENGTH)
-    pieces = [piece for text in other_kinds(corpus) for piece in pack_tokens(tokenizer, text, length, _OTHER_TOKENS)]
+    pieces = [piece for text in other_text(corpus) for piece in pack_tokens(tokenizer, text, length, _OTHER_TOKENS)]
     check_ids(max((int(piece.max()) for piece in pieces), default=0), vocab_size)
     return pieces
 

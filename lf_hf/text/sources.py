@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lf_hf.text.chats import Messages, chat_text, first_token, is_chat
 
-Samples = Sequence[str | Messages] | str | Path
+TextSource = Sequence[str | Messages] | str | Path
 """Strings and chats; or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
 data set on the hub (or in a folder)."""
 
@@ -31,7 +31,7 @@ _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that so much from 
 _LONGEST_LINE = 1 << 24  # characters that are read at once
 
 
-def read_samples(given: Samples, tokens: int, open_tokenizer: OpenTokenizer | None) -> tuple[Iterator[str], str]:
+def read_samples(given: TextSource, tokens: int, open_tokenizer: OpenTokenizer | None) -> tuple[Iterator[str], str]:
     """The samples that a user gave, but for blank ones, and what to call them; each ends with one newline.
 
     Of a data set on the hub they are the first ones, of some `tokens` tokens together; otherwise all of them. Chats are

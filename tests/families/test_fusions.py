@@ -25,9 +25,9 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.settings import METHODS
 from lf_hf.stages.fusion import average_layers
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
-SAMPLES = Calibration(make_texts(), "made up")
+SAMPLES = CalibrationSamples(make_texts(), "made up")
 TEXT = Corpus(["\n".join(make_texts(200, seed=3))], "made up", 0.3)
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 LONGER = torch.randint(2, 320, (60, 24), generator=torch.Generator().manual_seed(2))

@@ -18,7 +18,7 @@ from lf_hf.pipeline import fuse, fuse_pairs, last_pass
 from lf_hf.refit.groups import cheapest_sets, estimated, promising, removed, text_for_groups
 from lf_hf.settings import METHODS
 from lf_hf.steps import start
-from lf_hf.text.calibration import Calibration, Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
 
@@ -93,7 +93,7 @@ def test_layers_that_do_nothing_are_found(method: str) -> None:
     )
     texts = make_texts(100)
     decoder = ModelDecoder(model, keep_originals=True)
-    report = fuse(decoder, make_tokenizer(), config, Calibration(texts, ""), Corpus(texts, ""), base="")
+    report = fuse(decoder, make_tokenizer(), config, CalibrationSamples(texts, ""), Corpus(texts, ""), base="")
     if method == "truncate":  # a fit may join an idle layer to the one above it as well
         assert [sorted(group) for group in report.groups if len(group) > 1] == [[2, 3, 4], [5, 6]]
     ids = torch.arange(2, 30)[None]
@@ -138,7 +138,7 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     assert (ends[-1] > 0.9 and ends[0] < 0.5) or len(text) < 4
 
 
-def test_groups_are_judged_on_other_kinds_of_text_and_on_what_comes_twice_too() -> None:
+def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
     text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 46)))
     _, pieces = text_for_groups(text, others)
     assert [len(piece) for piece in pieces] == [128] * 22
@@ -149,7 +149,7 @@ def test_groups_are_judged_on_other_kinds_of_text_and_on_what_comes_twice_too() 
 @torch.no_grad()
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
     model = make_llama(num_hidden_layers=6)
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT[:8], other_kinds=TEXT[8:])
+    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT[:8], other_text=TEXT[8:])
     with start(ModelDecoder(model).copy(), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
         fuse_pairs(fusion, 1)
     _, pieces = text_for_groups(TEXT[:8], TEXT[8:])

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from lf_hf.text.calibration import (
     DOCUMENTATION,
     QUESTIONS,
-    Calibration,
+    CalibrationSamples,
     Corpus,
     documentation_halves,
     load_calibration,
@@ -83,10 +83,10 @@ def test_documentation_halves_share_no_paragraph() -> None:
 def test_samples_are_cut_and_checked_against_the_model_and_leave_the_tokenizer_as_it_was() -> None:
     tokenizer = make_tokenizer()
     before = tokenizer.backend_tokenizer.to_str()
-    samples = tokenize_samples(tokenizer, Calibration(["layer " * 50, "model"], "x"), 8, 320)
+    samples = tokenize_samples(tokenizer, CalibrationSamples(["layer " * 50, "model"], "x"), 8, 320)
     assert len(samples[0]) == 8 and len(samples[1]) < 8 and tokenizer.backend_tokenizer.to_str() == before
     with pytest.raises(ValueError, match="but the model has 10 embeddings"):
-        tokenize_samples(tokenizer, Calibration(["layer"], "x"), 8, 10)
+        tokenize_samples(tokenizer, CalibrationSamples(["layer"], "x"), 8, 10)
 
 
 def test_sequences_are_spread_over_the_text() -> None:
