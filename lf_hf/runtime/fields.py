@@ -80,7 +80,8 @@ class Setting:
             raise ValueError(unknown_name(self.name, found, self.choices))
         finite = type(found) in (int, float) and abs(found) <= sys.float_info.max
         if not (type(found) is self.kind or (self.kind is float and finite)) or not self._within_bounds(found):
-            raise ValueError(f"{self.name} must be {self.allowed}, got {value!r:.80}.")
+            article = "" if self.choices else {int: "an ", float: "a ", str: "a "}.get(self.kind, "")
+            raise ValueError(f"{self.name} must be {article}{self.allowed}, got {value!r:.80}.")
         return self.kind(found)
 
     def _within_bounds(self, value: Any) -> bool:

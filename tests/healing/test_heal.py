@@ -287,7 +287,7 @@ def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"tokens": 10}, "tokens must be int >= 1024, got 10"),
+    ({"tokens": 10}, "tokens must be an int >= 1024, got 10"),
     ({"train": "norms"}, "Unknown train 'norms'"),
     ({"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=32"),
     ({"learning_rat": 1e-3}, "learning_rat"),
