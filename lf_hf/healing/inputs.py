@@ -21,7 +21,9 @@ from lf_hf.checkpoint.saving import check_replaceable, checked_folder, finish_sa
 from lf_hf.decoder.interface import Decoder
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import TextSource
 
@@ -101,6 +103,8 @@ def open_inputs(
     """
     if not isinstance(fused, str | os.PathLike):
         raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
+    if of_a_fusion := hub.keys() & FusionConfig.known.keys():
+        raise ValueError(unknown_name(HealSettings.noun, min(of_a_fusion), HealSettings.known))
     folder, out_folder = checked_folder(fused), checked_folder(out)
     if folder == out_folder:
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")

@@ -291,6 +291,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": "norms"}, "Unknown train 'norms'"),
     ({"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=32"),
     ({"learning_rat": 1e-3}, "learning_rat"),
+    ({"num_fusions": 5}, "Unknown healing setting 'num_fusions'; known are"),
     ({"cache": ""}, "must be a path, got ''"),
     (
         {"text": ["short"], "written_share": 0},
