@@ -21,7 +21,7 @@ from lf_hf.refit.traces import trace
 _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TINY: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 6, "vocab_size": 16}
+_TINY: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 16}
 _TINY |= {"_attn_implementation": "eager", **dict.fromkeys(_SPECIAL_TOKENS)}
 
 
@@ -61,7 +61,7 @@ def _tiny(config: PretrainedConfig) -> Any:
     kinds = family.config_kinds(config)
     numbers = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]]
     changes = _TINY | {name: [kinds[n][name] for n in numbers] for name in family.layer_lists}
-    changes |= {"num_hidden_layers": len(numbers), "hidden_size": 4 * head_dim(config)}
+    changes |= {"num_hidden_layers": len(numbers), "hidden_size": 2 * head_dim(config)}
     if getattr(config, "sliding_window", None) is not None:
         changes["sliding_window"] = _TOKENS // 2
     for name, value in changes.items():
