@@ -143,11 +143,10 @@ class _HeldOut:
 
         Squared and weighted as in fits: of all tokens, as a mean over the stream's channels, and of each first one.
         """
-        sums = torch.zeros(
-            2, 2, self._decoder.config.hidden_size, dtype=torch.float64
-        )  # missed and done, all and first
+        device, hidden = layer.mlp.down_proj.weight.device, self._decoder.config.hidden_size
+        sums = torch.zeros(2, 2, hidden, dtype=torch.float64)  # missed and done, of all tokens and of the first ones
         for state, dense, target in zip(self._states, self._dense, self._target, strict=True):
-            found, weights = self._decoder.run_layer(layer, state), token_weights(self._decoder, target)
+            found, weights = self._decoder.run_layer(layer, state.to(device)), token_weights(self._decoder, target)
             for n, part in enumerate((found, dense)):
                 squares = (part.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
                 squares *= weights.view(*target.shape[:2], 1)

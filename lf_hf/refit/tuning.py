@@ -50,7 +50,7 @@ def tune(
         What `steps_of` gives for this text.
     """
     device, dtype = layer.mlp.down_proj.weight.device, layer.mlp.down_proj.weight.dtype
-    computed = torch.float32 if dtype == torch.float16 else dtype  # as its gradients would underflow
+    computed = torch.bfloat16 if dtype == torch.float16 else dtype  # in which gradients do not underflow
     weights = {
         name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
         for name, parameter in layer.named_parameters()
