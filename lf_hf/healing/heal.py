@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import random
 import shutil
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -209,6 +211,8 @@ def prepare(
         logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that all processes have as many.")
         settings = dataclasses.replace(settings, batch_tokens=batch * length)
     arguments = training_arguments(settings, work, given)
+    if arguments.report_to and (work.parent / _LOGS).is_file():
+        raise ValueError(f"{str(work.parent)!r} holds a file {_LOGS!r}, where logs go; choose another folder.")
     student = make_student(model, settings, fused_layers)
     placement = place_teacher(base, student, settings, arguments, cache, num_shards(arguments))
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -231,11 +235,15 @@ def _distill(
     start, model, processes = time.monotonic(), inputs.model, Processes.of_launch()
     rate = inputs.settings.learning_rate or default_learning_rate(model, inputs.settings.train)
     settings = dataclasses.replace(inputs.settings, learning_rate=rate)
-    prepared = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, given, cache)
-    settings, arguments, student = prepared.settings, prepared.arguments, prepared.student
-    inputs = dataclasses.replace(inputs, settings=settings)
 
     with ExitStack() as stack:
+        # The process keeps its random numbers, which a training sets.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count()))))
+        prepared = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, given, cache)
+        settings, arguments, student = prepared.settings, prepared.arguments, prepared.student
+        inputs = dataclasses.replace(inputs, settings=settings)
 
         def begin() -> str | None:
             if not any(work.glob("checkpoint-*")):

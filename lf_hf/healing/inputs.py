@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
 from lf_hf.checkpoint.fused_cache import base_fingerprint
@@ -23,10 +23,14 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import TextSource
 
+# What is taken for loading the base, besides values of its config.
+_OF_BASE = (
+    *HUB_ARGUMENTS,
+    *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
+)
 WORK = ".lf_hf-healing"
 """In OUT: the state of a training that is not done."""
 _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
@@ -79,11 +83,15 @@ class HealingInputs:
 
     def check_base(self, decoder: Decoder) -> None:
         """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
-        expected = self.report.base_digest
-        if expected is not None and weights_digest(decoder.named_parameters()) not in (None, expected):
+        report, other = self.report, False
+        if report.base_digest is not None:
+            other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
+        elif report.fingerprints is not None:
+            other = base_fingerprint(self.base) != report.fingerprints["base"]
+        if other:
             raise ValueError(
                 f"{self.base.full_name!r} is not the base that this model was fused from, which was "
-                f"{self.report.base!r}: its weights are others; give that one."
+                f"{report.base!r}: its weights are others; give that one."
             )
 
 
@@ -103,14 +111,15 @@ def open_inputs(
     """
     if not isinstance(fused, str | os.PathLike):
         raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
-    if of_a_fusion := hub.keys() & FusionConfig.known.keys():
-        raise ValueError(unknown_name(HealSettings.noun, min(of_a_fusion), HealSettings.known))
     folder, out_folder = checked_folder(fused), checked_folder(out)
     if folder == out_folder:
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     finish_save(folder)
     report = FusionReport.load(folder)
     opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
+    for name in hub:
+        if name not in _OF_BASE and not hasattr(opened.config, name):
+            raise ValueError(unknown_name(HealSettings.noun, name, (*HealSettings.known, *_OF_BASE)))
     check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
@@ -120,6 +129,11 @@ def open_inputs(
         raise ValueError(
             f"{opened.full_name!r} has {opened.config.vocab_size} embeddings, and the fused model {config.vocab_size}; "
             "give the base that it was fused from."
+        )
+    if config.num_hidden_layers != report.layers_after:
+        raise ValueError(
+            f"{str(fused)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
+            "the folder of a fused checkpoint."
         )
     plain = config.model_type in FUSED_CONFIGS
     if plain:

@@ -59,7 +59,7 @@ def given_text(
         _split(name, [sequence for sequence in part if len(sequence) == length])
         for name, part in zip(corpus.names, packed, strict=True)
     ]
-    if not any(kind.training for kind in kinds):
+    if not any(kind.held_out for kind in kinds):
         tokens = sum(len(sequence) for part in packed for sequence in part)
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "

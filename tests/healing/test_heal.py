@@ -292,10 +292,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=32"),
     ({"learning_rat": 1e-3}, "learning_rat"),
     ({"num_fusions": 5}, "Unknown healing setting 'num_fusions'; known are"),
+    ({"epochs": 3}, "Unknown healing setting 'epochs'; known are"),
+    ({"revison": "main"}, "Unknown healing setting 'revison'; did you mean 'revision'?"),
     ({"cache": ""}, "must be a path, got ''"),
     (
         {"text": ["short"], "written_share": 0},
         "do not fill two sequences of length=32; give more text, or lower length",
+    ),
+    (
+        {"text": TEXTS[:1], "tokens": 1024, "length": 64, "batch_tokens": 64, "written_share": 0},
+        "do not fill two sequences of length=64",
     ),
     ({"training_args": {"bf61": True}}, "training arguments cannot be used: TrainingArguments.__init__() got an unexp"),
     ({"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
