@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import resource
@@ -100,16 +101,20 @@ def test_a_report_from_a_stranger_removes_nothing(model: FusedLlamaForCausalLM, 
     out = tmp_path / "out"
     model.save_pretrained(out)
     (out / "folder").mkdir()
-    for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine"):
+    for file in (tmp_path / "mine", out / "mine", out / "folder" / "mine", out / "theirs\nmine"):
         file.write_text("mine")
     report = json.loads((out / "fusion_report.json").read_text())
+    report["files"]["theirs\nmine"] = hashlib.sha256(b"mine").hexdigest()
     report["files"] |= dict.fromkeys(("../mine", "mine", "folder", "folder/mine", str(tmp_path / "mine"), "..", ""), "")
     (out / "fusion_report.json").write_text(json.dumps(report))
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("mine")
     hidden = out / ".lf_hf-saving"
     (hidden / "new").mkdir(parents=True)
+    (hidden / "new" / "additional_chat_templates").symlink_to(tmp_path / "private")
     (hidden / "complete").write_text("\n".join(["../mine", "folder/mine", str(tmp_path / "mine"), "..", "\0"]))
     FusedLlamaForCausalLM.from_pretrained(out)
-    assert not hidden.exists()
+    assert not hidden.exists() and files(tmp_path / "private") == {"key": b"mine"}
     hidden.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "new").mkdir(parents=True)
     (tmp_path / "elsewhere" / "new" / "config.json").write_text("mine")
@@ -134,6 +139,10 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
     model.save_pretrained(out, tokenizer=make_tokenizer())
     assert len(AutoTokenizer.from_pretrained(out)) == len(make_tokenizer())
     assert (out / "README.md").read_text() == "my card"
+    (out / "tokenizer_config.json").write_text("{}")
+    kept = {name: content for name, content in files(out).items() if name.startswith("tokenizer")}
+    FusedLlamaForCausalLM(model.config).save_pretrained(out)  # without a tokenizer
+    assert len(kept) == 2 and kept.items() <= files(out).items()
 
 
 def test_a_template_or_a_list_of_words_is_no_tokenizer(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -258,7 +267,7 @@ def test_variants_and_adapters_lie_beside_a_model(model: FusedLlamaForCausalLM, 
 @pytest.mark.parametrize("link", [True, False])
 def test_a_users_chat_templates_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = {"default": "base", "rag": "base"}
+    tokenizer.chat_template = {"default": "base", "rag": "base", "tool": "base"}
     folder, templates = tmp_path / "model", tmp_path / "templates"
     place = templates if link else folder / "additional_chat_templates"
     place.mkdir(parents=True)
@@ -268,6 +277,23 @@ def test_a_users_chat_templates_stay(model: FusedLlamaForCausalLM, tmp_path: Pat
         (folder / "additional_chat_templates").symlink_to(templates)
     model.save_pretrained(folder, tokenizer=tokenizer)
     assert (place / "rag.jinja").read_text() == "mine"
+    assert (place / "tool.jinja").exists() is not link  # nothing is written outside the folder
+
+
+def test_a_folder_in_a_files_place_is_refused_first(
+    model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    before = files(tmp_path)
+    with pytest.raises(OSError, match=r"was not written \(tokenizer\.json has the name .* before is unchanged"):
+        model.save_pretrained(tmp_path)
+    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    for way in ways_of_fusing(base, tmp_path):
+        with pytest.raises(ValueError, match=r"holds a folder 'tokenizer\.json', where a file is to go"):
+            way()
+    assert files(tmp_path) == before and (tmp_path / "tokenizer.json").is_dir()
 
 
 def test_no_plain_model_is_made_of_one_with_an_adapter(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
@@ -74,6 +74,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     report = _report(folder)
     ours = _ours(folder, report)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
+    names = sorted({*_TOKENIZER, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -82,6 +83,8 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
+    elif folders := [name for name in names if (folder / name).is_dir()]:
+        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
     if problem:
@@ -180,6 +183,8 @@ def _finish(folder: Path) -> None:
         if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not new.is_symlink():
+            if (folder / _TEMPLATES).is_symlink():  # it leads out of the folder
+                shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
             written, stale = _files(new), (saving / _COMPLETE).read_text(encoding="utf-8", errors="replace").split("\n")
             if CONFIG_NAME in written:
                 (folder / CONFIG_NAME).unlink(missing_ok=True)
@@ -211,10 +216,12 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
             logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
         kept |= tokenizer
         if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
-            kept |= {name for name in written if name in _TOKENIZER or name.startswith(_TEMPLATES)}
+            kept |= _TOKENIZER | {name for name in there | written if name.startswith(_TEMPLATES)}
     for name in kept & written.keys():
         written.pop(name).unlink()
-    for file in written.values():
+    for name, file in written.items():
+        if (folder / name).is_dir() or (folder / name).parent.is_file():
+            raise OSError(f"{name} has the name of something else there")
         file.chmod(new.stat().st_mode & 0o666)  # safetensors keeps what it writes to the user alone
     stale = set[str]()
     if CONFIG_NAME in written:  # else adapters, which go beside a model
@@ -237,10 +244,11 @@ def _report(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _manifest(report: dict[str, Any]) -> dict[str, Any]:
+def _manifest(report: dict[str, Any]) -> dict[str, str]:
     """Names of the files that the save of a report wrote, each with its `_digest`."""
     files = report.get("files")
-    return files if isinstance(files, dict) else {}
+    entries = files.items() if isinstance(files, dict) else ()
+    return {name: digest for name, digest in entries if name.isprintable() and isinstance(digest, str)}
 
 
 def _ours(folder: Path, report: dict[str, Any]) -> set[str]:
@@ -250,8 +258,9 @@ def _ours(folder: Path, report: dict[str, Any]) -> set[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files in a folder that may be a checkpoint's, by their names in it."""
-    files = [*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*")]
+    """The files in a folder that may be a checkpoint's, by their names in it; links to folders are not followed."""
+    templates = folder / _TEMPLATES
+    files = [*folder.glob("*"), *(() if templates.is_symlink() else templates.glob("*"))]
     return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
 
 
