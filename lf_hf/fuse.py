@@ -184,9 +184,10 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) ->
 def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
 
-    The first run to lock the folder fuses, and the others wait for it.
+    The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
+    do not share the work: what they read, and what heals, they do together.
     """
-    base, processes, made_of = inputs.base, inputs.processes, inputs.fingerprints()
+    base, processes, made_of = inputs.base, Processes.of_launch(), inputs.fingerprints()
 
     def reason_to_fuse() -> str | None:
         of_each_machine = processes.all_gather_object(why_not_reused(folder, inputs.config, made_of))

@@ -228,11 +228,17 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
-    fixed = ("num_hidden_layers", *family.layer_lists)
-    if given := [argument for argument in (*_QUANTIZATION_ARGUMENTS, *fixed) if loading.get(argument)]:
+    fixed = [name for name in ("num_hidden_layers", *family.layer_lists) if loading.get(name) is not None]
+    if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS), *fixed]:
         return f"cannot be fused with {given[0]}; leave it out: fusing takes all layers, in floating point"
     if loading.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
         return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
+    if file := getattr(config, "transformers_weights", None):  # which only transformers would read
+        return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
+    if (context := config.max_position_embeddings) < 16:  # the shortest calibration_length
+        return f"has max_position_embeddings={context}, but fusing needs 16 tokens"
+    if not 0 <= (config.bos_token_id or 0) < config.vocab_size:
+        return f"has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} tokens; repair it"
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
     try:

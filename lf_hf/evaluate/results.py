@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lf_hf.checkpoint.saving import only_writer
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import missing_plot_packages
 from lf_hf.runtime.checked_json import json_ready
@@ -64,7 +64,7 @@ class Results:
         line = json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False).encode()
         file = self._folder / RESULTS
         with self._alone():
-            lines = [*(file.read_bytes().splitlines() if file.exists() else ()), line]
+            lines = [*result_lines(file), line]
             self._write(RESULTS, b"".join(line + b"\n" for line in lines))
             self._write_tables()
 

@@ -181,6 +181,8 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
             run(tmp_path / "out", **quick)
     assert len(read_points(tmp_path / "out" / RESULTS)) == 2
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 3
+    with (tmp_path / "out" / RESULTS).open("ab") as file:
+        file.write(b'{"key": "01')  # a line that was cut short
     points = run(tmp_path / "out", **quick)
     assert len(judged) == 5 + 2 + 3 and without_seconds(points) == without_seconds(whole)
     assert run(tmp_path / "out", **quick) == points and len(judged) == 10
