@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.base import Base, hub_arguments, load_tokenizer, optional_file
@@ -34,7 +34,7 @@ from lf_hf.checkpoint.configuration import (
 )
 from lf_hf.checkpoint.peft import register_peft
 from lf_hf.checkpoint.saving import checked_folder, finish_save, only_writer, replaced_files
-from lf_hf.checkpoint.weights import shard_names, with_variant
+from lf_hf.checkpoint.weights import check_floats, shard_names, tensor_files, with_variant
 from lf_hf.families import FAMILIES, HEADS, Family, family_of
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
@@ -52,6 +52,7 @@ class FusedForCausalLM(PreTrainedModel):
     family: ClassVar[Family]
     _fuse: ClassVar[Callable[..., PreTrainedModel]]  # set by lf_hf.fuse: fusing is a client of these classes
     _opened_in: Path | None = None  # the folder
+    _trusts_code: bool | None = None  # as it was loaded with
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -106,14 +107,21 @@ class FusedForCausalLM(PreTrainedModel):
         if name and kwargs.get("config") is None:  # else the files that it was read with count
             finish_save(Path(name, hub.get("subfolder", "")))
             cls._check_family(name, hub)
-        index = with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
-        if name and (file := optional_file(name, index, hub)):
+        index, single = (
+            with_variant(file, kwargs.get("variant")) for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+        )
+        alone = Path(name, hub.get("subfolder", ""), single).is_file()  # then no index is looked at
+        if name and not alone and (file := optional_file(name, index, hub)):
             shard_names(Path(file))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         name = str(model.name_or_path)  # which an adapter's folder has led to
+        model._trusts_code = kwargs.get("trust_remote_code")
         if os.path.isdir(name):
             model._opened_in = Path(name, hub.get("subfolder", "")).resolve()
+            read = kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file")
+            if read and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
+                check_floats(tensor_files(model._opened_in, kwargs.get("variant")))
         if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.fusion_report = FusionReport.load(file)
@@ -246,7 +254,7 @@ class FusedForCausalLM(PreTrainedModel):
         if self._opened_in is None or not (self._opened_in / TOKENIZER_CONFIG_FILE).is_file():
             return None
         try:
-            return load_tokenizer(str(self._opened_in), {})
+            return load_tokenizer(str(self._opened_in), {"trust_remote_code": self._trusts_code})
         except ValueError as error:  # the weights may be all that is left of a long training
             logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
             return None
@@ -263,9 +271,10 @@ class FusedForCausalLM(PreTrainedModel):
             name = self.name_or_path or repo_id
             self.save_pretrained(folder, **kwargs)
             self.name_or_path = self.config._name_or_path = name
-            if tags and (file := Path(folder, CARD_NAME)).is_file():
-                card = ModelCard.load(file)
-                card.data.tags = [*card.data.tags, *tags]
+            if tags:
+                file = Path(folder, CARD_NAME)  # none of a model without a report
+                card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
+                card.data["tags"] = [*(card.data.get("tags") or []), *tags]
                 card.save(file)
             return _upload(folder, repo_id, token=token, **uploading)
 

@@ -81,7 +81,7 @@ def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, base: str, t
     held |= {UP: held[UP].to(dtype), "position_ids": torch.arange(3)}  # of which the latter may be integers
     save_file(held, copy / "model.safetensors", metadata={"format": "pt"})
     message = rf"'{UP}' in 'model.safetensors' holds numbers of type \w+, not plain floats; convert the weights to bfl"
-    for fuse in (in_memory, from_folder_to_folder):
+    for fuse in (in_memory, from_folder_to_folder, lambda name, _: FusedLlamaForCausalLM.from_pretrained(name)):
         with pytest.raises(ValueError, match=message):
             fuse(str(copy), tmp_path / "out")
 
