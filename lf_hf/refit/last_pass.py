@@ -154,7 +154,7 @@ class _HeldOut:
         self._decoder.processes.all_reduce(sums)
         (of_all, of_first), (done, done_first) = sums
         missed_first = of_first.sum() / done_first.sum() if done_first.any() else of_first.sum()
-        return float(channel_weights(done) @ of_all), float(missed_first)
+        return float((channel_weights(done) * of_all).sum()), float(missed_first)
 
     def cross(self, layer: DecoderLayer) -> None:
         """Run the fused model's layer in their place."""
