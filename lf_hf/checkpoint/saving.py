@@ -141,7 +141,8 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
     """
     new = folder / _SAVING / "new"
     _finish(folder)
-    try:
+    with ExitStack() as unless_whole:
+        unless_whole.callback(shutil.rmtree, new.parent, ignore_errors=True)
         with _explained(folder):
             new.mkdir(parents=True)
             yield new
@@ -152,9 +153,7 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
             marker.replace(new.with_name(_COMPLETE))
-    except BaseException:
-        shutil.rmtree(new.parent, ignore_errors=True)
-        raise
+        unless_whole.pop_all()
     _finish(folder)
 
 
