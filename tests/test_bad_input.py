@@ -24,8 +24,12 @@ from transformers import LlamaConfig
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
+from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
 from lf_hf.decoder.interface import Decoder
+from lf_hf.evaluate.sweep import sweep
+from lf_hf.healing.inputs import WORK
+from lf_hf.report.records import FusionStep
 
 Edit = Callable[[Path], Any]
 NAN = float("nan")
@@ -48,6 +52,13 @@ def config(name: str = "config.json", **values: Any) -> Edit:
 
 def report(**values: Any) -> Edit:
     return config("fusion_report.json", **values)
+
+
+def gguf_in_the_report(folder: Path) -> None:
+    """And a file of that name where the base is."""
+    report(base="tiny.gguf")(folder)
+    (folder.parent / "base" / "tiny.gguf").write_text("no GGUF file")
+    (folder.parent / "base" / "config.json").unlink()
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
@@ -133,8 +144,17 @@ def lm_eval(at: Places, arguments: str) -> Any:
     return get_model("fused_llama").create_from_arg_string(given, {"device": "cpu", "batch_size": 1})
 
 
-def healed(at: Places, **kwargs: Any) -> Any:
-    return lf_hf.heal(at.fused, at.out, base=at.base, text=at.text, **kwargs)
+def healed(at: Places, *, reads_base: bool = False, **kwargs: Any) -> Any:
+    given: dict[str, Any] = {"fused": at.fused, "out": at.out, "base": at.base, "text": at.text} | kwargs
+    with pytest.MonkeyPatch.context() as patch:
+        if not reads_base:
+            patch.delattr(Base, "load")
+        return lf_hf.heal(**given)
+
+
+def swept(at: Places, **kwargs: Any) -> Any:
+    given: dict[str, Any] = {"num_fusions": [1], "methods": ["mka"], "tasks": ["mmlu_sample_anatomy"]} | kwargs
+    return sweep(at.base, at.out, **{"calibration": at.text} | given)
 
 
 def read_report(at: Places) -> Any:
@@ -178,18 +198,20 @@ ROWS: dict[str, Row] = {
     "averages of none": (settings, {"merge": "keep_first"}, "alignment='rows' has no effect with merge='keep_first'"),
     "a fit of averages": (settings, {"refit": "projections"}, "refit='projections' .* set merge='select' or refit="),
     "healing what": (healing, {"train": "layer"}, "Unknown train 'layer'; did you mean 'layers'"),
+    "few tokens to heal on": (healing, {"tokens": 10}, "tokens must be an int >= 1024, got 10"),
     "steps without a sequence": (healing, {"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=512"),
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
     "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
     "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal": (healed, {"trian": "all"}, "Unknown argument 'trian'; did you mean 'train'"),
+    "what heal lacks": (healed, {"epochs": 3}, "Unknown healing setting 'epochs'; known are"),
+    "misspelt for heal's base": (healed, {"revison": "main"}, "healing setting 'revison'; did you mean 'revision'"),
     "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),
     "a base nowhere": (python, {"base": "/no/where"}, "'/no/where'"),
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "quantising on the way": (python, {"load_in_8bit": True}, "cannot be fused with load_in_8bit; leave it out"),
-    "no layers": (python, {"num_hidden_layers": 0}, "cannot be fused with num_hidden_layers; leave it out"),
     "other layers": (python, {"num_hidden_layers": 5}, "cannot be fused with num_hidden_layers; leave it out"),
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
@@ -225,6 +247,35 @@ ROWS: dict[str, Row] = {
         write("model.safetensors", b""),  # which are not read before that is said
     ),
     "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx .train.' cannot be read .* give a .txt, .jsonl"),
+    "few samples": (python, {"calibration": ["layer"] * 50}, "=50.* need at least 51 calibration samples, got 50"),
+    "little text to heal on": (healed, {"text": ["short"], "written_share": 0}, "do not fill two sequences of length"),
+    # Healing: its arguments, and models that do not belong together
+    "no cache": (healed, {"cache": ""}, "must be a path, got ''"),
+    "a training argument of none": (healed, {"training_args": {"bf61": True}}, "cannot be used: Train.* got an unexp"),
+    "steps of healing": (healed, {"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
+    "an unknown logger": (healed, {"training_args": {"report_to": "wandd"}}, "be used: wandd is not supported"),
+    "an optimizer of none": (healed, {"training_args": {"optim": "galore_adamw"}}, "arguments cannot be used"),
+    "no base": (healed, {"base": None}, "say where it is with base="),
+    "another vocabulary": (healed, {}, "has 320 embeddings, and the fused model 330", config(vocab_size=330)),
+    "another base": (healed, {"reads_base": True}, "not the base that this model was", report(base_digest="a")),
+    "another base by its files": (
+        healed,
+        {"reads_base": True},
+        "is not the base that this model was fused from",
+        report(base_digest=None, fingerprints={"base": "another"}),
+    ),
+    "another report": (healed, {}, "has 4 layers, but its report says 5", report(layers_before=6, layers_after=5)),
+    "nothing fused": (healed, {}, "holds no fusion_report.json", remove("fusion_report.json")),
+    "no folder to heal": (healed, {"fused": 5}, "fused must be the folder of a fused checkpoint, got 5; save"),
+    "a base that is no GGUF file": (healed, {}, "No config of a model can be read", gguf_in_the_report),
+    # Sweeps
+    "no tasks": (swept, {"tasks": []}, "tasks must be a list with one entry at least"),
+    "a high level": (swept, {"num_fusions": [1, 9]}, "num_fusions must be 1 to 4"),
+    "settings of a sweep": (swept, {"settings": {"ratio_beta": "x"}}, "ratio_beta must be"),
+    "a share of questions": (swept, {"limit": 2.5}, "limit must be a number of .*, whole, or their share .*, got 2.5"),
+    "no questions": (swept, {"limit": 0}, "limit must be a number of questions"),
+    "no number of questions": (swept, {"limit": NAN}, "limit must be a number of questions"),
+    "many in a batch": (swept, {"batch_size": "many"}, "must be an integer of at least 1, auto, or auto:N, got 'many'"),
     # lm-eval's model args, all strings
     "lm-eval, in words": (lm_eval, ["pretrained={base},num_fusions=four"], "must be an int >= 1, got 'four'"),
     "lm-eval, calibration": (lm_eval, ["pretrained={base},num_fusions=1,calibration=no.txt"], "'no.txt' cannot"),
@@ -235,8 +286,22 @@ ROWS: dict[str, Row] = {
     "lm-eval, theirs": (lm_eval, ["pretrained={fused},batchsize=4"], "'batchsize'; did you mean 'batch_size'?"),
     "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
+    "lm-eval, no fusion": (
+        lm_eval,
+        ["pretrained={fused},method=mka,seed=1,calibration=x.txt,fused_dir=x"],
+        "method, seed, calibration, fused_dir without num_fusions has no effect; add num_fusions=N, or a",
+    ),
+    "lm-eval, delta": (lm_eval, ["pretrained={base},num_fusions=1,delta=x"], "delta=x cannot be combined with num_fus"),
+    "lm-eval, tp_plan": (lm_eval, ["pretrained={base},num_fusions=1,tp_plan=auto"], "tp_plan=auto cannot be combined"),
     # Saved fusions, edited by hand
     "a report of huge models": (read_report, {}, "layers_before=1000000000000 is not", report(layers_before=10**12)),
+    "a report of one layer": (read_report, {}, "layers_before=1 is not 2 to 10000", report(layers_before=1)),
+    "a report of other steps": (read_report, {}, "layers_after=3 is not what the steps lea", report(layers_after=3)),
+    "a step too deep": (read_report, {}, "parts do not fit", report(steps=[vars(FusionStep([3], [40], 1.0, 0.0))])),
+    "a report of no method": (read_report, {}, "its parts do not fit together", report(config={})),
+    "a report of nothing": (read_report, {}, "no fusion report", write("fusion_report.json", "{}")),
+    "a list as report": (read_report, {}, "no fusion report", write("fusion_report.json", "[]")),
+    "no text as report": (read_report, {}, "is not JSON", write("fusion_report.json", b"\xff")),
     "a report cut off": (read_report, {}, "fusion_report.json' is not JSON", cut("fusion_report.json", 300)),
     # Commands: a wrong command line, and failures
     "layers for this model": (mistyped, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
@@ -297,7 +362,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(message: str, pattern: str, at: Places) -> None:
     assert "\n" not in message and len(message) < 700
     assert re.search(pattern, message), message
-    assert not at.out.exists() or not any(at.out.iterdir())
+    assert {path.name for path in at.out.glob("*")} <= {WORK}  # where healing says at what it is
     assert {path.name for path in at.out.parent.iterdir() if not path.name.startswith("elsewhere-")} <= {
         *("base", "fused", "text.txt", "out")
     }
@@ -310,7 +375,7 @@ def test_one_sentence_before_any_work(at: Places, name: str) -> None:
         pytest.skip("this transformers has layers of one kind in a config")
     call, arguments, message, *edits = ROWS[name]
     for edit in edits:
-        edit(Path(at.fused if call is read_report else at.base))
+        edit(Path(at.fused if call in (read_report, healed) else at.base))
     words, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
     with pytest.raises((ValueError, OSError)) as error:
         call(at, *words, **named)
