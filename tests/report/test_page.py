@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import importlib.util
 import math
 import re
@@ -23,23 +22,21 @@ from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.records import Continuation, FusionStep, PerplexityInfo
 from lf_hf.text.mmlu import SUBJECTS
 
-HOSTILE = '<script>alert("x")</script> $\\frac$ "org"'
 PHONE = 400  # points: a picture that is wider has letters too small to read at 390 pixels
 FEW_PICTURES: dict[str, Any] = {"similarity": None, "embeddings": None}
 
 
 @pytest.fixture(scope="module")
-def reports(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FusionReport]:
+def reports(base: str) -> dict[str, FusionReport]:
     """A real report of each method."""
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
-    budget: dict[str, Any] = {"selection": "groups", "max_divergence": 10.0, "calibration_length": 64}
+    text = {"calibration": make_texts(150)}
+    budget = {"selection": "groups", "max_divergence": 10.0, "calibration_length": 64}
     ways: dict[str, dict[str, Any]] = {
         "neural_alignment": {"num_fusions": 2},
-        "mka": {"num_fusions": 2, "calibration": text},
+        "mka": {"num_fusions": 2} | text,
         "truncate": {"num_fusions": 2},
-        "refit": {"num_fusions": 2, "calibration": text, "selection": "least_influence"},
-        "within a budget": {"method": "refit", "calibration": text} | budget,
+        "refit": {"num_fusions": 2, "selection": "least_influence"} | text,
+        "within a budget": {"method": "refit"} | text | budget,
     }
     made = {}
     for name, settings in ways.items():
@@ -67,7 +64,7 @@ def page_of(report: FusionReport, folder: Path) -> tuple[Page, str]:
         ("within a budget", ["group_costs", "cost_curve", "along_depth", "fit_errors"]),
     ],
 )
-def test_a_page_shows_what_its_method_measured(
+def test_a_page_shows_what_its_method_measured_and_loads_nothing(
     reports: dict[str, FusionReport], method: str, names: list[str], tmp_path: Path
 ) -> None:
     report = reports[method]
@@ -82,6 +79,11 @@ def test_a_page_shows_what_its_method_measured(
         assert svg.tag.endswith("svg") and float(svg.attrib["width"].removesuffix("pt")) <= PHONE
     assert "5 → 3 layers" in text and all(note in text for note in report.notes)
     assert all(" ".join(continuation.fused.split()) in text for continuation in report.continuations)
+    assert not any("href" in attributes or tag == "script" for tag, attributes in page.tags)
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|https?://", content) and "prefers-color-scheme: dark" in content
+    write_page(report, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == content
 
 
 def test_the_answers_come_first_then_both_texts_then_the_layers(tmp_path: Path) -> None:
@@ -94,34 +96,6 @@ def test_the_answers_come_first_then_both_texts_then_the_layers(tmp_path: Path) 
     assert places == sorted(places)
 
 
-def test_a_page_loads_nothing_and_runs_nothing_in_either_colour_scheme(
-    reports: dict[str, FusionReport], tmp_path: Path
-) -> None:
-    hostile = dataclasses.replace(reports["truncate"], base=HOSTILE, notes=[HOSTILE])
-    page, _ = page_of(hostile, tmp_path)
-    content = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.text.count(HOSTILE) == 3  # title, heading and note
-    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"} == set()
-    for _, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        assert str(attributes.get("src", "data:")).startswith("data:") and "href" not in attributes
-    assert not re.search(r"url\(|@import|https?://", content)
-    assert '<meta name="color-scheme" content="light dark">' in content and "prefers-color-scheme: dark" in content
-    write_page(hostile, tmp_path / "again.html")
-    assert (tmp_path / "again.html").read_text(encoding="utf-8") == content
-
-
-def test_reports_hold_what_the_pictures_need(reports: dict[str, FusionReport]) -> None:
-    aligned, refitted = reports["neural_alignment"], reports["refit"]
-    assert aligned.sample_labels == list(SUBJECTS) and reports["mka"].sample_labels is None
-    for report in (aligned, refitted):
-        assert report.influences is not None and len(report.influences) == 5 and min(report.influences) > 0
-    assert refitted.influences is not None
-    step = refitted.steps[0]
-    assert step.influence == refitted.influences[step.pair[1]] == min(refitted.influences[2:-1])
-    assert reports["truncate"].influences is None
-
-
 def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport]) -> None:
     report = reports["neural_alignment"]
     drawn = report_figures(report)
@@ -131,6 +105,7 @@ def test_pictures_show_the_figures_of_the_report(reports: dict[str, FusionReport
     assert [panel.get_title() for panel in panels] == [f"layer {n}" for n in range(5)]
     offsets = np.asarray(panels[2].collections[0].get_offsets())  # (N, 2)
     assert report.embeddings is not None
+    assert report.sample_labels == list(SUBJECTS) and reports["mka"].sample_labels is None
     for axis in range(2):
         assert list(offsets[:, axis].argsort()) == list(np.array(report.embeddings)[2, :, axis].argsort())
 
@@ -184,12 +159,11 @@ def test_any_figures_can_be_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("figures_of", [{}, {"influence": 0.25}, {"divergence": -0.125}])
 def test_steps_have_a_column_for_each_figure_that_there_is(figures_of: dict[str, float], tmp_path: Path) -> None:
     steps = [FusionStep([30], [31], 1.0, 0.0, **figures_of)]  # type: ignore[arg-type]
-    write_page(make_report(layers_after=31, steps=steps, **FEW_PICTURES), tmp_path / "page.html")
+    page_of(make_report(layers_after=31, steps=steps, **FEW_PICTURES), tmp_path)
     section = (tmp_path / "page.html").read_text(encoding="utf-8").split('id="steps"')[1].split("</table>")[0]
     heads = re.findall("<th>(.*?)</th>", section)
     assert len(heads) == section.count("<td>") == 3 + len(figures_of)
     assert all(f"<td>{value:.4f}</td>" in section and name in heads[3] for name, value in figures_of.items())
-    assert ("added divergence" in heads[-1]) == ("divergence" in figures_of)  # of which a negative one may be shown
 
 
 @pytest.mark.parametrize("name", ["similarity", "embeddings", "influences"])
@@ -207,13 +181,11 @@ def test_command(reports: dict[str, FusionReport], tmp_path: Path, capsys: pytes
     assert main(["report", str(tmp_path), "--html", str(tmp_path / "a.html")]) == 0
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "fusion_report.html").read_bytes()
     before = set(tmp_path.iterdir())
-    for place in ("", "no/page.html"):
-        assert main(["report", str(tmp_path), "--html", str(tmp_path / place)]) == 1
-    assert main(["report", str(tmp_path), "--png", str(tmp_path / "a.html")]) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3 and all(str(tmp_path) in line for line in said) and set(tmp_path.iterdir()) == before
-    assert main(["report", str(tmp_path / "png")]) == 1
-    assert "holds no fusion_report.json" in capsys.readouterr().err
+    for option, place in (("--html", ""), ("--html", "no/page.html"), ("--png", "a.html")):
+        assert main(["report", str(tmp_path), option, str(tmp_path / place)]) == 1
+        [said] = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in said
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
