@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUICK
 from run_faults import Answers
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -25,8 +26,8 @@ from lf_hf.report.records import SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.speed import measure_speed
 
-QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
 ROWS = ["prefill, tokens a second", "decoding, tokens a second", "bytes of weights", "bytes of cache a token"]
+OPTIONS = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()  # as QUICK
 CACHE = 2 * 2 * 8 * 4  # bytes a layer and token: keys and values of 2 heads of 8 numbers of 4 bytes
 
 
@@ -34,13 +35,12 @@ def check(info: SpeedInfo | None) -> None:
     assert info is not None
     for rate in (info.prefill, info.decoding):
         assert min(rate.dense, rate.fused) > 0 and 0 < rate.lowest <= rate.ratio <= rate.highest
-    assert info.cache_bytes == [5 * CACHE, 3 * CACHE] and info.dtype == "float32"
+    assert info.cache_bytes == [5 * CACHE, 4 * CACHE] and info.dtype == "float32"
 
 
 @pytest.mark.usefixtures("timed")
 def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--num-fusions 2 --method truncate --perplexity-tokens 0".split()
-    assert main(["fuse", base, str(tmp_path / "out"), *options]) == 0
+    assert main(["fuse", base, str(tmp_path / "out"), *OPTIONS]) == 0
     table = capsys.readouterr().out
     report = FusionReport.load(tmp_path / "out")
     check(report.speed)
@@ -94,27 +94,27 @@ def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("timed")
-def test_it_can_be_left_out(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--num-fusions 2 --method truncate --perplexity-tokens 0 --no-speed".split()
-    assert main(["fuse", base, str(tmp_path / "out"), *options]) == 0
-    assert "tokens a second" not in capsys.readouterr().out and FusionReport.load(tmp_path / "out").speed is None
-    assert lf_hf.from_pretrained_fused(base, **QUICK, speed=False).fusion_report.speed is None  # type: ignore[union-attr]
-    lm = FusedLM.create_from_arg_string(
-        f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0,speed=false", {"device": "cpu"}
-    )
-    assert lm.get_model_info()["fusion"]["speed"] is None
-    kept = tmp_path / "kept"
-    lf_hf.from_pretrained_fused(base, **QUICK, fused_dir=kept)
-    check(lf_hf.from_pretrained_fused(base, **QUICK, fused_dir=kept, speed=False).fusion_report.speed)  # type: ignore[union-attr]
-
-
-@pytest.mark.usefixtures("timed")
-def test_where_layers_are_on_disk_it_says_that_it_is_not_measured(
-    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_it_can_be_left_out(
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And is, with a sentence, where layers are on disk."""
+    assert main(["fuse", base, str(tmp_path / "out"), *OPTIONS, "--no-speed"]) == 0
+    assert "tokens a second" not in capsys.readouterr().out and FusionReport.load(tmp_path / "out").speed is None
+    arguments = f"pretrained={base},num_fusions=1,method=truncate,perplexity_tokens=0,speed=false"
+    lm = FusedLM.create_from_arg_string(arguments, {"device": "cpu"})
+    assert lm.get_model_info()["fusion"]["speed"] is None
+    kept: dict[str, Any] = QUICK | {"fused_dir": tmp_path / "kept"}
+    for speed in (True, False):
+        model = lf_hf.from_pretrained_fused(base, **kept, speed=speed)
+        assert model.fusion_report is not None
+        check(model.fusion_report.speed)  # which is that of the model that was kept
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     warning_once.cache_clear()
-    assert lf_hf.fuse_checkpoint(base, tmp_path / "out", **QUICK).speed is None
+    assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK).speed is None
     assert "Speed is not measured with low_memory=True" in caplog.text
 
 

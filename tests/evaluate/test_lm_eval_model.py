@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, make_llama, make_texts
+from conftest import QUICK, make_llama
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -28,18 +28,11 @@ PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("tok
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("calibration") / "texts.txt"
-    path.write_text("\n\n".join(make_texts(100)))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def saved(base: str, calibration: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def saved(base: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint fused in Python and saved."""
     folder = str(tmp_path_factory.mktemp("fused") / "model")
     settings = FusionConfig(num_fusions=2, perplexity_tokens=0)
-    FusedLlamaForCausalLM.from_pretrained_fused(base, settings, calibration=calibration).save_pretrained(folder)
+    FusedLlamaForCausalLM.from_pretrained_fused(base, settings, calibration=str(text)).save_pretrained(folder)
     return folder
 
 
@@ -61,8 +54,8 @@ def test_documented_arguments_are_those_of_fusion_config() -> None:
     assert get_model("fused_llama") is FusedLlamaLM
 
 
-def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibration: str, saved: str) -> None:
-    lm, loaded = make_lm(base, num_fusions=2, calibration=calibration, perplexity_tokens=100), make_lm(saved)
+def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, text: Path, saved: str) -> None:
+    lm, loaded = make_lm(base, num_fusions=2, calibration=str(text), perplexity_tokens=100), make_lm(saved)
     assert loglikelihoods(lm) == loglikelihoods(loaded)
     info, again = (either.get_model_info()["fusion"] for either in (lm, loaded))
     assert (again["pairs"], again["ratios"]) == (info["pairs"], info["ratios"])
@@ -74,7 +67,7 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, calibr
     before, after = info["parameters"]
     assert (before, after) == (make_llama().num_parameters(), lm.model.num_parameters())
     assert info["parameters_removed_fraction"] == pytest.approx(1 - after / before)
-    assert "texts.txt" in json.dumps(info["calibration"]) and "100" in json.dumps(info["calibration"])
+    assert "text.txt" in json.dumps(info["calibration"]) and "150" in json.dumps(info["calibration"])
     assert [judged["tokens"] for judged in info["perplexities"]] == [100, 100]
     assert all(judged["divergence"] > 0 and 0 <= judged["agreement"] < 1 for judged in info["perplexities"])
 
@@ -94,11 +87,9 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
     assert loglikelihoods(placed) == loglikelihoods(make_lm(str(fused)))
 
 
-def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(
-    base: str, calibration: str, tmp_path: Path
-) -> None:
+def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, text: Path, tmp_path: Path) -> None:
     given = QUICK | {"method": "refit", "selection": "last", "refit": "down_proj"}
-    given |= {"calibration": calibration, "calibration_tokens": 1024}
+    given |= {"calibration": str(text), "calibration_tokens": 1024}
     plain = make_lm(base, fused_dir=str(tmp_path / "plain"), **given)
     started = make_lm(base, fused_dir=str(tmp_path / "started"), add_bos_token=True, **given)
     assert started.tokenizer.add_bos_token and not getattr(plain.tokenizer, "add_bos_token", False)

@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from builders import HEALED, Page, make_report, no_warnings
-from conftest import make_texts
 from matplotlib.patches import Rectangle
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport
@@ -27,16 +26,15 @@ FEW_PICTURES: dict[str, Any] = {"similarity": None, "embeddings": None}
 
 
 @pytest.fixture(scope="module")
-def reports(base: str) -> dict[str, FusionReport]:
+def reports(base: str, text: Path) -> dict[str, FusionReport]:
     """A real report of each method."""
-    text = {"calibration": make_texts(150)}
     budget = {"selection": "groups", "max_divergence": 10.0, "calibration_length": 64}
     ways: dict[str, dict[str, Any]] = {
         "neural_alignment": {"num_fusions": 2},
-        "mka": {"num_fusions": 2} | text,
+        "mka": {"num_fusions": 2, "calibration": text},
         "truncate": {"num_fusions": 2},
-        "refit": {"num_fusions": 2, "selection": "least_influence"} | text,
-        "within a budget": {"method": "refit"} | text | budget,
+        "refit": {"num_fusions": 2, "selection": "least_influence", "calibration": text},
+        "within a budget": {"method": "refit", "calibration": text} | budget,
     }
     made = {}
     for name, settings in ways.items():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import HEALED, make_point, make_report
-from conftest import make_llama, make_texts
+from conftest import make_llama
 from transformers import AutoModelForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
@@ -29,13 +29,6 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import METHODS
 
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "entropy_neighbors": 20}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("private") / "text.txt"
-    file.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
-    return file
 
 
 def fuse(base: str, text: Path, method: str, **settings: Any) -> FusedLlamaForCausalLM:
