@@ -78,7 +78,6 @@ from lf_hf.text.calibration import (
     load_corpus,
     load_training_text,
 )
-from lf_hf.text.chats import ChatForm
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
@@ -266,11 +265,11 @@ def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor
 _WRITTEN: dict[tuple[int, int, int], list[Tensor]] = {}
 
 
-def _written_once(decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
+def _written_once(decoder: Decoder, count: int, length: int, seed: int, *form: Any) -> list[Tensor]:
     """The calibration text that the model writes, written once for all ways."""
     key = (count, length, seed)
     if key not in _WRITTEN:
-        _WRITTEN[key] = generate(decoder, count, length, seed, chat)
+        _WRITTEN[key] = generate(decoder, count, length, seed, *form)
     return _WRITTEN[key]
 
 

@@ -20,22 +20,29 @@ from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
+_DRAWN = -1  # in place of a given token: one that is drawn
 _BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
 
 
 @torch.no_grad()
-def generate(decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None) -> list[Tensor]:
+def generate(
+    decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None, first: Sequence[int] = ()
+) -> list[Tensor]:
     """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
 
     Each process writes a share of them. No sequence ends early. The text follows from the seed, whichever process
-    writes it. With a chat form the sequences `CHATS` begin as chats, in which the model writes both sides.
+    writes it. With a chat form the sequences `CHATS` begin as chats, in which the model writes both sides. `first` is
+    the token that the tokenizer puts before each text, if it does: without it a model may write nothing but loops.
 
     Raises ValueError if the model's predictions are not finite.
     """
     random = torch.Generator().manual_seed(seed)
     # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
-    starts = torch.randint(decoder.config.vocab_size, (count,), generator=random)
-    if decoder.config.bos_token_id is not None:
+    starts = torch.randint(decoder.config.vocab_size, (count, 1), generator=random)
+    if first:
+        starts = torch.cat([torch.full_like(starts, first[0]), starts], dim=1)
+        starts[::2, 1] = _DRAWN
+    elif decoder.config.bos_token_id is not None:
         starts[::2] = decoder.config.bos_token_id
     drawn = torch.rand(count, length - 1, generator=random)
     mine = decoder.processes.shard(range(count))
@@ -46,12 +53,12 @@ def generate(decoder: Decoder, count: int, length: int, seed: int, chat: ChatFor
     return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
 
 
-def _sampled(decoder: Decoder, tokens: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
-    """Sequences that begin with `tokens` (count,) and go on as `drawn` (count, steps), uniform in 0..1, decides.
+def _sampled(decoder: Decoder, starts: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
+    """Sequences that begin with `starts` (count, given) and go on as `drawn` (count, steps), uniform in 0..1, decides.
 
     A token is written where the number drawn falls into its part of the cumulated probabilities.
     """
-    barred = _special_tokens(decoder.config)
+    barred, tokens = _special_tokens(decoder.config), starts[:, 0].clone()
     for row, chat in chats.items():
         tokens[row] = chat.next()
     written, cache, finite = [tokens], DynamicCache(), []
@@ -78,6 +85,9 @@ def _sampled(decoder: Decoder, tokens: Tensor, drawn: Tensor, chats: Mapping[int
                 points = point[:, None] * cumulated[:, -1:] * _BELOW_ONE
                 sampled.append(torch.searchsorted(cumulated, points, right=True)[:, 0])
             tokens = torch.cat(sampled).clamp(max=logits.shape[1] - 1)  # where predictions are not finite, too
+            if position + 1 < starts.shape[1]:
+                given = starts[:, position + 1].to(tokens.device)
+                tokens = torch.where(given == _DRAWN, tokens, given)
             for (row, chat), token in zip(chats.items(), tokens[rows].tolist(), strict=True):
                 tokens[row] = chat.next(token)
             written.append(tokens)

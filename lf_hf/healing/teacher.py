@@ -41,7 +41,7 @@ from lf_hf.healing.memory import Placement
 from lf_hf.healing.text import healing_text, judging_kinds
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import all_finite
-from lf_hf.text.chats import chat_form
+from lf_hf.text.chats import chat_form, first_token
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden), after the norm."""
@@ -198,7 +198,7 @@ def _kinds(inputs: HealingInputs, placement: Placement, decoder: Decoder) -> lis
     if not placement.in_memory:
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     form = chat_form(tokenizer, config.vocab_size)
-    write = partial(generate, decoder, chat=form)
+    write = partial(generate, decoder, chat=form, first=first_token(tokenizer))
     kinds = healing_text(tokenizer, corpus, settings, config.vocab_size, write, chats=form is not None)
     return kinds + judging_kinds(tokenizer, config.max_position_embeddings, inputs.judging_tokens)
 
