@@ -95,31 +95,6 @@ def make_llama(**overrides: Any) -> LlamaForCausalLM:
     return model.to(dtype)
 
 
-def shuffled_neurons(weights: dict[str, torch.Tensor], head_dim: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The same layer with its MLP neurons and heads in another order, written out parameter by parameter."""
-    random = torch.Generator().manual_seed(seed)
-    neurons = torch.randperm(len(weights["mlp.up_proj.weight"]), generator=random)
-    kv_heads = len(weights["self_attn.k_proj.weight"]) // head_dim
-    group = len(weights["self_attn.q_proj.weight"]) // head_dim // kv_heads
-    kv = torch.randperm(kv_heads, generator=random).tolist()
-    query = [b * group + n for b in kv for n in torch.randperm(group, generator=random).tolist()]
-    kv_rows = [head * head_dim + n for head in kv for n in range(head_dim)]
-    query_rows = [head * head_dim + n for head in query for n in range(head_dim)]
-    shuffled = dict(weights)
-    for name, tensor in weights.items():
-        if name.startswith(("mlp.gate", "mlp.up")):
-            shuffled[name] = tensor[neurons]
-        elif name == "mlp.down_proj.weight":
-            shuffled[name] = tensor[:, neurons]
-        elif name.startswith(("self_attn.k", "self_attn.v")):
-            shuffled[name] = tensor[kv_rows]
-        elif name.startswith("self_attn.q"):
-            shuffled[name] = tensor[query_rows]
-        elif name == "self_attn.o_proj.weight":
-            shuffled[name] = tensor[:, query_rows]
-    return shuffled
-
-
 _measure_speed = speed.measure_speed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from conftest import TINY
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import FAMILIES
+from lf_hf.families import FAMILIES, DecoderLayer
+from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.refit.layer_parts import build_layer
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import Traces, trace
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -36,6 +41,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 3},
 }
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{model_type: (model_type, {}) for model_type in FAMILIES},
+    "one key-value head": ("llama", {"num_key_value_heads": 1}),
+    "a key-value head a query head": ("llama", {"num_key_value_heads": 4}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "wide heads": ("llama", {"head_dim": 24}),
+    "eager attention": ("llama", {"attn_implementation": "eager"}),
+}
+"""What layers may be: for `tiny_model`, of every family, and of more shapes than the tiny models of families have."""
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
@@ -74,3 +90,14 @@ def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     *_, last = decoder.walk([ids])
     with decoder.head() as head:
         return head(last[0])
+
+
+@torch.no_grad()
+def fitted(
+    decoder: ModelDecoder, numbers: Sequence[int], states: Sequence[torch.Tensor], refit: str, ridge: float = 0.1
+) -> tuple[GroupFit, DecoderLayer, Traces]:
+    """The fit of a group of layers to what they do to some states, as a layer, and what it is fitted to."""
+    layers = [decoder.model.model.layers[number] for number in numbers]
+    traces = trace(decoder, layers, states, StateStore())
+    fit = fit_group(decoder, layers, traces, states, StateStore(), refit=refit, ridge=ridge)
+    return fit, build_layer(decoder, fit.weights, fit.kind), traces

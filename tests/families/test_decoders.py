@@ -17,15 +17,18 @@ IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_decoder_gives_the_models_own_logits(model_type: str, attention: str, tmp_path: Path) -> None:
+def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, attention: str, tmp_path: Path) -> None:
     if attention == "sdpa" and not FAMILIES[model_type].pretrained_model._supports_sdpa:
         pytest.skip("transformers has no such attention for this family")
     model = tiny_model(model_type, attn_implementation=attention)
     with torch.no_grad():
-        expected = model(IDS).logits
+        expected = model(IDS, output_hidden_states=True)
     for decoder in decoders(model, tmp_path):
         assert decoder.config._attn_implementation == attention
-        torch.testing.assert_close(logits(decoder, IDS), expected, rtol=0, atol=1e-5)
+        *states, _ = (state for [state] in decoder.walk([IDS]))
+        for found, after in zip(states, expected.hidden_states[1:-1], strict=True):  # the last is after the final norm
+            torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(decoder, IDS), expected.logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -45,17 +48,21 @@ def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Path) -> None:
-    """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions."""
-    model = tiny_model(model_type)
-    written = [torch.stack(generate(decoder, 2, 14, seed=3)) for decoder in decoders(model, tmp_path)]
+    """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions.
+
+    No token that begins, ends or pads a text is written but at the beginning of every other one.
+    """
+    model = tiny_model(model_type, eos_token_id=[1, 7], pad_token_id=None)
+    written = [torch.stack(generate(decoder, 4, 14, seed=3)) for decoder in decoders(model, tmp_path)]
     assert torch.equal(*written)
     random = torch.Generator().manual_seed(3)
-    torch.randint(320, (2,), generator=random)
-    drawn = torch.rand(2, 13, generator=random)
+    starts = torch.randint(320, (4,), generator=random)
+    assert written[0][:, 0].tolist() == [0, starts[1], 0, starts[3]]
+    drawn = torch.rand(4, 13, generator=random)
     with torch.no_grad():
         found = model(written[0]).logits[:, :-1]
-    found[..., [0, 1]] = -torch.inf
-    ends = found.softmax(-1).cumsum(-1)  # (2, 13, vocab)
+    found[..., [0, 1, 7]] = -torch.inf
+    ends = found.softmax(-1).cumsum(-1)  # (4, 13, vocab)
     token = written[0][:, 1:, None]
     above, below = ends.gather(-1, token)[..., 0], ends.gather(-1, (token - 1).clamp(min=0))[..., 0]
     assert bool((drawn <= above + 1e-4).all()) and bool((drawn >= below - 1e-4).all())

@@ -14,7 +14,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, fuse_pairs, last_pass
+from lf_hf.pipeline import fuse, fuse_pairs
 from lf_hf.refit.groups import cheapest_sets, estimated, promising, removed, text_for_groups
 from lf_hf.settings import METHODS
 from lf_hf.steps import start
@@ -110,22 +110,6 @@ def test_groups_that_cannot_be_computed_with_are_said() -> None:
             fuse_pairs(fusion, 1)
 
 
-def test_costs_are_measured_once_and_those_of_pairs_always() -> None:
-    model = make_llama(num_hidden_layers=7)
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
-    planned, tables = list[Any](), list[Any]()
-    for fusions in (2, 2, 3):
-        config = FusionConfig(fusions, "truncate", selection="groups")
-        with start(ModelDecoder(model).copy(), config, measured) as fusion:
-            fuse_pairs(fusion, fusions)
-        planned.append(fusion.planned)
-        [table] = measured.group_costs.values()
-        tables.append(dict(table))
-    assert tables[0] == tables[1] and tables[0].items() <= tables[2].items()
-    assert planned[0] == planned[1] and removed(planned[2]) == 3
-    assert tables[0].keys() >= {(n, n + 1) for n in range(1, 5)} | set(planned[0])
-
-
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
@@ -148,22 +132,29 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 
 @torch.no_grad()
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
-    model = make_llama(num_hidden_layers=6)
+    """Costs are measured once, those of pairs always."""
+    model = make_llama(num_hidden_layers=7)
     measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT[:8], other_text=TEXT[8:])
-    with start(ModelDecoder(model).copy(), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
-        fuse_pairs(fusion, 1)
+    planned, tables = list[Any](), list[Any]()
+    for fusions in (1, 2, 2, 3):
+        config = FusionConfig(fusions, "truncate", selection="groups")
+        with start(ModelDecoder(model).copy(), config, measured) as fusion:
+            fuse_pairs(fusion, fusions)
+        planned.append(fusion.planned)
+        [costs] = measured.group_costs.values()
+        tables.append(dict(costs))
+    assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == [min(tables[0], key=tables[0].get)]
+    assert tables[1] == tables[2] and planned[1] == planned[2] and removed(planned[3]) == 3
+    assert tables[0].items() <= tables[1].items() <= tables[3].items() and tables[3].keys() >= {*planned[3]}
     _, pieces = text_for_groups(TEXT[:8], TEXT[8:])
-    [costs] = measured.group_costs.values()
-    assert costs.keys() == {(1, 2), (2, 3), (3, 4)}
-    for (_, last), cost in costs.items():
+    for (first, last), cost in costs.items():
         shallow = copy.deepcopy(model)
-        del shallow.model.layers[last]
+        del shallow.model.layers[first + 1 : last + 1]
         apart = []
         for ids in pieces:
             p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, shallow))
             apart.append((p.exp() * (p - q)).sum(-1))
         assert cost == pytest.approx(torch.cat(apart).mean().item(), rel=1e-3)
-    assert fusion.planned == [min(costs, key=costs.__getitem__)]
 
 
 OUT, ONE, FLAG, A, B, HUGE = 26, 27, 28, 29, 30, 31  # channels of the stream
@@ -207,25 +198,17 @@ def with_a_pair_that_works_together() -> Any:
     return model
 
 
-@torch.no_grad()
 def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     """Influence alone chooses them."""
     model, random = with_a_pair_that_works_together(), torch.Generator().manual_seed(0)
-    begun = torch.randint(2, 6, (80, 1), generator=random)
-    text = list(torch.cat([begun, torch.randint(6, 320, (80, 63), generator=random)], dim=1))
-    measured = Measurements(settings={}, judged=[], seconds={}, text=text[:64])
-    ids, costs, chosen = torch.stack(text[64:]), dict[str, float](), dict[str, Any]()
-    expected = model(ids).logits.log_softmax(-1)
-    for name, selection in {"influence": "least_influence", "preset": METHODS["refit"]["selection"]}.items():
-        decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)
-        with start(decoder, FusionConfig(1, "refit", selection), measured) as fusion:
+    begun = torch.randint(2, 6, (64, 1), generator=random)
+    text = list(torch.cat([begun, torch.randint(6, 320, (64, 63), generator=random)], dim=1))
+    measured, chosen = Measurements(settings={}, judged=[], seconds={}, text=text), dict[str, Any]()
+    for selection in ("least_influence", METHODS["refit"]["selection"]):
+        with start(ModelDecoder(model).copy(), FusionConfig(1, "refit", selection), measured) as fusion:
             fuse_pairs(fusion, 1)
-        last_pass(fusion, decoder)
-        [chosen[name]] = [group for group in fusion.groups if len(group) > 1]
-        found = decoder.model(ids, use_cache=False).logits.log_softmax(-1)
-        costs[name] = (expected.exp() * (expected - found)).sum(-1).mean().item()
-    assert chosen["influence"] == [3, 4] and not {3, 4} <= set(chosen["preset"])
-    assert costs["preset"] < 0.1 < 1 < costs["influence"]
+        [chosen[selection]] = [group for group in fusion.groups if len(group) > 1]
+    assert chosen["least_influence"] == [3, 4] and not {3, 4} <= set(chosen["groups"])
 
 
 def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:

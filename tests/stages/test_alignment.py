@@ -1,85 +1,124 @@
+"""Stages 4 and 5: neurons are matched as well as can be, and layers averaged by the formula.
+
+That a layer and a copy of it in another order fuse to the layer is in families/test_fusions.py.
+"""
+
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, shuffled_neurons
+from builders import SEED, examples, normal
+from conftest import make_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from lf_hf.families import PROJECTIONS
-from lf_hf.report.records import RowMatch
-from lf_hf.stages.alignment import match_neurons, match_rows, permute_neurons
+from lf_hf.stages import assignment
+from lf_hf.stages.alignment import match_neurons, match_rows
+from lf_hf.stages.assignment import Pair, assign, row_costs
+from lf_hf.stages.fusion import average_layers, fusion_ratio
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "grouped queries": {},
-    "one key-value head": {"num_key_value_heads": 1},
-    "a key-value head a query head": {"num_key_value_heads": 4},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "wide heads": {"head_dim": 24},
+Weights = dict[str, torch.Tensor]
+
+# Stage 4
+
+
+def shuffled(weight: torch.Tensor) -> torch.Tensor:
+    return weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(9))]
+
+
+W = normal(300, 64)
+FEW = normal(12, 64, seed=1)
+PAIRS: dict[str, Pair] = {
+    "unlike": (W, normal(300, 64, seed=2)),
+    "unlike, bfloat16": (W.bfloat16(), normal(300, 64, seed=2).bfloat16()),
+    "equal": (W, W.clone()),
+    "nearly equal": (W, W + 0.1 * normal(300, 64, seed=3)),
+    "permuted": (W, shuffled(W)),
+    "permuted, nearly equal": (W, shuffled(W + 0.1 * normal(300, 64, seed=3))),
+    "half alike": (W, shuffled(W + 2 * normal(300, 64, seed=3))),
+    "ties": (FEW.repeat(25, 1), FEW[torch.arange(300) % 7]),
+    "all rows alike": (FEW[:1].repeat(300, 1), FEW[1:2].repeat(300, 1)),
+    "zero rows": (
+        W * (torch.arange(300) % 3 > 0)[:, None],
+        normal(300, 64, seed=2) * (torch.arange(300) % 2)[:, None],
+    ),
+    "one row": (W[:1], W[1:2]),
+    "few columns": (normal(300, 16), normal(300, 16, seed=1)),
+    "rows of all sizes": (
+        W * 10.0 ** torch.arange(-15, 15).repeat(10)[:, None],
+        normal(300, 64, seed=2) * 1e-9,
+    ),
 }
 
 
-def random(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+def exact_costs(pair: Pair) -> NDArray[np.float64]:
+    """The formula, in float64."""
+    rows = [weight.double().numpy() for weight in pair]
+    a, b = (w / (np.linalg.norm(w, axis=1, keepdims=True) + 1e-12) for w in rows)
+    return np.linalg.norm(a[:, None] - b[None], axis=2)
 
 
-def matched(w_i: torch.Tensor, w_j: torch.Tensor) -> tuple[torch.Tensor, RowMatch]:
-    return match_rows({"w": (w_i, w_j)})["w"]
+def total(costs: NDArray[np.float64], permutation: NDArray[np.int64]) -> float:
+    assert sorted(permutation.tolist()) == list(range(len(costs)))
+    return float(costs[np.arange(len(costs)), permutation].sum())
 
 
-def literal_costs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    def unit(w: np.ndarray) -> np.ndarray:
-        return w / (np.linalg.norm(w) + 1e-12)
-
-    return np.array([[np.linalg.norm(unit(p) - unit(q)) for q in b] for p in a])
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 7])
-def test_no_permutation_is_cheaper(rows: int) -> None:
-    for seed in range(5):
-        w_i, w_j = random(rows, 4, seed), random(rows, 4, seed + 100)
-        costs = literal_costs(w_i.double().numpy(), w_j.double().numpy())
-        cheapest = min(sum(costs[p, q] for p, q in enumerate(order)) for order in permutations(range(rows)))
-        permutation, _ = matched(w_i, w_j)
-        assert sorted(permutation.tolist()) == list(range(rows))
-        assert costs[np.arange(rows), permutation.numpy()].sum() == pytest.approx(cheapest, abs=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recovers_a_planted_permutation(dtype: torch.dtype) -> None:
-    w_i = random(512, 64, 0).to(dtype)
-    planted = torch.randperm(512, generator=torch.Generator().manual_seed(1))
-    scales = torch.rand(512, 1, generator=torch.Generator().manual_seed(2)) + 0.5  # norms do not count
-    shuffled = torch.empty_like(w_i)
-    shuffled[planted] = (w_i * scales).to(dtype)
-    permutation, match = matched(w_i, shuffled)
-    assert torch.equal(permutation, planted)
-    assert match.cosine_after == pytest.approx(1, abs=1e-3)
-    assert abs(match.cosine_before) < 0.1
-    assert match.rows_moved == pytest.approx((planted != torch.arange(512)).float().mean().item())
+@pytest.mark.parametrize("solver", ["scipy", "lapx"])
+def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several problems that are solved together, in threads."""
+    if solver == "scipy":
+        monkeypatch.setattr(assignment, "lapjvs", None)
+    elif not find_spec("lap"):
+        pytest.skip("lapx is missing")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = assign({kind: [pair] for kind, pair in PAIRS.items()})
+    assert list(found) == list(PAIRS)
+    for kind, pair in PAIRS.items():
+        exact = exact_costs(pair)
+        # As squares: a small distance is the root of a difference of float32 numbers near 1.
+        np.testing.assert_allclose(row_costs(pair) ** 2, exact**2, rtol=0, atol=2e-6, err_msg=kind)
+        optimum = total(exact, linear_sum_assignment(exact)[1])
+        assert total(exact, found[kind]) == pytest.approx(optimum, rel=1e-6, abs=1e-9), kind
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_recovers_shuffled_neurons_and_heads(layout: str) -> None:
-    model = make_llama(**LAYOUTS[layout])
-    head_dim = LAYOUTS[layout].get("head_dim", 8)
-    weights = {name: p.detach() for name, p in model.model.layers[1].named_parameters()}
-    shuffled = shuffled_neurons(weights, head_dim)
-    permutations, matches = match_neurons(weights, shuffled, head_dim)
-    for name, tensor in permute_neurons(shuffled, permutations).items():
-        assert torch.equal(tensor, weights[name])
-    assert set(matches) == set(PROJECTIONS)
-    assert all(match.cosine_after == pytest.approx(1) for match in matches.values())
-    assert matches["mlp.down_proj"].rows_moved == matches["mlp.up_proj"].rows_moved > 0.5
+@given(
+    seed=SEED,
+    exponents=st.tuples(st.integers(-30, 30), st.integers(-30, 30)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    zero=st.integers(0, 8),
+)
+@examples(60)
+def test_rows_of_any_scale_are_matched_best(
+    seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int
+) -> None:
+    if dtype == torch.float16:
+        exponents = (exponents[0] // 10, exponents[1] // 10)
+    w_i, w_j = ((normal(24, 16, seed=seed + n).double() * 10.0**power).to(dtype) for n, power in enumerate(exponents))
+    w_i[:zero] = 0
+    w_j[4 : 4 + zero] = 0
+    costs = exact_costs((w_i, w_j))
+    permutation, match = match_rows({"w": (w_i, w_j)})["w"]
+    best = total(costs, linear_sum_assignment(costs)[1])
+    assert total(costs, permutation.numpy()) == pytest.approx(best, rel=1e-5, abs=1e-30)
+    one, other = (w.double() / (w.double().norm(dim=1, keepdim=True) + 1e-12) for w in (w_i, w_j))
+    assert match.cosine_before == pytest.approx(float((one * other).sum(1).mean()), rel=1e-4, abs=1e-7)
+    assert match.cosine_after == pytest.approx(float((one * other[permutation]).sum(1).mean()), rel=1e-4, abs=1e-7)
+    assert match.rows_moved == pytest.approx(float(np.mean(permutation.numpy() != np.arange(24))))
 
 
 def test_no_order_of_heads_is_cheaper() -> None:
     """Against all orders of 3 key-value heads with 2 query heads each."""
     layout = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 24}
-    model = make_llama(**layout)
-    w_i, w_j = ({n: p.detach() for n, p in layer.named_parameters()} for layer in model.model.layers[1:3])
+    w_i, w_j = layer_weights(1, **layout), layer_weights(2, **layout)
 
     def unit_blocks(weight: torch.Tensor) -> torch.Tensor:  # (heads, head_dim, m) -> unit vectors
         return torch.nn.functional.normalize(weight.double().unflatten(0, (-1, 4)).flatten(1), dim=1)
@@ -97,3 +136,64 @@ def test_no_order_of_heads_is_cheaper() -> None:
             costs[tuple(query)] = keys + distance("q_proj", query) + distance("o_proj", query, transposed=True)
     found = match_neurons(w_i, w_j, 4)[0]["query"][::4] // 4
     assert costs[tuple(found.tolist())] == pytest.approx(min(costs.values()), rel=1e-6)
+
+
+# Stage 5
+
+
+def layer_weights(index: int, **overrides: object) -> Weights:
+    return {name: p.detach().clone() for name, p in make_llama(**overrides).model.layers[index].named_parameters()}
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0, 3.0])
+def test_the_ratio_is_the_formula_in_extended_precision(beta: float) -> None:
+    S = np.random.default_rng(0).uniform(0.1, 2, size=(6, 6))
+    wide = S.astype(np.longdouble)
+    s_i, s_j = wide[2].sum() / 6, wide[4].sum() / 6
+    power = np.exp(np.longdouble(beta) * s_i / (s_i + s_j))
+    assert fusion_ratio(S, 2, 4, beta) == pytest.approx(float(power / (1 + power)), rel=1e-14)
+
+
+def test_no_similarity_at_all_counts_both_alike_and_warns() -> None:
+    with pytest.warns(UserWarning, match="Layers 0 and 1 have no similarity"):
+        assert fusion_ratio(np.zeros((2, 2)), 0, 1) == pytest.approx(1 / (1 + math.exp(-0.5)))
+
+
+def test_a_row_permuted_copy_fuses_to_the_layer_itself() -> None:
+    weights = layer_weights(1, attention_bias=True, mlp_bias=True)
+    permuted = dict(weights)
+    for seed, projection in enumerate(PROJECTIONS):
+        order = torch.randperm(len(weights[f"{projection}.weight"]), generator=torch.Generator().manual_seed(seed))
+        permuted |= {f"{projection}.{kind}": weights[f"{projection}.{kind}"][order] for kind in ("weight", "bias")}
+    fused, matches = average_layers(weights, permuted, ratio=0.6, alignment="rows", head_dim=8)
+    assert set(matches) == set(PROJECTIONS)
+    assert set(fused) == {name for name in weights if "norm" not in name}
+    for name, tensor in fused.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mka_is_the_weighted_sum_rounded_once(dtype: torch.dtype) -> None:
+    w_i, w_j = layer_weights(1, dtype=dtype), layer_weights(2, dtype=dtype)
+    fused, matches = average_layers(w_i, w_j, ratio=0.6123, alignment="none", head_dim=8)
+    assert not matches and len(fused) == 7
+    for name, tensor in fused.items():
+        one, other = (weights[name].double().numpy() for weights in (w_i, w_j))
+        assert torch.equal(tensor, torch.from_numpy(0.6123 * one + (1 - 0.6123) * other).to(dtype))
+
+
+@given(SEED, st.integers(-80, 80), st.sampled_from(["none", "rows", "neurons"]))
+@examples(20)
+def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power: int, alignment: str) -> None:
+    """By powers of two; for matched neurons as long as norms are far above the 1e-12 that is added to them."""
+    if alignment != "none":
+        power = max(power, -10)
+    model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
+    layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
+    scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
+    kinds: dict[str, Any] = {"ratio": 0.61, "alignment": alignment, "head_dim": 8}
+    fused, matches = average_layers(layers[0], layers[1], **kinds)
+    other, other_matches = average_layers(scaled[0], scaled[1], **kinds)
+    assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)
+    for name, match in matches.items():
+        assert vars(other_matches[name]) == pytest.approx(vars(match), abs=1e-6)
