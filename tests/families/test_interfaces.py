@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_texts, make_tokenizer
+from conftest import QUICK, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -23,22 +23,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import lf_hf
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.cli import main
 from lf_hf.estimate import plan_fusion
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES, HEADS
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
-SETTINGS: dict[str, Any] = {
-    "num_fusions": 2,
-    "method": "refit",
-    "selection": "last",
-    "calibration_tokens": 1024,
-    "calibration_length": 32,
-    "perplexity_tokens": 0,
-}
-QUICK: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0}
+SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "refit", "selection": "last", "perplexity_tokens": 0}
+SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 32}
 TEXT = ["\n".join(make_texts(200, seed=3))]
 of_every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
@@ -123,39 +115,34 @@ def test_files_are_the_same_however_they_were_made(
     fused: Callable[[str], FusedForCausalLM],
     tmp_path: Path,
 ) -> None:
-    fused(model_type).save_pretrained(tmp_path / "in memory", plain=plain)
-    lf_hf.fuse_checkpoint(
-        family_base(model_type),
-        tmp_path / "low memory",
-        plain=plain,
-        calibration=TEXT,
-        max_shard_bytes=10**9,
-        **SETTINGS,
-    )
-    configs = [json.loads((tmp_path / way / "config.json").read_text()) for way in ("in memory", "low memory")]
-    assert configs[0] == configs[1]
-    tensors = [load_file(tmp_path / way / "model.safetensors") for way in ("in memory", "low memory")]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    """`as_llama` is another name of `plain`, for every family."""
+    high, low = tmp_path / "in memory", tmp_path / "low memory"
+    fused(model_type).save_pretrained(high, plain=plain)
+    given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "as_llama": plain, "max_shard_bytes": 10**9}
+    lf_hf.fuse_checkpoint(family_base(model_type), low, **given)
+    assert json.loads((low / "config.json").read_text()) == json.loads((high / "config.json").read_text())
+    tensors, others = (load_file(folder / "model.safetensors") for folder in (low, high))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [(name, kind) for name in ("llama", "gemma3_text") for kind in HEADS])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_other_heads_stand_on_the_fused_layers(
-    model_type: str, kind: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+    model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
-    stock = FAMILIES[model_type].head_class(kind)
-    if stock is None:
-        pytest.skip("transformers has no such head for this family")
     fused(model_type).save_pretrained(tmp_path / "fused")
-    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "fused", num_labels=3)
-    assert type(model).__name__ == f"Fused{stock.__name__}"
-    assert getattr(lf_hf, type(model).__name__) is type(model)
     layers = fused(model_type).model.state_dict()
-    assert all(torch.equal(tensor, layers[name]) for name, tensor in model.base_model.state_dict().items())
-    model.save_pretrained(tmp_path / "head")
-    loaded = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "head")
-    with torch.no_grad():
-        assert torch.equal(next(iter(loaded(IDS).values())), next(iter(model(IDS).values())))
+    stock_heads = {kind: FAMILIES[model_type].head_class(kind) for kind in HEADS}  # transformers may lack one
+    for kind, stock in ((kind, stock) for kind, stock in stock_heads.items() if stock is not None):
+        opener = getattr(transformers, f"AutoModelFor{kind}")
+        model = opener.from_pretrained(tmp_path / "fused", num_labels=3)
+        assert type(model).__name__ == f"Fused{stock.__name__}"
+        assert getattr(lf_hf, type(model).__name__) is type(model)
+        assert all(torch.equal(tensor, layers[name]) for name, tensor in model.base_model.state_dict().items())
+        model.save_pretrained(tmp_path / "head")
+        with torch.no_grad():
+            found, expected = (one(IDS).values() for one in (opener.from_pretrained(tmp_path / "head"), model))
+        assert torch.equal(next(iter(found)), next(iter(expected)))
 
 
 # Plain checkpoints
@@ -220,26 +207,20 @@ def test_the_config_of_a_plain_checkpoint_key_by_key(
 ) -> None:
     """It is the stock config of a model of its shape, and says what has a new name under the old one as well."""
     lf_hf.from_pretrained_fused(family_base(model_type), **QUICK).save_pretrained(tmp_path / "plain", plain=True)
-    # The first four layers of the base, which are those that are left.
-    tiny_model(model_type, num_hidden_layers=4).save_pretrained(tmp_path / "stock")
+    # The first five layers of the base, which are those that are left.
+    tiny_model(model_type, num_hidden_layers=5).save_pretrained(tmp_path / "stock")
     plain, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "stock"))
     assert plain == stock | OLDER[model_type] | {"torch_dtype": "float32"}
+
+
+LONGROPE: dict[str, Any] = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize(
     ("model_type", "rope"),
     [
         ("phi3", {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3}),
-        (
-            "llama",
-            {
-                "rope_type": "longrope",
-                "factor": 8.0,
-                "original_max_position_embeddings": 16,
-                "long_factor": [1.5] * 4,
-                "short_factor": [1.1] * 4,
-            },
-        ),
+        ("llama", LONGROPE | {"long_factor": [1.5] * 4, "short_factor": [1.1] * 4}),
         ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
         ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
     ],
@@ -248,47 +229,42 @@ def test_scaled_rotary_embeddings_are_written_as_they_were(
     model_type: str, rope: dict[str, Any], family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Phi 3 took three entries for longrope and refused more."""
-    more: dict[str, Any] = {"rope_scaling": dict(rope), "rope_theta": 5000.0}
+    asked: dict[str, Any] = {"rope_scaling": rope, "rope_theta": 5000.0}
     if model_type == "phi3":
-        more |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
-    base = family_base(model_type, **more)
-    lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path, plain=True)
+        asked |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
+    model = lf_hf.from_pretrained_fused(family_base(model_type, **asked | {"rope_scaling": dict(rope)}), **QUICK)
+    model.save_pretrained(tmp_path, plain=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["rope_scaling"] == rope and config["rope_theta"] == 5000.0
-    assert config.get("partial_rotary_factor") == more.get("partial_rotary_factor")
-    if model_type == "gemma3_text":
-        assert config["rope_local_base_freq"] == 10000.0
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(lf_hf.from_pretrained_fused(base, **QUICK))
-    )
+    asked |= {"rope_local_base_freq": 10000.0} if model_type == "gemma3_text" else {}
+    assert {name: config[name] for name in asked} == asked
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     family_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qwen3, gemma2 = (
-        family_base("qwen3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}),
-        family_base("gemma2"),
-    )
-    lf_hf.from_pretrained_fused(qwen3, trust_remote_code=True, **QUICK).save_pretrained(tmp_path, plain=True)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    lf_hf.from_pretrained_fused(qwen3, **QUICK).save_pretrained(tmp_path / "fused")
-    with pytest.raises(ValueError, match="load it with FusedQwen3ForCausalLM"):
-        lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused")
+    qwen3, gemma2, fuse = family_base("qwen3"), family_base("gemma2"), lf_hf.from_pretrained_fused
+    fuse(qwen3, **QUICK).save_pretrained(tmp_path / "fused")
     monkeypatch.delattr(Base, "load")
-    with pytest.raises(ValueError, match="flex_attention"):
-        lf_hf.from_pretrained_fused(qwen3, attn_implementation="flex_attention", **QUICK)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(make_texts()), encoding="utf-8")
-    for start in (
-        lambda: lf_hf.from_pretrained_fused(gemma2, num_fusions=2, method="mka"),
-        lambda: plan_fusion(gemma2, FusionConfig(2, "mka")),
-        lambda: sweep(
-            gemma2, tmp_path / "sweep", num_fusions=[2], methods=["refit", "mka"], tasks=["piqa"], calibration=text
-        ),
-    ):
-        with pytest.raises(ValueError, match="Only layers of one kind are averaged"):
-            start()
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts()))
+    swept: dict[str, Any] = {"num_fusions": [2], "methods": ["refit", "mka"], "tasks": ["piqa"]}
+    swept |= {"calibration": tmp_path / "text.txt"}
+    calls: list[tuple[Callable[[], object], str]] = [
+        (lambda: lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"), "load it with FusedQwen3ForCausalLM"),
+        (lambda: fuse(qwen3, attn_implementation="flex_attention", **QUICK), "flex_attention"),
+        (lambda: fuse(gemma2, num_fusions=2, method="mka"), "Only layers of one kind are averaged"),
+        (lambda: plan_fusion(gemma2, FusionConfig(2, "mka")), "Only layers of one kind are averaged"),
+        (lambda: sweep(gemma2, tmp_path / "sweep", **swept), "Only layers of one kind are averaged"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_plain_checkpoint_names_no_code_of_its_base(family_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = family_base("qwen3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    lf_hf.from_pretrained_fused(base, trust_remote_code=True, **QUICK).save_pretrained(tmp_path, plain=True)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -315,7 +291,7 @@ def test_layers_in_an_order_of_their_own_are_pointed_out(
         assert (said in card) == told == any(said in message for message in caplog.messages)
         if model_type == "gemma3_text":  # transformers before 4.53 would count by it, and fails without a number
             config = json.loads((tmp_path / "config.json").read_text())
-            assert config["sliding_window_pattern"] == (None if told else 5)  # any beyond the 4 layers
+            assert config["sliding_window_pattern"] == (None if told else 6)  # any beyond the 5 layers
 
 
 def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -330,22 +306,3 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     for folder in ("fused", "plain", "low memory"):
         assert (tmp_path / folder / "tokenizer.model").read_bytes() == b"a sentencepiece model"
     assert AutoTokenizer.from_pretrained(tmp_path / "plain")("layer").input_ids
-
-
-# Two names of one choice
-
-
-def test_plain_and_as_llama_are_one_choice(family_base: Callable[..., Path], tmp_path: Path) -> None:
-    base = family_base("qwen3")
-    model = lf_hf.from_pretrained_fused(base, **QUICK)
-    ways: list[dict[str, Any]] = [{"plain": True}, {"as_llama": True}, {"plain": False, "as_llama": False}]
-    for names in ways:
-        model.save_pretrained(tmp_path / "saved", **names)
-        lf_hf.fuse_checkpoint(base, tmp_path / "fused", **QUICK, **names)
-        for folder in ("saved", "fused"):
-            kind = "Qwen3Config" if any(names.values()) else "FusedQwen3Config"
-            assert type(AutoConfig.from_pretrained(tmp_path / folder)).__name__ == kind
-    for option in ("--plain", "--as-llama"):
-        command = ["fuse", str(base), str(tmp_path / option), "--num-fusions", "1", "--method", "truncate", option]
-        assert main([*command, "--perplexity-tokens", "0"]) == 0
-        assert type(AutoConfig.from_pretrained(tmp_path / option)).__name__ == "Qwen3Config"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 import pytest
@@ -73,11 +72,6 @@ def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: py
     assert load_corpus().names == [there]
     users = load_training_text(["a" * 10_000], 8192)
     assert there in users.full_source and gone not in users.full_source
-
-
-def test_documentation_halves_share_no_paragraph() -> None:
-    halves = [set(re.split(r"\n\n+", half)) for half in documentation_halves()]
-    assert not halves[0] & halves[1] and all(sum(map(len, half)) > 100_000 for half in halves)
 
 
 def test_samples_are_cut_and_checked_against_the_model_and_leave_the_tokenizer_as_it_was() -> None:

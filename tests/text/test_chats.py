@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
+from pyarrow import parquet
 from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +21,7 @@ from lf_hf.measure import written_on
 from lf_hf.report.notes import silence_note
 from lf_hf.report.records import Continuation
 from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
-from lf_hf.text.chats import CHATS, Chat, ChatForm, chat_form, chat_text
+from lf_hf.text.chats import CHATS, Chat, chat_form, chat_text
 from lf_hf.text.judging import QUESTION
 from lf_hf.text.packing import pack_corpus
 
@@ -31,6 +33,9 @@ TEMPLATES = {
     "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<x>\n\n' }}{% endif %}",
     "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+    "of tokens that are not special": "{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}"
+    "{% else %}{{ '<|Assistant|>' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}",
 }
 CHAT = [
     {"role": "user", "content": "layer model"},
@@ -43,6 +48,7 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", "<x>", "[INST]", "[/INST]"]})
+    tokenizer.add_tokens(["<|User|>", "<|Assistant|>"])
     tokenizer.chat_template = template
     return tokenizer
 
@@ -83,17 +89,6 @@ def test_a_form_has_room_for_a_chat_and_no_token_that_the_model_lacks() -> None:
     form = chat_form(long, 400)
     assert form is not None and form.opening[0] == long.bos_token_id and len(form.opening) < 20
     assert chat_form(with_template(TEMPLATES["chatml"]), 320) is None
-
-
-def test_tokens_of_a_template_need_not_be_special() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<|User|>", "<|Assistant|>"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|User|>' + m.content if m.role == 'user' else "
-        "'<|Assistant|>' + m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"
-    )
-    assert chat_form(tokenizer, 400) == ChatForm([320], [321], [1, 320])
 
 
 def test_what_a_template_writes_does_not_depend_on_the_day() -> None:
@@ -149,7 +144,6 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
         given = tmp_path / "chats.jsonl"
         given.write_text("\n".join([*lines, json.dumps({"text": "plain text"})]))
     elif kind == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
         given = tmp_path / "chats.parquet"
     expected += ["plain text\n"] * (kind == "jsonl")
@@ -162,17 +156,17 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
 
 
 def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
-    with pytest.raises(
-        ValueError, match=r"^Sample 2 of strings .* cannot be used \(the model's tokenizer has no chat template\)"
-    ):
-        load_corpus(["text", CHAT], open_tokenizer=make_tokenizer)
+    neither = "neither a string nor a list of messages that have a role and a content"
+    given: list[tuple[Any, str]] = [
+        (["text", CHAT], r"^Sample 2 of strings .* cannot be used \(the model's tokenizer has no chat template\)"),
+        *(([sample], neither) for sample in ([], [{"content": "no role"}], [{"role": "no content"}], ["a", "b"])),
+    ]
+    for samples, message in given:
+        with pytest.raises(ValueError, match=message):
+            load_corpus(samples, open_tokenizer=make_tokenizer)
     refusing = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"\(the model's chat template does not take it \(roles must alternate\)\)"):
         load_corpus([CHAT], open_tokenizer=lambda: refusing)
-    samples: list[Any] = [[], [{"content": "no role"}], [{"role": "no content"}], ["a", "b"]]
-    for sample in samples:
-        with pytest.raises(ValueError, match="neither a string nor a list of messages that have a role and a content"):
-            load_corpus([sample], open_tokenizer=make_tokenizer)
 
 
 def test_a_model_is_asked_a_question_in_its_template() -> None:

@@ -19,7 +19,6 @@ from pyarrow import parquet
 
 from lf_hf.text.calibration import MAX_SAMPLES, load_calibration, load_corpus
 from lf_hf.text.packing import pack_corpus
-from lf_hf.text.sources import windows
 
 KINDS = ["list", "txt", "jsonl", "csv", "parquet", "data set"]
 
@@ -43,7 +42,11 @@ def given(samples: list[Any], kind: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_texts_give_the_same_tokens_in_any_form(kind: str, tmp_path: Path) -> None:
+def test_the_same_texts_give_the_same_tokens_in_any_form(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And files leave nothing in the cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     samples, tokenizer = [*make_texts(300), "two\nlines", "01", "NA", 'a "b", c', "ä"], make_tokenizer()
     text = given(samples, kind, tmp_path)
     calibration, plain = load_calibration(text), load_calibration(samples)
@@ -53,18 +56,13 @@ def test_the_same_texts_give_the_same_tokens_in_any_form(kind: str, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
     name = {"list": "strings given by the caller", "data set": f"{tmp_path} (test)"}.get(kind, f"text[1].{kind}")
     assert calibration.source == corpora[0].names[0] == name
+    assert (tmp_path / "cache").exists() == (kind == "data set")
 
 
 @pytest.mark.parametrize("kind", ["list", "jsonl", "csv", "parquet"])
 def test_rows_without_text_are_passed_over(kind: str, tmp_path: Path) -> None:
     blank = " " if kind in ("list", "csv") else None
     assert load_calibration(given([blank, "one", blank, "two\n"], kind, tmp_path)).texts == ["one\n", "two\n"]
-
-
-def test_nothing_is_left_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    assert len(load_calibration(given(make_texts(), "jsonl", tmp_path)).texts) == 57
-    assert not (tmp_path / "cache").exists()
 
 
 def halves(number: int) -> list[str]:
@@ -100,14 +98,6 @@ def test_a_text_that_fits_is_used_as_it_is(tmp_path: Path) -> None:
     assert len(corpus.parts[0]) > 59_000 and "excerpts" not in corpus.source
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [3], [5], [4, 4], [1, 2, 3, 20], [10, 5, 5, 5], [2, 3, 0, 1]])
-def test_windows_hold_all_of_the_texts(sizes: list[int]) -> None:
-    texts = [chr(ord("a") + n) * size for n, size in enumerate(sizes)]
-    pieces = list(windows(texts, 5))
-    assert "".join(pieces) == "\n".join(texts)
-    assert all(len(piece) == 5 for piece in pieces[:-1])
-
-
 def test_of_many_samples_as_many_as_are_compared_are_taken_from_all_of_them() -> None:
     for number in (MAX_SAMPLES + 1, 2 * MAX_SAMPLES, 5 * MAX_SAMPLES - 1):
         calibration = load_calibration([f"{n} layer" for n in range(number)])
@@ -139,8 +129,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("given", "content", "words"),
     [
+        ([], None, "is empty"),
+        (3, None, "Text must be a list of strings, a file or the name of a data set, got 3"),
+        (["a", 1], None, r"Sample 2 of strings given by the caller cannot be used \(neither a string nor .*\): 1"),
+        (["\ud800"], None, "Sample 1 of .* cannot be used .*surrogates not allowed"),
         ("blank.txt", b"\n \n\n", r"The text \(blank.txt\) is empty; give a file with text"),
         ("empty.csv", b"", r"The text \(empty.csv\) is empty; give a file with text"),
         ("empty.jsonl", b"", r"The text \(empty.jsonl\) is empty; give a file with text"),
@@ -157,23 +151,11 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         ("name.docx", None, "'name.docx .train.' cannot be read .* on the Hub .OfflineModeIsEnabled.*, or a data set"),
     ],
 )
-def test_bad_files_get_one_sentence(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_bad_text_gets_one_sentence(tmp_path: Path, given: Any, content: bytes | None, words: str) -> None:
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / given).write_bytes(content)
+    if isinstance(given, str) and given != "name.docx":
+        given = tmp_path / given
     for load in (load_calibration, load_corpus):
         with pytest.raises((ValueError, OSError), match=words):
-            load(tmp_path / name if name != "name.docx" else name)
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ([], "is empty"),
-        (3, "Text must be a list of strings, a file or the name of a data set, got 3"),
-        (["a", 1], r"Sample 2 of strings given by the caller cannot be used \(neither a string nor .*\): 1"),
-        (["\ud800"], "Sample 1 of .* cannot be used .*surrogates not allowed"),
-    ],
-)
-def test_bad_strings_get_one_sentence(value: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        load_calibration(value)
+            load(given)
