@@ -46,26 +46,33 @@ def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_
         assert [added.tolist() for added in continuations(decoder, prompts, 8)] == expected
 
 
+@pytest.mark.parametrize("first", [[], [5]])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_model_writes_text_that_it_finds_likely(model_type: str, tmp_path: Path) -> None:
+def test_a_model_writes_text_that_it_finds_likely(model_type: str, first: list[int], tmp_path: Path) -> None:
     """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions.
 
-    No token that begins, ends or pads a text is written but at the beginning of every other one.
+    Every other text goes on with any token after what begins a text, and none has a special token further on.
     """
     model = tiny_model(model_type, eos_token_id=[1, 7], pad_token_id=None)
-    written = [torch.stack(generate(decoder, 4, 14, seed=3)) for decoder in decoders(model, tmp_path)]
-    assert torch.equal(*written)
+    written, other = (
+        torch.stack(generate(decoder, 4, 14, seed=3, first=first)) for decoder in decoders(model, tmp_path)
+    )
+    assert torch.equal(written, other)
     random = torch.Generator().manual_seed(3)
     starts = torch.randint(320, (4,), generator=random)
-    assert written[0][:, 0].tolist() == [0, starts[1], 0, starts[3]]
-    drawn = torch.rand(4, 13, generator=random)
+    drawn, is_drawn = torch.rand(4, 13, generator=random), torch.ones(4, 13, dtype=torch.bool)
+    assert (written[::2, 0] == (5 if first else model.config.bos_token_id)).all()
+    assert torch.equal(written[1::2, len(first)], starts[1::2])
+    if first:
+        assert (written[:, 0] == 5).all()
+        is_drawn[1::2, 0] = False
     with torch.no_grad():
-        found = model(written[0]).logits[:, :-1]
+        found = model(written).logits[:, :-1]
     found[..., [0, 1, 7]] = -torch.inf
     ends = found.softmax(-1).cumsum(-1)  # (4, 13, vocab)
-    token = written[0][:, 1:, None]
+    token = written[:, 1:, None]
     above, below = ends.gather(-1, token)[..., 0], ends.gather(-1, (token - 1).clamp(min=0))[..., 0]
-    assert bool((drawn <= above + 1e-4).all()) and bool((drawn >= below - 1e-4).all())
+    assert bool(((drawn <= above + 1e-4) & (drawn >= below - 1e-4))[is_drawn].all())
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.layer_lists] + ["llama"])
