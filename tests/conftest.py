@@ -16,6 +16,7 @@ os.environ["HF_ASSETS_CACHE"] = os.devnull  # nor find what was read from one
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -32,6 +33,24 @@ def make_texts(count: int = 57, seed: int = 0) -> list[str]:
     """Short random sentences of different lengths."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 20))) + f" {n}." for n in range(count)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What is in the files of a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two models, or the weights of two, have the same names, types and bits."""
+    left, right = (given if isinstance(given, dict) else given.state_dict() for given in (one, other))
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor, right[name]) and tensor.dtype == right[name].dtype for name, tensor in left.items()
+    )
 
 
 def outcome_of(program: str, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from lf_hf.evaluate.points import read_points
 from lf_hf.families import FAMILIES
 from lf_hf.text.calibration import load_calibration, load_corpus
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
@@ -35,31 +32,26 @@ values = st.recursive(
 @st.composite
 def edited(draw: st.DrawFn, whole: Any) -> Any:
     """A JSON value with one to three of its parts replaced, removed or doubled."""
-    root = [copy.deepcopy(whole)]
+    root: Any = {"": copy.deepcopy(whole)}
     for _ in range(draw(st.integers(1, 3))):
-        parent: Any = root
-        key: Any = 0
+        parent, key = root, ""
         while isinstance(parent[key], (dict, list)) and parent[key] and draw(st.integers(0, 4)):
             parent = parent[key]
             key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
         action = draw(st.sampled_from(["replace", "remove", "double"])) if parent is not root else "replace"
-        if action == "replace":
-            parent[key] = draw(values)
-        elif action == "remove":
+        if action == "remove":
             del parent[key]
-        elif isinstance(parent, list):
-            parent.append(parent[key])
-        else:
+        elif action == "double" and isinstance(parent, dict):
             parent[f"{key}2"] = parent[key]
-    return root[0]
+        else:
+            parent[key] = draw(values)
+    return root[""]
 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
     """Bytes of a file with some of them cut out, overwritten or put in; or any others."""
-    if not draw(st.integers(0, 5)):
-        return draw(st.binary(max_size=200))
-    content = whole
+    content = whole if draw(st.integers(0, 5)) else draw(st.binary(max_size=200))
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         end = draw(st.integers(start, min(len(content), start + 20)))
@@ -67,85 +59,62 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
     return content
 
 
-def only_our_errors(read: Callable[[], Any]) -> None:
-    with suppress(ValueError, OSError):
-        read()
-
-
 def json_bytes(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
 POINT = make_point("mka", 1, 0.5)
+RESULT = vars(POINT) | {"scores": {"task": vars(POINT.scores["mmlu_5shot"])}}
 REPORT = make_report(similarity=None, embeddings=None).to_dict()
-
-
-@quick
-@given(edited(REPORT).map(json_bytes) | damaged(json_bytes(REPORT)))
-def test_reports(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "fusion_report.json").write_bytes(content)
-    try:
-        report = FusionReport.load(tmp_path)
-    except (ValueError, OSError):
-        return
-    assert report.summary() and model_card(report, FAMILIES["llama"], plain=False)  # what loads can be shown and saved
-    assert len(report.groups) == report.layers_after
-    report.save(tmp_path)
-
-
-@quick
-@given(edited([vars(POINT) | {"scores": {"task": vars(POINT.scores["mmlu_5shot"])}}]), st.binary(max_size=20))
-def test_results_of_sweeps(tmp_path: Path, lines: Any, rest: bytes) -> None:
-    file = tmp_path / "results.jsonl"
-    shown = lines if isinstance(lines, list) else [lines]
-    file.write_bytes(b"".join(json_bytes(line) + b"\n" for line in shown) + rest)
-    before = file.read_bytes()
-    only_our_errors(lambda: read_points(file))
-    assert file.read_bytes() == before
-
-
 INDEX = {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-SHARDS = {f"model-{n}.safetensors": save({name: torch.ones(2, 3)}) for n, name in ((1, "a"), (2, "b"))}
-
-
-@quick
-@given(edited(INDEX).map(json_bytes) | damaged(json_bytes(INDEX)), damaged(SHARDS["model-1.safetensors"]) | st.none())
-def test_indexes_and_shards(tmp_path: Path, index: bytes, shard: bytes | None) -> None:
-    for name, content in SHARDS.items():
-        (tmp_path / name).write_bytes(content)
-    if shard is not None:
-        (tmp_path / "model-1.safetensors").write_bytes(shard)
-    file = tmp_path / "model.safetensors.index.json"
-    file.write_bytes(index)
-    only_our_errors(lambda: tensor_files(tmp_path))
-    with suppress(ValueError):
-        assert {(tmp_path / name).parent for name in shard_names(file).values()} == {tmp_path}
-
-
-@quick
-@given(edited(FusionConfig(2).to_dict()) | edited({name: str(value) for name, value in vars(FusionConfig(2)).items()}))
-def test_fusion_configs(content: Any) -> None:
-    if isinstance(content, dict):
-        only_our_errors(lambda: FusionConfig.from_kwargs(**content))
-
-
+INDEX_NAME = "model.safetensors.index.json"
+WHOLE = {f"model-{n}.safetensors": save({name: torch.ones(2, 3)}) for n, name in ((1, "a"), (2, "b"))}
+WHOLE[INDEX_NAME] = json_bytes(INDEX)
 TEXTS = ["one\ntwo", 'a "b", c', *make_texts(3)]
-FILES = {
+
+edited_index = edited(INDEX).map(json_bytes) | damaged(json_bytes(INDEX))
+edited_results = st.tuples(st.lists(edited(RESULT).map(json_bytes)), st.binary(max_size=20))
+# A file, what may be in it, and who reads it.
+PARSERS: dict[str, tuple[str, st.SearchStrategy[bytes], Any]] = {
+    "report": ("fusion_report.json", edited(REPORT).map(json_bytes) | damaged(json_bytes(REPORT)), FusionReport.load),
+    "results": ("results.jsonl", edited_results.map(lambda parts: b"\n".join([*parts[0], parts[1]])), read_points),
+    "index": (INDEX_NAME, edited_index, shard_names),
+    "index, for its weights": (INDEX_NAME, edited_index, lambda file: tensor_files(file.parent)),
+    "shard": ("model-1.safetensors", damaged(WHOLE["model-1.safetensors"]), lambda file: tensor_files(file.parent)),
+}
+for name, content in {
     "a.txt": "\n\n".join(TEXTS).encode(),
     "a.jsonl": b"\n".join(json_bytes({"text": text}) for text in TEXTS),
     "a.csv": b'n,text\n0,one\n1,"a ""b"", c"\n',
-}
+}.items():
+    PARSERS[f"samples in {name}"] = name, damaged(content), lambda file: load_calibration(file).texts
+    PARSERS[f"text in {name}"] = name, damaged(content), lambda file: load_corpus(file).parts
 
 
-@pytest.mark.parametrize("name", FILES)
-@settings(quick, max_examples=20)
+@pytest.mark.parametrize("name", PARSERS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_calibration_files(tmp_path: Path, name: str, data: st.DataObject) -> None:
-    (tmp_path / name).write_bytes(data.draw(damaged(FILES[name])))
-    for load in (load_calibration, load_corpus):
+def test_what_can_be_read_can_be_used(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    file_name, contents, read = PARSERS[name]
+    for other, whole in WHOLE.items():
+        (tmp_path / other).write_bytes(whole)
+    (tmp_path / file_name).write_bytes(content := data.draw(contents))
+    found = None
+    with suppress(ValueError, OSError):
+        found = read(tmp_path / file_name)
+    if isinstance(found, FusionReport):
+        assert found.summary() and model_card(found, FAMILIES["llama"], plain=False)
+        assert len(found.groups) == found.layers_after
+    elif found is not None and read is shard_names:
+        assert all(Path(shard).name == shard for shard in found.values())
+    elif isinstance(found, list):
+        assert all(isinstance(text, str) and text.encode() for text in found)
+    assert (tmp_path / file_name).read_bytes() == content
 
-        def read() -> None:
-            texts = [*getattr(load(tmp_path / name), "texts", [])]  # noqa: B023
-            assert all(isinstance(text, str) and text.encode() for text in texts)
 
-        only_our_errors(read)
+@settings(max_examples=60, deadline=None)
+@given(edited(FusionConfig(2).to_dict()) | edited({name: str(value) for name, value in vars(FusionConfig(2)).items()}))
+def test_settings(content: Any) -> None:
+    if isinstance(content, dict):
+        with suppress(ValueError):
+            FusionConfig.from_kwargs(**content)
