@@ -92,7 +92,7 @@ for name, content in {
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_can_be_read_can_be_used(tmp_path: Path, name: str, data: st.DataObject) -> None:
     file_name, contents, read = PARSERS[name]

@@ -1,21 +1,27 @@
-"""A fused model behaves as transformers expects of a Llama: the behaviours that its common model tests check."""
+"""A fused model behaves as transformers and PEFT expect of a Llama, and says what it was made of."""
 
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import make_llama, make_texts, make_tokenizer
-from safetensors.torch import load_file
+from conftest import make_llama, make_texts, make_tokenizer, same, tensors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from lf_hf import FusedLlamaForCausalLM, FusionConfig
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
+from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.predictions import perplexity
+from lf_hf.text.calibration import documentation_halves
+from lf_hf.text.packing import pack_tokens
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44], [0, 8, 150, 3, 3, 260, 12]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -55,25 +61,59 @@ def fresh(saved: Path) -> FusedLlamaForCausalLM:
     return FusedLlamaForCausalLM.from_pretrained(saved)
 
 
-def logits(model: torch.nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
+def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
-        return model(ids, **kwargs).logits
-
-
-def is_tied(model: LlamaForCausalLM) -> bool:
-    return model.lm_head.weight is model.model.embed_tokens.weight
+        return model(ids).logits
 
 
 # Saving and loading
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool, tmp_path: Path) -> None:
+    """Counted in the model as it is at that moment, the second pair would be 2 and 3."""
+    kept, pairs, dense = [0, 1, 3, 5], [(1, 2), (3, 4)], make_llama(num_hidden_layers=6)
+    with torch.no_grad():
+        for number in (2, 4):  # which do next to nothing
+            dense.model.layers[number].self_attn.o_proj.weight.mul_(1e-4 * number)
+            dense.model.layers[number].mlp.down_proj.weight.mul_(1e-4 * number)
+    dense.config.layer_types = ["full_attention"] * 6
+    dense.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    settings: dict[str, Any] = {"method": "truncate", "selection": "least_influence", "calibration_tokens": 1024}
+    settings |= {"num_fusions": 2, "perplexity_tokens": 300}
+    text, out = [" ".join(make_texts(400))], tmp_path / "out"
+    report = fuse_checkpoint(tmp_path / "base", out, calibration=text, low_memory=low_memory, **settings)
+    assert [step.pair for step in report.steps] == pairs
+    assert [list(group) for group in report.groups] == [[0], [1, 2], [3, 4], [5]]
+
+    dense.model.layers = torch.nn.ModuleList(dense.model.layers[number] for number in kept)
+    assert same(tensors(out), dense) and dense.num_parameters() == report.parameters_after
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(config["layer_types"]) == len(kept)
+
+    said = [line.split(" <- ") for line in report.summary().splitlines() if "<-" in line]
+    for pair, (layer, sources), step in zip(pairs, said, report.steps, strict=True):
+        assert layer == f"  layer {pair[0]}" and re.findall(r"\b[1-5]\b(?!\.)", sources) == [*map(str, pair)]
+        assert f"influence {step.influence:.4f}" in sources
+    card = (out / "README.md").read_text().splitlines()
+    assert [line for line in card if "became one" in line] == [f"- Layers {i}-{j} became one layer." for i, j in pairs]
+    fusion = AutoConfig.from_pretrained(out).fusion
+    assert fusion["pairs"] == [*map(list, pairs)] and FusionConfig(**fusion["config"]) == FusionConfig(**settings)
+    assert AutoModelForCausalLM.from_pretrained(out).fusion_report == FusionReport.load(out) == report
+
+    sequences = pack_tokens(make_tokenizer(), documentation_halves()[1], config["max_position_embeddings"], 300)
+    stock = ModelDecoder(LlamaForCausalLM.from_pretrained(out))
+    assert perplexity(stock, {"docs": sequences})["docs"] == report.perplexities[0].fused
 
 
 def test_a_tied_head_stays_tied_and_an_untied_one_does_not(
     model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM
 ) -> None:
     tied = model.config.tie_word_embeddings
-    assert ("lm_head.weight" not in load_file(saved / "model.safetensors")) == tied
+    assert ("lm_head.weight" not in tensors(saved)) == tied
     for twin in (model, fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh.to_llama()):
-        assert is_tied(twin) == tied
+        assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == tied
     with torch.no_grad():
         fresh.model.embed_tokens.weight.mul_(2)
     assert torch.equal(fresh.lm_head.weight, model.lm_head.weight) != tied
@@ -90,29 +130,23 @@ def test_copies_pickles_and_a_new_model_of_the_same_config(
             assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
     new = AutoModelForCausalLM.from_config(model.config)
     assert type(new) is FusedLlamaForCausalLM and new.fusion_report is None
-    new.load_state_dict(model.state_dict())
-    assert torch.equal(logits(new.eval()), logits(model))
 
 
 def test_embeddings_can_be_resized_and_saved(
     model: FusedLlamaForCausalLM, fresh: FusedLlamaForCausalLM, tmp_path: Path
 ) -> None:
     fresh.resize_token_embeddings(330, mean_resizing=False)
-    assert fresh.config.vocab_size == 330 and is_tied(fresh) == model.config.tie_word_embeddings
     assert fresh.get_input_embeddings().weight.shape == fresh.get_output_embeddings().weight.shape == (330, 32)
     assert torch.equal(logits(fresh)[..., :320], logits(model))
     fresh.save_pretrained(tmp_path / "out", plain=True)
-    opener: Any = AutoModelForCausalLM
-    loaded, info = opener.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(map(len, info.values())) and loaded.config.vocab_size == 330
-    new_token = torch.tensor([[0, 329]])
-    assert torch.equal(logits(loaded, new_token), logits(fresh, new_token))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(loaded, fresh) and loaded.config.vocab_size == fresh.config.vocab_size == 330
 
 
 # Computing
 
 
-def test_a_plain_model_shares_the_weights(fresh: FusedLlamaForCausalLM) -> None:
+def test_a_plain_model_shares_the_weights_and_knows_its_fusion(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:
     fresh.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}  # as after fusing
     plain = fresh.to_llama()
     assert type(plain) is LlamaForCausalLM and plain.config.model_type == "llama"
@@ -120,6 +154,9 @@ def test_a_plain_model_shares_the_weights(fresh: FusedLlamaForCausalLM) -> None:
     theirs = dict(plain.named_parameters())
     assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in fresh.named_parameters())
     assert torch.equal(logits(plain), logits(fresh))
+    del fresh.config.quantization_config
+    fresh.save_pretrained(tmp_path, plain=True)
+    assert FusedLlamaForCausalLM.from_pretrained(tmp_path).config.fusion == fresh.config.fusion is not None
 
 
 def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -132,16 +169,21 @@ def test_a_trainer_smooths_labels_as_for_the_base(fresh: FusedLlamaForCausalLM, 
     assert found == wanted
 
 
-# Generating
+def test_peft_puts_adapters_where_it_does_in_a_llama(fresh: FusedLlamaForCausalLM) -> None:
+    configs = [kind() for kind in (peft.IA3Config, peft.LoraConfig, peft.VeraConfig)]
+    for config in (*configs, peft.AdaLoraConfig(total_step=10), peft.OFTConfig(oft_block_size=4)):
+        ours, theirs = (peft.get_peft_model(copy.deepcopy(one), config) for one in (fresh, fresh.to_llama()))
+        assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
 
 
-def test_assisted_generation_in_both_directions(base: str, model: FusedLlamaForCausalLM) -> None:
+def test_a_draft_changes_no_text_and_neither_does_the_cache(base: str, model: FusedLlamaForCausalLM) -> None:
     """A fused model is the natural drafter for the model that it was made of."""
     dense = LlamaForCausalLM.from_pretrained(base)
     settings = GREEDY | {"attention_mask": torch.ones_like(IDS[:1])}
     for target, assistant in ((dense, model), (model, dense)):
         alone = target.generate(IDS[:1], **settings)
         assert torch.equal(target.generate(IDS[:1], assistant_model=assistant, **settings), alone)
+        assert torch.equal(target.generate(IDS[:1], use_cache=False, **settings), alone)
 
 
 # Offloading
@@ -152,19 +194,23 @@ def device_map(layers: int, on_disk: set[int]) -> dict[str, str]:
     return outside | {f"model.layers.{n}": "disk" if n in on_disk else "cpu" for n in range(layers)}
 
 
+def check_works(loaded: FusedLlamaForCausalLM, model: FusedLlamaForCausalLM, folder: Path) -> None:
+    """It computes, generates and saves what a whole model in memory does."""
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+    for plain in (False, True):
+        loaded.save_pretrained(folder, plain=plain)
+        assert same(AutoModelForCausalLM.from_pretrained(folder), model)
+
+
 def test_loads_with_layers_on_disk(model: FusedLlamaForCausalLM, saved: Path, tmp_path: Path) -> None:
     loaded = FusedLlamaForCausalLM.from_pretrained(
         saved, device_map=device_map(3, {1}), offload_folder=tmp_path / "disk"
     )
     assert loaded.model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    assert torch.equal(logits(loaded), logits(model))
-    assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
+    check_works(loaded, model, tmp_path / "out")
     with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded; use save_pretrained"):
         loaded.to_llama()
-    for as_llama in (False, True):
-        loaded.save_pretrained(tmp_path / "out", as_llama=as_llama)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(logits(again), logits(model))
 
 
 def test_fusing_over_several_devices_leaves_no_stale_hooks(
@@ -177,14 +223,9 @@ def test_fusing_over_several_devices_leaves_no_stale_hooks(
         loaded: Any = load(*args, **kwargs)
         return dispatch_model(loaded[0], device_map(5, set()), force_hooks=True), loaded[1]
 
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load_dispatched)
-    mapped = fuse(base)
-    monkeypatch.undo()
-    tensors = mapped.state_dict()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "from_pretrained", load_dispatched)
+        mapped = fuse(base)
     assert mapped.hf_device_map == device_map(3, set())
     assert all(hasattr(layer, "_hf_hook") for layer in mapped.model.layers)
-    assert torch.equal(logits(mapped), logits(model))
-    assert torch.equal(mapped.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
-    mapped.save_pretrained(tmp_path / "out")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_works(mapped, model, tmp_path)
