@@ -156,21 +156,6 @@ def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> Non
         assert one == other
 
 
-@pytest.mark.parametrize("kind", ["neural_alignment", "refit"])
-def test_low_memory_on_a_device_computes_all_there_and_writes_the_same_bytes(
-    kind: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline, "check_computes", lambda config: None)  # of a tiny model, on the CPU
-    reports = [write(base, tmp_path / "cpu", kind)]
-    with TwoDevices() as devices:
-        reports.append(write(base, tmp_path / "device", kind, device_map="cuda:1"))
-    assert devices.computed == {OTHER}
-    here, there = (report.to_dict() | {"seconds": None} for report in reports)
-    assert here == there
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "device" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
-
-
 # Devices
 
 OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
