@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_texts
+from conftest import make_llama
 from lm_eval.api.registry import get_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -82,11 +82,8 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
     """The same weights in several files; then `edit`, and entries of the index."""
 
     def change(folder: Path) -> None:
-        make_llama().save_pretrained(folder / "shards", max_shard_size="40KB")
         (folder / "model.safetensors").unlink()
-        for file in (folder / "shards").glob("model*"):
-            file.rename(folder / file.name)
-        shutil.rmtree(folder / "shards")
+        make_llama().save_pretrained(folder, max_shard_size="40KB")
         index = json.loads((folder / INDEX).read_text())
         index["weight_map"] |= {name.replace("__", "."): file for name, file in weight_map.items()}
         (folder / INDEX).write_text(json.dumps(index))
@@ -121,40 +118,34 @@ QUICK: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0}
 
 
 def python(at: Places, **kwargs: Any) -> Any:
-    given: dict[str, Any] = {"base": at.base, "calibration": at.text} | QUICK | kwargs
-    return FusedLlamaForCausalLM.from_pretrained_fused(**given)
+    return FusedLlamaForCausalLM.from_pretrained_fused(**QUICK | {"base": at.base, "calibration": at.text} | kwargs)
 
 
 def from_folder_to_folder(at: Places, **kwargs: Any) -> Any:
-    given: dict[str, Any] = {"base": at.base, "out": at.out, "calibration": at.text} | QUICK | kwargs
-    return fuse_checkpoint(**given)
+    return fuse_checkpoint(**QUICK | {"base": at.base, "out": at.out, "calibration": at.text} | kwargs)
 
 
 def settings(at: Places, **kwargs: Any) -> Any:
     return FusionConfig.from_kwargs(**{"num_fusions": 1} | kwargs)
 
 
-def healing(at: Places, **kwargs: Any) -> Any:
-    return lf_hf.HealSettings(**kwargs)
-
-
 def lm_eval(at: Places, arguments: str) -> Any:
     """`lm_eval --model fused_llama --model_args ARGUMENTS`."""
-    given = arguments.format(base=at.base, fused=at.fused, text=at.text)
+    given = arguments.format(base=at.base, fused=at.fused)
     return get_model("fused_llama").create_from_arg_string(given, {"device": "cpu", "batch_size": 1})
 
 
 def healed(at: Places, *, reads_base: bool = False, **kwargs: Any) -> Any:
-    given: dict[str, Any] = {"fused": at.fused, "out": at.out, "base": at.base, "text": at.text} | kwargs
     with pytest.MonkeyPatch.context() as patch:
         if not reads_base:
             patch.delattr(Base, "load")
-        return lf_hf.heal(**given)
+        places: dict[str, Any] = {"fused": at.fused, "out": at.out, "base": at.base, "text": at.text}
+        return lf_hf.heal(**places | kwargs)
 
 
 def swept(at: Places, **kwargs: Any) -> Any:
-    given: dict[str, Any] = {"num_fusions": [1], "methods": ["mka"], "tasks": ["mmlu_sample_anatomy"]} | kwargs
-    return sweep(at.base, at.out, **{"calibration": at.text} | given)
+    given: dict[str, Any] = {"num_fusions": [1], "methods": ["mka"], "tasks": ["mmlu_sample_anatomy"]}
+    return sweep(at.base, at.out, **given | {"calibration": at.text} | kwargs)
 
 
 def read_report(at: Places) -> Any:
@@ -163,10 +154,9 @@ def read_report(at: Places) -> Any:
 
 def failed(at: Places, *words: Any, code: int = 1) -> Any:
     """`lf-hf WORDS`, which prints one line; raised here."""
-    places = {"base": at.base, "fused": at.fused, "text": at.text, "out": at.out}
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        assert main([str(word).format(**places) for word in words]) == code
+        assert main([str(word).format(**vars(at)) for word in words]) == code
     *others, last = err.getvalue().splitlines()
     assert out.getvalue() == "" and last.startswith("lf-hf: ")
     assert "Traceback" not in err.getvalue() and not any(line.startswith("lf-hf:") for line in others)
@@ -198,7 +188,7 @@ ROWS: dict[str, Row] = {
     "averages of none": (settings, {"merge": "keep_first"}, "alignment='rows' has no effect with merge='keep_first'"),
     "a fit of averages": (settings, {"refit": "projections"}, "refit='projections' .* set merge='select' or refit="),
     "a setting of none": (settings, {"bet": 1}, "Unknown fusion setting 'bet'; known are num_fusions"),
-    "steps without a sequence": (healing, {"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=512"),
+    "steps without a sequence": (healed, {"batch_tokens": 16}, "batch_tokens=16 holds no sequence of length=512"),
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
     "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
     "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
@@ -333,12 +323,11 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.fixture
-def at(base: str, fused: Path, tmp_path: Path) -> Places:
+def at(base: str, fused: Path, text: Path, tmp_path: Path) -> Places:
     """Copies of whole checkpoints, and text that is enough."""
     for name, source in (("base", base), ("fused", fused)):
         shutil.copytree(source, tmp_path / name)
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(400)), encoding="utf-8")
-    return Places(str(tmp_path / "base"), str(tmp_path / "fused"), str(tmp_path / "text.txt"), tmp_path / "out")
+    return Places(str(tmp_path / "base"), str(tmp_path / "fused"), str(text), tmp_path / "out")
 
 
 @pytest.fixture
@@ -352,9 +341,7 @@ def check(message: str, pattern: str, at: Places) -> None:
     assert "\n" not in message and len(message) < 700
     assert re.search(pattern, message), message
     assert {path.name for path in at.out.glob("*")} <= {WORK}  # where healing says at what it is
-    assert {path.name for path in at.out.parent.iterdir() if not path.name.startswith("elsewhere-")} <= {
-        *("base", "fused", "text.txt", "out")
-    }
+    assert {path.name for path in at.out.parent.iterdir()} <= {"base", "fused", "out"}
 
 
 @pytest.mark.usefixtures("no_work")

@@ -7,20 +7,18 @@ import logging
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import QUICK
-from run_faults import Answers
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
 
 import lf_hf
 from lf_hf.cli import main
-from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.lm_eval_model import FusedLM
-from lf_hf.evaluate.sweep import sweep
 from lf_hf.report.page import write_page
 from lf_hf.report.records import SpeedInfo
 from lf_hf.report.report import FusionReport
@@ -80,16 +78,11 @@ def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lf_hf.speed.SECONDS", 0.05)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: pytest.fail("another device was asked"))
-    model, calls = tiny_model("llama"), list[None]()
-
-    def slow(*_: Any) -> None:
-        calls.append(None)
-        time.sleep(0.06)
-
+    model, slow = tiny_model("llama"), Mock(side_effect=lambda *_: time.sleep(0.06))
     model.model.layers[0].register_forward_pre_hook(slow)
     info = measure_speed(model, 8)
     assert (info.runs, info.prefill_tokens, info.decoded_tokens) == (2, 16, 1)
-    assert len(calls) <= 2 + 3 * 2 + 2 * 2 * 3  # one run to warm up, and two rounds; the base has this layer twice
+    assert slow.call_count <= 2 + 3 * 2 + 2 * 2 * 3  # to warm up, and two rounds; the base has this layer twice
     assert "a prompt of 16 tokens and 1 decoded, 2 runs of each model" in info.source
 
 
@@ -116,18 +109,3 @@ def test_it_can_be_left_out(
     warning_once.cache_clear()
     assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK).speed is None
     assert "Speed is not measured with low_memory=True" in caplog.text
-
-
-@pytest.mark.usefixtures("timed")
-def test_a_sweep_has_a_curve_of_perplexity_over_speed(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
-    asked: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
-    points = sweep(base, tmp_path / "out", **asked, settings={"perplexity_tokens": 100})
-    assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
-    assert all(min(point.speedups.values()) > 0 for point in points)
-    assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "out/results.md").read_text()
-    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points).axes}
-    line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
-    assert list(line.get_xdata()) == [point.speedups["decoding"] for point in points]  # type: ignore[arg-type]

@@ -155,6 +155,17 @@ def test_healed_points_are_beside_those_that_are_not(run: Callable[..., list[Poi
         run(tmp_path, **levels, heal_cache=tmp_path / "cache")
 
 
+@pytest.mark.usefixtures("judged", "timed")
+def test_perplexity_is_drawn_over_speed(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+    points = run(tmp_path, methods=["truncate"])
+    assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
+    assert all(min(point.speedups.values()) > 0 for point in points)
+    assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "results.md").read_text()
+    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points).axes}
+    line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
+    assert np.array_equal(line.get_xdata(), [point.speedups["decoding"] for point in points])
+
+
 # What is there already, and several processes
 
 

@@ -14,26 +14,20 @@ SEQUENCES, TOKENS, HIDDEN, VOCAB = 2, 7, 5, 11
 IDS = torch.randint(VOCAB, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
+OF_BASE = normal(SEQUENCES, TOKENS, HIDDEN, seed=3), normal(VOCAB, HIDDEN, seed=4)
+LOGITS = OF_BASE[0] @ OF_BASE[1].T
+
+
 def student() -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        normal(SEQUENCES, TOKENS, HIDDEN, seed=1).requires_grad_(),
-        normal(VOCAB, HIDDEN, seed=2).requires_grad_(),
-    )
-
-
-def base_logits() -> torch.Tensor:
-    return normal(SEQUENCES, TOKENS, HIDDEN, seed=3) @ normal(VOCAB, HIDDEN, seed=4).T
-
-
-def full() -> FullTargets:
-    return FullTargets(normal(SEQUENCES, TOKENS, HIDDEN, seed=3), normal(VOCAB, HIDDEN, seed=4))
+    """Last states and the head."""
+    states, weight = normal(SEQUENCES, TOKENS, HIDDEN, seed=1), normal(VOCAB, HIDDEN, seed=2)
+    return states.requires_grad_(), weight.requires_grad_()
 
 
 def top(k: int, temperature: float) -> TopTargets:
-    every = base_logits().log_softmax(-1)
+    every = LOGITS.log_softmax(-1)
     found = every.topk(k)
-    norms = (every / temperature).logsumexp(-1)
-    return TopTargets(found.indices, found.values, norms)
+    return TopTargets(found.indices, found.values, (every / temperature).logsumexp(-1))
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +44,13 @@ def test_it_is_the_divergence_from_the_base_and_the_next_token_s_loss(
     states, weight = student()
     to_logits = module.unchanged if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
     logits = to_logits(states @ weight.T).flatten(0, 1).double()
-    of_base = base_logits().flatten(0, 1).double()
+    of_base = LOGITS.flatten(0, 1).double()
     found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
     divergence = kl_div(found_log, wanted_log, log_target=True, reduction="batchmean") * temperature**2
     following = logits.view(SEQUENCES, TOKENS, VOCAB)[:, :-1].flatten(0, 1)
     wanted = (1 - share) * divergence + share * cross_entropy(following, IDS[:, 1:].flatten())
     expected = torch.autograd.grad(3 * wanted, [states, weight])
-    for targets in (full(), top(VOCAB, temperature)):
+    for targets in (FullTargets(*OF_BASE), top(VOCAB, temperature)):
         found = distillation_loss(states, weight, IDS, targets, Loss(temperature, share), to_logits)
         torch.testing.assert_close(found, wanted.float())
         torch.testing.assert_close(torch.autograd.grad(3 * found, [states, weight]), expected)
@@ -78,7 +72,7 @@ def test_what_is_not_among_the_most_likely_counts_as_one_token() -> None:
     states, weight = student()
     targets = top(3, 1.0)
     found = distillation_loss(states, weight, IDS, targets, Loss())
-    models = ((states @ weight.T).double().softmax(-1), base_logits().double().softmax(-1))
+    models = ((states @ weight.T).double().softmax(-1), LOGITS.double().softmax(-1))
     of_top = [each.gather(-1, targets.ids) for each in models]
     q, p = (torch.cat([each, 1 - each.sum(-1, keepdim=True)], -1) for each in of_top)
     wanted = (p * (p.log() - q.log())).sum(-1).mean()

@@ -10,19 +10,14 @@ import torch
 from conftest import make_texts, make_tokenizer
 
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.text import (
-    HELD_OUT,
-    WRITTEN,
-    WRITTEN_CHATS,
-    WRITTEN_TOGETHER,
-    healing_text,
-    training_order,
-)
+from lf_hf.healing.text import HELD_OUT, WRITTEN, WRITTEN_CHATS, WRITTEN_TOGETHER, healing_text, training_order
 from lf_hf.measure import WRITTEN_LENGTH
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import pack_tokens
 
+TEXT = "\n\n".join(make_texts(3000, seed=3))
+CORPUS = Corpus([TEXT], "a text", 0.25)
 SETTINGS = HealSettings(tokens=4096, length=32, batch_tokens=256)
 
 
@@ -30,22 +25,15 @@ def write(count: int, length: int, seed: int) -> list[torch.Tensor]:
     return list(torch.randint(300, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
-def as_sets(*lists: list[torch.Tensor]) -> list[set[tuple[int, ...]]]:
-    return [{tuple(sequence.tolist()) for sequence in sequences} for sequences in lists]
-
-
 def test_what_is_kept_aside_is_not_trained_on_and_the_base_writes_its_share() -> None:
-    text = "\n\n".join(make_texts(3000, seed=3))
-    kinds = healing_text(make_tokenizer(), Corpus([text], "a text", 0.25), SETTINGS, 320, write)
+    kinds = healing_text(make_tokenizer(), CORPUS, SETTINGS, 320, write)
     assert [kind.name for kind in kinds] == ["a text", WRITTEN]
     assert [(len(kind.training), len(kind.held_out)) for kind in kinds] == [(96, HELD_OUT), (32, HELD_OUT)]
     assert all(sequence.shape == (32,) for kind in kinds for sequence in (*kind.training, *kind.held_out))
-    training, aside = as_sets(kinds[0].training, kinds[0].held_out)
-    assert not training & aside and len(training | aside) == 100
-    # From its beginning to its end.
-    places = {tuple(part.tolist()): n for n, part in enumerate(pack_tokens(make_tokenizer(), text, 32, 1 << 30))}
-    found = sorted(places[sequence] for sequence in training | aside)
-    assert found[0] == 0 and found[-1] > 0.95 * len(places)
+    # All of it once, from its beginning to its end.
+    places = {tuple(part.tolist()): n for n, part in enumerate(pack_tokens(make_tokenizer(), TEXT, 32, 1 << 30))}
+    found = sorted(places[tuple(sequence.tolist())] for sequence in (*kinds[0].training, *kinds[0].held_out))
+    assert len(set(found)) == 100 and found[0] == 0 and found[-1] > 0.95 * len(places)
 
 
 @pytest.mark.parametrize("length", [32, 160])
@@ -56,9 +44,8 @@ def test_what_the_base_writes_is_made_of_short_pieces_and_chats_are_a_kind_of_th
         assert length <= WRITTEN_LENGTH
         return [torch.full((length,), int(n in range(count)[CHATS])) for n in range(count)]
 
-    corpus = Corpus(["\n\n".join(make_texts(3000, seed=3))], "a text", 0.25)
     settings = HealSettings(tokens=36 * length, length=length, batch_tokens=4 * length)
-    kinds = healing_text(make_tokenizer(), corpus, settings, 320, write_both, chats=True)
+    kinds = healing_text(make_tokenizer(), CORPUS, settings, 320, write_both, chats=True)
     assert [kind.name for kind in kinds] == ["a text", WRITTEN, WRITTEN_CHATS]
     assert [(len(kind.training), len(kind.held_out)) for kind in kinds[1:]] == [(7, HELD_OUT), (2, 2)]
     for number, kind in enumerate(kinds[1:]):
