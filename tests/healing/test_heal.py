@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_texts, make_tokenizer
+from conftest import QUICK, make_llama, make_texts, make_tokenizer
 from safetensors.torch import load_file
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy
@@ -37,6 +38,7 @@ from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
 TEXTS = make_texts(1200, seed=5)
+Heal = Callable[..., FusionReport]
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -57,6 +59,13 @@ def healed(base: str, fused: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("healed") / "healed"
     lf_hf.heal(fused, folder, base=base, **settings())
     return folder
+
+
+@pytest.fixture
+def heal(base: str, fused: Path, tmp_path: Path) -> Heal:
+    """`lf_hf.heal` with these settings, into "out"."""
+    places: dict[str, Any] = {"fused": fused, "out": tmp_path / "out", "base": base}
+    return lambda **given: lf_hf.heal(**places | settings(**given))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,16 +118,13 @@ def test_the_report_says_what_both_models_do(healed: Path, fused: Path, base: st
         assert both.divergence_before == pytest.approx(then.divergence, rel=1e-2)
 
 
-def test_nothing_to_gain_gives_back_the_fused_model_which_is_called_collapsed_if_it_is(
-    base: str, fused: Path, tmp_path: Path
-) -> None:
-    """And many times through a short text is a note, beside that of a change before."""
+def test_nothing_to_gain_gives_back_the_fused_model(heal: Heal, fused: Path, tmp_path: Path) -> None:
+    """With notes: of its collapse, of many times through a short text, and of a change before."""
     model = FusedLlamaForCausalLM.from_pretrained(fused)
     with torch.no_grad():
         model.model.norm.weight *= 100
     model.save_pretrained(tmp_path / "sharp")
-    useless = settings(text=TEXTS[:6], learning_rate=1e-30)
-    report = lf_hf.heal(tmp_path / "sharp", tmp_path / "out", base=base, **useless)
+    report = heal(fused=tmp_path / "sharp", text=TEXTS[:6], learning_rate=1e-30)
     assert not changed(tmp_path / "out", tmp_path / "sharp")
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
     for now, then in zip(report.perplexities, FusionReport.load(fused).perplexities, strict=True):
@@ -128,10 +134,9 @@ def test_nothing_to_gain_gives_back_the_fused_model_which_is_called_collapsed_if
     assert CHANGED_NOTE in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(base: str, fused: Path, tmp_path: Path) -> None:
+def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(heal: Heal, fused: Path, tmp_path: Path) -> None:
     """A row of the embeddings without a gradient, and so without a size of steps, gets NaN for its next one."""
-    broken = settings(train="all", training_args={"bf16": False, "adam_epsilon": 0.0})
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **broken)
+    report = heal(train="all", training_args={"bf16": False, "adam_epsilon": 0.0})
     assert report.healed is not None and report.healed.kept == 0 and report.healed.steps < 16
     assert not changed(tmp_path / "out", fused)
     assert any("Healing diverged by step 3, so the state of step 0 is kept" in note for note in report.notes)
@@ -141,12 +146,11 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
-    base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_run_ends_with_the_same_bits(
+    heal: Heal, base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its states take no more of the disk than a plan says; logs are kept beside a user's."""
-    real, steps, kills = Trainer.training_step, list[int](), [10]
-    out, arguments = tmp_path / "out", {"base": base, **settings()}
+    real, steps, kills, out = Trainer.training_step, list[int](), [10], tmp_path / "out"
 
     def step(self: Any, *given: Any) -> torch.Tensor:
         steps.append(self.state.global_step)
@@ -160,11 +164,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         return real(self, *given)
 
     monkeypatch.setattr(Trainer, "training_step", step)
-    [said] = re.findall(r"disk, .*: ([\d.]+) MiB", plan_heal(fused, out, **arguments).summary())
+    [said] = re.findall(r"disk, .*: ([\d.]+) MiB", plan_heal(fused, out, base=base, **settings()).summary())
     (out / "runs").mkdir(parents=True)
     (out / "runs" / "a user's").write_text("log")
     with pytest.raises(Killed):
-        lf_hf.heal(fused, out, **arguments)
+        heal()
     assert not (out / "config.json").exists()
     states = [[file.stat().st_size for file in state.iterdir()] for state in (out / WORK).glob("checkpoint-*")]
     assert 0.7 * float(said) < 3 * max(map(sum, states)) / 2**20 < float(said) + 0.3
@@ -176,9 +180,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
         ({"text": "bundled"}, r"another healing \(text was strings given .*, and now is Python documentation"),
     ):
         with pytest.raises(ValueError, match=message):
-            lf_hf.heal(fused, out, **arguments | changes)
+            heal(**changes)
     steps.clear()
-    report = lf_hf.heal(fused, out, **arguments | {"base": f"{base}/../{Path(base).name}"})  # the same one
+    report = heal(base=f"{base}/../{Path(base).name}")  # the same one
     assert 0 < min(steps) < 10 and not changed(out, healed)
     whole = FusionReport.load(healed).healed
     assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
@@ -186,12 +190,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     assert not AcceleratorState._shared_state and not (out / WORK).exists()
 
 
-def test_predictions_on_disk_teach_what_the_base_in_memory_teaches(
-    base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_predictions_on_disk_teach_what_a_base_in_memory_does(
+    heal: Heal, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept to half precision. A second healing reads them, and no base; what is not whole is written again."""
-    arguments = settings(top_k=320, cache=tmp_path / "cache", base=base)
-    one = lf_hf.heal(fused, tmp_path / "out", **arguments).healed
+    cached: dict[str, Any] = {"top_k": 320, "cache": tmp_path / "cache"}
+    one = heal(**cached).healed
     result, expected, before = weights(tmp_path / "out"), weights(healed), weights(fused)
     apart = sum((result[name] - expected[name]).norm() ** 2 for name in expected) ** 0.5
     moved = sum((before[name] - expected[name]).norm() ** 2 for name in expected) ** 0.5
@@ -203,18 +207,18 @@ def test_predictions_on_disk_teach_what_the_base_in_memory_teaches(
         assert judged.divergence_after == pytest.approx(other.divergence_after, rel=0.01)
     [index] = (tmp_path / "cache").glob("*/text.json")
     index.unlink()  # as where a process was killed while it wrote
-    lf_hf.heal(fused, tmp_path / "killed", **arguments)
+    heal(out=tmp_path / "killed", **cached)
     monkeypatch.delattr(Base, "load")
-    lf_hf.heal(fused, tmp_path / "again", **arguments)
+    heal(out=tmp_path / "again", **cached)
     assert not any(changed(tmp_path / name, tmp_path / "out") for name in ("killed", "again"))
 
 
 def test_a_base_that_does_not_fit_is_read_from_disk_and_writes_no_text(
-    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heal: Heal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
-    report = lf_hf.heal(fused, tmp_path / "out", base=base, **settings())
+    report = heal()
     assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
     assert not any("written by the base" in info.source for info in report.healed.text)
 
@@ -227,29 +231,27 @@ def test_a_base_that_does_not_fit_is_read_from_disk_and_writes_no_text(
     ],
 )
 def test_too_little_room_is_said_before_the_base_is_read(
-    place: str, found: dict[str, int], message: str, base: str, fused: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, found: Any, message: str, heal: Heal, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Base, "load")
     monkeypatch.setattr(place, lambda *_: SimpleNamespace(**found))
-    at_load: dict[str, Any] = {"calibration": TEXTS, "num_fusions": 2, "method": "truncate", "heal_tokens": 4096}
-    with pytest.raises((OSError, ValueError), match=message):
-        lf_hf.heal(fused, fused.parent / "out", base=base, **settings())
-    with pytest.raises((OSError, ValueError), match=message):
-        lf_hf.from_pretrained_fused(base, **at_load)
-    assert not (fused.parent / "out").exists()
+    for start in (heal, lambda: lf_hf.from_pretrained_fused(base, **QUICK, heal_tokens=4096, calibration=TEXTS)):
+        with pytest.raises((OSError, ValueError), match=message):
+            start()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("train", "trained"), [("layers", "model.layers."), ("fused", "model.layers.2.")])
 def test_what_is_not_to_be_trained_stays(
-    train: str, trained: str, base: str, fused: Path, healed: Path, tmp_path: Path
+    train: str, trained: str, heal: Heal, fused: Path, healed: Path, tmp_path: Path
 ) -> None:
     """Here bfloat16 weights, that learn what is too small for them; a temperature is for training alone."""
     before, folder = fused, healed
     if train != "layers":
         before, folder = tmp_path / "fused", tmp_path / "out"
         FusedLlamaForCausalLM.from_pretrained(fused, dtype=torch.bfloat16).save_pretrained(before)
-        arguments = settings(train=train, temperature=3.0, learning_rate=1e-4)
-        warm, cold = lf_hf.heal(before, folder, base=base, **arguments).healed, FusionReport.load(healed).healed
+        warm = heal(fused=before, train=train, temperature=3.0, learning_rate=1e-4).healed
+        cold = FusionReport.load(healed).healed
         assert warm is not None and cold is not None and warm.kept
         assert warm.curve[0].divergences == pytest.approx(cold.curve[0].divergences, rel=0.1)
         assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
@@ -259,12 +261,12 @@ def test_what_is_not_to_be_trained_stays(
 
 
 def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
-    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heal: Heal, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = []
-    for heal in (lambda **_: None, lf_hf.heal):  # which leaves the process its random numbers
+    for work in (lambda **_: None, heal):  # which leaves the process its random numbers
         set_seed(7)
-        heal(fused=fused, out=tmp_path / "out", base=base, **settings(tokens=1024, train="lora", lora_rank=2))
+        work(tokens=1024, train="lora", lora_rank=2)
         numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert numbers[0] == numbers[1]
     before, after = weights(fused), weights(tmp_path / "out")
@@ -273,7 +275,7 @@ def test_adapters_change_each_projection_by_a_matrix_of_their_rank(
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="needs the peft package; run `pip install"):
-        lf_hf.heal(fused, tmp_path / "again", base=base, **settings(train="lora"))
+        heal(out=tmp_path / "again", train="lora")
 
 
 def test_the_default_rate_is_in_units_of_the_weights() -> None:
@@ -295,26 +297,25 @@ def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> Non
     assert arguments.fp16 and not arguments.bf16
 
 
-def test_a_file_in_the_place_of_the_logs_is_seen_before_the_training(base: str, fused: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_logs_is_seen_before_the_training(heal: Heal, tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(ValueError, match="holds a file 'runs', where logs go; choose another folder"):
-        lf_hf.heal(fused, tmp_path, base=base, **settings(training_args={"report_to": "tensorboard"}))
+        heal(out=tmp_path, training_args={"report_to": "tensorboard"})
 
 
-def test_a_trained_model_is_not_replaced(base: str, fused: Path, healed: Path) -> None:
+def test_a_trained_model_is_not_replaced(heal: Heal, base: str, fused: Path, healed: Path) -> None:
     """Nor the fused model by what becomes of it."""
     before = (healed / "model.safetensors").stat()
-    again: dict[str, Any] = {"num_fusions": 1, "method": "truncate"}
     for replace in (
-        lambda: lf_hf.heal(fused, healed, base=base, **settings()),
-        lambda: lf_hf.fuse_checkpoint(base, healed, **again),
-        lambda: lf_hf.fuse_checkpoint(base, healed, low_memory=False, **again),
+        lambda: heal(out=healed),
+        lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK),
+        lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK, low_memory=False),
     ):
         with pytest.raises(ValueError, match="holds a healed model; choose another folder"):
             replace()
     assert (healed / "model.safetensors").stat() == before
     with pytest.raises(ValueError, match="is the fused model itself"):
-        lf_hf.heal(fused, fused, base=base, **settings())
+        heal(out=fused)
 
 
 def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
@@ -344,12 +345,10 @@ def test_a_step_is_shared_evenly_by_any_number_of_processes(
     assert f"{tokens // step} step{'s' * (tokens > 2 * step)} of {step:,} tokens" in plan.summary()
 
 
-def test_a_full_disk_says_what_is_kept(base: str, fused: Path, tmp_path: Path) -> None:
-    with (
-        file_size_limit(120_000),
-        pytest.raises(OSError, match=r"The state of step \d was not written .*; the one"),
-    ):
-        lf_hf.heal(fused, tmp_path / "out", base=base, **settings(tokens=1024))
+def test_a_full_disk_says_what_is_kept(heal: Heal) -> None:
+    said = r"The state of step \d was not written .*; the one"
+    with file_size_limit(120_000), pytest.raises(OSError, match=said):
+        heal(tokens=1024)
 
 
 def test_a_model_on_two_devices_is_judged_as_on_one(base: str, fused: Path) -> None:
@@ -366,17 +365,9 @@ def test_a_model_on_two_devices_is_judged_as_on_one(base: str, fused: Path) -> N
     assert devices.moved > 0
 
 
-def test_it_heals_while_loading_and_keeps_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tokenizer that is given, where the base has none."""
-    make_llama().save_pretrained(tmp_path / "base")
-    arguments: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "perplexity_tokens": 0, "heal_tokens": 4096}
-    arguments |= {"calibration": TEXTS, "tokenizer": make_tokenizer(), "fused_dir": tmp_path / "fused"}
-    with pytest.raises(ValueError, match="tokens, which do not fill two sequences"):
-        lf_hf.from_pretrained_fused(tmp_path / "base", **arguments | {"calibration": TEXTS[:2]})
-    model = lf_hf.from_pretrained_fused(tmp_path / "base", **arguments)
-    report = model.fusion_report
+def test_it_heals_while_loading_with_a_tokenizer_that_is_given(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path)
+    given: dict[str, Any] = QUICK | {"heal_tokens": 4096, "calibration": TEXTS, "tokenizer": make_tokenizer()}
+    report = lf_hf.from_pretrained_fused(tmp_path, **given).fusion_report
     assert report is not None and report.healed is not None and report.healed.steps == 2
     assert report.config["heal_tokens"] == 4096
-    monkeypatch.delattr(Base, "load")
-    again = lf_hf.from_pretrained_fused(tmp_path / "base", **arguments)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
