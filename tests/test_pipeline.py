@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import platform
 
@@ -11,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.families import PROJECTIONS
 from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
@@ -24,37 +26,28 @@ def run(num_fusions: int = 3, **settings: object) -> FusionReport:
     return fuse(ModelDecoder(make_llama()), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
 
 
-def test_fuses_from_the_end_in_ratios_of_the_original_similarity() -> None:
+def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_what_was_measured() -> None:
     report = run(3)
     assert [step.pair for step in report.steps] == [(3, 4), (2, 3), (1, 2)]
     assert [step.layers_j for step in report.steps] == [[4], [3, 4], [2, 3, 4]]
     assert (report.layers_before, report.layers_after) == (5, 2)
     assert report.layers_removed_fraction == pytest.approx(3 / 5)
     S = np.array(report.similarity)
+    assert S.shape == (5, 5) and np.array(report.embeddings).shape == (5, 57, 2)
     for step in report.steps:
         i, j = step.pair
         raw = S[i].sum() / (S[i].sum() + S[j].sum())
         assert step.ratio_i == pytest.approx(math.exp(raw) / (1 + math.exp(raw)))
         assert step.ratio_i + step.ratio_j == 1
-
-
-def test_report_has_what_was_measured() -> None:
-    report = run(1)
-    assert np.array(report.similarity).shape == (5, 5)
-    assert np.array(report.embeddings).shape == (5, 57, 2)
-    assert [info.samples for info in report.calibration] == [57]
-    assert set(report.steps[0].matches) == {
-        *(f"self_attn.{p}_proj" for p in "qkvo"),
-        *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-    }
-    for match in report.steps[0].matches.values():
-        assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
+        assert set(step.matches) == set(PROJECTIONS)
+        for match in step.matches.values():
+            assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
     stages = {"activations", "manifold", "similarity", "alignment and fusion"}
     assert set(report.seconds) == stages | {"perplexity", "continuations"}
-    assert [info.name for info in report.perplexities] == ["docs", "reasoning"]
+    assert [(text.name, text.relation) for text in report.perplexities] == [("docs", "unseen"), ("reasoning", "unseen")]
     assert platform.python_version() in report.perplexities[0].text
     assert FusionReport.from_dict(report.to_dict()) == report
-    for part in ("layers: 5 -> 4", "random sentences (57 samples", "perplexity, docs"):
+    for part in ("layers: 5 -> 2", "random sentences (57 samples", "perplexity, docs"):
         assert part in report.summary()
 
 
@@ -67,37 +60,28 @@ def test_methods_differ_where_they_should_and_measure_what_is_asked_for() -> Non
     assert truncated.steps[0].ratio_i == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "relations"),
-    [(TEXT, ["unseen", "unseen"]), (Corpus([documentation_halves()[1]], "mine"), ["seen", "unseen"])],
-)
-def test_the_report_says_what_was_fitted_of_the_judging_texts(text: Corpus, relations: list[str]) -> None:
-    config = FusionConfig(1, "truncate", "least_influence", calibration_tokens=1024, perplexity_tokens=100)
-    report = fuse(ModelDecoder(make_llama()), make_tokenizer(), config, None, text, base="tiny")
-    assert [info.relation for info in report.perplexities] == relations
-
-
-@pytest.mark.parametrize("selection", ["least_influence", "groups"])
-@pytest.mark.parametrize("by_default", [True, False])
-def test_a_refit_without_a_users_text_is_told_what_helps(selection: str, by_default: bool) -> None:
-    config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=0)
-    text = Corpus(TEXT.parts, TEXT.source, note="Text of your own domain is better" if by_default else "")
+@pytest.mark.parametrize(("selection", "by_default"), [("least_influence", True), ("groups", False)])
+def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, by_default: bool) -> None:
+    """Here it was fitted to a text that judges it."""
+    config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
+    note = "Text of your own domain is better" if by_default else ""
+    text = Corpus([documentation_halves()[1]], "mine", note=note)
     decoder = ModelDecoder(make_llama(), keep_originals=True)
-    notes = fuse(decoder, make_tokenizer(), config, None, text, base="tiny").notes
-    assert any("own domain" in note for note in notes) == by_default
-    assert any("selection='groups' measures it" in note for note in notes) == (selection == "least_influence")
+    report = fuse(decoder, make_tokenizer(), config, None, text, base="tiny")
+    assert any("own domain" in note for note in report.notes) == by_default
+    assert any("selection='groups' measures it" in note for note in report.notes) == (selection == "least_influence")
+    assert [judged.relation for judged in report.perplexities] == ["seen", "unseen"]
 
 
 def test_the_model_is_unchanged_when_calibration_fails() -> None:
     model = make_llama()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e38)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy.deepcopy(model)
     config = FusionConfig(num_fusions=1, perplexity_tokens=0)
     with pytest.raises(ValueError, match="activations of layer 2"):
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
 def test_measurements_of_other_settings_are_refused() -> None:

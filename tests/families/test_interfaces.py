@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import QUICK, make_texts, make_tokenizer
+from conftest import QUICK, make_texts
 from safetensors.torch import load_file
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -201,43 +203,34 @@ OLDER: dict[str, dict[str, Any]] = {
 }
 
 
-@of_every_family
+SHORT = {"original_max_position_embeddings": 64}
+SCALED: dict[str, dict[str, Any]] = {
+    "phi3": {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3},  # it refused more than three
+    "llama": SHORT | {"rope_type": "longrope", "factor": 8.0, "long_factor": [1.5] * 4, "short_factor": [1.1] * 4},
+    "qwen2": SHORT | {"rope_type": "yarn", "factor": 4.0},
+    "gemma3_text": {"rope_type": "linear", "factor": 8.0},
+}
+
+
+@pytest.mark.parametrize(("model_type", "rope"), [*((name, None) for name in FAMILIES), *SCALED.items()])
 def test_the_config_of_a_plain_checkpoint_key_by_key(
-    model_type: str, family_base: Callable[..., Path], tmp_path: Path
+    model_type: str, rope: dict[str, Any] | None, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It is the stock config of a model of its shape, and says what has a new name under the old one as well."""
-    lf_hf.from_pretrained_fused(family_base(model_type), **QUICK).save_pretrained(tmp_path / "plain", plain=True)
+    """It is the stock config of a model of its shape, and says what has a new name under the old one as well.
+
+    It names no code of its base.
+    """
+    asked: dict[str, Any] = {"rope_scaling": rope, "rope_theta": 5000.0} if rope else {}
+    if rope and model_type == "phi3":
+        asked |= SHORT | {"partial_rotary_factor": 0.75}
+    base = family_base(model_type, auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, **copy.deepcopy(asked))
+    model = lf_hf.from_pretrained_fused(base, trust_remote_code=True, **QUICK)
+    model.save_pretrained(tmp_path / "plain", plain=True)
     # The first five layers of the base, which are those that are left.
-    tiny_model(model_type, num_hidden_layers=5).save_pretrained(tmp_path / "stock")
+    tiny_model(model_type, num_hidden_layers=5, **copy.deepcopy(asked)).save_pretrained(tmp_path / "stock")
     plain, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "stock"))
-    assert plain == stock | OLDER[model_type] | {"torch_dtype": "float32"}
-
-
-LONGROPE: dict[str, Any] = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 16}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "rope"),
-    [
-        ("phi3", {"type": "longrope", "long_factor": [1.5] * 3, "short_factor": [1.1] * 3}),
-        ("llama", LONGROPE | {"long_factor": [1.5] * 4, "short_factor": [1.1] * 4}),
-        ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
-        ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
-    ],
-)
-def test_scaled_rotary_embeddings_are_written_as_they_were(
-    model_type: str, rope: dict[str, Any], family_base: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Phi 3 took three entries for longrope and refused more."""
-    asked: dict[str, Any] = {"rope_scaling": rope, "rope_theta": 5000.0}
-    if model_type == "phi3":
-        asked |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 64}
-    model = lf_hf.from_pretrained_fused(family_base(model_type, **asked | {"rope_scaling": dict(rope)}), **QUICK)
-    model.save_pretrained(tmp_path, plain=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    asked |= {"rope_local_base_freq": 10000.0} if model_type == "gemma3_text" else {}
-    assert {name: config[name] for name in asked} == asked
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert plain == stock | OLDER[model_type] | asked | {"torch_dtype": "float32"}
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(model))
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
@@ -259,12 +252,6 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     for call, message in calls:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_a_plain_checkpoint_names_no_code_of_its_base(family_base: Callable[..., Path], tmp_path: Path) -> None:
-    base = family_base("qwen3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
-    lf_hf.from_pretrained_fused(base, trust_remote_code=True, **QUICK).save_pretrained(tmp_path, plain=True)
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -296,9 +283,7 @@ def test_layers_in_an_order_of_their_own_are_pointed_out(
 
 def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tmp_path: Path) -> None:
     """llama.cpp's converter makes the tokenizers of Phi 3 and Gemma 2 of nothing else."""
-    base = tmp_path / "base"
-    tiny_model("gemma2").save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
+    base = Path(shutil.copytree(family_base("gemma2"), tmp_path / "base"))
     (base / "tokenizer.model").write_bytes(b"a sentencepiece model")
     lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path / "fused")
     lf_hf.FusedGemma2ForCausalLM.from_pretrained(tmp_path / "fused").save_pretrained(tmp_path / "plain", plain=True)
