@@ -1,7 +1,8 @@
 """The pipeline: measure a model, fuse layers of it, fit what came out, and report.
 
 `fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
-second. Where fused layers are fitted, a last pass makes each of them again from the bottom up.
+second. Where fused layers are fitted, `last_pass` makes each of them from the bottom up; where all layers were chosen
+at once, by what groups of them cost, the loop only counts them and leaves the making to it.
 """
 
 from __future__ import annotations
@@ -145,20 +146,20 @@ def _fuse_within_budget(
 
 
 def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
-    """Fit the fused layers of a model whose pairs are fused, where the config says so."""
+    """Make and fit the fused layers from the bottom up, where the config says so."""
     if fusion.config.refit == "none":
         return []
     with fusion.clock("last pass"):
         text = fusion.measured.text
-        held_out = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_text]
+        held_out_text = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_text]
         rest = [sequence for n, sequence in enumerate(text, 1) if n % _HELD_OUT]
-        return fit_from_bottom(decoder, fusion.groups, rest, fusion.config, held_out)
+        return fit_from_bottom(decoder, fusion.groups, rest, fusion.config, held_out_text)
 
 
 def finish(
     fusion: Fusion, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int
 ) -> FusionReport:
-    """Make the last pass over a model whose pairs are fused, measure it, and report what was done.
+    """Make the last pass over a model after `fuse_pairs`, measure it, and report what was done.
 
     Parameters
     ----------

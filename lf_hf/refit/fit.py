@@ -83,40 +83,40 @@ def fit_attention(
     decoder, half, norms, count = fit.decoder, fit.half, fit.decoder.family.head_norms, len(group)
     maps = fit.input_maps(group[0]["self_attn.o_proj.weight"])
 
-    def read(weights: Weights, kind: Kind) -> WriterInputs:
+    def reader_of(weights: Weights, kind: Kind) -> WriterInputs:
         return partial(attention_heads, decoder, build_layer(decoder, weights, kind))
 
     apart = count > 1 and (norms is not None or any(kind != kinds[0] for kind in kinds))
-    reads = [
-        read({**weights, **stacked(half, [weights], [through])}, kind)
+    readers = [
+        reader_of({**weights, **stacked(half, [weights], [through])}, kind)
         for weights, through, kind in zip(group, maps, kinds, strict=True)
         if apart or half.after
     ]
-    sizes = fit.sizes(group, reads)
+    sizes = fit.sizes(group, readers)
     wide, kind, heads_kept = group[0] | stacked(half, group, maps, sizes), kinds[0], None
     if not apart:  # one layer runs the heads of all
-        reads = [read(wide, kind)]
-    problem = fit.problem(wide, lambda state: torch.cat([of_layer(state) for of_layer in reads], dim=1))
+        readers = [reader_of(wide, kind)]
+    problem = fit.problem(wide, lambda state: torch.cat([of_layer(state) for of_layer in readers], dim=1))
     weights = wide
-    reads.clear()
+    readers.clear()
     del maps
 
     if count > 1:
-        whole = norms == "all" or any(kind != kinds[0] for kind in kinds)  # of one layer
+        from_one_layer = norms == "all" or any(kind != kinds[0] for kind in kinds)
         kv_heads = len(group[0]["self_attn.k_proj.weight"]) // head_dim(decoder.config)
-        units = 1 if whole else kv_heads  # of a layer
+        units = 1 if from_one_layer else kv_heads  # of a layer
         queries, keys = (len(group[0][f"self_attn.{name}.weight"]) // units for name in ("q_proj", "k_proj"))
         rounds = 1 if fit.quick else (count - 1) * units
         kept = problem.prune(wide["self_attn.o_proj.weight"], units, block=queries, rounds=rounds)
         rows = {"q_proj": expanded(kept, queries), "k_proj": expanded(kept, keys)}
         weights, heads_kept = with_heads(wide, **rows), [n * kv_heads // units for n in _counts(kept, units, count)]
-        if whole:
+        if from_one_layer:
             kind, norms_of = kinds[int(kept)], group[int(kept)]
             weights |= {name: norms_of[name] for name in HEAD_NORMS.values() if name in norms_of}
         elif norms:  # one norm gives heads other sizes than their own ones did
             weights |= with_one_norm(group, wide, rows)
-            problem = fit.problem(weights, read(weights, kind))
-    _, error = fit.fit_writer(weights, read(weights, kind), problem)
+            problem = fit.problem(weights, reader_of(weights, kind))
+    _, error = fit.fit_writer(weights, reader_of(weights, kind), problem)
     return weights, kind, heads_kept, error
 
 
@@ -230,20 +230,20 @@ class HalfFit:
             maps.append(problem.ridge(identity, self.ridge).to(weight.device))
         return maps
 
-    def problem(self, weights: Weights, read: WriterInputs) -> Regression:
+    def problem(self, weights: Weights, x_of: WriterInputs) -> Regression:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
         problem = self._empty(start.shape, start)
         for state, target in zip(self.states, self.targets(), strict=True):
-            problem.add(*self.equations(weights, read(state), target, state))
+            problem.add(*self.equations(weights, x_of(state), target, state))
         problem.all_reduce()
         return problem
 
     def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
         return Regression.empty(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
 
-    def fit_writer(self, weights: dict[str, Tensor], read: WriterInputs, problem: Regression) -> tuple[float, float]:
-        """Fit the half's writer in `weights`, which reads `read`; the errors before and after."""
+    def fit_writer(self, weights: dict[str, Tensor], x_of: WriterInputs, problem: Regression) -> tuple[float, float]:
+        """Fit the half's writer in `weights`, which reads what `x_of` gives; the errors before and after."""
         name = f"{self.half.writer}.weight"
         start = weights[name]
         before = problem.relative_error(start)
@@ -251,14 +251,14 @@ class HalfFit:
         weights[name] = fitted.to(start)
         return before, problem.relative_error(fitted)
 
-    def sizes(self, group: Sequence[Weights], reads: Sequence[WriterInputs]) -> list[float] | None:
+    def sizes(self, group: Sequence[Weights], readers: Sequence[WriterInputs]) -> list[float] | None:
         """For `stacked`: what each layer's half writes has a size of its own only where it goes through a norm."""
         return None
 
-    def equations(self, weights: Weights, read: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
         y, bias = self.residual_update(target, state), weights.get(f"{self.half.writer}.bias")
-        return read, y if bias is None else y - bias, token_weights(self.decoder, target)
+        return x, y if bias is None else y - bias, token_weights(self.decoder, target)
 
     def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""

@@ -79,15 +79,15 @@ def fit_from_bottom(
                 layers = [next(originals) for _ in group]
                 traces = trace(decoder, layers, dense, store)
                 held.cross_dense(layers)
-                missed = [held.missed(layer)[0] for layer in layers] if config.merge == "select" else [math.inf]
+                of_layers = [held.missed(layer)[0] for layer in layers] if config.merge == "select" else [math.inf]
                 if config.merge != "select":
                     layers = [stack.enter_context(decoder.layer(index))]
                 fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
             dense = traces.output
             del traces
-            fused, of_fused, of_first = _tuned(decoder, fit, states, dense, steps, held)
-            least = min(missed)  # a fitted layer that overflows misses NaN, which is no less
-            instead = group[missed.index(least)] if math.isfinite(least) and not of_fused <= least else None
+            fused, missed, missed_first = _tuned(decoder, fit, states, dense, steps, held)
+            least = min(of_layers)  # a fitted layer that overflows misses NaN, which is no less
+            instead = group[of_layers.index(least)] if math.isfinite(least) and not missed <= least else None
             heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
             if instead is not None:
                 heads_kept, channels_kept = (
@@ -101,7 +101,7 @@ def fit_from_bottom(
                 states = store.keep(decoder.run_layer(layer, state) for state in states)
                 held.cross(layer)
             errors = fit.error_before, fit.error_after, fit.attention_error
-            on_held_out: tuple[float | None, float | None] = (of_fused, of_first) if held_out else (None, None)
+            on_held_out: tuple[float | None, float | None] = (missed, missed_first) if held_out else (None, None)
             fitted.append(FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead))
     return fitted
 
