@@ -30,11 +30,11 @@ def devices() -> Iterator[TwoDevices]:
 
 @pytest.fixture
 def make_decoder(tmp_path: Path) -> Callable[..., CheckpointDecoder]:
-    def make(device: torch.device = OTHER, **overrides: Any) -> CheckpointDecoder:
-        folder, scratch = tmp_path / "base", tmp_path / f"scratch-{device.type}"
+    def make(**overrides: Any) -> CheckpointDecoder:
+        folder, scratch = tmp_path / "base", tmp_path / "scratch"
         make_llama(**overrides).save_pretrained(folder)
         scratch.mkdir()
-        return CheckpointDecoder(folder, LlamaConfig.from_pretrained(folder), scratch, device=device)
+        return CheckpointDecoder(folder, LlamaConfig.from_pretrained(folder), scratch, device=OTHER)
 
     return make
 

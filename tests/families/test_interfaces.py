@@ -34,7 +34,6 @@ IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "refit", "selection": "last", "perplexity_tokens": 0}
 SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 32}
 TEXT = ["\n".join(make_texts(200, seed=3))]
-of_every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -53,9 +52,9 @@ def fused(family_base: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]
 # Classes
 
 
-@of_every_family
-def test_a_fused_model_is_of_the_class_that_is_named_after_its_base(
-    model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM]
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_fused_model_is_of_the_class_that_is_named_after_its_base_and_opens_as_it_was(
+    model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
     model, family = fused(model_type), FAMILIES[model_type]
     names = [f"Fused{stock.__name__}" for stock in (family.causal_lm, family.config_class, family.model_class)]
@@ -73,6 +72,24 @@ def test_a_fused_model_is_of_the_class_that_is_named_after_its_base(
         twin.load_state_dict(model.state_dict())
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
 
+    model.save_pretrained(tmp_path / "fused")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert isinstance(loaded, type(model))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.fusion == model.config.fusion and loaded.config.fusion["pairs"] == [[4, 5], [3, 4]]
+    assert loaded.fusion_report is not None and model.fusion_report is not None
+    assert loaded.fusion_report.steps == model.fusion_report.steps
+    decoder = AutoModel.from_pretrained(tmp_path / "fused")
+    assert type(decoder).__name__ == names[2]
+    with torch.no_grad():
+        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert f" {family.title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
+
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, uncached = (loaded.generate(IDS, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "qwen2_vl", "bert", "gpt2"])
 def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(model_type: str, tmp_path: Path) -> None:
@@ -83,30 +100,6 @@ def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(m
 
 
 # Files
-
-
-@of_every_family
-def test_saved_checkpoints_give_the_same_logits_and_know_their_fusion(
-    model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
-) -> None:
-    model = fused(model_type)
-    model.save_pretrained(tmp_path / "fused")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
-    assert isinstance(loaded, type(model))
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.config.fusion == model.config.fusion and loaded.config.fusion["pairs"] == [[4, 5], [3, 4]]
-    assert loaded.fusion_report is not None and model.fusion_report is not None
-    assert loaded.fusion_report.steps == model.fusion_report.steps
-    decoder = AutoModel.from_pretrained(tmp_path / "fused")
-    assert type(decoder).__name__ == f"Fused{FAMILIES[model_type].model_class.__name__}"
-    with torch.no_grad():
-        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
-    card = (tmp_path / "fused" / "README.md").read_text()
-    assert f" {FAMILIES[model_type].title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
-
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    cached, uncached = (loaded.generate(IDS, use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
 
 
 @pytest.mark.parametrize(("model_type", "plain"), [*((name, False) for name in FAMILIES), ("gemma3_text", True)])

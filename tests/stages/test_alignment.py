@@ -35,28 +35,19 @@ def shuffled(weight: torch.Tensor) -> torch.Tensor:
     return weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(9))]
 
 
-W = normal(300, 64)
-FEW = normal(12, 64, seed=1)
+W, OTHER, FEW = normal(300, 64), normal(300, 64, seed=2), normal(12, 64, seed=1)
 PAIRS: dict[str, Pair] = {
-    "unlike": (W, normal(300, 64, seed=2)),
-    "unlike, bfloat16": (W.bfloat16(), normal(300, 64, seed=2).bfloat16()),
-    "equal": (W, W.clone()),
-    "nearly equal": (W, W + 0.1 * normal(300, 64, seed=3)),
+    "unlike": (W, OTHER),
+    "unlike, bfloat16": (W.bfloat16(), OTHER.bfloat16()),
     "permuted": (W, shuffled(W)),
-    "permuted, nearly equal": (W, shuffled(W + 0.1 * normal(300, 64, seed=3))),
-    "half alike": (W, shuffled(W + 2 * normal(300, 64, seed=3))),
+    "permuted, nearly equal": (W, shuffled(W + 0.1 * OTHER)),
+    "half alike": (W, shuffled(W + 2 * OTHER)),
     "ties": (FEW.repeat(25, 1), FEW[torch.arange(300) % 7]),
     "all rows alike": (FEW[:1].repeat(300, 1), FEW[1:2].repeat(300, 1)),
-    "zero rows": (
-        W * (torch.arange(300) % 3 > 0)[:, None],
-        normal(300, 64, seed=2) * (torch.arange(300) % 2)[:, None],
-    ),
+    "zero rows": (W * (torch.arange(300) % 3 > 0)[:, None], OTHER * (torch.arange(300) % 2)[:, None]),
     "one row": (W[:1], W[1:2]),
     "few columns": (normal(300, 16), normal(300, 16, seed=1)),
-    "rows of all sizes": (
-        W * 10.0 ** torch.arange(-15, 15).repeat(10)[:, None],
-        normal(300, 64, seed=2) * 1e-9,
-    ),
+    "rows of all sizes": (W * 10.0 ** torch.arange(-15, 15).repeat(10)[:, None], OTHER * 1e-9),
 }
 
 
