@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lf_hf import FusedLlamaForCausalLM, speed
+from lf_hf.decoder.interface import Decoder
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -53,19 +53,18 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def outcome_of(program: str, folder: Path) -> dict[str, Any]:
-    """What a program beside the tests prints as its last line, in JSON; run in a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / program), str(folder)],
+def run_program(program: str, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a program that lies beside the tests on the CPU, in several processes as torchrun starts them."""
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split() if processes > 1 else []
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, *launch, str(ROOT / "tests" / program), *map(str, words)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, **environment},
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,6 +129,13 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fusions and healings are timed, in as few runs as there may be."""
     monkeypatch.setattr(speed, "measure_speed", _measure_speed)
     monkeypatch.setattr(speed, "SECONDS", 0.0)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer may be run."""
+    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
+    monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,27 @@
-"""Kills processes that save, fuse or sweep, and prints as JSON what they left; run by test_faults.py on its own.
+"""Kills processes that save, fuse or sweep, and checks what they left; run by test_faults.py on its own.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from conftest import make_llama, make_tokenizer
-from safetensors.torch import load_file
+from conftest import make_llama, make_tokenizer, tensors
 from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
@@ -84,86 +82,78 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def fused_state(out: Path) -> str:
-    """How many fusions a folder holds, found to be whole; a folder that opens and is not raises something."""
+def write_on(write: Callable[[int], Any]) -> None:
+    for count in itertools.cycle((2, 1)):
+        write(count)
+
+
+def num_fusions_in(out: Path) -> int | None:
+    """Of what is in a folder, found to be whole; None where nothing opens."""
     if not (out / "config.json").exists():
-        return "none"
+        return None
     report = FusionReport.load(out)
-    layers = {name.split(".")[2] for name in load_file(out / "model.safetensors") if name.startswith("model.layers.")}
+    count: int = report.config["num_fusions"]
+    layers = {name.split(".")[2] for name in tensors(out) if name.startswith("model.layers.")}
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert len(layers) == config["num_hidden_layers"] == report.layers_after == 5 - report.config["num_fusions"]
+    assert len(layers) == config["num_hidden_layers"] == report.layers_after == 5 - count
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
-    return str(report.config["num_fusions"])
+    return count
 
 
-def swept_state(out: Path) -> str:
-    """How many points a sweep's folder holds, found to be whole."""
-    points = read_points(out / RESULTS)
+def points_in(out: Path) -> list[dict[str, Any]]:
+    """Of a sweep, found to be whole."""
+    points = [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()]
     if (out / "results.csv").exists():
         rows = len((out / "results.csv").read_text().splitlines()) - 1
         assert rows in (len(points), len(points) - 1)  # a table follows its point
-    return str(len(points))
+    return points
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
     tqdm.set_lock(threading.RLock())
-    base = str(folder / "base")
+    base, rng = str(folder / "base"), random.Random(0)
     make_llama().save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     # Nothing runs in this process but what makes no thread, as it forks.
     patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
-    found: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
-    rng = random.Random(0)
     settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0, "speed": False}
-    models = {
-        count: FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=count, **settings) for count in (1, 2)
+    fuse = partial(FusedLlamaForCausalLM.from_pretrained_fused, base, **settings)
+    models = {count: fuse(num_fusions=count) for count in (1, 2)}
+    ways: dict[str, Callable[[int], Any]] = {
+        "save": lambda count: models[count].save_pretrained(folder / "save"),
+        "fuse": lambda count: fuse_checkpoint(base, folder / "fuse", num_fusions=count, **settings),
+        "fused_dir": lambda count: fuse(num_fusions=count, fused_dir=folder / "fused_dir"),
     }
-
-    def write(out: Path, counts: Iterable[int]) -> None:
-        for count in counts:
-            if out.name == "fuse":
-                fuse_checkpoint(base, out, num_fusions=count, **settings)
-            elif out.name == "fused_dir":
-                FusedLlamaForCausalLM.from_pretrained_fused(base, num_fusions=count, fused_dir=out, **settings)
-            else:
-                models[count].save_pretrained(out)
-
-    for name in ("fresh", "foreign", "fuse", "fused_dir"):
+    for name, write in ways.items():
         out = folder / name
-        if name != "fresh":
-            put_foreign(out)
+        put_foreign(out)
         before = foreign(out)
-        taken = seconds(lambda: write(out, [1]))  # noqa: B023
+        taken = seconds(partial(write, 1))
         for _ in range(KILLS):
-            if name == "fresh":
-                shutil.rmtree(out, ignore_errors=True)
-            killed(lambda: write(out, itertools.cycle((2, 1))), rng.uniform(0, 2 * taken))  # noqa: B023
-            state = fused_state(out)
-            if state == "none":
-                seconds(lambda: FusedLlamaForCausalLM.from_pretrained(out))  # noqa: B023
-                state += f", then {fused_state(out)}"
-            found[name].append(state)
-            assert not before or foreign(out) == before
+            killed(partial(write_on, write), rng.uniform(0, 2 * taken))
+            if num_fusions_in(out) is None:  # the next load finishes the move
+                seconds(partial(FusedLlamaForCausalLM.from_pretrained, out))
+            assert num_fusions_in(out) in (1, 2) and foreign(out) == before
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100, "speed": False}
-    put_foreign(folder / "whole")
-    taken = seconds(lambda: sweep(base, folder / "whole", **arguments))
-    whole = [{**vars(point), "seconds": None} for point in read_points(folder / "whole" / RESULTS).values()]
-    out = folder / "sweep"
+    whole, out = folder / "whole", folder / "sweep"
+    put_foreign(whole)
+    taken = seconds(partial(sweep, base, whole, **arguments))
     put_foreign(out)
-    before = foreign(out)
+    before, points = foreign(out), list[Any]()
     for _ in range(KILLS):
-        killed(lambda: sweep(base, out, **arguments), rng.uniform(0, taken))
-        found[out.name].append(swept_state(out))
-        assert foreign(out) == before
-    seconds(lambda: sweep(base, out, **arguments))
-    assert [{**vars(point), "seconds": None} for point in read_points(out / RESULTS).values()] == whole
-    assert {file.name for file in out.iterdir()} == {file.name for file in (folder / "whole").iterdir()}
-    print(json.dumps({"found": found, "left": sorted(path.name for path in folder.iterdir())}))
+        killed(partial(sweep, base, out, **arguments), rng.uniform(0, taken))
+        assert points_in(out)[: len(points)] == points and foreign(out) == before  # none is lost
+        points = points_in(out)
+    assert points
+    seconds(partial(sweep, base, out, **arguments))
+    assert points_in(out) == points_in(whole)
+    assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {"base", "whole", "sweep", *ways}
 
 
 if __name__ == "__main__":

@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_texts, make_tokenizer
+from conftest import make_llama, make_texts, make_tokenizer, tensors
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import lf_hf
-from lf_hf import FusionConfig, HealSettings
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, HealSettings
 from lf_hf.cli import main as command
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
@@ -27,7 +30,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import FullTargets, Loss
 from lf_hf.pipeline import fuse
-from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.launch import ALONE, OtherProcessError, Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
@@ -114,6 +117,31 @@ def student_figures(*, sharded: bool) -> list[float]:
     return [loss.item(), *(gradient.norm().item() for gradient in gradients)]
 
 
+def saves(folder: Path) -> dict[str, float]:
+    """Save a model that the processes hold between them, by each way of splitting it: how far what loads is off."""
+    ids = torch.arange(40).reshape(2, 20)
+    whole, spread = (FusedLlamaForCausalLM.from_pretrained(folder / "whole") for _ in range(2))
+    for layer in spread.model.layers:
+        fully_shard(layer)
+    models, errors = {"fsdp2": fully_shard(spread)}, {}
+    if "tp_size" in inspect.signature(DistributedConfig).parameters:  # not in older transformers
+        split = {"distributed_config": DistributedConfig(tp_size=2)}
+        models["tp"] = FusedLlamaForCausalLM.from_pretrained(folder / "whole", **split)
+    (folder / "file").touch()
+    for name, model in models.items():
+        model.save_pretrained(folder / name, max_shard_size="50KB")
+        model.save_pretrained(folder / f"{name} given", state_dict=model.state_dict())
+        for out in (name, f"{name} given"):
+            loaded = FusedLlamaForCausalLM.from_pretrained(folder / out)
+            assert tensors(folder / out).keys() == tensors(folder / "whole").keys()
+            with torch.no_grad():
+                errors[out] = float((loaded(ids).logits - whole(ids).logits).abs().max())
+        with pytest.raises((OSError, OtherProcessError), match="Not a directory"):  # on either rank
+            model.save_pretrained(folder / "file" / "out")
+    whole.save_pretrained(folder / f"plain {torch.distributed.get_rank()}")  # each has it whole, so one alone saves
+    return errors
+
+
 def heal(folder: Path, given: dict[str, Any]) -> str:
     """The kind of launch that the Trainer saw."""
     texts = make_texts(1200, seed=5)
@@ -138,6 +166,7 @@ def main(folder: Path, given: str = "") -> None:
         return
     say("codes", processes.all_gather_object([command(words), refused]))
     say("healed", heal(folder, {"fsdp": True}))
+    say("saves", saves(folder / "saves"))
     say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
     alone: dict[str, Any] = {}
     for name in SETTINGS:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from conftest import ROOT
 
+import lf_hf
+
 # Each folder or module of lf_hf imports those before it alone.
 ORDER = "runtime settings families text report checkpoint decoder stages refit measure steps budget".split()
 ORDER += "pipeline healing fuse __init__ evaluate estimate cli".split()
@@ -44,23 +46,27 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-def test_no_modules_import_each_other() -> None:
-    graph = {name: imported(file) for name, file in modules().items()}
-    assert sum(map(len, graph.values())) > 80
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
-
-
-def test_folders_import_one_way() -> None:
-    graph: dict[str, set[str]] = {}
-    for name, file in modules().items():
+def test_modules_and_folders_import_one_way() -> None:
+    of_modules = {name: imported(file) for name, file in modules().items()}
+    assert sum(map(len, of_modules.values())) > 80
+    of_folders: dict[str, set[str]] = {}
+    for name, others in of_modules.items():
         folder = name.split(".")[0]
-        graph.setdefault(folder, set()).update({other.split(".")[0] for other in imported(file)} - {folder})
-    assert set(ORDER) <= graph.keys()
+        of_folders.setdefault(folder, set()).update({other.split(".")[0] for other in others} - {folder})
+    for graph in (of_modules, of_folders):
+        TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
     places = {name: place for place, name in enumerate(ORDER)}
-    for folder, others in graph.items():
+    assert places.keys() <= of_folders.keys()
+    for folder, others in of_folders.items():
         wrong = [other for other in others if places.get(other, -1) > places.get(folder, len(ORDER))]
         assert not wrong, f"{folder} imports {wrong}"
-    TopologicalSorter(graph).prepare()
+
+
+def test_what_the_package_offers() -> None:
+    names = dir(lf_hf)
+    assert {*lf_hf.__all__, "__version__", "FusedQwen3ForCausalLM", "FusedLlamaForSequenceClassification"} <= {*names}
+    assert not {"Any", "Path", "transformers"} & {*names}
+    assert all(getattr(lf_hf, name) is not None for name in names)
 
 
 LOADED = """

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, make_llama, make_texts, make_tokenizer
+from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, run_program
 from run_launched import HEALING, SETTINGS
 
 import lf_hf
@@ -33,24 +30,14 @@ class Launch(NamedTuple):
 
 
 def launched(folder: Path, *given: str) -> Launch:
-    """Run `run_launched.py` in two processes on the CPU, as torchrun starts them."""
-    environment = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    make_llama().save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
+    """Run `run_launched.py` in two processes."""
+    for name, tied in (("base", False), ("tied", True)):
+        make_llama(tie_word_embeddings=tied).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
     (folder / "texts.txt").write_text("\n\n".join(make_texts(100)))
     lf_hf.fuse_checkpoint(folder / "base", folder / "fused", num_fusions=2, method="truncate", perplexity_tokens=512)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "tests" / "run_launched.py"), str(folder), *given],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-    )
+    lf_hf.fuse_checkpoint(folder / "tied", folder / "saves" / "whole", **QUICK)
+    done = run_program("run_launched.py", folder, *given, processes=2)
     return Launch(folder, done.returncode, done.stdout, done.stderr)
 
 
@@ -83,6 +70,17 @@ def test_a_sharded_student_has_the_gradients_of_a_whole_one(launch: Launch) -> N
     """By torch's own FSDP2, as accelerate splits nothing on a CPU."""
     sharded, whole = launch.results["figures"]
     assert sharded == pytest.approx(whole, rel=1e-4)
+
+
+def test_models_spread_over_processes_are_saved_whole(launch: Launch) -> None:
+    """By FSDP2 and tensor parallelism. Rank 0 writes, all end, and all learn that it could not."""
+    errors, folder = launch.results["saves"], launch.folder / "saves"
+    assert errors.keys() - {"tp", "tp given"} == {"fsdp2", "fsdp2 given"} and max(errors.values()) < 1e-5
+    assert {path.name for path in folder.iterdir()} == {"whole", "plain 0", "file", *errors}
+    for name in errors:
+        assert files(folder / name).keys() - files(folder / "whole").keys() <= {*files(folder / "fsdp2")}
+    if not {"tp", "tp given"} <= errors.keys():
+        pytest.skip("this transformers takes no tp_size; FSDP2 alone was tried")
 
 
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "DEEPSPEED"])

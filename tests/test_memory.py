@@ -15,21 +15,9 @@ V2 = "memory.max", "memory.current"
 V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
 
 
-def machine(root: Path, cgroup: str, groups: dict[str, dict[str, str]]) -> Path:
-    """A folder with the files that Linux has of some control groups."""
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(cgroup)
-    for name, files in groups.items():
-        folder = root / "sys/fs/cgroup" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (folder / file).write_text(content)
-    return root
-
-
-def group(names: tuple[str, str], limit: int | str, used: int | str, stat: str = "anon 5") -> dict[str, str]:
-    size = f"{limit * MIB}\n" if isinstance(limit, int) else limit
-    return {names[0]: size, names[1]: f"{used * MIB}" if isinstance(used, int) else used, "memory.stat": stat}
+def group(names: tuple[str, str], limit: int, used: int | str, stat: str = "anon 5") -> dict[str, str]:
+    in_use = f"{used * MIB}" if isinstance(used, int) else used
+    return {names[0]: f"{limit * MIB}\n", names[1]: in_use, "memory.stat": stat}
 
 
 CACHE = f"anon 5\nactive_file {MIB}\ninactive_file {2 * MIB}\n"
@@ -49,13 +37,18 @@ TOTAL = f"active_file 7\ninactive_file 7\ntotal_active_file {MIB}\ntotal_inactiv
     ],
 )
 def test_a_job_has_what_is_left_of_each_limit_above_it(
-    cgroup: str, groups: dict[str, dict[str, str]], left: list[int], tmp_path: Path
+    cgroup: str, groups: dict[str, dict[str, str]], left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert memory.left_to_control_groups(machine(tmp_path, cgroup, groups)) == [size * MIB for size in left]
-
-
-def test_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=50 * MIB))
-    for left, free in (([], 50), ([80 * MIB], 50), ([80 * MIB, 20 * MIB], 20)):
-        monkeypatch.setattr(memory, "left_to_control_groups", lambda left=left: left)
-        assert memory.free_memory(torch.device("cpu")) == free * MIB
+    """And on the whole the least of that and of the machine's memory."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(cgroup)
+    for name, files in groups.items():
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (folder / file).write_text(content)
+    found = memory.left_to_control_groups(tmp_path)
+    assert found == [size * MIB for size in left]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=250 * MIB))
+    monkeypatch.setattr(memory, "left_to_control_groups", lambda: found)
+    assert memory.free_memory(torch.device("cpu")) == min(250, *left, 250) * MIB
