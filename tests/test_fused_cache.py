@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_texts, make_tokenizer
+from conftest import files, make_llama, make_texts, make_tokenizer, same
 from huggingface_hub import cached_assets_path
 from test_saving import no_privileges
 from tokenizers import normalizers
@@ -43,39 +43,28 @@ def fusions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def load(base: str, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausalLM:
+def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausalLM:
     arguments: dict[str, Any] = {"calibration": make_texts()} | SETTINGS | kwargs
     return FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=fused_dir, **arguments)
 
 
-def same(a: FusedLlamaForCausalLM, b: FusedLlamaForCausalLM) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_what_was_fused_is_loaded(base: str, tmp_path: Path, fusions: list[str]) -> None:
-    """A base is known by its content."""
-    first = load(base, tmp_path / "fused")
-    second = load(str(shutil.copytree(base, tmp_path / "of another name")), tmp_path / "fused")
-    assert fusions == [base]
-    assert same(first, second) and first.dtype == second.dtype and not second.training
-    assert first.fusion_report == second.fusion_report and second.tokenizer is not None
-    assert first.config.to_diff_dict() == second.config.to_diff_dict()
-    assert same(first, FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"))
-
-
-@pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}])
-def test_what_is_true_of_the_base_alone_does_not_matter_for_the_result(
-    arguments: dict[str, Any], tmp_path: Path, fusions: list[str]
-) -> None:
-    base = tmp_path / "base"
+@pytest.mark.parametrize(
+    "arguments", [{}, {"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}]
+)
+def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fusions: list[str]) -> None:
+    """A base is known by its content, and what is true of it alone does not matter for the result."""
+    base, fused = tmp_path / "base", tmp_path / "fused"
     make_llama().save_pretrained(base, variant=arguments.get("variant"))
     make_tokenizer().save_pretrained(base)
     if "use_safetensors" in arguments:
         torch.save(make_llama().state_dict(), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
-    first, second = (load(str(base), tmp_path / "fused", **arguments) for _ in range(2))
-    assert len(fusions) == 1 and same(first, second)
+    first = load(base, fused, **arguments)
+    second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
+    assert len(fusions) == 1 and same(first, second) and not second.training
+    assert first.fusion_report == second.fusion_report and second.tokenizer is not None
+    assert first.config.to_diff_dict() == second.config.to_diff_dict()
+    assert same(first, FusedLlamaForCausalLM.from_pretrained(fused))
 
 
 def with_other_weights(base: Path) -> None:
@@ -123,13 +112,11 @@ def test_what_differs_is_said_and_fused_again(
 def test_what_another_run_replaces_while_it_is_read_is_not_used(
     base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, others = load(base, tmp_path / "fused"), iter([1])
-
-    from_pretrained = FusedLlamaForCausalLM.from_pretrained
+    first, from_pretrained = load(base, tmp_path / "fused"), FusedLlamaForCausalLM.from_pretrained
 
     def after_another_run(*args: Any, **kwargs: Any) -> Any:
-        for count in others:
-            load(base, tmp_path / "fused", num_fusions=count)
+        if len(fusions) == 1:
+            load(base, tmp_path / "fused", num_fusions=1)
         return from_pretrained(*args, **kwargs)
 
     monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
@@ -151,13 +138,13 @@ def test_the_default_text_is_the_same_with_and_without_a_hub(
     pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
     settings: dict[str, Any] = {"calibration": None, "method": "refit", "perplexity_tokens": 200}
     settings |= {"calibration_tokens": 1024, "calibration_length": 64, "heal_tokens": heal_tokens}
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    caplog.set_level(logging.INFO, "lf_hf")
     models = []
     for answers in (answers_first, not answers_first):
-        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "lf_hf"):
-            patch.setattr(logging.getLogger("lf_hf"), "propagate", True)
-            patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", tmp_path if answers else os.devnull)
-            caplog.clear()
-            models.append(load(base, tmp_path / "fused", **settings))
+        place = tmp_path if answers else os.devnull
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
+        models.append(load(base, tmp_path / "fused", **settings))
     assert len(fusions) == 1 and same(*models)
     [line] = [message for message in caplog.messages if "what was fused before, on" in message]
     assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
@@ -170,26 +157,25 @@ def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusion
     load(base, tmp_path / "fused")
     settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
     lf_hf.heal(tmp_path / "fused", tmp_path / "healed", base=base, text=make_texts(1200), **settings)
-    before = (tmp_path / "healed" / "model.safetensors").read_bytes()
+    before = files(tmp_path / "healed")
     with pytest.raises(ValueError, match="holds a healed model that does not say by content what it was made of"):
         load(base, tmp_path / "healed")
-    assert fusions == [base] and (tmp_path / "healed" / "model.safetensors").read_bytes() == before
+    assert fusions == [base] and files(tmp_path / "healed") == before
 
 
-def test_what_is_finished_loads_at_once(base: str, fusions: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """From a disk that cannot be written, and while another process holds the folder's lock."""
+def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:
+    """While another process holds the folder's lock, and from a disk that cannot be written."""
     with tempfile.TemporaryDirectory() as name:
-        fused = Path(name) / "fused"
-        shutil.copytree(base, Path(name) / "base")
-        first = load(str(Path(name) / "base"), fused)
+        folder = Path(name)
+        copy, fused = shutil.copytree(base, folder / "base"), folder / "fused"
+        first = load(copy, fused)
         with only_writer(fused):
-            assert same(first, load(str(Path(name) / "base"), fused))
-        for path in Path(name).rglob("*"):
+            assert same(first, load(copy, fused))
+        for path in (*folder.rglob("*"), folder):
             path.chmod(0o555 if path.is_dir() else 0o444)
-        Path(name).chmod(0o555)
         with no_privileges():
-            assert same(first, load(str(Path(name) / "base"), fused))
-        for path in (Path(name), *Path(name).iterdir()):
+            assert same(first, load(copy, fused))
+        for path in (folder, copy, fused):
             path.chmod(0o755)
     assert len(fusions) == 1
 

@@ -44,7 +44,7 @@ def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
     return [
         partial(fuse_checkpoint, base, out, **QUICK),
         partial(fuse_checkpoint, base, out, low_memory=False, **QUICK),
-        partial(FusedLlamaForCausalLM.from_pretrained_fused, base, fused_dir=out, **QUICK),  # type: ignore[arg-type]
+        partial(FusedLlamaForCausalLM.from_pretrained_fused, base, fused_dir=out, **QUICK),
     ]
 
 
