@@ -131,6 +131,7 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_before_a
 ) -> None:
     dense, refused = tiny_model("gemma3_text"), 0
     kinds = FAMILIES["gemma3_text"].config_kinds(dense.config)
+    idle(dense, 2)  # so that it has the least influence; it has no neighbour of its kind
     measured = measure(ModelDecoder(dense), make_tokenizer(), FusionConfig(1, **SETTINGS), SAMPLES, TEXT)
     for way in WAYS:
         model, config = copy.deepcopy(dense), FusionConfig(1, **SETTINGS | way)
