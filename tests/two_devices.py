@@ -130,10 +130,8 @@ class TwoDevices(TorchFunctionMode):
         if name in ("Tensor.numpy", "Tensor.__array__") and OTHER in places:
             raise TypeError("can't convert cuda:1 device type tensor to numpy")
         asked = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, (torch.device, str))]
-        target = torch.device(asked[0]) if name in ("Tensor.to", "Tensor.cpu") and asked else None
-        if name == "Tensor.cpu":
-            target = CPU
-        elif name == "Tensor.to" and len(tensors) == 2:
+        target = CPU if name == "Tensor.cpu" else torch.device(asked[0]) if name == "Tensor.to" and asked else None
+        if name == "Tensor.to" and len(tensors) == 2:
             target = self.place(tensors[1])
         elif kwargs.get("device") is not None:
             kwargs["device"] = target = torch.device(kwargs["device"])
@@ -152,13 +150,9 @@ class TwoDevices(TorchFunctionMode):
         if name in ("Tensor.to", "Tensor.cpu") and place != source:
             self.moved += 1
             result = result.clone()
+        made = name.endswith("__") or not name.endswith("_")
         for leaf in tree_leaves(result):
-            if (
-                isinstance(leaf, torch.Tensor)
-                and leaf.numel()
-                and leaf.device.type == "cpu"
-                and (name.endswith("__") or not name.endswith("_"))
-            ):
+            if made and isinstance(leaf, torch.Tensor) and leaf.numel() and leaf.device.type == "cpu":
                 self.put(leaf, place)
         return result
 
