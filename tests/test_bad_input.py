@@ -289,7 +289,6 @@ ROWS: dict[str, Row] = {
     "low memory and healing": (failed, (*ONE, "--low-memory", "--heal-tokens", 2048), "heal_tokens=2048 cannot be"),
     "cut-off weights": (failed, ONE, "safetensors' cannot be read", cut("model.safetensors", 9000)),
     "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
-    "a page nowhere": (failed, ("report", "{fused}", "--html", "/no/where.html"), "No such file"),
 }
 
 # What is wrong with the weights; the folder-to-folder path and the one in memory say the same.
