@@ -49,9 +49,7 @@ def make_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTasks:
     return make
 
 
-def test_the_share_of_answers_that_are_written_as_wanted(
-    make_tasks: MakeTasks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_share_of_answers_written_as_wanted(make_tasks: MakeTasks, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = make_llama()
     tokenizer = make_tokenizer()
     answers = []

@@ -126,9 +126,7 @@ def test_a_model_instead_of_a_name(saved: str) -> None:
         make_lm(make_llama())
 
 
-def test_the_summary_is_logged_once(
-    base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_summary_is_logged(base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)

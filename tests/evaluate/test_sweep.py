@@ -35,6 +35,8 @@ from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import results_rows, stability_rows
 from lf_hf.settings import METHODS
 
+Run = Callable[..., list[Point]]
+Whole = tuple[Path, list[Point]]
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 300, "calibration_tokens": 1024}
 
@@ -49,7 +51,7 @@ def _one_task_index() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(base: str, text: Path) -> Callable[..., list[Point]]:
+def run(base: str, text: Path) -> Run:
     def run_sweep(out: Path, **arguments: Any) -> list[Point]:
         given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "refit"], "tasks": TASKS}
         given |= {"calibration": text, "settings": SETTINGS}
@@ -59,7 +61,7 @@ def run(base: str, text: Path) -> Callable[..., list[Point]]:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Callable[..., list[Point]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Point]]:
+def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A sweep that nothing interrupted, and its folder."""
     folder = tmp_path_factory.mktemp("sweep")
     return folder, run(folder)
@@ -100,13 +102,7 @@ def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
     ],
 )
 def test_points_are_what_single_runs_give(
-    methods: list[str],
-    settings: dict[str, Any],
-    run: Callable[..., list[Point]],
-    judged: list[Any],
-    base: str,
-    text: Path,
-    tmp_path: Path,
+    methods: list[str], settings: dict[str, Any], run: Run, judged: list[Any], base: str, text: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, though a level goes on from the one below; and the base stays as it is."""
     settings = {"perplexity_tokens": 100, "calibration_tokens": 1024} | settings
@@ -135,13 +131,13 @@ def equal(model: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_scores_are_those_of_lm_eval(whole: tuple[Path, list[Point]], base: str, text: Path) -> None:
+def test_scores_are_those_of_lm_eval(whole: Whole, base: str, text: Path) -> None:
     model = lf_hf.from_pretrained_fused(base, FusionConfig(2, "refit", **SETTINGS), calibration=text)
     assert Evaluation(TASKS).scores(model, make_tokenizer()) == whole[1][-1].scores
 
 
 @pytest.mark.usefixtures("judged")
-def test_healed_points_are_beside_those_that_are_not(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -> None:
     levels: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"]}
     heal = {"settings": SETTINGS | {"heal_tokens": 4096}}
     points = run(tmp_path / "healed", **levels, **heal)
@@ -156,7 +152,7 @@ def test_healed_points_are_beside_those_that_are_not(run: Callable[..., list[Poi
 
 
 @pytest.mark.usefixtures("judged", "timed")
-def test_perplexity_is_drawn_over_speed(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
     points = run(tmp_path, methods=["truncate"])
     assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
     assert all(min(point.speedups.values()) > 0 for point in points)
@@ -187,9 +183,10 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     assert len({*keys, *others}) == 6
 
 
-def test_the_processes_of_a_launch_share_the_points_and_what_is_missing_is_made_later(
+def test_processes_share_the_points(
     make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]
 ) -> None:
+    """And what is missing is made later."""
     options = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task"
     options += f" --perplexity-tokens 100 --calibration-tokens 1024 --calibration {text}"
     words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]
@@ -214,7 +211,7 @@ def test_the_processes_of_a_launch_share_the_points_and_what_is_missing_is_made_
     assert without_seconds([mended[key] for key in whole]) == without_seconds([*whole.values()])
 
 
-def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Path) -> None:
+def test_a_user_s_own_tables_stay(run: Run, tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("mine")
     with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
         run(tmp_path)
@@ -225,8 +222,8 @@ def test_a_user_s_own_tables_stay(run: Callable[..., list[Point]], tmp_path: Pat
 # Tables and the picture
 
 
-def test_tables_hold_every_point_and_the_command_prints_them(
-    whole: tuple[Path, list[Point]], base: str, text: Path, capsys: pytest.CaptureFixture[str]
+def test_tables_hold_every_point_and_are_printed(
+    whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, points = whole
     with (folder / "results.csv").open(newline="") as file:

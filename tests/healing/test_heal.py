@@ -213,9 +213,8 @@ def test_predictions_on_disk_teach_what_a_base_in_memory_does(
     assert not any(changed(tmp_path / name, tmp_path / "out") for name in ("killed", "again"))
 
 
-def test_a_base_that_does_not_fit_is_read_from_disk_and_writes_no_text(
-    heal: Heal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_does_not_fit_is_read_from_disk(heal: Heal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And writes no text."""
     monkeypatch.setattr(memory, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
     report = heal()
