@@ -81,7 +81,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run: Run, base: st
     assert "layers: 5 -> 3 (-40.0%)" in out and "4 into 3, then 3 into 2; layer 2 then replaces 2 to 4" in out
 
 
-def test_a_disk_without_room_is_found_out_first(
+def test_a_disk_without_room_is_found_first(
     run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import numpy as np
 import pytest
 
 from lf_hf import FusionConfig, HealSettings
-from lf_hf.runtime.fields import Settings
 from lf_hf.settings import METHODS
 
 
@@ -50,11 +48,3 @@ def test_a_field_given_over_settings_brings_its_preset() -> None:
     assert FusionConfig.taken_from({"method": "refit", "ridge": "0.2"}, chosen).selection == "groups"
     assert FusionConfig.taken_from({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
     assert HealSettings.taken_from({"train": "lora"}, HealSettings(learning_rate=0.1)).learning_rate == 0.1
-
-
-@pytest.mark.parametrize("settings", [FusionConfig, HealSettings])
-def test_help_describes_every_field_with_its_bounds_and_default(settings: type[Settings]) -> None:
-    described = inspect.getdoc(settings) or ""
-    for name, field in settings.known.items():
-        assert f"\n{name} : {field.described}\n    " in described
-    assert "float > 0, default=0.1" in (FusionConfig.__doc__ or "")

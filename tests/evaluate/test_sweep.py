@@ -183,9 +183,7 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     assert len({*keys, *others}) == 6
 
 
-def test_processes_share_the_points(
-    make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]
-) -> None:
+def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]) -> None:
     """And what is missing is made later."""
     options = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task"
     options += f" --perplexity-tokens 100 --calibration-tokens 1024 --calibration {text}"
@@ -222,7 +220,7 @@ def test_a_user_s_own_tables_stay(run: Run, tmp_path: Path) -> None:
 # Tables and the picture
 
 
-def test_tables_hold_every_point_and_are_printed(
+def test_tables_hold_all_and_are_printed(
     whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, points = whole

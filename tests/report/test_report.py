@@ -178,9 +178,7 @@ def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, tex
         ("mine/model/..", "mine"),
     ],
 )
-def test_of_a_path_the_last_name_is_published(
-    name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_name_is_published(name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a relative one, where there is such a folder."""
     (tmp_path / "mine" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -208,9 +206,7 @@ def digest(model: torch.nn.Module) -> str | None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_digest_is_that_of_the_saved_model_in_any_wider_dtype(
-    tied: bool, make_base: Callable[..., str], text: Path, tmp_path: Path
-) -> None:
+def test_the_digest_is_of_what_was_saved(tied: bool, make_base: Callable[..., str], text: Path, tmp_path: Path) -> None:
     model = fuse(make_base(tie_word_embeddings=tied, dtype=torch.bfloat16), text, "truncate")
     model.save_pretrained(tmp_path)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
