@@ -70,10 +70,6 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
     return edit
 
 
-def weight(name: str, value: float) -> Edit:
-    return tensors(lambda held: held[name].view(-1)[5:6].fill_(value))
-
-
 def cut(name: str, size: int) -> Edit:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
@@ -293,7 +289,7 @@ ROWS: dict[str, Row] = {
 
 # What is wrong with the weights; the folder-to-folder path and the one in memory say the same.
 WEIGHTS: dict[str, tuple[Edit, str]] = {
-    "NaN": (weight(UP, NAN), f"{UP} contains NaN or inf; repair the base"),
+    "NaN": (tensors(lambda held: held[UP].view(-1)[5:6].fill_(NAN)), f"{UP} contains NaN or inf; repair the base"),
     "activations that overflow": (
         tensors(lambda held: held["model.layers.2.mlp.down_proj.weight"].mul_(1e38)),
         "activations of layer 2",

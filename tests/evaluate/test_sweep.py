@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from lf_hf import FusionConfig
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, HEALED, RESULTS, Point, Score, read_points
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score, read_points
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import results_rows, stability_rows
@@ -67,23 +67,19 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return folder, run(folder)
 
 
-class Kept(Answers):
-    """Answers that stand for lm-eval's, and keep the models."""
-
-    models: ClassVar[list[Any]] = []
-
-    def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
-        self.models.append(model)
-        return super().scores(model, tokenizer)
-
-
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The models that are judged by such, without pictures."""
-    Kept.models.clear()
+    """The models that are judged, by answers that stand for lm-eval's and without pictures."""
+    models = []
+
+    class Kept(Answers):
+        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+            models.append(model)
+            return super().scores(model, tokenizer)
+
     monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Kept)
     monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
-    return Kept.models
+    return models
 
 
 def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
@@ -143,6 +139,9 @@ def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -
     points = run(tmp_path / "healed", **levels, **heal)
     assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
+    lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
+    fused, healed = lines["truncate"], lines["truncate, healed"]
+    assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]
     others = run(tmp_path / "healed", **levels, **heal, heal_cache=tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*/text.json"))) == 1
     assert others[:2] == points[:2] and others[2].key != points[2].key
@@ -238,9 +237,8 @@ def test_tables_hold_all_and_are_printed(
     assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
 
     before = (folder / RESULTS).read_bytes()
-    options = (
-        f"--tasks {','.join(TASKS)} --calibration {text} --perplexity-tokens 300 --calibration-tokens 1024".split()
-    )
+    options = ["--tasks", ",".join(TASKS), "--calibration", str(text)]
+    options += "--perplexity-tokens 300 --calibration-tokens 1024".split()
     assert main(["sweep", base, str(folder), "--num-fusions", "1, 2", "--methods", "mka, refit", *options]) == 0
     assert (folder / RESULTS).read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
@@ -303,13 +301,3 @@ def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
     assert [axis.get_ylabel() for axis in figure.axes] == ["acc, another", "perplexity, docs (log scale)"]
     [legend] = figure.legends  # above the panels
     assert {label.get_text() for label in legend.get_texts()} == {"mka", "refit", "dense", "infinite"}
-
-
-def test_healed_points_are_a_dashed_line_of_their_method_s_colour() -> None:
-    names = [method + healed for method in ("neural_alignment", "mka", "truncate", "refit") for healed in ("", HEALED)]
-    points = [make_point(DENSE, 0, 0.5), *(make_point(name, 1, 0.4) for name in names)]
-    lines = {str(line.get_label()): line for line in sweep_curve(points).axes[0].get_lines()}
-    for name in names[::2]:
-        assert lines[name].get_color() == lines[name + HEALED].get_color()
-        assert (lines[name].get_linestyle(), lines[name + HEALED].get_linestyle()) == ("-", "--")
-    assert len({lines[name].get_color() for name in names}) == 4
