@@ -259,11 +259,8 @@ ROWS: dict[str, Row] = {
     "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusion=1"], "'num_fusion'; did you mean 'num_fusions'?"),
     "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
-    "lm-eval, no fusion": (
-        lm_eval,
-        ["pretrained={fused},method=mka,seed=1,calibration=x.txt,fused_dir=x"],
-        "method, seed, calibration, fused_dir without num_fusions has no effect; add num_fusions=N, or a",
-    ),
+    "lm-eval, settings": (lm_eval, ["pretrained={fused},method=mka,seed=1"], "method, seed without num_fusions has no"),
+    "lm-eval, text": (lm_eval, ["pretrained={fused},calibration=x,fused_dir=x"], "n, fused_dir without num_fusions"),
     "lm-eval, delta": (lm_eval, ["pretrained={base},num_fusions=1,delta=x"], "delta=x cannot be combined with num_fus"),
     "lm-eval, tp_plan": (lm_eval, ["pretrained={base},num_fusions=1,tp_plan=auto"], "tp_plan=auto cannot be combined"),
     # Saved fusions, edited by hand

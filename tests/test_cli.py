@@ -52,17 +52,9 @@ def test_fuse_writes_what_the_library_writes_and_a_table(run: Run, base: str, te
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in wanted.state_dict().items())
     report = FusionReport.load(tmp_path / "out")
     assert report.config == config.to_dict()
-    rows = {line.split("  ")[1].strip(): line for line in out.splitlines() if line.startswith("  ")}
-    assert rows["layers"].split()[1:3] == ["5", "3"]
-    assert rows["parameters"].split()[1:3] == [f"{report.parameters_before:,}", f"{report.parameters_after:,}"]
-    [weights] = (tmp_path / "out").glob("*.safetensors")
-    assert rows["bytes on disk"].split()[4] == f"{weights.stat().st_size:,}"
-    assert report.perplexities
-    for judged in report.perplexities:
-        found = rows[f"perplexity, {judged.name}"].split()[2:4]
-        assert found == [f"{p:.4g}" for p in (judged.dense, judged.fused)]
-        assert rows[f"divergence, {judged.name}"].split()[2:] == ["0", f"{judged.divergence:.4g}"]
-        assert rows[f"agreement, {judged.name}"].split()[2:4] == ["100.0%", f"{judged.agreement:.1%}"]
+    sizes = [file.stat().st_size for folder in (base, tmp_path / "out") for file in Path(folder).glob("*.safetensors")]
+    shown, rows = " ".join(out.split()), report.rows((sizes[0], sizes[1]))
+    assert len(rows) == 3 + 2 * 3 and all(" ".join(row.cells).strip() in shown for row in rows)
 
 
 def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:
