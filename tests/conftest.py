@@ -63,7 +63,7 @@ def run_program(program: str, *words: object, processes: int = 1) -> subprocess.
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -113,6 +113,13 @@ def make_llama(**overrides: Any) -> LlamaForCausalLM:
     return model.to(dtype)
 
 
+def save_base(folder: Path, model: Any = None, tokenizer: Any = None) -> str:
+    """Make a folder a checkpoint that can be fused."""
+    (model or make_llama()).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
 _measure_speed = speed.measure_speed
 
 
@@ -138,33 +145,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
 
 
-@pytest.fixture(scope="session")
-def texts() -> list[str]:
-    return make_texts()
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of text, enough to fit short sequences to."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
-
 @pytest.fixture
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Make a checkpoint folder: make_base(**config overrides) -> path."""
 
     def make(**overrides: Any) -> str:
-        folder = str(tmp_path_factory.mktemp("base"))
-        make_llama(**overrides).save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        return folder
+        return save_base(tmp_path_factory.mktemp("base"), make_llama(**overrides))
 
     return make
 
@@ -172,10 +158,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny checkpoint that tests only read."""
-    folder = str(tmp_path_factory.mktemp("base"))
-    make_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
@@ -189,8 +172,7 @@ def family_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         key = f"{model_type} {overrides}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp("base")
-            tiny_model(model_type, **overrides).save_pretrained(made[key])
-            make_tokenizer().save_pretrained(made[key])
+            save_base(made[key], tiny_model(model_type, **overrides))
         return made[key]
 
     return make

@@ -1,4 +1,4 @@
-"""Kills processes that save, fuse or sweep, and checks what they left; run by test_faults.py on its own.
+"""Kills processes that save, fuse or sweep, and checks what they left; run by test_saving.py on its own.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from conftest import make_llama, make_tokenizer, tensors
+from conftest import save_base, tensors
 from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
@@ -113,9 +113,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
     tqdm.set_lock(threading.RLock())
-    base, rng = str(folder / "base"), random.Random(0)
-    make_llama().save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
+    base, rng = save_base(folder / "base"), random.Random(0)
     # Nothing runs in this process but what makes no thread, as it forks.
     patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]

@@ -1,104 +1,56 @@
-"""What the processes of a launch do together, and one of them alone; run by test_launches.py.
+"""What the processes of a launch do together; run by test_launches.py, which compares it with what it does alone.
 
 `run_launched.py FOLDER [ARGUMENTS]`: all of it, or a healing alone, with training arguments in JSON.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_texts, make_tokenizer, tensors
+from conftest import make_llama, make_texts, tensors
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, HealSettings
+from lf_hf import FusedLlamaForCausalLM, HealSettings
 from lf_hf.cli import main as command
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
-from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import FullTargets, Loss
-from lf_hf.pipeline import fuse
-from lf_hf.runtime.launch import ALONE, OtherProcessError, Processes
+from lf_hf.runtime.launch import OtherProcessError, Processes
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 TEMPLATE = (  # so that processes share chats to write, too
     "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "refit": {"method": "refit", "num_fusions": 2},
-    "refit, on disk": {"method": "refit", "num_fusions": 2},
-    "by groups": {"method": "refit", "selection": "groups", "num_fusions": 2},
+    "refit": {"method": "refit", "selection": "least_influence", "num_fusions": 2},
+    "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2, "low_memory": True},
+    "by groups": {"method": "refit", "num_fusions": 2},
     "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
     "neural_alignment, refitted": {"method": "neural_alignment", "refit": "down_proj", "num_fusions": 2},
 }
 HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
 
 
-def fused(processes: Processes, settings: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """What comes out, as numbers."""
-    llama = make_llama().double()
-    decoder: Decoder
-    if folder is None:
-        decoder = ModelDecoder(llama, keep_originals=True, processes=processes)
-    else:
-        shared = processes.broadcast_object(lambda: llama.save_pretrained(folder / "base") or folder)
-        decoder = CheckpointDecoder(shared / "base", copy.deepcopy(llama.config), folder, dtype=torch.float64)
-        decoder.processes = processes
+def fuse(folder: Path, name: str, out: Path) -> str | None:
+    """What this process has of the result: a digest of its weights."""
     # Of 31 sequences, so that shares are not even.
-    config = FusionConfig(**{"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300} | settings)
-    texts = make_texts(config.calibration_tokens // 40)
-    samples, text = CalibrationSamples(make_texts(60), "samples"), Corpus(texts, "texts", generated_share=0.25)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    report = fuse(decoder, tokenizer, config, samples, text, base="base")
-    assert len(report.continuations) == 4
-    assert not config.needs_text or "sequences of it as chats" in report.calibration[-1].source
-    return {
-        "pairs": [(step.pair, step.heads_kept, step.channels_kept) for step in report.steps],
-        "fitted": [(layer.layers, layer.heads_kept, layer.channels_kept) for layer in report.fitted_layers],
-        "weights": {name: weight.double() for name, weight in decoder.named_parameters()},
-        "written": report.continuations,
-        "perplexities": [
-            figure for judged in report.perplexities for figure in (judged.fused, judged.divergence, judged.agreement)
-        ],
-        "digest": weights_digest(decoder.named_parameters()),
-    }
-
-
-def compared(processes: Processes, name: str, alone: dict[str, Any]) -> dict[str, Any]:
-    """How a fusion of all processes differs from that of one, which is kept for the next."""
-    with tempfile.TemporaryDirectory() as folder:
-        together = fused(processes, SETTINGS[name], Path(folder) if "disk" in name else None)
-        digests = processes.all_gather_object(together["digest"])
-    if not processes.is_main:
-        return {}
-    if "disk" not in name:
-        alone.update(fused(ALONE, SETTINGS[name], None))
-    return {
-        "processes": processes.world_size,
-        "digests": len(set(digests)),
-        "same choices": all(together[key] == alone[key] for key in ("pairs", "fitted", "written")),
-        "weights": max(
-            float((together["weights"][key] - weight).detach().abs().max()) for key, weight in alone["weights"].items()
-        ),
-        "perplexities": max(
-            abs(a / b - 1) for a, b in zip(together["perplexities"], alone["perplexities"], strict=True)
-        ),
-    }
+    given: dict[str, Any] = {"calibration_tokens": 1984, "calibration_length": 64, "perplexity_tokens": 300}
+    given |= {"dtype": "float64", "calibration": make_texts(100), "speed": False} | SETTINGS[name]
+    if given.pop("low_memory", False):
+        return lf_hf.fuse_checkpoint(folder / "chatting", out, **given).weights_digest
+    model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
+    model.save_pretrained(out)
+    return weights_digest(model.named_parameters())
 
 
 def student_figures(*, sharded: bool) -> list[float]:
@@ -168,12 +120,11 @@ def main(folder: Path, given: str = "") -> None:
     say("healed", heal(folder, {"fsdp": True}))
     say("saves", saves(folder / "saves"))
     say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
-    alone: dict[str, Any] = {}
     for name in SETTINGS:
-        say(name, compared(processes, name, alone))
+        say(name, processes.all_gather_object(fuse(folder, name, folder / name)))
     if processes.rank == 1:
         raise SystemExit(3)  # while the other one sums
-    fused(processes, SETTINGS["refit"], None)
+    fuse(folder, "refit", folder / "of one")
 
 
 if __name__ == "__main__":

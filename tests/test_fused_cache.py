@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import files, make_llama, make_texts, make_tokenizer, same
+from conftest import files, make_llama, make_texts, make_tokenizer, same, save_base, tensors
 from huggingface_hub import cached_assets_path
 from test_saving import no_privileges
 from tokenizers import normalizers
@@ -54,10 +54,11 @@ def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausa
 def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fusions: list[str]) -> None:
     """A base is known by its content, and what is true of it alone does not matter for the result."""
     base, fused = tmp_path / "base", tmp_path / "fused"
-    make_llama().save_pretrained(base, variant=arguments.get("variant"))
-    make_tokenizer().save_pretrained(base)
+    save_base(base)
+    if variant := arguments.get("variant"):
+        (base / "model.safetensors").rename(base / f"model.{variant}.safetensors")
     if "use_safetensors" in arguments:
-        torch.save(make_llama().state_dict(), base / "pytorch_model.bin")
+        torch.save(tensors(base), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
     first = load(base, fused, **arguments)
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, run_program
-from run_launched import HEALING, SETTINGS
+from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, run_program, save_base, tensors
+from run_launched import HEALING, SETTINGS, TEMPLATE, fuse
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
@@ -31,9 +31,11 @@ class Launch(NamedTuple):
 
 def launched(folder: Path, *given: str) -> Launch:
     """Run `run_launched.py` in two processes."""
-    for name, tied in (("base", False), ("tied", True)):
-        make_llama(tie_word_embeddings=tied).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
+    chatting = make_tokenizer()
+    chatting.chat_template = TEMPLATE
+    save_base(folder / "base")
+    save_base(folder / "chatting", tokenizer=chatting)
+    save_base(folder / "tied", make_llama(tie_word_embeddings=True))
     (folder / "texts.txt").write_text("\n\n".join(make_texts(100)))
     lf_hf.fuse_checkpoint(folder / "base", folder / "fused", num_fusions=2, method="truncate", perplexity_tokens=512)
     lf_hf.fuse_checkpoint(folder / "tied", folder / "saves" / "whole", **QUICK)
@@ -46,12 +48,27 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return launched(tmp_path_factory.mktemp("launch"))
 
 
-def test_processes_together_find_what_one_does(launch: Launch) -> None:
-    for name in SETTINGS:
-        result = launch.results.get(name)
-        assert result, launch.err
-        assert result["processes"] == 2 and result["digests"] == 1 and result["same choices"], (name, result)
-        assert result["weights"] < 1e-6 and result["perplexities"] < 1e-6, (name, result)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_processes_together_find_what_one_does(name: str, launch: Launch, tmp_path: Path) -> None:
+    digests = launch.results.get(name)
+    assert digests, launch.err
+    assert len(digests) == 2 and len({*digests}) == 1
+    fuse(launch.folder, name, tmp_path)
+    folders = launch.folder / name, tmp_path
+    together, alone = map(FusionReport.load, folders)
+    assert together.groups == alone.groups and together.continuations == alone.continuations
+    assert len(alone.continuations) == 4
+    parts: list[list[Any]] = [[*report.steps, *report.fitted_layers] for report in (together, alone)]
+    for one, other in zip(*parts, strict=True):
+        assert (one.heads_kept, one.channels_kept) == (other.heads_kept, other.channels_kept)
+    assert SETTINGS[name]["method"] != "refit" or "sequences of it as chats" in alone.calibration[-1].source
+    for judged, by_one in zip(together.perplexities, alone.perplexities, strict=True):
+        figures = judged.fused, judged.divergence, judged.agreement
+        assert figures == pytest.approx((by_one.fused, by_one.divergence, by_one.agreement), rel=1e-6)
+    weights = [tensors(folder) for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    for tensor_name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[0][tensor_name], tensor, rtol=0, atol=1e-6)
 
 
 def test_the_command_writes_and_speaks_once(launch: Launch) -> None:

@@ -1,4 +1,4 @@
-"""A folder belongs to its user: whatever goes wrong while saving, nothing is lost and nothing of the user's touched."""
+"""A folder belongs to its user: whatever goes wrong while saving or sweeping, nothing is lost, theirs or ours."""
 
 from __future__ import annotations
 
@@ -18,20 +18,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import QUICK, files, make_texts, make_tokenizer, same
+from conftest import QUICK, files, make_texts, make_tokenizer, run_program, same
 from peft import LoraConfig, inject_adapter_in_model
-from run_faults import foreign, put_foreign
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from run_faults import Answers, foreign, put_foreign
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.saving import only_writer, replaced_files
+from lf_hf.evaluate.points import RESULTS
+from lf_hf.evaluate.sweep import sweep
 from lf_hf.report.report import CHANGED_NOTE
 
 
@@ -134,28 +130,24 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
     assert (tmp_path / "README.md").read_text() == "my card"
 
 
-def test_a_template_or_a_list_of_words_is_no_tokenizer(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
-    """So it stays, and the model's tokenizer comes beside it."""
-    (tmp_path / "chat_template.jinja").write_text("mine")
-    (tmp_path / "vocab.json").write_text("{}")
-    model.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
-    assert tokenizer.chat_template == (tmp_path / "chat_template.jinja").read_text() == "mine"
-    assert (tmp_path / "vocab.json").read_text() == "{}"
-
-
 @pytest.mark.parametrize("link", [True, False])
-def test_a_users_chat_templates_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = {"default": "base", "rag": "base", "tool": "base"}
+def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
+    """They are no tokenizer, so the model's comes beside them."""
     folder, templates = tmp_path / "model", tmp_path / "templates"
     place = templates if link else folder / "additional_chat_templates"
     place.mkdir(parents=True)
-    (place / "rag.jinja").write_text("mine")
+    folder.mkdir(exist_ok=True)
     if link:
-        folder.mkdir()
         (folder / "additional_chat_templates").symlink_to(templates)
+    users = {place / "rag.jinja": "mine", folder / "chat_template.jinja": "mine", folder / "vocab.json": "{}"}
+    for file, content in users.items():
+        file.write_text(content)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert "mine" in (tokenizer.chat_template, tokenizer.get_chat_template("default"))
+    assert all(file.read_text() == content for file, content in users.items())
+    tokenizer.chat_template = {"default": "base", "rag": "base", "tool": "base"}
     model.save_pretrained(folder, tokenizer=tokenizer)
     assert (place / "rag.jinja").read_text() == "mine"
     assert (place / "tool.jinja").exists() is not link  # nothing is written outside the folder
@@ -435,3 +427,59 @@ def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp
         modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
         assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~mask}
         assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """What opens is whole; what does not open is whole with the next load."""
+    done = run_program("run_faults.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# What goes wrong while sweeping
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(100)))
+    given: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate", "mka"], "tasks": ["task"]}
+    return given | {"calibration": tmp_path / "text.txt", "settings": {"perplexity_tokens": 0}}
+
+
+def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep(base, out, **arguments)
+    before = files(out)
+    with (
+        file_size_limit(len(before[RESULTS]) + 50),  # within a point
+        pytest.raises(OSError, match=r"results in .*out' cannot be written .*File too .*run the sweep again"),
+    ):
+        sweep(base, out, **arguments | {"num_fusions": [2]})
+    assert files(out) == before
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["there", "new/deeper"])
+def test_a_sweep_into_a_folder_that_can_not_be_written_does_no_work(
+    name: str, base: str, arguments: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        parent = Path(made)
+        shutil.copytree(base, parent / "base")
+        (parent / "there").mkdir()
+        for path in (*parent.rglob("*"), parent):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with no_privileges(), pytest.raises(OSError, match=r"cannot be written .*Permission denied"):
+            sweep(parent / "base", parent / name, **arguments | {"methods": ["truncate"], "calibration": None})
+        parent.chmod(0o755)
+        assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"years of work", b'{"accuracy": 1}\n', b"\xff\n"])
+def test_results_of_something_else_are_left_alone(
+    content: bytes, base: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / RESULTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
+        sweep(base, tmp_path, **arguments)
+    assert (tmp_path / RESULTS).read_bytes() == content

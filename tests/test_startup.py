@@ -8,25 +8,19 @@ import subprocess
 import sys
 import venv
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 TASKS = ROOT / "lm_eval_tasks"
+COMMANDS = Path(sys.executable).parent
 SITES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return kept | {"HF_HUB_OFFLINE": "1"} | extra
-
-
-def script(package: str, name: str) -> str:
-    """Path of a command that a package installs."""
-    files = distribution(package).files or []
-    return str(next(file.locate() for file in files if file.parts[-2:] in {("bin", name), ("Scripts", f"{name}.exe")}))
 
 
 def run(*command: Path | str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +65,7 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
     # Takes away what the start-up file has done, as where none is run.
     blocked = "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']; "
     blocked += "runpy.run_module('lf_hf.evaluate', run_name='__main__')"
-    commands = ([editable_python, script("lm_eval", "lm_eval")], [wheel_python, "-c", blocked])
+    commands = ([editable_python, COMMANDS / "lm_eval"], [wheel_python, "-c", blocked])
     with ThreadPoolExecutor() as pool:
         for done in pool.map(lambda command: run(*command, *words, folder=tmp_path), commands):
             assert "ValueError: method without num_fusions has no effect" in done.stderr
@@ -79,7 +73,7 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
 
 def test_data_parallel_run(wheel_python: Path, base: str, tmp_path: Path) -> None:
     """Two processes fuse, evaluate, and write one results file."""
-    launch = [script("accelerate", "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
+    launch = [str(COMMANDS / "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
     model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
     words = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]
     tasks = output(wheel_python, "-c", "import lf_hf; print(lf_hf.tasks_path())")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_texts, make_tokenizer, same, tensors
+from conftest import files, make_llama, make_texts, make_tokenizer, same, tensors
 from safetensors.torch import save_file
 from two_devices import OTHER, TwoDevices
 
@@ -132,3 +135,48 @@ def test_a_head_is_kept_that_differs_from_the_embeddings_it_is_tied_to(
     settings: dict[str, Any] = {"text": make_texts(1200), "tokens": 1024, "length": 64, "batch_tokens": 256}
     lf_hf.heal(low, tmp_path / "healed", base=base, **settings, training_args={"bf16": False})
     assert equal or torch.equal(tensors(tmp_path / "healed")["lm_head.weight"], head)
+
+
+def write_all(base: str, out: Path) -> None:
+    for kind in ("neural_alignment", "refit"):
+        fuse(base, out / kind, method=kind, low_memory=False, perplexity_tokens=200)
+
+
+def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> None:
+    write_all(base, tmp_path / "here")
+    code = (
+        f"import pathlib, test_fuse_checkpoint as t; t.write_all({base!r}, pathlib.Path({str(tmp_path / 'there')!r}))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code, base, str(tmp_path / "there")]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    for here in (tmp_path / "here").iterdir():
+        there = tmp_path / "there" / here.name
+        one, other = files(here), files(there)
+        # Which say how many seconds it took.
+        assert {name for name in one if one[name] != other[name]} <= {"fusion_report.json", "README.md"}
+        assert FusionReport.load(here).to_dict() | {"seconds": 0} == FusionReport.load(there).to_dict() | {"seconds": 0}
+
+
+OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+LAYERS = {f"model.layers.{n}": "cpu" for n in range(5)}
+
+
+@pytest.mark.parametrize("on_disk", [{""}, {"model.layers.0"}, {"lm_head"}, {*LAYERS}])
+def test_offloaded_models_are_refused_and_left_as_they_are(
+    on_disk: set[str], make_base: Callable[..., str], tmp_path: Path
+) -> None:
+    base = make_base()
+    before = files(Path(base))
+    device_map = (OUTER | LAYERS if "" not in on_disk else {}) | dict.fromkeys(on_disk, "disk")
+    loading: dict[str, Any] = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(ValueError, match=r"is offloaded, so it cannot be fused in place; .* or use fuse_checkpoint"):
+        fuse(base, tmp_path / "out", method="refit", low_memory=False, **loading)
+    assert not (tmp_path / "out").exists() and files(Path(base)) == before
+
+
+def test_a_device_map_that_fits_changes_nothing(base: str, tmp_path: Path) -> None:
+    for name, device_map in (("plain", None), ("one", {"": "cpu"}), ("parts", OUTER | LAYERS), ("auto", "auto")):
+        fuse(base, tmp_path / name, method="refit", low_memory=False, device_map=device_map)
+        for file in ("model.safetensors", "config.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
