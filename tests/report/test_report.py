@@ -84,10 +84,10 @@ def test_every_view_shows_all_rows(tmp_path: Path) -> None:
 
 
 def test_perplexities_that_more_than_double_are_named() -> None:
-    broken, sound = make_report().perplexities[0], PerplexityInfo("reasoning", "riddles", 4000, 5.0, 10.0)
+    broken, sound = (PerplexityInfo(name, "text", 4000, 5.0, of) for name, of in (("docs", 10.1), ("reasoning", 10.0)))
     for fitted, advice in ((True, "Fewer fusions"), (False, "method=refit")):
         note = collapse_note([broken, sound], fitted=fitted)
-        assert note is not None and note.startswith("Perplexity went from 6.1 to 30 (docs): ") and advice in note
+        assert note is not None and note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
         assert "reasoning" not in note and collapse_note([sound], fitted=fitted) is None
 
 
