@@ -145,6 +145,14 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text, enough to fit short sequences to."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(make_texts(150)), encoding="utf-8")
+    return file
+
+
 @pytest.fixture
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Make a checkpoint folder: make_base(**config overrides) -> path."""

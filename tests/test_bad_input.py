@@ -26,7 +26,6 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
-from lf_hf.decoder.interface import Decoder
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.healing.inputs import WORK
 from lf_hf.report.records import FusionStep
@@ -317,13 +316,6 @@ def at(base: str, fused: Path, text: Path, tmp_path: Path) -> Places:
     for name, source in (("base", base), ("fused", fused)):
         shutil.copytree(source, tmp_path / name)
     return Places(str(tmp_path / "base"), str(tmp_path / "fused"), str(text), tmp_path / "out")
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layer may be run."""
-    monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
-    monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
 
 
 @pytest.mark.parametrize("name", ROWS)
