@@ -5,7 +5,6 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -54,14 +53,11 @@ def put_foreign(folder: Path) -> None:
         (folder / name).chmod(0o640)
 
 
-def foreign(folder: Path) -> dict[str, tuple[int, int, str]]:
-    """Mode, inode and digest of each of them, and of the folder itself."""
-    listing = {}
-    for path in (folder, *(folder / name for name in FOREIGN)):
-        if path.exists():
-            content = b"" if path.is_dir() else path.read_bytes()
-            listing[str(path)] = (path.stat().st_mode, path.stat().st_ino, hashlib.sha256(content).hexdigest())
-    return listing
+def foreign(folder: Path) -> list[tuple[int, int, bytes]]:
+    """Mode, inode and content of each of them, and of the folder itself."""
+    paths = [folder, *(folder / name for name in FOREIGN)]
+    contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
+    return [(path.stat().st_mode, path.stat().st_ino, held) for path, held in zip(paths, contents, strict=True)]
 
 
 def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:

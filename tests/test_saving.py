@@ -44,9 +44,6 @@ def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
     ]
 
 
-# What is the user's
-
-
 def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
     """Neither its mode, owner and inode, nor any file that lf_hf did not write; and it need not be writable above."""
     out = tmp_path / "out"
@@ -153,9 +150,6 @@ def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path
     assert (place / "tool.jinja").exists() is not link  # nothing is written outside the folder
 
 
-# What is saved
-
-
 def test_a_tokenizer_that_cannot_be_read_costs_no_weights(
     model: FusedLlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,9 +226,6 @@ def test_a_model_can_be_saved_where_it_was_loaded_from(model: FusedLlamaForCausa
     assert (tmp_path / "link").is_symlink()
 
 
-# What is refused
-
-
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "a.gguf"])
 def test_fusing_refuses_another_model_before_the_work(name: str, base: str, tmp_path: Path) -> None:
@@ -279,9 +270,6 @@ def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str
         for way in (partial(model.save_pretrained, path), partial(fuse_checkpoint, base, path, **QUICK)):
             with pytest.raises(ValueError, match=r"must be a path, got .*; '\.' is the current folder"):
                 way()
-
-
-# What goes wrong
 
 
 class Killed(BaseException):
@@ -433,9 +421,6 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     """What opens is whole; what does not open is whole with the next load."""
     done = run_program("run_faults.py", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-# What goes wrong while sweeping
 
 
 @pytest.fixture

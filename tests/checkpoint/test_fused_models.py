@@ -66,9 +66,6 @@ def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
         return model(ids).logits
 
 
-# Saving and loading
-
-
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool, tmp_path: Path) -> None:
     """Counted in the model as it is at that moment, the second pair would be 2 and 3."""
@@ -127,9 +124,6 @@ def test_copies_and_pickles_are_saved_as_the_model_is(
             assert twin.fusion_report == model.fusion_report and twin.config == original.config
             twin.save_pretrained(tmp_path / "out")
             assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
-
-
-# Computing
 
 
 def test_a_plain_model_shares_the_weights_and_knows_its_fusion(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:

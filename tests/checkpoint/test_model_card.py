@@ -67,17 +67,10 @@ def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:
     assert CHANGED_NOTE not in card_of(report.of_weights("one"), plain=True)
 
 
-@pytest.mark.parametrize(
-    ("base", "repository"),
-    [
-        ("owner/model", "owner/model"),
-        ("owner/model/file.gguf", "owner/model"),
-        ("/home/me/model", None),
-        ("model", None),
-    ],
-)
-def test_a_folder_is_no_repository(base: str, repository: str | None) -> None:
+@pytest.mark.parametrize("base", ["owner/model", "owner/model/file.gguf", "/home/me/model", "model"])
+def test_a_folder_is_no_repository(base: str) -> None:
     card = card_of(a_report(base=base))
+    repository = "owner/model" if base.startswith("owner/") else None
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == repository
     assert "/home" not in card and "model" in card
 

@@ -68,9 +68,6 @@ def saved(fused: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(fused, tmp_path / "fused"))
 
 
-# What could do harm
-
-
 @both
 def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
@@ -152,9 +149,6 @@ def test_links_are_followed_as_in_the_hub_cache(base: str, fused: Path, tmp_path
     assert FusedLlamaForCausalLM.from_pretrained(tmp_path / "links").fusion_report is not None
 
 
-# What cannot be right
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, copy: Path, tmp_path: Path) -> None:
     held = tensors(copy)
@@ -188,9 +182,6 @@ def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
     assert warning.endswith("; the model is loaded without its report.") and "\n" not in warning
     with pytest.raises(ValueError, match=r"fusion_report\.json"):
         FusionReport.load(saved)
-
-
-# What is loaded
 
 
 @either_class
