@@ -6,20 +6,16 @@ import csv
 import dataclasses
 import itertools
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from builders import make_point, no_warnings
-from conftest import ROOT, make_tokenizer
+from conftest import make_tokenizer, run_program, same
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
@@ -111,7 +107,7 @@ def test_points_are_what_single_runs_give(
     for point in fused:
         config = FusionConfig(point.num_fusions, point.method, **settings)
         alone, model = lf_hf.from_pretrained_fused(base, config, calibration=text), models[point.method, point.layers]
-        assert equal(model, alone) and alone.fusion_report is not None
+        assert same(model, alone) and alone.fusion_report is not None
         report = dataclasses.replace(alone.fusion_report, seconds={})
         assert report == dataclasses.replace(model.fusion_report, seconds={}) and len(report.perplexities) == 2
         assert point.perplexities == {info.name: info.fused for info in report.perplexities}
@@ -120,11 +116,7 @@ def test_points_are_what_single_runs_give(
         assert dense.perplexities == {info.name: info.dense for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
         assert point.config == config.to_dict()
-    assert equal(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
-
-
-def equal(model: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert same(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
 
 
 def test_scores_are_those_of_lm_eval(whole: Whole, base: str, text: Path) -> None:
@@ -187,10 +179,7 @@ def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_p
     options = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task"
     options += f" --perplexity-tokens 100 --calibration-tokens 1024 --calibration {text}"
     words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(ROOT / "tests" / "run_swept.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = run_program("run_swept.py", *words, processes=2)
     assert done.returncode == 0, done.stderr
     names = ["dense 6", *(f"{method} {layers}" for method in ("refit", "truncate") for layers in (4, 5))]
     judgements = re.findall(r"judged (\w+ \d) in process ([01])", done.stdout)
