@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ from lf_hf.evaluate.sweep import sweep
 KILLS = 4
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
-    *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md"),
+    *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md", "training_args.bin"),
 )
 
 
@@ -132,6 +133,15 @@ def main(folder: Path) -> None:
                 seconds(partial(FusedLlamaForCausalLM.from_pretrained, out))
             assert num_fusions_in(out) in (1, 2) and foreign(out) == before
 
+    fresh = folder / "fresh"
+    taken = seconds(partial(models[1].save_pretrained, fresh))
+    for _ in range(KILLS):
+        shutil.rmtree(fresh, ignore_errors=True)
+        killed(partial(write_on, lambda count: models[count].save_pretrained(fresh)), rng.uniform(0, 2 * taken))
+        if num_fusions_in(fresh) is None and fresh.exists():
+            seconds(partial(FusedLlamaForCausalLM.from_pretrained, fresh))
+        assert num_fusions_in(fresh) in (None, 1, 2)  # what opens is whole; it may be that nothing was saved yet
+
     arguments: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100, "speed": False}
     whole, out = folder / "whole", folder / "sweep"
@@ -147,7 +157,7 @@ def main(folder: Path) -> None:
     seconds(partial(sweep, base, out, **arguments))
     assert points_in(out) == points_in(whole)
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
-    assert {path.name for path in folder.iterdir()} == {"base", "whole", "sweep", *ways}
+    assert {path.name for path in folder.iterdir()} - {"fresh"} == {"base", "whole", "sweep", *ways}
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ ROWS: dict[str, Row] = {
     "a dtype that torch lacks": (python, {"dtype": "float33"}, "dtype must be auto, float32, .*, got 'float33'"),
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "quantising on the way": (python, {"load_in_8bit": True}, "cannot be fused with load_in_8bit; leave it out"),
+    "other layers": (python, {"num_hidden_layers": 5}, "cannot be fused with num_hidden_layers; leave it out"),
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
@@ -251,6 +252,9 @@ ROWS: dict[str, Row] = {
     # Sweeps
     "no tasks": (swept, {"tasks": []}, "tasks must be a list with one entry at least"),
     "a share of questions": (swept, {"limit": 2.5}, "limit must be a number of .*, whole, or their share .*, got 2.5"),
+    "no level of a sweep": (swept, {"num_fusions": [1, 9]}, "num_fusions must be 1 to 4 for .* 5 layers"),
+    "a setting of a sweep": (swept, {"settings": {"ratio_beta": "x"}}, "ratio_beta must be .*, got 'x'"),
+    "no question": (swept, {"limit": 0}, "limit must be a number of questions, whole, or their share .*, got 0"),
     "many in a batch": (swept, {"batch_size": "many"}, "must be an integer of at least 1, auto, or auto:N, got 'many'"),
     # lm-eval's model args, all strings
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),

@@ -1,15 +1,17 @@
 """The main job on a real checkpoint and real MMLU questions, through the real command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import GGUF, ROOT
-from transformers import AutoConfig
+from lm_eval.api.instance import Instance
 
 import lf_hf
+from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
 
 TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
 
@@ -20,9 +22,10 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     model_args = ",".join(f"{name}={value}" for name, value in source.items())
     command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "1"]
     data = json.dumps({"mmlu_dir": str(mmlu_dir)})
-    command += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path()), "--metadata", data]
+    command += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path()), "--metadata", data, "--log_samples"]
     command += ["--output_path", str(tmp_path / "results")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200)
+    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # as what it is compared with below
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=on_the_cpu, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "|anatomy|" in done.stdout.replace(" ", "")
 
@@ -36,7 +39,12 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     assert (before, after) == (134_515_008, 120_354_624) and config["model_num_parameters"] == after
     assert all(info["dense"] < info["fused"] for info in fusion["perplexities"])
 
-    # What it kept is no GGUF any more.
-    kept = AutoConfig.from_pretrained(tmp_path / "fused")
-    assert kept.model_type == "fused_llama" and kept.num_hidden_layers == 26
-    assert not hasattr(kept, "quantization_config")
+    # What it kept is no GGUF any more; opened by itself it answers alike.
+    lm = FusedLlamaLM(str(tmp_path / "fused"), device="cpu")
+    assert lm.config.model_type == "fused_llama" and not hasattr(lm.config, "quantization_config")
+    assert len(lm.model.model.layers) == 26 and lm.model.num_parameters() == after
+    [samples] = tmp_path.glob(f"results/*/samples_{TASK}_*.jsonl")
+    first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
+    requests = [tuple(first["arguments"][f"gen_args_{n}"][f"arg_{k}"] for k in (0, 1)) for n in range(4)]
+    again = lm.loglikelihood([Instance("loglikelihood", {}, request, n) for n, request in enumerate(requests)])
+    assert [value for value, _ in again] == pytest.approx([float(said[0][0]) for said in first["resps"]], abs=1e-4)

@@ -252,13 +252,16 @@ def test_fusing_does_not_replace_what_was_trained(base: str, tmp_path: Path, pla
 
 @pytest.mark.usefixtures("no_work")
 def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
-    (tmp_path / "out" / "tokenizer.json").mkdir(parents=True)
+    model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (tmp_path / "out" / "tokenizer.json").mkdir()
+    before = files(tmp_path / "out")
     with pytest.raises(OSError, match=r"was not written \(tokenizer\.json has the name .* before is unchanged"):
         model.save_pretrained(tmp_path / "out")
     for fuse in ways_of_fusing(base, tmp_path / "out"):
         with pytest.raises(ValueError, match=r"holds a folder 'tokenizer\.json', where a file is to go"):
             fuse()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+    assert files(tmp_path / "out") == before
     adapted = copy.deepcopy(model)
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)  # as add_adapter does
     for make in (adapted.to_plain, partial(adapted.save_pretrained, tmp_path / "new", plain=True)):

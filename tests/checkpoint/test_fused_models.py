@@ -124,6 +124,11 @@ def test_copies_and_pickles_are_saved_as_the_model_is(
             assert twin.fusion_report == model.fusion_report and twin.config == original.config
             twin.save_pretrained(tmp_path / "out")
             assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    new = AutoModelForCausalLM.from_config(model.config)
+    assert type(new) is FusedLlamaForCausalLM and new.fusion_report is None
+    fresh.resize_token_embeddings(330, mean_resizing=False)
+    fresh.save_pretrained(tmp_path / "out", plain=True)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), fresh)
 
 
 def test_a_plain_model_shares_the_weights_and_knows_its_fusion(fresh: FusedLlamaForCausalLM, tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, text: 
     assert all(judged["divergence"] > 0 and 0 <= judged["agreement"] < 1 for judged in info["perplexities"])
 
 
+def test_a_budget_and_a_healing_after_it(base: str, text: Path) -> None:
+    settings = {"method": "truncate", "max_divergence": "1e9", "calibration_length": "32", "calibration_tokens": "1024"}
+    lm = make_lm(base, **settings, heal_tokens="1024", perplexity_tokens="0", calibration=str(text))
+    report = lm.model.fusion_report
+    assert report.budget is not None and report.budget.allowed == 1e9 and report.layers_after == 1
+    assert report.healed is not None and report.healed.steps == 1
+
+
 @pytest.mark.parametrize("fusing", [True, False])
 def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fused: Path) -> None:
     given = f"pretrained={base},num_fusions=1,method=truncate,perplexity_tokens=0" if fusing else f"pretrained={fused}"

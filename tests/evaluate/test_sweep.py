@@ -197,7 +197,10 @@ def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_p
     assert without_seconds([mended[key] for key in whole]) == without_seconds([*whole.values()])
 
 
-def test_a_user_s_own_tables_stay(run: Run, tmp_path: Path) -> None:
+def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"none\.txt"):
+        run(tmp_path / "out", calibration="none.txt")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "results.csv").write_text("mine")
     with pytest.raises(ValueError, match=r"holds results\.csv, but no results\.jsonl, so they may be yours; choose"):
         run(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import decoders, logits, tiny_model
+from tiny_models import LAYOUTS, decoders, logits, tiny_model
 
 from lf_hf.decoder.generating import continuations, generate
 from lf_hf.families import FAMILIES
@@ -31,9 +31,10 @@ def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, att
         torch.testing.assert_close(logits(decoder, IDS), expected.logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_text_is_continued_as_by_the_models_own_generation(model_type: str, tmp_path: Path) -> None:
-    model = tiny_model(model_type)
+@pytest.mark.parametrize("layout", [*FAMILIES, "eager attention"])
+def test_text_is_continued_as_by_the_models_own_generation(layout: str, tmp_path: Path) -> None:
+    model_type, overrides = LAYOUTS[layout]
+    model = tiny_model(model_type, **overrides)
     prompts = [IDS[0], IDS[1, :4], IDS[2, :11]]
     expected = []
     for prompt in prompts:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer
+from conftest import make_texts, make_tokenizer, save_base
 from tiny_models import LAYOUTS, fitted, logits, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
 
+import lf_hf
 from lf_hf import FusionConfig, pipeline
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, PROJECTIONS, head_dim
@@ -151,6 +154,17 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_before_a
         if config.merge == "average":
             assert all(kinds[step.layers_i[0]] == kinds[step.layers_j[0]] for step in report.steps)
     assert 0 < refused < len(WAYS)
+
+
+def test_a_layer_that_takes_another_kind_is_of_that_kind_in_a_plain_checkpoint(tmp_path: Path) -> None:
+    dense = tiny_model("gemma3_text")
+    idle(dense, 4)
+    settings = SETTINGS | {"num_fusions": 1, "method": "refit", "selection": "last"}
+    model = lf_hf.from_pretrained_fused(save_base(tmp_path / "base", dense), calibration=SAMPLES.texts, **settings)
+    assert dense.config.layer_types[4] != model.config.layer_types[4]
+    model.save_pretrained(tmp_path / "plain", plain=True)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(stock(IDS).logits, model(IDS).logits)
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Any, Any], Any]]] = {

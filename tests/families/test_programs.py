@@ -11,7 +11,7 @@ from conftest import QUICK, make_texts
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM
 
 import lf_hf
 from lf_hf.cli import main
@@ -43,10 +43,11 @@ def test_the_command_line_plans_and_fuses(
     command = ["fuse", base, str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
     assert main([*command, "--dry-run"]) == 0
     planned = capsys.readouterr().out
-    assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
+    assert main([*command, "--low-memory", "--perplexity-tokens", "0", "--as-llama"]) == 0
     done = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
+    assert type(model) is Gemma3ForCausalLM
 
 
 @pytest.mark.parametrize(

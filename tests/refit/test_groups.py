@@ -14,7 +14,7 @@ from conftest import make_llama, make_texts, make_tokenizer
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import Measurements
-from lf_hf.pipeline import fuse, fuse_pairs
+from lf_hf.pipeline import fuse, fuse_pairs, last_pass
 from lf_hf.refit.groups import cheapest_sets, estimated, promising, removed, text_for_groups
 from lf_hf.settings import METHODS
 from lf_hf.steps import start
@@ -210,14 +210,21 @@ def with_a_pair_that_works_together() -> Any:
     return model
 
 
+@torch.no_grad()
 def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     """Influence alone chooses them."""
     model, random = with_a_pair_that_works_together(), torch.Generator().manual_seed(0)
-    begun = torch.randint(2, 6, (64, 1), generator=random)
-    text = list(torch.cat([begun, torch.randint(6, 320, (64, 63), generator=random)], dim=1))
-    measured, chosen = Measurements(settings={}, judged=[], seconds={}, text=text), dict[str, Any]()
+    begun = torch.randint(2, 6, (80, 1), generator=random)
+    text = torch.cat([begun, torch.randint(6, 320, (80, 63), generator=random)], dim=1)
+    measured, ids = Measurements(settings={}, judged=[], seconds={}, text=list(text[:64])), text[64:]
+    expected, costs, chosen = model(ids).logits.log_softmax(-1), dict[str, float](), dict[str, Any]()
     for selection in ("least_influence", METHODS["refit"]["selection"]):
-        with start(ModelDecoder(model).copy(), FusionConfig(1, "refit", selection), measured) as fusion:
+        decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)
+        with start(decoder, FusionConfig(1, "refit", selection), measured) as fusion:
             fuse_pairs(fusion, 1)
+        last_pass(fusion, decoder)
         [chosen[selection]] = [group for group in fusion.groups if len(group) > 1]
+        found = decoder.model(ids, use_cache=False).logits.log_softmax(-1)
+        costs[selection] = (expected.exp() * (expected - found)).sum(-1).mean().item()
     assert chosen["least_influence"] == [3, 4] and not {3, 4} <= set(chosen["groups"])
+    assert costs["groups"] < 0.1 < 0.5 < costs["least_influence"]
