@@ -11,7 +11,7 @@ from conftest import QUICK, make_texts
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lf_hf
 from lf_hf.cli import main
@@ -47,7 +47,7 @@ def test_the_command_line_plans_and_fuses(
     done = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
-    assert type(model) is Gemma3ForCausalLM
+    assert type(model).__name__ == "Gemma3ForCausalLM"
 
 
 @pytest.mark.parametrize(
