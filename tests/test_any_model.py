@@ -110,14 +110,6 @@ def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_activations_that_overflow_are_named_before_a_fit() -> None:
-    model = make_llama(dtype=torch.float16)
-    with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight.fill_(6e4)
-    with pytest.raises(ValueError, match="The activations of layer 2 contain NaN or inf"):
-        run(model, "refit")
-
-
 @pytest.mark.parametrize(("kind", "first"), [("neural_alignment", 3), ("refit", 2)])
 def test_a_model_on_two_devices_fuses_as_on_one(kind: str, first: int) -> None:
     whole, parts, ids = make_llama(), make_llama(), torch.arange(2, 9)[None]

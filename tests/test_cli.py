@@ -14,8 +14,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, same
 from transformers import AutoModelForCausalLM
 
 import lf_hf
@@ -48,8 +47,7 @@ def test_fuse_writes_what_the_library_writes_and_a_table(run: Run, base: str, te
     config = FusionConfig(2, "mka", ratio_beta=0.5, rank_normalize=False, perplexity_tokens=300)
     wanted = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=text)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    tensors = written.state_dict()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in wanted.state_dict().items())
+    assert same(written, wanted)
     report = FusionReport.load(tmp_path / "out")
     assert report.config == config.to_dict()
     sizes = [file.stat().st_size for folder in (base, tmp_path / "out") for file in Path(folder).glob("*.safetensors")]
@@ -67,15 +65,7 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     assert report.budget.allowed == 9 and report.steps
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run: Run, base: str, tmp_path: Path) -> None:
-    code, out, err = run("fuse", base, tmp_path / "out", "--target-layers", 3, "--dry-run")
-    assert code == 0 and err == "" and not any(tmp_path.iterdir())
-    assert "layers: 5 -> 3 (-40.0%)" in out and "4 into 3, then 3 into 2; layer 2 then replaces 2 to 4" in out
-
-
-def test_a_disk_without_room_is_found_first(
-    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     monkeypatch.delattr("lf_hf.fuse_checkpoint")
     for dry in ([], ["--dry-run"]):

@@ -181,9 +181,7 @@ def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:
     assert len(fusions) == 1
 
 
-def test_of_runs_that_start_at_once_one_fuses_and_the_others_wait(
-    base: str, tmp_path: Path, fusions: list[str]
-) -> None:
+def test_of_runs_that_start_at_once_one_fuses_and_others_wait(base: str, tmp_path: Path, fusions: list[str]) -> None:
     with ThreadPoolExecutor() as pool:
         first, *others = pool.map(lambda _: load(base, tmp_path / "fused"), range(3))
     assert fusions == [base] and all(same(first, other) for other in others)

@@ -73,12 +73,13 @@ def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, b
     assert [judged.relation for judged in report.perplexities] == ["seen", "unseen"]
 
 
-def test_the_model_is_unchanged_when_calibration_fails() -> None:
+@pytest.mark.parametrize("method", ["neural_alignment", "refit"])
+def test_the_model_is_unchanged_when_calibration_fails(method: str) -> None:
     model = make_llama()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e38)
     before = copy.deepcopy(model)
-    config = FusionConfig(num_fusions=1, perplexity_tokens=0)
+    config = FusionConfig(1, method, perplexity_tokens=0, calibration_tokens=1024, calibration_length=64)
     with pytest.raises(ValueError, match="activations of layer 2"):
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))

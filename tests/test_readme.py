@@ -65,9 +65,7 @@ def folder_with_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)], ids=lambda page: page.name)
-def test_python_blocks_run_one_after_the_other(
-    page: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_python_blocks_run_in_order(page: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in blocks("python", page):
         exec(adapted(block, base), names)
@@ -145,9 +143,6 @@ def test_the_api_reference_is_that_of_the_docstrings(monkeypatch: pytest.MonkeyP
 
     page = api_reference.PAGE.read_text(encoding="utf-8")
     assert page == api_reference.reference(), "Run scripts/api_reference.py, and commit docs/api.md."
-
-
-# The comparison that ends scripts/quickstart
 
 
 def write_results(folder: Path, accuracy: float) -> None:

@@ -448,9 +448,7 @@ def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", ["there", "new/deeper"])
-def test_a_sweep_into_a_folder_that_can_not_be_written_does_no_work(
-    name: str, base: str, arguments: dict[str, Any]
-) -> None:
+def test_a_sweep_into_a_read_only_folder_does_no_work(name: str, base: str, arguments: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as made:
         parent = Path(made)
         shutil.copytree(base, parent / "base")
@@ -464,9 +462,7 @@ def test_a_sweep_into_a_folder_that_can_not_be_written_does_no_work(
 
 
 @pytest.mark.parametrize("content", [b"years of work", b'{"accuracy": 1}\n', b"\xff\n"])
-def test_results_of_something_else_are_left_alone(
-    content: bytes, base: str, arguments: dict[str, Any], tmp_path: Path
-) -> None:
+def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(content)
     with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
         sweep(base, tmp_path, **arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, same
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
@@ -60,16 +61,14 @@ def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
     model = tiny_model(kind)
-    before, config = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.config.to_dict()
+    before = copy.deepcopy(model)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         logits = model(ids).logits
         info = measure_speed(model, len(model.model.layers) + 3)
         assert torch.equal(model(ids).logits, logits)
     assert info.weight_bytes[0] > info.weight_bytes[1] and info.cache_bytes[0] > info.cache_bytes[1]
-    assert model.config.to_dict() == config
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert model.config.to_dict() == before.config.to_dict() and same(model, before)
 
 
 def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

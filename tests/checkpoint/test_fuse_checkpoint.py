@@ -144,9 +144,7 @@ def write_all(base: str, out: Path) -> None:
 
 def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> None:
     write_all(base, tmp_path / "here")
-    code = (
-        f"import pathlib, test_fuse_checkpoint as t; t.write_all({base!r}, pathlib.Path({str(tmp_path / 'there')!r}))"
-    )
+    code = "import pathlib, sys, test_fuse_checkpoint as t; t.write_all(sys.argv[1], pathlib.Path(sys.argv[2]))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, base, str(tmp_path / "there")]
     subprocess.run(command, check=True, env=environment, capture_output=True)

@@ -171,9 +171,6 @@ def test_a_draft_changes_no_text_and_neither_does_the_cache(base: str, model: Fu
         assert torch.equal(target.generate(IDS[:1], use_cache=False, **settings), alone)
 
 
-# Offloading
-
-
 def device_map(layers: int, on_disk: set[int]) -> dict[str, str]:
     outside = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     return outside | {f"model.layers.{n}": "disk" if n in on_disk else "cpu" for n in range(layers)}
@@ -215,8 +212,6 @@ def test_fusing_over_several_devices_leaves_no_stale_hooks(
     assert all(hasattr(layer, "_hf_hook") for layer in mapped.model.layers)
     check_works(mapped, model, tmp_path)
 
-
-# What is saved opens elsewhere: readers of Llama configs, PEFT, the hub
 
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 

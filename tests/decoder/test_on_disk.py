@@ -106,9 +106,7 @@ def test_a_layer_that_changes_while_another_is_used_is_never_out_of_date(
     assert torch.equal(next(decoder.layers([2])).mlp.up_proj.weight.cpu(), third)
 
 
-def test_a_stream_that_is_left_early_leaves_no_thread(
-    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]
-) -> None:
+def test_stopped_streams_leave_no_thread(devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]) -> None:
     before = threading.enumerate()
     decoder = make_decoder()
     for _ in decoder.layers(range(5)):

@@ -11,14 +11,7 @@ import torch
 from conftest import make_llama
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import (
-    Predictions,
-    batched,
-    divergences,
-    final_states,
-    perplexity,
-    predictions,
-)
+from lf_hf.decoder.predictions import Predictions, batched, divergences, final_states, perplexity, predictions
 
 
 @torch.no_grad()

@@ -82,9 +82,6 @@ def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
     return [{**vars(point), "seconds": None} for point in points]
 
 
-# What is measured
-
-
 @pytest.mark.parametrize(
     ("methods", "settings"),
     [
@@ -153,9 +150,6 @@ def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
     assert np.array_equal(line.get_xdata(), [point.speedups["decoding"] for point in points])
 
 
-# What is there already, and several processes
-
-
 @pytest.mark.usefixtures("judged")
 def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path: Path) -> None:
     """In a folder and in a hub's cache, and where it differs in its middle."""
@@ -208,12 +202,7 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
     assert (tmp_path / "results.csv").read_text() == "mine"
 
 
-# Tables and the picture
-
-
-def test_tables_hold_all_and_are_printed(
-    whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, points = whole
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -129,9 +129,7 @@ WAYS = [
 ]
 
 
-def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, refused = tiny_model("gemma3_text"), 0
     kinds = FAMILIES["gemma3_text"].config_kinds(dense.config)
     idle(dense, 2)  # so that it has the least influence; it has no neighbour of its kind

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import QUICK, make_texts
-from safetensors.torch import load_file
+from conftest import QUICK, make_texts, same, tensors
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,9 +46,6 @@ def fused(family_base: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]
     return functools.cache(
         lambda model_type: lf_hf.from_pretrained_fused(family_base(model_type), calibration=TEXT, **SETTINGS)
     )
-
-
-# Classes
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -99,9 +95,6 @@ def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(m
         lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
 
 
-# Files
-
-
 @pytest.mark.parametrize(("model_type", "plain"), [*((name, False) for name in FAMILIES), ("gemma3_text", True)])
 def test_files_are_the_same_however_they_were_made(
     model_type: str,
@@ -116,15 +109,11 @@ def test_files_are_the_same_however_they_were_made(
     given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "as_llama": plain, "max_shard_bytes": 10**9}
     lf_hf.fuse_checkpoint(family_base(model_type), low, **given)
     assert json.loads((low / "config.json").read_text()) == json.loads((high / "config.json").read_text())
-    tensors, others = (load_file(folder / "model.safetensors") for folder in (low, high))
-    assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert same(tensors(low), tensors(high))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_other_heads_stand_on_the_fused_layers(
-    model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path
-) -> None:
+def test_heads_stand_on_fused_layers(model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path) -> None:
     fused(model_type).save_pretrained(tmp_path / "fused")
     layers = fused(model_type).model.state_dict()
     stock_heads = {kind: FAMILIES[model_type].head_class(kind) for kind in HEADS}  # transformers may lack one
@@ -139,8 +128,6 @@ def test_other_heads_stand_on_the_fused_layers(
             found, expected = (one(IDS).values() for one in (opener.from_pretrained(tmp_path / "head"), model))
         assert torch.equal(next(iter(found)), next(iter(expected)))
 
-
-# Plain checkpoints
 
 WITHOUT_LF_HF = """
 import sys, torch
@@ -248,8 +235,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "lists"),
-    [("gemma3_text", "layer_types"), ("smollm3", "layer_types, no_rope_layers")],
+    ("model_type", "lists"), [("gemma3_text", "layer_types"), ("smollm3", "layer_types, no_rope_layers")]
 )
 def test_layers_in_an_order_of_their_own_are_pointed_out(
     model_type: str,

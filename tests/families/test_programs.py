@@ -43,6 +43,7 @@ def test_the_command_line_plans_and_fuses(
     command = ["fuse", base, str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
     assert main([*command, "--dry-run"]) == 0
     planned = capsys.readouterr().out
+    assert "layers: 6 -> 4 (-33.3%)" in planned and not any(tmp_path.iterdir())
     assert main([*command, "--low-memory", "--perplexity-tokens", "0", "--as-llama"]) == 0
     done = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -50,10 +51,7 @@ def test_the_command_line_plans_and_fuses(
     assert type(model).__name__ == "Gemma3ForCausalLM"
 
 
-@pytest.mark.parametrize(
-    ("model_type", "train"),
-    [("gemma3_text", "all"), ("phi3", "lora")],
-)
+@pytest.mark.parametrize(("model_type", "train"), [("gemma3_text", "all"), ("phi3", "lora")])
 def test_healing_brings_a_model_nearer_to_its_base(
     model_type: str, train: str, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import QUICK, make_llama, make_texts, make_tokenizer
-from safetensors.torch import load_file
+from conftest import QUICK, make_llama, make_texts, make_tokenizer, tensors
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -68,13 +67,9 @@ def heal(base: str, fused: Path, tmp_path: Path) -> Heal:
     return lambda **given: lf_hf.heal(**places | settings(**given))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def changed(one: Path, other: Path) -> set[str]:
     """The tensors in which two checkpoints of one layout differ."""
-    first, second = weights(one), weights(other)
+    first, second = tensors(one), tensors(other)
     assert first.keys() == second.keys()
     return {name for name in first if not torch.equal(first[name], second[name])}
 
@@ -196,7 +191,7 @@ def test_predictions_on_disk_teach_what_a_base_in_memory_does(
     """Kept to half precision. A second healing reads them, and no base; what is not whole is written again."""
     cached: dict[str, Any] = {"top_k": 320, "cache": tmp_path / "cache"}
     one = heal(**cached).healed
-    result, expected, before = weights(tmp_path / "out"), weights(healed), weights(fused)
+    result, expected, before = tensors(tmp_path / "out"), tensors(healed), tensors(fused)
     apart = sum((result[name] - expected[name]).norm() ** 2 for name in expected) ** 0.5
     moved = sum((before[name] - expected[name]).norm() ** 2 for name in expected) ** 0.5
     assert apart < 0.02 * moved
@@ -248,11 +243,11 @@ def test_what_is_not_to_be_trained_stays(heal: Heal, fused: Path, healed: Path, 
     cold = FusionReport.load(healed).healed
     assert warm is not None and cold is not None and warm.kept
     assert warm.curve[0].divergences == pytest.approx(cold.curve[0].divergences, rel=0.1)
-    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     for before, after, trained in ((fused, healed, "model.layers."), (half, tmp_path / "out", "model.layers.2.")):
         found = changed(before, after)
-        assert found <= {name for name in weights(fused) if "norm" in name or name.startswith(trained)}
-        assert found >= {name for name in weights(fused) if "proj" in name and name.startswith(trained)}
+        assert found <= {name for name in tensors(fused) if "norm" in name or name.startswith(trained)}
+        assert found >= {name for name in tensors(fused) if "proj" in name and name.startswith(trained)}
 
 
 def test_adapters_have_their_rank(heal: Heal, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +257,7 @@ def test_adapters_have_their_rank(heal: Heal, fused: Path, tmp_path: Path, monke
         work(tokens=1024, train="lora", lora_rank=2)
         numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert numbers[0] == numbers[1]
-    before, after = weights(fused), weights(tmp_path / "out")
+    before, after = tensors(fused), tensors(tmp_path / "out")
     assert changed(fused, tmp_path / "out") == {name for name in before if "_proj" in name}
     for name in (name for name in before if "_proj" in name):
         assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
@@ -328,9 +323,7 @@ def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
     assert not changed(tmp_path / "out", healed)
 
 
-def test_any_number_of_processes_share_a_step(
-    base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_processes_share_a_step(base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"base": base, "text": TEXTS, "length": 256, "batch_tokens": 1024}
     for world, tokens, said in (
         (1, 1024, "1 step of 1,024"),

@@ -165,9 +165,6 @@ def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: st
     assert torch.equal(fit.weights[name], gain)
 
 
-# States of calibration text
-
-
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_boundaries_follow_a_change_wherever_they_are(place: Place) -> None:
     decoder = ModelDecoder(make_llama())
@@ -188,9 +185,7 @@ def test_boundaries_follow_a_change_wherever_they_are(place: Place) -> None:
     ("device", "spared", "place"),
     [("cpu", 1000, "device"), ("cpu", 10, "disk"), ("cuda:1", 1000, "device"), ("cuda:1", 10, "host")],
 )
-def test_states_are_kept_where_there_is_room(
-    device: str, spared: int, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_go_where_there_is_room(device: str, spared: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {torch.device("cpu"): 400, torch.device(device): 2 * spared}
     monkeypatch.setattr("lf_hf.refit.states.free_memory", free.__getitem__)
     decoder = ModelDecoder(make_llama())
@@ -202,9 +197,7 @@ def test_states_are_kept_where_there_is_room(
         assert store.place == ("device" if device != "cpu" and spared > 100 else "disk")
 
 
-def test_states_on_disk_are_the_same_and_leave_it_when_they_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = [normal(2, 5, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with StateStore("disk") as store:

@@ -20,8 +20,7 @@ SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator().ma
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("model_type", "dtype"),
-    [("llama", torch.float32), ("llama", torch.float16), ("gemma3_text", torch.bfloat16)],
+    ("model_type", "dtype"), [("llama", torch.float32), ("llama", torch.float16), ("gemma3_text", torch.bfloat16)]
 )
 def test_it_brings_the_layer_nearer_to_its_group_on_unseen_text(model_type: str, dtype: torch.dtype) -> None:
     model: Any = tiny_model(model_type).to(dtype)

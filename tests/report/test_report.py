@@ -105,9 +105,6 @@ def test_groups_say_how_much_of_each_layer_is_where() -> None:
     assert dataclasses.replace(selected, fitted_layers=[]).groups[1] == {1: 0.25, 2: 0.75}
 
 
-# What is written and read back
-
-
 def strictly(content: str) -> Any:
     return json.loads(content, parse_constant=pytest.fail)  # infinity, and what is no number, are no JSON
 
@@ -159,9 +156,6 @@ def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, tex
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-# What is published
-
-
 @pytest.mark.parametrize(
     ("name", "published"),
     [
@@ -195,9 +189,6 @@ def test_no_file_of_a_fusion_says_where_its_base_was(base: str, text: Path, tmp_
     assert str(Path(base).parent) not in markdown([], base)
 
 
-# Models that were changed
-
-
 def digest(model: torch.nn.Module) -> str | None:
     return weights_digest(model.named_parameters())
 
@@ -224,9 +215,6 @@ def test_a_change_of_any_parameter_gets_a_note_once() -> None:
     assert make_report().of_weights("any") == make_report()  # of an older report nothing is known
     with torch.device("meta"):
         assert digest(make_llama()) is None
-
-
-# The page, and its pictures
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,6 @@ from lf_hf.stages.fusion import average_layers, fusion_ratio
 
 Weights = dict[str, torch.Tensor]
 
-# Stage 4
-
 
 def shuffled(weight: torch.Tensor) -> torch.Tensor:
     return weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(9))]
@@ -88,9 +86,7 @@ def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) 
     zero=st.integers(0, 8),
 )
 @examples(60)
-def test_rows_of_any_scale_are_matched_best(
-    seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int
-) -> None:
+def test_rows_of_any_scale_match_best(seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int) -> None:
     if dtype == torch.float16:
         exponents = (exponents[0] // 10, exponents[1] // 10)
     w_i, w_j = ((normal(24, 16, seed=seed + n).double() * 10.0**power).to(dtype) for n, power in enumerate(exponents))
@@ -127,9 +123,6 @@ def test_no_order_of_heads_is_cheaper() -> None:
             costs[tuple(query)] = keys + distance("q_proj", query) + distance("o_proj", query, transposed=True)
     found = match_neurons(w_i, w_j, 4)[0]["query"][::4] // 4
     assert costs[tuple(found.tolist())] == pytest.approx(min(costs.values()), rel=1e-6)
-
-
-# Stage 5
 
 
 def layer_weights(index: int, **overrides: object) -> Weights:

@@ -20,8 +20,6 @@ from lf_hf.stages.activations import influence, pairwise_distances, sample_dista
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity
 
-# Stage 1
-
 
 @pytest.mark.parametrize(("lengths", "shared"), [((4, 1, 9, 9), 0), ((5, 5, 5, 5), 4096)])
 def test_distances_are_those_of_padded_states(lengths: tuple[int, ...], shared: float) -> None:
@@ -68,9 +66,6 @@ def test_influence_is_the_mean_angle_without_the_first_token() -> None:
     y = torch.tensor([[[-9.0, 9.0], [2.0, 0.0], [3.0, 0.0]]])
     assert influence([x], [y]) == pytest.approx(1 - (1 + 0) / 2)
     assert influence([x], [3 * x]) == pytest.approx(0)
-
-
-# Stage 2
 
 
 @pytest.mark.parametrize(
@@ -148,9 +143,6 @@ def test_too_few_samples_and_nan_are_named() -> None:
         diffusion_embedding(np.full((9, 9), np.nan))
     with pytest.raises(ValueError, match="entropy_neighbors=50 needs at least 51 calibration samples, got 50"):
         entropy(np.zeros((50, 2)), 50)
-
-
-# Stage 3
 
 
 def embeddings(layers: int) -> np.ndarray:

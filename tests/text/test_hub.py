@@ -17,14 +17,7 @@ from conftest import make_texts
 from pyarrow import parquet
 
 from lf_hf.text import hub
-from lf_hf.text.calibration import (
-    BUNDLED,
-    DOCUMENTATION,
-    QUESTIONS,
-    load_calibration,
-    load_corpus,
-    load_training_text,
-)
+from lf_hf.text.calibration import BUNDLED, DOCUMENTATION, QUESTIONS, load_calibration, load_corpus, load_training_text
 from lf_hf.text.mmlu import SUBJECTS
 
 

@@ -42,9 +42,7 @@ def given(samples: list[Any], kind: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_texts_give_the_same_tokens_in_any_form(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_gives_the_same_tokens_in_any_form(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And files leave nothing in the cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     samples, tokenizer = [*make_texts(300), "two\nlines", "01", "NA", 'a "b", c', "ä"], make_tokenizer()
@@ -132,9 +130,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     ("given", "content", "words"),
     [
         ([], None, "is empty"),
-        (3, None, "Text must be a list of strings, a file or the name of a data set, got 3"),
         (["a", 1], None, r"Sample 2 of strings given by the caller cannot be used \(neither a string nor .*\): 1"),
-        (["\ud800"], None, "Sample 1 of .* cannot be used .*surrogates not allowed"),
         ("blank.txt", b"\n \n\n", r"The text \(blank.txt\) is empty; give a file with text"),
         ("empty.csv", b"", r"The text \(empty.csv\) is empty; give a file with text"),
         ("empty.jsonl", b"", r"The text \(empty.jsonl\) is empty; give a file with text"),
