@@ -45,6 +45,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+def pickled(folder: Path) -> None:
+    """Keep a checkpoint's weights in a pickle alone."""
+    torch.save(tensors(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two models, or the weights of two, have the same names, types and bits."""
     left, right = (given if isinstance(given, dict) else given.state_dict() for given in (one, other))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, pickled
 from lm_eval.api.registry import get_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -86,11 +86,6 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
             edit(folder)
 
     return change
-
-
-def pickled(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
 
 
 INDEX = "model.safetensors.index.json"

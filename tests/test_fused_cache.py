@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import files, make_llama, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import files, make_llama, make_texts, make_tokenizer, pickled, same, save_base
 from huggingface_hub import cached_assets_path
 from test_saving import no_privileges
 from tokenizers import normalizers
@@ -58,8 +58,7 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     if variant := arguments.get("variant"):
         (base / "model.safetensors").rename(base / f"model.{variant}.safetensors")
     if "use_safetensors" in arguments:
-        torch.save(tensors(base), base / "pytorch_model.bin")
-        (base / "model.safetensors").unlink()
+        pickled(base)
     first = load(base, fused, **arguments)
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
     assert len(fusions) == 1 and same(first, second) and not second.training

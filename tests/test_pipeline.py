@@ -62,7 +62,6 @@ def test_methods_differ_where_they_should_and_measure_what_is_asked_for() -> Non
 
 @pytest.mark.parametrize(("selection", "by_default"), [("least_influence", True), ("groups", False)])
 def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, by_default: bool) -> None:
-    """Here it was fitted to a text that judges it."""
     config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
     note = "Text of your own domain is better" if by_default else ""
     text = Corpus([documentation_halves()[1]], "mine", note=note)

@@ -347,7 +347,6 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_full_disk(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
-    """Whichever file it is that does not fit."""
     model.save_pretrained(tmp_path / "out", max_shard_size="5KB")
     before = files(tmp_path / "out")
     sizes = {name: len(content) for name, content in before.items()}

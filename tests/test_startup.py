@@ -72,7 +72,6 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
 
 
 def test_data_parallel_run(wheel_python: Path, base: str, tmp_path: Path) -> None:
-    """Two processes fuse, evaluate, and write one results file."""
     launch = [str(COMMANDS / "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
     model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
     words = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]

@@ -177,7 +177,6 @@ def device_map(layers: int, on_disk: set[int]) -> dict[str, str]:
 
 
 def check_works(loaded: FusedLlamaForCausalLM, model: FusedLlamaForCausalLM, folder: Path) -> None:
-    """It computes, generates and saves what a whole model in memory does."""
     assert torch.equal(logits(loaded), logits(model))
     assert torch.equal(loaded.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
     for plain in (False, True):
@@ -198,7 +197,6 @@ def test_loads_with_layers_on_disk(model: FusedLlamaForCausalLM, saved: Path, tm
 def test_fusing_over_several_devices_leaves_no_stale_hooks(
     base: str, model: FusedLlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With accelerate's hooks on every layer, as where layers lie on several GPUs."""
     load = LlamaForCausalLM.from_pretrained
 
     def load_dispatched(*args: Any, **kwargs: Any) -> Any:

@@ -17,10 +17,10 @@ import peft
 import pytest
 import torch
 from builders import make_point, make_report
-from conftest import GGUF, QUICK, make_texts, same, tensors
+from conftest import GGUF, QUICK, make_texts, pickled, same, tensors
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint
@@ -49,13 +49,6 @@ either_class = pytest.mark.parametrize("kind", [FusedLlamaForCausalLM, AutoModel
 
 def edit_json(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
-
-
-def pickled(folder: str | Path, to: Path) -> Path:
-    shutil.copytree(folder, to)
-    torch.save(load_file(to / "model.safetensors"), to / "pytorch_model.bin")
-    (to / "model.safetensors").unlink()
-    return to
 
 
 @pytest.fixture
@@ -92,8 +85,8 @@ def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, t
     assert not marker.exists() and not (tmp_path / "new").exists()
 
 
-def test_a_pickled_base_is_read_only_when_asked_for(base: str, fused: Path, tmp_path: Path) -> None:
-    copy = pickled(base, tmp_path / "copy")
+def test_a_pickled_base_is_read_only_when_asked_for(copy: Path, fused: Path, tmp_path: Path) -> None:
+    pickled(copy)
     for given in (None, True):
         with pytest.raises(ValueError, match=r"pickled weights can run code .* pass use_safetensors=False"):
             in_memory(copy, tmp_path / "out", use_safetensors=given)
@@ -102,11 +95,11 @@ def test_a_pickled_base_is_read_only_when_asked_for(base: str, fused: Path, tmp_
 
 
 @either_class
-def test_a_pickled_fused_model_is_read_only_when_asked_for(kind: Any, fused: Path, tmp_path: Path) -> None:
-    copy = pickled(fused, tmp_path / "copy")
+def test_a_pickled_fused_model_is_read_only_when_asked_for(kind: Any, saved: Path, fused: Path) -> None:
+    pickled(saved)
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        kind.from_pretrained(copy)
-    assert same(kind.from_pretrained(copy, use_safetensors=False), tensors(fused))
+        kind.from_pretrained(saved)
+    assert same(kind.from_pretrained(saved, use_safetensors=False), tensors(fused))
 
 
 @both

@@ -169,7 +169,6 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
 
 
 def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]) -> None:
-    """And what is missing is made later."""
     options = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task"
     options += f" --perplexity-tokens 100 --calibration-tokens 1024 --calibration {text}"
     words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]

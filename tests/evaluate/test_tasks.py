@@ -66,7 +66,6 @@ def all_requests(task: Any, num_fewshot: int | None = None, *, every: int = 1) -
 
 
 def test_requests_equal_those_of_mmlu(mmlu_dir: Path) -> None:
-    """From files for all subjects, and from the hub."""
     theirs = their_mmlu()["tasks"]
     tasks = ours(mmlu_dir=str(mmlu_dir), pretrained="base", num_fusions=4, seed=0).load("mmlu_5shot")["tasks"]
     assert tasks.keys() == {f"mmlu_5shot_{subject}" for subject in SUBJECTS}
@@ -92,7 +91,6 @@ class HashLM(LM):
 
 
 def test_aggregate_weights_questions_like_mmlu(mmlu_dir: Path) -> None:
-    """Of a share of each subject, so that sizes differ."""
     settings: dict[str, Any] = {"model": HashLM(), "limit": 0.04, "bootstrap_iters": 0}
     mine = simple_evaluate(tasks=["mmlu_5shot"], task_manager=ours(mmlu_dir=str(mmlu_dir)), **settings)
     theirs = simple_evaluate(tasks=["mmlu"], task_manager=lm_evals_own(), num_fewshot=5, **settings)

@@ -174,7 +174,6 @@ CHANGES: dict[str, tuple[str, str, Callable[[Any, Any], Any]]] = {
 
 @pytest.mark.parametrize("what", [*CHANGES, "mask"])
 def test_a_family_that_computes_something_else_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a later version of transformers may, for a new key of the config."""
     config = tiny_config("gemma3_text", use_bidirectional_attention=True) if what == "mask" else tiny_config("llama")
     if what in CHANGES:
         owner, name, changed = CHANGES[what]

@@ -209,7 +209,6 @@ def test_predictions_on_disk_teach_what_a_base_in_memory_does(
 
 
 def test_a_base_that_does_not_fit_is_read_from_disk(heal: Heal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And writes no text."""
     monkeypatch.setattr(memory, "model_bytes", lambda *_: 1 << 60)
     monkeypatch.delattr(Base, "load")
     report = heal()
@@ -292,7 +291,6 @@ def test_a_file_in_the_place_of_the_logs_is_seen_before_the_training(heal: Heal,
 
 
 def test_a_trained_model_is_not_replaced(heal: Heal, base: str, fused: Path, healed: Path) -> None:
-    """Nor the fused model by what becomes of it."""
     before = (healed / "model.safetensors").stat()
     for replace in (
         lambda: heal(out=healed),

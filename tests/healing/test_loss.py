@@ -38,7 +38,6 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("temperature", "share", "softcap"), [(1.0, 0.0, None), (1.0, 0.3, 3.0), (2.5, 0.3, None)])
 def test_it_is_divergence_and_the_next_token_s_loss(temperature: float, share: float, softcap: float | None) -> None:
-    """Also where all tokens are given as the most likely ones."""
     states, weight = student()
     to_logits = module.unchanged if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
     logits = to_logits(states @ weight.T).flatten(0, 1).double()

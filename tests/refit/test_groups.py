@@ -212,7 +212,6 @@ def with_a_pair_that_works_together() -> Any:
 
 @torch.no_grad()
 def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
-    """Influence alone chooses them."""
     model, random = with_a_pair_that_works_together(), torch.Generator().manual_seed(0)
     begun = torch.randint(2, 6, (80, 1), generator=random)
     text = torch.cat([begun, torch.randint(6, 320, (80, 63), generator=random)], dim=1)

@@ -194,7 +194,6 @@ def test_mixed_signs_of_entropies_warn_once() -> None:
 @pytest.mark.parametrize("rank_normalize", [True, False])
 @pytest.mark.parametrize("kind", ["zero", "constant column", "equal layers", "two kinds of samples", "huge", "tiny"])
 def test_degenerate_embeddings_have_a_finite_similarity(kind: str, rank_normalize: bool) -> None:
-    """With one sample more than neighbours."""
     embeddings = np.random.default_rng(0).normal(size=(3, 51, 2))
     if kind == "zero":
         embeddings[:] = 0
