@@ -34,9 +34,6 @@ Edit = Callable[[Path], Any]
 NAN = float("nan")
 
 
-# Ways to damage a copy of a whole checkpoint.
-
-
 def remove(pattern: str) -> Edit:
     return lambda folder: list(map(Path.unlink, list(folder.glob(pattern))))
 
@@ -90,9 +87,6 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
 
 INDEX = "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-# Ways to call the library: each gets the checkpoint, a folder for output and the row's arguments.
 
 
 @dataclass(frozen=True)

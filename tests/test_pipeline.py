@@ -111,9 +111,7 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
         assert sum(map(len, sequences)) - sum(map(len, written)) == given
 
 
-def test_the_long_parts_show_how_far_they_are_and_can_be_silenced(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
     parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
     run(1)

@@ -129,8 +129,6 @@ def test_what_a_user_should_know_is_noted(
     assert "note: 1.0 MiB of memory are free now, less than the " in said
 
 
-# Free memory: limits that a container or a scheduler sets count as the machine's own memory does
-
 MIB = 1 << 20
 V2 = "memory.max", "memory.current"
 V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"

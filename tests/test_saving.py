@@ -129,7 +129,6 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
 
 @pytest.mark.parametrize("link", [True, False])
 def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
-    """They are no tokenizer, so the model's comes beside them."""
     folder, templates = tmp_path / "model", tmp_path / "templates"
     place = templates if link else folder / "additional_chat_templates"
     place.mkdir(parents=True)
@@ -420,7 +419,6 @@ def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """What opens is whole; what does not open is whole with the next load."""
     done = run_program("run_faults.py", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -102,7 +102,6 @@ def test_shards_and_files_larger_than_memory_are_read(base: str, tmp_path: Path)
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -> None:
-    """Where it is a plain checkpoint that was fused itself."""
     plain = tmp_path / "plain"
     fuse(base, plain, plain=True, method="truncate")
     before = tensors(plain)
@@ -117,9 +116,7 @@ def test_the_base_is_not_replaced(base: str, tmp_path: Path, low_memory: bool) -
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_is_kept_that_differs_from_the_embeddings_it_is_tied_to(
-    equal: bool, make_base: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_tied_head_that_differs_is_kept(equal: bool, make_base: Callable[..., str], tmp_path: Path) -> None:
     base, low, high = Path(make_base(tie_word_embeddings=True)), tmp_path / "low", tmp_path / "high"
     held = tensors(base)
     head = held["model.embed_tokens.weight"] * (1 if equal else 2)
@@ -161,9 +158,7 @@ LAYERS = {f"model.layers.{n}": "cpu" for n in range(5)}
 
 
 @pytest.mark.parametrize("on_disk", [{""}, {"model.layers.0"}, {"lm_head"}, {*LAYERS}])
-def test_offloaded_models_are_refused_and_left_as_they_are(
-    on_disk: set[str], make_base: Callable[..., str], tmp_path: Path
-) -> None:
+def test_offloaded_models_are_left_unfused(on_disk: set[str], make_base: Callable[..., str], tmp_path: Path) -> None:
     base = make_base()
     before = files(Path(base))
     device_map = (OUTER | LAYERS if "" not in on_disk else {}) | dict.fromkeys(on_disk, "disk")

@@ -103,9 +103,7 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool,
     assert perplexity(stock, {"docs": sequences})["docs"] == report.perplexities[0].fused
 
 
-def test_a_tied_head_stays_tied_and_an_untied_one_does_not(
-    model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM
-) -> None:
+def test_a_tied_head_alone_stays_tied(model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM) -> None:
     tied = model.config.tie_word_embeddings
     assert ("lm_head.weight" not in tensors(saved)) == tied
     for twin in (model, fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh.to_llama()):
@@ -278,9 +276,7 @@ def test_adapters_know_the_fused_model_and_what_they_are_merged_into_says_so(bas
 
 
 @pytest.mark.parametrize("push", ["push_to_hub", "save_pretrained"])
-def test_what_is_pushed_explains_itself_and_goes_where_it_is_to(
-    saved: Path, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_pushed_is_explained(saved: Path, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A private model above all."""
     pushed, plain = dict[str, bytes](), push == "push_to_hub"
 

@@ -204,9 +204,7 @@ def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.Monkey
         from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
 
 
-def test_a_gguf_base_is_read_once_as_plain_floats_wherever_there_is_a_kernel(
-    gguf_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_base_is_read_once_as_plain_floats(gguf_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names.
 
     Reading the file takes a minute for a large vocabulary.
@@ -229,8 +227,6 @@ def test_a_gguf_base_is_read_once_as_plain_floats_wherever_there_is_a_kernel(
     assert all(parameter.is_floating_point() for parameter in llama.parameters())
     assert reader.call_count == 1 and gguf.GGUFReader is reader
 
-
-# Parsers get files that nobody meant to write: they end with a ValueError or OSError, in little memory
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
 values = st.recursive(

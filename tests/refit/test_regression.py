@@ -136,9 +136,7 @@ def test_what_is_left_is_what_elimination_from_scratch_leaves(
 
 @pytest.mark.parametrize("block", [4, 16])
 @pytest.mark.parametrize("shared", [30.0, 1000.0])
-def test_large_problems_in_float32_leave_what_they_leave_in_float64(
-    block: int, shared: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_problems_in_float32_leave_the_same(block: int, shared: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One block a round, where nearly all of the inputs' energy is in one direction."""
     made, start = (lambda: regression(*problem(0, 1000, 512, 8, shared))), normal(8, 512) / 512
     total = 512 // block

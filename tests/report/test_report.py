@@ -170,7 +170,6 @@ def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, tex
     ],
 )
 def test_the_last_name_is_published(name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a relative one, where there is such a folder."""
     (tmp_path / "mine" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert published_name(name) == published == make_report(base=name).base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mpmath
 import numpy as np
@@ -191,20 +192,20 @@ def test_mixed_signs_of_entropies_warn_once() -> None:
         assert np.isfinite(layer_similarity(Y, rank_normalize=False)).all()
 
 
+DEGENERATE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "zero": np.zeros_like,
+    "constant column": lambda found: found * [1, 0] + [0, 3],
+    "equal layers": lambda found: found[:1].repeat(3, axis=0),
+    "two kinds of samples": np.sign,
+    "huge": lambda found: found * 1e30,
+    "tiny": lambda found: found * 1e-30,
+}
+
+
 @pytest.mark.parametrize("rank_normalize", [True, False])
-@pytest.mark.parametrize("kind", ["zero", "constant column", "equal layers", "two kinds of samples", "huge", "tiny"])
+@pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_embeddings_have_a_finite_similarity(kind: str, rank_normalize: bool) -> None:
-    embeddings = np.random.default_rng(0).normal(size=(3, 51, 2))
-    if kind == "zero":
-        embeddings[:] = 0
-    elif kind == "constant column":
-        embeddings[..., 1] = 3
-    elif kind == "equal layers":
-        embeddings[:] = embeddings[0]
-    elif kind == "two kinds of samples":
-        embeddings = np.sign(embeddings)
-    else:
-        embeddings *= {"huge": 1e30, "tiny": 1e-30}[kind]
+    embeddings = DEGENERATE[kind](np.random.default_rng(0).normal(size=(3, 51, 2)))
     with no_warnings():
         similarity = layer_similarity(embeddings, rank_normalize=rank_normalize)
     assert np.isfinite(similarity).all() and (similarity >= 0).all()

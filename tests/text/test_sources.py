@@ -89,7 +89,6 @@ def test_a_data_set_is_read_as_far_as_it_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_text_that_fits_is_used_as_it_is(tmp_path: Path) -> None:
-    """Up to 64 characters a token, and past the windows in which it is read."""
     samples = halves(240)
     corpus = load_corpus(given(samples, "txt", tmp_path), max_tokens=1024)
     assert corpus.parts[0] == "".join(f"{text.strip()} \n\n" for text in samples).removesuffix("\n")
