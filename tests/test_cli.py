@@ -92,9 +92,7 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
     assert "sigma_K of the diffusion kernel." in words
 
 
-def test_an_unexpected_error_names_its_kind_and_shows_where_when_asked(
-    run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_error_is_named(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.fuse_checkpoint", Mock(side_effect=RuntimeError("out of\nmemory")))
     arguments = ["fuse", base, tmp_path / "out", "--num-fusions", 1]
     code, _, err = run(*arguments)

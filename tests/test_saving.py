@@ -170,7 +170,6 @@ def test_the_report_is_of_the_weights_that_were_given(model: FusedLlamaForCausal
 def test_what_transformers_accepts_is_accepted(
     model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another model in the folder, a model without a report twice, and the current folder."""
     LlamaForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "llama", max_shard_size="40KB")
     model.save_pretrained(tmp_path / "llama")
     assert same(FusedLlamaForCausalLM.from_pretrained(tmp_path / "llama"), model)

@@ -22,7 +22,6 @@ PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("tok
 
 
 def test_lm_eval_fuses_and_opens_models(family_base: Callable[..., Path], tmp_path: Path) -> None:
-    """Under both names, and what they measure is what lm-eval measures of the model that was kept."""
     settings = ",".join(f"{name}={value}" for name, value in QUICK.items())
     arguments: dict[str, Any] = {"device": "cpu", "batch_size": 2}
     model_args = f"pretrained={family_base('gemma3_text')},fused_dir={tmp_path},{settings}"
@@ -52,9 +51,7 @@ def test_the_command_line_plans_and_fuses(
 
 
 @pytest.mark.parametrize(("model_type", "train"), [("gemma3_text", "all"), ("phi3", "lora")])
-def test_healing_brings_a_model_nearer_to_its_base(
-    model_type: str, train: str, family_base: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_healing_comes_nearer(model_type: str, train: str, family_base: Callable[..., Path], tmp_path: Path) -> None:
     if train == "lora":
         pytest.importorskip("peft")
     settings = QUICK | {"perplexity_tokens": 512}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import QUICK, make_llama, make_texts, make_tokenizer, tensors
-from test_saving import file_size_limit
+from test_saving import Killed, file_size_limit
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from two_devices import TwoDevices, spread
@@ -135,10 +135,6 @@ def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(heal: Heal,
     assert report.healed is not None and report.healed.kept == 0 and report.healed.steps < 16
     assert not changed(tmp_path / "out", fused)
     assert any("Healing diverged by step 3, so the state of step 0 is kept" in note for note in report.notes)
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_killed_run_ends_with_the_same_bits(

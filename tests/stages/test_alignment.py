@@ -63,7 +63,6 @@ def total(costs: NDArray[np.float64], permutation: NDArray[np.int64]) -> float:
 
 @pytest.mark.parametrize("solver", ["scipy", "lapx"])
 def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several problems that are solved together, in threads."""
     if solver == "scipy":
         monkeypatch.setattr(assignment, "lapjvs", None)
     elif not find_spec("lap"):

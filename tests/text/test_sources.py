@@ -43,7 +43,6 @@ def given(samples: list[Any], kind: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_gives_the_same_tokens_in_any_form(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And files leave nothing in the cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     samples, tokenizer = [*make_texts(300), "two\nlines", "01", "NA", 'a "b", c', "ä"], make_tokenizer()
     text = given(samples, kind, tmp_path)
