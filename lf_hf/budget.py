@@ -38,32 +38,26 @@ def search(
     """
     tried: list[BudgetTrial] = []
     best: list[T] = []
-    bounds = 0, most + 1
-    while (count := next_trial(tried, name, allowed, bounds)) is not None:
-        trial, *result = attempt(count)
+    low, high = 0, most + 1  # what is allowed, and what is not
+    while high - low > 1:
+        trial, *result = attempt(count := _next_trial(tried, name, allowed, low, high))
         tried.append(trial)
         if trial.costs(name) <= allowed:
-            best, bounds = result, (count, bounds[1])
+            best, low = result, count
         else:
-            bounds = bounds[0], count
+            high = count
         del result  # makes room for the next
     if not best:
-        least = min(tried, key=lambda trial: trial.num_fusions)
-        raise ValueError(
-            f"{name}={allowed:g} allows no fusion: with {least.num_fusions} it is {least.costs(name):.4g}; raise it."
-        )
+        raise ValueError(f"{name}={allowed:g} allows no fusion: with 1 it is {tried[-1].costs(name):.4g}; raise it.")
     return best[0], tried
 
 
-def next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, bounds: tuple[int, int]) -> int | None:
-    """How many fusions to try next between one number that is allowed and one that is not; None where none is left.
+def _next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, low: int, high: int) -> int:
+    """How many fusions to try next between one number that is allowed and one that is not.
 
     Costs grow about as a power of the number, which the trials next to the bounds say. Where they do not, as a few
     trials have shown then, the range is halved.
     """
-    low, high = bounds
-    if high - low < 2:
-        return None
     if not tried:
         return max(1, high // 8)
 

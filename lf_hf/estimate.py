@@ -96,8 +96,8 @@ def plan_fusion(
     pairs = f"chosen while fusing, on calibration text, by selection={config.selection!r}"
     if config.selection == "last":
         first, last = layers - 1 - fused, layers - 1
-        pairs = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
-        pairs += f"; layer {first} then replaces {first} to {last}"
+        merged = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
+        pairs = f"{merged}; layer {first} then replaces {first} to {last}"
     how_many = "1 fusion" if fused == 1 else f"{fused} fusions"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"

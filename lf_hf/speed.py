@@ -8,7 +8,6 @@ else the machine does falls on both.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import sharing_copy
-from lf_hf.families import CausalLM
+from lf_hf.families import CausalLM, family_of
 from lf_hf.report.records import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -62,8 +61,7 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     length = max(1, min(_PREFILL[1], model.config.max_position_embeddings - _DECODED[1]))
     ids = torch.arange(length, device=fused.embed_tokens.weight.device)[None] % model.config.vocab_size
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
-    # Newer versions of transformers call it otherwise.
-    cache_argument = "cache" if "cache" in inspect.signature(fused.forward).parameters else "past_key_values"
+    cache_argument = family_of(model.config).cache_argument
 
     def now() -> float:
         for device in devices:  # whose work is to be done
@@ -91,18 +89,18 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     rounds, start = list[tuple[Any, Any]](), now()
     while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and now() - start < SECONDS):
         rounds.append((run(base, prefilled, decoded), run(fused, prefilled, decoded)))
+    prefill, decoding = (_rate([(base[part], fused[part]) for base, fused in rounds]) for part in (0, 1))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     more = sum(parameter.nbytes for layer in base.layers[len(fused.layers) :] for parameter in layer.parameters())
-    of_base, of_fused = rounds[0]
     return SpeedInfo(
         device=_device_name(ids.device),
         dtype=str(model.dtype).removeprefix("torch."),
         prefill_tokens=prefilled,
         decoded_tokens=decoded,
-        prefill=_rate([(base[0], fused[0]) for base, fused in rounds]),
-        decoding=_rate([(base[1], fused[1]) for base, fused in rounds]),
+        prefill=prefill,
+        decoding=decoding,
         weight_bytes=[weights + more, weights],
-        cache_bytes=[of_base[2], of_fused[2]],
+        cache_bytes=[cache_bytes for *_, cache_bytes in rounds[0]],
         runs=len(rounds),
     )
 

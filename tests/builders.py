@@ -71,7 +71,7 @@ def make_report(**values: object) -> FusionReport:
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexities": [
             PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin", 1.25, 0.625),
-            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0),
+            PerplexityInfo("reasoning", "riddles", 4000, 5.2, 20.0, "unseen", 0.75, 0.5),
         ],
         "similarity": [[1.0] * 32] * 32,
         "embeddings": [[[0.1, 0.2]]] * 32,

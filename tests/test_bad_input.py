@@ -248,12 +248,11 @@ ROWS: dict[str, Row] = {
     # lm-eval's model args, all strings
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),
     "lm-eval, nothing": (lm_eval, [""], "pretrained is missing; give pretrained=NAME, a base to fuse"),
-    "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusion=1"], "'num_fusion'; did you mean 'num_fusions'?"),
-    "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
+    "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusions=1,metod=mka"], "'metod'; did you mean 'method'?"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
     "lm-eval, settings": (lm_eval, ["pretrained={fused},method=mka,seed=1"], "method, seed without num_fusions has no"),
     "lm-eval, text": (lm_eval, ["pretrained={fused},calibration=x,fused_dir=x"], "n, fused_dir without num_fusions"),
-    "lm-eval, delta": (lm_eval, ["pretrained={base},num_fusions=1,delta=x"], "delta=x cannot be combined with num_fus"),
+    "lm-eval, delta": (lm_eval, ["pretrained={base},num_fusions=1,delta=x"], "delta=x cannot be combined with fusing"),
     "lm-eval, tp_plan": (lm_eval, ["pretrained={base},num_fusions=1,tp_plan=auto"], "tp_plan=auto cannot be combined"),
     # Saved fusions, edited by hand
     "a report of huge models": (read_report, {}, "layers_before=1000000000000 is not", report(layers_before=10**12)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from dataclasses import replace
@@ -17,10 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lf_hf import FusionConfig, from_pretrained_fused
 from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_tokenizer
-from lf_hf.checkpoint.configuration import FUSED, FUSED_CONFIGS
+from lf_hf.checkpoint.configuration import FUSED
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_evaluation
-from lf_hf.runtime.fields import naming, unknown_name
+from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
 
@@ -32,13 +31,6 @@ _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
-# What HFLM, this class and the configs of models take; from_pretrained takes more.
-_KNOWN = (
-    *FusionConfig.known,
-    *("attn_implementation", "calibration", "fused_dir", "load_in_4bit", "load_in_8bit"),
-    *_HFLM_ARGUMENTS,
-    *sorted({name for config in FUSED_CONFIGS.values() for name in config.__dataclass_fields__}),
-)
 
 
 @register_model("fused")
@@ -77,16 +69,13 @@ class FusedLM(HFLM):
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
-                cannot be used, a checkpoint that is not fused although ``num_fusions`` is missing, an argument that
-                nothing takes, or one of HFLM's that fusing excludes.
+                cannot be used, a checkpoint that is not fused although ``num_fusions`` is missing, or one of HFLM's
+                arguments that fusing excludes.
         """
         if pretrained is None:
             raise ValueError(
                 "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
             )
-        for name in kwargs:
-            if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
-                raise ValueError(unknown_name("argument", name, _KNOWN))
         checked_dtype(kwargs.get("dtype"))
         check_evaluation(None, kwargs.get("batch_size", 1))
         if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
@@ -96,24 +85,25 @@ class FusedLM(HFLM):
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
-        settings = {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
-        settings |= {} if num_fusions is None else {"num_fusions": num_fusions}
+        if num_fusions is not None:
+            kwargs["num_fusions"] = num_fusions
         own = {"calibration": calibration, "fused_dir": fused_dir}
         self._own: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         self.fusion_config: FusionConfig | None = None
-        if level := ", ".join(f"{name}={settings[name]}" for name in LEVELS if name in settings):
-            self.fusion_config = FusionConfig.from_kwargs(**settings)
-            if refused := [name for name in _NOT_WHILE_FUSING if kwargs.get(name)]:
-                raise ValueError(
-                    f"{refused[0]}={kwargs[refused[0]]} cannot be combined with {level}; fuse and save the model "
-                    "first, then evaluate the saved one."
-                )
+        if any(level in kwargs for level in LEVELS):
+            self.fusion_config = FusionConfig.taken_from(kwargs, None)
+            for name in _NOT_WHILE_FUSING:
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"{name}={kwargs[name]} cannot be combined with fusing; fuse and save the model first, then "
+                        "evaluate the saved one."
+                    )
             loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
             self._base = Base.open(cast(str, pretrained), loading)  # which refuses a model
-        elif settings or self._own:
+        elif given := [name for name in (*FusionConfig.known, *self._own) if name in kwargs | self._own]:
             raise ValueError(
-                f"{', '.join([*settings, *self._own])} without num_fusions has no effect; add num_fusions=N, or a "
-                f"budget ({' or '.join(LEVELS[1:])}), to fuse while loading."
+                f"{', '.join(given)} without num_fusions has no effect; add num_fusions=N, or a budget "
+                f"({' or '.join(LEVELS[1:])}), to fuse while loading."
             )
         elif not isinstance(pretrained, str):
             self._check_fused("`pretrained`", pretrained.config)

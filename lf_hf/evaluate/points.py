@@ -16,7 +16,6 @@ DENSE = "dense"
 HEALED = ", healed"  # after a method
 RESULTS = "results.jsonl"
 _ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # of figures that are no task's
-_BEGINNING = b'{"key": "'  # of each line of results
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Point:
     """One model of a sweep: the base (`method` "dense") or a fusion of it.
 
     `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one entry a judging text, by its
-    name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report;
-    these are empty in results of an older version. `speedups` has how many times as fast as the base "prefill" and
-    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing: that of all steps
-    from the dense model on, whichever point they were made for first, without loading and measuring the dense model.
+    name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report.
+    `speedups` has how many times as fast as the base "prefill" and "decoding" are, where that was measured. `seconds`
+    is wall time, evaluating and fusing: that of all steps from the dense model on, whichever point they were made for
+    first, without loading and measuring the dense model.
     """
 
     key: str
@@ -91,16 +90,10 @@ def figure_names(points: Sequence[Point]) -> list[str]:
     return sorted(metrics, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
 
 
-def result_lines(path: Path) -> list[bytes]:
-    """The lines of a results file, without a last one that was cut short."""
-    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    return lines if rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest) else [*lines, rest]
-
-
 def read_points(path: Path) -> dict[str, Point]:
     """The points of a results file by their keys. Raises ValueError if it holds anything else."""
-    points = {}
-    for number, line in enumerate(result_lines(path), 1):
+    points: dict[str, Point] = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             point = dataclass_from_json(Point, parse_json(line, "it"), "it")
         except ValueError as error:

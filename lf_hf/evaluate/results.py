@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lf_hf.checkpoint.saving import only_writer
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points, result_lines
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import missing_plot_packages
 from lf_hf.runtime.checked_json import json_ready
@@ -39,11 +39,11 @@ class Results:
     """
 
     def __init__(self, folder: Path, base: str, keys: Sequence[str]) -> None:
-        self._folder, self._base, self._keys = folder, base, keys
+        self._folder, self._file, self._base, self._keys = folder, folder / RESULTS, base, keys
         with self._alone():
-            read_points(folder / RESULTS)
+            read_points(self._file)
             others = [name for name in _MADE if (folder / name).exists()]
-            if others and not (folder / RESULTS).exists():
+            if others and not self._file.exists():
                 raise ValueError(
                     f"{str(folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; choose "
                     "another folder, or move them."
@@ -51,20 +51,19 @@ class Results:
 
     def points(self) -> list[Point]:
         """Those that are there now."""
-        there = read_points(self._folder / RESULTS)
+        there = read_points(self._file)
         return [there[key] for key in self._keys if key in there]
 
     def missing(self) -> list[str]:
         """The keys of all others."""
-        there = read_points(self._folder / RESULTS)
+        there = read_points(self._file)
         return [key for key in self._keys if key not in there]
 
     def add(self, point: Point) -> None:
         """Keep a point, at once, and write the tables of all points that are there."""
         line = json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False).encode()
-        file = self._folder / RESULTS
         with self._alone():
-            lines = [*result_lines(file), line]
+            lines = [*self._file.read_bytes().splitlines(), line] if self._file.exists() else [line]
             self._write(RESULTS, b"".join(line + b"\n" for line in lines))
             self._write_tables()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -12,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
@@ -27,7 +26,7 @@ from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.families import check_layers
 from lf_hf.measure import Measurements, measure
-from lf_hf.runtime.launch import Processes, local_rank, own_device
+from lf_hf.runtime.launch import Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import ALGORITHM, FusionConfig
 from lf_hf.speed import with_speed
@@ -37,8 +36,6 @@ from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
-
-logger = logging.get_logger(__name__)
 
 
 def sweep(
@@ -99,11 +96,8 @@ def sweep(
     OSError
         If that folder cannot be written.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            "A sweep evaluates with lm-eval, which is not installed; run `pip install '.[lm-eval]'` in lf_hf's "
-            "checkout."
-        )
+    if find_spec("lm_eval") is None:
+        raise ValueError("Sweeps evaluate with lm-eval; run `pip install '.[lm-eval]'` in lf_hf's checkout.")
     from lf_hf.evaluate.evaluation import Evaluation
 
     check_evaluation(limit, batch_size)
@@ -115,19 +109,8 @@ def sweep(
     maker = _Maker(opened, configs, calibration, heal_cache, Evaluation(tasks, batch_size=batch_size, **asked))
     keys = maker.keys(asked | {"tasks": sorted(tasks)})
     results = Results(folder, opened.full_name, [*keys])
-    try:
-        maker.make(keys, results)
-    except BaseException as error:  # of any kind, such as KeyboardInterrupt
-        _tell_what_is_missing([keys[key] for key in results.missing()], error)
-        raise
+    maker.make(keys, results)
     return results.points()
-
-
-def _tell_what_is_missing(missing: Sequence[FusionConfig | None], error: BaseException) -> None:
-    names = ", ".join(f"{config.method} at {config.num_fusions}" if config else DENSE for config in missing)
-    reason = f" ({' '.join(str(error).split())})" if local_rank() else ""  # which the command leaves to the first
-    if names:
-        logger.warning(f"Not there yet: {names}{reason}; run the sweep again, which goes on where it stopped.")
 
 
 def _configs(
@@ -142,6 +125,9 @@ def _configs(
         config = FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
         configs += [config] if method == "healed" else [replace(config, heal_tokens=0), config]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
+
+
+_SAME = {"prefill": 1.0, "decoding": 1.0}  # times as fast as the base, of the base itself
 
 
 class _Maker:
@@ -223,38 +209,39 @@ class _Maker:
         start = time.perf_counter()
         scores = self._evaluation.scores(model, self._tokenizer)
         seconds = {"evaluating": time.perf_counter() - start}
-        method, report, speedups = DENSE, None, dict[str, float]()
-        texts: list[tuple[str, float, float | None, float | None]]
-        if config is None:
-            texts = [(text.name, text.dense, 0.0, 1.0) for text in measured.judged]
-            if self._configs[0].speed and self._processes.world_size == 1:
-                speedups = {"prefill": 1.0, "decoding": 1.0}
-        else:
-            report = cast(FusedForCausalLM, model).fusion_report
-            assert report is not None
-            method = config.method + (HEALED if config.heal_tokens and config.method != "healed" else "")
-            texts = [(text.name, text.fused, text.divergence, text.agreement) for text in report.perplexities]
-            seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
-            if report.speed:
-                speedups = {"prefill": report.speed.prefill.ratio, "decoding": report.speed.decoding.ratio}
         layers, of_base = model.config.num_hidden_layers, dense.config.num_hidden_layers
-        return Point(
+        point = Point(
             key=key,
-            method=method,
+            method=DENSE,
             num_fusions=of_base - layers,
             layers=layers,
             parameters=model.num_parameters(),
             layers_removed_fraction=(of_base - layers) / of_base,
             parameters_removed_fraction=1 - model.num_parameters() / dense.num_parameters(),
-            perplexities={name: perplexity for name, perplexity, _, _ in texts},
-            divergences={name: divergence for name, _, divergence, _ in texts if divergence is not None},
-            agreements={name: agreement for name, *_, agreement in texts if agreement is not None},
-            speedups=speedups,
+            perplexities={text.name: text.dense for text in measured.judged},
+            divergences={text.name: 0.0 for text in measured.judged},
+            agreements={text.name: 1.0 for text in measured.judged},
+            speedups=_SAME if self._configs[0].speed and self._processes.world_size == 1 else {},
             scores=scores,
-            config=report.config if report else None,
-            notes=report.notes if report else [],
+            config=None,
+            notes=[],
             seconds=seconds,
-            versions=report.versions if report else pipeline.versions(),
+            versions=pipeline.versions(),
+        )
+        if config is None:
+            return point
+        report = cast(FusedForCausalLM, model).fusion_report
+        assert report is not None
+        seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
+        return replace(
+            point,
+            method=config.method + (HEALED if config.heal_tokens and config.method != "healed" else ""),
+            perplexities={text.name: text.fused for text in report.perplexities},
+            divergences={text.name: text.divergence for text in report.perplexities},
+            agreements={text.name: text.agreement for text in report.perplexities},
+            speedups={name: getattr(report.speed, name).ratio for name in _SAME} if report.speed else {},
+            config=report.config,
+            notes=report.notes,
         )
 
     @cached_property

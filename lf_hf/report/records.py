@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
+"""What was fitted or trained on, by the relation of a text to that."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,8 @@ class PerplexityInfo:
     """Perplexity of both models on `tokens` tokens of a text, `name` in short, and how far apart they are there.
 
     `relation` is that of the text to what was fitted or trained on: "unseen", "kin" (a text of its kind was) or "seen"
-    (part of the text itself was). `divergence` is that of the fused model's predictions from the dense model's, in nats
-    a token on average, KL(dense || fused), and `agreement` the share of tokens, 0..1, at which both have the same most
-    likely next token; they are None in a report of an older version.
+    (part of the text itself was). `divergence` is KL(dense || fused) in nats a token, and `agreement` the share of
+    tokens, 0..1, at which both models have the same most likely next token.
     """
 
     name: str
@@ -100,9 +100,9 @@ class PerplexityInfo:
     tokens: int
     dense: float
     fused: float
-    relation: str = "unseen"
-    divergence: float | None = None
-    agreement: float | None = None
+    relation: str
+    divergence: float
+    agreement: float
 
     @property
     def ratio(self) -> float:
@@ -112,7 +112,7 @@ class PerplexityInfo:
     @property
     def label(self) -> str:
         """The text, and what of it was fitted or trained on."""
-        return f"{self.text}; {_FITTED_ON.get(self.relation, 'it is unknown what was')} fitted on"
+        return f"{self.text}; {_FITTED_ON[self.relation]} fitted on"
 
     @property
     def source(self) -> str:
@@ -190,9 +190,8 @@ class Rate:
 class SpeedInfo:
     """How fast a fused model is beside its base for one sequence, on a device and in a dtype: see `lf_hf.speed`.
 
-    Each of `runs` runs (None in a report of an older version) reads a prompt of `prefill_tokens` and then decodes
-    `decoded_tokens`. `weight_bytes` are those of all weights and `cache_bytes` those of the KV cache a token, of the
-    base and of the fused model.
+    Each of `runs` runs reads a prompt of `prefill_tokens` and then decodes `decoded_tokens`. `weight_bytes` are those
+    of all weights and `cache_bytes` those of the KV cache a token, of the base and of the fused model.
     """
 
     device: str
@@ -203,14 +202,13 @@ class SpeedInfo:
     decoding: Rate
     weight_bytes: list[int]
     cache_bytes: list[int]
-    runs: int | None = None
+    runs: int
 
     @property
     def source(self) -> str:
         """What it was measured on, in one line."""
         tokens = f"a prompt of {self.prefill_tokens} tokens and {self.decoded_tokens} decoded"
-        runs = f", {self.runs} runs of each model" if self.runs else ""
-        return f"speed: {self.device}, {self.dtype}, one sequence, {tokens}{runs}"
+        return f"speed: {self.device}, {self.dtype}, one sequence, {tokens}, {self.runs} runs of each model"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lf_hf.report.records import (
     PerplexityInfo,
     SpeedInfo,
 )
-from lf_hf.report.rows import Row
+from lf_hf.report.rows import Row, text_rows
 from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
 from lf_hf.settings import FusionConfig
 
@@ -106,20 +106,19 @@ class FusionReport:
         A share is an original layer's weight in the average, or its part of the MLP channels where channels were
         selected. Shares add up to 1.
         """
-        groups = [{number: 1.0} for number in range(self.layers_before)]
+        groups = {number: {number: 1.0} for number in range(self.layers_before)}
         for step in self.steps:
-            i, j = (next(group for group in groups if min(group) == number) for number in step.pair)
+            i, j = groups[step.pair[0]], groups.pop(step.pair[1])
             kept_i, kept_j = step.channels_kept or (step.ratio_i, step.ratio_j)
             for group, kept in ((i, kept_i), (j, kept_j)):
                 for number in group:
                     group[number] *= kept / (kept_i + kept_j)
             i.update(j)
-            groups.remove(j)
         of_fits = {tuple(fitted.layers): fitted.channels_kept for fitted in self.fitted_layers if fitted.channels_kept}
-        for group in groups:
+        for group in groups.values():
             if channels := of_fits.get(tuple(group)):
                 group.update((number, n / sum(channels)) for number, n in zip(group, channels, strict=True))
-        return groups
+        return [*groups.values()]
 
     @property
     def layers_removed_fraction(self) -> float:
@@ -136,37 +135,28 @@ class FusionReport:
 
         `bytes_on_disk` are those of the base and of the last model.
         """
-        count = 3 if self.healed else 2
-
-        def row(name: str, kind: str, base: float, fused: float, *change: Any) -> Row:
-            return Row(name, kind, [base, fused, fused][:count], *change)  # healing changes no sizes
-
         rows = [
-            row("layers", "size", self.layers_before, self.layers_after),
-            row("parameters", "size", self.parameters_before, self.parameters_after),
+            Row("layers", "size", [self.layers_before, self.layers_after]),
+            Row("parameters", "size", [self.parameters_before, self.parameters_after]),
         ]
         if bytes_on_disk:
-            rows.append(row("bytes on disk", "size", *bytes_on_disk))
+            rows.append(Row("bytes on disk", "size", bytes_on_disk))
         if self.speed is not None:
             for name, rate in (("prefill", self.speed.prefill), ("decoding", self.speed.decoding)):
-                change = rate.ratio, f"({rate.lowest:.3g} to {rate.highest:.3g})"
-                rows.append(row(f"{name}, tokens a second", "rate", rate.dense, rate.fused, *change))
-            rows.append(row("bytes of weights", "size", *self.speed.weight_bytes))
-            rows.append(row("bytes of cache a token", "size", *self.speed.cache_bytes))
-        texts = {text.name: text for text in self.perplexities}
-        healed = {text.name: text for text in self.healed.judged} if self.healed else {}
-        for name in dict.fromkeys([*texts, *healed]):
-            text, after = texts.get(name), healed.get(name)
-            models: list[tuple[float | None, ...]] = [(text.dense if text else None, 0.0, 1.0)]
-            if after is not None:
-                models.append((after.perplexity_before, after.divergence_before, after.agreement_before))
-                models.append((after.perplexity_after, after.divergence_after, after.agreement_after))
-            elif text is not None:
-                models += [(text.fused, text.divergence, text.agreement), (None, None, None)]
-            for n, kind in enumerate(("perplexity", "divergence", "agreement")):
-                values = [figures[n] for figures in models[:count]]
-                if any(value is not None for value in values[1:]):
-                    rows.append(Row(f"{kind}, {name}", kind, values))
+                spread = f"({rate.lowest:.3g} to {rate.highest:.3g})"
+                rows.append(Row(f"{name}, tokens a second", "rate", [rate.dense, rate.fused], rate.ratio, spread))
+            rows.append(Row("bytes of weights", "size", self.speed.weight_bytes))
+            rows.append(Row("bytes of cache a token", "size", self.speed.cache_bytes))
+        if self.healed is None:
+            for text in self.perplexities:
+                rows += text_rows(text.name, text.dense, (text.fused, text.divergence, text.agreement))
+        else:
+            rows = [row._replace(values=[*row.values, row.values[-1]]) for row in rows]  # healing changes no sizes
+            dense = {text.name: text.dense for text in self.perplexities}
+            for of in self.healed.judged:
+                before = (of.perplexity_before, of.divergence_before, of.agreement_before)
+                after = (of.perplexity_after, of.divergence_after, of.agreement_after)
+                rows += text_rows(of.name, dense.get(of.name), before, after)
         return rows
 
     @property
@@ -230,7 +220,7 @@ class FusionReport:
         try:
             left = len(self.groups)
             self.summary()
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"its parts do not fit together ({error!r:.200}); save the model again.") from None
         if left != self.layers_after:
             raise ValueError(f"layers_after={self.layers_after} is not what the steps leave; save the model again.")

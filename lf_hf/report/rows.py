@@ -49,6 +49,13 @@ class Row(NamedTuple):
         return [self.name, *(shown(self.kind, value) for value in self.values), self.change]
 
 
+def text_rows(name: str, dense: float | None, *models: tuple[float, float, float]) -> list[Row]:
+    """Rows of a text: the base's perplexity beside perplexity, divergence and agreement of each other model."""
+    columns = zip((dense, 0.0, 1.0), *models, strict=True)
+    kinds = ("perplexity", "divergence", "agreement")
+    return [Row(f"{kind}, {name}", kind, values) for kind, values in zip(kinds, columns, strict=True)]
+
+
 def shown(kind: str, value: float | None) -> str:
     """A value of some kind of figure as text."""
     return NOT_MEASURED if value is None else format(value, _FORMS[kind][0])

@@ -61,7 +61,9 @@ def test_rows_have_all_figures_of_all_models() -> None:
         ["perplexity, docs", "6.1", "30", "x 4.92"],
         ["divergence, docs", "0", "1.25", ""],
         ["agreement, docs", "100.0%", "62.5%", "-37.5%"],
-        ["perplexity, reasoning", "5.2", "20", "x 3.85"],  # of an older version, which compared no predictions
+        ["perplexity, reasoning", "5.2", "20", "x 3.85"],
+        ["divergence, reasoning", "0", "0.75", ""],
+        ["agreement, reasoning", "100.0%", "50.0%", "-50.0%"],
     ]
     assert [row.cells for row in make_report(healed=HEALED).rows()][:3] == [
         ["layers", "32", "28", "28", "-12.5%"],
@@ -84,7 +86,9 @@ def test_every_view_shows_all_rows(tmp_path: Path) -> None:
 
 
 def test_perplexities_that_more_than_double_are_named() -> None:
-    broken, sound = (PerplexityInfo(name, "text", 4000, 5.0, of) for name, of in (("docs", 10.1), ("reasoning", 10.0)))
+    [judged, _] = make_report().perplexities
+    broken = dataclasses.replace(judged, dense=5.0, fused=10.1)
+    sound = dataclasses.replace(judged, name="reasoning", dense=5.0, fused=10.0)
     for fitted, advice in ((True, "Fewer fusions"), (False, "method=refit")):
         note = collapse_note([broken, sound], fitted=fitted)
         assert note is not None and note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
@@ -114,7 +118,7 @@ def strictly(content: str) -> Any:
     [
         make_report(),
         make_report(healed=HEALED, calibration=[], fitted_layers=[], perplexities=[], similarity=None, embeddings=None),
-        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf)]),
+        make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf, "seen", math.inf, 0.5)]),
     ],
 )
 def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Path) -> None:
@@ -130,16 +134,7 @@ def test_infinite_figures_of_a_sweep_come_back_too(tmp_path: Path) -> None:
     assert read_points(tmp_path / "results.jsonl") == {point.key: point}
 
 
-def test_reports_of_an_older_version_are_read_and_shown(tmp_path: Path) -> None:
-    values = make_report().to_dict()
-    for name in ("continuations", "influences", "sample_labels", "healed", "budget", "group_costs", "dtype"):
-        del values[name]
-    for judged in values["perplexities"]:
-        del judged["divergence"], judged["agreement"]
-    report = FusionReport.from_dict(values)
-    assert report.continuations == [] and report.perplexities[0].divergence is None
-    for view in everywhere(report, tmp_path):
-        assert "agreement, docs" not in view and "What both write" not in view
+def test_all_settings_of_another_version_are_shown() -> None:
     config = FusionConfig(num_fusions=1, method="refit").to_dict() | {"from_the_future": 1}
     assert make_report(config=config).settings == config
 
@@ -339,7 +334,7 @@ def test_the_curve_of_a_healing() -> None:
 
 def test_any_figures_can_be_shown(tmp_path: Path) -> None:
     values = [0.0, math.inf, math.nan]
-    judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value) for value in values]
+    judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, "kin", value, value) for value in values]
     with no_warnings():
         write_page(make_report(perplexities=judged, influences=values * 11, **FEW_PICTURES), tmp_path / "page.html")
         report_figures(make_report(influences=[0.0] * 32, **FEW_PICTURES))
