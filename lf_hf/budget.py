@@ -19,22 +19,10 @@ _POWER = 1.3  # with which costs grow, until two trials say
 def search(
     name: str, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
 ) -> tuple[T, list[BudgetTrial]]:
-    """The result with the most fusions that the budget allows, and all trials.
+    """The result with the most fusions that the budget allows, and all trials. Raises ValueError if it allows none.
 
-    Parameters
-    ----------
-    name : {"max_divergence", "max_perplexity_ratio"}
-    allowed : float
-        What the setting `name` was set to.
-    most : int
-        Fusions that the model allows.
-    attempt : callable
-        Fuses a copy of the model so many times; gives what that costs, and the result.
-
-    Raises
-    ------
-    ValueError
-        If the budget allows no fusion.
+    The setting `name` is `allowed`, and the model allows `most` fusions. `attempt` fuses a copy of the model so many
+    times, and gives what that costs, and the result.
     """
     tried: list[BudgetTrial] = []
     best: list[T] = []

@@ -71,12 +71,8 @@ def plan_fusion(
 ) -> Plan:
     """Say what `fuse_checkpoint` with these arguments would do and take.
 
-    Raises
-    ------
-    ValueError
-        For settings, a base, calibration text or a folder that `fuse_checkpoint` would refuse before long work.
-    OSError
-        If the disk of `out` has no room for the result.
+    Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
+    room for the result.
     """
     replaces = out is not None and check_replaceable(out, os.fspath(base))
     if low_memory:
@@ -150,13 +146,8 @@ def plan_heal(
 ) -> Plan:
     """Say what `heal` with these arguments would do and take. Neither model's weights are read.
 
-    Raises
-    ------
-    ValueError
-        For settings, models or text that `heal` would refuse, or too little memory; but not for a base with other
-        weights than the one that was fused, nor for an earlier run in `out` that cannot go on.
-    OSError
-        If the disk has no room for the training's states.
+    Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
+    fused, nor for an earlier run in `out` that cannot go on.
     """
     from lf_hf.healing.heal import prepare  # imports the Trainer
     from lf_hf.healing.inputs import WORK, open_inputs

@@ -20,38 +20,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import random
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from random_checkpoint import make_tokenizer
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
-from lf_hf import measure as measuring
 from lf_hf.checkpoint.base import Base
-from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import Predictions, batched, final_states, perplexity, predictions
 from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.healing.heal import heal_loaded
-from lf_hf.measure import Measurements, calibration_sequences, measure
+from lf_hf.measure import Measurements, measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import Regression, token_weights
 from lf_hf.refit.groups import cheapest_sets
@@ -71,7 +63,6 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries
 from lf_hf.text.calibration import (
     BUNDLED,
-    CalibrationSamples,
     Corpus,
     documentation_halves,
     load_calibration,
@@ -88,45 +79,28 @@ LENGTH = 512
 _LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
 
+@dataclass
 class Ways:
     """The methods of the package and simple forms of their rivals; each changes the model that it is given."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        samples: CalibrationSamples,
-        sequences: Sequence[Tensor],
-        corpus: Corpus,
-        tokens: int,
-        base: Callable[[], Base],
-        heal_corpus: Corpus,
-        heal_tokens: int,
-    ) -> None:
-        self.tokenizer, self.samples, self.sequences = tokenizer, samples, sequences
-        self.corpus, self.tokens = corpus, tokens
-        self.base, self.heal_corpus, self.heal_tokens = base, heal_corpus, heal_tokens
-        self.dropped: list[int] = []  # by greedy_drop, in order
-        self.measured: Measurements | None = None  # on the dense model, for all levels
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any]
+    measured: Measurements  # on the dense model, for all ways and levels
+    base: Callable[[], Base]
+    heal_corpus: Corpus
+    heal_tokens: int
+    dropped: list[int] = field(default_factory=list)  # by greedy_drop, in order
 
     def fusion(self, model: CausalLM, count: int, *, healed: bool = False, **settings: str) -> CausalLM:
         """A method of the package, with a distillation from the base after it where that is asked for."""
-        config = FusionConfig(
-            num_fusions=count,
-            perplexity_tokens=0,
-            calibration_tokens=self.tokens,
-            **settings,  # type: ignore[arg-type]
-        )
-        decoder = ModelDecoder(model, keep_originals=True)
-        if not config.needs_similarity and self.measured is None:
-            self.measured = measure(decoder, self.tokenizer, config, None, self.corpus)
-        measured = None if config.needs_similarity else self.measured
-        report = fuse(decoder, self.tokenizer, config, self.samples, self.corpus, base="bench", measurements=measured)
+        config, decoder = FusionConfig(count, **self.settings | settings), ModelDecoder(model, keep_originals=True)
+        report = fuse(decoder, self.tokenizer, config, None, None, base="bench", measurements=self.measured)
         if groups := [[*group] for group in report.groups if len(group) > 1]:
             print(f"<!-- {groups} -->", flush=True)
         if not healed:
             return model
         fused = FusedLlamaForCausalLM.adopt(model, report, self.tokenizer)
-        heal_loaded(fused, self.base(), self.heal_corpus, dataclasses.replace(config, heal_tokens=self.heal_tokens))
+        heal_loaded(fused, self.base(), self.heal_corpus, replace(config, heal_tokens=self.heal_tokens))
         return fused
 
     def greedy_drop(self, model: CausalLM, count: int) -> CausalLM:
@@ -134,8 +108,8 @@ class Ways:
 
         Judged on some 16 sequences of full length, spread evenly over the text.
         """
-        longest = max(map(len, self.sequences))
-        full = [sequence for sequence in self.sequences if len(sequence) == longest]
+        longest = max(map(len, self.measured.text))
+        full = [sequence for sequence in self.measured.text if len(sequence) == longest]
         decoder, judged = ModelDecoder(model), full[:: max(1, len(full) // 16)]
         for step in range(count):
             if step == len(self.dropped):
@@ -154,7 +128,7 @@ class Ways:
         decoder = ModelDecoder(model)
         if decoder.family.mlp.after:
             raise ValueError("A linear map cannot be folded into an MLP whose output goes through a norm.")
-        batches = decoder.batches(self.sequences)
+        batches = decoder.batches(self.measured.text)
         states = [decoder.embed(batches), *(list(states) for states in decoder.walk(batches))]
 
         def distance(start: int) -> float:  # between the states before and after the run that starts there
@@ -188,7 +162,7 @@ class Ways:
         decoder = ModelDecoder(model)
         if decoder.family.attention.after or decoder.family.head_norms:
             raise ValueError("Layers whose queries, keys or outputs go through norms are not flattened here.")
-        states = decoder.embed(decoder.batches(self.sequences))
+        states = decoder.embed(decoder.batches(self.measured.text))
         angles = Boundaries(decoder, states, StateStore()).influences  # between the inputs of layers i and i + 1
         kinds = decoder.family.config_kinds(decoder.config)
         pairs = {(i, i + 1): angle for i, angle in enumerate(angles[:-1]) if kinds[i] == kinds[i + 1]}
@@ -262,20 +236,6 @@ def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor
     return scores.topk(keep).indices.sort().values
 
 
-_WRITTEN: dict[tuple[int, int, int], list[Tensor]] = {}
-
-
-def _written_once(decoder: Decoder, count: int, length: int, seed: int, *form: Any) -> list[Tensor]:
-    """The calibration text that the model writes, written once for all ways."""
-    key = (count, length, seed)
-    if key not in _WRITTEN:
-        _WRITTEN[key] = generate(decoder, count, length, seed, *form)
-    return _WRITTEN[key]
-
-
-setattr(measuring, "generate", _written_once)  # noqa: B010 - no name that it exports
-
-
 class Judge:
     """How a model predicts texts, compared with the model that is judged first, and its cloze accuracy."""
 
@@ -333,18 +293,6 @@ class Judge:
         for block in blocks:
             mask[block.start : block.stop, len(prompt) : block.start] = False
         return torch.tensor([ids]), torch.tensor([positions]), mask[None, None], spans, question.answer
-
-
-def tiny_tokenizer(text: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of few tokens, so that a model of it learns in minutes what large heads take hours for."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        text.splitlines(keepends=True),
-        trainers.BpeTrainer(vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 # What tiny models have of their own: a Llama unlike the base, a Gemma whose window is shorter than its text.
@@ -452,7 +400,7 @@ def main() -> None:
         parser.error("--calibrate text and --tiny need --text FILE.")
     if options.tiny and halves:
         training_text = halves[0] + documentation_halves()[0]
-        tokenizer = tiny_tokenizer(training_text)
+        tokenizer = make_tokenizer(2048, training_text)  # so few that a model learns in minutes
         base = tiny_model(options.family, tokenizer, training_text, options.tiny).to(getattr(torch, options.dtype))
     else:  # in its type from the beginning, as angles of positions stay in float32 then
         base = AutoModelForCausalLM.from_pretrained(options.base, gguf_file=gguf, dtype=options.dtype).eval()
@@ -473,12 +421,6 @@ def main() -> None:
         parser.error(f"Leave out --mmlu: the model's window of {window} tokens is shorter than a question.")
 
     given = [halves[0]] if options.calibrate == "text" and halves else BUNDLED
-    corpus = load_corpus(given, max_tokens=options.tokens)
-    settings = FusionConfig(num_fusions=1, calibration_tokens=options.tokens)
-    sequences: list[Tensor] = []
-    if options.fusions:
-        sequences, _ = calibration_sequences(ModelDecoder(base), tokenizer, corpus, settings)
-    heal_corpus = load_training_text(given, options.heal_tokens)
     scratch = tempfile.TemporaryDirectory()
     if options.tiny:
         base.save_pretrained(scratch.name)
@@ -486,22 +428,19 @@ def main() -> None:
     opened = partial(
         Base.open, scratch.name if options.tiny else options.base, {} if options.tiny else {"gguf_file": gguf}
     )
-    ways = Ways(
-        tokenizer,
-        load_calibration(BUNDLED),
-        sequences,
-        corpus,
-        options.tokens,
-        opened,
-        heal_corpus,
-        options.heal_tokens,
-    )
+    if options.fusions:
+        corpus = load_corpus(given, max_tokens=options.tokens)
+        settings = {"perplexity_tokens": 0, "calibration_tokens": options.tokens}
+        measured = measure(
+            ModelDecoder(base), tokenizer, FusionConfig(1, **settings), load_calibration(BUNDLED), corpus
+        )
+        heal_corpus = load_training_text(given, options.heal_tokens)
+        ways = Ways(tokenizer, settings, measured, opened, heal_corpus, options.heal_tokens)
+        print(f"Calibrated on {sum(map(len, measured.text))} tokens: {corpus.full_source}.")
 
     dense = judge.predictions(base)
     dense_correct = judge.correct(base)
     accuracy = f", quiz {statistics.mean(dense_correct):.3f}" if questions else ""
-    if sequences:
-        print(f"Calibrated on {sum(map(len, sequences))} tokens: {corpus.full_source}.")
     print(f"Dense: {', '.join(f'{name} {found.perplexity:.4g}' for name, found in dense.items())}{accuracy}.\n")
     heads = [*dense, *(f"{text}, {figure}" for figure in ("nats", "same") for text in dense)]
     print(f"| way | fused | {' | '.join(heads)} | quiz (diff) | seconds |")

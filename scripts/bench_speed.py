@@ -58,6 +58,7 @@ from lf_hf.measure import measure
 from lf_hf.refit.fit import EXACT_LIMIT, Regression
 from lf_hf.refit.layer_parts import expanded
 from lf_hf.report.report import FusionReport
+from lf_hf.speed import measure_speed
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.alignment import match_rows, normalized_rows
@@ -487,45 +488,19 @@ def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
 # Tokens
 
 
-@torch.inference_mode()
-def tokens(base: str, counts: Sequence[int], prompt: int, generated: int, device: str, dtype: str) -> None:
+def tokens(base: str, counts: Sequence[int], device: str, dtype: str) -> None:
     dense = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval().to(device)
+    layers = dense.config.num_hidden_layers
     columns = ("fused", "prefill, tokens/s", "over dense", "decode, tokens/s", "over dense", "GiB", "over dense")
-    table(f"Running, {dtype} on {device}: prefill {prompt} tokens, decode {generated}", *columns)
-    ids = torch.randint(dense.config.vocab_size, (1, prompt), device=device)
-    limits = {"max_new_tokens": generated, "min_new_tokens": generated, "do_sample": False, "pad_token_id": 0}
-
-    def speeds(*models: LlamaForCausalLM) -> list[tuple[float, float]]:
-        """Prefill and decode speed of each, the best of three rounds in turn."""
-        seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-        for _ in range(4):
-            for model, taken in zip(models, seconds, strict=True):
-                start = _clock(device)
-                model(ids, logits_to_keep=1)
-                middle = _clock(device)
-                model.generate(ids, **limits)
-                end = _clock(device)
-                taken.append((middle - start, end - middle - (middle - start)))
-        return [
-            (prompt / min(p for p, _ in taken[1:]), (generated - 1) / min(d for _, d in taken[1:])) for taken in seconds
-        ]
-
-    for count in counts:
-        if count >= dense.config.num_hidden_layers:
-            continue
-        fused = copy.deepcopy(dense)
-        decoder = ModelDecoder(fused)
+    table(f"Running, {dtype} on {device}: one sequence", *columns)
+    for count in (count for count in counts if count < layers):
+        decoder = ModelDecoder(copy.deepcopy(dense))
         for _ in range(count):
             decoder.remove(decoder.num_layers - 1)  # what is fused does not matter here
-        (p, d), (fused_p, fused_d) = speeds(dense, fused)
-        size, fused_size = (sum(w.nbytes for w in model.parameters()) for model in (dense, fused))
-        row(count, fused_p, fused_p / p, fused_d, fused_d / d, gib(fused_size), fused_size / size)
-
-
-def _clock(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        found = measure_speed(decoder.model, layers)
+        before, after = found.weight_bytes
+        rates = (rate for of in (found.prefill, found.decoding) for rate in (of.fused, of.ratio))
+        row(count, *rates, gib(after), after / before)
 
 
 # Growth
@@ -603,8 +578,6 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=16384, help="for processes")
     parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep and tokens")
     parser.add_argument("--sweep-methods", nargs="+", default=["neural_alignment", "refit"])
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--generated", type=int, default=32, help="tokens written after it")
     parser.add_argument("--device", default="cpu", help="for tokens")
     parser.add_argument("--run-dtype", default="bfloat16", help="for tokens")
     parser.add_argument("--growth-layers", type=int, nargs="+", default=[8, 16, 32])
@@ -633,7 +606,7 @@ def main() -> None:
             if "sweep" in options.tables:
                 sweeps(base if options.random else options.base, options.fusions, options.sweep_methods)
             if "tokens" in options.tables:
-                tokens(base, options.fusions, options.prompt, options.generated, options.device, options.run_dtype)
+                tokens(base, options.fusions, options.device, options.run_dtype)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def write_checkpoint(folder: Path, config: LlamaConfig, *, seed: int = 0, max_sh
     make_tokenizer(config.vocab_size).save_pretrained(folder)
 
 
-def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, trained on Python's documentation."""
+def make_tokenizer(vocab_size: int, text: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, trained on some text or on Python's documentation."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([documentation_halves()[0]], trainer)
+    tokenizer.train_from_iterator([text or documentation_halves()[0]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

@@ -16,11 +16,10 @@ from lf_hf.report.figures import COLORS, panels
 
 
 def sweep_curve(points: Sequence[Point]) -> Figure:
-    """Each score, and perplexity, divergence and agreement on each text, against the share of layers removed.
+    """Each figure against the share of layers removed, and perplexity also against the speed of decoding.
 
-    Perplexity also against how many times as fast as the base's decoding is, where that was measured. There is one line
-    a method, and a dashed one where it was healed; the dense model's point is one of every line. What is infinite is
-    marked at the top of its panel; what has no finite value at all gets no panel.
+    There is one line a method, and a dashed one where it was healed; the dense model's point is one of every line. What
+    is infinite is marked at the top of its panel; what has no finite value at all gets no panel.
     """
     methods = dict.fromkeys(point.method for point in points if point.method != DENSE)
     colors = dict(zip(dict.fromkeys(name.removesuffix(HEALED) for name in methods), cycle(COLORS), strict=False))

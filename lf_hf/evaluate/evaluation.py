@@ -24,19 +24,9 @@ _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the fi
 
 
 class Evaluation:
-    """lm-eval tasks that were found and whose data is there.
+    """Tasks, groups and tags of lm-eval or of this project that were found and whose data is there.
 
-    Parameters
-    ----------
-    tasks : sequence of str
-        Tasks, groups or tags of lm-eval, or of this project.
-    limit, num_fewshot, batch_size, metadata
-        As for lm-eval.
-
-    Raises
-    ------
-    ValueError
-        If there is no such task, or one runs what the model writes and the user has not allowed that.
+    Raises ValueError if there is no such task, or one runs what the model writes and the user has not allowed that.
     """
 
     def __init__(

@@ -45,11 +45,10 @@ class Score:
 class Point:
     """One model of a sweep: the base (`method` "dense") or a fusion of it.
 
-    `key` identifies base, settings, calibration, tasks and limit. `perplexities` has one entry a judging text, by its
-    name, and so have `divergences` and `agreements`, which compare predictions with the base's as in a fusion's report.
-    `speedups` has how many times as fast as the base "prefill" and "decoding" are, where that was measured. `seconds`
-    is wall time, evaluating and fusing: that of all steps from the dense model on, whichever point they were made for
-    first, without loading and measuring the dense model.
+    `key` identifies base, settings, calibration, tasks and limit. Perplexities, divergences and agreements are as in a
+    fusion's report, by the name of the judging text. `speedups` has how many times as fast as the base "prefill" and
+    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing: that of all steps from the
+    dense model on, whichever point they were made for first, without loading and measuring the dense model.
     """
 
     key: str

@@ -20,22 +20,10 @@ _MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
 
 
 class Results:
-    """The points of a sweep that are in its folder, by their keys. Other processes may write there too.
+    """The points of a sweep that are in its folder, by their `keys`, which are in the order of the tables.
 
-    Parameters
-    ----------
-    folder : Path
-    base : str
-        Name of the dense model.
-    keys : sequence of str
-        In the order of the tables.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written.
-    ValueError
-        If it holds results of something else, or tables without results.
+    Other processes may write there too. Raises OSError if the folder cannot be written, and ValueError if it holds
+    results of something else, or tables without results.
     """
 
     def __init__(self, folder: Path, base: str, keys: Sequence[str]) -> None:

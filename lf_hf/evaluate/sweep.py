@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel
@@ -64,8 +64,8 @@ def sweep(
 
     Parameters
     ----------
-    base : str
-        Folder or hub name of a checkpoint.
+    base, calibration
+        As for `lf_hf.from_pretrained_fused`.
     out : path
         Folder of the results.
     num_fusions : sequence of int
@@ -74,8 +74,6 @@ def sweep(
         Tasks are lm-eval's tasks, groups or tags; this project's own are known.
     limit, num_fewshot, batch_size, metadata
         As for lm-eval.
-    calibration : optional
-        As for `lf_hf.from_pretrained_fused`.
     heal_cache : path, optional
         Where the base's predictions are kept for all healed points, as `cache` of `lf_hf.heal`.
     settings : dict, optional
@@ -121,13 +119,10 @@ def _configs(
         if not values or not isinstance(values, Sequence) or isinstance(values, str):
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
     configs = []
-    for level, method in itertools.product(num_fusions, methods):
+    for level, method in product(num_fusions, methods):
         config = FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
         configs += [config] if method == "healed" else [replace(config, heal_tokens=0), config]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
-
-
-_SAME = {"prefill": 1.0, "decoding": 1.0}  # times as fast as the base, of the base itself
 
 
 class _Maker:
@@ -160,8 +155,6 @@ class _Maker:
             check_can_heal(base, self._tokenizer, self._to_heal, healed, cache=heal_cache)
         elif heal_cache is not None:
             raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
-        self._fusion: Fusion | None = None
-        self._stack = ExitStack()  # of the fusion
 
     def keys(self, evaluation: Mapping[str, Any]) -> dict[str, FusionConfig | None]:
         """The dense model, None, and the fusions, by what identifies their results."""
@@ -192,56 +185,68 @@ class _Maker:
         # One method after the other, so that levels share steps; the dense model is first.
         missing.sort(key=lambda key: methods.index(config.method) if (config := keys[key]) else -1)
         rank, count = self._processes.rank, self._processes.world_size
-        mine = missing[len(missing) * rank // count : len(missing) * (rank + 1) // count]
-        wanted = [config for key in mine if (config := keys[key])]
+        mine = {key: keys[key] for key in missing[len(missing) * rank // count : len(missing) * (rank + 1) // count]}
+        wanted = [config for config in mine.values() if config]
         self._samples = self._samples if any(config.needs_similarity for config in wanted) else None
         self._text = self._text if any(config.needs_text for config in wanted) else None
-        with self._stack:
-            for key in progress(mine, desc="Sweep", unit="point"):
-                results.add(self._point(key, keys[key]))
+        with closing(self._points(mine)) as points:
+            for point in progress(points, total=len(mine), desc="Sweep", unit="point"):
+                results.add(point)
         self._processes.all_gather_object(None)
         if self._processes.is_main:
             results.complete()
 
-    def _point(self, key: str, config: FusionConfig | None) -> Point:
+    def _points(self, keys: Mapping[str, FusionConfig | None]) -> Generator[Point, None, None]:
+        """The points of some keys. A level goes on from the one below, except where each has groups of its own."""
+
+        def begins(point: tuple[str, FusionConfig]) -> tuple[str, int]:
+            config = point[1]
+            return config.method, config.num_fusions if config.selection == "groups" else 1
+
+        for key in [key for key, config in keys.items() if config is None]:
+            yield self._point(key, None, self._dense[0])
+        for _, together in groupby(((key, config) for key, config in keys.items() if config), begins):
+            levels, (dense, measured) = [*together], self._dense
+            first = replace(levels[0][1], heal_tokens=0)
+            decoder = ModelDecoder(dense, keep_originals=first.refit != "none").copy()
+            with start(decoder, first, measured) as fusion:
+                for key, config in levels:
+                    pipeline.fuse_pairs(fusion, config.num_fusions)
+                    yield self._point(key, config, self._finished(fusion, config))
+
+    def _point(self, key: str, config: FusionConfig | None, model: PreTrainedModel) -> Point:
         dense, measured = self._dense
-        model = self._fused(config) if config else dense
         start = time.perf_counter()
         scores = self._evaluation.scores(model, self._tokenizer)
         seconds = {"evaluating": time.perf_counter() - start}
+        method, report, texts = DENSE, None, [(text.name, text.dense, 0.0, 1.0) for text in measured.judged]
+        timed = self._configs[0].speed and self._processes.world_size == 1
+        speedups = {"prefill": 1.0, "decoding": 1.0} if timed else {}
+        if config is not None:
+            report = cast(FusedForCausalLM, model).fusion_report
+            assert report is not None
+            method = config.method + (HEALED if config.heal_tokens and config.method != "healed" else "")
+            texts = [(text.name, text.fused, text.divergence, text.agreement) for text in report.perplexities]
+            speedups = {name: getattr(report.speed, name).ratio for name in speedups} if report.speed else {}
+            seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
         layers, of_base = model.config.num_hidden_layers, dense.config.num_hidden_layers
-        point = Point(
+        return Point(
             key=key,
-            method=DENSE,
+            method=method,
             num_fusions=of_base - layers,
             layers=layers,
             parameters=model.num_parameters(),
             layers_removed_fraction=(of_base - layers) / of_base,
             parameters_removed_fraction=1 - model.num_parameters() / dense.num_parameters(),
-            perplexities={text.name: text.dense for text in measured.judged},
-            divergences={text.name: 0.0 for text in measured.judged},
-            agreements={text.name: 1.0 for text in measured.judged},
-            speedups=_SAME if self._configs[0].speed and self._processes.world_size == 1 else {},
+            perplexities={name: perplexity for name, perplexity, _, _ in texts},
+            divergences={name: divergence for name, _, divergence, _ in texts},
+            agreements={name: agreement for name, *_, agreement in texts},
+            speedups=speedups,
             scores=scores,
-            config=None,
-            notes=[],
+            config=report.config if report else None,
+            notes=report.notes if report else [],
             seconds=seconds,
             versions=pipeline.versions(),
-        )
-        if config is None:
-            return point
-        report = cast(FusedForCausalLM, model).fusion_report
-        assert report is not None
-        seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
-        return replace(
-            point,
-            method=config.method + (HEALED if config.heal_tokens and config.method != "healed" else ""),
-            perplexities={text.name: text.fused for text in report.perplexities},
-            divergences={text.name: text.divergence for text in report.perplexities},
-            agreements={text.name: text.agreement for text in report.perplexities},
-            speedups={name: getattr(report.speed, name).ratio for name in _SAME} if report.speed else {},
-            config=report.config,
-            notes=report.notes,
         )
 
     @cached_property
@@ -252,12 +257,10 @@ class _Maker:
         pipeline.check_model(decoder, config)
         return model, measure(decoder, self._tokenizer, config, self._samples, self._text)
 
-    def _fused(self, config: FusionConfig) -> FusedForCausalLM:
-        """The fusion, healed where that is asked for."""
-        dense, _ = self._dense
-        fusion = self._fused_to(config)
-        decoder = cast(ModelDecoder, fusion.decoder.copy())  # which the last pass changes
-        names: dict[str, Any] = {"base": self._base.full_name, "parameters": dense.num_parameters()}
+    def _finished(self, fusion: Fusion, config: FusionConfig) -> FusedForCausalLM:
+        """A copy of what is fused so far after its last pass, healed where that is asked for."""
+        decoder = cast(ModelDecoder, fusion.decoder.copy())
+        names: dict[str, Any] = {"base": self._base.full_name, "parameters": self._dense[0].num_parameters()}
         report = with_speed(pipeline.finish(fusion, decoder, self._tokenizer, **names), decoder.model)
         model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
         if self._to_heal and config.heal_tokens:
@@ -265,18 +268,3 @@ class _Maker:
 
             heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
         return model
-
-    def _fused_to(self, config: FusionConfig) -> Fusion:
-        """A fusion of as many pairs as a config asks for, which goes on from the last one where that was the same."""
-        if last := self._fusion:
-            same = last.config.method == config.method and len(last.steps) <= config.num_fusions
-            # The best groups of one level need not be parts of those of the next.
-            if not same or (config.selection == "groups" and config.num_fusions != last.config.num_fusions):
-                self._fusion = None
-                self._stack.close()
-        if self._fusion is None:
-            model, measured = self._dense
-            decoder = ModelDecoder(model, keep_originals=config.refit != "none").copy()
-            self._fusion = self._stack.enter_context(start(decoder, replace(config, heal_tokens=0), measured))
-        pipeline.fuse_pairs(self._fusion, config.num_fusions)
-        return self._fusion

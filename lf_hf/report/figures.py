@@ -163,10 +163,9 @@ def along_depth(report: FusionReport) -> Figure | None:
             axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
     if averaged:
-        numbers, own = [step.pair[0] for step in averaged], [step.ratio_i for step in averaged]
-        axes[-1].bar(numbers, own, color=_AFTER, label="layer itself")
-        later = [step.ratio_j for step in averaged]
-        axes[-1].bar(numbers, later, bottom=own, color="#bee3f8", label="layer after it")
+        firsts, own, later = zip(*((step.pair[0], step.ratio_i, step.ratio_j) for step in averaged), strict=True)
+        axes[-1].bar(firsts, own, color=_AFTER, label="layer itself")
+        axes[-1].bar(firsts, later, bottom=own, color="#bee3f8", label="layer after it")
         axes[-1].set(ylabel="share in the average", ylim=(0, 1))
     for axis in axes:
         _legend_above(axis)
@@ -202,8 +201,7 @@ def fit_errors(report: FusionReport) -> Figure | None:
         return None
     figure, [axis] = panels(max(1.6, 0.3 * len(report.fitted_layers) + 0.9))
     places = range(len(report.fitted_layers))
-    before = [fitted.error_before for fitted in report.fitted_layers]
-    after = [fitted.error_after for fitted in report.fitted_layers]
+    before, after = zip(*((fitted.error_before, fitted.error_after) for fitted in report.fitted_layers), strict=True)
     axis.hlines(places, before, after, color="#cbd5e0", linewidth=1.2)
     axis.scatter(before, places, s=20, color=_BEFORE, label="before", zorder=2)
     axis.scatter(after, places, s=20, color=_AFTER, label="after", zorder=2)

@@ -11,11 +11,10 @@ _FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "pa
 
 @dataclass(frozen=True)
 class RowMatch:
-    """How the rows of one weight matrix of layer j were matched to those of layer i.
+    """How the rows of one weight matrix of layer j were matched to those of layer i: mean cosines of rows side by side.
 
-    `cosine_before` and `cosine_after` are the mean cosines between row p of layer i and the row of layer j
-    beside it, in 0..1 for useful matches; `rows_moved` is the share of rows that changed place. Where neurons are
-    matched, the rows of down_proj and o_proj are those of their transpose: one neuron's outgoing weights.
+    `rows_moved` is the share of rows that changed place. Where neurons are matched, the rows of down_proj and o_proj
+    are those of their transpose: one neuron's outgoing weights.
     """
 
     cosine_before: float
@@ -27,14 +26,12 @@ class RowMatch:
 class FusionStep:
     """One fusion of two layers. Layers are numbered from 0 as in the original model.
 
-    `layers_i` and `layers_j` are the original layers that had become layer i and layer j; the fused layer stands
-    for all of them. `ratio_i` + `ratio_j` = 1, and `ratio_j` is 0 where weights are not averaged. `matches` has one
-    entry for each aligned projection. Where pairs were chosen by them, `influence` is how much layer j changed the
-    residual stream, and `divergence` what the new group is expected to cost in nats a token, less what the group that
-    became layer i was; it may be negative. `heads_kept` and `channels_kept` count the key-value groups and MLP channels
-    from layer i and from layer j, where they were selected, and the errors are those of what the MLP adds to the stream
-    (squared, relative), before and after the fit, all at this step: the last pass makes fused layers again, see
-    FittedLayer.
+    `layers_i` and `layers_j` are the original layers that had become layer i and layer j. `ratio_i` + `ratio_j` = 1;
+    `ratio_j` is 0 where weights are not averaged. `matches` has one entry for each aligned projection. Where pairs were
+    chosen by them, `influence` is how much layer j changed the residual stream, and `divergence` what the new group is
+    expected to cost in nats a token, less what the group that became layer i was; it may be negative. `heads_kept` and
+    `channels_kept` count the key-value groups and MLP channels from each layer, where they were selected, and the
+    errors are those of what the MLP adds to the stream (squared, relative), before and after the fit of this step.
     """
 
     layers_i: list[int]
@@ -59,11 +56,11 @@ class FusionStep:
 class FittedLayer:
     """The last fit of one fused layer, to the dense model's states.
 
-    `layers` are the original layers that it stands for; the counts and errors are those of FusionStep, from each of
-    them, and `attention_error` is that of what attention adds, after the fit. On held-out text, `held_out_error` is the
-    part of what the original layers do to the stream that the fitted layer misses (squared, relative, a mean over
-    channels), and `first_token_error` that of each sequence's first token. `layer_instead` is the one of `layers` that
-    misses less as it is, and was taken for that. All are None where they do not apply.
+    `layers` are the original layers that it stands for; counts and errors are as in FusionStep, and `attention_error`
+    is that of what attention adds, after the fit. On held-out text, `held_out_error` is the part of what the original
+    layers do to the stream that the fitted layer misses (squared, relative, a mean over channels), and
+    `first_token_error` that of each sequence's first token. `layer_instead` is the one of `layers` that misses less as
+    it is, and was taken for that.
     """
 
     layers: list[int]
@@ -122,11 +119,7 @@ class PerplexityInfo:
 
 @dataclass(frozen=True)
 class HealedText:
-    """What healing did to the predictions of a text, `name` in short.
-
-    `divergence` is KL(base || model) in nats a token, and `agreement` the share of tokens at which the model's most
-    likely token is the base's; before and after.
-    """
+    """What healing did to the predictions of a text; the figures are those of PerplexityInfo."""
 
     name: str
     tokens: int
@@ -150,10 +143,9 @@ class HealingPoint:
 class HealingInfo:
     """What a healing did: a short distillation from the base, after the fusion.
 
-    `text` has the kinds of text with the sequences and tokens that there are of each; they were gone through `epochs`
-    times. `trained` parameters were changed at each of `steps` steps, and the state of step `kept` was the best on
-    held-out text, see `curve`; 0 is what came in. `judged` is what it did to texts that it has not seen, and `teacher`
-    how the base's predictions were had.
+    The kinds of `text` were gone through `epochs` times. `trained` parameters were changed at each of `steps` steps;
+    the state of step `kept` was the best on held-out text, see `curve`; 0 is what came in. `teacher` is how the base's
+    predictions were had.
     """
 
     settings: dict[str, Any]
@@ -229,7 +221,7 @@ class BudgetTrial:
     perplexity_ratio: float
 
     def costs(self, name: str) -> float:
-        """The figure that a setting, "max_divergence" or "max_perplexity_ratio", limits."""
+        """The figure that a setting limits."""
         return self.divergence if name == "max_divergence" else self.perplexity_ratio
 
 

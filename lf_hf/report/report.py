@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -87,11 +88,10 @@ class FusionReport:
     @property
     def settings(self) -> dict[str, Any]:
         """Those of the settings that had an effect; all of them where this version does not know them."""
-        try:
+        with suppress(ValueError):
             in_effect = FusionConfig.from_kwargs(**self.config).in_effect()
-        except ValueError:
-            return self.config
-        return {name: value for name, value in self.config.items() if name in in_effect}
+            return {name: value for name, value in self.config.items() if name in in_effect}
+        return self.config
 
     def of_weights(self, digest: str | None) -> FusionReport:
         """The report with a note if the model's weights, with this digest, are not those that were fused."""
@@ -170,16 +170,13 @@ class FusionReport:
         for row in self.rows():
             name, *values, change = row.cells
             lines.append(f"{name}: {' -> '.join(values)}{f', {change}' if change else ''}")
-        lines += self.sources
-        lines += self.details()
-        lines.append("seconds: " + ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items()))
-        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
+        seconds = ", ".join(f"{stage} {taken:.1f}" for stage, taken in self.seconds.items())
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n  ".join([*lines, *self.sources, *self.details(), f"seconds: {seconds}", *notes])
 
     def details(self) -> list[str]:
         """How the model was made, a line each: on which text, of which layers, and what was fitted and healed."""
-        lines = [
-            f"calibration: {text.source} ({text.samples} samples, {text.tokens} tokens)" for text in self.calibration
-        ]
+        lines = [f"calibration: {of.source} ({of.samples} samples, {of.tokens} tokens)" for of in self.calibration]
         for step in self.steps:
             i, j = step.pair
             line = f"layer {i} <- {i} x {step.ratio_i:.4f} + {j} x {step.ratio_j:.4f}"
@@ -191,8 +188,8 @@ class FusionReport:
             kept = f" keeping {fitted.channels_kept} channels" if fitted.channels_kept else ""
             errors = f"error {fitted.error_before:.3f} -> {fitted.error_after:.3f}"
             lines.append(f"last fit of layers {fitted.layers}{kept}, {errors}")
-        lines += [f"budget: {self.budget.summary()}"] if self.budget else []
-        lines += [f"healed: {self.healed.summary()}"] if self.healed else []
+        for name, done in (("budget", self.budget), ("healed", self.healed)):
+            lines += [f"{name}: {done.summary()}"] if done else []
         return lines
 
     def to_dict(self) -> dict[str, Any]:

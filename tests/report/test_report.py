@@ -340,12 +340,6 @@ def test_any_figures_can_be_shown(tmp_path: Path) -> None:
         report_figures(make_report(influences=[0.0] * 32, **FEW_PICTURES))
 
 
-@pytest.mark.parametrize("name", ["similarity", "embeddings", "influences"])
-def test_figures_that_do_not_fit_the_layers_get_one_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"The figures for .* do not fit together .*; save the model again"):
-        write_page(make_report(**FEW_PICTURES | {name: []}), tmp_path / "page.html")
-
-
 def test_command(reports: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports["truncate"].save(tmp_path)
     assert main(["report", str(tmp_path), "--png", str(tmp_path / "png")]) == 0
