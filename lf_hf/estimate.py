@@ -84,7 +84,7 @@ def plan_fusion(
         check_disk(opened, config, out)
 
     layers, fused = opened.config.num_hidden_layers, config.num_fusions or 1
-    before, after, dtype = *_parameters(opened, config), _dtype(opened)
+    (_, before, after), dtype = _parameters(opened, config), _dtype(opened)
     bytes_before, bytes_after = before * dtype.itemsize, after * dtype.itemsize
     on_disk = sum(file.stat().st_size for file in opened.files())
     devices = _devices(kwargs.get("device_map"))
@@ -94,7 +94,7 @@ def plan_fusion(
         first, last = layers - 1 - fused, layers - 1
         merged = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
         pairs = f"{merged}; layer {first} then replaces {first} to {last}"
-    how_many = "1 fusion" if fused == 1 else f"{fused} fusions"
+    how_many = f"{fused} fusion{'s' * (fused > 1)}"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"
@@ -130,7 +130,7 @@ def check_disk(base: Base, config: FusionConfig, out: str | os.PathLike[str]) ->
 
     A fused model that is there keeps its room until the new one is whole.
     """
-    check_room(out, _parameters(base, config)[1] * _dtype(base).itemsize, "the fused model takes")
+    check_room(out, _parameters(base, config)[-1] * _dtype(base).itemsize, "the fused model takes")
 
 
 def plan_heal(
@@ -178,16 +178,12 @@ def plan_heal(
     )
 
 
-def _parameters(base: Base, config: FusionConfig) -> tuple[int, int]:
-    """Of the base and of what it is fused to; by one fusion where a budget says how many."""
-    count = model_bytes(base.config, 1)
-    return count, count - (config.num_fusions or 1) * _layer(base)
-
-
-def _layer(base: Base) -> int:
-    """Parameters of a layer."""
+def _parameters(base: Base, config: FusionConfig) -> tuple[int, int, int]:
+    """Of a layer, of the base and of what it is fused to; by one fusion where a budget says how many."""
     with torch.device("meta"):
-        return sum(weights.numel() for weights in base.family.decoder_layer(base.config, layer_idx=0).parameters())
+        layer = sum(weights.numel() for weights in base.family.decoder_layer(base.config, layer_idx=0).parameters())
+    count = model_bytes(base.config, 1)
+    return layer, count, count - (config.num_fusions or 1) * layer
 
 
 def _dtype(base: Base) -> torch.dtype:
@@ -204,9 +200,8 @@ def _peak(
 
     Activations of a sequence are small beside these. States of running text count where they would be kept there.
     """
-    model, size, layer = base.config, _dtype(base).itemsize, _layer(base)
+    model, size, (layer, before, after) = base.config, _dtype(base).itemsize, _parameters(base, config)
     hidden, mlp, fused = model.hidden_size, model.intermediate_size, config.num_fusions or 1
-    before, after = _parameters(base, config)
     if low_memory:  # two layers, or those of a group, and on a device the next one, which is read meanwhile
         held = LONGEST_GROUP + 1 if config.selection == "groups" else 2
         weights = (held + (device.type != "cpu")) * layer + model.vocab_size * hidden
