@@ -38,8 +38,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -72,7 +74,11 @@ ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)
 STAGES = ("perplexity", "calibration text", "alignment and fusion", "last pass")  # the first two are passes over text
 Array = NDArray[np.float64]
+S = TypeVar("S")
 T = TypeVar("T")
+Loaded = tuple[LlamaForCausalLM, list[Tensor]]  # a base in float32, and the default calibration samples as token ids
+Problems = dict[str, list[Pair]]  # pairs of matrices whose rows are to be matched
+Order = dict[str, NDArray[np.int64]]
 Scores = tuple[dict[str, float], Any]  # perplexities, and what lm-eval found
 
 
@@ -97,16 +103,16 @@ def timed(run: Callable[[], T]) -> Cost[T]:
     return Cost(result, wall, cpu, peak - before, peak)
 
 
-def timed_apart(prepare: Callable[..., Callable[[], T]], *arguments: Any) -> Cost[T]:
-    """Run what `prepare(*arguments)` returns in a new process."""
+def timed_apart(run: Callable[[S], T], prepare: Callable[[], S]) -> Cost[T]:
+    """Run something in a new process, with what `prepare` returns there, which does not count."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_prepared, prepare, *arguments).result()
+        return pool.submit(_prepared, run, prepare).result()
 
 
-def _prepared(prepare: Callable[..., Callable[[], T]], *arguments: Any) -> Cost[T]:
+def _prepared(run: Callable[[S], T], prepare: Callable[[], S]) -> Cost[T]:
     quiet()
     with torch.inference_mode():
-        return timed(prepare(*arguments))
+        return timed(partial(run, prepare()))
 
 
 def _resident(field: str) -> int:
@@ -136,62 +142,53 @@ def gib(size: float) -> str:
 # Stages 1 to 3
 
 
-def load(base: str) -> tuple[LlamaForCausalLM, list[Tensor]]:
-    """A base in float32 and the default calibration samples as token ids."""
+def load(base: str) -> Loaded:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     length = min(DEFAULTS.sample_length, model.config.max_position_embeddings)
     return model, tokenize_samples(tokenizer, load_calibration(BUNDLED), length, model.config.vocab_size)
 
 
-def one_pass(base: str) -> Callable[[], Array]:
+def one_pass(loaded: Loaded) -> Array:
     """The package's stages 1 to 3."""
-    model, samples = load(base)
-
-    def run() -> Array:
-        distances = sample_distances(ModelDecoder(model), samples)
-        return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
-
-    return run
+    model, samples = loaded
+    distances = sample_distances(ModelDecoder(model), samples)
+    return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
 
 
-def pass_by_pass(base: str) -> Callable[[], Array]:
+def pass_by_pass(loaded: Loaded) -> Array:
     """The reference."""
-    model, samples = load(base)
-
-    def run() -> Array:
-        embeddings = []
-        kept = []
-        for layer in range(model.config.num_hidden_layers):
-            states = torch.zeros(len(samples), DEFAULTS.sample_length, model.config.hidden_size)  # (N, T, hidden)
-            for n, sample in enumerate(samples):
-                caught: list[Tensor] = []
-                hook = model.model.layers[layer].register_forward_hook(lambda *args, to=caught: to.append(args[2]))
-                model(sample[None], use_cache=False)
-                hook.remove()
-                states[n, : len(sample)] = caught[0][0]
-            kept.append(states)
-        for states in kept:
-            flat = states.flatten(1)
-            distances = np.zeros((len(flat), len(flat)))
-            for n in range(len(flat)):
-                for m in range(len(flat)):
-                    distances[n, m] = (flat[n].double() - flat[m].double()).norm()
-            embeddings.append(rank_normalized(diffusion_embedding(distances)))
-        similarity = np.empty((len(embeddings), len(embeddings)))
-        for i in range(len(embeddings)):
-            for j in range(len(embeddings)):
-                source, target = embeddings[min(i, j)], embeddings[max(i, j)]  # the same number for both orders
-                information = mutual_information(source, target, DEFAULTS.mi_neighbors, DEFAULTS.seed)
-                entropies = [entropy(embedding, DEFAULTS.entropy_neighbors) for embedding in (source, target)]
-                similarity[i, j] = information / math.sqrt(math.prod(entropies))
-        return similarity
-
-    return run
+    model, samples = loaded
+    embeddings = []
+    kept = []
+    for layer in range(model.config.num_hidden_layers):
+        states = torch.zeros(len(samples), DEFAULTS.sample_length, model.config.hidden_size)  # (N, T, hidden)
+        for n, sample in enumerate(samples):
+            caught: list[Tensor] = []
+            hook = model.model.layers[layer].register_forward_hook(lambda *args, to=caught: to.append(args[2]))
+            model(sample[None], use_cache=False)
+            hook.remove()
+            states[n, : len(sample)] = caught[0][0]
+        kept.append(states)
+    for states in kept:
+        flat = states.flatten(1)
+        distances = np.zeros((len(flat), len(flat)))
+        for n in range(len(flat)):
+            for m in range(len(flat)):
+                distances[n, m] = (flat[n].double() - flat[m].double()).norm()
+        embeddings.append(rank_normalized(diffusion_embedding(distances)))
+    similarity = np.empty((len(embeddings), len(embeddings)))
+    for i in range(len(embeddings)):
+        for j in range(len(embeddings)):
+            source, target = embeddings[min(i, j)], embeddings[max(i, j)]  # the same number for both orders
+            information = mutual_information(source, target, DEFAULTS.mi_neighbors, DEFAULTS.seed)
+            entropies = [entropy(embedding, DEFAULTS.entropy_neighbors) for embedding in (source, target)]
+            similarity[i, j] = information / math.sqrt(math.prod(entropies))
+    return similarity
 
 
 def stages(base: str) -> None:
-    ours, reference = timed_apart(one_pass, base), timed_apart(pass_by_pass, base)
+    ours, reference = (timed_apart(way, partial(load, base)) for way in (one_pass, pass_by_pass))
     columns = ("", "CPU seconds", "seconds", "activation memory, GiB", "largest difference of the similarity matrix")
     table("Stages 1 to 3", *columns)
     row("reference", reference.cpu, reference.wall, gib(reference.grown), "")
@@ -239,7 +236,7 @@ def solvers(sizes: Sequence[int]) -> None:
             row(size, name, scipy.cpu, lapx.cpu, scipy.cpu / lapx.cpu, float(totals[1] / totals[0] - 1))
 
 
-def layer_pair(hidden: int, mlp: int, kv: int) -> dict[str, list[Pair]]:
+def layer_pair(hidden: int, mlp: int, kv: int) -> Problems:
     shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
     shapes |= {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
     return {
@@ -248,35 +245,28 @@ def layer_pair(hidden: int, mlp: int, kv: int) -> dict[str, list[Pair]]:
     }
 
 
-def one_after_another(*shape: int) -> Callable[[], dict[str, NDArray[np.int64]]]:
+def one_after_another(problems: Problems) -> Order:
     """The reference."""
-    problems = layer_pair(*shape)
-
-    def run() -> dict[str, NDArray[np.int64]]:
-        found = {}
-        for name, [(weight_i, weight_j)] in problems.items():
-            costs = torch.cdist(normalized_rows(weight_i), normalized_rows(weight_j))
-            found[name] = linear_sum_assignment(costs.numpy())[1]
-        return found
-
-    return run
+    found = {}
+    for name, [(weight_i, weight_j)] in problems.items():
+        costs = torch.cdist(normalized_rows(weight_i), normalized_rows(weight_j))
+        found[name] = linear_sum_assignment(costs.numpy())[1]
+    return found
 
 
-def together(solver: str, *shape: int) -> Callable[[], dict[str, NDArray[np.int64]]]:
-    """The package's way."""
-    if solver == "scipy":
-        assignment.lapjvs = None
-    problems = layer_pair(*shape)
-    return lambda: assign(problems)
+def by_scipy(problems: Problems) -> Order:
+    """The package's way without lapx."""
+    assignment.lapjvs = None
+    return assign(problems)
 
 
 def pairs(shape: Sequence[int]) -> None:
     columns = ("", "seconds", "CPU seconds", "GiB above the weights", "ratio of seconds", "relative difference of cost")
     table(f"Assignment of a pair of layers: hidden {shape[0]}, MLP {shape[1]}, KV {shape[2]}, bfloat16", *columns)
     problems = layer_pair(*shape)
-    reference = timed_apart(one_after_another, *shape)
+    reference = timed_apart(one_after_another, partial(layer_pair, *shape))
 
-    def total(found: dict[str, NDArray[np.int64]]) -> float:
+    def total(found: Order) -> float:
         """In float64, from the weights themselves."""
         cost = 0.0
         for name, [(weight_i, weight_j)] in problems.items():
@@ -287,8 +277,8 @@ def pairs(shape: Sequence[int]) -> None:
 
     expected = total(reference.result)
     row("one after another, scipy", reference.wall, reference.cpu, gib(reference.grown), "", "")
-    for solver in ("scipy", *(["lapx"] if assignment.lapjvs else [])):
-        ours = timed_apart(together, solver, *shape)
+    for solver, way in (("scipy", by_scipy), *([("lapx", assign)] if assignment.lapjvs else [])):
+        ours = timed_apart(way, partial(layer_pair, *shape))
         ratio, difference = reference.wall / ours.wall, total(ours.result) / expected - 1
         row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)
 
@@ -307,33 +297,31 @@ def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
     return regression, random(outputs, inputs, seed=8) / inputs
 
 
-def factorised_anew(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+def factorised_anew(problem: tuple[Regression, Tensor], *, block: int, keep: int) -> list[int]:
     """The reference: one block a round, which the solution and the inverse of that round say."""
-    regression, start = group_problem(inputs, outputs)
-
-    def run() -> list[int]:
-        left = torch.arange(inputs // block)
-        ridge = 1e-2 * regression.gram.diagonal().mean()
-        target = (ridge * regression.unit * start + regression.cross).T
-        while len(left) > keep:
-            index = expanded(left, block)
-            gram = regression.gram[index][:, index].to(torch.float64 if inputs <= EXACT_LIMIT else torch.float32)
-            gram.diagonal().add_(ridge)
-            factor = torch.linalg.cholesky(gram)
-            weight = torch.cholesky_solve(target[index].to(gram.dtype), factor).unflatten(0, (-1, block))
-            inverse = torch.cholesky_inverse(factor)
-            inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(index), block)])
-            worth = (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
-            left = left[worth.topk(len(left) - 1).indices.sort().values]
-        return left.tolist()
-
-    return run
+    regression, start = problem
+    inputs = len(regression.gram)
+    left = torch.arange(inputs // block)
+    ridge = 1e-2 * regression.gram.diagonal().mean()
+    target = (ridge * regression.unit * start + regression.cross).T
+    while len(left) > keep:
+        index = expanded(left, block)
+        gram = regression.gram[index][:, index].to(torch.float64 if inputs <= EXACT_LIMIT else torch.float32)
+        gram.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(gram)
+        weight = torch.cholesky_solve(target[index].to(gram.dtype), factor).unflatten(0, (-1, block))
+        inverse = torch.cholesky_inverse(factor)
+        inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(index), block)])
+        worth = (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
+        left = left[worth.topk(len(left) - 1).indices.sort().values]
+    return left.tolist()
 
 
-def one_inverse(inputs: int, outputs: int, block: int, keep: int) -> Callable[[], list[int]]:
+def one_inverse(problem: tuple[Regression, Tensor], *, block: int, keep: int) -> list[int]:
     """The package's way."""
-    regression, start = group_problem(inputs, outputs)
-    return lambda: regression.prune(start, keep, block=block, rounds=inputs // block - keep).tolist()
+    regression, start = problem
+    rounds = len(regression.gram) // block - keep
+    return regression.prune(start, keep, block=block, rounds=rounds).tolist()
 
 
 def groups() -> None:
@@ -342,7 +330,10 @@ def groups() -> None:
     columns += ("anew, GiB", "one inverse, GiB", "the same are kept")
     table("Choice of key-value groups, one block a round", *columns)
     for inputs, outputs, block, keep in ((2048, 1024, 128, 8), (3456, 576, 192, 3), (3456, 576, 64, 9)):
-        anew, updated = (timed_apart(way, inputs, outputs, block, keep) for way in (factorised_anew, one_inverse))
+        problem = partial(group_problem, inputs, outputs)
+        anew, updated = (
+            timed_apart(partial(way, block=block, keep=keep), problem) for way in (factorised_anew, one_inverse)
+        )
         costs = (anew.cpu, updated.cpu, anew.cpu / updated.cpu, gib(anew.grown), gib(updated.grown))
         same = "yes" if anew.result == updated.result else "no"
         row(inputs, outputs, inputs // block, keep, *costs, same)
@@ -351,18 +342,12 @@ def groups() -> None:
 # Fusing
 
 
-def copying(base: str, out: str) -> Callable[[], Any]:
-    return lambda: shutil.copytree(base, out)
-
-
 def paragraphs(count: int) -> list[str]:
     return [paragraph for paragraph in documentation_halves()[0].split("\n\n") if len(paragraph) > 200][:count]
 
 
-def fusing(base: str, out: str, method: str, num_fusions: int, low_memory: bool) -> Callable[[], dict[str, float]]:
-    text = paragraphs(512)
-    settings: dict[str, Any] = {"num_fusions": num_fusions, "method": method, "perplexity_tokens": 0}
-    return lambda: fuse_checkpoint(base, out, low_memory=low_memory, calibration=text, **settings).seconds
+def fusing(text: list[str], base: str, out: str, **settings: Any) -> dict[str, float]:
+    return fuse_checkpoint(base, out, calibration=text, perplexity_tokens=0, **settings).seconds
 
 
 def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
@@ -370,11 +355,13 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
     columns = ("", "seconds", "over copying", "CPU seconds", "peak memory, GiB", "over checkpoint", "stages")
     table(f"Fusing {num_fusions} pairs of a checkpoint of {gib(size)} GiB, folder to folder", *columns)
     with tempfile.TemporaryDirectory() as scratch:
-        floor = timed_apart(copying, base, f"{scratch}/copy")
+        floor = timed_apart(partial(shutil.copytree, base), partial(str, f"{scratch}/copy"))
         row("copying", floor.wall, 1, floor.cpu, gib(floor.peak), floor.peak / size, "")
         for method in methods:
             for low_memory in (False, True):
-                run = timed_apart(fusing, base, f"{scratch}/{method}", method, num_fusions, low_memory)
+                given: dict[str, Any] = {"method": method, "num_fusions": num_fusions, "low_memory": low_memory}
+                way = partial(fusing, base=base, out=f"{scratch}/{method}", **given)
+                run = timed_apart(way, partial(paragraphs, 512))
                 name = f"{method}, {'low memory' if low_memory else 'in memory'}"
                 parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.result.items())
                 row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
@@ -427,50 +414,44 @@ def gguf_loading(base: str) -> dict[str, Any]:
     return {"gguf_file": gguf.name, "dtype": "bfloat16"} if (gguf := next(Path(base).glob("*.gguf"), None)) else {}
 
 
-def swept(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+def swept(_: ModuleType, base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> list[Scores]:
     from lf_hf.evaluate.sweep import sweep
 
-    def run() -> list[Scores]:
-        points = sweep(
-            base,
-            f"{folder}/out",
-            num_fusions=levels,
-            methods=methods,
-            tasks=TASKS,
-            calibration=f"{folder}/text.txt",
-            settings=SWEPT,
-            **gguf_loading(base),
-        )
-        return [(point.perplexities, point.scores) for point in points[1:]]
-
-    return run
+    points = sweep(
+        base,
+        f"{folder}/out",
+        num_fusions=levels,
+        methods=methods,
+        tasks=TASKS,
+        calibration=f"{folder}/text.txt",
+        settings=SWEPT,
+        **gguf_loading(base),
+    )
+    return [(point.perplexities, point.scores) for point in points[1:]]
 
 
-def one_by_one(base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> Callable[[], list[Scores]]:
+def one_by_one(
+    lm_eval: ModuleType, base: str, folder: str, levels: Sequence[int], methods: Sequence[str]
+) -> list[Scores]:
     """The reference: what is measured on the base is measured once, and all else is done for each point."""
-    from lf_hf.evaluate.evaluation import Evaluation
-
-    def run() -> list[Scores]:
-        evaluation, opened = Evaluation(TASKS), Base.open(base, gguf_loading(base))
-        configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
-        tokenizer, dense = opened.tokenizer(), opened.load()
-        loaded = [load_needed(config, f"{folder}/text.txt", lambda: tokenizer) for config in configs]
-        samples = next((samples for samples, _ in loaded if samples), None)
-        text = next((text for _, text in loaded if text), None)
-        measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)
-        evaluation.scores(dense, tokenizer)
-        del dense
-        found = []
-        for config in configs:
-            model = opened.load()
-            decoder = ModelDecoder(model, keep_originals=config.refit != "none")
-            report = pipeline.fuse(decoder, tokenizer, config, None, None, base=base, measurements=measured)
-            found.append(
-                ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
-            )
-        return found
-
-    return run
+    evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, gguf_loading(base))
+    configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
+    tokenizer, dense = opened.tokenizer(), opened.load()
+    loaded = [load_needed(config, f"{folder}/text.txt", lambda: tokenizer) for config in configs]
+    samples = next((samples for samples, _ in loaded if samples), None)
+    text = next((text for _, text in loaded if text), None)
+    measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)
+    evaluation.scores(dense, tokenizer)
+    del dense
+    found = []
+    for config in configs:
+        model = opened.load()
+        decoder = ModelDecoder(model, keep_originals=config.refit != "none")
+        report = pipeline.fuse(decoder, tokenizer, config, None, None, base=base, measurements=measured)
+        found.append(
+            ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
+        )
+    return found
 
 
 def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
@@ -478,7 +459,9 @@ def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
     table(f"Sweep of {', '.join(methods)} at {', '.join(map(str, levels))}", *columns)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.txt").write_text("\n\n".join(paragraphs(64)), encoding="utf-8")
-        reference, ours = (timed_apart(way, base, folder, levels, methods) for way in (one_by_one, swept))
+        given: dict[str, Any] = {"base": base, "folder": folder, "levels": levels, "methods": methods}
+        lm_eval = partial(import_module, "lf_hf.evaluate.evaluation")  # whose import does not count
+        reference, ours = (timed_apart(partial(way, **given), lm_eval) for way in (one_by_one, swept))
     row("one by one", reference.wall, 1, reference.cpu, 1, gib(reference.peak), "")
     ratios = reference.wall / ours.wall, reference.cpu / ours.cpu
     same = reference.result == ours.result
