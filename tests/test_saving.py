@@ -138,7 +138,9 @@ def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path
     users = {place / "rag.jinja": "mine", folder / "chat_template.jinja": "mine", folder / "vocab.json": "{}"}
     for file, content in users.items():
         file.write_text(content)
-    model.save_pretrained(folder)
+    ours = copy.deepcopy(model)
+    ours.tokenizer.chat_template = "ours"
+    ours.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert "mine" in (tokenizer.chat_template, tokenizer.get_chat_template("default"))
@@ -256,9 +258,6 @@ def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str
     before = files(tmp_path / "out")
     with pytest.raises(OSError, match=r"was not written \(tokenizer\.json has the name .* before is unchanged"):
         model.save_pretrained(tmp_path / "out")
-    for fuse in ways_of_fusing(base, tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"holds a folder 'tokenizer\.json', where a file is to go"):
-            fuse()
     assert files(tmp_path / "out") == before
     adapted = copy.deepcopy(model)
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)  # as add_adapter does

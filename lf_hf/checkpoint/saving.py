@@ -15,14 +15,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
@@ -71,10 +71,8 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     """
     folder = checked_folder(path)
     finish_save(folder)
-    report = _report(folder)
-    ours = _ours(folder, report)
+    report, _, ours = _last_save(folder)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
-    names = sorted({*_TOKENIZER, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -83,8 +81,6 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
-    elif folders := [name for name in names if (folder / name).is_dir()]:
-        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
     if problem:
@@ -100,32 +96,17 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     if another process is at work there, unless `wait`.
     """
     lock = FileLock(folder / _LOCK)
-    with ExitStack() as stack:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
         with _explained(folder):
-            stack.enter_context(gone_if_empty(folder))
-            try:
-                lock.acquire(timeout=_LOCK_SECONDS)
-            except Timeout:
-                if not wait:
-                    advice = "wait until it is done, or choose another folder"
-                    raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.") from None
-                logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                lock.acquire()
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else _LOCK_SECONDS)
         try:
             yield
         finally:
             with suppress(PermissionError):  # Windows removes no file that is open
                 (folder / _LOCK).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
             lock.release()
-
-
-@contextmanager
-def gone_if_empty(folder: Path) -> Iterator[None]:
-    """Make a folder, and those that it is in; what was made goes again if nothing is in it after the block."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
     finally:
         with suppress(OSError):  # not empty
             for path in made:
@@ -141,8 +122,7 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
     """
     new = folder / _SAVING / "new"
     _finish(folder)
-    with ExitStack() as unless_whole:
-        unless_whole.callback(shutil.rmtree, new.parent, ignore_errors=True)
+    try:
         with _explained(folder):
             new.mkdir(parents=True)
             yield new
@@ -153,8 +133,8 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
             marker.replace(new.with_name(_COMPLETE))
-        unless_whole.pop_all()
-    _finish(folder)
+    finally:
+        _finish(folder)
 
 
 def finish_save(folder: Path) -> None:
@@ -169,8 +149,9 @@ def _explained(folder: Path, state: str = "what was there before is unchanged") 
     """Raise errors of writing again, with the folder's name and its state."""
     try:
         yield
-    except BlockingIOError:
-        raise
+    except Timeout:
+        advice = "wait until it is done, or choose another folder"
+        raise BlockingIOError(f"Another process is saving into {str(folder)!r}; {advice}.") from None
     except (OSError, SafetensorError) as error:
         raise OSError(f"{str(folder)!r} was not written ({error}); {state}.") from error
 
@@ -199,15 +180,13 @@ def _finish(folder: Path) -> None:
 
 def changed_files(folder: Path) -> list[str]:
     """Those of the weights and config.json that are not as the last save wrote them."""
-    report = _report(folder)
-    model = {name for name in _manifest(report) if name == CONFIG_NAME or _variant(name) is not None}
-    return sorted(model - _ours(folder, report))
+    _, manifest, ours = _last_save(folder)
+    return sorted(name for name in manifest.keys() - ours if name == CONFIG_NAME or _variant(name) is not None)
 
 
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
-    report, there, written = _report(folder), _files(folder), _files(new)
-    ours = _ours(folder, report)
+    (_, manifest, ours), there, written = _last_save(folder), _files(folder), _files(new)
     users = there.keys() - ours
     kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
     if not own_tokenizer and (tokenizer := users & _TOKENIZER):
@@ -228,32 +207,24 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
         stale = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
         stale = (stale | {name for name in there if _variant(name) in variants}) - kept - written.keys()
     if REPORT_NAME in written:
-        values, manifest = json.loads(written[REPORT_NAME].read_text(encoding="utf-8")), _manifest(report)
+        values = json.loads(written[REPORT_NAME].read_text(encoding="utf-8"))
         values["files"] = {name: manifest[name] for name in sorted(ours - stale)}
         values["files"] |= {name: _digest(file) for name, file in sorted(written.items())}
         written[REPORT_NAME].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return sorted(stale)
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    """What the last save into a folder noted, empty if that cannot be read."""
+def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
+    """The report of the last save into a folder, digests of the files that it wrote, and names of those still so."""
+    report: Any = None
     with suppress(OSError, ValueError):
         report = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
-        return report if isinstance(report, dict) else {}
-    return {}
-
-
-def _manifest(report: dict[str, Any]) -> dict[str, str]:
-    """Names of the files that the save of a report wrote, each with its `_digest`."""
-    files = report.get("files")
-    entries = files.items() if isinstance(files, dict) else ()
-    return {name: digest for name, digest in entries if name.isprintable() and isinstance(digest, str)}
-
-
-def _ours(folder: Path, report: dict[str, Any]) -> set[str]:
-    """Names of the files that are there as the save of a report wrote them."""
-    manifest = _manifest(report)
-    return {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
+    report = report if isinstance(report, dict) else {}
+    noted = report.get("files")
+    entries = noted.items() if isinstance(noted, dict) else ()
+    manifest = {name: digest for name, digest in entries if name.isprintable() and isinstance(digest, str)}
+    ours = {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
+    return report, manifest, ours
 
 
 def _files(folder: Path) -> dict[str, Path]:
