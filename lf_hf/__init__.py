@@ -11,13 +11,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lf_hf.checkpoint.classes import FUSED_CLASSES, FusedLlamaForCausalLM
 from lf_hf.checkpoint.configuration import FusedLlamaConfig
 from lf_hf.fuse import from_pretrained_fused, fuse_checkpoint
+from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import FusionConfig
 
 if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
-    from lf_hf.healing.settings import HealSettings
 
+__version__ = version("lf_hf")
 for _classes in FUSED_CLASSES.values():
     _config = _classes["AutoConfig"]
     AutoConfig.register(_config.model_type, _config)
@@ -52,14 +53,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("lf_hf")
     if name == "heal":  # transformers' Trainer takes seconds to import
         from lf_hf.healing.heal import heal
 
         return heal
-    if name == "HealSettings":
-        from lf_hf.healing.settings import HealSettings
-
-        return HealSettings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

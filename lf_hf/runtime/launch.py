@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -65,8 +64,7 @@ class Processes:
         if self.world_size > 1:
             only_devices = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
             sent = tensor.to("cuda") if only_devices else tensor
-            with _connected():
-                collective(sent)
+            _communicate(collective, sent)
             if only_devices:
                 tensor.copy_(sent)
 
@@ -80,8 +78,7 @@ class Processes:
         """A small value of each process, by rank, in all of them."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            with _connected():
-                distributed.all_gather_object(values, value)
+            _communicate(distributed.all_gather_object, values, value)
         return values
 
     def broadcast_object(self, compute: Callable[[], T]) -> T:
@@ -98,8 +95,7 @@ class Processes:
                 box[0] = compute()
             except Exception as raised:
                 error, box[1] = raised, str(raised)
-        with _connected():
-            distributed.broadcast_object_list(box, src=0)
+        _communicate(distributed.broadcast_object_list, box, 0)
         if box[1] is not None:
             raise error or OtherProcessError(box[1])
         return box[0]
@@ -138,11 +134,10 @@ def own_device(device: Any) -> Any:
     return f"{device}:{local_rank() % torch.accelerator.device_count()}"
 
 
-@contextmanager
-def _connected() -> Iterator[None]:
-    """Say in one sentence that another process is gone."""
+def _communicate(collective: Callable[..., Any], *arguments: Any) -> None:
+    """Call one of torch's functions that need all processes; say in one sentence that another process is gone."""
     try:
-        yield
+        collective(*arguments)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # torch has no class of its own for this
