@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # missing from its __all__
 
 from lf_hf.families import Family
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 
 CARD_NAME = "README.md"
+# The hub refuses a card that names no repository. A name without its owner is that of a folder.
+_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(/.+\.gguf)?", re.ASCII)
 _CARD = """---
 {metadata}
 ---
@@ -64,9 +63,9 @@ What both models add to some prompts, by the most likely token each time.
 
 def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
     """Markdown with YAML metadata: what the model is, what it was made of, how to load it, how it did."""
-    repository = _repository(report.base)
+    repository = _REPOSITORY.fullmatch(report.base)
     metadata = ModelCardData(
-        base_model=repository,
+        base_model=repository and repository[1],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[family.model_type, "layer-fusion", "compressed"],
@@ -81,7 +80,7 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         kind=f"{'An' if family.title[0] in 'AEIO' else 'A'} {family.title}",
         layers_after=report.layers_after,
         layers_before=report.layers_before,
-        base=as_code(report.base if repository else os.path.basename(os.path.normpath(report.base))),
+        base=as_code(report.base),
         method=as_code(report.config["method"]),
         notes="".join(f"> {_as_text(note)}\n\n" for note in report.notes),
         figures=_rows(map(_as_text, cells) for cells in [head, ["---"] * len(head), *rows]),
@@ -97,20 +96,6 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
 def _rows(rows: Iterable[Iterable[str]]) -> str:
     """Rows of a table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-
-
-def _repository(base: str) -> str | None:
-    """The hub's repository that a base is from; None for a folder, as the hub refuses a card that names no repository.
-
-    A name without its owner is that of a folder, see `lf_hf.report.report.FusionReport`.
-    """
-    if base.endswith(".gguf"):  # the repository and a file in it
-        base = "/".join(base.split("/")[:-1][:2])
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return None
-    return base if "/" in base else None
 
 
 def as_code(value: object) -> str:
