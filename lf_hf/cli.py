@@ -6,7 +6,7 @@ import io
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import click
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 import lf_hf
-from lf_hf.checkpoint.base import Base, hub_arguments
+from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
@@ -47,6 +46,7 @@ Start with a dry run, which says what a fusion does and takes, and writes nothin
 _MECHANICS = [name for name in FusionConfig.known if name not in (*LEVELS, "method")]  # which a method has defaults of
 _WIDEST = 10_000  # columns of a table that goes to a file
 _TRACEBACK = "--traceback"
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 _INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, click.ClickException) else 1
 
 
-@click.group(epilog=_GUIDE, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(epilog=_GUIDE, context_settings=_CONTEXT)
 @click.version_option(version("lf_hf"), message="lf-hf %(version)s")
 @click.option(_TRACEBACK, is_flag=True, help="Show where an error came from; works after a command, too.")
 def app(traceback: bool) -> None:  # which `main` takes out, wherever it is
@@ -177,30 +177,26 @@ def fuse(
     from lf_hf.estimate import check_disk, plan_fusion
 
     settings, given = _taken(FusionConfig, given)
-    calibration, hub = given.pop("calibration", None), hub_arguments(given)
-    if len([name for name in LEVELS if name in settings]) + (target_layers is not None) != 1:
-        raise click.UsageError(
-            "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
-        )
+    calibration, opened = given.pop("calibration", None), Base.open(base, given)
     if target_layers is not None:
-        layers = Base.open(base, hub).config.num_hidden_layers
-        if not 1 <= target_layers < layers:
+        layers = opened.config.num_hidden_layers
+        if not 1 <= target_layers < layers or "num_fusions" in settings:
             raise click.UsageError(
-                f"--target-layers must be 1 to {layers - 1} for a base of {layers} layers, got {target_layers}."
+                f"--target-layers, in place of --num-fusions, must be 1 to {layers - 1} for a base of {layers} layers, "
+                f"got {target_layers}."
             )
         settings["num_fusions"] = layers - target_layers
     with _usage_errors():
         config = FusionConfig.from_kwargs(**settings)
     if dry_run:
-        print(plan_fusion(base, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
+        print(plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
         return
-    opened = Base.open(base, given)
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, plain=plain, calibration=calibration)
     if rank():  # of a launch: the first one speaks
         return
-    sizes = weights_size(base, hub), weights_size(out, {})
+    sizes = sum(file.stat().st_size for file in opened.files()), weights_size(Path(out))
     budget = [report.budget.summary()] if report.budget else []
     _print(_table(out, *as_table(report.rows(sizes))), *budget, *report.notes)
 
@@ -277,14 +273,12 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     "--methods",
     metavar="METHOD,...",
     default="neural_alignment,mka",
-    show_default=True,
     help=f"One or more of {', '.join(METHODS)}.",
 )
 @click.option(
     "--tasks",
     metavar="TASK,...",
     default="mmlu_5shot",
-    show_default=True,
     help="Tasks of lm-eval, and mmlu_5shot and mmlu_sample of lf_hf.",
 )
 @click.option(
@@ -293,9 +287,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     help="How many questions of each task, or, below 1, what share of them.  [default: all]",
 )
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
-@click.option(
-    "--batch-size", metavar="N|auto", default="1", show_default=True, help="How many questions to run together."
-)
+@click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")
 @click.option("--metadata", metavar="JSON", help='Passed on to the tasks, such as {"mmlu_dir": "DIR"}.')
 @_CALIBRATION
 @click.option(
@@ -319,13 +311,13 @@ def sweep(base: str, out: str, num_fusions: str, methods: str, tasks: str, metad
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which else tells how it builds each task
     settings, given = _taken(FusionConfig, given)
-    levels, given["methods"], given["tasks"] = _names(num_fusions), _names(methods), _names(tasks)
+    given |= {"num_fusions": _names(num_fusions), "methods": _names(methods), "tasks": _names(tasks)}
     with _usage_errors():
         values = None if metadata is None else parse_json(metadata, "--metadata")
         check_evaluation(given.get("limit"), given["batch_size"])
-        for level, method in itertools.product(levels, given["methods"]):
+        for level, method in itertools.product(given["num_fusions"], given["methods"]):
             FusionConfig.from_kwargs(num_fusions=level, method=method, **settings)
-    points = run_sweep(base, out, num_fusions=[*map(int, levels)], metadata=values, settings=settings, **given)
+    points = run_sweep(base, out, metadata=values, settings=settings, **given)
     if local_rank():  # of a launch: the first one on a machine speaks
         return
     head, *rows = results_rows(points)
@@ -349,8 +341,7 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     page = Path(html) if html else (place if place.is_dir() else place.parent) / "fusion_report.html"
     pictures = write_pictures(found, png) if png else []
     write_page(found, page)
-    for file in (page, *pictures):
-        print(file)
+    print(page, *pictures, sep="\n")
 
 
 @app.command()
@@ -388,16 +379,15 @@ def _taken(settings: type[Settings], given: dict[str, Any]) -> tuple[dict[str, A
     return {name: used.pop(name) for name in settings.known if name in used}, used
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table in which only heads wrap."""
     name = Text(title, "table.title", no_wrap=True, overflow="ignore")
     table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
-    cells = list(zip(*rows, strict=True))
-    for number, column in enumerate(head):
-        width = max(map(len, [*column.split(), *cells[number]]), default=1)
+    for number, (column, *cells) in enumerate(zip(head, *rows, strict=True)):
+        width = max(map(len, [*column.split(), *cells]))
         table.add_column(Text(column), justify="right" if number else "left", min_width=width)
-    for row in zip(*cells, strict=True):
-        table.add_row(*map(escape, row))
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan_fusion(
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Base,
     config: FusionConfig,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -74,12 +74,13 @@ def plan_fusion(
     Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
     room for the result.
     """
-    replaces = out is not None and check_replaceable(out, os.fspath(base))
+    opened = Base.open(base, kwargs)
+    replaces = out is not None and check_replaceable(out, opened.name)
     if low_memory:
-        low_memory_device(config, kwargs)
-    inputs = FusionInputs.open(Base.open(base, kwargs), config, calibration, None)
+        low_memory_device(config, opened.loading)
+    inputs = FusionInputs.open(opened, config, calibration, None)
     inputs.check()
-    opened, (samples, text) = inputs.base, inputs.samples_and_text
+    samples, text = inputs.samples_and_text
     if out is not None:
         check_disk(opened, config, out)
 
@@ -87,7 +88,7 @@ def plan_fusion(
     (_, before, after), dtype = _parameters(opened, config), _dtype(opened)
     bytes_before, bytes_after = before * dtype.itemsize, after * dtype.itemsize
     on_disk = sum(file.stat().st_size for file in opened.files())
-    devices = _devices(kwargs.get("device_map"))
+    devices = _devices(opened.loading.get("device_map"))
     memory, reduced = (_peak(opened, config, samples, devices[0], low_memory=low) for low in (False, True))
     pairs = f"chosen while fusing, on calibration text, by selection={config.selection!r}"
     if config.selection == "last":
@@ -100,7 +101,7 @@ def plan_fusion(
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"
     with_low_memory = "cannot be used here"
     with suppress(ValueError):
-        low_memory_device(config, kwargs)
+        low_memory_device(config, opened.loading)
         with_low_memory = in_gib(reduced)
     sources = [samples and samples.source, text and text.full_source]
     notes = [

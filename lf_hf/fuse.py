@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
-from lf_hf.checkpoint.base import SPREAD, Base, check_device, hub_arguments, is_spread
+from lf_hf.checkpoint.base import SPREAD, Base, hub_arguments, is_spread
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import fused_config, plain_config
@@ -27,7 +27,6 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.speed import with_speed
@@ -59,11 +58,6 @@ class FusionInputs:
         """Check that the settings suit the base, and read its tokenizer."""
         check_layers(config, base.config)
         return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer())
-
-    @property
-    def processes(self) -> Processes:
-        """Those that share the work: none others where each spreads its model, and with it its states, over devices."""
-        return ALONE if is_spread(self.base.loading.get("device_map")) else Processes.of_launch()
 
     @cached_property
     def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
@@ -103,7 +97,6 @@ class FusionInputs:
         return pipeline.fuse(decoder, self.tokenizer, self.config, *self.samples_and_text, base=self.base.full_name)
 
 
-@naming(FusionConfig)
 def from_pretrained_fused(
     base: str | os.PathLike[str] | Base,
     config: FusionConfig | None = None,
@@ -136,8 +129,7 @@ def from_pretrained_fused(
     model_class : class, optional
         What the result is to be. Default: the class for the base's family.
     **kwargs
-        FusionConfig fields: {settings}.
-        All others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
+        FusionConfig fields. All others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
     Returns
     -------
@@ -151,7 +143,7 @@ def from_pretrained_fused(
     """
     kept_in = None if fused_dir is None else checked_folder(fused_dir)
     config = FusionConfig.taken_from(kwargs, config)
-    opened = base if isinstance(base, Base) else Base.open(base, kwargs)
+    opened = Base.open(base, kwargs)
     of_family = fused_class(opened.config)
     model_class = model_class or of_family
     if model_class.family is not of_family.family:
@@ -172,7 +164,9 @@ FusedForCausalLM._fuse = from_pretrained_fused
 def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
     """Load the base and fuse it in memory."""
     loaded = inputs.base.load()
-    report = inputs.fuse(ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=inputs.processes))
+    # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
+    processes = ALONE if is_spread(inputs.base.loading.get("device_map")) else Processes.of_launch()
+    report = inputs.fuse(ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes))
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     if inputs.to_heal is not None:
         from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
@@ -224,7 +218,6 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
     return model
 
 
-@naming(FusionConfig)
 def fuse_checkpoint(
     base: str | os.PathLike[str] | Base,
     out: str | os.PathLike[str],
@@ -261,8 +254,7 @@ def fuse_checkpoint(
     max_shard_bytes : int
         Size of an output file, about; also what is held in memory while writing.
     **kwargs
-        FusionConfig fields: {settings}.
-        All others are as for `from_pretrained` (revision, token, dtype, device_map, ...). With
+        FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, ...). With
         `low_memory` device_map is one device, such as "cuda" or "cuda:1"; default: the CPU.
 
     Returns
@@ -276,16 +268,15 @@ def fuse_checkpoint(
     OSError
         If another process is saving there, or if files cannot be written.
     """
-    check_replaceable(out, base.name if isinstance(base, Base) else str(base))
     plain, target = bool(plain or as_llama), checked_folder(out)
     config = FusionConfig.taken_from(kwargs, config)
+    opened = Base.open(base, kwargs)
+    check_replaceable(out, opened.name)
     if low_memory:
-        device = low_memory_device(config, base.loading if isinstance(base, Base) else kwargs)
+        device, generation = low_memory_device(config, opened.loading), _generation_config(opened)
         if config.speed:
             logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
-    opened = base if isinstance(base, Base) else Base.open(base, kwargs)
-    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
-    processes, generation = Processes.of_launch(), _generation_config(opened) if low_memory else None
+    inputs, processes = FusionInputs.open(opened, config, calibration, tokenizer), Processes.of_launch()
     inputs.check()
     with ExitStack() as stack:
 
@@ -294,7 +285,7 @@ def fuse_checkpoint(
             return stack.enter_context(replaced_files(target, own_tokenizer=tokenizer is not None))
 
         folder = processes.broadcast_object(begin)
-        if generation is not None:
+        if low_memory:
             report = _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
         else:
             model = _load_and_fuse(fused_class(opened.config), inputs)
@@ -355,15 +346,12 @@ def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch
             f"{', '.join(sorted(unknown)) or 'gguf_file'} cannot be used with low_memory=True; use low_memory=False."
         )
     device_map = loading.get("device_map")
-    if device_map is None:
-        return torch.device("cpu")
-    if not isinstance(device_map, str | int | torch.device) or device_map in (*SPREAD, "meta", torch.device("meta")):
+    if isinstance(device_map, dict) or device_map in SPREAD:
         raise ValueError(
             f"With low_memory=True layers are read onto one device, so device_map cannot be {device_map!r:.80}; give "
             "cpu, cuda or cuda:1, or use low_memory=False."
         )
-    check_device(device_map)
-    return torch.device(device_map)
+    return torch.device("cpu" if device_map is None else device_map)
 
 
 def _generation_config(base: Base) -> GenerationConfig:

@@ -39,8 +39,8 @@ def test_a_fusion_does_what_its_plan_says(
         assert "chosen while fusing, on calibration text" in said
     [sizes] = re.findall(r"bytes on disk: ([\d,]+) -> ([\d,]+) ", said)
     before, after = (int(size.replace(",", "")) for size in sizes)
-    assert before == weights_size(base, {})
-    assert 0 <= weights_size(tmp_path / "out", {}) - after < 20_000  # the header
+    assert before == weights_size(Path(base))
+    assert 0 <= weights_size(tmp_path / "out") - after < 20_000  # the header
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import quantization_config
 from transformers.utils.hub import cached_file
@@ -23,21 +22,18 @@ from lf_hf.checkpoint.saving import finish_save
 from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     check_complete,
-    check_floats,
     local_folder,
     tensor_files,
-    weight_files,
     weights_folder,
 )
 from lf_hf.families import FAMILIES, Family, family_of
-from lf_hf.report.report import MOST_LAYERS
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and what else is true of a base only, and not of what it is fused to.
 _BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that spread a model over all devices."""
 
@@ -61,8 +57,8 @@ class Base:
     loading: Mapping[str, Any]
 
     @classmethod
-    def open(cls, name: str | os.PathLike[str], loading: Mapping[str, Any]) -> Base:
-        """Read the config of a checkpoint.
+    def open(cls, name: str | os.PathLike[str] | Base, loading: Mapping[str, Any]) -> Base:
+        """Read the config of a checkpoint; one that is open stays as it is.
 
         Raises
         ------
@@ -70,6 +66,8 @@ class Base:
             If there is no model in plain floats of a family that can be fused, or if `loading` holds a dtype, a device
             or another argument that cannot be used.
         """
+        if isinstance(name, Base):
+            return name
         loading = dict(loading)
         if "torch_dtype" in loading:  # its older name
             loading.setdefault("dtype", loading.pop("torch_dtype"))
@@ -101,8 +99,7 @@ class Base:
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that was asked for, None for the checkpoint's own."""
-        dtype: torch.dtype | str = self.loading["dtype"]
-        return dtype if isinstance(dtype, torch.dtype) else None
+        return checked_dtype(self.loading["dtype"])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ValueError if there is none that can be read."""
@@ -110,7 +107,16 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        return weight_files(self.name, self.hub)
+        hub, variant = self.hub | {"local_files_only": True}, self.loading.get("variant")
+        hub.pop("force_download", None)
+        try:
+            if gguf_file := hub.pop("gguf_file", None):
+                return [Path(str(cached_file(self.name, gguf_file, **hub)))]
+            return sorted(set(tensor_files(weights_folder(self.name, hub, variant), variant).values()))
+        except (ValueError, OSError):
+            if os.path.isdir(self.name):
+                raise
+            return []
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
@@ -135,10 +141,10 @@ class Base:
             If the files of weights are not whole or not what the config describes, if they are pickled, which can run
             code, and the user did not ask for it with use_safetensors=False, or if transformers knows no such argument.
         """
-        loading, variant = {**self.loading}, self.loading.get("variant")
+        loading = {**self.loading}
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
-            check_floats(tensor_files(self.weights_folder(), variant))
+            tensor_files(self.weights_folder(), loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
         if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
             # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
@@ -175,11 +181,9 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
     """The dtype that a user means, None for the base's own. Raises ValueError for one that layers do not compute in."""
     if dtype is None or dtype == "auto":
         return None
-    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if isinstance(named, torch.dtype) and named in _DTYPES:
-        return named
-    names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-    raise ValueError(f"dtype must be auto, {names}, got {dtype!r:.80}.")
+    if (name := str(dtype).removeprefix("torch.")) in _DTYPES:
+        return _DTYPES[name]
+    raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r:.80}.")
 
 
 def check_device(device_map: object) -> None:
@@ -206,9 +210,7 @@ def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         reason = " ".join(str(error).split())
-        if isinstance(error.__cause__ or error, HFValidationError):
-            reason = "there is no such folder, and it cannot be a name on the hub."
-        raise ValueError(f"No config of a model can be read for {base!r}: {reason:.400}") from None
+        raise ValueError(f"No config of a model can be read for {base!r}, here or on the hub: {reason:.400}") from None
 
 
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
@@ -228,19 +230,12 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
-    fixed = [name for name in ("num_hidden_layers", *family.layer_lists) if loading.get(name) is not None]
-    if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS), *fixed]:
-        return f"cannot be fused with {given[0]}; leave it out: fusing takes all layers, in floating point"
+    if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS)]:
+        return f"cannot be fused with {given[0]}; leave it out: fusing is in floating point"
     if loading.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
         return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
-    if file := getattr(config, "transformers_weights", None):  # which only transformers would read
-        return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
-    if (context := config.max_position_embeddings) < 16:  # the shortest calibration_length
-        return f"has max_position_embeddings={context}, but fusing needs 16 tokens"
     if not 0 <= (config.bos_token_id or 0) < config.vocab_size:
         return f"has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} tokens; repair it"
-    if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
-        return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
     try:
         with torch.device("meta"):
             family.causal_lm(copy.deepcopy(config))

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard, create_repo
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import _add_variant
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -31,10 +32,10 @@ from lf_hf.checkpoint.configuration import (
     fused_config,
     fusion_entry,
     plain_config,
+    register_peft,
 )
-from lf_hf.checkpoint.peft import register_peft
 from lf_hf.checkpoint.saving import checked_folder, finish_save, only_writer, replaced_files
-from lf_hf.checkpoint.weights import check_floats, shard_names, tensor_files, with_variant
+from lf_hf.checkpoint.weights import shard_names, tensor_files
 from lf_hf.families import FAMILIES, HEADS, Family, family_of
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
@@ -102,17 +103,15 @@ class FusedForCausalLM(PreTrainedModel):
         to is loaded, with the adapter.
         """
         hub, name = hub_arguments(kwargs), os.fspath(pretrained_model_name_or_path or "")
+        folder, variant = Path(name, hub.get("subfolder", "")), kwargs.get("variant")
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         if name and kwargs.get("config") is None:  # else the files that it was read with count
-            finish_save(Path(name, hub.get("subfolder", "")))
+            finish_save(folder)
             cls._check_family(name, hub)
-        index, single = (
-            with_variant(file, kwargs.get("variant")) for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-        )
-        alone = Path(name, hub.get("subfolder", ""), single).is_file()  # then no index is looked at
-        if name and not alone and (file := optional_file(name, index, hub)):
-            shard_names(Path(file))
+        index, single = (folder / _add_variant(file, variant) for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+        if index.is_file() and not single.is_file():  # beside which no index is looked at
+            shard_names(index)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         name = str(model.name_or_path)  # which an adapter's folder has led to
@@ -121,7 +120,7 @@ class FusedForCausalLM(PreTrainedModel):
             model._opened_in = Path(name, hub.get("subfolder", "")).resolve()
             read = kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file")
             if read and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
-                check_floats(tensor_files(model._opened_in, kwargs.get("variant")))
+                tensor_files(model._opened_in, variant)
         if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.fusion_report = FusionReport.load(file)
@@ -133,18 +132,17 @@ class FusedForCausalLM(PreTrainedModel):
 
     @classmethod
     def _check_family(cls, name: str, hub: dict[str, Any]) -> None:
-        """Raise ValueError, before weights are read, where there is no model of this family, nor an adapter of one."""
+        """Raise ValueError, before weights are read, for a model of another family; an adapter names its own model."""
         if not optional_file(name, CONFIG_NAME, hub) and optional_file(name, ADAPTER_CONFIG_NAME, hub):
             return
         model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         family = str(model_type).removeprefix(FUSED)
-        if family == cls.family.model_type:
-            return
-        loader = f"; load it with {FUSED_CLASSES[family][_CAUSAL_LM].__name__}" if family in FUSED_CLASSES else ""
-        raise ValueError(
-            f"{name!r} has no config.json of a {cls.family.model_type!r} model, as {cls.__name__} needs, but "
-            f"{f'one of type {model_type!r}' if model_type else 'none'}{loader}."
-        )
+        if family != cls.family.model_type:
+            loader = f"; load it with {FUSED_CLASSES[family][_CAUSAL_LM].__name__}" if family in FUSED_CLASSES else ""
+            raise ValueError(
+                f"{name!r} has no config.json of a {cls.family.model_type!r} model, as {cls.__name__} needs: its "
+                f"model_type is {model_type!r}{loader}."
+            )
 
     def save_pretrained(
         self,
@@ -209,14 +207,13 @@ class FusedForCausalLM(PreTrainedModel):
                 return
             with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
                 self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
-                names.extend(str(file.relative_to(new)) for file in new.rglob("*"))
 
-        names: list[str] = []
+        before = self._get_files_timestamps(folder) if folder.is_dir() else {}
         (Processes.of_launch() if sharded else ALONE).broadcast_object(save)
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
         if push_to_hub and writes:
-            _upload(folder, repo_id or folder.name, token=token, allow_patterns=names, **uploading)
+            self._upload(folder, repo_id or folder.name, before, token=token, **uploading)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """What transformers asks before it writes weights; who calls it has decided before."""
@@ -276,7 +273,14 @@ class FusedForCausalLM(PreTrainedModel):
                 card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
                 card.data["tags"] = [*(card.data.get("tags") or []), *tags]
                 card.save(file)
-            return _upload(folder, repo_id, token=token, **uploading)
+            return self._upload(folder, repo_id, {}, token=token, **uploading)
+
+    def _upload(
+        self, folder: Any, repo_id: str, before: dict[str, float], *, token: Any, private: Any = None, **commit: Any
+    ) -> str:
+        """Upload the files of a folder that changed after times that were noted `before`."""
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return str(self._upload_modified_files(folder, repo_id, before, token=token, **commit))
 
     def _check_without_adapter(self) -> None:
         if any(".base_layer." in name for name, _ in self.named_parameters()):
@@ -404,19 +408,3 @@ def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
         if not rank():
             whole[name] = gathered.cpu()
     return whole
-
-
-def _upload(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    **commit: Any,
-) -> str:
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -87,3 +89,18 @@ def converted_config(config: PreTrainedConfig, to: type[Config], **extra: Any) -
     converted._attn_implementation = config._attn_implementation
     converted._name_or_path = config._name_or_path
     return converted
+
+
+@functools.cache
+def register_peft() -> None:
+    """Let PEFT methods that know where adapters go in a model of some type know the same of the fused one.
+
+    That is all but AdaptionPrompt, which has tables of its own, with classes in them. It happens when the first fused
+    model is made, and not when lf_hf is imported, as PEFT may take long to import.
+    """
+    with suppress(Exception):  # of any kind: there may be no PEFT, or one that does not work
+        from peft.utils import constants
+
+        for name, table in vars(constants).items():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+                table |= {FUSED + base: table[base] for base in FAMILIES if base in table and FUSED + base not in table}

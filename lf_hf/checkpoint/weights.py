@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers.modeling_utils import str_to_torch_dtype
+from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from lf_hf.runtime.checked_json import parse_json
 
@@ -24,31 +23,14 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
-def weight_files(base: str | os.PathLike[str], hub: dict[str, Any]) -> list[Path]:
-    """A checkpoint's files of weights on this machine; none if they are on the hub only.
-
-    `hub` holds from_pretrained's arguments on where files are. Raises ValueError if a folder holds none.
-    """
-    base = os.fspath(base)
-    hub = {name: value for name, value in hub.items() if name != "force_download"} | {"local_files_only": True}
-    try:
-        if gguf_file := hub.pop("gguf_file", None):
-            return [Path(str(cached_file(base, gguf_file, **hub)))]
-        return sorted(set(tensor_files(weights_folder(base, hub)).values()))
-    except (ValueError, OSError):
-        if os.path.isdir(base):
-            raise
-        return []
-
-
-def weights_size(base: str | os.PathLike[str], hub: dict[str, Any]) -> int:
-    """Bytes of a checkpoint's weights on disk; see `weight_files`."""
-    return sum(file.stat().st_size for file in weight_files(base, hub))
+def weights_size(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors files."""
+    return sum(file.stat().st_size for file in set(tensor_files(folder).values()))
 
 
 def weights_folder(base: str, hub: dict[str, Any], variant: str | None = None) -> Path:
     """The folder of a checkpoint's safetensors files; those of the hub are downloaded."""
-    return local_folder(base, hub, ["*.safetensors", with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)])
+    return local_folder(base, hub, ["*.safetensors", _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)])
 
 
 def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
@@ -61,28 +43,21 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """For each tensor of a checkpoint the file that holds it.
 
-    Raises ValueError if there are no safetensors files, a shard is missing or damaged, or the index names files
-    elsewhere.
+    Raises ValueError if there are no safetensors files, one is missing, damaged or not of plain floats, or the index
+    names files elsewhere.
     """
-    index, single = (folder / with_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    index, single = (folder / _add_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
     if single.is_file():  # then transformers does not look at an index either
-        return dict.fromkeys(tensor_shapes(single), single)
-    if not index.is_file():
-        others = sorted(file.name for file in folder.glob("model.*.safetensors")) if variant is None else []
-        advice = (
-            f"but {others[0]}; name its variant with variant="
-            if others
-            else "and pickled weights can run code when they are read; convert them to safetensors, or if you trust "
-            "them pass use_safetensors=False (with low_memory=False)"
-        )
-        raise ValueError(f"{str(folder)!r} holds neither {single.name} nor {index.name}, {advice}.")
-    files = {name: folder / file for name, file in shard_names(index).items()}
-    held = {file: tensor_shapes(file) for file in sorted(set(files.values()))}
-    if missing := [name for name, file in files.items() if name not in held[file]]:
+        files = [single]
+    elif index.is_file():
+        files = sorted({folder / file for file in shard_names(index).values()})
+    else:
         raise ValueError(
-            f"{index.name} says that {missing[0]!r} is in {files[missing[0]].name!r}, but it is not; repair the base."
+            f"{str(folder)!r} holds neither {single.name} nor {index.name}; name another variant with variant=, and as "
+            "pickled weights can run code when they are read, convert them to safetensors, or if you trust them pass "
+            "use_safetensors=False (with low_memory=False)."
         )
-    return {name: file for file, names in held.items() for name in names}
+    return {name: file for file in files for name in tensor_shapes(file)}
 
 
 def shard_names(index: Path) -> dict[str, str]:
@@ -131,29 +106,26 @@ def stored_dtype(file: Path) -> torch.dtype:
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, from its header."""
+    """Names and shapes of the tensors in a safetensors file, from its header.
+
+    Raises ValueError if it is damaged, or holds weights that are no plain floats: transformers would cast them to
+    floats without a word.
+    """
     try:
         with open_tensors(file) as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
     except Exception as error:  # safetensors has its own error for a damaged header
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(file)!r} cannot be read ({reason}); if it is not whole, download it again.") from None
-
-
-def check_floats(files: Mapping[str, Path]) -> None:
-    """Raise ValueError if a model's weights are stored as anything but plain floats.
-
-    transformers would cast them to floats without a word. `files` has the file of each tensor; the headers tell.
-    """
-    for file in sorted(set(files.values())):
-        with open_tensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                dtype = opened.get_slice(name).get_dtype()
-                if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
-                    raise ValueError(
-                        f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the "
-                        "weights to bfloat16 or float32, or use the checkpoint that they were quantised from."
-                    )
+    for name, dtype in dtypes.items():
+        if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
+            raise ValueError(
+                f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the weights to "
+                "bfloat16 or float32, or use the checkpoint that they were quantised from."
+            )
+    return shapes
 
 
 def check_complete(
@@ -179,9 +151,3 @@ def check_complete(
     ]
     if problems:
         raise ValueError(f"{base!r} {problems[0]}; repair the base.")
-
-
-def with_variant(name: str, variant: str | None) -> str:
-    """A file's name with from_pretrained's `variant` in it, where transformers puts it."""
-    stem, _, suffix = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{suffix}"

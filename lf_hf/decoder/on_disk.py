@@ -20,7 +20,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.checkpoint.weights import (
     check_complete,
-    check_floats,
     open_tensors,
     read_onto,
     stored_dtype,
@@ -80,7 +79,6 @@ class CheckpointDecoder(Decoder):
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rotary_emb = self.family.rotary_embedding(config).to(device)
         self._files = tensor_files(folder)
-        check_floats(self._files)
         self._check_complete(str(folder))
         self._scratch = scratch
         self._own_scratch: TemporaryDirectory[str] | None = None  # a copy's

@@ -19,7 +19,6 @@ from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_t
 from lf_hf.checkpoint.configuration import FUSED
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_evaluation
-from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
 
@@ -40,7 +39,6 @@ class FusedLM(HFLM):
     All else, from batching to data-parallel runs, is HFLM's.
     """
 
-    @naming(FusionConfig)
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -62,9 +60,8 @@ class FusedLM(HFLM):
                 ``refit`` general text from the hub or, without one or with ``bundled``, what is installed.
             fused_dir: Folder to keep the fused model in: loaded if it was made of the same base, calibration text and
                 settings, else fused and saved there.
-            **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there:
-                {settings}.
-                And every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
+            **kwargs: All other fields of ``lf_hf.FusionConfig``, whose defaults and ranges are documented there. And
+                every argument of HFLM: ``dtype``, ``device``, ``batch_size``, ``parallelize``, ``gguf_file``,
                 ``peft``, ...
 
         Raises:

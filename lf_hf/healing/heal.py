@@ -48,7 +48,6 @@ from lf_hf.healing.trainer import (
 )
 from lf_hf.report.records import CalibrationInfo, HealingInfo, HealingPoint
 from lf_hf.report.report import FusionReport
-from lf_hf.runtime.fields import naming
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import ALGORITHM, FusionConfig
@@ -62,7 +61,6 @@ _LOGS = "runs"  # in the work folder and in the result's: where the Trainer's lo
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
-@naming(HealSettings)
 def heal(
     fused: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -98,8 +96,7 @@ def heal(
     training_args : dict, optional
         Fields of transformers' TrainingArguments: bf16, gradient_checkpointing, report_to, fsdp, deepspeed, ...
     **kwargs
-        HealSettings fields: {settings}.
-        All others are for loading the base (revision, token, gguf_file, ...).
+        HealSettings fields. All others are for loading the base (revision, token, gguf_file, ...).
 
     Returns
     -------

@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
-import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -99,7 +98,6 @@ def setting(default: Any, help: str, **known: Any) -> Any:
 
 
 SettingsType = TypeVar("SettingsType", bound="Settings")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Settings:
@@ -191,20 +189,6 @@ def documented(cls: type[SettingsType]) -> type[SettingsType]:
     raises = "Raises\n------\nValueError\n    If a value has the wrong type, is out of range, or is no known choice."
     cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nParameters\n----------", *entries, f"\n{raises}\n"])
     return cls
-
-
-def naming(settings: type[Settings]) -> Callable[[Function], Function]:
-    """Decorator: in place of `{settings}` in a function's docstring come the names of all fields."""
-    names = ", ".join(f"``{name}``" for name in settings.known)
-
-    def filled(line: re.Match[str]) -> str:
-        return textwrap.fill(line[0].replace("{settings}", names), 116, subsequent_indent=line[1])
-
-    def decorate(function: Function) -> Function:
-        function.__doc__ = re.sub(r"^( *).*\{settings\}.*$", filled, function.__doc__ or "", flags=re.MULTILINE)
-        return function
-
-    return decorate
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

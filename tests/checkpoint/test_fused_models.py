@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import dispatch_model
-from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, same, save_base, tensors
+from conftest import QUICK, make_llama, make_texts, make_tokenizer, same, save_base, tensors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -280,27 +280,30 @@ def test_what_is_pushed_is_explained(saved: Path, push: str, tmp_path: Path, mon
     """A private model above all."""
     pushed, plain = dict[str, bytes](), push == "push_to_hub"
 
-    def upload_folder(*, folder_path: str | Path, **_: object) -> str:
-        pushed.update(files(Path(folder_path)))
+    def create_commit(*, operations: list[Any], **_: object) -> str:
+        pushed.update((each.path_in_repo, Path(each.path_or_fileobj).read_bytes()) for each in operations)
         return "https://huggingface.co/me/small/commit/1"
 
     hub = Mock()
     hub.create_repo.return_value.repo_id = "me/small"
-    hub.upload_folder.side_effect = upload_folder
-    monkeypatch.setattr("lf_hf.checkpoint.classes.HfApi", lambda token: hub)
+    hub.create_commit.side_effect = create_commit
+    monkeypatch.setattr("lf_hf.checkpoint.classes.create_repo", hub.create_repo)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     report = model.fusion_report = dataclasses.replace(model.fusion_report, base="meta-llama/Meta-Llama-3-8B")
     asked: dict[str, Any] = {"commit_message": "mine", "commit_description": "a fusion", "create_pr": True}
     asked |= {"revision": "branch"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
     if plain:
         address = model.push_to_hub("small", plain=True, private=True, tags=["small"], **asked)
         assert address.startswith("https://huggingface.co/me/small")
     else:
         model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="small", private=True, **asked)
-    hub.create_repo.assert_called_once_with("small", private=True, exist_ok=True)
-    hub.create_branch.assert_called_once_with("me/small", branch="branch", exist_ok=True)
-    assert asked.items() <= hub.upload_folder.call_args.kwargs.items()
-    assert hub.upload_folder.call_args.kwargs["repo_id"] == "me/small" and model.name_or_path == str(saved)
+    hub.create_repo.assert_called_once_with("small", private=True, token=None, exist_ok=True)
+    hub.create_branch.assert_called_once_with(repo_id="me/small", branch="branch", token=None, exist_ok=True)
+    assert asked.items() <= hub.create_commit.call_args.kwargs.items() and "mine" not in pushed
+    assert hub.create_commit.call_args.kwargs["repo_id"] == "me/small" and model.name_or_path == str(saved)
 
     assert {"config.json", "generation_config.json", "model.safetensors", "fusion_report.json"} <= pushed.keys()
     assert {"tokenizer.json", "tokenizer_config.json", "README.md"} <= pushed.keys()
