@@ -138,7 +138,7 @@ def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path
     users = {place / "rag.jinja": "mine", folder / "chat_template.jinja": "mine", folder / "vocab.json": "{}"}
     for file, content in users.items():
         file.write_text(content)
-    ours = copy.deepcopy(model)
+    ours: Any = copy.deepcopy(model)
     ours.tokenizer.chat_template = "ours"
     ours.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
