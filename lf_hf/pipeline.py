@@ -2,7 +2,7 @@
 
 `fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
 second. Where fused layers are fitted, `last_pass` makes each of them from the bottom up; where all layers were chosen
-at once, by what groups of them cost, the loop only counts them and leaves the making to it.
+at once, by what groups of them cost, there is no loop: the last pass makes the best sets of groups and keeps one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -23,7 +24,7 @@ from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import check_layers
 from lf_hf.measure import Clock, Measurements, continued, measure, perplexities
 from lf_hf.refit.check_family import check_computes
-from lf_hf.refit.groups import cheapest_levels, estimated
+from lf_hf.refit.groups import Groups, cheapest_levels, estimated
 from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.report.notes import collapse_note, silence_note
@@ -39,12 +40,13 @@ from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
-from lf_hf.steps import STEPS, FusedLayer, Fusion, group_settings, start
+from lf_hf.steps import STEPS, Fusion, group_settings, start
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 32  # one of so many sequences of calibration text is held out of the last pass
+_MADE_WHOLE = 2  # sets of groups, of those that cost least in trials
 
 
 def fuse(
@@ -99,13 +101,18 @@ def fuse(
 
 
 def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
-    """Fuse pairs of layers, one after the other, until `num_fusions` are fused."""
+    """Fuse pairs of layers, one after the other, until `num_fusions` are fused.
+
+    Where all layers were chosen at once and the last pass makes them, that is left to it.
+    """
     with fusion.clock(STEPS):
-        if fusion.table is not None and not fusion.planned:
-            fusion.planned = list(fusion.table.best(num_fusions))
+        if fusion.table is not None and not fusion.plans:
+            fusion.plans = fusion.table.best(num_fusions)
+        if fusion.left_to_last_pass:
+            return
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            fused = FusedLayer({}, {}) if fusion.left_to_last_pass else fusion.fuse_pair(i)
+            fused = fusion.fuse_pair(i)
             fusion.steps.append(fusion.report_step(i, fused, cost))
             fusion.decoder.replace(i, fused.changed, fused.kind)
             fusion.decoder.remove(i + 1)
@@ -130,30 +137,51 @@ def _fuse_within_budget(
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
         with start(copy, level, measured, clock) as fusion:
             fuse_pairs(fusion, count)
-        fitted = last_pass(fusion, copy)
+        fusion, fitted = last_pass(fusion, copy)
         [found] = predictions(copy, ids, final_states(copy, ids, "Measuring on held-out text"), dense).values()
         trial = BudgetTrial(count, found.divergence, found.perplexity / found.dense_perplexity)
         return trial, (copy, fusion, fitted)
 
     (best, fusion, fitted), tried = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
-    for index, group in enumerate(fusion.groups):
-        if len(group) > 1:
-            with best.layer(index) as layer:
-                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
-            for _ in group[1:]:
-                decoder.remove(index + 1)
+    _take_over(decoder, best, fusion.groups)
     return fusion, fitted, BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source)
 
 
-def last_pass(fusion: Fusion, decoder: Decoder) -> list[FittedLayer]:
-    """Make and fit the fused layers from the bottom up, where the config says so."""
+def _take_over(decoder: Decoder, fused: Decoder, groups: Sequence[Sequence[int]]) -> None:
+    """Make a dense model what a fused copy of it is, where each layer stands for a group of the dense model's."""
+    for index, group in enumerate(groups):
+        if len(group) > 1:
+            with fused.layer(index) as layer:
+                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
+            for _ in group[1:]:
+                decoder.remove(index + 1)
+
+
+def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLayer]]:
+    """Make and fit the fused layers from the bottom up, where the config says so.
+
+    Where their groups were chosen all at once, the sets that cost least in trials are made whole, each on a copy of the
+    model, and the one whose predictions of held-out text are nearest to the dense model's is taken.
+    """
     if fusion.config.refit == "none":
-        return []
+        return fusion, []
     with fusion.clock("last pass"):
         text = fusion.measured.text
         held_out_text = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_text]
         rest = [sequence for n, sequence in enumerate(text, 1) if n % _HELD_OUT]
-        return fit_from_bottom(decoder, fusion.groups, rest, fusion.config, held_out_text)
+        texts = rest, fusion.config, held_out_text
+        if not fusion.left_to_last_pass:
+            return fusion, fit_from_bottom(decoder, fusion.groups, *texts)[0]
+        best, costs = None, dict[Groups, float]()
+        for plan in fusion.plans[: _MADE_WHOLE if held_out_text else 1]:
+            made = replace(fusion, decoder=decoder).counted_out(plan)
+            fitted, costs[plan] = fit_from_bottom(made.decoder, made.groups, *texts)
+            if best is None or costs[plan] < costs[best[0].plans[0]]:
+                best = made, fitted
+        assert best is not None
+        made, fitted = best
+        _take_over(decoder, made.decoder, made.groups)
+        return replace(made, decoder=decoder, made_whole=costs), fitted
 
 
 def finish(
@@ -172,9 +200,9 @@ def finish(
     parameters : int
         How many the dense model has.
     """
+    fusion, fitted = last_pass(replace(fusion, clock=Clock(fusion.clock.seconds)), decoder)
     config = replace(fusion.config, num_fusions=len(fusion.steps))
-    fusion = replace(fusion, clock=Clock(fusion.clock.seconds))
-    return _report(fusion, last_pass(fusion, decoder), config, decoder, tokenizer, base=base, parameters=parameters)
+    return _report(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
 
 
 def _report(
@@ -212,7 +240,7 @@ def _report(
         embeddings=None,
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(measured, fusion.config, fitted, judged, continuations),
+        notes=_notes(fusion, fitted, judged, continuations),
         influences=fusion.influences or None,
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
@@ -227,7 +255,7 @@ def _report(
             sample_labels=measured.sample_labels,
             influences=fusion.influences or measured.influences,
         )
-    if fusion.planned:
+    if fusion.plans:
         costs = measured.group_costs[group_settings(fusion.config)]
         report = replace(
             report,
@@ -238,13 +266,13 @@ def _report(
 
 
 def _notes(
-    measured: Measurements,
-    config: FusionConfig,
+    fusion: Fusion,
     fitted: Sequence[FittedLayer],
     judged: Sequence[PerplexityInfo],
     continuations: Sequence[Continuation],
 ) -> list[str]:
     """What a user should know, one sentence each."""
+    measured, config = fusion.measured, fusion.config
     notes = list(measured.notes)
     if config.needs_text and measured.text_note:
         notes.append(f"{measured.text_note}.")
@@ -252,6 +280,15 @@ def _notes(
         notes.append(
             "Layers were chosen by their influence alone, and what any pair of them costs was not measured; "
             "selection='groups' measures it, and finds pairs that must not be fused."
+        )
+    if len(fusion.made_whole) > 1:
+        costs = "; ".join(
+            f"layers {', '.join(f'{first}-{last}' for first, last in groups)}: {cost:.3f}"
+            for groups, cost in sorted(fusion.made_whole.items(), key=itemgetter(1))
+        )
+        notes.append(
+            f"The sets of groups that cost least in trials were made whole, and the first of these taken, by the "
+            f"divergence from the dense model in nats a token of held-out text: {costs}."
         )
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "

@@ -18,7 +18,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.measure import Clock, Measurements
 from lf_hf.refit.group import GroupFit, fit_group
-from lf_hf.refit.groups import Group, GroupCosts, estimated, text_for_groups
+from lf_hf.refit.groups import GroupCosts, Groups, estimated, removed, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, trace
@@ -53,8 +53,10 @@ class Fusion:
     steps : list of FusionStep
     table : GroupCosts or None
         With selection="groups".
-    planned : list of pairs of int
-        The groups that become one layer each, where they are chosen all at once.
+    plans : list of Groups
+        Where groups are chosen all at once, the sets of them that were tried out, those that cost least first.
+    made_whole : dict
+        The sets that the last pass made, with the divergence that held-out text has then.
     """
 
     decoder: Decoder
@@ -68,20 +70,32 @@ class Fusion:
     influences: list[float] = field(default_factory=list)
     steps: list[FusionStep] = field(default_factory=list)
     table: GroupCosts | None = None
-    planned: list[Group] = field(default_factory=list)
+    plans: list[Groups] = field(default_factory=list)
+    made_whole: dict[Groups, float] = field(default_factory=dict)
 
     @property
     def left_to_last_pass(self) -> bool:
-        """Whether layers are only counted out here, as they were chosen all at once and the last pass makes them."""
-        return bool(self.planned) and self.config.remakes
+        """Whether the last pass makes all fused layers, as their groups were chosen all at once."""
+        return bool(self.plans) and self.config.remakes
+
+    def counted_out(self, plan: Groups) -> Fusion:
+        """The same on a copy of the model that lacks all layers of each group but the first, without any change."""
+        groups = [[index] for index in range(self.decoder.num_layers)]
+        fusion = replace(self, decoder=self.decoder.copy(), groups=groups, steps=[], plans=[plan])
+        for _ in range(removed(plan)):
+            i, cost = fusion.choose()
+            fusion.steps.append(fusion.report_step(i, FusedLayer({}, {}), cost))
+            fusion.decoder.remove(i + 1)
+            fusion.update(i)
+        return fusion
 
     def choose(self) -> tuple[int, float | None]:
         """The first layer of the pair to fuse next, and what that is expected to cost where it was measured."""
-        if self.planned:
-            ends = dict(self.planned)
+        if self.plans:
+            ends = dict(self.plans[0])
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
-            assert self.table is not None
-            costs = estimated(self.table.by_group, longest=max(last - first + 1 for first, last in self.planned))
+            longest = max(last - first + 1 for first, last in self.plans[0])
+            costs = estimated(self.measured.group_costs[group_settings(self.config)], longest)
             first, *_, last = *self.groups[i], *self.groups[i + 1]
             return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
         if self.config.selection == "least_influence":

@@ -99,8 +99,8 @@ class GroupCosts:
         stride = tokens * decoder.config.vocab_size // _JUDGED_LOGITS
         self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
 
-    def best(self, num_fusions: int) -> Groups:
-        """The groups that cost least together, of those that leave `num_fusions` layers fewer.
+    def best(self, num_fusions: int) -> list[Groups]:
+        """The sets that leave `num_fusions` layers fewer and were tried out, those that cost least first.
 
         Raises ValueError if no such set has costs that are finite.
         """
@@ -115,12 +115,13 @@ class GroupCosts:
                 break
             tried[groups] = self._cost_of_set(groups)
             promised = min(promised, sum(self.by_group[group] for group in groups))
-        if not tried or not math.isfinite(min(tried.values())):
+        found = sorted((groups for groups in tried if math.isfinite(tried[groups])), key=tried.__getitem__)
+        if not found:
             raise ValueError(
                 f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
                 "wider range, such as bfloat16, or fewer fusions."
             )
-        return min(tried, key=tried.__getitem__)
+        return found
 
     def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
         """The set to try next; costs of its groups are measured. None where no set is left."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
 from lf_hf.refit.fit import token_weights
 from lf_hf.refit.group import GroupFit, fit_group
@@ -30,7 +31,7 @@ def fit_from_bottom(
     sequences: Sequence[Tensor],
     config: FusionConfig,
     held_out: Sequence[Tensor] = (),
-) -> list[FittedLayer]:
+) -> tuple[list[FittedLayer], float]:
     """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
 
     With merge="select" each fused layer is made again from all layers of its group; with refit="projections" it is then
@@ -48,6 +49,12 @@ def fit_from_bottom(
     config : FusionConfig
     held_out : sequence of int64 tensors of shape (tokens T,)
         Text that nothing is fitted to.
+
+    Returns
+    -------
+    list of FittedLayer
+    float
+        Divergence of predictions from the dense model's on the held-out text, in nats a token; 0 without one.
     """
     widest = max(map(len, groups))
     embedded, embedded_held = (
@@ -103,7 +110,7 @@ def fit_from_bottom(
             errors = fit.error_before, fit.error_after, fit.attention_error
             on_held_out: tuple[float | None, float | None] = (missed, missed_first) if held_out else (None, None)
             fitted.append(FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead))
-    return fitted
+    return fitted, held.divergence() if held_out else 0.0
 
 
 def _tuned(
@@ -159,3 +166,8 @@ class _HeldOut:
     def cross(self, layer: DecoderLayer) -> None:
         """Run the fused model's layer in their place."""
         self._states = [self._decoder.run_layer(layer, state) for state in self._states]
+
+    def divergence(self) -> float:
+        """Of the fused model's predictions from the dense model's, after the last layer, in nats a token."""
+        [found] = divergences(self._decoder, self._target, [self._states])
+        return found

@@ -156,10 +156,10 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
         config = FusionConfig(fusions, "truncate", selection="groups")
         with start(ModelDecoder(model).copy(), config, measured) as fusion:
             fuse_pairs(fusion, fusions)
-        planned.append(fusion.planned)
+        planned.append(fusion.plans[0])
         [costs] = measured.group_costs.values()
         tables.append(dict(costs))
-    assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == [min(tables[0], key=tables[0].get)]
+    assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == (min(tables[0], key=tables[0].get),)
     assert tables[1] == tables[2] and planned[1] == planned[2] and removed(planned[3]) == 3
     assert tables[0].items() <= tables[1].items() <= tables[3].items() and tables[3].keys() >= {*planned[3]}
     _, pieces = text_for_groups(TEXT[:8], TEXT[8:])
@@ -221,7 +221,7 @@ def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
         decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)
         with start(decoder, FusionConfig(1, "refit", selection), measured) as fusion:
             fuse_pairs(fusion, 1)
-        last_pass(fusion, decoder)
+        fusion, _ = last_pass(fusion, decoder)
         [chosen[selection]] = [group for group in fusion.groups if len(group) > 1]
         found = decoder.model(ids, use_cache=False).logits.log_softmax(-1)
         costs[selection] = (expected.exp() * (expected - found)).sum(-1).mean().item()

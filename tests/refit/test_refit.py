@@ -148,7 +148,7 @@ def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
         return relative(model.model(SEQUENCES[0][None], output_hidden_states=True).hidden_states[2], dense)
 
     before = error()
-    fits = fit_from_bottom(decoder, [[0, 1], [2, 3], [4]], SEQUENCES, FusionConfig(2, "refit", ridge=0.01))
+    fits, _ = fit_from_bottom(decoder, [[0, 1], [2, 3], [4]], SEQUENCES, FusionConfig(2, "refit", ridge=0.01))
     assert [layer.layers for layer in fits] == [[0, 1], [2, 3]]
     assert error() < before
     assert model.num_parameters() == make_llama(num_hidden_layers=3).num_parameters()
