@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,25 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
             p, q = (m(ids[None], use_cache=False).logits[0, 1::2].log_softmax(-1) for m in (model, shallow))
             apart.append((p.exp() * (p - q)).sum(-1))
         assert cost == pytest.approx(torch.cat(apart).mean().item(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_taken() -> None:
+    model, text = make_llama(num_hidden_layers=7), TEXT * 6
+    measured, held = Measurements(settings={}, judged=[], seconds={}, text=text), text[31::32]
+    decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
+    with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
+        fuse_pairs(fusion, 2)
+    one, other = fusion.plans[:2]
+    for plans in ([one], [other], [one, other], [other, one]):
+        made, _ = last_pass(replace(fusion, plans=plans), copied := decoder.copy())
+        apart = []
+        for ids in held:
+            p, q = (m(ids[None], use_cache=False).logits[0].log_softmax(-1) for m in (model, copied.model))
+            apart.append((p.exp() * (p - q)).sum(-1))
+        costs.append(float(torch.cat(apart).mean()))
+        assert made.made_whole[made.plans[0]] == pytest.approx(costs[-1], rel=1e-3)
+    assert costs[2:] == [min(costs[:2])] * 2 and costs[0] != costs[1] and made.made_whole.keys() == {one, other}
 
 
 OUT, A, B, HUGE = 28, 29, 30, 31  # channels of the stream
