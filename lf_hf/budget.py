@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from lf_hf.report.records import BudgetTrial
 
 T = TypeVar("T")
@@ -62,18 +59,3 @@ def _next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, low: in
         power = max(0.5, (points[1][1] - there) / (points[1][0] - at))
     guess = at + (math.log(cost(allowed)) - there) / power
     return min(max(low + 1, math.floor(math.exp(min(guess, 20.0)) + 0.5)), high - 1)
-
-
-def held_out(text: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """An eighth of the sequences, or one, to measure on, and the others; drawn at random, as kinds of text take turns.
-
-    Raises ValueError for a single sequence.
-    """
-    if len(text) < 2:
-        raise ValueError(
-            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
-            "calibration_length."
-        )
-    drawn = torch.randperm(len(text), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = sorted(drawn[: max(1, len(text) // 8)])
-    return [text[n] for n in held], [sequence for n, sequence in enumerate(text) if n not in held]

@@ -18,7 +18,7 @@ from operator import itemgetter
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.budget import held_out, search
+from lf_hf.budget import search
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.families import check_layers
@@ -42,10 +42,12 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.steps import STEPS, Fusion, group_settings, start
 from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.packing import held_out
 
 logger = logging.get_logger(__name__)
 
-_HELD_OUT = 32  # one of so many sequences of calibration text is held out of the last pass
+_HELD_OUT = 8  # sequences of calibration text that are held out of the last pass
+_HELD_OUT_OF_BUDGET = 16  # one of so many sequences is held out of all that a budget allows
 _MADE_WHOLE = 2  # sets of groups, of those that cost least in trials
 
 
@@ -123,7 +125,12 @@ def _fuse_within_budget(
     decoder: Decoder, config: FusionConfig, measured: Measurements
 ) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
-    held, rest = held_out(measured.text, config.seed)
+    if len(measured.text) < 2:
+        raise ValueError(
+            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
+            "calibration_length."
+        )
+    held, rest = held_out(measured.text, max(1, len(measured.text) // _HELD_OUT_OF_BUDGET))
     assert measured.of_text is not None
     of_text = replace(measured.of_text, samples=len(rest), tokens=sum(map(len, rest)))
     measured = replace(measured, text=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
@@ -166,9 +173,8 @@ def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLaye
     if fusion.config.refit == "none":
         return fusion, []
     with fusion.clock("last pass"):
-        text = fusion.measured.text
-        held_out_text = [*text[_HELD_OUT - 1 :: _HELD_OUT], *fusion.measured.other_text]
-        rest = [sequence for n, sequence in enumerate(text, 1) if n % _HELD_OUT]
+        aside, rest = held_out(fusion.measured.text, _HELD_OUT)
+        held_out_text = [*aside, *fusion.measured.other_text]
         texts = rest, fusion.config, held_out_text
         if not fusion.left_to_last_pass:
             return fusion, fit_from_bottom(decoder, fusion.groups, *texts)[0]

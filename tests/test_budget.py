@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.budget import held_out, search
+from lf_hf.budget import search
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import measure
 from lf_hf.pipeline import fuse
 from lf_hf.report.records import BudgetTrial
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Corpus
+from lf_hf.text.packing import held_out
 
 TEXTS = make_texts(60)
 SETTINGS: dict[str, Any] = {"calibration_length": 64, "calibration_tokens": 1024, "perplexity_tokens": 0}
@@ -63,7 +64,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     assert everything.budget is not None
     allowed = 1.15 if "ratio" in level else everything.budget.tried[-1].divergence / 2
     model, report = fused(FusionConfig(**given | {level: allowed}))
-    aside, _ = held_out(measured.text, config.seed)
+    aside, _ = held_out(measured.text, max(1, len(measured.text) // 16))
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
     assert report.budget is not None and measured.of_text is not None
@@ -97,12 +98,14 @@ def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str]
     assert {file.name for file in tmp_path.iterdir()} == {"low", "high"}
 
 
-def test_a_budget_is_for_every_kind_of_text() -> None:
-    """Also where kinds take turns, one every so many sequences."""
-    aside, rest = held_out([torch.tensor([number]) for number in range(240)], seed=0)
+def test_held_out_text_is_of_every_kind() -> None:
+    """Also where kinds take turns, one every so many sequences or tokens."""
+    aside, rest = held_out([torch.tensor([number]) for number in range(240)], 30)
     assert sorted(map(int, aside + rest)) == list(range(240)) and len(aside) == 30
     for period in range(2, 9):
         assert {int(sequence) % period for sequence in aside} == set(range(period))
+    aside, _ = held_out([torch.zeros(512), *[torch.ones(128)] * 4] * 48, 16)
+    assert 4 <= sum(int(sequence[0]) for sequence in aside) <= 12
 
 
 @given(st.lists(st.floats(1e-6, 2.0) | st.just(math.inf), min_size=1, max_size=60), st.floats(1e-4, 10.0))

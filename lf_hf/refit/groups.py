@@ -15,7 +15,6 @@ from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
@@ -28,7 +27,7 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP
-from lf_hf.text.packing import JUDGING_LENGTH, beginning
+from lf_hf.text.packing import JUDGING_LENGTH, beginning, held_out
 
 Group = tuple[int, int]
 """The first and the last layer of a group, by their numbers in the dense model."""
@@ -299,20 +298,14 @@ def _joins(groups: Iterable[Group], layer: int) -> bool:
 def text_for_groups(text: Sequence[Tensor], other_text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Sequences that groups are fitted to, and pieces that judge them: of other sequences, and of other kinds of text.
 
-    The pieces lie at evenly spaced tokens of the text, and only a text of one sequence is for both. Every other piece
-    is half as long and there twice: only the heads that look up what followed before predict the second time, and no
-    other text shows as clearly where they are lost.
+    Only a text of one sequence is for both. Every other piece is half as long and there twice: only the heads that
+    look up what followed before predict the second time, and no other text shows as clearly where they are lost.
 
     Parameters
     ----------
     text, other_text : sequences of int64 tensors of shape (tokens T,)
     """
-    ends = np.cumsum([len(sequence) for sequence in text])
-    points = (np.arange(_JUDGING_PIECES) + 0.5) * ends[-1] / _JUDGING_PIECES
-    chosen = sorted(set(np.searchsorted(ends, points, side="right").tolist()))
-    if sum(len(text[number]) for number in chosen) > ends[-1] / 2:
-        chosen = chosen[1::2] or chosen
-    rest = [sequence for number, sequence in enumerate(text) if number not in chosen]
-    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(text[number] for number in chosen), *other_text)]
+    chosen, rest = held_out(text, _JUDGING_PIECES)
+    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(chosen or text), *other_text)]
     judging = [torch.cat([piece[: len(piece) // 2]] * 2) if n % 2 else piece for n, piece in enumerate(pieces)]
-    return list(beginning(rest or text, _GROUP_TOKENS)), judging
+    return list(beginning(rest, _GROUP_TOKENS)), judging
