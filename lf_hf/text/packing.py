@@ -122,12 +122,14 @@ def held_out(text: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Ten
     They lie at random places in equal stretches of the text, so that each kind of text has its share: kinds take turns,
     and what lies at equal distances may all be of one kind. There are none of a single sequence.
     """
+    if count == 0:
+        return [], list(text)
     ends = np.cumsum([len(sequence) for sequence in text])
     places = (np.arange(count) + np.random.default_rng(0).random(count)) * ends[-1] / count
-    chosen = sorted(set(np.searchsorted(ends, places, side="right").tolist()))
-    while sum(len(text[n]) for n in chosen) > ends[-1] / 2:
-        chosen = chosen[1::2]
-    return [text[n] for n in chosen], [sequence for n, sequence in enumerate(text) if n not in chosen]
+    chosen = set(np.searchsorted(ends, places, side="right").tolist())
+    if sum(len(text[n]) for n in chosen) > ends[-1] / 2:
+        return held_out(text, count // 2)
+    return [text[n] for n in sorted(chosen)], [sequence for n, sequence in enumerate(text) if n not in chosen]
 
 
 def beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:

