@@ -347,7 +347,7 @@ def paragraphs(count: int) -> list[str]:
 
 
 def fusing(text: list[str], base: str, out: str, **settings: Any) -> dict[str, float]:
-    return fuse_checkpoint(base, out, calibration=text, perplexity_tokens=0, **settings).seconds
+    return fuse_checkpoint(base, out, calibration=text, perplexity_tokens=0, speed=False, **settings).seconds
 
 
 def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,23 @@ _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `e
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it
 
 
+@dataclass
 class Evaluation:
     """Tasks, groups and tags of lm-eval or of this project that were found and whose data is there.
 
     Raises ValueError if there is no such task, or one runs what the model writes and the user has not allowed that.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        limit: float | None = None,
-        num_fewshot: int | None = None,
-        batch_size: int | str = 1,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._tasks = list(dict.fromkeys(tasks))
-        self._limit, self._num_fewshot, self._batch_size = limit, num_fewshot, batch_size
-        self._manager = TaskManager(include_path=str(tasks_path()), metadata=dict(metadata or {}))
-        for task in self._tasks:
+    tasks: Sequence[str]
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = 1
+    metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks = list(dict.fromkeys(self.tasks))
+        self._manager = TaskManager(include_path=str(tasks_path()), metadata=dict(self.metadata or {}))
+        for task in self.tasks:
             if task not in self._manager.all_tasks:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
         self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
@@ -57,13 +56,11 @@ class Evaluation:
 
         Each process of a launch evaluates by itself.
         """
-        lm = HFLM(model, tokenizer=tokenizer, batch_size=self._batch_size, backend="causal")
-        loaded = self._load()
-        evaluated = evaluate(
-            lm, loaded, limit=self._limit, log_samples=False, confirm_run_unsafe_code=self._may_run_code
-        )
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=self.batch_size, backend="causal")
+        loaded, options = self._load(), {"log_samples": False, "confirm_run_unsafe_code": self._may_run_code}
+        evaluated = evaluate(lm, loaded, limit=self.limit, **options)
         results, better = evaluated["results"], evaluated.get("higher_is_better", {})
-        tags = {task: [*self._manager.load(task)["tasks"]] for task in self._tasks if task in self._manager.all_tags}
+        tags = {task: [*self._manager.load(task)["tasks"]] for task in self.tasks if task in self._manager.all_tags}
         members = loaded["group_map"] | tags
 
         def with_figures(name: str) -> list[str]:
@@ -71,7 +68,7 @@ class Evaluation:
                 return [name]
             return [task for child in members.get(name, ()) for task in with_figures(child)]
 
-        figures = dict.fromkeys(task for name in self._tasks for task in with_figures(name))
+        figures = dict.fromkeys(task for name in self.tasks for task in with_figures(name))
         return {task: _score(results[task], better.get(task, {})) for task in figures}
 
     def _load(self) -> dict[str, Any]:
@@ -79,11 +76,11 @@ class Evaluation:
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         torch.manual_seed(DEFAULT_OTHER_SEED)
-        loaded = self._manager.load(self._tasks)
+        loaded = self._manager.load(self.tasks)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
-            if own is None or (own != 0 and self._num_fewshot is not None):
-                task.set_config("num_fewshot", self._num_fewshot or 0)
+            if own is None or (own != 0 and self.num_fewshot is not None):
+                task.set_config("num_fewshot", self.num_fewshot or 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         return dict(loaded)
 

@@ -16,14 +16,12 @@ def collapse_note(judged: Sequence[PerplexityInfo], *, fitted: bool) -> str | No
     if not collapsed:
         return None
     moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
+    advice = "method=refit fits the fused layers to the base and keeps far more of it."
+    if fitted:
+        advice = "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
     return (
         f"{COLLAPSED} {moved}: the fused model predicts text far worse than its base, even where multiple-choice "
-        "scores look fine. "
-        + (
-            "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
-            if fitted
-            else "method=refit fits the fused layers to the base and keeps far more of it."
-        )
+        f"scores look fine. {advice}"
     )
 
 
