@@ -31,7 +31,10 @@ _PREFILL, _DECODED = (16, 512), (1, 32)  # tokens, at least and at most
 
 
 def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
-    """A fused model's report with its speed, unless that is there or not wanted, or several processes work together."""
+    """A fused model's report with its speed, unless that is there or not wanted, or several processes work together.
+
+    The model is in evaluation mode afterwards.
+    """
     if report.speed is not None or not report.config.get("speed", True):
         return report
     processes = Processes.of_launch()
@@ -39,15 +42,11 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
         if processes.is_main:
             logger.warning_once("Speed is not measured where several processes work together.")
         return report
-    was_training = model.training
-    model.eval()
     try:
-        return dataclasses.replace(report, speed=measure_speed(model, report.layers_before))
+        return dataclasses.replace(report, speed=measure_speed(model.eval(), report.layers_before))
     except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
         logger.warning(f"Speed was not measured ({' '.join(str(error).split()):.200}).")
         return report
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -38,17 +38,14 @@ CHANGED_NOTE = (
 class FusionReport:
     """All that a fusion found out. JSON by `to_dict` and `save`, back by `from_dict` and `load`.
 
-    `similarity` is (L, L) and `embeddings` is (L, N, d), for N samples whose MMLU subjects are `sample_labels` where
-    they have any; all are None where the method does not use them. `influences` is how much each layer of the dense
-    model changes the residual stream, None where nothing measured it. `seconds` is wall time by stage. `notes` holds
-    what a user should know, one sentence each. `continuations` shows what both models write, empty where nobody asked
-    for it or it would take long. `fingerprints` says by content what the model was made of, see
-    `lf_hf.checkpoint.fused_cache.fingerprints`; it is None where nobody asked for it. `weights_digest` is that of the
-    fused model and `base_digest` that of the dense one in `dtype`, see `lf_hf.runtime.numerics.weights_digest`.
-    `healed` says how the model was trained after the fusion, None where it was not. `budget` is what said how many
-    layers to fuse, None where the number was given. `group_costs` are those of all groups that could become one layer,
-    and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions; both are empty where
-    groups were not chosen by cost. `speed` is None where it was not measured.
+    What was not measured or asked for, or does not apply, is None or empty. `similarity` is (L, L) and `embeddings` is
+    (L, N, d), for N samples whose MMLU subjects are `sample_labels`. `influences` is how much each layer of the dense
+    model changes the residual stream. `seconds` is wall time by stage. `notes` holds what a user should know, one
+    sentence each. `continuations` shows what both models write. `fingerprints` says by content what the model was made
+    of, see `lf_hf.checkpoint.fused_cache.fingerprints`. `weights_digest` is that of the fused model and `base_digest`
+    that of the dense one in `dtype`, see `lf_hf.runtime.numerics.weights_digest`. `healed` says how the model was
+    trained after the fusion, and `budget` what said how many layers to fuse. `group_costs` are those of all groups that
+    could become one layer, and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local paths
     are private.
