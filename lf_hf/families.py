@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -192,11 +192,10 @@ class Family:
         head stay where they are, since rotary embeddings tie each to its place.
         """
         axes = []
-        moved = {"mlp": ["mlp", "mlp"], "attention": ["query", "key_value", "key_value"]}
-        for half, of_readers in ((self.mlp, moved["mlp"]), (self.attention, moved["attention"])):
-            for name, permutation in zip(half.readers, of_readers, strict=True):
+        for half, moved in ((self.mlp, ("mlp", "mlp")), (self.attention, ("query", "key_value", "key_value"))):
+            for name, permutation in zip(half.readers, moved, strict=True):
                 axes += [Axis(f"{name}.weight", 0, permutation), Axis(f"{name}.bias", 0, permutation)]
-            axes.append(Axis(f"{half.writer}.weight", 1, of_readers[0]))
+            axes.append(Axis(f"{half.writer}.weight", 1, moved[0]))
         if self.head_norms == "all":
             axes += [Axis("self_attn.q_norm.weight", 0, "query"), Axis("self_attn.k_norm.weight", 0, "key_value")]
         return tuple(axes)
@@ -292,6 +291,17 @@ class Family:
         return importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
 
 
+_GEMMA2 = Family(
+    "gemma2",
+    "Gemma2",
+    attention=attention_half(after="post_attention_layernorm"),
+    mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+    gain_offset=1.0,
+    layer_lists=("layer_types",),
+    activation="hidden_activation",
+    scaled_embedding=True,
+    logits_cap="final_logit_softcapping",
+)
 FAMILIES = MappingProxyType(
     {
         family.model_type: family
@@ -309,31 +319,15 @@ FAMILIES = MappingProxyType(
                 },
                 window="sliding_window",
             ),
-            Family(
-                "gemma2",
-                "Gemma2",
-                attention=attention_half(after="post_attention_layernorm"),
-                mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
-                gain_offset=1.0,
-                layer_lists=("layer_types",),
-                activation="hidden_activation",
-                scaled_embedding=True,
-                logits_cap="final_logit_softcapping",
-            ),
-            Family(
-                "gemma3_text",
-                "Gemma3",
+            _GEMMA2,
+            replace(
+                _GEMMA2,
+                model_type="gemma3_text",
+                title="Gemma3",
                 module="gemma3",
                 text="Text",
-                attention=attention_half(after="post_attention_layernorm"),
-                mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
-                gain_offset=1.0,
                 head_norms="each",
-                layer_lists=("layer_types",),
                 rotary_of_type=True,
-                activation="hidden_activation",
-                scaled_embedding=True,
-                logits_cap="final_logit_softcapping",
             ),
             Family(
                 "olmo2",
@@ -389,24 +383,14 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
     Averages are of layers of one kind, as weights of others mean different things.
     """
     config.check_num_layers(model_config.num_hidden_layers)
-    if config.merge != "average":
-        return
     kinds = family_of(model_config).config_kinds(model_config)
-    differ = " and ".join(kinds[0])
-    if any(kind != kinds[0] for kind in kinds) and (config.within_budget or config.selection == "groups"):
+    if config.merge != "average" or all(kind == kinds[0] for kind in kinds):
+        return
+    last = len(list(takewhile(kinds[-1].__eq__, reversed(kinds)))) - 1
+    allowed = {"last": last, "least_influence": sum(above == below for below, above in pairwise(kinds[1:-1]))}
+    if config.within_budget or config.num_fusions > allowed.get(config.selection, 0):
         raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {differ}: for averages give "
-            "num_fusions and another selection than 'groups', or use method='refit' or 'truncate', which take "
-            "attention from one layer."
-        )
-    if config.selection == "last":
-        from_top = [kind == kinds[-1] for kind in reversed(kinds)]
-        most = len(list(takewhile(bool, from_top))) - 1
-    else:
-        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
-    if not config.within_budget and config.num_fusions > most:
-        raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {differ}: "
-            f"selection={config.selection!r} allows {most} fusions of it, not {config.num_fusions}; use method='refit' "
-            "or 'truncate', which take attention from one layer."
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: give "
+            f"num_fusions of at most {last} with selection='last' or {allowed['least_influence']} with "
+            "'least_influence', or use method='refit' or 'truncate', which take attention from one layer."
         )

@@ -36,21 +36,6 @@ PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
 CONTINUED_LENGTH = 24  # tokens that are added to a prompt
 MOST_READ = 1 << 26  # bytes that may be read from a disk for each of these
 WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are read once for each
-# Fields of FusionConfig that measurements do not depend on, so that fusions may differ in them.
-_FUSING_FIELDS = (
-    "num_fusions",
-    "max_divergence",
-    "max_perplexity_ratio",
-    "method",
-    "selection",
-    "alignment",
-    "merge",
-    "refit",
-    "ridge",
-    "ratio_beta",
-    "heal_tokens",
-    "speed",
-)
 
 
 @dataclass(frozen=True)
@@ -74,12 +59,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured on the dense model before it is fused; serves any number of fusions of it.
+    """What is measured on the dense model before it is fused.
+
+    It serves any number of fusions, whose settings differ in how layers are chosen and made one, and no others.
 
     Attributes
     ----------
-    settings : dict
-        The FusionConfig fields that it depends on.
     judged : list of Judged
         Empty where no tokens were asked for.
     similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
@@ -105,7 +90,6 @@ class Measurements:
     notes : list of str
     """
 
-    settings: dict[str, Any]
     judged: list[Judged]
     seconds: dict[str, float]
     similarity: NDArray[np.float64] | None = None
@@ -126,16 +110,6 @@ class Measurements:
         """Where the calibration text that a fusion with `config` uses came from."""
         found = [(config.needs_similarity, self.of_samples), (config.needs_text, self.of_text)]
         return [info for needed, info in found if needed and info is not None]
-
-    def check_serves(self, config: FusionConfig) -> None:
-        """Raise ValueError unless a fusion with `config` would measure the same."""
-        for name, value in self.settings.items():
-            if getattr(config, name) != value:
-                raise ValueError(
-                    f"The measurements were made with {name}={value!r}, not {getattr(config, name)!r}; measure again."
-                )
-        if (config.needs_similarity and self.similarity is None) or (config.needs_text and self.of_text is None):
-            raise ValueError(f"The measurements lack what method={config.method!r} needs; measure again.")
 
 
 def measure(
@@ -180,8 +154,7 @@ def measure(
         }
     for note in notes:
         logger.warning(note)
-    settings = {name: value for name, value in config.to_dict().items() if name not in _FUSING_FIELDS}
-    return Measurements(settings, judged, clock.seconds, notes=notes, **found)
+    return Measurements(judged, clock.seconds, notes=notes, **found)
 
 
 def _similarity(
@@ -343,11 +316,7 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
     if not measured.continuations:
         return []
     fused = decoder.processes.broadcast_object(lambda: written_on(decoder, tokenizer))
-    return [
-        Continuation(prompt, dense, fused[prompt])
-        for prompt, dense in measured.continuations.items()
-        if prompt in fused
-    ]
+    return [Continuation(prompt, dense, fused[prompt]) for prompt, dense in measured.continuations.items()]
 
 
 def _nearer(text: Judged, config: FusionConfig) -> Relation:

@@ -81,8 +81,8 @@ def fuse(
     Raises
     ------
     ValueError
-        If the model has too few layers, there are too few calibration samples, weights or activations are
-        not finite, or the measurements are of other settings. The model is unchanged then.
+        If the model has too few layers, there are too few calibration samples, or weights or activations are
+        not finite. The model is unchanged then.
     """
     parameters = check_model(decoder, config)
     measured = measurements or measure(
@@ -92,7 +92,6 @@ def fuse(
         samples if config.needs_similarity else None,
         text if config.needs_text else None,
     )
-    measured.check_serves(config)
     if config.within_budget:
         fusion, fitted, budget = _fuse_within_budget(decoder, config, measured)
         report = _report(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)

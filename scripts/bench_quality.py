@@ -54,10 +54,9 @@ from lf_hf.refit.layer_parts import (
     layer_weights,
     mid_state,
     mlp_channels,
+    selected,
     stacked,
-    with_channels,
-    with_heads,
-    written_by_mlp,
+    written_by,
 )
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries
@@ -139,10 +138,10 @@ class Ways:
 
         start = min(range(1, decoder.num_layers - count + 1), key=distance)
         with decoder.layer(start - 1) as layer:
-            regression = Regression.empty(model.config.hidden_size, model.config.hidden_size, model.device)
+            regression = Regression(model.config.hidden_size, model.config.hidden_size, model.device)
             for before, target in zip(states[start - 1], states[start + count], strict=True):
                 residual = mid_state(decoder, layer, before)
-                written = written_by_mlp(decoder, layer, residual)
+                written = written_by(decoder, decoder.family.mlp, layer, residual)
                 wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
                 regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
             through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
@@ -188,7 +187,7 @@ class Ways:
         heads = [attention_heads(decoder, wide, state) for state in states]
         kept = _highest_leverage(heads, keys // head_dim, queries // (keys // head_dim))
         of_queries, of_keys = expanded(kept, queries * head_dim // keys), expanded(kept, head_dim)
-        attention = with_heads(attention, of_queries, of_keys)
+        attention = selected(decoder.family.attention, attention, of_queries, of_keys, of_keys)
         narrow = build_layer(decoder, attention, kind)
         residuals = [mid_state(decoder, narrow, state) for state in states]
 
@@ -196,10 +195,10 @@ class Ways:
         channels = [mlp_channels(decoder, mlp, residual) for residual in residuals]
         kept = _highest_leverage(channels, decoder.config.intermediate_size, 1)
         down = mlp["mlp.down_proj.weight"]
-        regression = Regression.empty(len(kept), len(down), down.device, down.dtype)
+        regression = Regression(len(kept), len(down), down.device, down.dtype)
         for of_state in channels:
             regression.add(of_state[:, kept], of_state @ down.T, torch.ones(len(of_state)))
-        mlp = with_channels(mlp, kept)
+        mlp = selected(decoder.family.mlp, mlp, kept, kept)
         mlp["mlp.down_proj.weight"] = regression.ridge(down[:, kept], _LEVERAGE_RIDGE).to(down)
         return {name: weight for name, weight in attention.items() if "mlp" not in name} | mlp
 
@@ -227,7 +226,7 @@ WAYS: dict[str, Way] = {
 
 def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor:
     """Numbers of the blocks of inputs, each (tokens, m), that have the highest ridge leverage scores together."""
-    regression = Regression.empty(inputs[0].shape[1], 1, inputs[0].device)
+    regression = Regression(inputs[0].shape[1], 1, inputs[0].device)
     for part in inputs:
         regression.add(part, part[:, :1], torch.ones(len(part)))
     gram = regression.gram.double()

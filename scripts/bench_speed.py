@@ -292,7 +292,7 @@ def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
     x += random(*x.shape, seed=2) + 30 * random(len(x), 1, seed=3) * random(inputs, seed=4)
     x *= random(inputs, seed=5).exp()
     y = x @ random(inputs, outputs, seed=6) / inputs + random(len(x), outputs, seed=7)
-    regression = Regression.empty(inputs, outputs, x.device)
+    regression = Regression(inputs, outputs, x.device)
     regression.add(x, y, torch.ones(len(x)))
     return regression, random(outputs, inputs, seed=8) / inputs
 

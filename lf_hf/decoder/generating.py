@@ -149,11 +149,11 @@ class CachedStep:
 
     def run(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output, (sequences B, tokens T, hidden) -> (B, T, hidden)."""
-        window, rotary = self._decoder.window(layer, self._end), self._decoder.rotary_kind(layer)
-        if (window, rotary) not in self._inputs:
-            embeddings = self._decoder.rotary(self._first, self._position_ids, rotary)
-            self._inputs[window, rotary] = self._mask(window), embeddings
-        mask, embeddings = self._inputs[window, rotary]
+        kind = tuple(self._decoder.family.layer_kind(layer).values())
+        if kind not in self._inputs:
+            embeddings = self._decoder.rotary(self._first, self._position_ids, layer)
+            self._inputs[kind] = self._mask(self._decoder.window(layer, self._end)), embeddings
+        mask, embeddings = self._inputs[kind]
         return layer(
             hidden_states,
             attention_mask=mask,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -37,13 +38,13 @@ class ModelDecoder(Decoder):
     def num_layers(self) -> int:
         return len(self.model.model.layers)
 
-    def layer(self, index: int) -> AbstractContextManager[DecoderLayer]:
-        return nullcontext(self.model.model.layers[index])
+    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
+        return (self.model.model.layers[index] for index in indices)
 
-    def original(self, number: int) -> AbstractContextManager[DecoderLayer]:
-        if number in self._originals:
-            return nullcontext(self._originals[number])
-        return self.layer(self._sources.index(number))
+    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
+        for number in numbers:
+            kept = self._originals.get(number)
+            yield self.model.model.layers[self._sources.index(number)] if kept is None else kept
 
     def copy(self) -> ModelDecoder:
         """The model as it is now, to be changed apart from this one; until then both have the same tensors."""
@@ -78,8 +79,7 @@ class ModelDecoder(Decoder):
         del self.model.model.layers[index]
         for position, layer in enumerate(self.model.model.layers):
             layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values
-        device_map = getattr(self.model, "hf_device_map", None)
-        if device_map:
+        if device_map := getattr(self.model, "hf_device_map", None):
             self.model.hf_device_map = _without_layer(device_map, index)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -101,13 +101,12 @@ def sharing_copy(module: M) -> M:
 
 def _without_layer(device_map: Mapping[str, Any], index: int) -> dict[str, Any]:
     """An accelerate device map with one layer taken out and later ones renumbered."""
-    prefix = "model.layers."
     renumbered = {}
     for name, device in device_map.items():
-        if name.startswith(prefix):
-            number, _, rest = name[len(prefix) :].partition(".")
-            if int(number) == index:
-                continue
-            name = f"{prefix}{int(number) - (int(number) > index)}" + (f".{rest}" if rest else "")
-        renumbered[name] = device
+        found = re.match(r"model\.layers\.(\d+)", name)
+        number = int(found[1]) if found else -1
+        if number > index:
+            name = name.replace(f".{number}", f".{number - 1}", 1)
+        if number != index:
+            renumbered[name] = device
     return renumbered

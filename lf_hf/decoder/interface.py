@@ -19,6 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from lf_hf.families import DecoderLayer, Family, Kind, family_of
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.memory import free_memory
+from lf_hf.runtime.numerics import all_finite
 
 _CPU_BATCH = 1 << 26
 """Bytes that a batch may take inside a layer on the CPU."""
@@ -48,17 +49,11 @@ class Decoder(ABC):
     device: torch.device
     processes: Processes = ALONE
     states_in_memory: int | None = None
-    _inputs: tuple[Any, dict[Any, dict[str, Any]]] | None = None  # of layers, for the last kind of states
+    _inputs: tuple[Any, dict[Any, dict[str, Any]]] = None, {}  # of layers, for the last kind of states
 
     @property
     def family(self) -> Family:
         return family_of(self.config)
-
-    def only_kind(self) -> Kind:
-        """The kind of all layers, where they are of one."""
-        kinds = [self.family.config_kind(self.config, index) for index in range(self.config.num_hidden_layers)]
-        assert all(kind == kinds[0] for kind in kinds), "the layers are of several kinds"
-        return kinds[0]
 
     @property
     @abstractmethod
@@ -71,24 +66,25 @@ class Decoder(ABC):
         return 0
 
     @abstractmethod
-    def layer(self, index: int) -> AbstractContextManager[DecoderLayer]:
-        """A layer with its weights, to be used inside a `with` block. Not to be changed."""
+    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
+        """Layers with their weights, one after the other, each to be used until the next one is asked for.
+
+        Neither they nor the model are to be changed meanwhile.
+        """
 
     @abstractmethod
-    def original(self, number: int) -> AbstractContextManager[DecoderLayer]:
-        """A layer of the dense model, by its number there, whatever has been replaced or removed since."""
-
-    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
-        """Layers one after the other, each to be used until the next one is asked for."""
-        for index in indices:
-            with self.layer(index) as layer:
-                yield layer
-
     def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
-        """Layers of the dense model one after the other, by their numbers there."""
-        for number in numbers:
-            with self.original(number) as layer:
-                yield layer
+        """Layers of the dense model, by their numbers there, whatever is replaced or removed, also meanwhile."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[DecoderLayer]:
+        """One layer, to be used inside a `with` block."""
+        yield next(iter(self.layers([index])))
+
+    @contextmanager
+    def original(self, number: int) -> Iterator[DecoderLayer]:
+        """One layer of the dense model, to be used inside a `with` block."""
+        yield next(iter(self.originals([number])))
 
     @abstractmethod
     def copy(self) -> Decoder:
@@ -137,16 +133,15 @@ class Decoder(ABC):
         ]
 
     def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """The same as tensors of shape (sequences B, tokens T), which go to the device together."""
+        """The same as tensors of shape (sequences B, tokens T), on the device."""
         groups = self.batched(sequences)
-        if not groups:
-            return []
-        ids = torch.cat([sequences[number] for numbers in groups for number in numbers]).to(self.device)
-        sizes = [len(numbers) * len(sequences[numbers[0]]) for numbers in groups]
-        return [part.view(len(numbers), -1) for part, numbers in zip(ids.split(sizes), groups, strict=True)]
+        return [torch.stack([sequences[number] for number in numbers]).to(self.device) for numbers in groups]
 
     def kept_at_hand(self) -> AbstractContextManager[None]:
-        """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit."""
+        """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit.
+
+        The model is not to be changed there.
+        """
         return nullcontext()
 
     def layer_inputs(self, hidden_states: Tensor, layer: DecoderLayer) -> dict[str, Any]:
@@ -155,14 +150,12 @@ class Decoder(ABC):
         `hidden_states` is (sequences B, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
-        of_states = num_tokens, device, hidden_states.dtype
-        if self._inputs is None or self._inputs[0] != of_states:
+        of_states, of_layer = (num_tokens, device, hidden_states.dtype), tuple(self.family.layer_kind(layer).values())
+        if self._inputs[0] != of_states:
             self._inputs = of_states, {}
-        window, rotary = self.window(layer, num_tokens), self.rotary_kind(layer)
-        if (window, rotary) in self._inputs[1]:
-            return self._inputs[1][window, rotary]
-        position_ids = torch.arange(num_tokens, device=device)[None]
-        mask = None
+        if of_layer in self._inputs[1]:
+            return self._inputs[1][of_layer]
+        position_ids, window, mask = torch.arange(num_tokens, device=device)[None], self.window(layer, num_tokens), None
         # These are causal by themselves; the first one does not know windows.
         by_itself = self.config._attn_implementation == "sdpa" and window is None
         if not (by_itself or is_flash_attention_requested(self.config)):
@@ -170,9 +163,9 @@ class Decoder(ABC):
             mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device)
             mask = mask.triu(1) if window is None else mask.triu(1) + mask.tril(-window)
             mask = mask[None, None]  # (1, 1, T, T)
-        cos, sin = self.rotary(hidden_states, position_ids, rotary)
-        inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": (cos, sin)}
-        self._inputs[1][window, rotary] = inputs
+        embeddings = self.rotary(hidden_states, position_ids, layer)
+        inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": embeddings}
+        self._inputs[1][of_layer] = inputs
         return inputs
 
     def window(self, layer: DecoderLayer, num_tokens: int) -> int | None:
@@ -180,14 +173,10 @@ class Decoder(ABC):
         window = self.family.layer_window(self.config, layer)
         return window if window is not None and window < num_tokens else None
 
-    def rotary_kind(self, layer: DecoderLayer) -> str | None:
-        """Which rotary embeddings a layer has, where there is more than one kind."""
-        return layer.self_attn.layer_type if self.family.rotary_of_type else None
-
-    def rotary(self, hidden_states: Tensor, position_ids: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Rotary embeddings where the states are: in a model that is spread over devices they have one of their own."""
-        of_kind = () if kind is None else (kind,)
-        cos, sin = self.rotary_emb(hidden_states, position_ids, *of_kind)
+    def rotary(self, hidden_states: Tensor, position_ids: Tensor, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """A layer's rotary embeddings, brought to the states: a model that is spread over devices has them on one."""
+        of_type = [layer.self_attn.layer_type] if self.family.rotary_of_type else []
+        cos, sin = self.rotary_emb(hidden_states, position_ids, *of_type)
         return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
     def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
@@ -234,6 +223,5 @@ def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:
 
 def check_finite(states: Sequence[Tensor], layer: int) -> None:
     """Raise ValueError if the output states of a layer contain NaN or inf."""
-    finite = torch.stack([torch.isfinite(state).all() for state in states]) if states else torch.ones(0)
-    if not bool(finite.all()):
+    if not all(map(all_finite, states)):
         raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")

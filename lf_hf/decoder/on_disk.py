@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.checkpoint.weights import (
     check_complete,
-    open_tensors,
     read_onto,
     stored_dtype,
     tensor_files,
@@ -83,14 +82,11 @@ class CheckpointDecoder(Decoder):
         self._scratch = scratch
         self._own_scratch: TemporaryDirectory[str] | None = None  # a copy's
         self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
-        self._kinds = [
-            self.family.config_kind(config, number) for number in self._sources
-        ]  # of the layers in the files
+        self._kinds = self.family.config_kinds(config)  # of the layers in the files
         self.dtype: torch.dtype = (
             dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
         )
         self._own_head = self._has_own_head()
-        self._changes = 0  # how often layers were changed
         self._kept: dict[int, DecoderLayer] | None = None  # layers that stay on the device, where any may
         self._table: Tensor | None = None  # embeddings that do
         self._least_free = 0  # bytes of the device
@@ -104,14 +100,6 @@ class CheckpointDecoder(Decoder):
         size = sum(file.stat().st_size for file in set(self._files.values()))
         stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - 1 / _LEFT_FREE)
         return 0 if stay else size
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[DecoderLayer]:
-        yield next(self.layers([index]))
-
-    @contextmanager
-    def original(self, number: int) -> Iterator[DecoderLayer]:
-        yield next(self.originals([number]))
 
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
         return self._stream(indices, original=False)
@@ -127,9 +115,9 @@ class CheckpointDecoder(Decoder):
             return
         self._kept, self._least_free = {}, free_memory(self.device) // _LEFT_FREE
         try:
-            [table] = self._read([_EMBEDDING], self.device)
-            self._table = table if self._has_room() else None
-            del table
+            [self._table] = self._read([_EMBEDDING], self.device)
+            if free_memory(self.device) < self._least_free:
+                self._table = None
             yield
         finally:
             self._kept = self._table = None
@@ -150,19 +138,17 @@ class CheckpointDecoder(Decoder):
         file = self._changed(index)
         tensors = load_file(file) if file.is_file() else {}
         save_file(tensors | {name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
-        self._note_change()
 
     def remove(self, index: int) -> None:
         self._changed(index).unlink(missing_ok=True)
         del self._sources[index]
         remove_config_layer(self.config, index)
-        self._note_change()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else [])):
             yield name, self._read([name])[0]
         for index in range(self.num_layers):
-            for name, tensor in self._layer_weights(index).items():
+            for name, tensor in self._weights(index, original=False, device=_CPU).items():
                 yield f"{_LAYERS}{index}.{name}", tensor
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -179,26 +165,11 @@ class CheckpointDecoder(Decoder):
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""
-        shards: list[list[str]] = []
-        size = max_shard_bytes
-        total = 0
-        shard: dict[str, Tensor] = {}
-
-        def flush() -> None:
-            if shard:
-                save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-                shards.append(list(shard))
-                shard.clear()
-
-        for name, tensor in progress(self.named_parameters(), desc="Writing", unit="tensor"):
-            nbytes = tensor.numel() * tensor.element_size()
-            if size + nbytes > max_shard_bytes:
-                flush()
-                size = 0
-            shard[name] = tensor.contiguous()
-            size += nbytes
-            total += nbytes
-        flush()
+        shards, total = list[list[str]](), 0
+        for shard in self._shards(max_shard_bytes):
+            save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
         if len(shards) == 1:
             (folder / "shard-0").rename(folder / SAFE_WEIGHTS_NAME)
             return
@@ -209,6 +180,17 @@ class CheckpointDecoder(Decoder):
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _shards(self, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+        shard, size = dict[str, Tensor](), 0
+        for name, tensor in progress(self.named_parameters(), desc="Writing", unit="tensor"):
+            if shard and size + tensor.nbytes > max_bytes:
+                yield shard
+                shard.clear()
+                size = 0
+            shard[name] = tensor.contiguous()
+            size += tensor.nbytes
+        yield shard
 
     def _check_complete(self, name: str) -> None:
         """Raise ValueError if the files do not hold the tensors that the config describes."""
@@ -231,40 +213,31 @@ class CheckpointDecoder(Decoder):
 
     def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[DecoderLayer]:
         """Layers of the model as it is, or of the base; each is its user's alone, so that its memory can be freed."""
-        read = self._stored_weights if original else self._layer_weights
         if self.device.type == "cpu":
             for number in numbers:
-                yield self._built(read(number), number, original=original)
+                yield self._built(self._weights(number, original), number, original)
             return
-        numbers = list(numbers)
+        numbers, kept = list(numbers), {} if original or self._kept is None else self._kept
         with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
-
-            def version() -> int:
-                return 0 if original else self._changes
-
-            ahead: tuple[int, int, Future[dict[str, Tensor]]] | None = None
-            for position, number in enumerate(numbers):
-                kept = {} if original or self._kept is None else self._kept
+            reads = (reader.submit(self._copied, number, original) for number in numbers if number not in kept)
+            ahead = next(reads, None)
+            for number in numbers:
                 if number in kept:
                     yield kept[number]
                     continue
-                if ahead is None or ahead[:2] != (number, version()):
-                    ahead = number, version(), reader.submit(self._copied, read, number)
-                layer = [self._built(self._received(ahead[2].result()), number, original=original)]
-                if self._kept is kept and self._has_room():
+                assert ahead is not None
+                layer = [self._built(self._received(ahead.result()), number, original)]
+                if self._kept is kept and free_memory(self.device) >= self._least_free:
                     kept[number] = layer[0]
-                ahead = None
-                following = next((later for later in numbers[position + 1 :] if later not in kept), None)
-                if following is not None:
-                    ahead = following, version(), reader.submit(self._copied, read, following)
+                ahead = next(reads, None)
                 yield layer.pop()
 
-    def _copied(self, read: Callable[[int, torch.device], dict[str, Tensor]], number: int) -> dict[str, Tensor]:
+    def _copied(self, number: int, original: bool) -> dict[str, Tensor]:
         """A layer's weights on the device, all there when this returns. For any thread."""
         if self._copies is None:
-            return read(number, self.device)
+            return self._weights(number, original)
         with torch.cuda.stream(self._copies):
-            weights = read(number, self.device)
+            weights = self._weights(number, original)
         self._copies.synchronize()
         return weights
 
@@ -275,46 +248,27 @@ class CheckpointDecoder(Decoder):
                 weight.record_stream(torch.cuda.current_stream(self.device))
         return weights
 
-    def _has_room(self) -> bool:
-        return free_memory(self.device) >= self._least_free
-
-    def _note_change(self) -> None:
-        self._changes += 1
-        if self._kept is not None:
-            self._kept.clear()
-
-    def _built(self, weights: Mapping[str, Tensor], index: int, *, original: bool) -> DecoderLayer:
-        kind = self._kinds[index] if original else self.family.config_kind(self.config, index)
+    def _built(self, weights: Mapping[str, Tensor], number: int, original: bool) -> DecoderLayer:
+        kind = self._kinds[number] if original else self.family.config_kind(self.config, number)
         layer = self.family.new_layer(self.config, kind)
-        layer.self_attn.layer_idx = index
+        layer.self_attn.layer_idx = number
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def _layer_weights(self, index: int, device: torch.device = _CPU) -> dict[str, Tensor]:
-        """All parameters of a layer as it is now, by their names inside it."""
-        changed = load_file(self._changed(index)) if self._changed(index).is_file() else {}
-        stored = self._stored_weights(self._sources[index], device, leave_out=changed)
-        return stored | {name: tensor.to(device) for name, tensor in changed.items()}
-
-    def _stored_weights(
-        self, number: int, device: torch.device = _CPU, leave_out: Collection[str] = ()
-    ) -> dict[str, Tensor]:
-        """Parameters of a layer of the base."""
+    def _weights(self, number: int, original: bool, device: torch.device | None = None) -> dict[str, Tensor]:
+        """All parameters of a layer of the base, or of the model as it is now, by their names inside it."""
+        device, changed = device or self.device, dict[str, Tensor]()
+        if not original:
+            changed = load_file(self._changed(number)) if self._changed(number).is_file() else {}
+            number = self._sources[number]
         prefix = f"{_LAYERS}{number}."
         names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
-        names = [name for name in names if name.removeprefix(prefix) not in leave_out]
-        return {name.removeprefix(prefix): t for name, t in zip(names, self._read(names, device), strict=True)}
+        names = [name for name in names if name.removeprefix(prefix) not in changed]
+        stored = {name.removeprefix(prefix): t for name, t in zip(names, self._read(names, device), strict=True)}
+        return stored | {name: tensor.to(device) for name, tensor in changed.items()}
 
     def _changed(self, index: int) -> Path:
         return self._scratch / f"layer-{self._sources[index]}.safetensors"
 
     def _read(self, names: Sequence[str], device: torch.device = _CPU) -> list[Tensor]:
-        if device.type != "cpu":
-            return [read_onto(device, self._files[name], name, self.dtype) for name in names]
-        tensors: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self._files[name] for name in names):
-            with open_tensors(file) as opened:
-                for name in names:
-                    if self._files[name] == file:
-                        tensors[name] = opened.get_tensor(name).to(self.dtype)
-        return [tensors[name] for name in names]
+        return [read_onto(device, self._files[name], name, self.dtype) for name in names]

@@ -33,9 +33,8 @@ from lf_hf.refit.layer_parts import (
     expanded,
     mlp_channels,
     normalized,
+    selected,
     stacked,
-    with_channels,
-    with_heads,
     with_one_norm,
 )
 from lf_hf.refit.linalg import compacted, eliminated, power_of_two, saliency, solved
@@ -109,7 +108,8 @@ def fit_attention(
         rounds = 1 if fit.quick else (count - 1) * units
         kept = problem.prune(wide["self_attn.o_proj.weight"], units, block=queries, rounds=rounds)
         rows = {"q_proj": expanded(kept, queries), "k_proj": expanded(kept, keys)}
-        weights, heads_kept = with_heads(wide, **rows), [n * kv_heads // units for n in _counts(kept, units, count)]
+        weights = selected(half, wide, rows["q_proj"], rows["k_proj"], rows["k_proj"])
+        heads_kept = [n * kv_heads // units for n in _counts(kept, units, count)]
         if from_one_layer:
             kind, norms_of = kinds[int(kept)], group[int(kept)]
             weights |= {name: norms_of[name] for name in HEAD_NORMS.values() if name in norms_of}
@@ -150,11 +150,11 @@ def fit_mlp(
     width = weights["mlp.down_proj.weight"].shape[1]
     channels = _largest(fit, weights, keep if fit.quick else num_candidates(width, keep))
     if len(channels) < width:
-        weights = with_channels(weights, channels)
+        weights = selected(half, weights, channels, channels)
     problem = fit.problem(weights, partial(mlp_channels, decoder, weights))
     if len(channels) > keep:
         chosen = problem.prune(weights["mlp.down_proj.weight"], keep)
-        channels, weights = channels[chosen], with_channels(weights, chosen)
+        channels, weights = channels[chosen], selected(half, weights, chosen, chosen)
     if refit == "none":
         errors = (problem.relative_error(weights["mlp.down_proj.weight"]),) * 2
     else:
@@ -240,7 +240,7 @@ class HalfFit:
         return problem
 
     def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
-        return Regression.empty(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
+        return Regression(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
 
     def fit_writer(self, weights: dict[str, Tensor], x_of: WriterInputs, problem: Regression) -> tuple[float, float]:
         """Fit the half's writer in `weights`, which reads what `x_of` gives; the errors before and after."""
@@ -262,9 +262,7 @@ class HalfFit:
 
     def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
-        factor = self.decoder.family.residual_factor(self.decoder.config)
-        update = (target - state).flatten(0, 1)
-        return update if factor == 1 else update / factor
+        return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
 
 def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
@@ -287,67 +285,59 @@ def _counts(kept: Tensor, each: int, layers: int) -> list[int]:
     return torch.bincount(kept // each, minlength=layers).tolist()
 
 
-@dataclass
 class Regression:
     """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        How many numbers x and y have.
+    device : torch.device
+        The sums are on the CPU where it, Apple's mps, has no float64 to solve the problem in.
+    dtype : torch.dtype
+        In which x and y are computed. Sums are in float32 at least, and of bfloat16 products where this is bfloat16.
+    processes : Processes
+        Those that each add a share of the tokens, and then solve the same problem.
 
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, float32 at least, with x in units of `unit`.
+        Sum of weight * x x^T over tokens, with x in units of `unit`.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
     energy : float64 tensor of shape ()
         Sum of weight * |y|^2.
     unit : float32 tensor of shape ()
-        A power of two near the largest of the first x, so that squares are in range.
-    scaled : bool
-        Whether `unit` was set; it is 1 before.
-    processes : Processes
-        Those that each add a share of the tokens, and then solve the same problem.
-    of_bfloat16 : bool
-        Whether x and y are computed in bfloat16, so that sums may be of such products.
+        A power of two near the largest of the first x, so that squares are in range; 1 before there is one.
     """
 
-    gram: Tensor
-    cross: Tensor
-    energy: Tensor
-    unit: Tensor
-    scaled: bool = False
-    processes: Processes = ALONE
-    of_bfloat16: bool = False
-
-    @classmethod
-    def empty(
-        cls,
+    def __init__(
+        self,
         inputs: int,
         outputs: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
-    ) -> Regression:
-        """A problem without tokens yet, for tokens of some dtype.
-
-        It is on the CPU where the device, Apple's mps, has no float64 to solve it in.
-        """
-        device, of_bfloat16 = torch.device("cpu") if device.type == "mps" else device, dtype == torch.bfloat16
-        dtype = torch.promote_types(dtype, torch.float32)
-        gram, cross = (torch.zeros(rows, inputs, dtype=dtype, device=device) for rows in (inputs, outputs))
-        energy, unit = torch.zeros((), dtype=torch.float64, device=device), torch.ones((), device=device)
-        return cls(gram, cross, energy, unit, processes=processes, of_bfloat16=of_bfloat16)
+    ) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device
+        wide = torch.promote_types(dtype, torch.float32)
+        self.gram, self.cross = (torch.zeros(rows, inputs, dtype=wide, device=device) for rows in (inputs, outputs))
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.unit, self._scaled = torch.ones((), device=device), False
+        self._processes, self._of_bfloat16 = processes, dtype == torch.bfloat16
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
         x, y, weights = (part.to(self.gram.device) for part in (x, y, weights.float()))
         root = weights.sqrt()[:, None]
-        if not self.scaled:
+        if not self._scaled:
             # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
             largest = (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]).amax()
-            self.unit, self.scaled = power_of_two(largest), True
+            self.unit, self._scaled = power_of_two(largest), True
         # A product with float32 is the one copy of half-precision numbers.
         x, y = ((part * root).to(self.gram.dtype) for part in (x, y))
         x *= self.unit.reciprocal()
-        with bfloat16_products(self.of_bfloat16):
+        with bfloat16_products(self._of_bfloat16):
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(y.T, x)
         for rows in y.split(_ROWS):
@@ -355,14 +345,14 @@ class Regression:
 
     def all_reduce(self) -> None:
         """Add up the sums of all processes, in each of them."""
-        if self.processes.world_size == 1:
+        if self._processes.world_size == 1:
             return
-        units = self.processes.all_gather_object(float(self.unit) if self.scaled else 0.0)
+        units = self._processes.all_gather_object(float(self.unit) if self._scaled else 0.0)
         unit = max(units) or 1.0
-        scale = units[self.processes.rank] / unit  # a power of two, so that nothing is rounded
+        scale = units[self._processes.rank] / unit  # a power of two, so that nothing is rounded
         self.unit = torch.full_like(self.unit, unit)
         for sums in (self.gram.mul_(scale**2), self.cross.mul_(scale), self.energy):
-            self.processes.all_reduce(sums)
+            self._processes.all_reduce(sums)
 
     def relative_error(self, weight: Tensor) -> float:
         """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
@@ -426,7 +416,7 @@ class Regression:
             blocks = blocks[:size]
         del inverse, weight
         blocks = blocks.sort().values
-        self.processes.broadcast(blocks)  # in case machines round differently
+        self._processes.broadcast(blocks)  # in case machines round differently
         index = expanded(blocks, block)
         self.gram, self.cross = compacted(self.gram, index), self.cross[:, index]
         return blocks

@@ -82,11 +82,8 @@ def stacked(
     return wide
 
 
-def build_layer(decoder: Decoder, weights: Weights, kind: Kind | None = None) -> DecoderLayer:
-    """A decoder layer of given weights; it has as many heads and channels as they have.
-
-    `kind` may be left out where all layers of the model are of one.
-    """
+def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
+    """A decoder layer of given weights; it has as many heads and channels as they have."""
     config = copy.copy(decoder.config)
     channels = head_dim(config)
     queries, keys = (len(weights[f"self_attn.{name}_proj.weight"]) for name in "qk")
@@ -94,7 +91,7 @@ def build_layer(decoder: Decoder, weights: Weights, kind: Kind | None = None) ->
     config.num_attention_heads = queries // channels
     config.num_key_value_heads = keys // channels
     config.intermediate_size = len(weights["mlp.gate_proj.weight"])
-    layer = decoder.family.new_layer(config, decoder.only_kind() if kind is None else kind)
+    layer = decoder.family.new_layer(config, kind)
     layer.load_state_dict(decoder.family.packed(weights), assign=True)
     return layer.eval().requires_grad_(False)
 
@@ -108,47 +105,33 @@ def normalized(decoder: Decoder, half: Half, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def written_by_attention(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
-    """What a layer's attention writes, in front of a norm if it goes through one: (sequences B, tokens T, hidden)."""
-    before = decoder.family.attention.before
-    read = layer.get_submodule(before)(state) if before else state
+def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor) -> Tensor:
+    """What a half of a layer writes, in front of a norm if it goes through one: (sequences B, tokens T, hidden)."""
+    read = layer.get_submodule(half.before)(state) if half.before else state
+    if half is decoder.family.mlp:
+        return layer.mlp(read)
     return layer.self_attn(hidden_states=read, **decoder.layer_inputs(state, layer))[0]
 
 
 @torch.no_grad()
-def written_by_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> Tensor:
-    """The same of its MLP, from the residual stream after its attention."""
-    before = decoder.family.mlp.before
-    return layer.mlp(layer.get_submodule(before)(residual) if before else residual)
-
-
-def with_update(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor, written: Tensor) -> Tensor:
-    """The residual stream after a half that wrote something: each (sequences B, tokens T, hidden)."""
-    factor = decoder.family.residual_factor(decoder.config)
+def after_half(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor) -> Tensor:
+    """The residual stream after a half of a layer, from the stream in front of it: (sequences B, tokens T, hidden)."""
+    written = written_by(decoder, half, layer, state)
     if half.after:
         written = layer.get_submodule(half.after)(written)
-    if factor != 1:
-        written = written * factor
-    return state + written.to(state.device)
+    return state + (written * decoder.family.residual_factor(decoder.config)).to(state.device)
 
 
-@torch.no_grad()
 def mid_state(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
     """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
-    return with_update(decoder, decoder.family.attention, layer, state, written_by_attention(decoder, layer, state))
-
-
-@torch.no_grad()
-def after_mlp(decoder: Decoder, layer: DecoderLayer, residual: Tensor) -> Tensor:
-    """A layer's output from the residual stream after its attention: (sequences B, tokens T, hidden)."""
-    return with_update(decoder, decoder.family.mlp, layer, residual, written_by_mlp(decoder, layer, residual))
+    return after_half(decoder, decoder.family.attention, layer, state)
 
 
 def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
     """What o_proj reads: (sequences B, tokens T, hidden) -> (B * T, query heads * head_dim)."""
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    written_by_attention(decoder, layer, state)
+    written_by(decoder, decoder.family.attention, layer, state)
     hook.remove()
     return heads[0].flatten(0, 1)
 
@@ -164,24 +147,14 @@ def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor
     return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
 
 
-def with_channels(weights: Weights, channels: Tensor) -> dict[str, Tensor]:
-    """An MLP with some of its channels."""
-    kept = dict(weights)
-    for name in ("mlp.gate_proj.weight", "mlp.gate_proj.bias", "mlp.up_proj.weight", "mlp.up_proj.bias"):
-        if name in kept:
-            kept[name] = kept[name][channels]
-    kept["mlp.down_proj.weight"] = kept["mlp.down_proj.weight"][:, channels]
-    return kept
-
-
-def with_heads(weights: Weights, q_proj: Tensor, k_proj: Tensor) -> dict[str, Tensor]:
-    """Attention with some rows of its queries, and of its keys and values: those of whole heads."""
-    kept = dict(weights)
-    for name, chosen in (("q_proj", q_proj), ("k_proj", k_proj), ("v_proj", k_proj)):
-        for part in (f"self_attn.{name}.weight", f"self_attn.{name}.bias"):
-            if part in kept:
-                kept[part] = kept[part][chosen]
-    kept["self_attn.o_proj.weight"] = kept["self_attn.o_proj.weight"][:, q_proj]
+def selected(half: Half, weights: Weights, *rows: Tensor) -> dict[str, Tensor]:
+    """A half with some rows of each of its readers, and the columns of its writer that read the first one's."""
+    kept, writer = dict(weights), f"{half.writer}.weight"
+    for reader, chosen in zip(half.readers, rows, strict=True):
+        for name in (f"{reader}.weight", f"{reader}.bias"):
+            if name in kept:
+                kept[name] = kept[name][chosen]
+    kept[writer] = kept[writer][:, rows[0]]
     return kept
 
 

@@ -6,9 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
 
 
-class StateStore:
+class StateStore(ExitStack):
     """Makes the lists of states of one computation. Use in a `with` block, in which its lists can be read.
 
     Parameters
@@ -32,9 +30,9 @@ class StateStore:
     """
 
     def __init__(self, place: Place = "device") -> None:
+        super().__init__()
         self.place = place
-        self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) if place == "disk" else None
+        self._folder = self.enter_context(tempfile.TemporaryDirectory()) if place == "disk" else None
 
     @classmethod
     def with_room(cls, decoder: Decoder, expected_bytes: int) -> StateStore:
@@ -46,14 +44,6 @@ class StateStore:
         if expected_bytes < (room if decoder.states_in_memory is None else decoder.states_in_memory):
             return cls("host" if on_device else "device")
         return cls("disk")
-
-    def __enter__(self) -> StateStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
 
     def keep(self, states: Iterable[Tensor] = ()) -> Sequence[Tensor]:
         """A list of these states; only one of them need be on its device at a time."""
@@ -94,10 +84,5 @@ class _Fetched(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._fetches)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        chosen = self._fetches[index]
-        return [fetch() for fetch in chosen] if isinstance(chosen, list) else chosen()
+    def __getitem__(self, index: Any) -> Any:
+        return self._fetches[index]()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder, check_finite
 from lf_hf.families import DecoderLayer
-from lf_hf.refit.layer_parts import after_mlp, mid_state
+from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.states import StateStore
 from lf_hf.stages.activations import influence
 
@@ -39,8 +39,8 @@ def trace(decoder: Decoder, layers: Sequence[DecoderLayer], states: Sequence[Ten
     inputs, mid_states = [on_device(states, layers[0], store)], []
     for layer in layers:
         mid_states.append(store.keep(mid_state(decoder, layer, state) for state in inputs[-1]))
-        inputs.append(store.keep(after_mlp(decoder, layer, residual) for residual in mid_states[-1]))
-    return Traces(inputs[:-1], list(mid_states), inputs[-1])
+        inputs.append(store.keep(after_half(decoder, decoder.family.mlp, layer, state) for state in mid_states[-1]))
+    return Traces(inputs[:-1], mid_states, inputs[-1])
 
 
 def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:

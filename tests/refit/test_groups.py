@@ -120,7 +120,7 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
 
 
 def test_groups_that_cannot_be_computed_with_are_said() -> None:
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT)
+    measured = Measurements(judged=[], seconds={}, text=TEXT)
     with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
         assert fusion.table is not None
         fusion.table.by_group |= {(1, 2): math.inf, (2, 3): math.inf}
@@ -152,7 +152,7 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
     """Costs are measured once, those of pairs always."""
     model = make_llama(num_hidden_layers=7)
-    measured = Measurements(settings={}, judged=[], seconds={}, text=TEXT[:8], other_text=TEXT[8:])
+    measured = Measurements(judged=[], seconds={}, text=TEXT[:8], other_text=TEXT[8:])
     planned, tables = list[Any](), list[Any]()
     for fusions in (1, 2, 2, 3):
         config = FusionConfig(fusions, "truncate", selection="groups")
@@ -236,7 +236,7 @@ def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     model, random = with_a_pair_that_works_together(), torch.Generator().manual_seed(0)
     begun = torch.randint(2, 6, (80, 1), generator=random)
     text = torch.cat([begun, torch.randint(6, 320, (80, 63), generator=random)], dim=1)
-    measured, ids = Measurements(settings={}, judged=[], seconds={}, text=list(text[:64])), text[64:]
+    measured, ids = Measurements(judged=[], seconds={}, text=list(text[:64])), text[64:]
     expected, costs, chosen = model(ids).logits.log_softmax(-1), dict[str, float](), dict[str, Any]()
     for selection in ("least_influence", METHODS["refit"]["selection"]):
         decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)
