@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -34,32 +35,30 @@ class Half:
     """Attention or MLP of a decoder layer: what reads the residual stream, and what writes to it.
 
     `before` is the norm that `readers` read, and `after` the one that what `writer` writes goes through; None where the
-    layers have no such norm.
+    layers have no such norm. `packed` is the projection that has the rows of all readers, in order, where there is one.
     """
 
     before: str | None
     readers: tuple[str, ...]
     writer: str
     after: str | None = None
+    packed: str | None = None
 
     @property
     def norms(self) -> list[str]:
         return [norm for norm in (self.before, self.after) if norm is not None]
 
-    @property
-    def projections(self) -> tuple[str, ...]:
-        return (*self.readers, self.writer)
 
-
-def attention_half(before: str | None = "input_layernorm", after: str | None = None) -> Half:
-    return Half(before, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", after)
-
-
-def mlp_half(before: str | None = "post_attention_layernorm", after: str | None = None) -> Half:
-    return Half(before, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", after)
-
-
-PROJECTIONS = (*attention_half().projections, *mlp_half().projections)
+attention_half = partial(
+    Half,
+    before="input_layernorm",
+    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    writer="self_attn.o_proj",
+)
+mlp_half = partial(
+    Half, before="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), writer="mlp.down_proj"
+)
+PROJECTIONS = tuple(name for half in (attention_half(), mlp_half()) for name in (*half.readers, half.writer))
 """The matrices of a decoder layer of any family, by the names of `Family.unpacked`."""
 
 
@@ -76,60 +75,27 @@ class Family:
     """One family of decoder models: RMSNorm, grouped-query attention and a gated MLP on one residual stream.
 
     Keys are names in the config.
-
-    Parameters
-    ----------
-    model_type : str
-        The `model_type` of its config.
-    title : str
-        Its name in prose and in the names of our classes, such as "Qwen3".
-    module : str, optional
-        Folder of transformers.models that has its classes, if it is not `model_type`.
-    text : str, optional
-        What the names of its config, its base model and its heads have after the title where there is a model of
-        images as well: "Text".
-    attention, mlp : Half
-        The two halves of a layer.
-    gain_offset : float
-        Norms multiply by this plus their weight.
-    head_norms : {None, "each", "all"}
-        Whether queries and keys have norms, of each head by itself, with gains that a layer's heads share, or over all
-        heads of a layer.
-    packed_projections : mapping
-        From projections that the layer has to those that are rows of them, in order.
-    layer_lists : tuple of str
-        Keys of lists with an entry a layer, which layers of different kinds differ in; the first is `layer_types`.
-    window : str, optional
-        Key of the sliding window that all layers have. In families with `layer_types` those have it that say so.
-    rotary_of_type : bool
-        Whether layers of different `layer_types` have rotary embeddings of their own.
-    activation : str
-        Key of the MLP's activation.
-    scaled_embedding : bool
-        Whether the embedding multiplies by the root of the width.
-    embedding_multiplier, residual_multiplier, logits_divisor, logits_cap : str, optional
-        Keys of what multiplies embeddings, what multiplies all that is written to the stream, what logits are divided
-        by, and what a tanh keeps them within.
     """
 
-    model_type: str
-    title: str
-    module: str = ""
-    text: str = ""
+    model_type: str  # of its config
+    title: str  # in prose and in the names of our classes, such as "Qwen3"
+    module: str = ""  # folder of transformers.models that has its classes, if it is not `model_type`
+    text: str = ""  # after the title in names of its config, base model and heads, where one of images is there too
     attention: Half = field(default_factory=attention_half)
     mlp: Half = field(default_factory=mlp_half)
-    gain_offset: float = 0.0
+    gain_offset: float = 0.0  # norms multiply by this plus their weight
+    # Whether queries and keys have norms, of each head, with gains that all heads share, or over all heads of a layer.
     head_norms: Literal["each", "all"] | None = None
-    packed_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Keys of lists with an entry a layer, which layers of different kinds differ in; the first is `layer_types`.
     layer_lists: tuple[str, ...] = ()
-    window: str = ""
-    rotary_of_type: bool = False
-    activation: str = "hidden_act"
-    scaled_embedding: bool = False
-    embedding_multiplier: str = ""
-    residual_multiplier: str = ""
-    logits_divisor: str = ""
-    logits_cap: str = ""
+    window: str = ""  # key of the sliding window that all layers have; where there are `layer_types`, these say which
+    rotary_of_type: bool = False  # whether layers of different `layer_types` have rotary embeddings of their own
+    activation: str = "hidden_act"  # key of the MLP's
+    scaled_embedding: bool = False  # whether the embedding multiplies by the root of the width
+    embedding_multiplier: str = ""  # key of what multiplies embeddings
+    residual_multiplier: str = ""  # key of what multiplies all that is written to the stream
+    logits_divisor: str = ""  # key of what logits are divided by
+    logits_cap: str = ""  # key of what a tanh keeps logits within
 
     @property
     def config_class(self) -> Any:
@@ -143,11 +109,6 @@ class Family:
     @property
     def causal_lm(self) -> Any:
         return self._class(f"{self.title}ForCausalLM")
-
-    @property
-    def pretrained_model(self) -> Any:
-        """What all models of the family are made from."""
-        return self._class(f"{self.title}PreTrainedModel")
 
     @property
     def decoder_layer(self) -> Any:
@@ -206,14 +167,12 @@ class Family:
         All that can be are views.
         """
         found = dict(weights)
-        for packed, names in self.packed_projections.items():
+        for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
-                if (tensor := found.pop(f"{packed}.{kind}", None)) is not None:
-                    sizes = [len(tensor) // len(names)] * len(names)
-                    if names == self.attention.readers:  # of which the queries may be more
-                        queries = found[f"{self.attention.writer}.weight"].shape[1]
-                        sizes = [queries, (len(tensor) - queries) // 2, (len(tensor) - queries) // 2]
-                    found |= {f"{name}.{kind}": part for name, part in zip(names, tensor.split(sizes), strict=True)}
+                if (tensor := found.pop(f"{half.packed}.{kind}", None)) is not None:
+                    first, others = found[f"{half.writer}.weight"].shape[1], len(half.readers) - 1
+                    parts = tensor.split([first, *[(len(tensor) - first) // others] * others])  # queries may be more
+                    found |= {f"{name}.{kind}": part for name, part in zip(half.readers, parts, strict=True)}
         if self.gain_offset:
             for norm in self.norms:
                 gain = found[f"{norm}.weight"]
@@ -228,10 +187,10 @@ class Family:
             for norm in self.norms:
                 if (gain := found.get(f"{norm}.weight")) is not None:
                     found[f"{norm}.weight"] = (gain - self.gain_offset).to(dtype or gain.dtype)
-        for packed, names in self.packed_projections.items():
+        for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
-                if f"{names[0]}.{kind}" in found:
-                    found[f"{packed}.{kind}"] = torch.cat([found.pop(f"{name}.{kind}") for name in names])
+                if half.packed and f"{half.readers[0]}.{kind}" in found:
+                    found[f"{half.packed}.{kind}"] = torch.cat([found.pop(f"{name}.{kind}") for name in half.readers])
         return found
 
     def config_kind(self, config: PretrainedConfig, index: int) -> Kind:
@@ -295,7 +254,7 @@ _GEMMA2 = Family(
     "gemma2",
     "Gemma2",
     attention=attention_half(after="post_attention_layernorm"),
-    mlp=mlp_half("pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+    mlp=mlp_half(before="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
     gain_offset=1.0,
     layer_lists=("layer_types",),
     activation="hidden_activation",
@@ -313,10 +272,8 @@ FAMILIES = MappingProxyType(
             Family(
                 "phi3",
                 "Phi3",
-                packed_projections={
-                    "self_attn.qkv_proj": attention_half().readers,
-                    "mlp.gate_up_proj": mlp_half().readers,
-                },
+                attention=attention_half(packed="self_attn.qkv_proj"),
+                mlp=mlp_half(packed="mlp.gate_up_proj"),
                 window="sliding_window",
             ),
             _GEMMA2,

@@ -40,21 +40,16 @@ WRITTEN_LENGTH = 128  # tokens of a text that the model writes: all weights are 
 
 @dataclass(frozen=True)
 class Judged:
-    """A text that predictions are measured on, and what the dense model predicts there.
-
-    `ids` are batches of token ids, of shape (sequences B, tokens T), and `states` the dense model's final states of
-    each, of shape (B, T, hidden), in the machine's memory. `dense` is its perplexity. `to_samples` and `to_text` say
-    how the text relates to the calibration samples and to the calibration text.
-    """
+    """A text that predictions are measured on, and what the dense model predicts there."""
 
     name: str
     source: str
-    ids: list[Tensor]
-    tokens: int
-    states: list[Tensor]
-    dense: float
-    to_samples: Relation
-    to_text: Relation
+    ids: list[Tensor]  # batches of token ids of shape (sequences B, tokens T): this process's share
+    tokens: int  # of all processes
+    states: list[Tensor]  # the dense model's final ones of each batch, (B, T, hidden), in the machine's memory
+    dense: float  # its perplexity
+    to_samples: Relation  # how the text relates to the calibration samples
+    to_text: Relation  # and to the calibration text
 
 
 @dataclass(frozen=True)
@@ -62,48 +57,23 @@ class Measurements:
     """What is measured on the dense model before it is fused.
 
     It serves any number of fusions, whose settings differ in how layers are chosen and made one, and no others.
-
-    Attributes
-    ----------
-    judged : list of Judged
-        Empty where no tokens were asked for.
-    similarity, embeddings : float64 arrays of shape (L, L) and (L, samples N, d), or None
-    text : list of int64 tensors of shape (tokens T,)
-        Calibration text for influence, selection and fits.
-    other_text : list of int64 tensors of shape (tokens T,)
-        Pieces of text of other kinds, which judge beside it.
-    text_note : str
-        What users should know of that text.
-    sample_labels : list of str or None
-        MMLU subject of each sample.
-    influences : list of float or None
-        How much each layer changes the residual stream, on the samples.
-    of_samples, of_text : CalibrationInfo or None
-        Where the samples behind `similarity`, and `text`, came from.
-    continuations : dict of str
-        `written_on`, empty where no tokens were asked for, or it would take long.
-    base_digest : str or None
-        `lf_hf.runtime.numerics.weights_digest` of the model.
-    group_costs : dict
-        Costs of groups of layers, by the settings that they depend on; what a fusion measures is added.
-    seconds : dict of float
-    notes : list of str
     """
 
-    judged: list[Judged]
+    judged: list[Judged]  # none where no tokens were asked for
     seconds: dict[str, float]
-    similarity: NDArray[np.float64] | None = None
-    embeddings: NDArray[np.float64] | None = None
-    sample_labels: list[str] | None = None
-    influences: list[float] | None = None
-    of_samples: CalibrationInfo | None = None
-    text: list[Tensor] = field(default_factory=list)
-    other_text: list[Tensor] = field(default_factory=list)
-    text_note: str = ""
-    of_text: CalibrationInfo | None = None
-    continuations: dict[str, str] = field(default_factory=dict)
+    similarity: NDArray[np.float64] | None = None  # of shape (layers L, layers L)
+    embeddings: NDArray[np.float64] | None = None  # of shape (L, samples N, d)
+    sample_labels: list[str] | None = None  # MMLU subject of each sample
+    influences: list[float] | None = None  # how much each layer changes the residual stream, on the samples
+    of_samples: CalibrationInfo | None = None  # where the samples behind `similarity` came from
+    text: list[Tensor] = field(default_factory=list)  # for influence, selection and fits: int64, (tokens T,) each
+    other_text: list[Tensor] = field(default_factory=list)  # pieces of text of other kinds, which judge beside it
+    text_note: str = ""  # what users should know of that text
+    of_text: CalibrationInfo | None = None  # where `text` came from
+    continuations: dict[str, str] = field(default_factory=dict)  # `written_on`; none where it would take long
+    # Costs of groups of layers, by the settings that they depend on; what a fusion measures is added.
     group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
-    base_digest: str | None = None
+    base_digest: str | None = None  # `lf_hf.runtime.numerics.weights_digest` of the model
     notes: list[str] = field(default_factory=list)
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:

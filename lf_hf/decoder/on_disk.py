@@ -69,7 +69,7 @@ class CheckpointDecoder(Decoder):
     ) -> None:
         self.config = config
         if config._attn_implementation is None:
-            config._attn_implementation = "sdpa" if self.family.pretrained_model._supports_sdpa else "eager"
+            config._attn_implementation = "sdpa" if self.family.causal_lm._supports_sdpa else "eager"
         if device.type == "cuda" and device.index is None:  # which another thread would take for the first one
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device

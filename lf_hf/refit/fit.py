@@ -186,25 +186,14 @@ def num_candidates(channels: int, keep: int) -> int:
 class HalfFit:
     """The fit of one half of a layer: what it is given, and what is asked of it.
 
-    Attributes
-    ----------
-    decoder : Decoder
-    half : Half
-    states : sequence of tensors of shape (sequences B, tokens T, hidden)
-        The stream in front of the half that is made: this process's share of the text.
-    inputs : list of such sequences
-        The stream in front of the same half of each layer of the group.
-    targets : callable
-        Gives the stream as it should be after the half, batch by batch.
-    ridge : float
-    quick : bool
+    States are tensors of shape (sequences B, tokens T, hidden), of this process's share of the text.
     """
 
     decoder: Decoder
     half: Half
-    states: Sequence[Tensor]
-    inputs: list[Sequence[Tensor]]
-    targets: Callable[[], Iterable[Tensor]]
+    states: Sequence[Tensor]  # the stream in front of the half that is made
+    inputs: list[Sequence[Tensor]]  # the stream in front of the same half of each layer of the group
+    targets: Callable[[], Iterable[Tensor]]  # gives the stream as it should be after the half, batch by batch
     ridge: float
     quick: bool = False
 

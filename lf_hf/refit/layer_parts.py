@@ -55,11 +55,11 @@ def stacked(
     for reader in half.readers:
         rows = []
         for n, layer in enumerate(parameters):
-            row = weight = layer[f"{reader}.weight"]
+            weight = layer[f"{reader}.weight"]
+            row = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if half.before:
-                row = weight.to(torch.promote_types(weight.dtype, torch.float32)) * layer[f"{half.before}.weight"]
+                row = row * layer[f"{half.before}.weight"]
             if maps is not None:
-                row = row.to(torch.promote_types(row.dtype, torch.float32))
                 row = row @ maps[n].to(row)
             rows.append(row.to(weight.dtype))
         wide[f"{reader}.weight"] = torch.cat(rows)

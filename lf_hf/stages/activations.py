@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
 
 from lf_hf.decoder.interface import Decoder, check_finite
 from lf_hf.runtime.launch import ALONE, Processes
@@ -38,18 +39,12 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     centred over the samples first: that leaves distances as they are and keeps the large component that all
     samples share from cancelling. What is left below the rounding of its terms, some 1e-7 of the states' size, is 0.
     """
-    lengths = torch.tensor([len(state) for state in states])
     dtype = torch.float32 if states[0].device.type == "mps" else torch.float64  # mps has no float64
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
     block = max(1, PADDED // (len(states) * states[0].shape[1]))  # positions at a time
-    for start in range(0, int(lengths.max()), block):
-        stop = min(start + block, int(lengths.max()))
-        padded = torch.zeros(
-            len(states), stop - start, states[0].shape[1], dtype=dtype, device=states[0].device
-        )  # (N, block, hidden)
-        for n, state in enumerate(states):
-            part = state[start:stop]
-            padded[n, : len(part)] = part
+    for start in range(0, max(map(len, states)), block):
+        parts = [state[start : start + block] for state in states]
+        padded = pad_sequence(parts, batch_first=True).to(dtype)  # (N, block, hidden)
         padded -= padded.mean(dim=0)
         flat = padded.flatten(1)  # (N, block * hidden)
         gram += (flat @ flat.T).to("cpu", torch.float64)

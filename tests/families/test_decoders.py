@@ -18,7 +18,7 @@ IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, attention: str, tmp_path: Path) -> None:
-    if attention == "sdpa" and not FAMILIES[model_type].pretrained_model._supports_sdpa:
+    if attention == "sdpa" and not FAMILIES[model_type].causal_lm._supports_sdpa:
         pytest.skip("transformers has no such attention for this family")
     model = tiny_model(model_type, attn_implementation=attention)
     with torch.no_grad():
