@@ -28,27 +28,13 @@ _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of s
 
 
 class Decoder(ABC):
-    """A model whose layers are used one after another and may be changed.
+    """A model whose layers are used one after another and may be changed."""
 
-    Attributes
-    ----------
-    config : PretrainedConfig
-        Follows when layers are removed, or become layers of another kind.
-    rotary_emb : nn.Module
-        The family's own rotary embeddings.
-    device : torch.device
-        Where hidden states begin.
-    processes : Processes
-        Those that hold the same model and share the work on it.
-    states_in_memory : int or None
-        Bytes of hidden states that may be in the machine's memory; None for as many as there is room for.
-    """
-
-    config: Any
-    rotary_emb: Any
-    device: torch.device
-    processes: Processes = ALONE
-    states_in_memory: int | None = None
+    config: Any  # follows when layers are removed, or become layers of another kind
+    rotary_emb: Any  # the family's own
+    device: torch.device  # where hidden states begin
+    processes: Processes = ALONE  # those that hold the same model and share the work on it
+    states_in_memory: int | None = None  # bytes of hidden states that may be in the machine's memory; else all
     _inputs: tuple[Any, dict[Any, dict[str, Any]]] = None, {}  # of layers, for the last kind of states
 
     @property

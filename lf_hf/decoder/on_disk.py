@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lf_hf.checkpoint.weights import (
     check_complete,
@@ -36,6 +37,9 @@ _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 _CPU = torch.device("cpu")
 _LEFT_FREE = 4  # a quarter of what is free on a device is left so where layers stay on it
+Place = tuple[Path, str]
+"""Of a tensor: its file, and its name there."""
+Places = dict[str, Place]
 STATES_IN_MEMORY = 1 << 27  # bytes, where the machine's memory is to be spared
 
 
@@ -77,27 +81,34 @@ class CheckpointDecoder(Decoder):
         # A stream of their own, so that copies need not wait for what is computed.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rotary_emb = self.family.rotary_embedding(config).to(device)
-        self._files = tensor_files(folder)
-        self._check_complete(str(folder))
-        self._scratch = scratch
-        self._own_scratch: TemporaryDirectory[str] | None = None  # a copy's
-        self._sources: list[int] = list(range(config.num_hidden_layers))  # of each layer, its number in the files
-        self._kinds = self.family.config_kinds(config)  # of the layers in the files
+        files = tensor_files(folder)
         self.dtype: torch.dtype = (
-            dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(self._files.values())))
+            dtype or cast("torch.dtype | None", config.dtype) or stored_dtype(next(iter(files.values())))
         )
+        self._base: Places = {name: (file, name) for name, file in files.items()}
+        self._check_complete(str(folder))
+        self._originals = [self._places_of(number) for number in range(config.num_hidden_layers)]
+        self._layers = list(self._originals)
+        self._kinds = self.family.config_kinds(config)  # of the originals
+        self._scratch, self._numbers = scratch, itertools.count()  # of the files there
+        self._folders: list[TemporaryDirectory[str]] = []  # a copy's, and of those that it was made from
         self._own_head = self._has_own_head()
         self._kept: dict[int, DecoderLayer] | None = None  # layers that stay on the device, where any may
         self._table: Tensor | None = None  # embeddings that do
         self._least_free = 0  # bytes of the device
 
+    def _places_of(self, number: int) -> Places:
+        prefix = f"{_LAYERS}{number}."
+        names = [name for name in self._base if name.startswith(prefix) and "rotary_emb" not in name]
+        return {name.removeprefix(prefix): self._base[name] for name in names}
+
     @property
     def num_layers(self) -> int:
-        return len(self._sources)
+        return len(self._layers)
 
     @property
     def bytes_read(self) -> int:
-        size = sum(file.stat().st_size for file in set(self._files.values()))
+        size = sum(file.stat().st_size for file in {file for file, _ in self._base.values()})
         stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - 1 / _LEFT_FREE)
         return 0 if stay else size
 
@@ -115,7 +126,7 @@ class CheckpointDecoder(Decoder):
             return
         self._kept, self._least_free = {}, free_memory(self.device) // _LEFT_FREE
         try:
-            [self._table] = self._read([_EMBEDDING], self.device)
+            self._table = self._read(self._base[_EMBEDDING], self.device)
             if free_memory(self.device) < self._least_free:
                 self._table = None
             yield
@@ -125,80 +136,73 @@ class CheckpointDecoder(Decoder):
     def copy(self) -> CheckpointDecoder:
         """The model as it is now, to be changed apart from this one; its changed layers go when it does."""
         other = copy.copy(self)
-        other.config, other._sources = copy.deepcopy(self.config), list(self._sources)
-        other._own_scratch = TemporaryDirectory(dir=self._scratch)
-        other._scratch = Path(other._own_scratch.name)
-        for file in self._scratch.glob("layer-*.safetensors"):
-            shutil.copyfile(file, other._scratch / file.name)
+        other.config, other._layers = copy.deepcopy(self.config), list(self._layers)
+        other._folders = [*self._folders, TemporaryDirectory(dir=self._scratch)]
+        other._scratch = Path(other._folders[-1].name)
+        self._scratch = Path(mkdtemp(dir=self._scratch))  # what lies outside of it is both models' now, and stays
         return other
 
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
-        weights = self.family.packed(weights)
         set_config_kind(self.config, index, kind or {})
-        file = self._changed(index)
-        tensors = load_file(file) if file.is_file() else {}
-        save_file(tensors | {name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
+        file, before = self._scratch / f"{next(self._numbers)}.safetensors", self._layers[index]
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.family.packed(weights).items()}
+        save_file(tensors, file)
+        self._layers[index] = before | {name: (file, name) for name in tensors}
+        self._forget(before, self._layers[index])
 
     def remove(self, index: int) -> None:
-        self._changed(index).unlink(missing_ok=True)
-        del self._sources[index]
+        self._forget(self._layers.pop(index), {})
         remove_config_layer(self.config, index)
 
+    def _forget(self, before: Places, after: Places) -> None:
+        """Delete files of changed tensors that a layer no longer has."""
+        for file in {file for file, _ in before.values()} - {file for file, _ in after.values()}:
+            if file.parent == self._scratch:
+                file.unlink()
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else [])):
-            yield name, self._read([name])[0]
-        for index in range(self.num_layers):
-            for name, tensor in self._weights(index, original=False, device=_CPU).items():
-                yield f"{_LAYERS}{index}.{name}", tensor
+        return ((name, self._read(place)) for name, place in self._all_places().items())
+
+    def _all_places(self) -> Places:
+        """By the parameters' names in the checkpoint."""
+        places = {name: self._base[name] for name in (_EMBEDDING, _NORM, *([_HEAD] if self._own_head else []))}
+        for index, layer in enumerate(self._layers):
+            places |= {f"{_LAYERS}{index}.{name}": place for name, place in layer.items()}
+        return places
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        table = self._read([_EMBEDDING])[0] if self._table is None else self._table
+        table = self._read(self._base[_EMBEDDING]) if self._table is None else self._table
         embedded = (nn.functional.embedding(batch.to(table.device), table).to(self.device) for batch in batches)
         return [self.family.first_states(self.config, states, rows=True) for states in embedded]
 
     @contextmanager
     def norm_and_head(self) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        gain, weight = self._read([_NORM, _HEAD if self._own_head else _EMBEDDING], self.device)
+        names = _NORM, _HEAD if self._own_head else _EMBEDDING
+        gain, weight = (self._read(self._base[name], self.device) for name in names)
         norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield norm, weight
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write all tensors as shards of about `max_shard_bytes`, and their index."""
-        shards, total = list[list[str]](), 0
-        for shard in self._shards(max_shard_bytes):
-            save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-        if len(shards) == 1:
-            (folder / "shard-0").rename(folder / SAFE_WEIGHTS_NAME)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-            (folder / f"shard-{number}").rename(folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        places, described = self._all_places(), self._described()
+        split = split_torch_state_dict_into_shards({n: described[n] for n in places}, max_shard_size=max_shard_bytes)
+        for file, names in progress(split.filename_to_tensors.items(), desc="Writing", unit="file"):
+            save_file({name: self._read(places[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _shards(self, max_bytes: int) -> Iterator[dict[str, Tensor]]:
-        shard, size = dict[str, Tensor](), 0
-        for name, tensor in progress(self.named_parameters(), desc="Writing", unit="tensor"):
-            if shard and size + tensor.nbytes > max_bytes:
-                yield shard
-                shard.clear()
-                size = 0
-            shard[name] = tensor.contiguous()
-            size += tensor.nbytes
-        yield shard
+    def _described(self) -> dict[str, Tensor]:
+        """The model's tensors by its config, without memory; a head that is tied is among them."""
+        with torch.device("meta"):
+            return self.family.causal_lm(self.config).to(self.dtype).state_dict()
 
     def _check_complete(self, name: str) -> None:
         """Raise ValueError if the files do not hold the tensors that the config describes."""
-        held = {tensor: shape for file in set(self._files.values()) for tensor, shape in tensor_shapes(file).items()}
-        with torch.device("meta"):
-            wanted = {
-                tensor: tuple(value.shape) for tensor, value in self.family.causal_lm(self.config).state_dict().items()
-            }
+        files = {file for file, _ in self._base.values()}
+        held = {tensor: shape for file in files for tensor, shape in tensor_shapes(file).items()}
+        wanted = {tensor: tuple(value.shape) for tensor, value in self._described().items()}
         missing = wanted.keys() - held.keys() - ({_HEAD} if self.config.tie_word_embeddings else set())
         mismatched = {
             tensor: (held[tensor], shape) for tensor, shape in wanted.items() if held.get(tensor, shape) != shape
@@ -207,9 +211,9 @@ class CheckpointDecoder(Decoder):
 
     def _has_own_head(self) -> bool:
         """Whether there is a head that is not the embeddings; as with transformers, no config ties what differs."""
-        if _HEAD not in self._files or not self.config.tie_word_embeddings:
-            return _HEAD in self._files
-        return not torch.equal(*self._read([_EMBEDDING, _HEAD]))
+        if _HEAD not in self._base or not self.config.tie_word_embeddings:
+            return _HEAD in self._base
+        return not torch.equal(*(self._read(self._base[name]) for name in (_EMBEDDING, _HEAD)))
 
     def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[DecoderLayer]:
         """Layers of the model as it is, or of the base; each is its user's alone, so that its memory can be freed."""
@@ -255,20 +259,10 @@ class CheckpointDecoder(Decoder):
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def _weights(self, number: int, original: bool, device: torch.device | None = None) -> dict[str, Tensor]:
-        """All parameters of a layer of the base, or of the model as it is now, by their names inside it."""
-        device, changed = device or self.device, dict[str, Tensor]()
-        if not original:
-            changed = load_file(self._changed(number)) if self._changed(number).is_file() else {}
-            number = self._sources[number]
-        prefix = f"{_LAYERS}{number}."
-        names = [name for name in self._files if name.startswith(prefix) and "rotary_emb" not in name]
-        names = [name for name in names if name.removeprefix(prefix) not in changed]
-        stored = {name.removeprefix(prefix): t for name, t in zip(names, self._read(names, device), strict=True)}
-        return stored | {name: tensor.to(device) for name, tensor in changed.items()}
+    def _weights(self, number: int, original: bool) -> dict[str, Tensor]:
+        """All parameters of a layer on the device, by their names inside it."""
+        places = (self._originals if original else self._layers)[number]
+        return {name: self._read(place, self.device) for name, place in places.items()}
 
-    def _changed(self, index: int) -> Path:
-        return self._scratch / f"layer-{self._sources[index]}.safetensors"
-
-    def _read(self, names: Sequence[str], device: torch.device = _CPU) -> list[Tensor]:
-        return [read_onto(device, self._files[name], name, self.dtype) for name in names]
+    def _read(self, place: Place, device: torch.device = _CPU) -> Tensor:
+        return read_onto(device, *place, self.dtype)

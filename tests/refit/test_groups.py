@@ -178,7 +178,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
 @torch.no_grad()
 def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_taken() -> None:
     model, text = make_llama(num_hidden_layers=7), TEXT * 6
-    measured, (held, _) = Measurements(settings={}, judged=[], seconds={}, text=text), held_out(text, 8)
+    measured, (held, _) = Measurements(judged=[], seconds={}, text=text), held_out(text, 8)
     decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
     with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
         fuse_pairs(fusion, 2)
