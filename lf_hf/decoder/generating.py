@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
-from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer
@@ -152,7 +151,7 @@ class CachedStep:
         kind = tuple(self._decoder.family.layer_kind(layer).values())
         if kind not in self._inputs:
             embeddings = self._decoder.rotary(self._first, self._position_ids, layer)
-            self._inputs[kind] = self._mask(self._decoder.window(layer, self._end)), embeddings
+            self._inputs[kind] = self._decoder.mask(self._first, layer, self._end, self._padding), embeddings
         mask, embeddings = self._inputs[kind]
         return layer(
             hidden_states,
@@ -161,23 +160,6 @@ class CachedStep:
             position_embeddings=embeddings,
             **{self._cache_argument: self._cache},
         )
-
-    def _mask(self, window: int | None) -> Tensor | None:
-        states, padding = self._first, self._padding
-        is_flash = is_flash_attention_requested(self._decoder.config)  # which is causal by itself, and knows windows
-        if padding is None and (is_flash or (window is None and states.shape[1] == 1)):
-            return None
-        keys = torch.arange(self._end, device=states.device)
-        queries = keys[-states.shape[1] :]
-        is_text = keys >= (torch.zeros(1, device=states.device) if padding is None else padding)[:, None]  # (B, keys)
-        if is_flash:
-            return is_text
-        seen = keys <= queries[:, None]
-        if window is not None:
-            seen &= keys > queries[:, None] - window
-        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
-        lowest = torch.finfo(states.dtype).min
-        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
 
 
 def _special_tokens(config: PretrainedConfig) -> list[int]:

@@ -34,7 +34,7 @@ class Decoder(ABC):
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it
-    states_in_memory: int | None = None  # bytes of hidden states that may be in the machine's memory; else all
+    states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
     _inputs: tuple[Any, dict[Any, dict[str, Any]]] = None, {}  # of layers, for the last kind of states
 
     @property
@@ -141,23 +141,37 @@ class Decoder(ABC):
             self._inputs = of_states, {}
         if of_layer in self._inputs[1]:
             return self._inputs[1][of_layer]
-        position_ids, window, mask = torch.arange(num_tokens, device=device)[None], self.window(layer, num_tokens), None
-        # These are causal by themselves; the first one does not know windows.
-        by_itself = self.config._attn_implementation == "sdpa" and window is None
-        if not (by_itself or is_flash_attention_requested(self.config)):
-            lowest = torch.finfo(hidden_states.dtype).min
-            mask = torch.full((num_tokens, num_tokens), lowest, dtype=hidden_states.dtype, device=device)
-            mask = mask.triu(1) if window is None else mask.triu(1) + mask.tril(-window)
-            mask = mask[None, None]  # (1, 1, T, T)
+        position_ids = torch.arange(num_tokens, device=device)[None]
+        mask = self.mask(hidden_states, layer, num_tokens)
         embeddings = self.rotary(hidden_states, position_ids, layer)
         inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": embeddings}
         self._inputs[1][of_layer] = inputs
         return inputs
 
-    def window(self, layer: DecoderLayer, num_tokens: int) -> int | None:
-        """How many tokens a layer's tokens attend to at most, with their own, where that leaves out any of some."""
-        window = self.family.layer_window(self.config, layer)
-        return window if window is not None and window < num_tokens else None
+    def mask(self, states: Tensor, layer: DecoderLayer, end: int, padding: Tensor | None = None) -> Tensor | None:
+        """What a layer's attention adds to its scores, or for flash attention which tokens are text; None if nothing.
+
+        Of shape (sequences B, 1, tokens T, `end`), or (B, `end`), for `states` (B, T, hidden) of the last T of `end`
+        tokens. `padding`, of shape (B,), says how many tokens of each sequence come before its text.
+        """
+        device, num_tokens, window = states.device, states.shape[1], self.family.layer_window(self.config, layer)
+        window = window if window is not None and window < end else None
+        # These are causal by themselves; the second one does not know windows.
+        is_flash, is_sdpa = is_flash_attention_requested(self.config), self.config._attn_implementation == "sdpa"
+        sees_all = num_tokens == 1 or (is_sdpa and num_tokens == end)
+        if padding is None and (is_flash or (window is None and sees_all)):
+            return None
+        keys = torch.arange(end, device=device)
+        queries = keys[-num_tokens:]
+        is_text = keys >= (torch.zeros(1, device=device) if padding is None else padding)[:, None]  # (B, keys)
+        if is_flash:
+            return is_text
+        seen = keys <= queries[:, None]
+        if window is not None:
+            seen &= keys > queries[:, None] - window
+        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
+        lowest = torch.finfo(states.dtype).min
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
 
     def rotary(self, hidden_states: Tensor, position_ids: Tensor, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
         """A layer's rotary embeddings, brought to the states: a model that is spread over devices has them on one."""

@@ -34,17 +34,12 @@ class HasHead(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's predictions of each token of a text from the tokens before it.
+    """A model's predictions of each token of a text from the tokens before it."""
 
-    `perplexity` and `dense_perplexity` are exp of the mean negative log-likelihood of the model and of the dense model.
-    `divergence` is the mean of KL(dense || model) in nats a token, and `agreement` the share of tokens at which both
-    models have the same most likely token.
-    """
-
-    perplexity: float
-    dense_perplexity: float
-    divergence: float
-    agreement: float
+    perplexity: float  # exp of the mean negative log-likelihood
+    dense_perplexity: float  # the dense model's
+    divergence: float  # the mean of KL(dense || model) in nats a token
+    agreement: float  # share of tokens at which both models have the same most likely token
 
     @classmethod
     def from_sums(cls, count: float, loss: float, dense_loss: float, divergence: float, agreed: float) -> Predictions:

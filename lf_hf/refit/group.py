@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer, Half, Kind
+from lf_hf.families import DecoderLayer, Kind
 from lf_hf.refit.fit import HalfFit, fit_attention, fit_mlp
 from lf_hf.refit.layer_parts import build_layer, layer_weights, mid_state
 from lf_hf.refit.normed_half import NormedHalfFit
@@ -22,19 +22,17 @@ from lf_hf.runtime.numerics import all_finite
 class GroupFit:
     """One layer for a group of layers, and how it came about.
 
-    `heads_kept` and `channels_kept` count the key-value groups and MLP channels from each layer of the group, where
-    they were selected. The errors are what is left of what the MLP should write, squared and relative, with
-    down_proj as it was and as it is; where that goes through a norm, in front of it. `attention_error` is the same of
-    the attention, with o_proj as it is, where that was fitted.
+    Errors are what is left of what a half should write, squared and relative; where that goes through a norm, in front
+    of it.
     """
 
     weights: dict[str, Tensor]
     kind: Kind
-    heads_kept: list[int] | None
-    channels_kept: list[int] | None
-    error_before: float
+    heads_kept: list[int] | None  # key-value groups from each layer of the group, where they were selected
+    channels_kept: list[int] | None  # likewise of the MLP
+    error_before: float  # of the MLP, with down_proj as it was
     error_after: float
-    attention_error: float | None
+    attention_error: float | None  # where o_proj was fitted
 
 
 @torch.no_grad()
@@ -81,23 +79,19 @@ def fit_group(
         for _ in range(len(layers))
     ]
 
-    def half_fit(
-        half: Half, there: Sequence[Tensor], inputs: list[Sequence[Tensor]], targets: Callable[[], Iterable[Tensor]]
-    ) -> HalfFit:
-        return (NormedHalfFit if half.after else HalfFit)(decoder, half, there, inputs, targets, ridge, quick)
-
     weights, kind, heads_kept, attention_error = group[0], kinds[0], None, None
+    half_fit = NormedHalfFit if family.mlp.after else HalfFit  # families have such norms in both halves, or in none
     if refit == "projections":
-        attention = half_fit(family.attention, states, traces.inputs, traces.attention_targets)
+        targets = traces.attention_targets
+        attention = half_fit(decoder, family.attention, states, traces.inputs, targets, ridge, quick)
         weights, kind, heads_kept, attention_error = fit_attention(attention, group, kinds)
     fused = build_layer(decoder, weights, kind)
     mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
     del fused
     norms = [f"{norm}.weight" for norm in family.attention.norms]
     weights = {name: weight for name, weight in weights.items() if name.startswith("self_attn.") or name in norms}
-    of_mlp, channels_kept, errors = fit_mlp(
-        half_fit(family.mlp, mid_states, traces.mid_states, lambda: traces.output), group, refit
-    )
+    mlp = half_fit(decoder, family.mlp, mid_states, traces.mid_states, lambda: traces.output, ridge, quick)
+    of_mlp, channels_kept, errors = fit_mlp(mlp, group, refit)
     weights |= of_mlp
     for name, weight in weights.items():
         weights[name] = weight = weight.contiguous()

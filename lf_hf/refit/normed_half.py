@@ -42,12 +42,11 @@ class NormedHalfFit(HalfFit):
             return None
         sums = torch.zeros(len(group) + 1, dtype=torch.float64)
         for state in self.states:
-            written = [
-                self._written(weights, of_layer(state)).float()
-                for weights, of_layer in zip(group, readers, strict=True)
-            ]
-            logs = [in_float64(self._mean_square(of_layer)).log().sum() / 2 for of_layer in written]
-            logs.append(torch.full_like(logs[0], len(written[0])))
+            logs = []
+            for weights, of_layer in zip(group, readers, strict=True):
+                squares = self._mean_square(self._written(weights, of_layer(state)).float())  # (B * T,)
+                logs.append(in_float64(squares).log().sum() / 2)
+            logs.append(torch.full_like(logs[0], len(squares)))
             sums = sums.to(logs[0].device) + torch.stack(logs)
         *of_layers, tokens = self.decoder.processes.all_reduce_sums(sums)
         return [math.exp(total / tokens) for total in of_layers]

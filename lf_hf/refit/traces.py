@@ -18,13 +18,10 @@ from lf_hf.stages.activations import influence
 
 @dataclass(frozen=True)
 class Traces:
-    """States of sequences on their way through a group's layers; each is (sequences B, tokens T, hidden).
+    """States of sequences on their way through a group's layers; each is (sequences B, tokens T, hidden)."""
 
-    `inputs` and `mid_states` have one list a layer: before it, and between its attention and its MLP.
-    """
-
-    inputs: list[Sequence[Tensor]]
-    mid_states: list[Sequence[Tensor]]
+    inputs: list[Sequence[Tensor]]  # before each layer
+    mid_states: list[Sequence[Tensor]]  # between its attention and its MLP
     output: Sequence[Tensor]
 
     def attention_targets(self) -> Iterator[Tensor]:
