@@ -95,7 +95,12 @@ def test_changes_reach_the_layers_and_not_the_originals(
         decoder.replace(1, {UP: factor * ones})
         with decoder.layer(1) as layer:
             assert torch.equal(layer.mlp.up_proj.weight.cpu(), factor * ones)
+    copies = [decoder.copy(), decoder.copy().copy()]
+    for number, model in enumerate(copies):  # each apart from all others
+        model.replace(1, {UP: (3 + number) * ones})
+        model.remove(1 + number)
     decoder.remove(2)
+    assert torch.equal(next(copies[1].layers([1])).mlp.up_proj.weight.cpu(), 4 * ones)
     assert torch.equal(next(originals).mlp.up_proj.weight.cpu(), first)
     with decoder.kept_at_hand():
         for layers in (decoder.layers(range(4)), decoder.layers(range(4))):
