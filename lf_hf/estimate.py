@@ -155,11 +155,13 @@ def plan_heal(
 
     settings, given = HealSettings.taken_from(kwargs, settings), dict(training_args or {})
     inputs, folder = open_inputs(fused, out, base, text, settings, kwargs, reads_weights=False)
-    prepared = prepare(inputs.model, inputs.fused_layers, inputs.base.config, settings, folder / WORK, given, cache)
-    settings, model, student = prepared.settings, inputs.model, prepared.student
+    model = inputs.model
+    settings, arguments, student, teacher = prepare(
+        model, inputs.fused_layers, inputs.base.config, settings, folder / WORK, given, cache
+    )
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
-    device, on_cpu = prepared.arguments.device, prepared.arguments.device.type == "cpu"
-    memory = prepared.teacher.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
+    device, on_cpu = arguments.device, arguments.device.type == "cpu"
+    memory = teacher.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
     goes_on = f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on."
     plural = "" if settings.steps == 1 else "s"
     return Plan(
@@ -169,9 +171,9 @@ def plan_heal(
             f"parameters ({settings.train})",
             f"training: {settings.steps:,} step{plural} of {settings.batch * settings.length:,} tokens",
             f"text: {inputs.corpus.full_source}",
-            f"the base's predictions: {prepared.teacher.description}",
+            f"the base's predictions: {teacher.description}",
             f"peak memory{'' if on_cpu else f' on {device}'}, about: {in_gib(memory)}",
-            f"disk, until it is done, at most about: {in_gib(prepared.disk)}",
+            f"disk, until it is done, at most about: {in_gib(teacher.disk)}",
         ],
         [goes_on] if (folder / WORK).is_dir() else [],
         memory,

@@ -62,13 +62,13 @@ class FusionInputs:
     @cached_property
     def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
         """What a method compares layers on, and what it fits them to."""
-        return load_needed(self.config, self.calibration, lambda: self.tokenizer)
+        return load_needed(self.config, self.calibration, self.tokenizer)
 
     @cached_property
     def to_heal(self) -> Corpus | None:
         """The text of the healing that follows, if one does."""
         tokens = self.config.heal_tokens
-        return load_training_text(self.calibration, tokens, lambda: self.tokenizer) if tokens else None
+        return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
 
     def check(self) -> None:
         """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal."""

@@ -26,7 +26,7 @@ from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
-from lf_hf.text.chats import CHATS, chat_form, chat_text, first_token
+from lf_hf.text.chats import CHATS, chat_form, chat_text, first_token, special_tokens
 from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, relation
 from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_other_text, pack_tokens, tokenize_samples
 
@@ -194,7 +194,8 @@ def calibration_sequences(
     if not count:
         return given, 0
     form = chat_form(tokenizer, model.vocab_size)
-    written = generate(decoder, count, short, config.seed, form, first_token(tokenizer))
+    begins, special = first_token(tokenizer), special_tokens(tokenizer)
+    written = generate(decoder, count, short, config.seed, form, begins, special)
     return interleaved(given, written), len(written[CHATS]) if form else 0
 
 

@@ -437,7 +437,7 @@ def one_by_one(
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, gguf_loading(base))
     configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
-    loaded = [load_needed(config, f"{folder}/text.txt", lambda: tokenizer) for config in configs]
+    loaded = [load_needed(config, f"{folder}/text.txt", tokenizer) for config in configs]
     samples = next((samples for samples, _ in loaded if samples), None)
     text = next((text for _, text in loaded if text), None)
     measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)

@@ -5,16 +5,15 @@ All sequences take a step together, so each layer is used once a step, which is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
@@ -25,51 +24,57 @@ _BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder, count: int, length: int, seed: int, chat: ChatForm | None = None, first: Sequence[int] = ()
+    decoder: Decoder,
+    count: int,
+    length: int,
+    seed: int,
+    chat: ChatForm | None = None,
+    first: Sequence[int] = (),
+    special: Sequence[int] = (),
 ) -> list[Tensor]:
     """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
 
     Each process writes a share of them. No sequence ends early. The text follows from the seed, whichever process
     writes it. With a chat form the sequences `CHATS` begin as chats, in which the model writes both sides. `first` is
     the token that the tokenizer puts before each text, if it does: without it a model may write nothing but loops.
+    `special` tokens are not written, nor those that begin, end or pad texts by the config.
 
     Raises ValueError if the model's predictions are not finite.
     """
-    random = torch.Generator().manual_seed(seed)
+    config, random = decoder.config, torch.Generator().manual_seed(seed)
     # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
-    starts = torch.randint(decoder.config.vocab_size, (count, 1), generator=random)
+    starts = torch.randint(config.vocab_size, (count, 1), generator=random)
     if first:
         starts = torch.cat([torch.full_like(starts, first[0]), starts], dim=1)
         starts[::2, 1] = _DRAWN
-    elif decoder.config.bos_token_id is not None:
-        starts[::2] = decoder.config.bos_token_id
+    elif config.bos_token_id is not None:
+        starts[::2] = config.bos_token_id
     drawn = torch.rand(count, length - 1, generator=random)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    named = {*special, config.bos_token_id, config.pad_token_id, *ends}
+    barred = sorted(token for token in named if token is not None and 0 <= token < config.vocab_size)
     mine = decoder.processes.shard(range(count))
     are_chats = range(count)[CHATS]
     chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
-    written = list(_sampled(decoder, starts[mine], drawn[mine], chats)) if mine else []
+    written = list(_sampled(decoder, starts[mine], drawn[mine], chats, barred)) if mine else []
     shares = decoder.processes.all_gather_object(written)
     return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
 
 
-def _sampled(decoder: Decoder, starts: Tensor, drawn: Tensor, chats: Mapping[int, Chat]) -> Tensor:
+def _sampled(
+    decoder: Decoder, starts: Tensor, drawn: Tensor, chats: Mapping[int, Chat], barred: Sequence[int]
+) -> Tensor:
     """Sequences that begin with `starts` (count, given) and go on as `drawn` (count, steps), uniform in 0..1, decides.
 
     A token is written where the number drawn falls into its part of the cumulated probabilities.
     """
-    barred, tokens = _special_tokens(decoder.config), starts[:, 0].clone()
+    tokens = starts[:, 0].clone()
     for row, chat in chats.items():
         tokens[row] = chat.next()
-    written, cache, finite = [tokens], DynamicCache(), []
+    written, cache = [tokens], DynamicCache()
     with decoder.kept_at_hand(), decoder.head() as head:
         for position in progress(range(drawn.shape[1]), desc="Writing text", unit="token"):
-            # A view, as products in bfloat16 are a thousand times slower for the strides that transposing gives.
-            hidden_states = decoder.embed([tokens])[0].view(len(tokens), 1, -1)  # (count, 1, hidden)
-            position_ids = torch.full((len(tokens), 1), position, device=hidden_states.device)
-            step = CachedStep(decoder, hidden_states, position_ids, cache)
-            for layer in decoder.layers(range(decoder.num_layers)):
-                hidden_states = step.run(layer, hidden_states)
-            logits = head(hidden_states)[:, 0]  # (count, vocab)
+            logits = _next_logits(decoder, head, cache, tokens[:, None])
             rows, ends = list(chats), [chat.end for chat in chats.values()]
             may_not_end = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
             end_logits = logits[rows, ends].masked_fill(may_not_end.to(logits.device), -torch.inf)
@@ -80,21 +85,20 @@ def _sampled(decoder: Decoder, starts: Tensor, drawn: Tensor, chats: Mapping[int
             sampled = []
             for part, point in zip(logits.split(rows_at_once), drawn[:, position].split(rows_at_once), strict=True):
                 cumulated = part.float().softmax(-1).cumsum(-1)
-                finite.append(torch.isfinite(cumulated[:, -1]).all())  # else some logit was NaN or inf
+                if not torch.isfinite(cumulated[:, -1]).all():  # some logit was NaN or inf
+                    raise ValueError(
+                        "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a "
+                        "dtype of wider range."
+                    )
                 points = point[:, None] * cumulated[:, -1:] * _BELOW_ONE
                 sampled.append(torch.searchsorted(cumulated, points, right=True)[:, 0])
-            tokens = torch.cat(sampled).clamp(max=logits.shape[1] - 1)  # where predictions are not finite, too
+            tokens = torch.cat(sampled)
             if position + 1 < starts.shape[1]:
                 given = starts[:, position + 1].to(tokens.device)
                 tokens = torch.where(given == _DRAWN, tokens, given)
             for (row, chat), token in zip(chats.items(), tokens[rows].tolist(), strict=True):
                 tokens[row] = chat.next(token)
             written.append(tokens)
-    if not all(torch.stack(finite).tolist()):
-        raise ValueError(
-            "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a dtype of "
-            "wider range."
-        )
     return torch.stack([tokens.to(written[-1].device) for tokens in written], dim=1).cpu()
 
 
@@ -106,64 +110,40 @@ def continuations(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> li
     tokens = torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])  # (B, T), then (B, 1)
     written, cache = list[Tensor](), DynamicCache()
     with decoder.kept_at_hand(), decoder.head() as head:
-        for step in range(count):
-            [hidden_states] = decoder.embed([tokens])  # (B, T, hidden)
-            device = hidden_states.device
-            padding = padding.to(device)
-            queries = torch.arange(longest + step - tokens.shape[1], longest + step, device=device)
-            position_ids = (queries - padding[:, None]).clamp(min=0)  # (B, T)
-            following = CachedStep(decoder, hidden_states, position_ids, cache, padding)
-            for layer in decoder.layers(range(decoder.num_layers)):
-                hidden_states = following.run(layer, hidden_states)
-            tokens = head(hidden_states[:, -1:]).argmax(-1)  # (B, 1)
+        for _ in range(count):
+            tokens = _next_logits(decoder, head, cache, tokens, padding).argmax(-1, keepdim=True)
             written.append(tokens)
     return list(torch.cat(written, dim=1).cpu())
 
 
-class CachedStep:
-    """One pass through the layers for tokens that follow those in a cache.
+def _next_logits(
+    decoder: Decoder,
+    head: Callable[[Tensor], Tensor],
+    cache: DynamicCache,
+    tokens: Tensor,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Logits (sequences B, vocab) of what follows `tokens` (B, T), which themselves follow those in the cache.
 
-    Parameters
-    ----------
-    decoder : Decoder
-    hidden_states : tensor of shape (sequences B, tokens T, hidden)
-    position_ids : tensor of shape (B, T)
-    cache : DynamicCache
-    padding : tensor of shape (B,), optional
-        How many tokens of each sequence come before its text.
+    `padding` (B,) is how many tokens of each sequence come before its text, where any do.
     """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        hidden_states: Tensor,
-        position_ids: Tensor,
-        cache: DynamicCache,
-        padding: Tensor | None = None,
-    ) -> None:
-        self._decoder, self._position_ids, self._cache, self._padding = decoder, position_ids, cache, padding
-        self._first, self._cache_argument = hidden_states, decoder.family.cache_argument
-        self._end = cache.get_seq_length() + hidden_states.shape[1]
-        self._inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
-
-    def run(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
-        """A layer's output, (sequences B, tokens T, hidden) -> (B, T, hidden)."""
-        kind = tuple(self._decoder.family.layer_kind(layer).values())
-        if kind not in self._inputs:
-            embeddings = self._decoder.rotary(self._first, self._position_ids, layer)
-            self._inputs[kind] = self._decoder.mask(self._first, layer, self._end, self._padding), embeddings
-        mask, embeddings = self._inputs[kind]
-        return layer(
-            hidden_states,
+    [states] = decoder.embed([tokens])  # (B, T, hidden)
+    first, before, end = states, cache.get_seq_length(), cache.get_seq_length() + tokens.shape[1]
+    places = torch.arange(before, end, device=states.device).expand(tokens.shape)
+    if padding is not None:
+        padding = padding.to(states.device)
+        places = (places - padding[:, None]).clamp(min=0)
+    inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
+    for layer in decoder.layers(range(decoder.num_layers)):
+        kind = tuple(decoder.family.layer_kind(layer).values())
+        if kind not in inputs:
+            inputs[kind] = decoder.mask(first, layer, end, padding), decoder.rotary(first, places, layer)
+        mask, embeddings = inputs[kind]
+        states = layer(
+            states,
             attention_mask=mask,
-            position_ids=self._position_ids,
+            position_ids=places,
             position_embeddings=embeddings,
-            **{self._cache_argument: self._cache},
+            **{decoder.family.cache_argument: cache},
         )
-
-
-def _special_tokens(config: PretrainedConfig) -> list[int]:
-    """Token ids that begin, end or pad texts, as far as the config names them."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    named = {config.bos_token_id, config.pad_token_id, *ends}
-    return sorted(token for token in named if token is not None and 0 <= token < config.vocab_size)
+    return head(states[:, -1:])[:, 0]

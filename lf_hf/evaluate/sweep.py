@@ -141,7 +141,7 @@ class _Maker:
         self._samples = self._text = self._to_heal = None
         for config in configs:
             if (config.needs_similarity and not self._samples) or (config.needs_text and not self._text):
-                samples, text = load_needed(config, calibration, lambda: self._tokenizer)
+                samples, text = load_needed(config, calibration, self._tokenizer)
                 self._samples, self._text = self._samples or samples, self._text or text
         healed = next((config for config in configs if config.heal_tokens), None)  # of the lowest level: takes most
         if healed:
@@ -151,7 +151,7 @@ class _Maker:
                 )
             from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
 
-            self._to_heal = load_training_text(calibration, healed.heal_tokens, lambda: self._tokenizer)
+            self._to_heal = load_training_text(calibration, healed.heal_tokens, self._tokenizer)
             check_can_heal(base, self._tokenizer, self._to_heal, healed, cache=heal_cache)
         elif heal_cache is not None:
             raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")

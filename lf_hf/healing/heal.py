@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import purge_accelerate_environment
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -37,15 +37,9 @@ from lf_hf.healing.judge import healed_report, healed_texts, judge
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.memory import Placement, place_teacher
 from lf_hf.healing.settings import HealSettings
-from lf_hf.healing.teacher import open_teacher, stacked
+from lf_hf.healing.teacher import open_teacher
 from lf_hf.healing.text import given_text, training_order
-from lf_hf.healing.trainer import (
-    default_learning_rate,
-    make_student,
-    make_trainer,
-    num_shards,
-    training_arguments,
-)
+from lf_hf.healing.trainer import default_learning_rate, make_student, make_trainer, training_arguments
 from lf_hf.report.records import CalibrationInfo, HealingInfo, HealingPoint
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -59,6 +53,7 @@ logger = logging.get_logger(__name__)
 
 _LOGS = "runs"  # in the work folder and in the result's: where the Trainer's loggers write
 _TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+_NOTE = "healing.json"  # in the work folder: what the run has in common with one that goes on with it
 
 
 def heal(
@@ -115,9 +110,10 @@ def heal(
     inputs, folder = open_inputs(fused, out, base, text, settings, kwargs)
     work = folder / WORK
     report = with_speed(_distill(inputs, work, cache, given), inputs.model)
+    gc.collect()  # the Trainer, in which objects know each other, and which has files in `work` open
 
     def save() -> None:
-        inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.own_tokenizer
+        inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.tokenizer
         inputs.model.save_pretrained(folder, plain=inputs.plain)
         if (work / _LOGS).is_dir():  # what is there already is the user's
             copy = lambda source, target: os.path.exists(target) or shutil.copy2(source, target)  # noqa: E731
@@ -138,7 +134,7 @@ def heal_loaded(
 ) -> None:
     """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
     report, tokens = model.fusion_report, config.heal_tokens
-    assert report is not None
+    assert report is not None and model.tokenizer is not None
     report = dataclasses.replace(report, config=report.config | {"heal_tokens": tokens})
     settings = HealSettings(tokens=tokens, seed=config.seed)
     inputs = HealingInputs(model, report, model.tokenizer, base, corpus, settings)
@@ -163,19 +159,8 @@ def check_can_heal(
     with torch.device("meta"):
         model = base.family.causal_lm(fused)
     settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)
-    prepared = prepare(model, [], base.config, settings, Path(gettempdir()), {}, cache)
-    given_text(tokenizer, corpus, prepared.settings, base.config.vocab_size)
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """A student, and where and how it trains. `disk` is how many bytes its states take on disk at most."""
-
-    settings: HealSettings
-    arguments: TrainingArguments
-    student: nn.Module
-    teacher: Placement
-    disk: int
+    settings, *_ = prepare(model, [], base.config, settings, Path(gettempdir()), {}, cache)
+    given_text(tokenizer, corpus, settings, base.config.vocab_size)
 
 
 def prepare(
@@ -186,18 +171,13 @@ def prepare(
     work: Path,
     given: Mapping[str, Any],
     cache: str | os.PathLike[str] | None,
-) -> Preparation:
+) -> tuple[HealSettings, TrainingArguments, nn.Module, Placement]:
     """Make a student of a model, which may be on the meta device, and see whether it can be trained in `work`.
 
-    Its sequences are no longer than the model takes, a step no longer than the whole training, and all processes have
-    as many sequences of a step. `given` are training arguments.
+    In the settings that are returned sequences are no longer than the model takes, a step no longer than the whole
+    training, and all processes have as many sequences of a step. `given` are training arguments.
 
-    Raises
-    ------
-    ValueError
-        For training arguments that cannot be used, or too little memory.
-    OSError
-        For too little room on the disk.
+    Raises ValueError for those that cannot be used, or too little memory, and OSError for too little room on the disk.
     """
     length = min(settings.length, base.max_position_embeddings)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
@@ -211,20 +191,17 @@ def prepare(
     if arguments.report_to and (work.parent / _LOGS).is_file():
         raise ValueError(f"{str(work.parent)!r} holds a file {_LOGS!r}, where logs go; choose another folder.")
     student = make_student(model, settings, fused_layers)
-    placement = place_teacher(base, student, settings, arguments, cache, num_shards(arguments))
-    trained = [p for p in student.parameters() if p.requires_grad]
-    kept = trained if settings.train == "lora" else student.parameters()
-    # The best state, the last one, and one that is being written, each with AdamW's two float32 numbers of a parameter.
-    disk = 3 * (sum(p.nbytes for p in kept) + sum(8 * p.numel() for p in trained))
+    placement = place_teacher(base, student, settings, arguments, cache)
 
     def check_disk() -> None:
         if not any(work.glob("checkpoint-*")):  # of a run that goes on some is there
-            check_room(work, disk, "states of the training take")
+            check_room(work, placement.disk, "states of the training take")
 
     Processes.of_launch().broadcast_object(check_disk)
-    return Preparation(settings, arguments, student, placement, disk)
+    return settings, arguments, student, placement
 
 
+@purge_accelerate_environment  # type: ignore[untyped-decorator]
 def _distill(
     inputs: HealingInputs, work: Path, cache: str | os.PathLike[str] | None, given: dict[str, Any]
 ) -> FusionReport:
@@ -238,29 +215,36 @@ def _distill(
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count()))))
-        prepared = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, given, cache)
-        settings, arguments, student = prepared.settings, prepared.arguments, prepared.student
+        settings, arguments, student, placement = prepare(
+            model, inputs.fused_layers, inputs.base.config, settings, work, given, cache
+        )
         inputs = dataclasses.replace(inputs, settings=settings)
+        identity = _identity(inputs, placement, given)
 
         def begin() -> str | None:
-            if not any(work.glob("checkpoint-*")):
-                given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
+            given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
             stack.enter_context(only_writer(work))
-            return _resumed_from(work, _identity(inputs, prepared, given))
+            return _resumed_from(work, identity)
+
+        def note() -> None:
+            if not resumed:
+                (work / _NOTE).write_text(json.dumps(identity), encoding="utf-8")
 
         if not AcceleratorState._shared_state and processes.world_size == 1:
             stack.callback(AcceleratorState._reset_state)  # with the precision that is set for the whole process
         resumed = processes.broadcast_object(begin)
         arguments.eval_on_start = resumed is None
-        trainer = make_trainer(student, arguments, Loss(settings.temperature, settings.next_token_share), stacked)
-        teacher = open_teacher(inputs, prepared.teacher, arguments, work)
+        trainer = make_trainer(student, arguments)
+        teacher = open_teacher(inputs, placement, arguments, work)
         before = judge(model, teacher, processes)
         names = [name for name, items in teacher.training.items() for _ in range(len(items))]
         order = training_order(len(names), settings)
         used = Counter(names[number] for number in sorted(set(order)))
-        trainer.targets, trainer.eval_dataset = teacher.targets, teacher.held_out
+        trainer.targets, trainer.loss = teacher.targets, Loss(settings.temperature, settings.next_token_share)
+        trainer.eval_dataset = teacher.held_out
         trainer.train_dataset = Subset(ConcatDataset(teacher.training.values()), order)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        processes.broadcast_object(note)
         trainer.train(resume_from_checkpoint=resumed)
         if kept := trainer.best_step():
             _load(model, trainer.trained_state(model, settings), processes)
@@ -272,7 +256,7 @@ def _distill(
             trained=trained,
             steps=trainer.state.global_step,
             kept=kept,
-            teacher=prepared.teacher.description,
+            teacher=placement.description,
             curve=[HealingPoint(step, of_kinds) for step, of_kinds in sorted(trainer.curve().items())],
             judged=healed_texts(teacher, before, after),
             seconds=time.monotonic() - start,
@@ -294,16 +278,16 @@ def _load(model: FusedForCausalLM, state: Mapping[str, Tensor], processes: Proce
         model.tie_weights()
 
 
-def _identity(inputs: HealingInputs, prepared: Preparation, given: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(inputs: HealingInputs, placement: Placement, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must have in common with one that was cut short to go on with it."""
     content = inputs.content()
     return content | {
         "text": f"{inputs.corpus.source} ({content['text']:.16})",
         "settings": inputs.settings.to_dict(),
         "fused": weights_digest(inputs.model.named_parameters()),
-        "processes": prepared.arguments.world_size,
+        "processes": Processes.of_launch().world_size,
         "training_args": {name: str(value) for name, value in given.items()},
-        "teacher": prepared.teacher.description,
+        "teacher": placement.description,
         "algorithm": ALGORITHM,
     }
 
@@ -313,15 +297,16 @@ def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
 
     Raises ValueError for a run of another healing, so that nothing is lost.
     """
-    note = work / "healing.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     for state in work.glob("checkpoint-*"):
         try:
             json.loads((state / _TRAINER_STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # cut short while it was written
             shutil.rmtree(state)
     last = get_last_checkpoint(str(work))
-    if last and before != identity:
+    if last is None:
+        return None
+    before = json.loads((work / _NOTE).read_text(encoding="utf-8"))
+    if before != identity:
         changes = [(name, before.get(name), now) for name, now in identity.items() if before.get(name) != now]
         differ = "; ".join(f"{name} was {then}, and now is {now}" for name, then, now in changes)
         raise ValueError(
@@ -329,8 +314,5 @@ def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
             "command again to go on, with as much memory and the hub as it was (text='bundled' where it gave none), or "
             f"remove {str(work)!r} to start anew."
         )
-    if last:
-        logger.warning(f"Going on from {last!r}, where an earlier run of the same healing stopped.")
-    note.with_suffix(".new").write_text(json.dumps(identity), encoding="utf-8")
-    note.with_suffix(".new").replace(note)
+    logger.warning(f"Going on from {last!r}, where an earlier run of the same healing stopped.")
     return last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -40,12 +41,12 @@ _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 class HealingInputs:
     """A fused model in memory with its report, its base, the text, and the settings of a healing.
 
-    `own_tokenizer` is that beside the fused model, and `plain` says whether its folder is a plain checkpoint.
+    `tokenizer` is the fused model's own, or its base's; `plain` says whether its folder is a plain checkpoint.
     """
 
     model: FusedForCausalLM
     report: FusionReport
-    own_tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase
     base: Base
     corpus: Corpus
     settings: HealSettings
@@ -55,11 +56,6 @@ class HealingInputs:
     def fused_layers(self) -> list[int]:
         """Numbers of the layers that stand for several."""
         return [number for number, group in enumerate(self.report.groups) if len(group) > 1]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fused model's own, or its base's."""
-        return self.own_tokenizer or self.base.tokenizer()
 
     @property
     def judging_tokens(self) -> int:
@@ -122,8 +118,10 @@ def open_inputs(
             raise ValueError(unknown_name(HealSettings.noun, name, (*HealSettings.known, *_OF_BASE)))
     check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else None
-    corpus = load_training_text(text, settings.tokens, lambda: tokenizer or opened.tokenizer())
+    tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
+    corpus = load_training_text(text, settings.tokens, tokenizer)
+    if settings.written_share is not None:
+        corpus = dataclasses.replace(corpus, generated_share=settings.written_share)
     config = AutoConfig.from_pretrained(folder)
     if opened.config.vocab_size != config.vocab_size:
         raise ValueError(

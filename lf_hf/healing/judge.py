@@ -47,8 +47,8 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
     notes = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, "Healing "))]
     perplexities = _perplexities(inputs, healed, after)
     continuations = report.continuations
-    if inputs.own_tokenizer is not None and continuations:
-        now = written_on(ModelDecoder(inputs.model), inputs.own_tokenizer)
+    if continuations:
+        now = written_on(ModelDecoder(inputs.model), inputs.tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
     last = healed.curve[-1]
     new_notes = {

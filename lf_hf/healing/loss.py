@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +31,6 @@ def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
-class Targets(Protocol):
-    """The teacher's predictions of a batch."""
-
-    def part(self, rows: slice, temperature: float) -> LogProbs:
-        """The predictions of some of the batch's tokens, which are numbered through its sequences."""
-
-
 @dataclass(frozen=True)
 class FullTargets:
     """All of the teacher's predictions.
@@ -51,6 +44,7 @@ class FullTargets:
     to_logits: ToLogits = unchanged
 
     def part(self, rows: slice, temperature: float) -> LogProbs:
+        """Of some of the batch's tokens, which are numbered through its sequences."""
         logits = linear(self.states.flatten(0, 1)[rows].to(self.weight.dtype), self.weight)
         return lambda some, _: log_softmax(self.to_logits(logits[some].float()) / temperature, -1)
 
@@ -73,6 +67,10 @@ class TopTargets:
         if temperature != 1:
             log_probs = log_probs / temperature - self.norms.flatten()[rows, None]
         return lambda some, student: _completed(ids[some], log_probs[some], student)
+
+
+Targets = FullTargets | TopTargets
+"""The teacher's predictions of a batch."""
 
 
 def _completed(ids: Tensor, log_probs: Tensor, student: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
 
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.families import family_of
@@ -17,6 +19,7 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.memory import free_memory, in_gib
 
+logger = logging.get_logger(__name__)
 _SPARE = 0.9  # of free memory: estimates leave something out
 
 
@@ -26,13 +29,14 @@ class Placement:
 
     `description` is for people. `files` is the folder for its predictions, None where the base is in memory beside the
     student. `in_memory` says whether the base is loaded whole at all, and not read layer by layer. `memory` is about
-    how many bytes of a device the base and the student take at their peak.
+    how many bytes of a device the base and the student take at their peak, and `disk` what the student's states take.
     """
 
     description: str
     files: Path | None
     in_memory: bool
     memory: int
+    disk: int
 
 
 def place_teacher(
@@ -41,20 +45,17 @@ def place_teacher(
     settings: HealSettings,
     arguments: TrainingArguments,
     cache: str | os.PathLike[str] | None,
-    shards: int = 1,
 ) -> Placement:
     """Place the base by free memory, and split the steps of `arguments` into batches that fit.
 
-    The student, whose weights `shards` processes share, may be on the meta device.
-
-    Raises ValueError, with what would help, if nothing fits.
+    The student may be on the meta device. Raises ValueError, with what would help, if nothing fits.
     """
     cache = None if cache is None else checked_folder(cache)
     # So that all processes choose alike.
     free = min(Processes.of_launch().all_gather_object(int(free_memory(arguments.device) * _SPARE)))
     loaded = sum(p.nbytes for p in student.parameters() if p.device.type == arguments.device.type)
     whole, one = training_memory(student, settings.length, arguments)
-    fixed, of_base = whole // shards - loaded, model_bytes(base, 2 if arguments.bf16 else 4)
+    fixed, of_base = whole // _num_shards(arguments) - loaded, model_bytes(base, 2 if arguments.bf16 else 4)
     if fixed + one > free:
         raise ValueError(
             f"{in_gib(free)} are free, but training takes {in_gib(fixed + one)} for train={settings.train!r}, even "
@@ -74,7 +75,23 @@ def place_teacher(
     training = fixed + loaded + size * one
     memory = training + of_base if beside else max(training, loaded + of_base if in_memory else 0)
     files = None if beside else cache or Path(arguments.output_dir or ".")
-    return Placement(description, files, in_memory, memory)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    kept = trained if settings.train == "lora" else student.parameters()
+    # The best state, the last one, and one that is being written, each with AdamW's two float32 numbers of a parameter.
+    disk = 3 * (sum(p.nbytes for p in kept) + sum(8 * p.numel() for p in trained))
+    return Placement(description, files, in_memory, memory, disk)
+
+
+def _num_shards(arguments: TrainingArguments) -> int:
+    """How many processes share the student's weights."""
+    if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return arguments.world_size
+    if not arguments.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return 1
+    if arguments.device.type == "cpu":
+        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
+        return 1
+    return arguments.world_size
 
 
 def training_memory(student: Any, length: int, arguments: TrainingArguments) -> tuple[int, int]:

@@ -79,11 +79,3 @@ class HealSettings(Settings):
     def sequences(self) -> int:
         """Sequences of the whole training, repeats counted."""
         return self.steps * self.batch
-
-    def share_written(self, by_default: float) -> float:
-        """Share of the tokens that the base writes, where a text asks for `by_default`."""
-        return by_default if self.written_share is None else self.written_share
-
-    def written_sequences(self, by_default: float) -> int:
-        """Sequences that the base writes at most."""
-        return int(self.sequences * self.share_written(by_default))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, StackDataset
 from transformers import TrainingArguments
 
 from lf_hf.checkpoint.saving import only_writer
@@ -41,37 +41,17 @@ from lf_hf.healing.memory import Placement
 from lf_hf.healing.text import healing_text, judging_kinds
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import all_finite
-from lf_hf.text.chats import chat_form, first_token
+from lf_hf.text.chats import chat_form, first_token, special_tokens
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden), after the norm."""
 _TOGETHER = 1 << 17  # tokens that pass the base's layers together when they are written to disk
 _LOGITS = 1 << 24  # of the base that exist at a time then
-_FORMAT = 7  # of the files: rises when they change
+_FORMAT = 8  # of the files: rises when they change
 _INDEX, _HEAD = "text.json", "head.safetensors"
 
 Item = Mapping[str, Tensor]
 """A sequence, `input_ids` (tokens T,), with what is known of the base's predictions of it."""
-
-
-class Items(Dataset[Item]):
-    """The sequences in a file; they are read when they are used."""
-
-    def __init__(self, file: Path, count: int) -> None:
-        self._file, self._count = file, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, row: int) -> Item:
-        with safe_open(self._file, "pt") as opened:
-            item = {name: opened.get_slice(name)[row : row + 1][0] for name in opened.keys()}  # noqa: SIM118
-        return item | {"input_ids": item["input_ids"].long()}
-
-
-def stacked(items: Sequence[Item]) -> dict[str, Tensor]:
-    """A batch of items."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 @dataclass
@@ -124,7 +104,8 @@ def open_teacher(inputs: HealingInputs, placement: Placement, arguments: Trainin
     Processes.of_launch().broadcast_object(lambda: _write(folder, inputs, placement, arguments, base))
     teacher = Teacher(folder, inputs.base.config, base)
     for kind, part, files in json.loads((folder / _INDEX).read_text(encoding="utf-8")):
-        getattr(teacher, part)[kind] = ConcatDataset([Items(folder / name, count) for name, count in files])
+        # Each file is mapped into memory, so that sequences are read when they are used.
+        getattr(teacher, part)[kind] = ConcatDataset([StackDataset(**load_file(folder / name)) for name in files])  # type: ignore[arg-type]
     return teacher
 
 
@@ -162,7 +143,7 @@ def _write(
             dtype, device = inputs.base_dtype, arguments.device
             decoder = CheckpointDecoder(weights, config, Path(scratch), dtype=dtype, device=device)
             inputs.check_base(decoder)
-        settings, index = inputs.settings, list[tuple[str, str, list[tuple[str, int]]]]()
+        settings, index = inputs.settings, list[tuple[str, str, list[str]]]()
         top = partial(_top_predictions, top_k=settings.top_k, temperature=settings.temperature)
         # For each part of the text what is to be known of it.
         known: dict[str, Any] = {"training": top, "held_out": top, "judging": _states}
@@ -174,12 +155,12 @@ def _write(
                     save_file({"weight": weight.detach().cpu().contiguous()}, folder / _HEAD)
             for kind in _kinds(inputs, placement, decoder):
                 for part, predict in known.items():
-                    sequences, files = getattr(kind, part), list[tuple[str, int]]()
+                    sequences, files = getattr(kind, part), list[str]()
                     together = max(1, _TOGETHER // len(sequences[0])) if sequences else 1
                     for start in range(0, len(sequences), together):
                         some = torch.stack(sequences[start : start + together])
-                        files.append((f"items-{len(index):02}-{len(files):05}.safetensors", len(some)))
-                        save_file({"input_ids": some.int(), **predict(decoder, some)}, folder / files[-1][0])
+                        files.append(f"items-{len(index):02}-{len(files):05}.safetensors")
+                        save_file({"input_ids": some, **predict(decoder, some)}, folder / files[-1])
                     if files:
                         index.append((kind.name, part, files))
         except SafetensorError as error:  # the disk is full
@@ -195,10 +176,10 @@ def _kinds(inputs: HealingInputs, placement: Placement, decoder: Decoder) -> lis
     A base that reads all of its weights for each token writes none, unless the settings say so.
     """
     tokenizer, config, settings, corpus = inputs.tokenizer, decoder.config, inputs.settings, inputs.corpus
-    if not placement.in_memory:
+    if not placement.in_memory and settings.written_share is None:
         corpus = dataclasses.replace(corpus, generated_share=0.0)
     form = chat_form(tokenizer, config.vocab_size)
-    write = partial(generate, decoder, chat=form, first=first_token(tokenizer))
+    write = partial(generate, decoder, chat=form, first=first_token(tokenizer), special=special_tokens(tokenizer))
     kinds = healing_text(tokenizer, corpus, settings, config.vocab_size, write, chats=form is not None)
     return kinds + judging_kinds(tokenizer, config.max_position_embeddings, inputs.judging_tokens)
 

@@ -45,15 +45,11 @@ def given_text(
 ) -> list[Kind]:
     """Sequences of `settings.length` tokens of each kind of text, as many as are trained on, or as there are.
 
-    Text is taken evenly from its beginning to its end, and what the base writes has no part in it.
-
-    Raises
-    ------
-    ValueError
-        If the text fills fewer than two sequences, or has ids that the model does not have.
+    Text is taken evenly from its beginning to its end, and what the base writes has no part in it. Raises ValueError if
+    the text fills fewer than two sequences, or has ids that the model does not have.
     """
     length = settings.length
-    of_text = settings.sequences - settings.written_sequences(corpus.generated_share)
+    of_text = settings.sequences - int(settings.sequences * corpus.generated_share)
     packed = pack_parts(tokenizer, corpus, length, (of_text + HELD_OUT * len(corpus.parts)) * length)
     kinds = [
         _split(name, [sequence for sequence in part if len(sequence) == length])
@@ -78,15 +74,15 @@ def healing_text(
     *,
     chats: bool = False,
 ) -> list[Kind]:
-    """The text of a healing: `given_text`, and the share that the settings, or else the corpus, leave to the base.
+    """The text of a healing: `given_text`, and the share that the corpus leaves to the base.
 
     `chats` says whether `CHATS` of what `write` gives are chats.
     """
     length = settings.length
     kinds = given_text(tokenizer, corpus, settings, vocab_size)
-    share, given = settings.share_written(corpus.generated_share), sum(len(kind.training) for kind in kinds)
+    share, given = corpus.generated_share, sum(len(kind.training) for kind in kinds)
     # Short text keeps its share.
-    count = min(settings.written_sequences(corpus.generated_share), round(given * share / (1 - share)))
+    count = min(int(settings.sequences * share), round(given * share / (1 - share)))
     if count:
         of_chats = len(range(count)[CHATS]) if chats else 0
         held_out_chats, of_text = min(HELD_OUT, of_chats), count - of_chats + HELD_OUT

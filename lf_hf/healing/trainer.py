@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
@@ -26,7 +26,7 @@ from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
 from lf_hf.runtime.launch import PATIENCE
-from lf_hf.runtime.numerics import computes_bfloat16
+from lf_hf.runtime.numerics import computes_bfloat16, typical_size
 from lf_hf.runtime.progress import progress
 
 logger = logging.get_logger(__name__)
@@ -90,8 +90,7 @@ def default_learning_rate(model: nn.Module, train: str) -> float:
 
     A step of Adam is as long as the rate, whatever the gradient, and so changes weights by that part of their size.
     """
-    matrices = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
-    size = torch.stack([matrix.float().square().mean().sqrt().cpu() for matrix in matrices]).median().item()
+    size = typical_size(weight for name, weight in model.named_parameters() if ".layers." in name)
     return float(f"{RELATIVE_RATES[train] * size:.0e}")
 
 
@@ -111,15 +110,11 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
 class DistillationTrainer(Trainer):
     """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
 
-    `targets` gives the teacher's predictions of a batch.
+    `targets` gives the teacher's predictions of a batch, and `loss` says what is minimised.
     """
 
     targets: Callable[[Mapping[str, Tensor]], Targets]
-
-    def __init__(self, *, loss: Loss, **arguments: Any) -> None:
-        super().__init__(**arguments, callbacks=[_Progress()])
-        self.loss = loss
-        self.remove_callback(PrinterCallback)
+    loss: Loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -187,23 +182,14 @@ class _Progress(TrainerCallback):
         self._shown.__exit__(None, None, None)
 
 
-def num_shards(arguments: TrainingArguments) -> int:
-    """How many processes share the student's weights."""
-    if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return arguments.world_size
-    if not arguments.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return 1
-    if arguments.device.type == "cpu":
-        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
-        return 1
-    return arguments.world_size
-
-
-def make_trainer(student: nn.Module, arguments: TrainingArguments, loss: Loss, collator: Any) -> DistillationTrainer:
+def make_trainer(student: nn.Module, arguments: TrainingArguments) -> DistillationTrainer:
     """The Trainer, before there is text and a teacher. Raises ValueError for arguments with which it cannot train."""
     with _explained():
-        trainer = DistillationTrainer(loss=loss, model=student, args=arguments, data_collator=collator, eval_dataset={})
+        trainer = DistillationTrainer(
+            student, arguments, data_collator=default_collate, eval_dataset={}, callbacks=[_Progress()]
+        )
         trainer.get_optimizer_cls_and_kwargs(arguments, student)  # type: ignore[arg-type]
+    trainer.remove_callback(PrinterCallback)
     unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
     return trainer
 
@@ -256,8 +242,6 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         # One by one, as the mean of a batch that is filled up for the last of several processes is another.
         "per_device_eval_batch_size": 1,
         "adam_beta2": 0.95,  # some tens of steps only
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from string import ascii_uppercase
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, first_rows
 from lf_hf.text.mmlu import SUBJECTS, format_question, questions_of, questions_to_fit
-from lf_hf.text.sources import OpenTokenizer, TextSource, read_samples, spread_evenly, windows
+from lf_hf.text.sources import TextSource, read_samples, spread_evenly, windows
 
 logger = logging.get_logger(__name__)
 BUNDLED = "bundled"
@@ -80,7 +81,7 @@ class Corpus:
 
 
 def load_needed(
-    config: FusionConfig, calibration: TextSource | None, open_tokenizer: OpenTokenizer
+    config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[CalibrationSamples | None, Corpus | None]:
     """What a fusion with `config` needs of samples for layer similarity and of running text.
 
@@ -92,19 +93,21 @@ def load_needed(
         samples, text = None, None
         if config.needs_similarity:
             settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
-            samples = load_calibration(calibration, **settings, open_tokenizer=open_tokenizer)
+            samples = load_calibration(calibration, **settings, tokenizer=tokenizer)
             config.check_num_samples(len(samples.texts))
         if config.needs_text:
-            text = load_corpus(calibration, max_tokens=config.calibration_tokens, open_tokenizer=open_tokenizer)
+            text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
         return samples, text
 
     return Processes.of_launch().broadcast_object(load)
 
 
-def load_training_text(text: TextSource | None, tokens: int, open_tokenizer: OpenTokenizer | None = None) -> Corpus:
+def load_training_text(
+    text: TextSource | None, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Corpus:
     """As `load_corpus`, to train on so many tokens; as `load_needed`, what the first process of a launch reads."""
     return Processes.of_launch().broadcast_object(
-        lambda: load_corpus(text, max_tokens=tokens, to_train=True, open_tokenizer=open_tokenizer)
+        lambda: load_corpus(text, max_tokens=tokens, to_train=True, tokenizer=tokenizer)
     )
 
 
@@ -113,7 +116,7 @@ def load_calibration(
     *,
     samples_per_subject: int = 1,
     sample_length: int = 512,
-    open_tokenizer: OpenTokenizer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CalibrationSamples:
     """Calibration samples from a user's text, or, with None, one MMLU question a subject.
 
@@ -131,8 +134,8 @@ def load_calibration(
     sample_length : int
         How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
         samples as many are taken, spread evenly over them, and the source says so.
-    open_tokenizer : callable, optional
-        Returns the model's tokenizer, by whose template chats are written out; without it they are refused.
+    tokenizer : optional
+        The model's, by whose template chats are written out.
 
     Raises
     ------
@@ -141,7 +144,7 @@ def load_calibration(
     """
     if calibration is None or calibration == BUNDLED:
         return _mmlu_calibration(samples_per_subject, ask_hub=calibration is None)
-    samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, open_tokenizer)
+    samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, tokenizer)
     cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
     texts, spread = _taken(cut, MAX_SAMPLES, source, "samples")
     return CalibrationSamples(texts, source + spread)
@@ -178,7 +181,7 @@ def load_corpus(
     *,
     max_tokens: int = 49152,
     to_train: bool = False,
-    open_tokenizer: OpenTokenizer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
     """Running text from a user's, or, with None, general text from the hub, or else a mixture of what is installed.
 
@@ -197,7 +200,7 @@ def load_corpus(
         excerpts are taken, spread evenly over it, and the source says so.
     to_train : bool
         Whether a model is to be trained on the text, and not fitted to it.
-    open_tokenizer : callable, optional
+    tokenizer : optional
         As for `load_calibration`.
 
     Raises
@@ -220,7 +223,7 @@ def load_corpus(
     if own is None:
         parts = {DOCUMENTATION: documentation, QUESTIONS: questions}
     else:
-        samples, source = read_samples(own, max_tokens, open_tokenizer)
+        samples, source = read_samples(own, max_tokens, tokenizer)
         size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
         pieces, spread = _taken(windows(samples, size), TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
         text = ("\n\n" if spread else "").join(pieces)

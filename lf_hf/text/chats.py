@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import dropwhile
+from itertools import cycle, dropwhile
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
@@ -99,16 +99,17 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that are no text, and stand for none: the beginnings and ends of texts, images, ..."""
+    return [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
+
+
 class Chat:
     """A chat that is being written, token by token; its turn `may_end` once it has a token."""
 
     def __init__(self, form: ChatForm) -> None:
-        self._form = form
-        self._given, self._asks, self.may_end = form.opening[::-1], True, False
-
-    @property
-    def _after(self) -> list[int]:
-        return self._form.asked if self._asks else self._form.replied
+        self._given, self._turns = form.opening[::-1], cycle([form.asked, form.replied])
+        self._after, self.may_end = next(self._turns), False
 
     @property
     def end(self) -> int:
@@ -122,5 +123,5 @@ class Chat:
         assert drawn is not None
         self.may_end = drawn != self.end
         if not self.may_end:
-            self._given, self._asks = self._after[:0:-1], not self._asks
+            self._given, self._after = self._after[:0:-1], next(self._turns)
         return drawn

@@ -74,18 +74,10 @@ def lm_eval_path(*names: str) -> Path | None:
 
 
 def bundled_questions() -> dict[str, list[Question]]:
-    """The MMLU development questions that come with lm-eval; nothing is downloaded.
+    """The MMLU development questions that come with lm-eval: four or five of each of the 57 subjects.
 
-    Returns
-    -------
-    dict of str to list of Question
-        For each of the 57 subjects four or five questions in the order of the file. One question of
-        college_chemistry has five choices, every other has four.
-
-    Raises
-    ------
-    ValueError
-        If lm-eval is not installed, or its file is missing or not of the known form.
+    One question of college_chemistry has five choices, every other has four. Raises ValueError if lm-eval is not
+    installed, or its file is missing or not of the known form.
     """
     path = lm_eval_path("tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
     if path is None:
@@ -133,12 +125,8 @@ def _parse_prompt(prompt: str) -> list[Question]:
 def read_csv_questions(directory: str | Path, split: str, subject: str) -> list[Question]:
     """One subject of the original MMLU release: `DIRECTORY/SPLIT/SUBJECT_SPLIT.csv`, SPLIT one of dev, val and test.
 
-    Every row of the file in order: question, four choices, and the answer as a letter; there is no header.
-
-    Raises
-    ------
-    ValueError
-        If the file is missing, is empty, or has a row of another form.
+    Every row of the file in order: question, four choices, and the answer as a letter; there is no header. Raises
+    ValueError if the file is missing, or has a row of another form.
     """
     questions = []
     try:

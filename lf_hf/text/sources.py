@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +17,6 @@ TextSource = Sequence[str | Messages] | str | Path
 """Strings and chats; or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
 data set on the hub (or in a folder)."""
 
-OpenTokenizer = Callable[[], PreTrainedTokenizerBase]
-"""Opens the model's tokenizer, for whose chat template chats are written out; other text does without."""
-
 # What `datasets` calls a kind of file, and what keeps long texts out of memory and text from becoming numbers.
 _TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -31,7 +28,9 @@ _CHARACTERS_PER_TOKEN = 8  # more than any usual text has, so that so much from 
 _LONGEST_LINE = 1 << 24  # characters that are read at once
 
 
-def read_samples(given: TextSource, tokens: int, open_tokenizer: OpenTokenizer | None) -> tuple[Iterator[str], str]:
+def read_samples(
+    given: TextSource, tokens: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Iterator[str], str]:
     """The samples that a user gave, but for blank ones, and what to call them; each ends with one newline.
 
     Of a data set on the hub they are the first ones, of some `tokens` tokens together; otherwise all of them. Chats are
@@ -49,11 +48,11 @@ def read_samples(given: TextSource, tokens: int, open_tokenizer: OpenTokenizer |
             split = split or "train"
             source = f"{name} ({split})"
             rows = _rows_of_set(name, config, split, column, tokens * _CHARACTERS_PER_TOKEN)
-        return _checked(_explained(rows, source), source, open_tokenizer), source
+        return _checked(_explained(rows, source), source, tokenizer), source
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise ValueError(f"Text must be a list of strings, a file or the name of a data set, got {given!r:.80}.")
     source = "strings given by the caller"
-    return _checked(given, source, open_tokenizer), source
+    return _checked(given, source, tokenizer), source
 
 
 def _explained(rows: Iterator[Any], name: str) -> Iterator[Any]:
@@ -63,8 +62,8 @@ def _explained(rows: Iterator[Any], name: str) -> Iterator[Any]:
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
-        kinds = ", ".join((".txt", *_TABLES))
-        raise kind(f"The text {name!r} cannot be read ({reason:.300}); give a {kinds} file, or a data set.") from None
+        advice = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
+        raise kind(f"The text {name!r} cannot be read ({reason:.300}); {advice}.") from None
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -81,31 +80,27 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def _rows_of_file(path: Path) -> Iterator[Any]:
-    from datasets import load_dataset
-
     if path.is_file() and not path.stat().st_size:  # in which the readers find no columns
         return
     kind, options = _TABLES[path.suffix]
     with TemporaryDirectory() as cache:
         files = glob.escape(str(path.absolute()))
-        rows = load_dataset(kind, split="train", streaming=True, data_files=files, cache_dir=cache, **options)
-        yield from _column(rows, _COLUMNS)
+        yield from _column(_COLUMNS, kind, split="train", data_files=files, cache_dir=cache, **options)
 
 
 def _rows_of_set(name: str, config: str, split: str, column: str, characters: int) -> Iterator[Any]:
-    from datasets import load_dataset
-
-    rows = load_dataset(name, config or None, split=split, streaming=True)
-    for sample in _column(rows, [column] if column else _COLUMNS):
+    for sample in _column([column] if column else _COLUMNS, name, config or None, split=split):
         yield sample
         characters -= len(str(sample))
         if characters <= 0:
             return
 
 
-def _column(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[Any]:
-    """What the rows have in the first of some columns that is there."""
-    for row in rows:
+def _column(names: Sequence[str], *data_set: str | None, **options: Any) -> Iterator[Any]:
+    """What the rows of a data set have in the first of some columns that is there."""
+    from datasets import load_dataset
+
+    for row in load_dataset(*data_set, streaming=True, **options):
         name = next((name for name in names if row.get(name) is not None), None)
         if name is not None:
             yield row[name]
@@ -113,13 +108,11 @@ def _column(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[An
             raise ValueError(f"it has no column {' or '.join(names)}, but {', '.join(row)}")
 
 
-def _checked(samples: Iterable[Any], source: str, open_tokenizer: OpenTokenizer | None) -> Iterator[str]:
-    tokenizer: PreTrainedTokenizerBase | None = None
+def _checked(samples: Iterable[Any], source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     for number, sample in enumerate(samples, 1):
         try:
             if is_chat(sample):
-                assert open_tokenizer is not None, "chats need a tokenizer"
-                tokenizer = tokenizer or open_tokenizer()
+                assert tokenizer is not None, "chats need a tokenizer"
                 sample = chat_text(tokenizer, sample)
                 if first_token(tokenizer):  # which the tokenizer puts there itself
                     sample = sample.removeprefix(str(tokenizer.bos_token))

@@ -12,8 +12,6 @@ from lf_hf.healing.loss import FullTargets, Loss, TopTargets, distillation_loss
 
 SEQUENCES, TOKENS, HIDDEN, VOCAB = 2, 7, 5, 11
 IDS = torch.randint(VOCAB, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(0))
-
-
 OF_BASE = normal(SEQUENCES, TOKENS, HIDDEN, seed=3), normal(VOCAB, HIDDEN, seed=4)
 LOGITS = OF_BASE[0] @ OF_BASE[1].T
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import written_on
+from lf_hf.measure import calibration_sequences, written_on
 from lf_hf.report.notes import silence_note
 from lf_hf.report.records import Continuation
-from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
+from lf_hf.settings import FusionConfig
+from lf_hf.text.calibration import Corpus, load_calibration, load_corpus, load_training_text
 from lf_hf.text.chats import CHATS, Chat, chat_form, chat_text
 from lf_hf.text.judging import QUESTION
 from lf_hf.text.packing import pack_corpus
@@ -64,16 +65,11 @@ def test_a_form_puts_a_chat_together_as_the_template_does(template: str) -> None
     assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"  # nothing special ends a turn
+
+
 @pytest.mark.parametrize(
-    "template",
-    [
-        None,
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",  # nothing special ends a turn
-        "{{ messages[1].content }}",
-        "{{ raise_exception('no chats') }}",
-        "{% for",
-        "",
-    ],
+    "template", [None, "", "{% for", "{{ messages[1].content }}", "{{ raise_exception('') }}", PLAIN]
 )
 def test_where_no_form_can_be_told_there_is_none(template: str | None) -> None:
     assert chat_form(with_template(template), 400) is None
@@ -103,7 +99,7 @@ def test_a_token_that_begins_all_texts_is_there_once() -> None:
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
                 single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
             )
-        corpus = load_corpus([CHAT], max_tokens=1024, open_tokenizer=lambda: tokenizer)
+        corpus = load_corpus([CHAT], max_tokens=1024, tokenizer=tokenizer)
         [first, *_] = pack_corpus(tokenizer, corpus, 8, 1024, 400)
         assert first[0] == tokenizer.bos_token_id and first[1] != tokenizer.bos_token_id
 
@@ -134,6 +130,16 @@ def test_a_model_writes_both_sides_of_a_chat() -> None:
     assert torch.equal(written, torch.stack(generate(ModelDecoder(model), 8, 160, seed=0, chat=form)))
 
 
+def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_for_unknown_text() -> None:
+    tokenizer = with_template(None)
+    tokenizer.unk_token = "[/INST]"
+    decoder = ModelDecoder(make_llama(vocab_size=len(tokenizer)))
+    corpus, config = Corpus(["layer " * 2000], "x", 0.5), FusionConfig(1, calibration_tokens=4096)
+    sequences, _ = calibration_sequences(decoder, tokenizer, corpus, config)
+    written = {token for sequence in sequences for token in sequence[1:].tolist()}
+    assert written & {*tokenizer.all_special_ids} == {tokenizer.unk_token_id}
+
+
 @pytest.mark.parametrize("kind", ["list", "jsonl", "parquet"])
 def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Path) -> None:
     tokenizer = with_template(TEMPLATES["chatml"])
@@ -147,11 +153,8 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
         parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
         given = tmp_path / "chats.parquet"
     expected += ["plain text\n"] * (kind == "jsonl")
-    assert load_calibration(given, open_tokenizer=lambda: tokenizer).texts == expected
-    for corpus in (
-        load_corpus(given, open_tokenizer=lambda: tokenizer),
-        load_training_text(given, 4096, lambda: tokenizer),
-    ):
+    assert load_calibration(given, tokenizer=tokenizer).texts == expected
+    for corpus in (load_corpus(given, tokenizer=tokenizer), load_training_text(given, 4096, tokenizer)):
         assert corpus.parts[0] == "\n".join(expected)
 
 
@@ -163,10 +166,10 @@ def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
     ]
     for samples, message in given:
         with pytest.raises(ValueError, match=message):
-            load_corpus(samples, open_tokenizer=make_tokenizer)
+            load_corpus(samples, tokenizer=make_tokenizer())
     refusing = with_template("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"\(the model's chat template does not take it \(roles must alternate\)\)"):
-        load_corpus([CHAT], open_tokenizer=lambda: refusing)
+        load_corpus([CHAT], tokenizer=refusing)
 
 
 def test_a_model_is_asked_a_question_in_its_template() -> None:

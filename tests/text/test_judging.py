@@ -19,13 +19,10 @@ def paragraphs(text: str) -> set[str]:
     return {part.strip() for part in re.split(r"\n\s*\n", text) if len(part.strip()) >= 60}
 
 
-def test_there_are_two_kinds_of_text_enough_of_each() -> None:
+def test_two_kinds_of_text_enough_of_each_share_no_paragraph_with_default_text_or_questions() -> None:
     assert (DOCS.name, REASONING.name) == ("docs", "reasoning")
     assert min(len(paragraphs(judging.text)) for judging in (DOCS, REASONING)) > 50
     assert all(judging.source and len(judging.text) > 40_000 for judging in (DOCS, REASONING))  # some 10,000 tokens
-
-
-def test_no_paragraph_is_in_default_calibration_text_or_among_the_questions() -> None:
     questions = [question.question for questions in bundled_questions().values() for question in questions]
     others = ["\n\n".join(texts) for texts in (load_corpus().parts, load_calibration().texts, questions)]
     assert not paragraphs(DOCS.text) & paragraphs(REASONING.text)

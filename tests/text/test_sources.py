@@ -131,7 +131,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         (["a", 1], None, r"Sample 2 of strings given by the caller cannot be used \(neither a string nor .*\): 1"),
         ("blank.txt", b"\n \n\n", r"The text \(blank.txt\) is empty; give a file with text"),
         ("empty.csv", b"", r"The text \(empty.csv\) is empty; give a file with text"),
-        ("empty.jsonl", b"", r"The text \(empty.jsonl\) is empty; give a file with text"),
         ("missing.jsonl", None, "'missing.jsonl' cannot be read .Unable to find .*; give a .txt, .jsonl"),
         ("missing.txt", None, "'missing.txt' cannot be read .No such file or directory.; give a .txt, .jsonl"),
         ("binary.txt", bytes(range(256)), "'binary.txt' cannot be read .*0x80"),
