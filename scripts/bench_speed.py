@@ -406,7 +406,7 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
 # Sweeps
 
 TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
-SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048}
+SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048, "speed": False}
 
 
 def gguf_loading(base: str) -> dict[str, Any]:
