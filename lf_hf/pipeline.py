@@ -48,7 +48,6 @@ logger = logging.get_logger(__name__)
 
 _HELD_OUT = 8  # sequences of calibration text that are held out of the last pass
 _HELD_OUT_OF_BUDGET = 16  # one of so many sequences is held out of all that a budget allows
-_MADE_WHOLE = 2  # sets of groups, of those that cost least in trials
 
 
 def fuse(
@@ -166,7 +165,7 @@ def _take_over(decoder: Decoder, fused: Decoder, groups: Sequence[Sequence[int]]
 def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLayer]]:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
-    Where their groups were chosen all at once, the sets that cost least in trials are made whole, each on a copy of the
+    Where their groups were chosen all at once, each set that is left to choose from is made whole, on a copy of the
     model, and the one whose predictions of held-out text are nearest to the dense model's is taken.
     """
     if fusion.config.refit == "none":
@@ -178,7 +177,7 @@ def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLaye
         if not fusion.left_to_last_pass:
             return fusion, fit_from_bottom(decoder, fusion.groups, *texts)[0]
         best, costs = None, dict[Groups, float]()
-        for plan in fusion.plans[: _MADE_WHOLE if held_out_text else 1]:
+        for plan in fusion.plans if held_out_text else fusion.plans[:1]:
             made = replace(fusion, decoder=decoder).counted_out(plan)
             fitted, costs[plan] = fit_from_bottom(made.decoder, made.groups, *texts)
             if best is None or costs[plan] < costs[best[0].plans[0]]:
@@ -292,8 +291,8 @@ def _notes(
             for groups, cost in sorted(fusion.made_whole.items(), key=itemgetter(1))
         )
         notes.append(
-            f"The sets of groups that cost least in trials were made whole, and the first of these taken, by the "
-            f"divergence from the dense model in nats a token of held-out text: {costs}."
+            f"Two sets of groups were made whole, and the first one taken, by the divergence from the dense model in "
+            f"nats a token of held-out text: {costs}."
         )
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "

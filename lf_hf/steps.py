@@ -54,7 +54,7 @@ class Fusion:
     table : GroupCosts or None
         With selection="groups".
     plans : list of Groups
-        Where groups are chosen all at once, the sets of them that were tried out, those that cost least first.
+        Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
     made_whole : dict
         The sets that the last pass made, with the divergence that held-out text has then.
     """
