@@ -182,7 +182,8 @@ def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_take
     decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
     with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
         fuse_pairs(fusion, 2)
-    one, other = ((1, 2), (4, 5)), ((2, 4),)
+    one: Any = ((1, 2), (4, 5))
+    other: Any = ((2, 4),)
     for plans in ([one], [other], [one, other], [other, one]):
         made, _ = last_pass(replace(fusion, plans=plans), copied := decoder.copy())
         apart = []
