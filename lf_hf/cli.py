@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @click.group(epilog=_GUIDE, context_settings=_CONTEXT)
-@click.version_option(version("lf_hf"), message="lf-hf %(version)s")
+@click.version_option(lf_hf.__version__, message="lf-hf %(version)s")
 @click.option(_TRACEBACK, is_flag=True, help="Show where an error came from; works after a command, too.")
 def app(traceback: bool) -> None:  # which `main` takes out, wherever it is
     """Make a language model smaller by fusing decoder layers that follow each other."""
@@ -215,9 +214,7 @@ def fuse(
     help="Folder or hub name of the checkpoint that was fused.  [default: what FUSED names, if that is on the hub]",
 )
 @click.option(
-    "--text",
-    metavar="FILE",
-    help="Text to heal on, as --calibration of `lf-hf fuse` takes it.  [default: a mixture]",
+    "--text", metavar="FILE", help="Text to heal on, as --calibration of `lf-hf fuse` takes it.  [default: a mixture]"
 )
 @click.option(
     "--cache",
@@ -270,10 +267,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @click.argument("out", metavar="OUTDIR")
 @click.option("--num-fusions", metavar="N,N,...", required=True, help="How many pairs of layers to fuse: one or more.")
 @click.option(
-    "--methods",
-    metavar="METHOD,...",
-    default="neural_alignment,mka",
-    help=f"One or more of {', '.join(METHODS)}.",
+    "--methods", metavar="METHOD,...", default="neural_alignment,mka", help=f"One or more of {', '.join(METHODS)}."
 )
 @click.option(
     "--tasks",
@@ -282,9 +276,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     help="Tasks of lm-eval, and mmlu_5shot and mmlu_sample of lf_hf.",
 )
 @click.option(
-    "--limit",
-    type=float,
-    help="How many questions of each task, or, below 1, what share of them.  [default: all]",
+    "--limit", type=float, help="How many questions of each task, or, below 1, what share of them.  [default: all]"
 )
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
 @click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")

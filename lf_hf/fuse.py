@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 
-from lf_hf.checkpoint.base import SPREAD, Base, hub_arguments, is_spread
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import fused_config, plain_config
@@ -339,17 +339,14 @@ def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch
             f"{asked} cannot be used with low_memory=True, as it trains the whole model; give low_memory=False, or "
             "heal_tokens=0 and heal the result with lf_hf.heal."
         )
-    given = {name for name, value in loading.items() if value is not None}
-    unknown = given - hub_arguments(loading).keys() - {"dtype", "trust_remote_code", "device_map"}
-    if unknown or loading.get("gguf_file"):
-        raise ValueError(
-            f"{', '.join(sorted(unknown)) or 'gguf_file'} cannot be used with low_memory=True; use low_memory=False."
-        )
-    device_map = loading.get("device_map")
+    device_map, usable = loading.get("device_map"), {*HUB_ARGUMENTS, "dtype", "trust_remote_code", "device_map"}
+    refused = [name for name, value in loading.items() if value is not None and name not in usable - {"gguf_file"}]
     if isinstance(device_map, dict) or device_map in SPREAD:
+        refused.append(f"device_map={device_map!r:.80}")
+    if refused:
         raise ValueError(
-            f"With low_memory=True layers are read onto one device, so device_map cannot be {device_map!r:.80}; give "
-            "cpu, cuda or cuda:1, or use low_memory=False."
+            f"{', '.join(refused)} cannot be used with low_memory=True, which reads safetensors files onto one device, "
+            "such as cpu or cuda:1; use low_memory=False."
         )
     return torch.device("cpu" if device_map is None else device_map)
 

@@ -19,13 +19,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.saving import finish_save
-from lf_hf.checkpoint.weights import (
-    CHECKPOINT_FILES,
-    check_complete,
-    local_folder,
-    tensor_files,
-    weights_folder,
-)
+from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, weights_folder
 from lf_hf.families import FAMILIES, Family, family_of
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
@@ -40,16 +34,9 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint that can be fused. Its config was read; its weights are not.
+    """A checkpoint that can be fused: its folder or hub name, its config, and `from_pretrained`'s arguments.
 
-    Attributes
-    ----------
-    name : str
-        Folder or hub name.
-    config : PreTrainedConfig
-        Of one of the families in `lf_hf.families`.
-    loading : dict
-        `from_pretrained`'s arguments: where files are, dtype, device_map, ...
+    Its weights are not read before `load`.
     """
 
     name: str
@@ -60,11 +47,8 @@ class Base:
     def open(cls, name: str | os.PathLike[str] | Base, loading: Mapping[str, Any]) -> Base:
         """Read the config of a checkpoint; one that is open stays as it is.
 
-        Raises
-        ------
-        ValueError
-            If there is no model in plain floats of a family that can be fused, or if `loading` holds a dtype, a device
-            or another argument that cannot be used.
+        Raises ValueError if there is no model in plain floats of a family that can be fused, or if `loading` holds an
+        argument that cannot be used.
         """
         if isinstance(name, Base):
             return name
@@ -135,11 +119,8 @@ class Base:
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
 
-        Raises
-        ------
-        ValueError
-            If the files of weights are not whole or not what the config describes, if they are pickled, which can run
-            code, and the user did not ask for it with use_safetensors=False, or if transformers knows no such argument.
+        Raises ValueError for files that are not whole or not what the config describes, for pickled ones, which can
+        run code, unless use_safetensors=False asks for them, and for arguments that transformers does not know.
         """
         loading = {**self.loading}
         if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:

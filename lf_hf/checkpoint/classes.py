@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import ModelCard, create_repo
 from torch.distributed.tensor import DTensor
@@ -51,7 +51,7 @@ class FusedForCausalLM(PreTrainedModel):
     """What fused models of all families are made of: FusedLlamaForCausalLM, FusedQwen3ForCausalLM, ..."""
 
     family: ClassVar[Family]
-    _fuse: ClassVar[Callable[..., PreTrainedModel]]  # set by lf_hf.fuse: fusing is a client of these classes
+    _fuse: ClassVar[Callable[..., Any]]  # set by lf_hf.fuse: fusing is a client of these classes
     _opened_in: Path | None = None  # the folder
     _trusts_code: bool | None = None  # as it was loaded with
 
@@ -78,21 +78,17 @@ class FusedForCausalLM(PreTrainedModel):
         ValueError
             As that function does; also for a base of another family.
         """
-        return cast(Model, cls._fuse(base, config, model_class=cls, **kwargs))
+        return cls._fuse(base, config, model_class=cls, **kwargs)
 
     @classmethod
-    def adopt(
-        cls: type[Model], stock: PreTrainedModel, report: FusionReport, tokenizer: PreTrainedTokenizerBase
-    ) -> Model:
+    def adopt(cls: type[Model], stock: Any, report: FusionReport, tokenizer: PreTrainedTokenizerBase) -> Model:
         """Turn a stock model, whose layers are fused, into this class, keeping its modules and their hooks."""
         # A base from GGUF is plain floats now, whatever the loader left behind.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             stock.__dict__.pop(name, None)
         _turn_into(cls, stock, fused_config(stock.config, report))
-        assert isinstance(stock, cls)
         register_peft()
-        stock.fusion_report = report
-        stock.tokenizer = tokenizer
+        stock.fusion_report, stock.tokenizer = report, tokenizer
         return stock
 
     @classmethod
@@ -340,32 +336,25 @@ class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin)
 
     def to_llama(self) -> LlamaForCausalLM:
         """A stock LlamaForCausalLM that shares this model's weights: `to_plain`."""
-        return cast(LlamaForCausalLM, self.to_plain())
+        return self.to_plain()
 
 
 def _classes_of(family: Family) -> dict[str, Any]:
-    """The classes of a family's fused models by the names of the Auto classes that find them.
-
-    They are transformers' own, with the config of a fused model.
-    """
+    """transformers' own classes of a family, with the config of a fused model, by the Auto classes that find them."""
     config, lm = FUSED_CONFIGS[family.model_type], family.causal_lm
 
-    def derived(stock: Any, what: str, bases: tuple[type, ...] = (), **contents: Any) -> Any:
+    def derived(stock: Any, *bases: type, **contents: Any) -> Any:
         contents |= {"config_class": config, "__annotations__": {"config": config}, "__module__": __name__}
-        contents["__doc__"] = f"{what} Computes what {stock.__name__} computes."
+        contents["__doc__"] = f"A {stock.__name__} whose layers were fused. Computes what that computes."
         return type(f"Fused{stock.__name__}", bases or (stock,), contents)
 
-    classes = {"AutoConfig": config}
-    classes["AutoModel"] = derived(family.model_class, f"The decoder of a fused {family.title}, without a head.")
-    classes[_CAUSAL_LM] = FusedLlamaForCausalLM
+    classes = {"AutoConfig": config, "AutoModel": derived(family.model_class), _CAUSAL_LM: FusedLlamaForCausalLM}
     if family.model_type != "llama":
-        what = f"A {family.title} whose layers were fused."
-        classes[_CAUSAL_LM] = derived(lm, what, (FusedForCausalLM, lm, GenerationMixin), family=family)
+        classes[_CAUSAL_LM] = derived(lm, FusedForCausalLM, lm, GenerationMixin, family=family)
     for kind in HEADS:
         if (stock := family.head_class(kind)) is not None:
             # The prefix is that of all other checkpoints; some heads' own classes would find no layers in them.
-            contents = {"base_model_prefix": lm.base_model_prefix}
-            classes[f"AutoModelFor{kind}"] = derived(stock, f"A fused {family.title} with another head.", **contents)
+            classes[f"AutoModelFor{kind}"] = derived(stock, base_model_prefix=lm.base_model_prefix)
     return classes
 
 
@@ -375,12 +364,8 @@ globals().update({made.__name__: made for classes in FUSED_CLASSES.values() for 
 
 
 def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
-    """The class of fused models for the family that a config, of a base or of a fused model, is of.
-
-    Raises ValueError where it is of none.
-    """
-    found: type[FusedForCausalLM] = FUSED_CLASSES[family_of(config).model_type][_CAUSAL_LM]
-    return found
+    """The class of fused models for the family of a base's or fused model's config. Raises ValueError for no family."""
+    return FUSED_CLASSES[family_of(config).model_type][_CAUSAL_LM]
 
 
 def with_buffers(model: Any, like: Any) -> None:

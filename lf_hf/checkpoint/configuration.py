@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -14,8 +14,6 @@ from lf_hf.report.report import FusionReport
 
 FUSED = "fused_"
 """What the `model_type` of a fused model starts with; the base's follows."""
-
-Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 class FusedLlamaConfig(LlamaConfig):
@@ -80,7 +78,7 @@ def plain_config(config: PreTrainedConfig) -> Any:
     return converted_config(config, family_of(config).config_class)
 
 
-def converted_config(config: PreTrainedConfig, to: type[Config], **extra: Any) -> Config:
+def converted_config(config: PreTrainedConfig, to: Any, **extra: Any) -> Any:
     """The same architecture as a config of another class."""
     # `auto_map` is of code that came with the base, in whose place transformers' own is used.
     left_out = {"model_type", "architectures", "fusion", "transformers_version", "auto_map"}

@@ -222,7 +222,7 @@ def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     report = report if isinstance(report, dict) else {}
     noted = report.get("files")
     entries = noted.items() if isinstance(noted, dict) else ()
-    manifest = {name: digest for name, digest in entries if name.isprintable() and isinstance(digest, str)}
+    manifest = {name: digest for name, digest in entries if name.isprintable()}
     ours = {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
     return report, manifest, ours
 
@@ -234,14 +234,11 @@ def _files(folder: Path) -> dict[str, Path]:
     return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
 
 
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests.
-
-    None for one that cannot be read, which is a user's.
-    """
+def _digest(file: Path) -> str:
+    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests."""
     if file.name == REPORT_NAME:
         return ""
-    with suppress(PermissionError), file.open("rb") as opened:
+    with file.open("rb") as opened:
         if file.suffix != ".safetensors":
             return sha_fileobj(opened).hex()
         size = file.stat().st_size
@@ -250,7 +247,6 @@ def _digest(file: Path) -> str | None:
             opened.seek(place * size // _PLACES)
             digest.update(opened.read(4096))
         return digest.hexdigest()
-    return None
 
 
 def _variant(name: str) -> str | None:

@@ -129,25 +129,22 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_complete(
-    base: str,
-    missing: Collection[str],
-    mismatched: Mapping[str, tuple[Shape, Shape]],
-    unexpected: Collection[str],
+    base: str, missing: Collection[str], mismatched: Mapping[str, tuple[Shape, Shape]], unexpected: Collection[str]
 ) -> None:
     """Raise ValueError if a base's weights are not those that its config describes.
 
-    `missing` are tensors that the files lack, `unexpected` those that only they have, which do no harm outside the
-    layers, and `mismatched` those of other shapes: (shape in the files, shape by the config).
+    `missing` are tensors that the files lack, `unexpected` those that only they have, and `mismatched` those of other
+    shapes: (shape in the files, shape by the config).
     """
-    problems = [f"has no tensor {name!r}, which its config.json asks for" for name in sorted(missing)]
-    problems += [
-        f"holds {name!r} in shape {list(stored)}, but by its config.json that is {list(described)}"
-        for name, (stored, described) in sorted(mismatched.items())
-    ]
-    problems += [
-        f"holds {name!r}, which its config.json does not know"
-        for name in sorted(unexpected)
-        if name.startswith("model.layers.") and "rotary_emb" not in name  # which old checkpoints hold
-    ]
-    if problems:
-        raise ValueError(f"{base!r} {problems[0]}; repair the base.")
+    # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
+    unknown = [name for name in unexpected if name.startswith("model.layers.") and "rotary_emb" not in name]
+    if missing:
+        problem = f"has no tensor {min(missing)!r}, which its config.json asks for"
+    elif mismatched:
+        name, (stored, described) = min(mismatched.items())
+        problem = f"holds {name!r} in shape {list(stored)}, but by its config.json that is {list(described)}"
+    elif unknown:
+        problem = f"holds {min(unknown)!r}, which its config.json does not know"
+    else:
+        return
+    raise ValueError(f"{base!r} {problem}; repair the base.")

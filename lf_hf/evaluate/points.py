@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lf_hf.report.rows import shown
-from lf_hf.runtime.checked_json import dataclass_from_json, parse_json
+from lf_hf.runtime.checked_json import from_json, parse_json
 
 DENSE = "dense"
 HEALED = ", healed"  # after a method
@@ -94,7 +94,7 @@ def read_points(path: Path) -> dict[str, Point]:
     points: dict[str, Point] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
-            point = dataclass_from_json(Point, parse_json(line, "it"), "it")
+            point = from_json(Point, parse_json(line, "it"), "it")
         except ValueError as error:
             raise ValueError(
                 f"Line {number} of {str(path)!r} is no result of a sweep, so choose another folder: {error}"

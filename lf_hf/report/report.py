@@ -23,7 +23,7 @@ from lf_hf.report.records import (
     SpeedInfo,
 )
 from lf_hf.report.rows import Row, text_rows
-from lf_hf.runtime.checked_json import dataclass_from_json, json_ready, parse_json
+from lf_hf.runtime.checked_json import from_json, json_ready, parse_json
 from lf_hf.settings import FusionConfig
 
 REPORT_NAME = "fusion_report.json"
@@ -201,7 +201,7 @@ class FusionReport:
     def from_dict(cls, values: Any, name: str = "This") -> FusionReport:
         """The report that `to_dict` wrote. Raises ValueError, with `name`, for anything else."""
         try:
-            report = dataclass_from_json(cls, values, "it")
+            report = from_json(cls, values, "it")
             report._check()
         except ValueError as error:
             raise ValueError(f"{name} is no fusion report: {error}") from None

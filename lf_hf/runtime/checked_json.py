@@ -10,14 +10,13 @@ import dataclasses
 import json
 import math
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-Record = TypeVar("Record")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list"}
 
 
 def json_ready(value: Any) -> Any:
-    """A dataclass's values, of lists and dicts, as strict JSON has them: `dataclass_from_json` reads them back."""
+    """A dataclass's values, of lists and dicts, as strict JSON has them: `from_json` reads them back."""
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, dict):
@@ -33,31 +32,23 @@ def parse_json(content: bytes | str, name: str) -> Any:
         raise ValueError(f"{name} is not JSON: {error}.") from None
 
 
-def dataclass_from_json(kind: type[Record], values: Any, name: str) -> Record:
-    """A dataclass from parsed JSON; fields that it does not know are left out.
+def from_json(kind: Any, value: Any, name: str) -> Any:
+    """A value of some type, such as a dataclass, from parsed JSON; fields that a dataclass does not know are left out.
 
-    Raises
-    ------
-    ValueError
-        If a field is missing or its value is of another type; the message has `name` and the field.
+    Raises ValueError, with `name` and the field, if one is missing or of another type.
     """
-    checked: Record = _checked(kind, values, name)
-    return checked
-
-
-def _checked(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if kind is Any or (origin is UnionType and value is None):  # all unions are `... | None`
         return value
     if origin is UnionType:
-        return _checked(arguments[0], value, name)
+        return from_json(arguments[0], value, name)
     if origin is list and isinstance(value, list):
-        return [_checked(arguments[0], item, f"{name}[{n}]") for n, item in enumerate(value)]
+        return [from_json(arguments[0], item, f"{name}[{n}]") for n, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {key: _checked(arguments[1], item, f"{name}[{key!r:.80}]") for key, item in value.items()}
+        return {key: from_json(arguments[1], item, f"{name}[{key!r:.80}]") for key, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         types = get_type_hints(kind)
-        given = {key: _checked(types[key], item, f"{name}.{key}") for key, item in value.items() if key in types}
+        given = {key: from_json(types[key], item, f"{name}.{key}") for key, item in value.items() if key in types}
         try:
             return kind(**given)  # type: ignore[operator]
         except TypeError as error:  # which names the fields that are missing

@@ -23,27 +23,13 @@ _MOST_LISTED = 30  # known names in a sentence
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of settings.
-
-    Attributes
-    ----------
-    help : str
-    bounds : str
-        Of numbers, such as "> 0 and <= 1", or "0 or >= 1024".
-    choices : tuple of str
-    unset : str
-        Where the value comes from if the default is None.
-    needs : tuple of str
-        Attributes of the settings, one of which must be true for the field to have an effect; () if it always has.
-    name, kind, default
-        As in the class; `kind` is the type.
-    """
+    """A field of settings."""
 
     help: str
-    bounds: str = ""
+    bounds: str = ""  # of numbers, such as "> 0 and <= 1", or "0 or >= 1024"
     choices: tuple[str, ...] = ()
-    unset: str = ""
-    needs: tuple[str, ...] = ()
+    unset: str = ""  # where the value comes from if the default is None
+    needs: tuple[str, ...] = ()  # attributes of the settings: one of them, if any, is true where it has an effect
     name: str = ""
     kind: type = str
     default: Any = None
@@ -64,10 +50,7 @@ class Setting:
         return f"{self.allowed}, {default}"
 
     def checked(self, value: Any) -> Any:
-        """A value in the field's type, also from a string or from one of numpy's.
-
-        Raises ValueError for any that is not allowed.
-        """
+        """A value in the field's type, also from a string or numpy's. Raises ValueError for any that is not allowed."""
         if value is None and self.default is None:
             return None
         found = value.item() if isinstance(value, np.generic) else value
@@ -151,10 +134,7 @@ class Settings:
     def taken_from(cls: type[SettingsType], kwargs: dict[str, Any], settings: SettingsType | None) -> SettingsType:
         """Settings with the fields among `kwargs`, which are taken out there, in place of their own.
 
-        Raises
-        ------
-        ValueError
-            For values that are not allowed, and for other names in `kwargs` that look like a misspelt field.
+        Raises ValueError for values that are not allowed, and for other names that look like a misspelt field.
         """
         if not isinstance(settings, cls | None):
             raise ValueError(

@@ -25,16 +25,6 @@ def progress(
 
     Nothing is shown after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
     first of the processes that a launcher started on a machine shows it for all.
-
-    Parameters
-    ----------
-    iterable : iterable, optional
-    total : int, optional
-        How many there will be; default the length of `iterable`, where it has one.
-    desc, unit : str
-        The stage, and what is counted in it.
-    leave : bool
-        Whether a finished bar stays on the terminal.
     """
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "leave": leave, "disable": local_rank() > 0}
     terminal = sys.stderr is None or sys.stderr.isatty()
