@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread, optional_file
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import fused_config, plain_config
@@ -329,10 +329,7 @@ def _fuse_on_disk(
 
 
 def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch.device:
-    """The device that from_pretrained's arguments name for layers that are read one at a time.
-
-    Raises ValueError where only fusing in memory can do what is asked, or there is no such device.
-    """
+    """The device for layers that are read one at a time. Raises ValueError where only fusing in memory can be done."""
     if config.heal_tokens:
         asked = "method='healed'" if config.method == "healed" else f"heal_tokens={config.heal_tokens}"
         raise ValueError(
@@ -354,11 +351,9 @@ def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch
 def _generation_config(base: Base) -> GenerationConfig:
     """The base's settings for generation; older checkpoints have them in config.json. Checked to be writable."""
     try:
-        try:
-            found = GenerationConfig.from_pretrained(base.name, **base.hub)
-        except OSError:
-            of_model: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
-            found = GenerationConfig.from_pretrained(base.name, **base.hub, **of_model)
+        older: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+        has_own = optional_file(base.name, GENERATION_CONFIG_NAME, base.hub)
+        found = GenerationConfig.from_pretrained(base.name, **base.hub, **({} if has_own else older))
         found.validate(strict=True)  # as saving does; not all that can be read can be saved
     except Exception as error:  # of any kind: of files that hold what they should not
         reason = " ".join(f"{type(error).__name__}: {error}".split())

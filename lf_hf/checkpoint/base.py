@@ -34,10 +34,7 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint that can be fused: its folder or hub name, its config, and `from_pretrained`'s arguments.
-
-    Its weights are not read before `load`.
-    """
+    """A checkpoint that can be fused: folder or hub name, config, and `from_pretrained`'s arguments; no weights yet."""
 
     name: str
     config: PreTrainedConfig
@@ -250,10 +247,7 @@ def _gguf_reader(reader: Any, path: str, modified: int) -> Any:
 
 @contextmanager
 def _gguf_file_read_once(loading: Mapping[str, Any]) -> Iterator[None]:
-    """Let transformers, which reads a GGUF file anew for the config, the tokenizer and the weights, share one reading.
-
-    It takes a minute for a vocabulary of 262 thousand tokens.
-    """
+    """Let transformers read a GGUF file once, not for config, tokenizer and weights each; it may take a minute."""
     if not loading.get("gguf_file"):
         yield
         return

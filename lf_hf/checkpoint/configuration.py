@@ -52,10 +52,7 @@ globals().update({config.__name__: config for config in FUSED_CONFIGS.values()})
 
 
 def fused_config(config: PreTrainedConfig, report: FusionReport) -> Any:
-    """The config of a fused model from that of its layers and from what was fused.
-
-    The model is another one than its base now, and in plain floats: the base's name and the GGUF file's type go.
-    """
+    """The config of a fused model, which is another one than its base and in plain floats: name and GGUF type go."""
     converted = converted_config(config, FUSED_CONFIGS[family_of(config).model_type], fusion=fusion_entry(report))
     converted._name_or_path = ""
     vars(converted).pop("quantization_config", None)

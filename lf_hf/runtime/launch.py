@@ -82,10 +82,7 @@ class Processes:
         return values
 
     def broadcast_object(self, compute: Callable[[], T]) -> T:
-        """A small value that the first process computes, in all of them.
-
-        Raises OtherProcessError in all others if it raises an error there.
-        """
+        """A small value that the first process computes, in all; an error there is an OtherProcessError elsewhere."""
         if self.world_size == 1:
             return compute()
         box: list[Any] = [None, None]  # the value, and the reason why there is none
