@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub.utils.sha import sha_fileobj
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.saving import changed_files
+from lf_hf.checkpoint.saving import changed_files, file_sha
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import ALGORITHM, FusionConfig
 
@@ -54,7 +53,7 @@ def base_fingerprint(base: Base) -> str:
     """
     files = base.content_files()
     with ThreadPoolExecutor() as pool:
-        digests = [(file.name, digest) for file, digest in zip(files, pool.map(_file_digest, files), strict=True)]
+        digests = [(file.name, digest) for file, digest in zip(files, pool.map(file_sha, files), strict=True)]
     content = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     changes = [name for name in base.loading if name == "variant" or hasattr(base.config, name)]
     chosen = {name: repr(base.loading[name]) for name in sorted(changes) if name != "dtype"}
@@ -89,8 +88,3 @@ def why_not_reused(folder: Path, config: FusionConfig, made_of: dict[str, str]) 
         if name != "speed" and report.config.get(name) != value
     ]
     return f"{str(folder)!r} was fused with {', '.join(settings)}." if settings else None
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return sha_fileobj(opened).hex()

@@ -238,15 +238,21 @@ def _digest(file: Path) -> str:
     """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests."""
     if file.name == REPORT_NAME:
         return ""
+    if file.suffix != ".safetensors":
+        return file_sha(file)
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
-        if file.suffix != ".safetensors":
-            return sha_fileobj(opened).hex()
-        size = file.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
         for place in range(_PLACES):
             opened.seek(place * size // _PLACES)
             digest.update(opened.read(4096))
-        return digest.hexdigest()
+    return digest.hexdigest()
+
+
+def file_sha(file: Path) -> str:
+    """SHA-256 of all that is in a file."""
+    with file.open("rb") as opened:
+        return sha_fileobj(opened).hex()
 
 
 def _variant(name: str) -> str | None:

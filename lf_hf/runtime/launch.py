@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -58,13 +57,13 @@ class Processes:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Make a tensor, in place, what it is in the first process."""
-        self._in_place(partial(distributed.broadcast, src=0), tensor)
+        self._in_place(distributed.broadcast, tensor, 0)
 
-    def _in_place(self, collective: Callable[[Tensor], Any], tensor: Tensor) -> None:
+    def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
         if self.world_size > 1:
             only_devices = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
             sent = tensor.to("cuda") if only_devices else tensor
-            _communicate(collective, sent)
+            _communicate(collective, sent, *arguments)
             if only_devices:
                 tensor.copy_(sent)
 
