@@ -104,8 +104,9 @@ def open_teacher(inputs: HealingInputs, placement: Placement, arguments: Trainin
     Processes.of_launch().broadcast_object(lambda: _write(folder, inputs, placement, arguments, base))
     teacher = Teacher(folder, inputs.base.config, base)
     for kind, part, files in json.loads((folder / _INDEX).read_text(encoding="utf-8")):
-        # Each file is mapped into memory, so that sequences are read when they are used.
-        getattr(teacher, part)[kind] = ConcatDataset([StackDataset(**load_file(folder / name)) for name in files])  # type: ignore[arg-type]
+        # Files are mapped into memory, so that sequences are read when they are used.
+        tensors: list[Any] = [load_file(folder / name) for name in files]
+        getattr(teacher, part)[kind] = ConcatDataset([StackDataset(**of_file) for of_file in tensors])
     return teacher
 
 

@@ -290,13 +290,9 @@ def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> Non
     assert arguments.fp16 and not arguments.bf16
 
 
-def test_a_file_in_the_place_of_the_logs_is_seen_before_the_training(heal: Heal, tmp_path: Path) -> None:
-    (tmp_path / "runs").touch()
-    with pytest.raises(ValueError, match="holds a file 'runs', where logs go; choose another folder"):
-        heal(out=tmp_path, training_args={"report_to": "tensorboard"})
-
-
-def test_a_trained_model_is_not_replaced(heal: Heal, base: str, fused: Path, healed: Path) -> None:
+def test_a_trained_model_is_not_replaced_nor_a_file(
+    heal: Heal, base: str, fused: Path, healed: Path, tmp_path: Path
+) -> None:
     before = (healed / "model.safetensors").stat()
     for replace in (
         lambda: heal(out=healed),
@@ -308,6 +304,9 @@ def test_a_trained_model_is_not_replaced(heal: Heal, base: str, fused: Path, hea
     assert (healed / "model.safetensors").stat() == before
     with pytest.raises(ValueError, match="is the fused model itself"):
         heal(out=fused)
+    (tmp_path / "runs").touch()
+    with pytest.raises(ValueError, match="holds a file 'runs', where logs go; choose another folder"):
+        heal(out=tmp_path, training_args={"report_to": "tensorboard"})
 
 
 def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(

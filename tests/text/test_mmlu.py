@@ -13,12 +13,8 @@ import pytest
 from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, read_csv_questions
 
 
-@pytest.fixture(scope="module")
-def bundled() -> dict[str, list[Question]]:
-    return bundled_questions()
-
-
-def test_bundled_questions_are_what_the_design_counts_on(bundled: dict[str, list[Question]]) -> None:
+def test_bundled_questions_are_what_the_design_counts_on() -> None:
+    bundled = bundled_questions()
     assert bundled.keys() == SUBJECTS.keys() and sum(map(len, bundled.values())) == 282
     assert Counter(SUBJECTS.values()) == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
     four = {subject for subject, questions in bundled.items() if len(questions) == 4}
@@ -39,14 +35,14 @@ def test_bundled_questions_are_what_the_design_counts_on(bundled: dict[str, list
         assert not question.explanation.endswith(f"answer is ({'ABCDE'[question.answer]}).")
 
 
-def test_bundled_agrees_with_the_original(bundled: dict[str, list[Question]], mmlu_dir: Path) -> None:
+def test_bundled_agrees_with_the_original(mmlu_dir: Path) -> None:
     """Apart from a few retyped ones, each question is one of the subject's original development questions."""
 
     def key(text: str) -> str:
         return " ".join(text.split())
 
     found = wrong = 0
-    for subject, questions in bundled.items():
+    for subject, questions in bundled_questions().items():
         originals = {key(q.question): q for q in read_csv_questions(mmlu_dir, "dev", subject)}
         for question in questions:
             if original := originals.get(key(question.question)):
