@@ -112,11 +112,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
             return
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
             i, cost = fusion.choose()
-            fused = fusion.fuse_pair(i)
-            fusion.steps.append(fusion.report_step(i, fused, cost))
-            fusion.decoder.replace(i, fused.changed, fused.kind)
-            fusion.decoder.remove(i + 1)
-            fusion.update(i)
+            fusion.join(i, cost, fusion.fuse_pair(i))
 
 
 def _fuse_within_budget(

@@ -17,12 +17,12 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.measure import Clock, Measurements
-from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.refit.group import fit_group
 from lf_hf.refit.groups import GroupCosts, Groups, estimated, removed, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, trace
-from lf_hf.report.records import FusionStep, RowMatch
+from lf_hf.report.records import FusionStep
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.packing import beginning
@@ -35,42 +35,22 @@ STEP_TOKENS = 8192
 
 @dataclass
 class Fusion:
-    """The model while its pairs are fused; `start` makes one.
-
-    Attributes
-    ----------
-    decoder, config, measured
-    similarity : float64 array of shape (layers L, layers L), or None
-        Of the dense model's layers, where weights are averaged.
-    groups : list of lists of int
-        For each layer, the layers of the dense model that it stands for.
-    store : StateStore
-    boundaries : Boundaries or None
-        States of calibration text at the layers' boundaries, where the config needs them.
-    clock : Clock
-    influences : list of float
-        How much each layer of the dense model changes the stream of calibration text; empty without text.
-    steps : list of FusionStep
-    table : GroupCosts or None
-        With selection="groups".
-    plans : list of Groups
-        Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
-    made_whole : dict
-        The sets that the last pass made, with the divergence that held-out text has then.
-    """
+    """The model while its pairs are fused; `start` makes one."""
 
     decoder: Decoder
     config: FusionConfig
     measured: Measurements
-    similarity: NDArray[np.float64] | None
-    groups: list[list[int]]
+    similarity: NDArray[np.float64] | None  # of the dense model's layers, (L, L), where weights are averaged
+    groups: list[list[int]]  # for each layer, the layers of the dense model that it stands for
     store: StateStore
-    boundaries: Boundaries | None
+    boundaries: Boundaries | None  # states of calibration text at the layers' boundaries, where the config needs them
     clock: Clock
-    influences: list[float] = field(default_factory=list)
+    influences: list[float] = field(default_factory=list)  # of each layer of the dense model; none without text
     steps: list[FusionStep] = field(default_factory=list)
-    table: GroupCosts | None = None
+    table: GroupCosts | None = None  # with selection="groups"
+    # Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
     plans: list[Groups] = field(default_factory=list)
+    # The sets that the last pass made, with the divergence that held-out text has then.
     made_whole: dict[Groups, float] = field(default_factory=dict)
 
     @property
@@ -84,9 +64,7 @@ class Fusion:
         fusion = replace(self, decoder=self.decoder.copy(), groups=groups, steps=[], plans=[plan])
         for _ in range(removed(plan)):
             i, cost = fusion.choose()
-            fusion.steps.append(fusion.report_step(i, FusedLayer({}, {}), cost))
-            fusion.decoder.remove(i + 1)
-            fusion.update(i)
+            fusion.join(i, cost)
         return fusion
 
     def choose(self) -> tuple[int, float | None]:
@@ -146,62 +124,48 @@ class Fusion:
 
         `numbers` are those of the layers in the dense model. The list of layers may be emptied.
         """
-        config, kind = self.config, self.decoder.family.layer_kind(layers[0])
-        changed, matches, ratio = dict[str, Tensor](), dict[str, RowMatch](), 1.0
+        config, decoder, kind = self.config, self.decoder, self.decoder.family.layer_kind(layers[0])
+        changed, found = dict[str, Tensor](), dict[str, Any]()
         if config.merge != "select":
-            weights = layer_weights(self.decoder, layers[0])
+            weights = layer_weights(decoder, layers[0])
             for number, layer in zip(numbers[1:], layers[1:], strict=True) if config.merge == "average" else ():
                 assert self.similarity is not None
                 ratio = fusion_ratio(self.similarity, numbers[0], number, config.ratio_beta)
-                changed, matches = self._averaged(weights, layer_weights(self.decoder, layer), ratio)
+                changed, matches = average_layers(
+                    weights,
+                    layer_weights(decoder, layer),
+                    ratio=ratio,
+                    alignment=config.alignment,
+                    head_dim=head_dim(decoder.config),
+                    symmetry=decoder.family.symmetry,
+                    processes=decoder.processes,
+                )
+                for tensor in changed.values():  # in case machines round differently
+                    decoder.processes.broadcast(tensor)
                 weights |= changed
+                found = {"ratio_i": ratio, "ratio_j": 1 - ratio, "matches": matches}
             if not config.fits:
-                return FusedLayer(changed, kind, ratio, matches)
-            layers = [build_layer(self.decoder, weights, kind)]
+                return FusedLayer(changed, kind, found)
+            layers = [build_layer(decoder, weights, kind)]
         fit = fit_group(
-            self.decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
+            decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
         )
-        return FusedLayer(fit.weights, fit.kind, ratio, matches, fit)
+        for name in ("heads_kept", "channels_kept", "error_before", "error_after"):
+            found[name] = getattr(fit, name)
+        return FusedLayer(fit.weights, fit.kind, found)
 
-    def _averaged(self, first: Weights, second: Weights, ratio: float) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
-        """What two layers' weights become, and how they were matched."""
-        changed, matches = average_layers(
-            first,
-            second,
-            ratio=ratio,
-            alignment=self.config.alignment,
-            head_dim=head_dim(self.decoder.config),
-            symmetry=self.decoder.family.symmetry,
-            processes=self.decoder.processes,
-        )
-        for tensor in changed.values():  # in case machines round differently
-            self.decoder.processes.broadcast(tensor)
-        return changed, matches
-
-    def report_step(self, i: int, fused: FusedLayer, cost: float | None) -> FusionStep:
-        """What is reported of the fusion of layers i and i + 1."""
-        step = FusionStep(
-            layers_i=self.groups[i],
-            layers_j=self.groups[i + 1],
-            ratio_i=fused.ratio,
-            ratio_j=1 - fused.ratio,
-            matches=fused.matches,
-            divergence=cost if cost is not None and math.isfinite(cost) else None,
-        )
+    def join(self, i: int, cost: float | None, fused: FusedLayer | None = None) -> None:
+        """Let layer i stand for layers i and i + 1, as it is or fused, and note the step."""
+        found: dict[str, Any] = {"ratio_i": 1.0, "ratio_j": 0.0}
         if self.boundaries is not None and self.config.selection == "least_influence":
-            step = replace(step, influence=self.boundaries.influences[i + 1])
-        if fit := fused.fit:
-            step = replace(
-                step,
-                heads_kept=fit.heads_kept,
-                channels_kept=fit.channels_kept,
-                error_before=fit.error_before,
-                error_after=fit.error_after,
-            )
-        return step
-
-    def update(self, i: int) -> None:
-        """Layers i and i + 1 have become layer i."""
+            found["influence"] = self.boundaries.influences[i + 1]
+        if cost is not None and math.isfinite(cost):
+            found["divergence"] = cost
+        if fused is not None:
+            found |= fused.found
+            self.decoder.replace(i, fused.changed, fused.kind)
+        self.steps.append(FusionStep(self.groups[i], self.groups[i + 1], **found))
+        self.decoder.remove(i + 1)
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
         if self.boundaries is not None and not self.left_to_last_pass:
             self.boundaries.update(i)
@@ -209,13 +173,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """What layers become: the weights that differ from the first one's, the kind, and how it came about."""
+    """What layers become: weights that differ from the first one's, the kind, and what a FusionStep says of it."""
 
     changed: Weights
     kind: Kind
-    ratio: float = 1.0
-    matches: dict[str, RowMatch] = field(default_factory=dict)
-    fit: GroupFit | None = None
+    found: dict[str, Any]
 
 
 @contextmanager
@@ -226,10 +188,15 @@ def start(
     clock = clock or Clock(measured.seconds)
     with ExitStack() as stack:
         with clock(STEPS):
-            fitting, judging = _texts_of_roles(config, measured)
+            fitting, judging = beginning(measured.text, STEP_TOKENS) if config.needs_text else [], list[Tensor]()
+            if config.selection == "groups":
+                fitting, judging = text_for_groups(measured.text, measured.other_text)
             parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in (fitting, judging)]
             embedded = decoder.embed([batch for part in parts for batch in part])
-            expected = sum(state.nbytes for state in embedded) * state_copies(config, decoder.num_layers)
+            # States are at all boundaries and in a pair. Where groups are chosen, half of the text judges, and is there
+            # once after each pair of layers; groups are fitted to the other half.
+            of_groups = decoder.num_layers // 2 + 2 * LONGEST_GROUP if config.selection == "groups" else 0
+            expected = sum(state.nbytes for state in embedded) * (decoder.num_layers + 7 + of_groups)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
             fusion = Fusion(
                 decoder=decoder,
@@ -253,20 +220,6 @@ def start(
         fusion.boundaries = fusion.table = None  # the last pass needs the room
 
 
-def _texts_of_roles(config: FusionConfig, measured: Measurements) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Sequences that steps are fitted to, and where groups are chosen those that judge them."""
-    if config.selection == "groups":
-        return text_for_groups(measured.text, measured.other_text)
-    return beginning(measured.text, STEP_TOKENS) if config.needs_text else [], []
-
-
 def group_settings(config: FusionConfig) -> tuple[Any, ...]:
     """What the costs of groups depend on, besides what was measured."""
     return config.alignment, config.merge, config.refit, config.ridge, config.ratio_beta
-
-
-def state_copies(config: FusionConfig, num_layers: int) -> int:
-    """How many times the states of the text that steps run are there: at all boundaries, in a pair, of candidates."""
-    # Half of the text judges: after each pair of layers it is there once. Groups are fitted to the other half.
-    of_groups = num_layers // 2 + 2 * LONGEST_GROUP if config.selection == "groups" else 0
-    return num_layers + 7 + of_groups
