@@ -163,11 +163,8 @@ def literal_entropy(Y: np.ndarray, k: int) -> float:
 
 
 def literal_npib(Yi: np.ndarray, Yj: np.ndarray, k_mi: int, k_entropy: int, seed: int) -> float:
-    information = 0.0
-    for k in range(Yj.shape[1]):
-        scores = mutual_info_regression(Yi, Yj[:, k], n_neighbors=k_mi, random_state=seed)
-        information += sum(scores) / len(scores)
-    information /= Yj.shape[1]
+    scores = [mutual_info_regression(Yi, column, n_neighbors=k_mi, random_state=seed) for column in Yj.T]
+    information = sum(map(sum, scores)) / (len(scores) * len(scores[0]))
     return information / math.sqrt(abs(literal_entropy(Yi, k_entropy) * literal_entropy(Yj, k_entropy)))
 
 
