@@ -19,8 +19,8 @@ def diffusion_embedding(
 
     Parameters
     ----------
-    distances : array of shape (samples N, samples N)
-        Frobenius distances between the samples' activations.
+    distances : float64 array of shape (samples N, samples N)
+        Frobenius distances between the samples' activations, finite; N is above `embedding_dim`.
     kernel_scale, kernel_alpha, embedding_dim
         sigma_K, alpha and d.
 
@@ -34,17 +34,9 @@ def diffusion_embedding(
     Raises
     ------
     ValueError
-        If there are not more samples than `embedding_dim`, a distance is not finite, or the kernel does not reach
-        from any sample to another.
+        If the kernel does not reach from any sample to another, or `kernel_alpha` is too far from 0.
     """
     num_samples = len(distances)
-    if num_samples <= embedding_dim:
-        raise ValueError(
-            f"embedding_dim={embedding_dim} needs at least {embedding_dim + 1} calibration samples, got {num_samples}."
-        )
-    if not np.isfinite(distances).all():
-        raise ValueError("The distances between calibration samples contain NaN or inf.")
-    distances = np.asarray(distances, dtype=np.float64)
     kernel = np.exp(-np.sqrt(distances) / np.sqrt(kernel_scale))  # K (N, N)
     others = ~np.eye(num_samples, dtype=bool)
     if kernel[others].max() < np.finfo(np.float64).tiny:

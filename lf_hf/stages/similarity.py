@@ -33,10 +33,6 @@ def entropy(embedding: Array, neighbors: int) -> float:
     rho_k is a sample's distance to its k-th neighbour, itself not counted; needs N > k.
     """
     num_samples, dim = embedding.shape
-    if num_samples <= neighbors:
-        raise ValueError(
-            f"entropy_neighbors={neighbors} needs at least {neighbors + 1} calibration samples, got {num_samples}."
-        )
     rho = KDTree(embedding).query(embedding, k=[neighbors + 1])[0][:, 0]  # neighbour 1 is the sample itself
     rho = np.maximum(rho, _MIN_DISTANCE)
     return float(-np.mean(np.log(neighbors / num_samples) - dim * np.log(rho)))
