@@ -144,9 +144,8 @@ def _similarity(
             f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
             f"has {longest} token{'s' * (longest > 1)}; give {config.samples_needed} different samples of text or more."
         )
-    influences: list[float] | None = [] if longest > 1 else None  # each sample's first token is left out
     with clock("activations"):  # stage 1
-        distances = sample_distances(decoder, ids, influences)
+        distances, influences = sample_distances(decoder, ids)
     with clock("manifold"):  # stage 2
         embeddings = np.stack(
             [
@@ -171,7 +170,7 @@ def _similarity(
         "similarity": similarity,
         "embeddings": embeddings,
         "sample_labels": samples.labels,
-        "influences": influences,
+        "influences": influences if longest > 1 else None,  # each sample's first token is left out
         "of_samples": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
         "notes": notes,
     }

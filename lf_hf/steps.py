@@ -198,24 +198,19 @@ def start(
             of_groups = decoder.num_layers // 2 + 2 * LONGEST_GROUP if config.selection == "groups" else 0
             expected = sum(state.nbytes for state in embedded) * (decoder.num_layers + 7 + of_groups)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
-            fusion = Fusion(
-                decoder=decoder,
-                config=config,
-                measured=measured,
-                similarity=measured.similarity if config.needs_similarity else None,
-                groups=[[index] for index in range(decoder.num_layers)],
-                store=store,
-                boundaries=Boundaries(decoder, embedded, store) if config.needs_text else None,
-                clock=clock,
-            )
+            boundaries = Boundaries(decoder, embedded, store) if config.needs_text else None
             del embedded
-            if fusion.boundaries is not None:
-                fusion.influences = list(fusion.boundaries.influences)
+            similarity = measured.similarity if config.needs_similarity else None
+            groups = [[index] for index in range(decoder.num_layers)]
+            fusion = Fusion(decoder, config, measured, similarity, groups, store, boundaries, clock)
+            if boundaries is not None:
+                fusion.influences = list(boundaries.influences)
             if config.selection == "groups":
-                assert fusion.boundaries is not None
+                assert boundaries is not None
                 known = measured.group_costs.setdefault(group_settings(config), {})
                 fitted, judged = range(len(parts[0])), range(len(parts[0]), sum(map(len, parts)))
-                fusion.table = GroupCosts(decoder, fusion.boundaries, fitted, judged, fusion.try_group, store, known)
+                fusion.table = GroupCosts(decoder, boundaries, fitted, judged, fusion.try_group, store, known)
+            del boundaries
         yield fusion
         fusion.boundaries = fusion.table = None  # the last pass needs the room
 

@@ -152,7 +152,7 @@ def load(base: str) -> Loaded:
 def one_pass(loaded: Loaded) -> Array:
     """The package's stages 1 to 3."""
     model, samples = loaded
-    distances = sample_distances(ModelDecoder(model), samples)
+    distances, _ = sample_distances(ModelDecoder(model), samples)
     return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
 
 
@@ -516,7 +516,7 @@ def stage_costs(layers: int, hidden: int, samples: int) -> list[float]:
     )
     decoder = ModelDecoder(LlamaForCausalLM(config).eval())
     ids = [torch.randint(1000, (32 + n % 64,)) for n in range(samples)]
-    distances = timed(lambda: sample_distances(decoder, ids))
+    distances = timed(lambda: sample_distances(decoder, ids)[0])
     embeddings = timed(lambda: np.stack([diffusion_embedding(layer) for layer in distances.result]))
     similarity = timed(lambda: layer_similarity(embeddings.result))
     with decoder.layer(layers - 2) as i, decoder.layer(layers - 1) as j:

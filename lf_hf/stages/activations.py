@@ -78,28 +78,25 @@ def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Proc
 
 
 @torch.no_grad()
-def sample_distances(
-    decoder: Decoder, samples: Sequence[Tensor], influences: list[float] | None = None
-) -> NDArray[np.float64]:
-    """Distances between all samples at the output of every layer.
+def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> tuple[NDArray[np.float64], list[float]]:
+    """Distances between all samples at the output of every layer, and how much each changes the residual stream.
 
     Parameters
     ----------
     decoder : Decoder
     samples : N tensors of token ids of shape (tokens T_i,)
-    influences : list of float, optional
-        How much each layer changes the residual stream is appended to it.
 
     Returns
     -------
     float64 array of shape (layers L, samples N, samples N)
+    list of L floats
 
     Raises
     ------
     ValueError
         If a layer's output contains NaN or inf; the layer is named.
     """
-    distances = []
+    distances, influences = [], list[float]()
     numbers = decoder.batched(samples)
     batches = [torch.stack([samples[number] for number in of_batch]) for of_batch in numbers]
     order = np.argsort(np.concatenate(numbers))  # of the samples, in the batches
@@ -109,7 +106,6 @@ def sample_distances(
         check_finite(states, index)
         of_layer = pairwise_distances([sample for batch in states for sample in batch])
         distances.append(of_layer[np.ix_(order, order)])
-        if influences is not None:
-            influences.append(influence(before, states))
-            before = list(states)
-    return np.stack(distances)
+        influences.append(influence(before, states))
+        before = list(states)
+    return np.stack(distances), influences

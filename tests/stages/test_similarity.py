@@ -54,7 +54,7 @@ def test_distances_follow_order_and_scale(seed: int, samples: int, hidden: int, 
 @torch.no_grad()
 def test_samples_are_compared_at_the_output_of_each_layer() -> None:
     model, samples = make_llama(), [torch.arange(2, 2 + length) for length in (3, 9, 6, 9)]
-    found = sample_distances(ModelDecoder(model), samples)
+    found, _ = sample_distances(ModelDecoder(model), samples)
     of_samples = [model.model(ids[None], output_hidden_states=True).hidden_states for ids in samples]
     assert found.shape == (5, 4, 4) and found.dtype == np.float64
     for index in range(4):  # transformers gives the states of the last layer after the final norm
