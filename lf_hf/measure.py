@@ -147,17 +147,8 @@ def _similarity(
     with clock("activations"):  # stage 1
         distances, influences = sample_distances(decoder, ids)
     with clock("manifold"):  # stage 2
-        embeddings = np.stack(
-            [
-                diffusion_embedding(
-                    layer,
-                    kernel_scale=config.kernel_scale,
-                    kernel_alpha=config.kernel_alpha,
-                    embedding_dim=config.embedding_dim,
-                )
-                for layer in distances
-            ]
-        )
+        kernel = {name: getattr(config, name) for name in ("kernel_scale", "kernel_alpha", "embedding_dim")}
+        embeddings = np.stack([diffusion_embedding(layer, **kernel) for layer in distances])
     with clock("similarity"):  # stage 3
         similarity = layer_similarity(
             embeddings,

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import PROJECTIONS
-from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences, measure
+from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
@@ -82,18 +82,6 @@ def test_the_model_is_unchanged_when_calibration_fails(method: str) -> None:
     with pytest.raises(ValueError, match="activations of layer 2"):
         fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
-
-
-def test_measurements_of_other_settings_are_refused() -> None:
-    model, tokenizer = make_llama(), make_tokenizer()
-    measured = measure(ModelDecoder(model), tokenizer, FusionConfig(1, perplexity_tokens=0), CALIBRATION, None)
-    for config, message in (
-        (FusionConfig(1, perplexity_tokens=0, kernel_scale=4.0), "kernel_scale=8.0, not 4.0"),
-        (FusionConfig(1, "refit", perplexity_tokens=0), "lack what method='refit' needs"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fuse(ModelDecoder(model), tokenizer, config, None, None, base="tiny", measurements=measured)
-    assert len(model.model.layers) == 5
 
 
 @pytest.mark.parametrize("length", [200, 64])
