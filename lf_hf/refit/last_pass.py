@@ -95,22 +95,28 @@ def fit_from_bottom(
             fused, missed, missed_first = _tuned(decoder, fit, states, dense, steps, held)
             least = min(of_layers)  # a fitted layer that overflows misses NaN, which is no less
             instead = group[of_layers.index(least)] if math.isfinite(least) and not missed <= least else None
-            heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
-            if instead is not None:
-                heads_kept, channels_kept = (
-                    kept and [sum(kept) * (number == instead) for number in group]
-                    for kept in (heads_kept, channels_kept)
-                )
             with nullcontext(fused) if instead is None else decoder.original(instead) as layer:
                 decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             del fused
             with decoder.layer(index) as layer:
                 states = store.keep(decoder.run_layer(layer, state) for state in states)
                 held.cross(layer)
-            errors = fit.error_before, fit.error_after, fit.attention_error
-            on_held_out: tuple[float | None, float | None] = (missed, missed_first) if held_out else (None, None)
-            fitted.append(FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead))
+            on_held_out = (missed, missed_first) if held_out else (None, None)
+            fitted.append(_reported(group, fit, on_held_out, instead))
     return fitted, held.divergence() if held_out else 0.0
+
+
+def _reported(
+    group: list[int], fit: GroupFit, on_held_out: tuple[float | None, float | None], instead: int | None
+) -> FittedLayer:
+    """What is said of a fused layer, or of the layer of its group that is taken instead, with all that it has."""
+    heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
+    if instead is not None:
+        heads_kept, channels_kept = (
+            kept and [sum(kept) * (number == instead) for number in group] for kept in (heads_kept, channels_kept)
+        )
+    errors = fit.error_before, fit.error_after, fit.attention_error
+    return FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead)
 
 
 def _tuned(
