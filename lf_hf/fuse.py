@@ -161,8 +161,8 @@ def from_pretrained_fused(
 FusedForCausalLM._fuse = from_pretrained_fused
 
 
-def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
-    """Load the base and fuse it in memory."""
+def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
+    """Load the base and fuse it in memory: a model of the class, with its report."""
     loaded = inputs.base.load()
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
     processes = ALONE if is_spread(inputs.base.loading.get("device_map")) else Processes.of_launch()
@@ -200,7 +200,6 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
                     logger.warning(f"{reason} Fusing, to replace it.")
                 inputs.check()
                 model = _load_and_fuse(model_class, inputs)
-                assert model.fusion_report is not None
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                 processes.broadcast_object(lambda: write(model))
                 on_another_machine = not processes.is_main and local_rank() == 0
@@ -289,7 +288,6 @@ def fuse_checkpoint(
             report = _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
         else:
             model = _load_and_fuse(fused_class(opened.config), inputs)
-            assert model.fusion_report is not None
             report = model.fusion_report
             if processes.is_main:
                 model.write_files(folder, plain=plain, max_shard_size=max_shard_bytes)

@@ -164,11 +164,10 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
     raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {dtype!r:.80}.")
 
 
-def check_device(device_map: object) -> None:
+def check_device(device_map: Any) -> None:
     """Raise ValueError if a device map names a device that this machine does not have."""
-    for device in {*device_map.values()} - {"disk"} if isinstance(device_map, dict) else (device_map,):
-        if not isinstance(device, str | int | torch.device) or device in SPREAD:
-            continue
+    devices = {*device_map.values()} if isinstance(device_map, dict) else {device_map}
+    for device in devices - {None, "disk", *SPREAD}:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
