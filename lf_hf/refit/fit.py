@@ -64,11 +64,7 @@ def fit_attention(
 
     What is kept or dropped as a whole is a key-value group with its queries, or else all attention of a layer: heads of
     layers of different kinds cannot be side by side, and where a norm is over all heads, they depend on each other.
-
-    Parameters
-    ----------
-    fit : HalfFit
-    group, kinds : the layers' weights, and their kinds
+    `group` and `kinds` are the layers' weights and kinds.
 
     Returns
     -------
@@ -125,12 +121,7 @@ def fit_mlp(
 ) -> tuple[dict[str, Tensor], list[int] | None, tuple[float, float]]:
     """The MLPs of a group's layers as one: the best channels of all layers, and a down_proj for them.
 
-    Parameters
-    ----------
-    fit : HalfFit
-    group : the layers' weights
-        Emptied, to make room.
-    refit : {"none", "down_proj", "projections"}
+    `group` has the layers' weights; it is emptied, to make room.
 
     Returns
     -------

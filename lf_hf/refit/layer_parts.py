@@ -163,15 +163,8 @@ def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[
 
     Its gains are a geometric mean of the layers', weighted by their heads, and the rest is folded into the heads' rows.
     Each head comes out as it was, but for its size, which the norm sets: that is off by as much as the gains differ.
-    This leaves less error than attention from one layer as a whole.
-
-    Parameters
-    ----------
-    parameters : the layers' weights
-    wide : mapping
-        The layers side by side.
-    chosen : mapping
-        From "q_proj" and "k_proj" to the rows that are kept.
+    This leaves less error than attention from one layer as a whole. `wide` has the layers side by side, and `chosen`,
+    for "q_proj" and "k_proj", the rows that are kept.
     """
     merged: dict[str, Tensor] = {}
     for name, rows in chosen.items():
