@@ -66,8 +66,9 @@ class Measurements:
     sample_labels: list[str] | None = None  # MMLU subject of each sample
     influences: list[float] | None = None  # how much each layer changes the residual stream, on the samples
     of_samples: CalibrationInfo | None = None  # where the samples behind `similarity` came from
-    text: list[Tensor] = field(default_factory=list)  # for influence, selection and fits: int64, (tokens T,) each
-    other_text: list[Tensor] = field(default_factory=list)  # pieces of text of other kinds, which judge beside it
+    given: list[Tensor] = field(default_factory=list)  # calibration text: int64, (tokens T,) each
+    written: list[Tensor] = field(default_factory=list)  # what the model writes of it, which judges nothing
+    other_text: list[Tensor] = field(default_factory=list)  # pieces of text of other kinds, which only judge
     text_note: str = ""  # what users should know of that text
     of_text: CalibrationInfo | None = None  # where `text` came from
     continuations: dict[str, str] = field(default_factory=dict)  # `written_on`; none where it would take long
@@ -75,6 +76,11 @@ class Measurements:
     group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
     base_digest: str | None = None  # `lf_hf.runtime.numerics.weights_digest` of the model
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[Tensor]:
+        """What is given and what the model writes, in turns."""
+        return interleaved(self.given, self.written)
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
         """Where the calibration text that a fusion with `config` uses came from."""
@@ -113,14 +119,17 @@ def measure(
         notes += found.pop("notes")
     if text is not None:
         with clock("calibration text"):
-            packed, chats = calibration_sequences(decoder, tokenizer, text, config)
+            given, written = calibration_sequences(decoder, tokenizer, text, config)
             length = min(config.calibration_length, decoder.config.max_position_embeddings)
             found["other_text"] = pack_other_text(tokenizer, text, length, decoder.config.vocab_size)
-        written = f", {chats} sequences of it as chats" if chats else ""
+        has_chats = written and chat_form(tokenizer, decoder.config.vocab_size)
+        chats = f", {len(written[CHATS])} sequences of it as chats" if has_chats else ""
+        both = [*given, *written]
         found |= {
-            "text": packed,
+            "given": given,
+            "written": written,
             "text_note": text.note,
-            "of_text": CalibrationInfo(text.full_source + written, len(packed), sum(map(len, packed))),
+            "of_text": CalibrationInfo(text.full_source + chats, len(both), sum(map(len, both))),
         }
     for note in notes:
         logger.warning(note)
@@ -169,11 +178,8 @@ def _similarity(
 
 def calibration_sequences(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: Corpus, config: FusionConfig
-) -> tuple[list[Tensor], int]:
-    """Calibration text as int64 tensors of shape (tokens T,), with what the model is to write of it.
-
-    And how many of the sequences are chats that it wrote.
-    """
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Calibration text that is given, and what the model writes of it: int64 tensors of shape (tokens T,)."""
     model, share, tokens = decoder.config, text.generated_share, config.calibration_tokens
     length = min(config.calibration_length, model.max_position_embeddings)
     short = min(WRITTEN_LENGTH, length)
@@ -182,11 +188,10 @@ def calibration_sequences(
     given = pack_corpus(tokenizer, text, length, tokens - count * short, model.vocab_size)
     count = min(count, round(sum(map(len, given)) * share / (1 - share) / short))  # short text keeps its share
     if not count:
-        return given, 0
+        return given, []
     form = chat_form(tokenizer, model.vocab_size)
     begins, special = first_token(tokenizer), special_tokens(tokenizer)
-    written = generate(decoder, count, short, config.seed, form, begins, special)
-    return interleaved(given, written), len(written[CHATS]) if form else 0
+    return given, generate(decoder, count, short, config.seed, form, begins, special)
 
 
 def _judged(

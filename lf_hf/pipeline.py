@@ -42,12 +42,12 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.steps import STEPS, Fusion, group_settings, start
 from lf_hf.text.calibration import CalibrationSamples, Corpus
-from lf_hf.text.packing import held_out
+from lf_hf.text.packing import held_out, interleaved
 
 logger = logging.get_logger(__name__)
 
-_HELD_OUT = 8  # sequences of calibration text that are held out of the last pass
-_HELD_OUT_OF_BUDGET = 16  # one of so many sequences is held out of all that a budget allows
+_HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
+_HELD_OUT_OF_BUDGET = 8  # one of so many sequences is held out of all that a budget allows
 
 
 def fuse(
@@ -119,15 +119,16 @@ def _fuse_within_budget(
     decoder: Decoder, config: FusionConfig, measured: Measurements
 ) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
-    if len(measured.text) < 2:
+    if len(measured.given) < 2:
         raise ValueError(
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    held, rest = held_out(measured.text, max(1, len(measured.text) // _HELD_OUT_OF_BUDGET))
+    held, rest = held_out(measured.given, max(1, len(measured.given) // _HELD_OUT_OF_BUDGET))
     assert measured.of_text is not None
-    of_text = replace(measured.of_text, samples=len(rest), tokens=sum(map(len, rest)))
-    measured = replace(measured, text=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
+    fitted_to = [*rest, *measured.written]
+    of_text = replace(measured.of_text, samples=len(fitted_to), tokens=sum(map(len, fitted_to)))
+    measured = replace(measured, given=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
     ids = batched(decoder, {"": held})
     dense = final_states(decoder, ids, "Held-out text")
     name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
@@ -167,9 +168,10 @@ def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLaye
     if fusion.config.refit == "none":
         return fusion, []
     with fusion.clock("last pass"):
-        aside, rest = held_out(fusion.measured.text, _HELD_OUT)
-        held_out_text = [*aside, *fusion.measured.other_text]
-        texts = rest, fusion.config, held_out_text
+        measured = fusion.measured
+        aside, rest = held_out(measured.given, _HELD_OUT)
+        held_out_text = [*aside, *measured.other_text]
+        texts = interleaved(rest, measured.written), fusion.config, held_out_text
         if not fusion.left_to_last_pass:
             return fusion, fit_from_bottom(decoder, fusion.groups, *texts)[0]
         best, costs = None, dict[Groups, float]()

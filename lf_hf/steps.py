@@ -190,7 +190,7 @@ def start(
         with clock(STEPS):
             fitting, judging = beginning(measured.text, STEP_TOKENS) if config.needs_text else [], list[Tensor]()
             if config.selection == "groups":
-                fitting, judging = text_for_groups(measured.text, measured.other_text)
+                fitting, judging = text_for_groups(measured.given, measured.written, measured.other_text)
             parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in (fitting, judging)]
             embedded = decoder.embed([batch for part in parts for batch in part])
             # States are at all boundaries and in a pair. Where groups are chosen, half of the text judges, and is there

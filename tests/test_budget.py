@@ -64,7 +64,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     assert everything.budget is not None
     allowed = 1.15 if "ratio" in level else everything.budget.tried[-1].divergence / 2
     model, report = fused(FusionConfig(**given | {level: allowed}))
-    aside, _ = held_out(measured.text, max(1, len(measured.text) // 16))
+    aside, _ = held_out(measured.given, max(1, len(measured.given) // 8))
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
     assert report.budget is not None and measured.of_text is not None

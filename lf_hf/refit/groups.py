@@ -27,7 +27,7 @@ from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import Boundaries, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP
-from lf_hf.text.packing import JUDGING_LENGTH, beginning, held_out
+from lf_hf.text.packing import JUDGING_LENGTH, beginning, held_out, interleaved
 
 Group = tuple[int, int]
 """The first and the last layer of a group, by their numbers in the dense model."""
@@ -300,17 +300,20 @@ def _joins(groups: Iterable[Group], layer: int) -> bool:
     return any(first < layer <= last for first, last in groups)
 
 
-def text_for_groups(text: Sequence[Tensor], other_text: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def text_for_groups(
+    given: Sequence[Tensor], written: Sequence[Tensor], other_text: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Sequences that groups are fitted to, and pieces that judge them: of other sequences, and of other kinds of text.
 
-    Only a text of one sequence is for both. Every other piece is half as long and there twice: only the heads that
+    What the model writes judges nothing: it hardly shows where layers are lost that real text needs. Only a given text
+    of one sequence is for both. Every other piece is half as long and there twice: only the heads that
     look up what followed before predict the second time, and no other text shows as clearly where they are lost.
 
     Parameters
     ----------
-    text, other_text : sequences of int64 tensors of shape (tokens T,)
+    given, written, other_text : sequences of int64 tensors of shape (tokens T,)
     """
-    chosen, rest = held_out(text, _JUDGING_PIECES)
-    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(chosen or text), *other_text)]
+    chosen, rest = held_out(given, _JUDGING_PIECES)
+    pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(chosen or given), *other_text)]
     judging = [torch.cat([piece[: len(piece) // 2]] * 2) if n % 2 else piece for n, piece in enumerate(pieces)]
-    return list(beginning(rest, _GROUP_TOKENS)), judging
+    return list(beginning(interleaved(rest, written), _GROUP_TOKENS)), judging

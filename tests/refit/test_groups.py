@@ -120,7 +120,7 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
 
 
 def test_groups_that_cannot_be_computed_with_are_said() -> None:
-    measured = Measurements(judged=[], seconds={}, text=TEXT)
+    measured = Measurements(judged=[], seconds={}, given=TEXT)
     with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
         assert fusion.table is not None
         fusion.table.by_group |= {(1, 2): math.inf, (2, 3): math.inf}
@@ -131,7 +131,7 @@ def test_groups_that_cannot_be_computed_with_are_said() -> None:
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    fitting, pieces = text_for_groups(text, [])
+    fitting, pieces = text_for_groups(text, [], [])
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096 and max(map(len, fitting)) == max(lengths)  # of all kinds
     judged = {int(piece[0]) for piece in pieces}
@@ -142,7 +142,7 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
 
 def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
     text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 46)))
-    _, pieces = text_for_groups(text, others)
+    _, pieces = text_for_groups(text, [], others)
     assert len(pieces) > 18 and {len(piece) for piece in pieces} == {128}
     assert {int(piece[0]) // 1000 for piece in pieces[-6:]} == set(range(40, 46))
     assert [len(set(piece.tolist())) for piece in pieces] == ([128, 64] * 11)[: len(pieces)]
@@ -152,7 +152,7 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
     """Costs are measured once, those of pairs always."""
     model = make_llama(num_hidden_layers=7)
-    measured = Measurements(judged=[], seconds={}, text=TEXT[:8], other_text=TEXT[8:])
+    measured = Measurements(judged=[], seconds={}, given=TEXT[:8], other_text=TEXT[8:])
     planned, tables = list[Any](), list[Any]()
     for fusions in (1, 2, 2, 3):
         config = FusionConfig(fusions, "truncate", selection="groups")
@@ -164,7 +164,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
     assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == (min(tables[0], key=tables[0].get),)
     assert tables[1] == tables[2] and planned[1] == planned[2] and removed(planned[3]) == 3
     assert tables[0].items() <= tables[1].items() <= tables[3].items() and tables[3].keys() >= {*planned[3]}
-    _, pieces = text_for_groups(TEXT[:8], TEXT[8:])
+    _, pieces = text_for_groups(TEXT[:8], [], TEXT[8:])
     for (first, last), cost in costs.items():
         shallow = copy.deepcopy(model)
         del shallow.model.layers[first + 1 : last + 1]
@@ -178,7 +178,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
 @torch.no_grad()
 def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_taken() -> None:
     model, text = make_llama(num_hidden_layers=7), TEXT * 6
-    measured, (held, _) = Measurements(judged=[], seconds={}, text=text), held_out(text, 8)
+    measured, (held, _) = Measurements(judged=[], seconds={}, given=text), held_out(text, 4)
     decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
     with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
         fuse_pairs(fusion, 2)
@@ -237,7 +237,7 @@ def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     model, random = with_a_pair_that_works_together(), torch.Generator().manual_seed(0)
     begun = torch.randint(2, 6, (80, 1), generator=random)
     text = torch.cat([begun, torch.randint(6, 320, (80, 63), generator=random)], dim=1)
-    measured, ids = Measurements(judged=[], seconds={}, text=list(text[:64])), text[64:]
+    measured, ids = Measurements(judged=[], seconds={}, given=list(text[:64])), text[64:]
     expected, costs, chosen = model(ids).logits.log_softmax(-1), dict[str, float](), dict[str, Any]()
     for selection in ("least_influence", METHODS["refit"]["selection"]):
         decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)

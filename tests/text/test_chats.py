@@ -135,7 +135,7 @@ def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_
     tokenizer.unk_token = "[/INST]"
     decoder = ModelDecoder(make_llama(vocab_size=len(tokenizer)))
     corpus, config = Corpus(["layer " * 2000], "x", 0.5), FusionConfig(1, calibration_tokens=4096)
-    sequences, _ = calibration_sequences(decoder, tokenizer, corpus, config)
+    sequences = [sequence for part in calibration_sequences(decoder, tokenizer, corpus, config) for sequence in part]
     written = {token for sequence in sequences for token in sequence[1:].tolist()}
     assert written & {*tokenizer.all_special_ids} == {tokenizer.unk_token_id}
 
