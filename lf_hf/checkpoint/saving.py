@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
@@ -73,6 +73,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     finish_save(folder)
     report, _, ours = _last_save(folder)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
+    names = sorted({*_TOKENIZER, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -81,6 +82,8 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
+    elif folders := [name for name in names if (folder / name).is_dir()]:
+        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
     if problem:
@@ -100,7 +103,13 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if wait else _LOCK_SECONDS)
+            try:
+                lock.acquire(timeout=_LOCK_SECONDS)
+            except Timeout:
+                if not wait:
+                    raise
+                logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
+                lock.acquire()
         try:
             yield
         finally:
