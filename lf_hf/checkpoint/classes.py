@@ -202,9 +202,11 @@ class FusedForCausalLM(PreTrainedModel):
             if not writes:
                 return
             with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
+                if push_to_hub:
+                    before.update((file.name, file.stat().st_mtime) for file in folder.iterdir() if file.exists())
                 self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
 
-        before = self._get_files_timestamps(folder) if folder.is_dir() else {}
+        before = dict[str, float]()
         (Processes.of_launch() if sharded else ALONE).broadcast_object(save)
         if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
             self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
@@ -364,7 +366,7 @@ globals().update({made.__name__: made for classes in FUSED_CLASSES.values() for 
 
 
 def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
-    """The class of fused models for the family of a base's or fused model's config. Raises ValueError for no family."""
+    """The class of fused models for the family of a base's or fused config. Raises ValueError where it is of none."""
     return FUSED_CLASSES[family_of(config).model_type][_CAUSAL_LM]
 
 

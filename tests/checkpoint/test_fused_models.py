@@ -295,6 +295,7 @@ def test_what_is_pushed_is_explained(saved: Path, push: str, tmp_path: Path, mon
     asked |= {"revision": "branch"}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / "gone").symlink_to("nowhere")
     if plain:
         address = model.push_to_hub("small", plain=True, private=True, tags=["small"], **asked)
         assert address.startswith("https://huggingface.co/me/small")
