@@ -346,8 +346,10 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
     last = len(list(takewhile(kinds[-1].__eq__, reversed(kinds)))) - 1
     allowed = {"last": last, "least_influence": sum(above == below for below, above in pairwise(kinds[1:-1]))}
     if config.within_budget or config.num_fusions > allowed.get(config.selection, 0):
+        few = "".join(
+            f"num_fusions of at most {most} with selection={name!r}, or " for name, most in allowed.items() if most
+        )
         raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: give "
-            f"num_fusions of at most {last} with selection='last' or {allowed['least_influence']} with "
-            "'least_influence', or use method='refit' or 'truncate', which take attention from one layer."
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: give {few}"
+            "method='refit' or 'truncate', which take attention from one layer."
         )
