@@ -81,9 +81,10 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def read_onto(device: torch.device, file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a safetensors file on a device with memory of its own, as `dtype`; on CUDA in its current stream.
+    """A tensor of a safetensors file on a device, as `dtype`; on CUDA in its current stream.
 
-    safetensors would stop all threads of Python while it reads, and hold the whole tensor in the machine's memory.
+    safetensors would stop all threads of Python while it reads, and for a device with memory of its own hold the whole
+    tensor in the machine's memory, too.
     """
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
