@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import logging
@@ -176,17 +177,22 @@ def fuse(
     from lf_hf.estimate import check_disk, plan_fusion
 
     settings, given = _taken(FusionConfig, given)
+    if sum(name in settings for name in LEVELS) + (target_layers is not None) != 1:
+        raise click.UsageError(
+            "give one of --num-fusions, --target-layers, --max-divergence and --max-perplexity-ratio."
+        )
+    if target_layers is not None:
+        settings["num_fusions"] = 1  # until the base says how many
+    with _usage_errors():
+        config = FusionConfig.from_kwargs(**settings)
     calibration, opened = given.pop("calibration", None), Base.open(base, given)
     if target_layers is not None:
         layers = opened.config.num_hidden_layers
-        if not 1 <= target_layers < layers or "num_fusions" in settings:
+        if not 1 <= target_layers < layers:
             raise click.UsageError(
-                f"--target-layers, in place of --num-fusions, must be 1 to {layers - 1} for a base of {layers} layers, "
-                f"got {target_layers}."
+                f"--target-layers must be 1 to {layers - 1} for a base of {layers} layers, got {target_layers}."
             )
-        settings["num_fusions"] = layers - target_layers
-    with _usage_errors():
-        config = FusionConfig.from_kwargs(**settings)
+        config = dataclasses.replace(config, num_fusions=layers - target_layers)
     if dry_run:
         print(plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
         return
