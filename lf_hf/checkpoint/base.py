@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import quantization_config
 from transformers.utils.hub import cached_file
@@ -21,6 +22,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, weights_folder
 from lf_hf.families import FAMILIES, Family, family_of
+from lf_hf.report.report import MOST_LAYERS
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -165,12 +167,14 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
 
 
 def check_device(device_map: Any) -> None:
-    """Raise ValueError if a device map names a device that this machine does not have."""
-    devices = {*device_map.values()} if isinstance(device_map, dict) else {device_map}
-    for device in devices - {None, "disk", *SPREAD}:
+    """Raise ValueError if a device map names a device that this machine does not have, or one without memory."""
+    of_parts = isinstance(device_map, dict)
+    for device in device_map.values() if of_parts else [device_map]:
+        if device in (None, *SPREAD) or (of_parts and device == "disk"):
+            continue
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(0, device=device).cpu()  # of "meta" there is nothing to copy
+        except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
                 f"The device {str(device)!r} cannot be used ({reason:.200}); take one that this machine has, or cpu."
@@ -187,6 +191,8 @@ def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         reason = " ".join(str(error).split())
+        if isinstance(error.__cause__ or error, HFValidationError):
+            reason = "there is no such folder, and it cannot be a name on the hub."
         raise ValueError(f"No config of a model can be read for {base!r}, here or on the hub: {reason:.400}") from None
 
 
@@ -207,12 +213,17 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
         return "has layers of different kinds (per_layer_config); only layers of one kind fuse"
-    if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS)]:
-        return f"cannot be fused with {given[0]}; leave it out: fusing is in floating point"
+    fixed = [name for name in ("num_hidden_layers", *family.layer_lists) if loading.get(name) is not None]
+    if given := [*filter(loading.get, _QUANTIZATION_ARGUMENTS), *fixed]:
+        return f"cannot be fused with {given[0]}; leave it out: fusing takes all layers, in floating point"
     if loading.get("attn_implementation") == "flex_attention":  # whose masks are of a kind of their own
         return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
+    if file := getattr(config, "transformers_weights", None):  # which only transformers would read
+        return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
     if not 0 <= (config.bos_token_id or 0) < config.vocab_size:
         return f"has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} tokens; repair it"
+    if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
+        return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
     try:
         with torch.device("meta"):
             family.causal_lm(copy.deepcopy(config))
