@@ -18,7 +18,6 @@ from lf_hf.settings import FusionConfig
 if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
 
-__version__ = version("lf_hf")
 for _classes in FUSED_CLASSES.values():
     _config = _classes["AutoConfig"]
     AutoConfig.register(_config.model_type, _config)
@@ -53,6 +52,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # which a checkout that is not installed lacks
+        return version("lf_hf")
     if name == "heal":  # transformers' Trainer takes seconds to import
         from lf_hf.healing.heal import heal
 
