@@ -157,9 +157,11 @@ def along_depth(report: FusionReport) -> Figure | None:
             numbers = [number for number in range(report.layers_before) if (number in removed) == fused]
             heights = [influences[number] for number in numbers]
             axes[0].scatter(numbers, heights, s=26, color=COLORS[1] if fused else _BEFORE, label=label, zorder=2)
-        axes[0].set(yscale="log", ylabel="influence (log scale)")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes[0].set(ylabel="influence")
+        if any(0 < height < math.inf for height in influences):
+            axes[0].set(yscale="log", ylabel="influence (log scale)")
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes[0].yaxis.set_major_formatter(FormatStrFormatter("%g"))
     if averaged:
         firsts, own, later = zip(*((step.pair[0], step.ratio_i, step.ratio_j) for step in averaged), strict=True)
         axes[-1].bar(firsts, own, color=_AFTER, label="layer itself")

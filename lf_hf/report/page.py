@@ -24,7 +24,7 @@ PLOT_PACKAGES = ("jinja2", "matplotlib")
 def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
     """Write the page: one HTML file that loads nothing from elsewhere and runs no script.
 
-    Raises ValueError if matplotlib or jinja2 is not installed.
+    Raises ValueError if matplotlib or jinja2 is not installed, or if figures do not fit together.
     """
     pictures = {name: base64.b64encode(_svg(figure)).decode() for name, figure in report_figures(report).items()}
     from jinja2 import Environment, PackageLoader
@@ -51,7 +51,16 @@ def report_figures(report: FusionReport) -> dict[str, Figure]:
         raise ValueError(missing)
     from lf_hf.report.figures import PICTURES
 
-    return {draw.__name__: figure for draw in PICTURES if (figure := draw(report))}
+    drawn = {}
+    for draw in PICTURES:
+        try:
+            if figure := draw(report):
+                drawn[draw.__name__] = figure
+        except (LookupError, TypeError, ValueError) as error:  # as after editing by hand
+            raise ValueError(
+                f"The figures for {draw.__name__} do not fit together ({error!r:.150}); save the model again."
+            ) from None
+    return drawn
 
 
 def missing_plot_packages() -> str:

@@ -329,6 +329,10 @@ def test_any_figures_can_be_shown(tmp_path: Path) -> None:
     judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, "kin", value, value) for value in values]
     with no_warnings():
         write_page(make_report(perplexities=judged, influences=values * 11, **FEW_PICTURES), tmp_path / "page.html")
+        report_figures(make_report(influences=[0.0] * 32, **FEW_PICTURES))
+    for name in ("similarity", "embeddings", "influences"):  # fewer than there are layers
+        with pytest.raises(ValueError, match=r"The figures for .* do not fit together .*; save the model again"):
+            write_page(make_report(**FEW_PICTURES | {name: []}), tmp_path / "page.html")
 
 
 def test_command(reports: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
