@@ -47,7 +47,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_HELD_OUT_OF_BUDGET = 8  # one of so many sequences is held out of all that a budget allows
+_HELD_OUT_OF_BUDGET = 8  # a budget is measured on one of so many sequences, to which nothing is fitted
 
 
 def fuse(
@@ -119,12 +119,12 @@ def _fuse_within_budget(
     decoder: Decoder, config: FusionConfig, measured: Measurements
 ) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
-    if len(measured.given) < 2:
+    held, rest = held_out(measured.given, max(1, len(measured.given) // _HELD_OUT_OF_BUDGET))
+    if not held:
         raise ValueError(
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    held, rest = held_out(measured.given, max(1, len(measured.given) // _HELD_OUT_OF_BUDGET))
     assert measured.of_text is not None
     fitted_to = [*rest, *measured.written]
     of_text = replace(measured.of_text, samples=len(fitted_to), tokens=sum(map(len, fitted_to)))

@@ -155,7 +155,8 @@ class FusionConfig(Settings):
     max_divergence: float | None = setting(
         None,
         "Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in "
-        "nats a token. It is measured on an eighth of the calibration text, to which nothing is fitted then.",
+        "nats a token. It is measured on an eighth of the sequences of the calibration text that is given (not of what "
+        "the model writes), to which nothing is fitted then.",
         bounds="> 0",
     )
     max_perplexity_ratio: float | None = setting(

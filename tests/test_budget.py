@@ -83,8 +83,12 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
     model, tokenizer = make_llama(), make_tokenizer()
     before = [parameter.clone() for parameter in model.parameters()]
     config = FusionConfig(method="truncate", max_divergence=1e-30, **SETTINGS)
-    with pytest.raises(ValueError, match=r"max_divergence=1e-30 allows no fusion: with 1 it is \S+; raise it\."):
-        fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, Corpus(TEXTS, "texts"), base="tiny")
+    uneven = str(tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:80]))
+    assert not held_out([torch.ones(64), torch.ones(16)], 1)[0]  # of which the first one has more than half
+    found = r"max_divergence=1e-30 allows no fusion: with 1 it is \S+; raise it\."
+    for texts, message in ((TEXTS, found), ([uneven], "A budget needs two sequences of calibration text")):
+        with pytest.raises(ValueError, match=message):
+            fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, Corpus(texts, ""), base="tiny")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
 

@@ -120,7 +120,8 @@ def held_out(text: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Ten
     """At most `count` sequences to measure on, with no more than half of the tokens, and the others.
 
     They lie at random places in equal stretches of the text, so that each kind of text has its share: kinds take turns,
-    and what lies at equal distances may all be of one kind. There are none of a single sequence.
+    and what lies at equal distances may all be of one kind. There are none of a single sequence, and may be
+    none of a few that differ in length.
     """
     if count == 0:
         return [], list(text)
