@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, pickled
 from lm_eval.api.registry import get_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -248,7 +248,9 @@ ROWS: dict[str, Row] = {
     # lm-eval's model args, all strings
     "lm-eval, not fused": (lm_eval, ["pretrained={base}"], "that is not fused; give num_fusions=N"),
     "lm-eval, nothing": (lm_eval, [""], "pretrained is missing; give pretrained=NAME, a base to fuse"),
-    "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusions=1,metod=mka"], "'metod'; did you mean 'method'?"),
+    "lm-eval, misspelt": (lm_eval, ["pretrained={base},num_fusion=1"], "'num_fusion'; did you mean 'num_fusions'?"),
+    "lm-eval, transformers'": (lm_eval, ["pretrained={fused},attn_implementatoin=eager"], "did you mean 'attn_impl"),
+    "lm-eval, its own": (lm_eval, ["pretrained={base},num_fusions=1,fused_dri=x"], "did you mean 'fused_dir'?"),
     "lm-eval, an adapter": (lm_eval, ["pretrained={base},num_fusions=1,peft=no/where"], "'no/where'"),
     "lm-eval, settings": (lm_eval, ["pretrained={fused},method=mka,seed=1"], "method, seed without num_fusions has no"),
     "lm-eval, text": (lm_eval, ["pretrained={fused},calibration=x,fused_dir=x"], "n, fused_dir without num_fusions"),
@@ -286,10 +288,13 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
         "activations of layer 2",
     ),
     "cut off": (cut("model.safetensors", 9000), r"safetensors' cannot be read \(.*; if it is not whole, download"),
+    "empty": (write("model.safetensors", b""), "model.safetensors' cannot be read"),
     "gone": (remove("model.safetensors"), "holds neither model.safetensors nor .* use_safetensors=False"),
     "a shard gone": (sharded(remove("model-00002*")), "model-00002.*' cannot be read .*No such file"),
+    "an index that is wrong": (sharded(lm_head__weight="model-00002-of-00007.safetensors"), "no tensor 'lm_head.weig"),
     "shapes": (config(intermediate_size=64), r"down_proj.weight' in shape \[32, 48\], but by .* \[32, 64\]"),
     "more layers in the config": (config(num_hidden_layers=6), "has no tensor 'model.layers.5.*', which its config"),
+    "pickled": (pickled, "pickled weights can run code when they are read, convert them"),
     "elsewhere by ..": (sharded(lm_head__weight="../x.safetensors"), "names '../x.safetensors' as a file of weights"),
 }
 ROWS |= {

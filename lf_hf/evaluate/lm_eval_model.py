@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_t
 from lf_hf.checkpoint.configuration import FUSED
 from lf_hf.checkpoint.saving import finish_save
 from lf_hf.evaluate.points import check_evaluation
+from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.launch import local_rank
 from lf_hf.settings import LEVELS
 
@@ -30,6 +32,8 @@ _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
 _ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
+# What a misspelt argument may mean; from_pretrained takes more.
+_KNOWN = (*FusionConfig.known, "attn_implementation", "calibration", "fused_dir", *_HFLM_ARGUMENTS)
 
 
 @register_model("fused")
@@ -66,13 +70,16 @@ class FusedLM(HFLM):
 
         Raises:
             ValueError: Before the model is loaded, for settings out of range, a base, adapter or calibration text that
-                cannot be used, a checkpoint that is not fused although ``num_fusions`` is missing, or one of HFLM's
-                arguments that fusing excludes.
+                cannot be used, a checkpoint that is not fused although ``num_fusions`` is missing, a misspelt
+                argument, or one of HFLM's that fusing excludes.
         """
         if pretrained is None:
             raise ValueError(
                 "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
             )
+        for name in kwargs:
+            if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
+                raise ValueError(unknown_name("argument", name, _KNOWN))
         checked_dtype(kwargs.get("dtype"))
         check_evaluation(None, kwargs.get("batch_size", 1))
         if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
