@@ -106,7 +106,7 @@ def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) ->
     assert bundled[0].names == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
 
 
-@pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses"])
+@pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses", "chatty"])
 def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
     manner: str, online: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -114,6 +114,9 @@ def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
     monkeypatch.setattr(hub, "PATIENCE", 2.0)
     if manner == "refuses":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    elif manner == "chatty":  # a Python that says something wherever it starts
+        (tmp_path / "sitecustomize.py").write_text("print('hello')")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     else:
         online.manner = manner
     start = time.monotonic()
