@@ -95,7 +95,7 @@ def plan_fusion(
         first, last = layers - 1 - fused, layers - 1
         merged = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
         pairs = f"{merged}; layer {first} then replaces {first} to {last}"
-    how_many = f"{fused} fusion{'s' * (fused > 1)}"
+    how_many = "1 fusion" if fused == 1 else f"{fused} fusions"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"

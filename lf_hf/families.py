@@ -169,7 +169,7 @@ class Family:
         found = dict(weights)
         for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
-                if (tensor := found.pop(f"{half.packed}.{kind}", None)) is not None:
+                if half.packed and (tensor := found.pop(f"{half.packed}.{kind}", None)) is not None:
                     first, others = found[f"{half.writer}.weight"].shape[1], len(half.readers) - 1
                     parts = tensor.split([first, *[(len(tensor) - first) // others] * others])  # queries may be more
                     found |= {f"{name}.{kind}": part for name, part in zip(half.readers, parts, strict=True)}
@@ -343,7 +343,7 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
     kinds = family_of(model_config).config_kinds(model_config)
     if config.merge != "average" or all(kind == kinds[0] for kind in kinds):
         return
-    last = len(list(takewhile(kinds[-1].__eq__, reversed(kinds)))) - 1
+    last = len(list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))) - 1
     allowed = {"last": last, "least_influence": sum(above == below for below, above in pairwise(kinds[1:-1]))}
     if config.within_budget or config.num_fusions > allowed.get(config.selection, 0):
         few = "".join(

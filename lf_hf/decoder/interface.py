@@ -35,7 +35,7 @@ class Decoder(ABC):
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it
     states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
-    _inputs: tuple[Any, dict[Any, dict[str, Any]]] = None, {}  # of layers, for the last kind of states
+    _inputs: tuple[Any, dict[Any, dict[str, Any]]] | None = None  # of layers, for the last kind of states
 
     @property
     def family(self) -> Family:
@@ -137,7 +137,7 @@ class Decoder(ABC):
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
         of_states, of_layer = (num_tokens, device, hidden_states.dtype), tuple(self.family.layer_kind(layer).values())
-        if self._inputs[0] != of_states:
+        if self._inputs is None or self._inputs[0] != of_states:
             self._inputs = of_states, {}
         if of_layer in self._inputs[1]:
             return self._inputs[1][of_layer]

@@ -92,8 +92,10 @@ def batched(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str
 def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Tensor]]:
     """States before the final norm; all texts go through the layers together."""
     batches = [batch for of_text in ids.values() for batch in of_text]
-    walk = progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer") if batches else [()]
-    *_, last = walk  # each is the same list
+    last: list[Tensor] = []
+    if batches:
+        for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
+            last = states
     remaining = iter(last)
     return {name: [next(remaining) for _ in of_text] for name, of_text in ids.items()}
 

@@ -100,10 +100,10 @@ class GroupCosts:
         self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
 
     def best(self, num_fusions: int) -> list[Groups]:
-        """The set that costs least of those that leave `num_fusions` layers fewer, and it may be another one.
+        """The set that costs least of those that leave `num_fusions` layers fewer, and behind it perhaps another one.
 
-        That is the best one of more groups, where it costs little more: rough fits to little text are the worse the
-        more groups there are, so only full fits can tell which is better.
+        The other one is the best of more groups, where it costs little more: rough fits to little text are the worse
+        the more groups there are, so only full fits can tell which is better.
 
         Raises ValueError if no set has costs that are finite.
         """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
-"""What was fitted or trained on, by the relation of a text to that."""
+"""How labels say a text's relation to what was fitted or trained on."""
 
 
 @dataclass(frozen=True)

@@ -85,19 +85,19 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
     kind, options = _TABLES[path.suffix]
     with TemporaryDirectory() as cache:
         files = glob.escape(str(path.absolute()))
-        yield from _column(_COLUMNS, kind, split="train", data_files=files, cache_dir=cache, **options)
+        yield from _load_column(_COLUMNS, kind, split="train", data_files=files, cache_dir=cache, **options)
 
 
 def _rows_of_set(name: str, config: str, split: str, column: str, characters: int) -> Iterator[Any]:
-    for sample in _column([column] if column else _COLUMNS, name, config or None, split=split):
+    for sample in _load_column([column] if column else _COLUMNS, name, config or None, split=split):
         yield sample
         characters -= len(str(sample))
         if characters <= 0:
             return
 
 
-def _column(names: Sequence[str], *data_set: str | None, **options: Any) -> Iterator[Any]:
-    """What the rows of a data set have in the first of some columns that is there."""
+def _load_column(names: Sequence[str], *data_set: str | None, **options: Any) -> Iterator[Any]:
+    """Load a data set: what each of its rows has in the first of some columns that is there."""
     from datasets import load_dataset
 
     for row in load_dataset(*data_set, streaming=True, **options):
