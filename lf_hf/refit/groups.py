@@ -313,7 +313,7 @@ def text_for_groups(
     ----------
     given, written, other_text : sequences of int64 tensors of shape (tokens T,)
     """
-    chosen, rest = held_out(given, _JUDGING_PIECES)
+    chosen, rest = held_out(given, _JUDGING_PIECES, at_random=False)
     pieces = [sequence[:JUDGING_LENGTH] for sequence in (*(chosen or given), *other_text)]
     judging = [torch.cat([piece[: len(piece) // 2]] * 2) if n % 2 else piece for n, piece in enumerate(pieces)]
     return list(beginning(interleaved(rest, written), _GROUP_TOKENS)), judging

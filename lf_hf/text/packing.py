@@ -116,20 +116,21 @@ def check_ids(largest: int, vocab_size: int) -> None:
         )
 
 
-def held_out(text: Sequence[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+def held_out(text: Sequence[Tensor], count: int, *, at_random: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """At most `count` sequences to measure on, with no more than half of the tokens, and the others.
 
-    They lie at random places in equal stretches of the text, so that each kind of text has its share: kinds take turns,
-    and what lies at equal distances may all be of one kind. There are none of a single sequence, and may be
-    none of a few that differ in length.
+    They lie in equal stretches of the text: in the middle of each, or at random places, so that each kind of text has
+    its share, as kinds take turns, and what lies at equal distances may all be of one kind. There are none of a single
+    sequence, and may be none of a few that differ in length.
     """
     if count == 0:
         return [], list(text)
     ends = np.cumsum([len(sequence) for sequence in text])
-    places = (np.arange(count) + np.random.default_rng(0).random(count)) * ends[-1] / count
+    in_stretch = np.random.default_rng(0).random(count) if at_random else 0.5
+    places = (np.arange(count) + in_stretch) * ends[-1] / count
     chosen = set(np.searchsorted(ends, places, side="right").tolist())
     if sum(len(text[n]) for n in chosen) > ends[-1] / 2:
-        return held_out(text, count // 2)
+        return held_out(text, count // 2, at_random=at_random)
     return [text[n] for n in sorted(chosen)], [sequence for n, sequence in enumerate(text) if n not in chosen]
 
 
