@@ -306,8 +306,8 @@ def text_for_groups(
     """Sequences that groups are fitted to, and pieces that judge them: of other sequences, and of other kinds of text.
 
     What the model writes judges nothing: it hardly shows where layers are lost that real text needs. Only a given text
-    of one sequence is for both. Every other piece is half as long and there twice: only the heads that
-    look up what followed before predict the second time, and no other text shows as clearly where they are lost.
+    of one sequence is for both. Every other piece is half as long and there twice: only the heads that look up what
+    followed before predict the second time, and no other text shows as clearly where they are lost.
 
     Parameters
     ----------
