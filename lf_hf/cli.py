@@ -194,7 +194,9 @@ def fuse(
             )
         config = dataclasses.replace(config, num_fusions=layers - target_layers)
     if dry_run:
-        print(plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration, **given).summary())
+        plan = plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration)
+        if not rank():  # of a launch: the first one speaks
+            print(plan.summary())
         return
     check_disk(opened, config, out)
     with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table

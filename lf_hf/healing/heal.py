@@ -159,7 +159,7 @@ def check_can_heal(
     with torch.device("meta"):
         model = base.family.causal_lm(fused)
     settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)
-    settings, *_ = prepare(model, [], base.config, settings, Path(gettempdir()), {}, cache)
+    settings, *_ = prepare(model, [], base.config, settings, Path(gettempdir(), "lf_hf-healing", WORK), {}, cache)
     given_text(tokenizer, corpus, settings, base.config.vocab_size)
 
 

@@ -95,8 +95,8 @@ class GroupCosts:
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
         self._fitting, self._judging, self.by_group = fitting, judging, by_group
-        tokens = sum(state.shape[:2].numel() for state in self._part(0, judging))
-        stride = tokens * decoder.config.vocab_size // _JUDGED_LOGITS
+        tokens = sum(state.shape[:2].numel() for state in self._part(0, judging))  # of this process
+        stride = sum(decoder.processes.all_gather_object(tokens)) * decoder.config.vocab_size // _JUDGED_LOGITS
         self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
 
     def best(self, num_fusions: int) -> list[Groups]:
