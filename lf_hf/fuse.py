@@ -87,7 +87,7 @@ class FusionInputs:
         if self.calibration is not None:
             samples, text = self.samples_and_text
             texts = samples.texts if samples else []
-            texts = [*texts, *(part for corpus in (text, self.to_heal) if corpus for part in corpus.parts)]
+            texts = [*texts, *(part for corpus in (text, self.to_heal) if corpus for part in corpus.parts.values())]
         return fingerprints(self.base, self.tokenizer, texts)
 
     def fuse(self, decoder: Decoder) -> FusionReport:

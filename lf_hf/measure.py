@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, chat_form, chat_text, first_token, special_tokens
-from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, relation
+from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_texts, nearest, relation
 from lf_hf.text.packing import check_ids, interleaved, pack_corpus, pack_other_text, pack_tokens, tokenize_samples
 
 logger = logging.get_logger(__name__)
@@ -214,7 +214,7 @@ def _judged(
     states = final_states(decoder, ids, "Perplexity before fusing")
     dense = predictions(decoder, ids, states)
     compared = samples.texts if samples is not None else []
-    fitted, names = (text.parts, text.names) if text is not None else ([], [])
+    fitted = text.parts if text is not None else {}
     return [
         Judged(
             name=judging.name,
@@ -224,7 +224,7 @@ def _judged(
             states=[state.cpu() for state in states[judging.name]],
             dense=dense[judging.name].perplexity,
             to_samples=relation(judging, ["\n\n".join(compared)]),
-            to_text=relation(judging, fitted, names),
+            to_text=relation(judging, fitted.values(), fitted),
         )
         for judging in texts
         if judging.name in dense
@@ -269,7 +269,10 @@ def perplexities(decoder: Decoder, measured: Measurements, config: FusionConfig)
             tokens=text.tokens,
             dense=text.dense,
             fused=fused[text.name].perplexity,
-            relation=_nearer(text, config),
+            relation=nearest(
+                text.to_samples if config.needs_similarity else "unseen",
+                text.to_text if config.needs_text else "unseen",
+            ),
             divergence=fused[text.name].divergence,
             agreement=fused[text.name].agreement,
         )
@@ -283,13 +286,6 @@ def continued(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, measured: Me
         return []
     fused = decoder.processes.broadcast_object(lambda: written_on(decoder, tokenizer))
     return [Continuation(prompt, dense, fused[prompt]) for prompt, dense in measured.continuations.items()]
-
-
-def _nearer(text: Judged, config: FusionConfig) -> Relation:
-    """How a judging text relates to all calibration text that a fusion with `config` uses."""
-    relations: Sequence[Relation] = ("seen", "kin", "unseen")
-    used = [text.to_samples] * config.needs_similarity + [text.to_text] * config.needs_text
-    return min(used, key=relations.index, default="unseen")
 
 
 class Clock:

@@ -36,7 +36,7 @@ def run(model: Any, kind: str, samples: list[str] | None = None) -> FusionReport
         make_tokenizer(),
         FusionConfig(**config | {"calibration_length": 64} | SETTINGS[kind]),
         CalibrationSamples(samples or make_texts(), "random sentences"),
-        Corpus([" ".join(make_texts(400))], "random text"),
+        Corpus({"random text": " ".join(make_texts(400))}),
         base="tiny",
     )
 

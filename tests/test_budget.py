@@ -47,7 +47,7 @@ def predicted(model: Any, text: list[torch.Tensor]) -> tuple[torch.Tensor, float
     ],
 )
 def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str, settings: dict[str, Any]) -> None:
-    tokenizer, corpus = make_tokenizer(), Corpus(TEXTS, "texts")
+    tokenizer, corpus = make_tokenizer(), Corpus({text: text for text in TEXTS})
     dense = tiny_model(model_type, num_hidden_layers=6)
     given: dict[str, Any] = {**SETTINGS, **settings, level: 1e9}
     config = FusionConfig(**given)
@@ -87,8 +87,9 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
     assert not held_out([torch.ones(64), torch.ones(16)], 1)[0]  # of which the first one has more than half
     found = r"max_divergence=1e-30 allows no fusion: with 1 it is \S+; raise it\."
     for texts, message in ((TEXTS, found), ([uneven], "A budget needs two sequences of calibration text")):
+        corpus = Corpus({text: text for text in texts})
         with pytest.raises(ValueError, match=message):
-            fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, Corpus(texts, ""), base="tiny")
+            fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, corpus, base="tiny")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
 

@@ -18,7 +18,7 @@ from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
 CALIBRATION = CalibrationSamples(make_texts(), "random sentences")
-TEXT = Corpus([" ".join(make_texts(200))], "random text")
+TEXT = Corpus({"": " ".join(make_texts(200))})
 
 
 def run(num_fusions: int = 3, **settings: object) -> FusionReport:
@@ -64,7 +64,7 @@ def test_methods_differ_where_they_should_and_measure_what_is_asked_for() -> Non
 def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, by_default: bool) -> None:
     config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
     note = "Text of your own domain is better" if by_default else ""
-    text = Corpus([documentation_halves()[1]], "mine", note=note)
+    text = Corpus({"mine": documentation_halves()[1]}, note=note)
     decoder = ModelDecoder(make_llama(), keep_originals=True)
     report = fuse(decoder, make_tokenizer(), config, None, text, base="tiny")
     assert any("own domain" in note for note in report.notes) == by_default
@@ -90,8 +90,8 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
     config = FusionConfig(1, "refit", calibration_tokens=2048, calibration_length=length)
     short = min(WRITTEN_LENGTH, length)
     brief = "deep layer " * 75
-    for text, given in ((TEXT.parts[0], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
-        own, written = calibration_sequences(ModelDecoder(model), tokenizer, Corpus([text], "x", 0.5), config)
+    for text, given in ((TEXT.parts[""], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
+        own, written = calibration_sequences(ModelDecoder(model), tokenizer, Corpus({"": text}, 0.5), config)
         known = " ".join(map(str, tokenizer(text)["input_ids"]))
         assert all(" ".join(map(str, sequence.tolist())) in known for sequence in own)
         assert {len(sequence) for sequence in written} == {short}

@@ -169,8 +169,8 @@ class _Maker:
             made_of: dict[str, Any] = {"perplexity_tokens": self._configs[0].perplexity_tokens}
             if config is not None:
                 samples = self._samples.texts if self._samples and config.needs_similarity else None
-                text = self._text.parts if self._text and config.needs_text else None
-                to_heal = self._to_heal.parts if self._to_heal and config.heal_tokens else None
+                text = list(self._text.parts.values()) if self._text and config.needs_text else None
+                to_heal = list(self._to_heal.parts.values()) if self._to_heal and config.heal_tokens else None
                 # What learns from a cache is not quite what learns from the base beside it.
                 cached = self._heal_cache is not None and to_heal is not None
                 made_of = {"settings": config.to_dict(), "texts": [samples, text, to_heal], "heal_cache": cached}

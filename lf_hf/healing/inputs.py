@@ -69,10 +69,10 @@ class HealingInputs:
 
     def content(self) -> dict[str, Any]:
         """What the text, and the teacher's predictions of it, depend on, JSON-ready; files by content."""
-        text = hashlib.sha256(json.dumps([self.corpus.parts, self.corpus.generated_share]).encode()).hexdigest()
+        text = json.dumps([list(self.corpus.parts.values()), self.corpus.generated_share])
         return {
             "base": self.report.base_digest or base_fingerprint(self.base),
-            "text": text,
+            "text": hashlib.sha256(text.encode()).hexdigest(),
             "chat_template": str(self.tokenizer.chat_template),
             "judging_tokens": self.judging_tokens,
         }

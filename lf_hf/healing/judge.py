@@ -21,11 +21,10 @@ from lf_hf.report.records import HealedText, HealingInfo, PerplexityInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
-from lf_hf.text.judging import judging_texts, relation
+from lf_hf.text.judging import judging_texts, nearest, relation
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
-_RELATIONS = ("seen", "kin", "unseen")
 
 
 def judge(model: CausalLM, teacher: Teacher, processes: Processes = ALONE) -> dict[str, Predictions]:
@@ -94,14 +93,14 @@ def _perplexities(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
     sources, perplexities = [kind.source for kind in healed.text], []
     for info in (info for info in inputs.report.perplexities if info.name in after):
         now = after[info.name]
-        nearness = relation(texts[info.name], inputs.corpus.parts, sources) if healed.kept else "unseen"
+        nearness = relation(texts[info.name], inputs.corpus.parts.values(), sources) if healed.kept else "unseen"
         perplexities.append(
             dataclasses.replace(
                 info,
                 tokens=tokens[info.name],
                 dense=now.dense_perplexity,
                 fused=now.perplexity,
-                relation=min(nearness, info.relation, key=_RELATIONS.index),
+                relation=nearest(nearness, info.relation),
                 divergence=now.divergence,
                 agreement=now.agreement,
             )

@@ -51,17 +51,14 @@ def given_text(
     length = settings.length
     of_text = settings.sequences - int(settings.sequences * corpus.generated_share)
     packed = pack_parts(tokenizer, corpus, length, (of_text + HELD_OUT * len(corpus.parts)) * length)
-    kinds = [
-        _split(name, [sequence for sequence in part if len(sequence) == length])
-        for name, part in zip(corpus.names, packed, strict=True)
-    ]
+    kinds = [_split(name, [sequence for sequence in part if len(sequence) == length]) for name, part in packed.items()]
     if not any(kind.held_out for kind in kinds):
-        tokens = sum(len(sequence) for part in packed for sequence in part)
+        tokens = sum(len(sequence) for part in packed.values() for sequence in part)
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
             f"length={length}; give more text, or lower length."
         )
-    check_ids(max(int(sequence.max()) for part in packed for sequence in part), vocab_size)
+    check_ids(max(int(sequence.max()) for part in packed.values() for sequence in part), vocab_size)
     return kinds
 
 

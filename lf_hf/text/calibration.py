@@ -57,22 +57,21 @@ class CalibrationSamples:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Running text, one of `parts` for each kind; `source` says to people where all of it is from.
+    """Running text: `parts` of one kind each, by names that say to people where they are from.
 
     `generated_share` of the tokens is for the dense model itself to write. `by_default` says that it is the mixture of
     what is installed, and `note` what users should know of it.
     """
 
-    parts: list[str]
-    source: str
+    parts: dict[str, str]
     generated_share: float = 0.0
     by_default: bool = False
     note: str = ""
 
     @property
-    def names(self) -> list[str]:
-        """Where each of the parts is from."""
-        return self.source.rsplit(", ", len(self.parts) - 1)
+    def source(self) -> str:
+        """Where the text that is given is from."""
+        return ", ".join(self.parts)
 
     @property
     def full_source(self) -> str:
@@ -234,7 +233,7 @@ def load_corpus(
     if not parts:
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
     share = _WRITTEN_SHARE if own is None else _WRITTEN_SHARE_OF_USERS
-    return Corpus(list(parts.values()), ", ".join(parts), share, by_default=own is None, note=note)
+    return Corpus(parts, share, by_default=own is None, note=note)
 
 
 def _beside(text: str, documentation: str, limit: float) -> str:

@@ -60,7 +60,8 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ChatForm |
         return None
     if len(parts[0]) > _LONGEST_OPENING:
         user = dropwhile(lambda token: not str(tokenizer.decode([token])).strip(), parts[2][1:])
-        parts[0] = [*parts[0][: parts[0][0] == tokenizer.bos_token_id], *user]
+        begins = [token for token in parts[0][:1] if token == tokenizer.bos_token_id]
+        parts[0] = [*begins, *user]
     return ChatForm(*parts) if parts[0] and max(map(max, parts)) < vocab_size else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,13 +54,19 @@ def judging_texts() -> list[JudgingText]:
     return [judging for judging in (docs, reasoning) if judging.text]
 
 
-def relation(judging: JudgingText, fitted: Sequence[str], names: Sequence[str] = ()) -> Relation:
+def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str] = ()) -> Relation:
     """How a judging text relates to the texts that a model was fitted on, and to what is known of them by name."""
     paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
     probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
     if any(sum(probe in text for probe in probes) > len(probes) / 10 for text in fitted):
         return "seen"
     return "kin" if judging.kin in names else "unseen"
+
+
+def nearest(*relations: str) -> Relation:
+    """The one of some relations that is nearest to what was fitted."""
+    order: Sequence[Relation] = ("seen", "kin", "unseen")
+    return next(relation for relation in order if relation in relations)
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def pack_corpus(
     They are int64 tensors of at most `length` tokens, and each part is spread evenly over the list. Raises ValueError
     if there are fewer tokens than one sequence has, or ids that the model does not have.
     """
-    sequences = interleaved(*pack_parts(tokenizer, corpus, length, max_tokens))
+    sequences = interleaved(*pack_parts(tokenizer, corpus, length, max_tokens).values())
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(
@@ -79,18 +79,21 @@ def pack_corpus(
 
 def check_enough(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> None:
     """Raise the errors of `pack_corpus`, from no more of a corpus than that takes."""
-    enough = [part[: length * TOKEN_CHARACTERS] for part in corpus.parts]
+    enough = {name: part[: length * TOKEN_CHARACTERS] for name, part in corpus.parts.items()}
     pack_corpus(tokenizer, replace(corpus, parts=enough), length, len(enough) * length, vocab_size)
 
 
-def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int) -> list[list[Tensor]]:
-    """As `pack_corpus`, the sequences of each part in a list of their own; there may be none."""
+def pack_parts(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int
+) -> dict[str, list[Tensor]]:
+    """As `pack_corpus`, the sequences of each part by its name; there may be none."""
     packed: dict[str, list[Tensor]] = {}
     left, whole = max_tokens, not corpus.by_default  # a user's text counts from its beginning to its end
-    for part in sorted(corpus.parts, key=len):  # what short parts do not use goes to longer ones
-        packed[part] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)), whole=whole)
-        left -= sum(map(len, packed[part]))
-    return [packed[part] for part in corpus.parts]
+    for name, part in sorted(corpus.parts.items(), key=lambda item: len(item[1])):
+        # What short parts do not use goes to longer ones.
+        packed[name] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)), whole=whole)
+        left -= sum(map(len, packed[name]))
+    return {name: packed[name] for name in corpus.parts}
 
 
 def pack_other_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> list[Tensor]:

@@ -27,7 +27,7 @@ from lf_hf.stages.fusion import average_layers
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 SAMPLES = CalibrationSamples(make_texts(), "made up")
-TEXT = Corpus(["\n".join(make_texts(200, seed=3))], "made up", 0.3)
+TEXT = Corpus({"made up": "\n".join(make_texts(200, seed=3))}, 0.3)
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "calibration_length": 32}
 LONGER = torch.randint(2, 320, (60, 24), generator=torch.Generator().manual_seed(2))

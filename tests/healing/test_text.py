@@ -17,7 +17,7 @@ from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import pack_tokens
 
 TEXT = "\n\n".join(make_texts(3000, seed=3))
-CORPUS = Corpus([TEXT], "a text", 0.25)
+CORPUS = Corpus({"a text": TEXT}, 0.25)
 SETTINGS = HealSettings(tokens=4096, length=32, batch_tokens=256)
 
 
@@ -55,8 +55,7 @@ def test_what_the_base_writes_is_made_of_short_pieces_and_chats_are_a_kind_of_th
 @pytest.mark.parametrize(("share", "kept"), [(0.25, {"a text", WRITTEN}), (0.0, {"a text", QUESTIONS})])
 def test_questions_are_kept_aside_only_where_there_is_no_other_text(share: float, kept: set[str]) -> None:
     """Each is there in two forms, so the other one would be trained on."""
-    parts = ["\n".join(make_texts(400, seed=seed)) for seed in (1, 2)]
-    corpus = Corpus(parts, f"a text, {QUESTIONS}", share)
+    corpus = Corpus({name: "\n".join(make_texts(400, seed=len(name))) for name in ("a text", QUESTIONS)}, share)
     kinds = healing_text(make_tokenizer(), corpus, SETTINGS, 320, write)
     assert {kind.name for kind in kinds if kind.held_out} == kept
     assert all(kind.training for kind in kinds)

@@ -90,7 +90,8 @@ def fused(model: Any, num_fusions: int, method: str) -> FusionReport:
     texts, decoder = make_texts(100), ModelDecoder(model, keep_originals=True)
     settings: dict[str, Any] = {"calibration_length": 64, "calibration_tokens": 4096, "perplexity_tokens": 0}
     config = FusionConfig(num_fusions, method, selection="groups", **settings)
-    return fuse(decoder, make_tokenizer(), config, CalibrationSamples(texts, ""), Corpus(texts, ""), base="")
+    corpus = Corpus({text: text for text in texts})
+    return fuse(decoder, make_tokenizer(), config, CalibrationSamples(texts, ""), corpus, base="")
 
 
 @pytest.mark.parametrize("method", ["truncate", "refit"])

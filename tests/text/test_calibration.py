@@ -33,7 +33,7 @@ def test_default_samples_are_the_first_question_of_each_subject_without_its_answ
 
 
 def test_training_has_every_question_but_those_of_the_sample_and_says_why_answers_are_right() -> None:
-    fitted, trained = load_corpus().parts[1], load_training_text(None, 8192).parts[1]
+    fitted, trained = (corpus.parts[QUESTIONS] for corpus in (load_corpus(), load_training_text(None, 8192)))
     for first, *others, last in bundled_questions().values():
         if len(last.choices) > 4:
             others, last = [*others[:-1], last], others[-1]
@@ -46,13 +46,13 @@ def test_training_has_every_question_but_those_of_the_sample_and_says_why_answer
 @pytest.mark.parametrize(("length", "tokens"), [(2_000_000, 131072), (8000, 8192), (2_000_000, 6800), (10, 131072)])
 def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(length: int, tokens: int) -> None:
     fitted, trained = load_corpus(["a" * length], max_tokens=tokens), load_training_text(["a" * length], tokens)
-    assert fitted.names[1:] == [QUESTIONS] and trained.names[1:] == [DOCUMENTATION, QUESTIONS]
+    assert [*fitted.parts][1:] == [QUESTIONS] and [*trained.parts][1:] == [DOCUMENTATION, QUESTIONS]
     assert fitted.full_source.endswith(f"{QUESTIONS}, text by the model itself")
-    for text, *_, questions in (fitted.parts, trained.parts):
+    for text, *_, questions in (fitted.parts.values(), trained.parts.values()):
         assert set(text) == {"a", "\n"} and len(questions) == int(min(len(text) / 2, tokens * 0.8, 40_000))
         assert length == 10 or "Answer: " in questions
-    documentation, first = trained.parts[1], documentation_halves()[0]
-    assert len(documentation) == int(min(len(trained.parts[0]) / 2, tokens * 0.6))
+    documentation, first = trained.parts[DOCUMENTATION], documentation_halves()[0]
+    assert len(documentation) == int(min(len(next(iter(trained.parts.values()))) / 2, tokens * 0.6))
     pieces = [documentation[start : start + 200] for start in range(0, len(documentation), 2050)]
     places = [first.index(piece) for piece in pieces]
     assert places == sorted(places)
@@ -61,15 +61,15 @@ def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(
 
 def test_documentation_goes_beside_no_text_of_its_own_kind() -> None:
     own = load_training_text([documentation_halves()[0]], 131072)
-    assert DOCUMENTATION not in own.names and len(own.parts) == 2
-    assert load_training_text(None, 8192).names == [DOCUMENTATION, QUESTIONS]
+    assert DOCUMENTATION not in own.parts and len(own.parts) == 2
+    assert [*load_training_text(None, 8192).parts] == [DOCUMENTATION, QUESTIONS]
 
 
 @pytest.mark.parametrize("missing", ["lm_eval", "pydoc_data.topics"])
 def test_text_serves_without_what_is_not_installed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     there, gone = (DOCUMENTATION, QUESTIONS) if missing == "lm_eval" else (QUESTIONS, DOCUMENTATION)
-    assert load_corpus().names == [there]
+    assert [*load_corpus().parts] == [there]
     users = load_training_text(["a" * 10_000], 8192)
     assert there in users.full_source and gone not in users.full_source
 
@@ -99,12 +99,12 @@ def test_sequences_are_spread_over_the_text() -> None:
 
 def test_parts_of_a_corpus_share_the_tokens() -> None:
     tokenizer = make_tokenizer()
-    corpus = Corpus([" ".join(make_texts(100)), "layer"], "x")
+    corpus = Corpus({"x": " ".join(make_texts(100)), "y": "layer"})
     sequences = pack_corpus(tokenizer, corpus, 20, 200, 320)
     assert 150 < sum(map(len, sequences)) <= 200
     assert tokenizer("layer")["input_ids"] in [sequence.tolist() for sequence in sequences]
     with pytest.raises(ValueError, match=r"\(x\) has only \d tokens, which do not fill one sequence"):
-        pack_corpus(tokenizer, Corpus(["layer"], "x"), 20, 200, 320)
+        pack_corpus(tokenizer, Corpus({"x": "layer"}), 20, 200, 320)
 
 
 def test_lists_are_mixed_evenly() -> None:

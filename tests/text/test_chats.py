@@ -134,7 +134,7 @@ def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_
     tokenizer = with_template(None)
     tokenizer.unk_token = "[/INST]"
     decoder = ModelDecoder(make_llama(vocab_size=len(tokenizer)))
-    corpus, config = Corpus(["layer " * 2000], "x", 0.5), FusionConfig(1, calibration_tokens=4096)
+    corpus, config = Corpus({"x": "layer " * 2000}, 0.5), FusionConfig(1, calibration_tokens=4096)
     sequences = [sequence for part in calibration_sequences(decoder, tokenizer, corpus, config) for sequence in part]
     written = {token for sequence in sequences for token in sequence[1:].tolist()}
     assert written & {*tokenizer.all_special_ids} == {tokenizer.unk_token_id}
@@ -155,7 +155,7 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
     expected += ["plain text\n"] * (kind == "jsonl")
     assert load_calibration(given, tokenizer=tokenizer).texts == expected
     for corpus in (load_corpus(given, tokenizer=tokenizer), load_training_text(given, 4096, tokenizer)):
-        assert corpus.parts[0] == "\n".join(expected)
+        assert next(iter(corpus.parts.values())) == "\n".join(expected)
 
 
 def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:

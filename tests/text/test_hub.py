@@ -93,9 +93,9 @@ def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) ->
     fitted, trained, calibration = load_corpus(max_tokens=4096), load_training_text(None, 131072), load_calibration()
     asked = online.requests
     assert asked and not fitted.by_default and "general text" in fitted.note
-    assert fitted.names == ["HuggingFaceFW/fineweb-edu at 87f09149", QUESTIONS]
-    assert trained.names == [fitted.names[0], DOCUMENTATION, QUESTIONS]
-    for text in (fitted.parts[0], trained.parts[0]):
+    general = "HuggingFaceFW/fineweb-edu at 87f09149"
+    assert [*fitted.parts] == [general, QUESTIONS] and [*trained.parts] == [general, DOCUMENTATION, QUESTIONS]
+    for text in (fitted.parts[general], trained.parts[general]):
         assert text.startswith("page 0 ") and "page 999 " in text and "page 1000 " not in text
     assert calibration.source == "cais/mmlu, validation split" and calibration.labels == list(SUBJECTS)
     assert calibration.texts[1] == "asked 1\nA. a\nB. b\nC. c\nD. d\nAnswer:"
@@ -103,7 +103,7 @@ def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) ->
     assert load_corpus(max_tokens=4096) == fitted and load_calibration() == calibration
     assert online.requests == asked
     bundled = load_corpus(BUNDLED), load_calibration(BUNDLED)
-    assert bundled[0].names == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
+    assert [*bundled[0].parts] == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
 
 
 @pytest.mark.parametrize("manner", ["hangs", "trickles", "garbage", "refuses", "chatty"])
@@ -125,7 +125,7 @@ def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
     corpora += [load_corpus(), load_training_text(None, 8192)]
     samples = load_calibration()
     assert time.monotonic() - start < 5
-    assert all(corpus.names == [DOCUMENTATION, QUESTIONS] and corpus.by_default for corpus in corpora)
+    assert all([*corpus.parts] == [DOCUMENTATION, QUESTIONS] and corpus.by_default for corpus in corpora)
     assert "lm-eval" in samples.source and samples == load_calibration(BUNDLED)
     assert online.requests == asked and not list((tmp_path / "assets").rglob("*.json"))
     assert "as the hub gave none (" in corpora[0].note and "1.1 to 1.4 times the perplexity" in corpora[0].note

@@ -24,7 +24,7 @@ def test_two_kinds_of_text_enough_of_each_share_no_paragraph_with_default_text_o
     assert min(len(paragraphs(judging.text)) for judging in (DOCS, REASONING)) > 50
     assert all(judging.source and len(judging.text) > 40_000 for judging in (DOCS, REASONING))  # some 10,000 tokens
     questions = [question.question for questions in bundled_questions().values() for question in questions]
-    others = ["\n\n".join(texts) for texts in (load_corpus().parts, load_calibration().texts, questions)]
+    others = ["\n\n".join(texts) for texts in (load_corpus().parts.values(), load_calibration().texts, questions)]
     assert not paragraphs(DOCS.text) & paragraphs(REASONING.text)
     for judging in (DOCS, REASONING):
         assert not [part for part in paragraphs(judging.text) if any(part in other for other in others)]
@@ -36,9 +36,9 @@ def test_relation_says_what_was_fitted(judging: JudgingText) -> None:
     own = " ".join(make_texts(400))
     assert relation(judging, []) == relation(judging, [own], ["my text"]) == "unseen"
     corpora = load_corpus(), load_training_text([own], 8192)
-    assert {relation(judging, corpus.parts, corpus.names) for corpus in corpora} == {
+    assert {relation(judging, corpus.parts.values(), corpus.parts) for corpus in corpora} == {
         "kin" if judging is DOCS else "unseen"
     }
     half = judging.text[len(judging.text) // 4 : len(judging.text) * 3 // 4]
     for corpus in corpora:
-        assert relation(judging, [own, own + "\n\n" + half], corpus.names) == "seen"
+        assert relation(judging, [own, own + "\n\n" + half], corpus.parts) == "seen"
