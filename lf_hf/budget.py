@@ -22,19 +22,20 @@ def search(
     times, and gives what that costs, and the result.
     """
     tried: list[BudgetTrial] = []
-    best: list[T] = []
+    best: T | None = None
     low, high = 0, most + 1  # what is allowed, and what is not
     while high - low > 1:
-        trial, *result = attempt(count := _next_trial(tried, name, allowed, low, high))
+        count = _next_trial(tried, name, allowed, low, high)
+        trial, result = attempt(count)
         tried.append(trial)
         if trial.costs(name) <= allowed:
             best, low = result, count
         else:
             high = count
         del result  # makes room for the next
-    if not best:
+    if best is None:
         raise ValueError(f"{name}={allowed:g} allows no fusion: with 1 it is {tried[-1].costs(name):.4g}; raise it.")
-    return best[0], tried
+    return best, tried
 
 
 def _next_trial(tried: Sequence[BudgetTrial], name: str, allowed: float, low: int, high: int) -> int:

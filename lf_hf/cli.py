@@ -337,10 +337,10 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     """
     from lf_hf.report.page import write_page, write_pictures
 
-    found, place = FusionReport.load(folder), Path(folder)
+    loaded, place = FusionReport.load(folder), Path(folder)
     page = Path(html) if html else (place if place.is_dir() else place.parent) / "fusion_report.html"
-    pictures = write_pictures(found, png) if png else []
-    write_page(found, page)
+    pictures = write_pictures(loaded, png) if png else []
+    write_page(loaded, page)
     print(page, *pictures, sep="\n")
 
 

@@ -26,6 +26,7 @@ from lf_hf.healing.settings import HealSettings
 from lf_hf.measure import PERPLEXITY_LENGTH
 from lf_hf.refit.fit import num_candidates
 from lf_hf.refit.states import SHARE
+from lf_hf.runtime.fields import plural
 from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
@@ -95,7 +96,7 @@ def plan_fusion(
         first, last = layers - 1 - fused, layers - 1
         merged = ", then ".join(f"{layer} into {layer - 1}" for layer in range(last, first, -1))
         pairs = f"{merged}; layer {first} then replaces {first} to {last}"
-    how_many = "1 fusion" if fused == 1 else f"{fused} fusions"
+    how_many = f"{fused} {plural(fused, 'fusion')}"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     where = "" if devices[0].type == "cpu" else f" on {devices[0]}"
@@ -162,14 +163,14 @@ def plan_heal(
     parameters = [(p.numel(), p.requires_grad) for p in student.parameters()]
     device, on_cpu = arguments.device, arguments.device.type == "cpu"
     memory = teacher.memory + (PROCESS + sum(p.nbytes for p in model.parameters()) if on_cpu else 0)
+    steps = f"{settings.steps:,} {plural(settings.steps, 'step')}"
     goes_on = f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on."
-    plural = "" if settings.steps == 1 else "s"
     return Plan(
         f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}",
         [
             f"trained: {sum(n for n, trained in parameters if trained):,} of {sum(n for n, _ in parameters):,} "
             f"parameters ({settings.train})",
-            f"training: {settings.steps:,} step{plural} of {settings.batch * settings.length:,} tokens",
+            f"training: {steps} of {settings.batch * settings.length:,} tokens",
             f"text: {inputs.corpus.full_source}",
             f"the base's predictions: {teacher.description}",
             f"peak memory{'' if on_cpu else f' on {device}'}, about: {in_gib(memory)}",

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 from lf_hf.settings import FusionConfig
 
 DecoderLayer: TypeAlias = Any
-"""A decoder layer of one of the families, which have no class in common; and a model with a head."""
+"""A decoder layer of one of the families, which have no class in common."""
 CausalLM: TypeAlias = Any
+"""A model of one of the families, with its head."""
 Weights = Mapping[str, Tensor]
 """Of a layer, by the parameters' names inside it: those that the layer has, or those of `Family.unpacked`."""
 Kind = Mapping[str, Any]
@@ -166,32 +167,32 @@ class Family:
 
         All that can be are views.
         """
-        found = dict(weights)
+        named = dict(weights)
         for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
-                if half.packed and (tensor := found.pop(f"{half.packed}.{kind}", None)) is not None:
-                    first, others = found[f"{half.writer}.weight"].shape[1], len(half.readers) - 1
+                if half.packed and (tensor := named.pop(f"{half.packed}.{kind}", None)) is not None:
+                    first, others = named[f"{half.writer}.weight"].shape[1], len(half.readers) - 1
                     parts = tensor.split([first, *[(len(tensor) - first) // others] * others])  # queries may be more
-                    found |= {f"{name}.{kind}": part for name, part in zip(half.readers, parts, strict=True)}
+                    named |= {f"{name}.{kind}": part for name, part in zip(half.readers, parts, strict=True)}
         if self.gain_offset:
             for norm in self.norms:
-                gain = found[f"{norm}.weight"]
-                found[f"{norm}.weight"] = gain.to(torch.promote_types(gain.dtype, torch.float32)) + self.gain_offset
-        return found
+                gain = named[f"{norm}.weight"]
+                named[f"{norm}.weight"] = gain.to(torch.promote_types(gain.dtype, torch.float32)) + self.gain_offset
+        return named
 
     def packed(self, weights: Weights) -> dict[str, Tensor]:
         """The same as the layer has them, of all parameters or of some."""
-        found = dict(weights)
+        named = dict(weights)
         if self.gain_offset:
-            dtype = next((tensor.dtype for name, tensor in found.items() if "_proj." in name), None)
+            dtype = next((tensor.dtype for name, tensor in named.items() if "_proj." in name), None)
             for norm in self.norms:
-                if (gain := found.get(f"{norm}.weight")) is not None:
-                    found[f"{norm}.weight"] = (gain - self.gain_offset).to(dtype or gain.dtype)
+                if (gain := named.get(f"{norm}.weight")) is not None:
+                    named[f"{norm}.weight"] = (gain - self.gain_offset).to(dtype or gain.dtype)
         for half in (self.attention, self.mlp):
             for kind in ("weight", "bias"):
-                if half.packed and f"{half.readers[0]}.{kind}" in found:
-                    found[f"{half.packed}.{kind}"] = torch.cat([found.pop(f"{name}.{kind}") for name in half.readers])
-        return found
+                if half.packed and f"{half.readers[0]}.{kind}" in named:
+                    named[f"{half.packed}.{kind}"] = torch.cat([named.pop(f"{name}.{kind}") for name in half.readers])
+        return named
 
     def config_kind(self, config: PretrainedConfig, index: int) -> Kind:
         """The kind of a layer, by its place in the config."""

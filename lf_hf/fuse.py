@@ -351,11 +351,11 @@ def _generation_config(base: Base) -> GenerationConfig:
     try:
         older: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
         has_own = optional_file(base.name, GENERATION_CONFIG_NAME, base.hub)
-        found = GenerationConfig.from_pretrained(base.name, **base.hub, **({} if has_own else older))
-        found.validate(strict=True)  # as saving does; not all that can be read can be saved
+        config = GenerationConfig.from_pretrained(base.name, **base.hub, **({} if has_own else older))
+        config.validate(strict=True)  # as saving does; not all that can be read can be saved
     except Exception as error:  # of any kind: of files that hold what they should not
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"The generation settings of {base.name!r} cannot be used ({reason:.300}); repair them."
         ) from None
-    return found
+    return config

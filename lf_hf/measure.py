@@ -20,6 +20,7 @@ from lf_hf.decoder.generating import continuations, generate
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.report.records import CalibrationInfo, Continuation, PerplexityInfo
+from lf_hf.runtime.fields import plural
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances
@@ -84,8 +85,8 @@ class Measurements:
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
         """Where the calibration text that a fusion with `config` uses came from."""
-        found = [(config.needs_similarity, self.of_samples), (config.needs_text, self.of_text)]
-        return [info for needed, info in found if needed and info is not None]
+        sources = [(config.needs_similarity, self.of_samples), (config.needs_text, self.of_text)]
+        return [source for needed, source in sources if needed and source is not None]
 
 
 def measure(
@@ -105,27 +106,27 @@ def measure(
     clock = Clock()
     with clock("perplexity"):
         judged = _judged(decoder, tokenizer, config, samples, text)
-    found: dict[str, Any] = {"base_digest": weights_digest(decoder.named_parameters())}
+    fields: dict[str, Any] = {"base_digest": weights_digest(decoder.named_parameters())}
     notes = []
     if config.perplexity_tokens:
         with clock("continuations"):
-            found["continuations"] = decoder.processes.broadcast_object(
+            fields["continuations"] = decoder.processes.broadcast_object(
                 lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else {}
             )
     if config.perplexity_tokens and not judged:
         notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
-        found |= decoder.processes.broadcast_object(lambda: _similarity(decoder, tokenizer, config, samples, clock))
-        notes += found.pop("notes")
+        fields |= decoder.processes.broadcast_object(lambda: _similarity(decoder, tokenizer, config, samples, clock))
+        notes += fields.pop("notes")
     if text is not None:
         with clock("calibration text"):
             given, written = calibration_sequences(decoder, tokenizer, text, config)
             length = min(config.calibration_length, decoder.config.max_position_embeddings)
-            found["other_text"] = pack_other_text(tokenizer, text, length, decoder.config.vocab_size)
+            fields["other_text"] = pack_other_text(tokenizer, text, length, decoder.config.vocab_size)
         has_chats = written and chat_form(tokenizer, decoder.config.vocab_size)
         chats = f", {len(written[CHATS])} sequences of it as chats" if has_chats else ""
         both = [*given, *written]
-        found |= {
+        fields |= {
             "given": given,
             "written": written,
             "text_note": text.note,
@@ -133,7 +134,7 @@ def measure(
         }
     for note in notes:
         logger.warning(note)
-    return Measurements(judged, clock.seconds, notes=notes, **found)
+    return Measurements(judged, clock.seconds, notes=notes, **fields)
 
 
 def _similarity(
@@ -151,7 +152,7 @@ def _similarity(
     if longest == 1 or different < config.samples_needed:
         notes.append(
             f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
-            f"has {longest} token{'s' * (longest > 1)}; give {config.samples_needed} different samples of text or more."
+            f"has {longest} {plural(longest, 'token')}; give {config.samples_needed} different samples of text or more."
         )
     with clock("activations"):  # stage 1
         distances, influences = sample_distances(decoder, ids)
@@ -208,7 +209,7 @@ def _judged(
     sequences = {
         judging.name: pack_tokens(tokenizer, judging.text, length, config.perplexity_tokens) for judging in texts
     }
-    for sequence in [sequence for of_text in sequences.values() for sequence in of_text]:
+    for sequence in itertools.chain(*sequences.values()):
         check_ids(int(sequence.max()), decoder.config.vocab_size)
     ids = batched(decoder, sequences)
     states = final_states(decoder, ids, "Perplexity before fusing")

@@ -32,6 +32,7 @@ LONGEST_GROUP = 6
 """Layers that selection="groups" makes one, at most; more only where so many are to go that they have to be."""
 
 _SIMILARITY = ("needs_similarity",)  # what stages 1 to 3 use has an effect only where they run
+_TEXT = ("needs_text",)
 LEVELS = ("num_fusions", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
@@ -98,13 +99,13 @@ class FusionConfig(Settings):
     calibration_tokens: int = setting(
         49152,
         "Tokens of calibration text that influence, channel selection and refit use at most. The model writes a third "
-        "of them itself and answered questions are a fifth; where no text is given it writes half.",
+        "of them itself and answered questions are a fifth; of the bundled mixture it writes half.",
         bounds=">= 1024",
-        needs=("needs_text",),
+        needs=_TEXT,
     )
-    calibration_length: int = setting(512, "Tokens of a sequence of that text.", bounds=">= 16", needs=("needs_text",))
+    calibration_length: int = setting(512, "Tokens of a sequence of calibration text.", bounds=">= 16", needs=_TEXT)
     kernel_scale: float = setting(8.0, "sigma_K of the diffusion kernel.", bounds="> 0", needs=_SIMILARITY)
-    kernel_alpha: float = setting(0.5, "Power alpha of the kernel's density normalisation.", needs=_SIMILARITY)
+    kernel_alpha: float = setting(0.5, "alpha of the diffusion kernel's density normalisation.", needs=_SIMILARITY)
     embedding_dim: int = setting(
         2, "d, the number of manifold coordinates of each sample.", bounds=">= 1", needs=_SIMILARITY
     )
@@ -154,13 +155,13 @@ class FusionConfig(Settings):
     )
     max_divergence: float | None = setting(
         None,
-        "Fuse as many as keep the divergence of the fused model's predictions from the dense one's within this, in "
-        "nats a token. It is measured on an eighth of the sequences of the calibration text that is given (not of what "
-        "the model writes), to which nothing is fitted then.",
+        "Fuse as many layers as keep the divergence of the fused model's predictions from the dense one's within this, "
+        "in nats a token. It is measured on an eighth of the sequences of the calibration text that is given (not of "
+        "what the model writes), to which nothing is fitted then.",
         bounds="> 0",
     )
     max_perplexity_ratio: float | None = setting(
-        None, "Fuse as many as keep the perplexity of that text within this many times the dense model's.", bounds="> 1"
+        None, "As max_divergence, but for perplexity: within this many times the dense model's.", bounds="> 1"
     )
 
     def _preset(self) -> dict[str, Any]:
@@ -170,8 +171,8 @@ class FusionConfig(Settings):
     def _check_together(self) -> None:
         given = [name for name in LEVELS if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
-            raise ValueError(f"Give one of {', '.join(LEVELS)}, which say how many layers to fuse; got {found}.")
+            named = " and ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
+            raise ValueError(f"Give one of {', '.join(LEVELS)}, which say how many layers to fuse; got {named}.")
         if self.refit == "projections" and self.merge != "select":
             raise ValueError(
                 f"refit='projections' chooses heads and channels of whole layers, which merge={self.merge!r} has mixed "

@@ -21,6 +21,7 @@ from lf_hf.decoder.in_memory import sharing_copy
 from lf_hf.families import CausalLM, family_of
 from lf_hf.report.records import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.fields import plural
 from lf_hf.runtime.launch import Processes
 
 logger = logging.get_logger(__name__)
@@ -131,4 +132,4 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
+    return f"{device.type}, {threads} {plural(threads, 'thread')}" if device.type == "cpu" else device.type

@@ -72,7 +72,7 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
     )
     head, rows = as_table(report.rows())
     judged = "".join(f"- {_as_text(source)}.\n" for source in report.sources)
-    written = _rows(map(_as_lines, (text.prompt, text.dense, text.fused)) for text in report.continuations)
+    written = markdown_rows(map(_as_lines, (text.prompt, text.dense, text.fused)) for text in report.continuations)
     ends = [(min(group), max(group)) for group in report.groups if len(group) > 1]
     details = [*(f"Layers {first}-{last} became one layer." for first, last in ends), *map(_as_text, report.details())]
     return _CARD.format(
@@ -83,17 +83,17 @@ def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
         base=as_code(report.base),
         method=as_code(report.config["method"]),
         notes="".join(f"> {_as_text(note)}\n\n" for note in report.notes),
-        figures=_rows(map(_as_text, cells) for cells in [head, ["---"] * len(head), *rows]),
+        figures=markdown_rows(map(_as_text, cells) for cells in [head, ["---"] * len(head), *rows]),
         judged=judged and _JUDGED.format(judged),
         load_import="" if plain else "import lf_hf  # registers the architecture\n",
         without="" if plain else _WITHOUT.format(family.causal_lm.__name__),
         written=written and _WRITTEN.format(written),
         details="".join(f"- {line}\n" for line in details),
-        settings=_rows(map(as_code, setting) for setting in report.settings.items()),
+        settings=markdown_rows(map(as_code, setting) for setting in report.settings.items()),
     )
 
 
-def _rows(rows: Iterable[Iterable[str]]) -> str:
+def markdown_rows(rows: Iterable[Iterable[str]]) -> str:
     """Rows of a table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 

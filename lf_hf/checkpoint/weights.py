@@ -36,8 +36,8 @@ def weights_folder(base: str, hub: dict[str, Any], variant: str | None = None) -
 def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     """The folder of a checkpoint; of one on the hub, files of these patterns are downloaded."""
     arguments = {name: value for name, value in hub.items() if name != "subfolder"}
-    found = base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, **arguments)
-    return Path(found, hub.get("subfolder", ""))
+    folder = base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, **arguments)
+    return Path(folder, hub.get("subfolder", ""))
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lf_hf.checkpoint.card import as_code
+from lf_hf.checkpoint.card import as_code, markdown_rows
 from lf_hf.evaluate.points import DENSE, Point, figure_names
 from lf_hf.report.report import published_name
 from lf_hf.report.rows import NOT_MEASURED
@@ -85,4 +85,4 @@ def as_csv(points: Sequence[Point]) -> str:
 
 
 def _markdown_table(head: Sequence[str], *rows: Sequence[str]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+    return markdown_rows([head, ["---"] * len(head), *rows])

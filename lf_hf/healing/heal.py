@@ -115,13 +115,18 @@ def heal(
     def save() -> None:
         inputs.model.fusion_report, inputs.model.tokenizer = report, inputs.tokenizer
         inputs.model.save_pretrained(folder, plain=inputs.plain)
-        if (work / _LOGS).is_dir():  # what is there already is the user's
-            copy = lambda source, target: os.path.exists(target) or shutil.copy2(source, target)  # noqa: E731
-            shutil.copytree(work / _LOGS, folder / _LOGS, copy_function=copy, dirs_exist_ok=True)
+        if (work / _LOGS).is_dir():
+            shutil.copytree(work / _LOGS, folder / _LOGS, copy_function=_copy_new, dirs_exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
 
     Processes.of_launch().broadcast_object(save)
     return report
+
+
+def _copy_new(source: str, target: str) -> None:
+    """Copy a file unless there is one of that name: it is the user's."""
+    if not os.path.exists(target):
+        shutil.copy2(source, target)
 
 
 def heal_loaded(

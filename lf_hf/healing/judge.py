@@ -50,19 +50,29 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
         now = written_on(ModelDecoder(inputs.model), inputs.tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
     last = healed.curve[-1]
-    new_notes = {
-        f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
-        "goes further.": not all(map(math.isfinite, last.divergences.values())),
-        "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
-        "before; take more tokens or a lower learning_rate.": not healed.kept,
-        f"Healing goes {healed.epochs:.1f} times through its text: more text, or fewer tokens, gives a better model "
-        "for the same time.": healed.epochs > _MOST_EPOCHS,
-        collapse_note(perplexities, fitted=report.config.get("refit") != "none"): True,
-        silence_note(continuations): True,
-    }
-    for note in [note for note, applies in new_notes.items() if note and applies]:
-        logger.warning(note)
-        notes.append(note)
+    new_notes = [
+        (
+            not all(map(math.isfinite, last.divergences.values())),
+            f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
+            "goes further.",
+        ),
+        (
+            not healed.kept,
+            "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
+            "before; take more tokens or a lower learning_rate.",
+        ),
+        (
+            healed.epochs > _MOST_EPOCHS,
+            f"Healing goes {healed.epochs:.1f} times through its text: more text, or fewer tokens, gives a better "
+            "model for the same time.",
+        ),
+        (True, collapse_note(perplexities, fitted=report.config.get("refit") != "none")),
+        (True, silence_note(continuations)),
+    ]
+    for applies, note in new_notes:
+        if applies and note:
+            logger.warning(note)
+            notes.append(note)
     return dataclasses.replace(
         report,
         continuations=continuations,

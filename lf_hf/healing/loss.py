@@ -188,13 +188,14 @@ def _of_rows(
     of_teacher = (1 - share) * temperature / counts[0]
     value = kl_divergence(expected, student, probabilities).sum() * (of_teacher * temperature)
     plain = student if temperature == 1 else log_softmax(logits, -1)
-    of_text, index = (next_ids >= 0)[:, None] * (share / max(1, counts[1])), next_ids.clamp(min=0)[:, None]
-    value = value - (plain.gather(1, index) * of_text).sum()
+    next_token_weights = (next_ids >= 0)[:, None] * (share / max(1, counts[1]))
+    index = next_ids.clamp(min=0)[:, None]
+    value = value - (plain.gather(1, index) * next_token_weights).sum()
     if temperature == 1:
-        gradient = student.exp_().mul_(of_text + of_teacher)
+        gradient = student.exp_().mul_(next_token_weights + of_teacher)
     else:
-        gradient = plain.exp_().mul_(of_text).add_(student.exp_(), alpha=of_teacher)
-    gradient.sub_(probabilities, alpha=of_teacher).scatter_add_(1, index, -of_text)
+        gradient = plain.exp_().mul_(next_token_weights).add_(student.exp_(), alpha=of_teacher)
+    gradient.sub_(probabilities, alpha=of_teacher).scatter_add_(1, index, -next_token_weights)
     if attached is not of_head:
         [gradient] = torch.autograd.grad(attached, of_head, gradient)
     return value, gradient

@@ -28,8 +28,8 @@ class HealSettings(Settings):
     )
     learning_rate: float | None = setting(
         None,
-        'The highest one, after the warm-up. It follows from the size of the weights and, for "lora", is five times as '
-        "high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
+        'The highest learning rate, after the warm-up. It follows from the size of the weights and, for "lora", is '
+        "five times as high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
         bounds="> 0 and <= 1",
         unset="from the model's weights",
     )
@@ -44,12 +44,12 @@ class HealSettings(Settings):
     written_share: float | None = setting(
         None, "Share of the tokens that the base writes itself.", bounds=">= 0 and <= 0.9", unset="from the text"
     )
-    length: int = setting(512, "Tokens of a sequence.", bounds=">= 16")
-    batch_tokens: int = setting(2048, "Tokens of a step, over all processes.", bounds=">= 16")
-    lora_rank: int = setting(32, "Rank of the adapters.", bounds=">= 1", needs=("with_adapters",))
+    length: int = setting(512, "Tokens of a sequence that is trained on.", bounds=">= 16")
+    batch_tokens: int = setting(2048, "Tokens of a training step, over all processes.", bounds=">= 16")
+    lora_rank: int = setting(32, 'Rank of the adapters of train="lora".', bounds=">= 1", needs=("with_adapters",))
     top_k: int = setting(
         64,
-        "How many of the base's predictions of a token are kept where they are written to disk; all others are one.",
+        "How many of the base's predictions of a token are kept where they are written to disk; the rest is one.",
         bounds=">= 1",
     )
     seed: int = setting(

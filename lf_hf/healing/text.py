@@ -31,7 +31,7 @@ Write = Callable[[int, int, int], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class TextKind:
     """A kind of text. All sequences of one are int64 tensors of one length; those of `judging` judge the result."""
 
     name: str
@@ -42,15 +42,15 @@ class Kind:
 
 def given_text(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int
-) -> list[Kind]:
+) -> list[TextKind]:
     """Sequences of `settings.length` tokens of each kind of text, as many as are trained on, or as there are.
 
     Text is taken evenly from its beginning to its end, and what the base writes has no part in it. Raises ValueError if
     the text fills fewer than two sequences, or has ids that the model does not have.
     """
     length = settings.length
-    of_text = settings.sequences - int(settings.sequences * corpus.generated_share)
-    packed = pack_parts(tokenizer, corpus, length, (of_text + HELD_OUT * len(corpus.parts)) * length)
+    num_given = settings.sequences - int(settings.sequences * corpus.generated_share)
+    packed = pack_parts(tokenizer, corpus, length, (num_given + HELD_OUT * len(corpus.parts)) * length)
     kinds = [_split(name, [sequence for sequence in part if len(sequence) == length]) for name, part in packed.items()]
     if not any(kind.held_out for kind in kinds):
         tokens = sum(len(sequence) for part in packed.values() for sequence in part)
@@ -70,7 +70,7 @@ def healing_text(
     write: Write,
     *,
     chats: bool = False,
-) -> list[Kind]:
+) -> list[TextKind]:
     """The text of a healing: `given_text`, and the share that the corpus leaves to the base.
 
     `chats` says whether `CHATS` of what `write` gives are chats.
@@ -81,22 +81,22 @@ def healing_text(
     # Short text keeps its share.
     count = min(int(settings.sequences * share), round(given * share / (1 - share)))
     if count:
-        of_chats = len(range(count)[CHATS]) if chats else 0
-        held_out_chats, of_text = min(HELD_OUT, of_chats), count - of_chats + HELD_OUT
-        enough = max(CHATS.step * (of_chats + held_out_chats), math.ceil(of_text * CHATS.step / (CHATS.step - 1)))
-        pieces = _written(write, length, settings.seed, enough if chats else of_text)
+        num_chats = len(range(count)[CHATS]) if chats else 0
+        held_out_chats, num_text = min(HELD_OUT, num_chats), count - num_chats + HELD_OUT
+        enough = max(CHATS.step * (num_chats + held_out_chats), math.ceil(num_text * CHATS.step / (CHATS.step - 1)))
+        pieces = _written(write, length, settings.seed, enough if chats else num_text)
         written_chats = pieces[CHATS]
         if chats:
             del pieces[CHATS]
-        kinds.append(_joined(WRITTEN, pieces, length, count - of_chats, HELD_OUT))
-        kinds.append(_joined(WRITTEN_CHATS, written_chats, length, of_chats, held_out_chats))
+        kinds.append(_joined(WRITTEN, pieces, length, count - num_chats, HELD_OUT))
+        kinds.append(_joined(WRITTEN_CHATS, written_chats, length, num_chats, held_out_chats))
     if sum(bool(kind.held_out) for kind in kinds if kind.name != QUESTIONS) > 1:
         # Each question is there twice, so the other half of those that are held out would be trained on.
-        kinds = [Kind(k.name, [*k.training, *k.held_out]) if k.name == QUESTIONS else k for k in kinds]
+        kinds = [TextKind(k.name, [*k.training, *k.held_out]) if k.name == QUESTIONS else k for k in kinds]
     return [kind for kind in kinds if kind.training or kind.held_out]
 
 
-def judging_kinds(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> list[Kind]:
+def judging_kinds(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> list[TextKind]:
     """The judging texts in sequences of the fusion's length, so that its figures and those of healing can be compared.
 
     `longest` is what the model takes, and `tokens` is how many there are of each text.
@@ -104,7 +104,7 @@ def judging_kinds(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int)
     length, kinds = min(PERPLEXITY_LENGTH, longest), []
     for text in judging_texts():
         sequences = pack_tokens(tokenizer, text.text, length, max(length, tokens))
-        kinds.append(Kind(text.name, judging=[sequence for sequence in sequences if len(sequence) == length]))
+        kinds.append(TextKind(text.name, judging=[sequence for sequence in sequences if len(sequence) == length]))
     return kinds
 
 
@@ -125,16 +125,16 @@ def _written(write: Write, length: int, seed: int, count: int) -> list[Tensor]:
     return pieces
 
 
-def _joined(name: str, pieces: list[Tensor], length: int, count: int, held_out: int) -> Kind:
+def _joined(name: str, pieces: list[Tensor], length: int, count: int, held_out: int) -> TextKind:
     """Sequences of short pieces, `count` to train on and `held_out` that are not."""
     of_each = -(-length // len(pieces[0]))
     sequences = [torch.cat(pieces[n * of_each : (n + 1) * of_each])[:length] for n in range(held_out + count)]
-    return Kind(name, sequences[held_out:], sequences[:held_out])
+    return TextKind(name, sequences[held_out:], sequences[:held_out])
 
 
-def _split(name: str, sequences: list[Tensor]) -> Kind:
+def _split(name: str, sequences: list[Tensor]) -> TextKind:
     """Sequences with some of them, spread evenly, held out: an eighth, or half of the last two."""
     count = min(HELD_OUT, len(sequences) // 8 or len(sequences) // 2)
     places = {(2 * n + 1) * len(sequences) // (2 * count) for n in range(count)}
     training = [sequence for place, sequence in enumerate(sequences) if place not in places]
-    return Kind(name, training, [sequences[place] for place in sorted(places)])
+    return TextKind(name, training, [sequences[place] for place in sorted(places)])

@@ -201,11 +201,11 @@ class HalfFit:
                 continue
             problem = self._empty(identity.shape, weight)
             for state, target in zip(self.states, inputs, strict=True):
-                counted = token_weights(self.decoder, target)
+                token_weight = token_weights(self.decoder, target)
                 if self.half.before:  # which makes all tokens alike
-                    counted = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+                    token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
                 x, y = (normalized(self.decoder, self.half, part).flatten(0, 1) for part in (state, target))
-                problem.add(x, y, counted)
+                problem.add(x, y, token_weight)
             problem.all_reduce()
             maps.append(problem.ridge(identity, self.ridge).to(weight.device))
         return maps
@@ -254,10 +254,10 @@ def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
     return _with_first_share((states.float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
 
 
-def _with_first_share(weights: Tensor) -> Tensor:
+def _with_first_share(token_weight: Tensor) -> Tensor:
     """Token weights of sequences, of shape (B, tokens T), with more of it on the first ones, as (B * T,); in place."""
-    weights[:, 0] *= max(1, _FIRST_SHARE * weights.shape[1])
-    return weights.flatten()
+    token_weight[:, 0] *= max(1, _FIRST_SHARE * token_weight.shape[1])
+    return token_weight.flatten()
 
 
 def _counts(kept: Tensor, each: int, layers: int) -> list[int]:
@@ -306,10 +306,10 @@ class Regression:
         self.unit, self._scaled = torch.ones((), device=device), False
         self._processes, self._of_bfloat16 = processes, dtype == torch.bfloat16
 
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), weights (tokens T,)."""
-        x, y, weights = (part.to(self.gram.device) for part in (x, y, weights.float()))
-        root = weights.sqrt()[:, None]
+    def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
+        """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), token_weight (tokens T,)."""
+        x, y, token_weight = (part.to(self.gram.device) for part in (x, y, token_weight.float()))
+        root = token_weight.sqrt()[:, None]
         if not self._scaled:
             # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
             largest = (torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]).amax()

@@ -118,14 +118,14 @@ class GroupCosts:
                 break
             tried[groups] = self._cost_of_set(groups)
             promised = min(promised, sum(self.by_group[group] for group in groups))
-        found = sorted((groups for groups in tried if math.isfinite(tried[groups])), key=tried.__getitem__)
-        if not found:
+        computed = sorted((groups for groups in tried if math.isfinite(tried[groups])), key=tried.__getitem__)
+        if not computed:
             raise ValueError(
                 f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
                 "wider range, such as bfloat16, or fewer fusions."
             )
-        best, near = found[0], _NEAR * tried[found[0]]
-        return [best, *[groups for groups in found if len(groups) > len(best) and tried[groups] <= near][:1]]
+        best, near = computed[0], _NEAR * tried[computed[0]]
+        return [best, *[groups for groups in computed if len(groups) > len(best) and tried[groups] <= near][:1]]
 
     def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
         """The set to try next; costs of its groups are measured. None where no set is left."""
@@ -135,8 +135,8 @@ class GroupCosts:
             if missing:
                 self._measure(missing)
             longest = longest_group(self._decoder.num_layers, num_fusions)
-            found = partial(promising, estimated(self.by_group, longest), tried, num_fusions, count=_AHEAD)
-            sets: list[Groups] = self._decoder.processes.broadcast_object(found)
+            choose = partial(promising, estimated(self.by_group, longest), tried, num_fusions, count=_AHEAD)
+            sets: list[Groups] = self._decoder.processes.broadcast_object(choose)
             if not sets:
                 return None
             if self.by_group.keys() >= set(sets[0]):
@@ -186,13 +186,13 @@ class GroupCosts:
         [cost] = self._divergences([judged])
         return cost
 
-    def _divergences(self, found: Iterable[Sequence[Tensor]]) -> list[float]:
+    def _divergences(self, candidates: Iterable[Sequence[Tensor]]) -> list[float]:
         """Of final states of the text that judges."""
-        dense, *candidates = (
+        dense, *judged = (
             [state[:, self._judged] for state in states]
-            for states in (self._part(self._decoder.num_layers, self._judging), *found)
+            for states in (self._part(self._decoder.num_layers, self._judging), *candidates)
         )
-        return divergences(self._decoder, dense, candidates)
+        return divergences(self._decoder, dense, judged)
 
     def _with_mid_states(self, traced: _TracedLayer) -> _TracedLayer:
         mid_states = (mid_state(self._decoder, traced.layer, state) for state in traced.before)
@@ -258,12 +258,12 @@ def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int)
         by_last.setdefault(group[1], []).append(group)
     for end in range(1, top + 2):  # sets in layers below `end`
         for fewer in range(num_fusions + 1):
-            found = list(best[end - 1][fewer])
+            sets = list(best[end - 1][fewer])
             for group in by_last.get(end - 1, []):
                 less = fewer - (group[1] - group[0])
                 if less >= 0 and math.isfinite(costs[group]):
-                    found += [(cost + costs[group], (*groups, group)) for cost, groups in best[group[0]][less]]
-            best[end][fewer] = heapq.nsmallest(count, found)
+                    sets += [(cost + costs[group], (*groups, group)) for cost, groups in best[group[0]][less]]
+            best[end][fewer] = heapq.nsmallest(count, sets)
     return [groups for _, groups in best[top + 1][num_fusions]]
 
 
@@ -272,8 +272,8 @@ def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float
 
     It ends before the first number for which no groups have costs that are finite.
     """
-    found = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
-    return [(sum(costs[group] for group in groups), groups) for [groups] in found]
+    levels = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
+    return [(sum(costs[group] for group in groups), groups) for [groups] in levels]
 
 
 def promising(
@@ -291,8 +291,8 @@ def promising(
         beyond = [tried[groups] - sum(costs[group] for group in groups) for groups in finite]
         weights = Ridge(_SHRINKAGE).fit(joined, beyond).coef_
         costs = {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}
-    found = cheapest_sets(costs, num_fusions, count=len(tried) + count)
-    return [groups for groups in found if groups not in tried][:count]
+    cheapest = cheapest_sets(costs, num_fusions, count=len(tried) + count)
+    return [groups for groups in cheapest if groups not in tried][:count]
 
 
 def _joins(groups: Iterable[Group], layer: int) -> bool:

@@ -68,9 +68,9 @@ class NormedHalfFit(HalfFit):
         for state, target in zip(self.states, self.targets(), strict=True):
             x = self._written(weights, x_of(state)).to(start)
             x = x * self._mean_square(x)[:, None].rsqrt()
-            counted = token_weights(self.decoder, target).to(start)
-            squares += counted @ x.square()
-            products += counted @ (x * self.residual_update(target, state).to(start))
+            token_weight = token_weights(self.decoder, target).to(start)
+            squares += token_weight @ x.square()
+            products += token_weight @ (x * self.residual_update(target, state).to(start))
         for sums in (squares, products):
             self.decoder.processes.all_reduce(sums)
         pull = self.ridge * squares.mean()

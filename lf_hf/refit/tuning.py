@@ -73,8 +73,9 @@ def tune(
             state = state.to(computed)
             with torch.enable_grad():
                 cast = {name: weight.to(computed) for name, weight in weights.items()}
-                found = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
-                missed = (found - target).to(scale.dtype).square().flatten(0, 1) @ scale
+                output = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
+                missed = (output - target).to(scale.dtype).square().flatten(0, 1) @ scale
+                # Gradients are scaled to those of a whole pass: AdamW sees their size only through its eps.
                 (missed @ token_weights(decoder, target).to(missed) * (len(steps) / _PASSES)).backward()
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -103,7 +104,8 @@ def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> list[list[Row]]:
             steps.append([])
             tokens = 0
         tokens += len(sequences[number])
-        steps[-1] += [places[number]] if number in places else []
+        if number in places:
+            steps[-1].append(places[number])
     return steps
 
 

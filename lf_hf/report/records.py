@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lf_hf.runtime.fields import plural
+
 _FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
 """How labels say a text's relation to what was fitted or trained on."""
 
@@ -27,9 +29,9 @@ class FusionStep:
     """One fusion of two layers. Layers are numbered from 0 as in the original model.
 
     `layers_i` and `layers_j` are the original layers that had become layer i and layer j. `ratio_i` + `ratio_j` = 1;
-    `ratio_j` is 0 where weights are not averaged. `matches` has one entry for each aligned projection. Where pairs were
-    chosen by them, `influence` is how much layer j changed the residual stream, and `divergence` what the new group is
-    expected to cost in nats a token, less what the group that became layer i was; it may be negative. `heads_kept` and
+    `ratio_j` is 0 where weights are not averaged. `matches` has one entry for each aligned projection. Where the
+    pair was chosen by it, `influence` is how much layer j changed the residual stream, or `divergence` how many nats a
+    token the new group is expected to cost beyond what layer i's group costs; it may be negative. `heads_kept` and
     `channels_kept` count the key-value groups and MLP channels from each layer, where they were selected, and the
     errors are those of what the MLP adds to the stream (squared, relative), before and after the fit of this step.
     """
@@ -162,7 +164,7 @@ class HealingInfo:
     def summary(self) -> str:
         """One sentence about what was trained on what."""
         kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
-        steps = f"{self.steps} step{'s' * (self.steps != 1)}, of which step {self.kept} is kept"
+        steps = f"{self.steps} {plural(self.steps, 'step')}, of which step {self.kept} is kept"
         trained = f"{self.trained:,} parameters ({self.settings['train']})"
         return f"Trained {trained} for {steps}; {self.epochs:.1f} times through tokens: {kinds}."
 
@@ -238,8 +240,8 @@ class BudgetInfo:
     def summary(self) -> str:
         """One sentence: what was allowed, and what came out."""
         tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
-        found = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
-        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {found} fused."
+        costs = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
+        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {costs} fused."
 
 
 @dataclass(frozen=True)

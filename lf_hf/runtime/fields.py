@@ -53,23 +53,24 @@ class Setting:
         """A value in the field's type, also from a string or numpy's. Raises ValueError for any that is not allowed."""
         if value is None and self.default is None:
             return None
-        found = value.item() if isinstance(value, np.generic) else value
+        converted = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, str):
             with suppress(KeyError, ValueError):
                 word = value.strip().lower()
-                found = {"true": True, "false": False}[word] if self.kind is bool else self.kind(value)
-        if self.choices and isinstance(found, str) and found not in self.choices:
-            raise ValueError(unknown_name(self.name, found, self.choices))
-        finite = type(found) in (int, float) and abs(found) <= sys.float_info.max
-        if not (type(found) is self.kind or (self.kind is float and finite)) or not self._within_bounds(found):
+                converted = {"true": True, "false": False}[word] if self.kind is bool else self.kind(value)
+        if self.choices and isinstance(converted, str) and converted not in self.choices:
+            raise ValueError(unknown_name(self.name, converted, self.choices))
+        finite = type(converted) in (int, float) and abs(converted) <= sys.float_info.max
+        of_kind = type(converted) is self.kind or (self.kind is float and finite)
+        if not of_kind or not self._within_bounds(converted):
             article = "" if self.choices else {int: "an ", float: "a ", str: "a "}.get(self.kind, "")
             raise ValueError(f"{self.name} must be {article}{self.allowed}, got {value!r:.80}.")
-        return self.kind(found)
+        return self.kind(converted)
 
     def _within_bounds(self, value: Any) -> bool:
         def holds(bound: str) -> bool:
-            sign, limit = f"== {bound}".split()[-2:]
-            return bool(_COMPARISONS[sign](value, float(limit)))
+            *sign, limit = bound.split()  # a number without a sign is a value by itself
+            return bool(_COMPARISONS[sign[0] if sign else "=="](value, float(limit)))
 
         alternatives = self.bounds.split(" or ") if self.bounds else []
         return not alternatives or any(all(map(holds, bounds.split(" and "))) for bounds in alternatives)
@@ -171,10 +172,15 @@ def documented(cls: type[SettingsType]) -> type[SettingsType]:
     return cls
 
 
+def plural(count: int, noun: str) -> str:
+    """A noun after a number."""
+    return noun if count == 1 else f"{noun}s"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
     names = list(known)
     nearest = difflib.get_close_matches(name, names, n=1)
-    listed = ", ".join(names[:_MOST_LISTED]) + ", ..." * (len(names) > _MOST_LISTED)
+    listed = ", ".join(names if len(names) <= _MOST_LISTED else [*names[:_MOST_LISTED], "..."])
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {listed}."
     return f"Unknown {kind} {name!r:.80}; {hint}"

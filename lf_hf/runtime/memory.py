@@ -29,7 +29,7 @@ def left_to_control_groups(root: Path = Path("/")) -> list[int]:
     """
     left = []
     for line in _words(root / "proc/self/cgroup"):
-        _, _, controllers, path = ["", *line.split(":", 2), "", ""][:4]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]  # a number comes first
         if controllers and "memory" not in controllers.split(","):
             continue
         # Controllers have names, and a mount each, in version 1 of control groups.

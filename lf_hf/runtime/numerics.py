@@ -73,12 +73,12 @@ def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None
     It is cheap, and the same on each device and in each wider dtype. Training, or merging an adapter, changes it; a
     change of single values may not. None where values are not at hand: offloaded, quantised or spread over processes.
     """
-    found = []
+    digests = []
     for name, parameter in named_parameters:
         if parameter.is_meta or type(parameter) not in (Tensor, nn.Parameter):
             return None
         values = parameter.detach().flatten()
-        step = values.numel() // _SAMPLED | 1  # odd, so that they are not all of one column
+        step = (values.numel() // _SAMPLED) | 1  # odd, so that they are not all of one column
         sampled = in_float64(torch.cat([values[::step], values[-1:]])).cpu()
-        found.append((name, list(parameter.shape), hashlib.sha256(sampled.numpy().tobytes()).hexdigest()))
-    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+        digests.append((name, list(parameter.shape), hashlib.sha256(sampled.numpy().tobytes()).hexdigest()))
+    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()

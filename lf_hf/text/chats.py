@@ -86,13 +86,13 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         template = _FIXED_DATE + tokenizer.get_chat_template()
-        found = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             given, chat_template=template, tokenize=False, add_generation_prompt=to_reply
         )
     except Exception as error:  # of any kind: a template is a program
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"the model's chat template does not take it ({reason:.300})") from None
-    return str(found)
+    return str(text)
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -94,10 +94,10 @@ def _read(repo: str, commit: str, path: str, columns: list[str], rows: int) -> l
 
     with HfFileSystem().open(f"datasets/{repo}@{commit}/{path}") as file:
         batches = ParquetFile(file).iter_batches(100, columns=columns)
-        found = list(islice((row for batch in batches for row in batch.to_pylist()), rows))
-    if not found or any(list(row) != columns for row in found):
+        read = list(islice((row for batch in batches for row in batch.to_pylist()), rows))
+    if not read or any(list(row) != columns for row in read):
         raise ValueError(f"{path} of {repo} does not hold what it is known to hold")
-    return found
+    return read
 
 
 if __name__ == "__main__":
