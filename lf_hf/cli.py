@@ -222,7 +222,9 @@ def fuse(
     help="Folder or hub name of the checkpoint that was fused.  [default: what FUSED names, if that is on the hub]",
 )
 @click.option(
-    "--text", metavar="FILE", help="Text to heal on, as --calibration of `lf-hf fuse` takes it.  [default: a mixture]"
+    "--text",
+    metavar="FILE",
+    help="Text to heal on, as `lf-hf fuse --calibration`.  [default: general text, or bundled]",
 )
 @click.option(
     "--cache",

@@ -27,7 +27,7 @@ from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.groups import Groups, cheapest_levels, estimated
 from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import layer_weights
-from lf_hf.report.notes import collapse_note, silence_note
+from lf_hf.report.notes import damage_notes
 from lf_hf.report.records import (
     BudgetInfo,
     BudgetTrial,
@@ -298,11 +298,10 @@ def _notes(
         for layer in fitted
         if layer.layer_instead is not None
     ]
-    for note in (collapse_note(judged, fitted=config.refit != "none"), silence_note(continuations)):
-        if note:
-            notes.append(note)
-            logger.warning(note)
-    return notes
+    damage = damage_notes(judged, continuations, fitted=config.refit != "none")
+    for note in damage:
+        logger.warning(note)
+    return notes + damage
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:

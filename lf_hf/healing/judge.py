@@ -16,7 +16,7 @@ from lf_hf.families import CausalLM
 from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.teacher import STATES, Teacher
 from lf_hf.measure import written_on
-from lf_hf.report.notes import COLLAPSED, SILENT, collapse_note, silence_note
+from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
 from lf_hf.report.records import HealedText, HealingInfo, PerplexityInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import ALONE, Processes
@@ -50,7 +50,7 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
         now = written_on(ModelDecoder(inputs.model), inputs.tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
     last = healed.curve[-1]
-    new_notes = [
+    of_training = [
         (
             not all(map(math.isfinite, last.divergences.values())),
             f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
@@ -66,18 +66,16 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
             f"Healing goes {healed.epochs:.1f} times through its text: more text, or fewer tokens, gives a better "
             "model for the same time.",
         ),
-        (True, collapse_note(perplexities, fitted=report.config.get("refit") != "none")),
-        (True, silence_note(continuations)),
     ]
-    for applies, note in new_notes:
-        if applies and note:
-            logger.warning(note)
-            notes.append(note)
+    said = [note for applies, note in of_training if applies]
+    said += damage_notes(perplexities, continuations, fitted=report.config.get("refit") != "none")
+    for note in said:
+        logger.warning(note)
     return dataclasses.replace(
         report,
         continuations=continuations,
         perplexities=perplexities,
-        notes=notes,
+        notes=notes + said,
         seconds=report.seconds | {"healing": healed.seconds},
         weights_digest=weights_digest(inputs.model.named_parameters()),
         fingerprints=None,

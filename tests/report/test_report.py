@@ -28,7 +28,7 @@ from lf_hf.evaluate.points import read_points
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
-from lf_hf.report.notes import collapse_note
+from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.records import BudgetInfo, BudgetTrial, Continuation, FittedLayer, FusionStep, PerplexityInfo
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -90,9 +90,9 @@ def test_perplexities_that_more_than_double_are_named() -> None:
     broken = dataclasses.replace(judged, dense=5.0, fused=10.1)
     sound = dataclasses.replace(judged, name="reasoning", dense=5.0, fused=10.0)
     for fitted, advice in ((True, "Fewer fusions"), (False, "method=refit")):
-        note = collapse_note([broken, sound], fitted=fitted)
-        assert note is not None and note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
-        assert "reasoning" not in note and collapse_note([sound], fitted=fitted) is None
+        [note] = damage_notes([broken, sound], fitted=fitted)
+        assert note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
+        assert "reasoning" not in note and not damage_notes([sound], fitted=fitted)
 
 
 def test_groups_say_how_much_of_each_layer_is_where() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure import calibration_sequences, written_on
-from lf_hf.report.notes import silence_note
+from lf_hf.report.notes import damage_notes
 from lf_hf.report.records import Continuation
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Corpus, load_calibration, load_corpus, load_training_text
@@ -186,6 +186,6 @@ def test_a_model_is_asked_a_question_in_its_template() -> None:
 
 def test_a_model_that_writes_nothing_gets_a_note() -> None:
     written, silent = Continuation("A", "b", "c"), Continuation("In the chat template: D", "e", " ")
-    assert silence_note([written, Continuation("A", "", "")]) is None
-    note = silence_note([written, silent])
-    assert note is not None and "after 'In the chat template: D'. Fewer" in note and "'A'" not in note
+    assert not damage_notes([], [written, Continuation("A", "", "")], fitted=True)
+    [note] = damage_notes([], [written, silent], fitted=True)
+    assert "after 'In the chat template: D'. Fewer" in note and "'A'" not in note
