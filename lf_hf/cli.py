@@ -222,9 +222,7 @@ def fuse(
     help="Folder or hub name of the checkpoint that was fused.  [default: what FUSED names, if that is on the hub]",
 )
 @click.option(
-    "--text",
-    metavar="FILE",
-    help="Text to heal on, as `lf-hf fuse --calibration`.  [default: general text, or bundled]",
+    "--text", metavar="FILE", help="Text to heal on, as `lf-hf fuse --calibration`.  [default: general or bundled]"
 )
 @click.option(
     "--cache",

@@ -113,8 +113,8 @@ def measure(
             fields["continuations"] = decoder.processes.broadcast_object(
                 lambda: written_on(decoder, tokenizer) if decoder.bytes_read <= MOST_READ else {}
             )
-    if config.perplexity_tokens and not judged:
-        notes.append("No perplexity: this Python comes without the texts that it is measured on.")
+        if not judged:
+            notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     if samples is not None:
         fields |= decoder.processes.broadcast_object(lambda: _similarity(decoder, tokenizer, config, samples, clock))
         notes += fields.pop("notes")

@@ -50,24 +50,22 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
         now = written_on(ModelDecoder(inputs.model), inputs.tokenizer)
         continuations = [dataclasses.replace(text, fused=now.get(text.prompt, text.fused)) for text in continuations]
     last = healed.curve[-1]
-    of_training = [
-        (
-            not all(map(math.isfinite, last.divergences.values())),
+    said = []
+    if not all(map(math.isfinite, last.divergences.values())):
+        said.append(
             f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
-            "goes further.",
-        ),
-        (
-            not healed.kept,
+            "goes further."
+        )
+    if not healed.kept:
+        said.append(
             "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
-            "before; take more tokens or a lower learning_rate.",
-        ),
-        (
-            healed.epochs > _MOST_EPOCHS,
+            "before; take more tokens or a lower learning_rate."
+        )
+    if healed.epochs > _MOST_EPOCHS:
+        said.append(
             f"Healing goes {healed.epochs:.1f} times through its text: more text, or fewer tokens, gives a better "
-            "model for the same time.",
-        ),
-    ]
-    said = [note for applies, note in of_training if applies]
+            "model for the same time."
+        )
     said += damage_notes(perplexities, continuations, fitted=report.config.get("refit") != "none")
     for note in said:
         logger.warning(note)
