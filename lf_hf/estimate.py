@@ -225,7 +225,7 @@ def _peak(
         fit = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
         tuning = _BYTES_TRAINED * layer if config.refit == "projections" else 0
         states = _STATES_OF_A_GROUP * config.calibration_tokens * hidden * size
-        room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else free_memory(device) // SHARE
+        room = STATES_IN_MEMORY if low_memory and device.type == "cpu" else int(free_memory(device) * SHARE)
         phases.append(max(fit, tuning) + (states if states < room else 0))
     return (0 if device.type == "cuda" else PROCESS) + weights * size + max(phases)
 

@@ -47,7 +47,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_HELD_OUT_OF_BUDGET = 8  # a budget is measured on one of so many sequences, to which nothing is fitted
+_BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
 def fuse(
@@ -119,7 +119,7 @@ def _fuse_within_budget(
     decoder: Decoder, config: FusionConfig, measured: Measurements
 ) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
-    held, rest = held_out(measured.given, max(1, len(measured.given) // _HELD_OUT_OF_BUDGET))
+    held, rest = held_out(measured.given, max(1, int(len(measured.given) * _BUDGET_SHARE)))
     if not held:
         raise ValueError(
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "

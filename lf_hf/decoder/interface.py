@@ -23,7 +23,7 @@ from lf_hf.runtime.numerics import all_finite
 
 _CPU_BATCH = 1 << 26
 """Bytes that a batch may take inside a layer on the CPU."""
-_BATCH_SHARE = 8  # of what is free on any other device
+_BATCH_SHARE = 1 / 8  # of what is free on any other device
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 
 
@@ -107,7 +107,7 @@ class Decoder(ABC):
 
         Sequences of shape (tokens T,). On the CPU larger batches would gain nothing.
         """
-        room = _CPU_BATCH if self.device.type == "cpu" else free_memory(self.device) // _BATCH_SHARE
+        room = _CPU_BATCH if self.device.type == "cpu" else int(free_memory(self.device) * _BATCH_SHARE)
         most = room // (_COPIES * self.config.intermediate_size)  # tokens
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):

@@ -36,7 +36,7 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 _LAYERS = "model.layers."
 _CPU = torch.device("cpu")
-_LEFT_FREE = 4  # a quarter of what is free on a device is left so where layers stay on it
+_LEFT_FREE = 1 / 4  # of what is free on a device: stays free where layers are kept on it
 Place = tuple[Path, str]
 """Of a tensor: its file, and its name there."""
 Places = dict[str, Place]
@@ -109,7 +109,7 @@ class CheckpointDecoder(Decoder):
     @property
     def bytes_read(self) -> int:
         size = sum(file.stat().st_size for file in {file for file, _ in self._base.values()})
-        stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - 1 / _LEFT_FREE)
+        stay = self.device.type != "cpu" and size < free_memory(self.device) * (1 - _LEFT_FREE)
         return 0 if stay else size
 
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
@@ -124,7 +124,7 @@ class CheckpointDecoder(Decoder):
         if self.device.type == "cpu":
             yield
             return
-        self._kept, self._least_free = {}, free_memory(self.device) // _LEFT_FREE
+        self._kept, self._least_free = {}, int(free_memory(self.device) * _LEFT_FREE)
         try:
             self._table = self._read(self._base[_EMBEDDING], self.device)
             if free_memory(self.device) < self._least_free:

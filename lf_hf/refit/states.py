@@ -15,7 +15,7 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.runtime.memory import free_memory
 
-SHARE = 2  # Lists may take half of what is free: fits need the rest.
+SHARE = 1 / 2  # of what is free: lists may take it, fits need the rest
 Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
 
@@ -38,9 +38,9 @@ class StateStore(ExitStack):
     def with_room(cls, decoder: Decoder, expected_bytes: int) -> StateStore:
         """A store for lists that hold `expected_bytes` together at a time, where these fit."""
         on_device = decoder.device.type != "cpu"
-        if on_device and expected_bytes < free_memory(decoder.device) // SHARE:
+        if on_device and expected_bytes < free_memory(decoder.device) * SHARE:
             return cls("device")
-        room = free_memory(torch.device("cpu")) // SHARE
+        room = int(free_memory(torch.device("cpu")) * SHARE)
         if expected_bytes < (room if decoder.states_in_memory is None else decoder.states_in_memory):
             return cls("host" if on_device else "device")
         return cls("disk")
