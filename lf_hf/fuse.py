@@ -166,7 +166,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) ->
     loaded = inputs.base.load()
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
     processes = ALONE if is_spread(inputs.base.loading.get("device_map")) else Processes.of_launch()
-    report = inputs.fuse(ModelDecoder(loaded, keep_originals=inputs.config.refit != "none", processes=processes))
+    report = inputs.fuse(ModelDecoder(loaded, processes=processes))
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     if inputs.to_heal is not None:
         from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds

@@ -1,8 +1,9 @@
 """The pipeline: measure a model, fuse layers of it, fit what came out, and report.
 
 `fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
-second. Where fused layers are fitted, `last_pass` makes each of them from the bottom up; where all layers were chosen
-at once, by what groups of them cost, there is no loop: the last pass makes the best sets of groups and keeps one.
+second. Where fused layers are fitted, `last_pass` follows: from the bottom up it fits each to what the dense model
+computes there. Where it also makes them, from groups of layers that are all chosen at once, nothing is left for the
+loop: the last pass makes one or two sets of groups whole, and keeps the better one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from lf_hf.report.records import (
     BudgetInfo,
     BudgetTrial,
     Continuation,
-    FittedLayer,
     GroupCost,
     PerplexityInfo,
 )
@@ -84,20 +84,14 @@ def fuse(
         not finite. The model is unchanged then.
     """
     parameters = check_model(decoder, config)
-    measured = measurements or measure(
-        decoder,
-        tokenizer,
-        config,
-        samples if config.needs_similarity else None,
-        text if config.needs_text else None,
-    )
+    samples, text = samples if config.needs_similarity else None, text if config.needs_text else None
+    measured = measurements or measure(decoder, tokenizer, config, samples, text)
     if config.within_budget:
-        fusion, fitted, budget = _fuse_within_budget(decoder, config, measured)
-        report = _report(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
-        return replace(report, budget=budget)
+        fusion, budget = _fuse_within_budget(decoder, config, measured)
+        return replace(_report(fusion, config, tokenizer, base=base, parameters=parameters), budget=budget)
     with start(decoder, config, measured) as fusion:
         fuse_pairs(fusion, config.num_fusions)
-    return finish(fusion, decoder, tokenizer, base=base, parameters=parameters)
+    return finish(fusion, tokenizer, base=base, parameters=parameters)
 
 
 def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
@@ -115,9 +109,7 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
             fusion.join(i, cost, fusion.fuse_pair(i))
 
 
-def _fuse_within_budget(
-    decoder: Decoder, config: FusionConfig, measured: Measurements
-) -> tuple[Fusion, list[FittedLayer], BudgetInfo]:
+def _fuse_within_budget(decoder: Decoder, config: FusionConfig, measured: Measurements) -> tuple[Fusion, BudgetInfo]:
     """Fuse as many layers as a budget allows: copies of the model are fused whole, and measured on held-out text."""
     held, rest = held_out(measured.given, max(1, int(len(measured.given) * _BUDGET_SHARE)))
     if not held:
@@ -134,145 +126,114 @@ def _fuse_within_budget(
     name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
     clock = Clock(measured.seconds)  # which goes on from trial to trial
 
-    def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, Fusion, list[FittedLayer]]]:
+    def attempt(count: int) -> tuple[BudgetTrial, Fusion]:
         copy = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
         with start(copy, level, measured, clock) as fusion:
             fuse_pairs(fusion, count)
-        fusion, fitted = last_pass(fusion, copy)
+        fusion = last_pass(fusion)
         [found] = predictions(copy, ids, final_states(copy, ids, "Measuring on held-out text"), dense).values()
-        trial = BudgetTrial(count, found.divergence, found.perplexity / found.dense_perplexity)
-        return trial, (copy, fusion, fitted)
+        return BudgetTrial(count, found.divergence, found.perplexity / found.dense_perplexity), fusion
 
-    (best, fusion, fitted), tried = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
-    _take_over(decoder, best, fusion.groups)
-    return fusion, fitted, BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source)
+    best, tried = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
+    return _taken_over(decoder, best), BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source)
 
 
-def _take_over(decoder: Decoder, fused: Decoder, groups: Sequence[Sequence[int]]) -> None:
-    """Make a dense model what a fused copy of it is, where each layer stands for a group of the dense model's."""
-    for index, group in enumerate(groups):
+def _taken_over(decoder: Decoder, fusion: Fusion) -> Fusion:
+    """The fusion of a copy of a dense model as one of the model itself, which becomes what the copy is."""
+    for index, group in enumerate(fusion.groups):
         if len(group) > 1:
-            with fused.layer(index) as layer:
-                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
+            layer = fusion.decoder.layer(index)
+            decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             for _ in group[1:]:
                 decoder.remove(index + 1)
+    return replace(fusion, decoder=decoder)
 
 
-def last_pass(fusion: Fusion, decoder: Decoder) -> tuple[Fusion, list[FittedLayer]]:
+def last_pass(fusion: Fusion) -> Fusion:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
     Where their groups were chosen all at once, each set that is left to choose from is made whole, on a copy of the
     model, and the one whose predictions of held-out text are nearest to the dense model's is taken.
     """
     if fusion.config.refit == "none":
-        return fusion, []
+        return fusion
     with fusion.clock("last pass"):
         measured = fusion.measured
         aside, rest = held_out(measured.given, _HELD_OUT)
         held_out_text = [*aside, *measured.other_text]
         texts = interleaved(rest, measured.written), fusion.config, held_out_text
         if not fusion.left_to_last_pass:
-            return fusion, fit_from_bottom(decoder, fusion.groups, *texts)[0]
+            fitted, _ = fit_from_bottom(fusion.decoder, fusion.dense, fusion.groups, *texts)
+            return replace(fusion, fitted=fitted)
         best, costs = None, dict[Groups, float]()
         for plan in fusion.plans if held_out_text else fusion.plans[:1]:
-            made = replace(fusion, decoder=decoder).counted_out(plan)
-            fitted, costs[plan] = fit_from_bottom(made.decoder, made.groups, *texts)
-            if best is None or costs[plan] < costs[best[0].plans[0]]:
-                best = made, fitted
+            made = fusion.counted_out(plan)
+            made.fitted, costs[plan] = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
+            if best is None or costs[plan] < costs[best.plans[0]]:
+                best = made
         assert best is not None
-        made, fitted = best
-        _take_over(decoder, made.decoder, made.groups)
-        return replace(made, decoder=decoder, made_whole=costs), fitted
+        return replace(_taken_over(fusion.decoder, best), made_whole=costs)
 
 
-def finish(
-    fusion: Fusion, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int
-) -> FusionReport:
+def finish(fusion: Fusion, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int) -> FusionReport:
     """Make the last pass over a model after `fuse_pairs`, measure it, and report what was done.
 
     Parameters
     ----------
     fusion : Fusion
-    decoder : Decoder
-        The fusion's own, or a copy of it, which lets the fusion go on afterwards. Changed where layers are fitted.
+        Its decoder is changed where layers are fitted: with a copy of it in its place, the fusion can go on afterwards.
     tokenizer : the model's tokenizer
     base : str
         Name of the model, for the report.
     parameters : int
         How many the dense model has.
     """
-    fusion, fitted = last_pass(replace(fusion, clock=Clock(fusion.clock.seconds)), decoder)
+    fusion = last_pass(replace(fusion, clock=Clock(fusion.clock.seconds)))
     config = replace(fusion.config, num_fusions=len(fusion.steps))
-    return _report(fusion, fitted, config, decoder, tokenizer, base=base, parameters=parameters)
+    return _report(fusion, config, tokenizer, base=base, parameters=parameters)
 
 
 def _report(
-    fusion: Fusion,
-    fitted: list[FittedLayer],
-    config: FusionConfig,
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    base: str,
-    parameters: int,
+    fusion: Fusion, config: FusionConfig, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int
 ) -> FusionReport:
     """Measure the fused model, and put all together that was found out; `config` is what the user asked for."""
-    measured, steps, clock = fusion.measured, list(fusion.steps), fusion.clock
+    decoder, measured, steps, clock = fusion.decoder, fusion.measured, list(fusion.steps), fusion.clock
     with clock("perplexity"):
         judged = perplexities(decoder, measured, fusion.config)
     with clock("continuations"):
         continuations = continued(decoder, tokenizer, measured)
-    with decoder.layer(0) as layer:
-        layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
-        dtype = str(next(layer.parameters()).dtype).removeprefix("torch.")
-    layers = len(fusion.groups) + len(steps)
-    report = FusionReport(
+    of_layer = list(decoder.layer(0).parameters())
+    layers, averaged = len(fusion.groups) + len(steps), fusion.similarity is not None
+    costs = measured.group_costs[group_settings(fusion.config)] if fusion.plans else {}
+    return FusionReport(
         base=base,
         config=config.to_dict(),
         steps=steps,
-        fitted_layers=fitted,
+        fitted_layers=fusion.fitted,
         layers_before=layers,
         layers_after=len(fusion.groups),
         parameters_before=parameters,
-        parameters_after=parameters - len(steps) * layer_parameters,
+        parameters_after=parameters - len(steps) * sum(parameter.numel() for parameter in of_layer),
         calibration=measured.sources(fusion.config),
         perplexities=judged,
-        similarity=None,
-        embeddings=None,
+        similarity=None if fusion.similarity is None else fusion.similarity.tolist(),
+        embeddings=measured.embeddings.tolist() if averaged and measured.embeddings is not None else None,
+        sample_labels=measured.sample_labels if averaged else None,
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(fusion, fitted, judged, continuations),
-        influences=fusion.influences or None,
+        notes=_notes(fusion, judged, continuations),
+        influences=fusion.influences or (measured.influences if averaged else None),
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
-        dtype=dtype,
+        dtype=str(of_layer[0].dtype).removeprefix("torch."),
         continuations=continuations,
+        group_costs=[GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
+        predicted=cheapest_levels(estimated(costs), fusion.config.most_fusions(layers)) if costs else [],
     )
-    if fusion.similarity is not None and measured.embeddings is not None:
-        report = replace(
-            report,
-            similarity=fusion.similarity.tolist(),
-            embeddings=measured.embeddings.tolist(),
-            sample_labels=measured.sample_labels,
-            influences=fusion.influences or measured.influences,
-        )
-    if fusion.plans:
-        costs = measured.group_costs[group_settings(fusion.config)]
-        report = replace(
-            report,
-            group_costs=[GroupCost(*group, cost) for group, cost in sorted(costs.items()) if math.isfinite(cost)],
-            predicted=[cost for cost, _ in cheapest_levels(estimated(costs), fusion.config.most_fusions(layers))],
-        )
-    return report
 
 
-def _notes(
-    fusion: Fusion,
-    fitted: Sequence[FittedLayer],
-    judged: Sequence[PerplexityInfo],
-    continuations: Sequence[Continuation],
-) -> list[str]:
+def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequence[Continuation]) -> list[str]:
     """What a user should know, one sentence each."""
     measured, config = fusion.measured, fusion.config
     notes = list(measured.notes)
@@ -295,7 +256,7 @@ def _notes(
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "
         "text it comes nearer to what they do than the fitted layer."
-        for layer in fitted
+        for layer in fusion.fitted
         if layer.layer_instead is not None
     ]
     damage = damage_notes(judged, continuations, fitted=config.refit != "none")

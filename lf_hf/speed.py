@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import sharing_copy
+from lf_hf.decoder.interface import set_config_layers
 from lf_hf.families import CausalLM, family_of
 from lf_hf.report.records import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
@@ -108,16 +109,13 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
 def _with_layers(body: Any, count: int) -> Any:
     """A model without its head that has `count` layers: the first ones come again at the end, with the same weights."""
     longer = sharing_copy(body)
-    left, config = len(longer.layers), longer.config
+    left = len(longer.layers)
     again = [number % left for number in range(count - left)]
     for number in again:
         layer = sharing_copy(longer.layers[number])
         layer.self_attn.layer_idx = len(longer.layers)
         longer.layers.append(layer)
-    for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == left:
-            setattr(config, name, value + [value[number] for number in again])
-    config.num_hidden_layers = count
+    set_config_layers(longer.config, [*range(left), *again])
     return longer
 
 

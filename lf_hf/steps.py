@@ -20,9 +20,8 @@ from lf_hf.measure import Clock, Measurements
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.groups import GroupCosts, Groups, estimated, removed, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Boundaries, Traces, trace
-from lf_hf.report.records import FusionStep
+from lf_hf.refit.states import Boundaries, StateStore, Traces, trace
+from lf_hf.report.records import FittedLayer, FusionStep
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.stages.fusion import average_layers, fusion_ratio
 from lf_hf.text.packing import beginning
@@ -38,6 +37,7 @@ class Fusion:
     """The model while its pairs are fused; `start` makes one."""
 
     decoder: Decoder
+    dense: Decoder  # the model as it was, for the last pass; the same decoder where there is no such pass
     config: FusionConfig
     measured: Measurements
     similarity: NDArray[np.float64] | None  # of the dense model's layers, (L, L), where weights are averaged
@@ -50,6 +50,7 @@ class Fusion:
     table: GroupCosts | None = None  # with selection="groups"
     # Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
     plans: list[Groups] = field(default_factory=list)
+    fitted: list[FittedLayer] = field(default_factory=list)  # by the last pass
     # The sets that the last pass made, with the divergence that held-out text has then.
     made_whole: dict[Groups, float] = field(default_factory=dict)
 
@@ -74,31 +75,24 @@ class Fusion:
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
             longest = max(last - first + 1 for first, last in self.plans[0])
             costs = estimated(self.measured.group_costs[group_settings(self.config)], longest)
-            first, *_, last = *self.groups[i], *self.groups[i + 1]
+            first, last = self.groups[i][0], self.groups[i + 1][-1]
             return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
         if self.config.selection == "least_influence":
             assert self.boundaries is not None
-            return self._least(self.boundaries.influences) - 1, None
+            influences, kinds = self.boundaries.influences, self.decoder.family.config_kinds(self.decoder.config)
+            inner = range(1, self.decoder.num_layers - 2)  # the model's first and last layer stay out of any pair
+            pairs = [i for i in inner if self.config.merge != "average" or kinds[i] == kinds[i + 1]]
+            return min(pairs, key=lambda i: influences[i + 1]), None
         return self.decoder.num_layers - 2, None
-
-    def _least(self, influences: Sequence[float]) -> int:
-        """Index j of the layer of least influence that may be joined with layer j - 1.
-
-        The first and the last layer of the model stay out of any pair: there must be at least four layers.
-        """
-        kinds = self.decoder.family.config_kinds(self.decoder.config)
-        pairs = [j for j in range(2, len(influences) - 1) if self.config.merge != "average" or kinds[j - 1] == kinds[j]]
-        return min(pairs, key=lambda j: influences[j])
 
     @torch.no_grad()
     def fuse_pair(self, i: int) -> FusedLayer:
         """Layers i and i + 1 as one. A rough fit will do where the last pass makes it again."""
         states = [] if self.boundaries is None else self.boundaries.before(i)
-        with ExitStack() as stack:
-            pair = [stack.enter_context(self.decoder.layer(index)) for index in (i, i + 1)]
-            traces = trace(self.decoder, pair, states if self.config.fits else [], self.store)
-            numbers = [self.groups[index][0] for index in (i, i + 1)]
-            return self.fused(numbers, pair, traces, states, quick=self.config.remakes)
+        pair = [self.decoder.layer(index) for index in (i, i + 1)]
+        numbers = [self.groups[index][0] for index in (i, i + 1)]
+        traces = trace(self.decoder, pair, states if self.config.fits else [], self.store)
+        return self.fused(numbers, pair, traces, states, quick=self.config.remakes)
 
     @torch.no_grad()
     def try_group(
@@ -125,34 +119,39 @@ class Fusion:
         `numbers` are those of the layers in the dense model. The list of layers may be emptied.
         """
         config, decoder, kind = self.config, self.decoder, self.decoder.family.layer_kind(layers[0])
-        changed, found = dict[str, Tensor](), dict[str, Any]()
+        changed, found = self._averaged(numbers, layers) if config.merge == "average" else ({}, {})
+        if not config.fits:
+            return FusedLayer(changed, kind, found)
         if config.merge != "select":
-            weights = layer_weights(decoder, layers[0])
-            for number, layer in zip(numbers[1:], layers[1:], strict=True) if config.merge == "average" else ():
-                assert self.similarity is not None
-                ratio = fusion_ratio(self.similarity, numbers[0], number, config.ratio_beta)
-                changed, matches = average_layers(
-                    weights,
-                    layer_weights(decoder, layer),
-                    ratio=ratio,
-                    alignment=config.alignment,
-                    head_dim=head_dim(decoder.config),
-                    symmetry=decoder.family.symmetry,
-                    processes=decoder.processes,
-                )
-                for tensor in changed.values():  # in case machines round differently
-                    decoder.processes.broadcast(tensor)
-                weights |= changed
-                found = {"ratio_i": ratio, "ratio_j": 1 - ratio, "matches": matches}
-            if not config.fits:
-                return FusedLayer(changed, kind, found)
-            layers = [build_layer(decoder, weights, kind)]
+            layers = [build_layer(decoder, {**layer_weights(decoder, layers[0]), **changed}, kind)]
         fit = fit_group(
             decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
         )
         for name in ("heads_kept", "channels_kept", "error_before", "error_after"):
             found[name] = getattr(fit, name)
         return FusedLayer(fit.weights, fit.kind, found)
+
+    def _averaged(self, numbers: Sequence[int], layers: Sequence[DecoderLayer]) -> tuple[Weights, dict[str, Any]]:
+        """The weights that change where layers are averaged, one after the other, and what the last average found."""
+        decoder = self.decoder
+        assert self.similarity is not None
+        weights, changed, found = layer_weights(decoder, layers[0]), dict[str, Tensor](), dict[str, Any]()
+        for number, layer in zip(numbers[1:], layers[1:], strict=True):
+            ratio = fusion_ratio(self.similarity, numbers[0], number, self.config.ratio_beta)
+            changed, matches = average_layers(
+                weights,
+                layer_weights(decoder, layer),
+                ratio=ratio,
+                alignment=self.config.alignment,
+                head_dim=head_dim(decoder.config),
+                symmetry=decoder.family.symmetry,
+                processes=decoder.processes,
+            )
+            for tensor in changed.values():  # in case machines round differently
+                decoder.processes.broadcast(tensor)
+            weights |= changed
+            found = {"ratio_i": ratio, "ratio_j": 1 - ratio, "matches": matches}
+        return changed, found
 
     def join(self, i: int, cost: float | None, fused: FusedLayer | None = None) -> None:
         """Let layer i stand for layers i and i + 1, as it is or fused, and note the step."""
@@ -202,7 +201,8 @@ def start(
             del embedded
             similarity = measured.similarity if config.needs_similarity else None
             groups = [[index] for index in range(decoder.num_layers)]
-            fusion = Fusion(decoder, config, measured, similarity, groups, store, boundaries, clock)
+            dense = decoder if config.refit == "none" else decoder.copy()
+            fusion = Fusion(decoder, dense, config, measured, similarity, groups, store, boundaries, clock)
             if boundaries is not None:
                 fusion.influences = list(boundaries.influences)
             if config.selection == "groups":

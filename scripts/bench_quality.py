@@ -58,8 +58,7 @@ from lf_hf.refit.layer_parts import (
     stacked,
     written_by,
 )
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Boundaries
+from lf_hf.refit.states import Boundaries, StateStore
 from lf_hf.text.calibration import (
     BUNDLED,
     Corpus,
@@ -92,7 +91,7 @@ class Ways:
 
     def fusion(self, model: CausalLM, count: int, *, healed: bool = False, **settings: str) -> CausalLM:
         """A method of the package, with a distillation from the base after it where that is asked for."""
-        config, decoder = FusionConfig(count, **self.settings | settings), ModelDecoder(model, keep_originals=True)
+        config, decoder = FusionConfig(count, **self.settings | settings), ModelDecoder(model)
         report = fuse(decoder, self.tokenizer, config, None, None, base="bench", measurements=self.measured)
         if groups := [[*group] for group in report.groups if len(group) > 1]:
             print(f"<!-- {groups} -->", flush=True)
@@ -137,17 +136,17 @@ class Ways:
             )
 
         start = min(range(1, decoder.num_layers - count + 1), key=distance)
-        with decoder.layer(start - 1) as layer:
-            regression = Regression(model.config.hidden_size, model.config.hidden_size, model.device)
-            for before, target in zip(states[start - 1], states[start + count], strict=True):
-                residual = mid_state(decoder, layer, before)
-                written = written_by(decoder, decoder.family.mlp, layer, residual)
-                wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
-                regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
-            through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
-            down = layer.mlp.down_proj.named_parameters()  # it may have a bias
-            mapped = {f"mlp.down_proj.{name}": (through @ part.float()).to(part.dtype) for name, part in down}
-            decoder.replace(start - 1, mapped)
+        layer = decoder.layer(start - 1)
+        regression = Regression(model.config.hidden_size, model.config.hidden_size, model.device)
+        for before, target in zip(states[start - 1], states[start + count], strict=True):
+            residual = mid_state(decoder, layer, before)
+            written = written_by(decoder, decoder.family.mlp, layer, residual)
+            wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
+            regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
+        through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
+        down = layer.mlp.down_proj.named_parameters()  # it may have a bias
+        mapped = {f"mlp.down_proj.{name}": (through @ part.float()).to(part.dtype) for name, part in down}
+        decoder.replace(start - 1, mapped)
         for _ in range(count):
             decoder.remove(start)
         return model
@@ -173,8 +172,7 @@ class Ways:
             if index in firsts:
                 decoder.replace(index, self._flat(decoder, index, states))
                 decoder.remove(index + 1)
-            with decoder.layer(index) as layer:
-                states = [decoder.run_layer(layer, state) for state in states]
+            states = [decoder.run_layer(decoder.layer(index), state) for state in states]
         return model
 
     def _flat(self, decoder: ModelDecoder, index: int, states: Sequence[Tensor]) -> dict[str, Tensor]:

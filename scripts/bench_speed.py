@@ -446,7 +446,7 @@ def one_by_one(
     found = []
     for config in configs:
         model = opened.load()
-        decoder = ModelDecoder(model, keep_originals=config.refit != "none")
+        decoder = ModelDecoder(model)
         report = pipeline.fuse(decoder, tokenizer, config, None, None, base=base, measurements=measured)
         found.append(
             ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
@@ -519,9 +519,9 @@ def stage_costs(layers: int, hidden: int, samples: int) -> list[float]:
     distances = timed(lambda: sample_distances(decoder, ids)[0])
     embeddings = timed(lambda: np.stack([diffusion_embedding(layer) for layer in distances.result]))
     similarity = timed(lambda: layer_similarity(embeddings.result))
-    with decoder.layer(layers - 2) as i, decoder.layer(layers - 1) as j:
-        weights = [{n: p for n, p in layer.named_parameters() if "proj" in n} for layer in (i, j)]
-        aligned = timed(lambda: match_rows({name: (weights[0][name], weights[1][name]) for name in weights[0]}))
+    last_two = decoder.layers((layers - 2, layers - 1))
+    weights = [{n: p for n, p in layer.named_parameters() if "proj" in n} for layer in last_two]
+    aligned = timed(lambda: match_rows({name: (weights[0][name], weights[1][name]) for name in weights[0]}))
     return [distances.cpu, embeddings.cpu, similarity.cpu, aligned.cpu]
 
 

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def run(model: Any, kind: str, samples: list[str] | None = None) -> FusionReport:
     config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration_tokens": 1024}
     return fuse(
-        ModelDecoder(model, keep_originals=True),
+        ModelDecoder(model),
         make_tokenizer(),
         FusionConfig(**config | {"calibration_length": 64} | SETTINGS[kind]),
         CalibrationSamples(samples or make_texts(), "random sentences"),

@@ -54,7 +54,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     measured = measure(ModelDecoder(dense), tokenizer, config, None, corpus)
 
     def fused(config: FusionConfig) -> tuple[Any, FusionReport]:
-        decoder = ModelDecoder(dense, keep_originals=True).copy()
+        decoder = ModelDecoder(dense).copy()
         report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
         return decoder.model, report
 
@@ -89,7 +89,7 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
     for texts, message in ((TEXTS, found), ([uneven], "A budget needs two sequences of calibration text")):
         corpus = Corpus({text: text for text in texts})
         with pytest.raises(ValueError, match=message):
-            fuse(ModelDecoder(model, keep_originals=True), tokenizer, config, None, corpus, base="tiny")
+            fuse(ModelDecoder(model), tokenizer, config, None, corpus, base="tiny")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
 

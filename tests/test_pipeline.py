@@ -65,7 +65,7 @@ def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, b
     config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
     note = "Text of your own domain is better" if by_default else ""
     text = Corpus({"mine": documentation_halves()[1]}, note=note)
-    decoder = ModelDecoder(make_llama(), keep_originals=True)
+    decoder = ModelDecoder(make_llama())
     report = fuse(decoder, make_tokenizer(), config, None, text, base="tiny")
     assert any("own domain" in note for note in report.notes) == by_default
     assert any("selection='groups' measures it" in note for note in report.notes) == (selection == "least_influence")

@@ -15,8 +15,7 @@ from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import FAMILIES, DecoderLayer
 from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Traces, trace
+from lf_hf.refit.states import StateStore, Traces, trace
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 SETTINGS: dict[str, dict[str, Any]] = {

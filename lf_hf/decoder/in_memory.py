@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
+from lf_hf.decoder.interface import Decoder, set_config_kind, set_config_layers
 from lf_hf.families import CausalLM, DecoderLayer, Kind
 from lf_hf.runtime.launch import ALONE, Processes
 
@@ -19,18 +19,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ModelDecoder(Decoder):
-    """A model in memory, of any family; it is changed, but none of its tensors is: a layer gets new ones.
+    """A model in memory, of any family; it is changed, but none of its tensors is: a layer gets new ones."""
 
-    With `keep_originals` the layers that changes and removals touch are kept aside, for `original`.
-    """
-
-    def __init__(self, model: CausalLM, *, keep_originals: bool = False, processes: Processes = ALONE) -> None:
+    def __init__(self, model: CausalLM, *, processes: Processes = ALONE) -> None:
         self.model = model
         self.processes = processes
         self.device = model.model.embed_tokens.weight.device
-        self._keep_originals = keep_originals
-        self._sources = list(range(len(model.model.layers)))  # of each layer, its number in the dense model
-        self._originals: dict[int, DecoderLayer] = {}
         self.config = model.config
         self.rotary_emb = model.model.rotary_emb
 
@@ -41,24 +35,15 @@ class ModelDecoder(Decoder):
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
         return (self.model.model.layers[index] for index in indices)
 
-    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
-        for number in numbers:
-            kept = self._originals.get(number)
-            yield self.model.model.layers[self._sources.index(number)] if kept is None else kept
-
     def copy(self) -> ModelDecoder:
-        """The model as it is now, to be changed apart from this one; until then both have the same tensors."""
         other = copy.copy(self)
         other.model = sharing_copy(self.model)
         other.config, other.rotary_emb = other.model.config, other.model.model.rotary_emb
-        other._sources, other._originals = list(self._sources), dict(self._originals)
         return other
 
     @torch.no_grad()
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
-        source, layer = self._sources[index], self.model.model.layers[index]
-        if self._keep_originals and source not in self._originals:
-            self._originals[source] = sharing_copy(layer)
+        layer = self.model.model.layers[index]
         for name, tensor in self.family.packed(weights).items():
             place, _, parameter = name.rpartition(".")
             before = layer.get_parameter(name)
@@ -72,10 +57,7 @@ class ModelDecoder(Decoder):
                     setattr(layer.self_attn, name, getattr(attention, name))
 
     def remove(self, index: int) -> None:
-        remove_config_layer(self.config, index)
-        source, layer = self._sources.pop(index), self.model.model.layers[index]
-        if self._keep_originals:
-            self._originals.setdefault(source, layer)
+        set_config_layers(self.config, [n for n in range(self.num_layers) if n != index])
         del self.model.model.layers[index]
         for position, layer in enumerate(self.model.model.layers):
             layer.self_attn.layer_idx = position  # where the KV cache keeps this layer's keys and values

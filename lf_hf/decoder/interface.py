@@ -58,23 +58,13 @@ class Decoder(ABC):
         Neither they nor the model are to be changed meanwhile.
         """
 
-    @abstractmethod
-    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
-        """Layers of the dense model, by their numbers there, whatever is replaced or removed, also meanwhile."""
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[DecoderLayer]:
-        """One layer, to be used inside a `with` block."""
-        yield next(iter(self.layers([index])))
-
-    @contextmanager
-    def original(self, number: int) -> Iterator[DecoderLayer]:
-        """One layer of the dense model, to be used inside a `with` block."""
-        yield next(iter(self.originals([number])))
+    def layer(self, index: int) -> DecoderLayer:
+        """One layer with its weights."""
+        return next(self.layers([index]))
 
     @abstractmethod
     def copy(self) -> Decoder:
-        """The model as it is now, to be changed apart from this one."""
+        """The model as it is now, with the same tensors: either may then change without the other."""
 
     @abstractmethod
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
@@ -205,13 +195,13 @@ class Decoder(ABC):
             yield states
 
 
-def remove_config_layer(config: PretrainedConfig, index: int) -> None:
-    """Take one layer out of `num_hidden_layers` and of lists with one entry a layer, such as `layer_types`."""
+def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:
+    """Let a config describe these of its layers, in this order; lists with one entry a layer follow."""
     num_layers, lists = config.num_hidden_layers, family_of(config).layer_lists
     for name, value in vars(config).items():
         if name in lists or ("layer" in name and isinstance(value, list) and len(value) == num_layers):
-            setattr(config, name, value[:index] + value[index + 1 :])
-    config.num_hidden_layers = num_layers - 1
+            setattr(config, name, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
 
 
 def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:

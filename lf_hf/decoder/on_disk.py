@@ -26,7 +26,7 @@ from lf_hf.checkpoint.weights import (
     tensor_files,
     tensor_shapes,
 )
-from lf_hf.decoder.interface import Decoder, remove_config_layer, set_config_kind
+from lf_hf.decoder.interface import Decoder, set_config_kind, set_config_layers
 from lf_hf.families import DecoderLayer, Kind
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.progress import progress
@@ -87,9 +87,7 @@ class CheckpointDecoder(Decoder):
         )
         self._base: Places = {name: (file, name) for name, file in files.items()}
         self._check_complete(str(folder))
-        self._originals = [self._places_of(number) for number in range(config.num_hidden_layers)]
-        self._layers = list(self._originals)
-        self._kinds = self.family.config_kinds(config)  # of the originals
+        self._layers = [self._places_of(number) for number in range(config.num_hidden_layers)]
         self._scratch, self._numbers = scratch, itertools.count()  # of the files there
         self._folders: list[TemporaryDirectory[str]] = []  # a copy's, and of those that it was made from
         self._own_head = self._has_own_head()
@@ -113,10 +111,25 @@ class CheckpointDecoder(Decoder):
         return 0 if stay else size
 
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
-        return self._stream(indices, original=False)
-
-    def originals(self, numbers: Iterable[int]) -> Iterator[DecoderLayer]:
-        return self._stream(numbers, original=True)
+        """Each layer is its user's alone, so that its memory can be freed."""
+        if self.device.type == "cpu":
+            for index in indices:
+                yield self._built(self._weights(index), index)
+            return
+        indices, kept = list(indices), {} if self._kept is None else self._kept
+        with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
+            reads = (reader.submit(self._copied, index) for index in indices if index not in kept)
+            ahead = next(reads, None)
+            for index in indices:
+                if index in kept:
+                    yield kept[index]
+                    continue
+                assert ahead is not None
+                layer = [self._built(self._received(ahead.result()), index)]
+                if self._kept is kept and free_memory(self.device) >= self._least_free:
+                    kept[index] = layer[0]
+                ahead = next(reads, None)
+                yield layer.pop()
 
     @contextmanager
     def kept_at_hand(self) -> Iterator[None]:
@@ -134,7 +147,7 @@ class CheckpointDecoder(Decoder):
             self._kept = self._table = None
 
     def copy(self) -> CheckpointDecoder:
-        """The model as it is now, to be changed apart from this one; its changed layers go when it does."""
+        """As in general; the changed layers of a copy go when it does."""
         other = copy.copy(self)
         other.config, other._layers = copy.deepcopy(self.config), list(self._layers)
         other._folders = [*self._folders, TemporaryDirectory(dir=self._scratch)]
@@ -151,8 +164,8 @@ class CheckpointDecoder(Decoder):
         self._forget(before, self._layers[index])
 
     def remove(self, index: int) -> None:
+        set_config_layers(self.config, [n for n in range(self.num_layers) if n != index])
         self._forget(self._layers.pop(index), {})
-        remove_config_layer(self.config, index)
 
     def _forget(self, before: Places, after: Places) -> None:
         """Delete files of changed tensors that a layer no longer has."""
@@ -215,33 +228,12 @@ class CheckpointDecoder(Decoder):
             return _HEAD in self._base
         return not torch.equal(*(self._read(self._base[name]) for name in (_EMBEDDING, _HEAD)))
 
-    def _stream(self, numbers: Iterable[int], *, original: bool) -> Iterator[DecoderLayer]:
-        """Layers of the model as it is, or of the base; each is its user's alone, so that its memory can be freed."""
-        if self.device.type == "cpu":
-            for number in numbers:
-                yield self._built(self._weights(number, original), number, original)
-            return
-        numbers, kept = list(numbers), {} if original or self._kept is None else self._kept
-        with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
-            reads = (reader.submit(self._copied, number, original) for number in numbers if number not in kept)
-            ahead = next(reads, None)
-            for number in numbers:
-                if number in kept:
-                    yield kept[number]
-                    continue
-                assert ahead is not None
-                layer = [self._built(self._received(ahead.result()), number, original)]
-                if self._kept is kept and free_memory(self.device) >= self._least_free:
-                    kept[number] = layer[0]
-                ahead = next(reads, None)
-                yield layer.pop()
-
-    def _copied(self, number: int, original: bool) -> dict[str, Tensor]:
+    def _copied(self, index: int) -> dict[str, Tensor]:
         """A layer's weights on the device, all there when this returns. For any thread."""
         if self._copies is None:
-            return self._weights(number, original)
+            return self._weights(index)
         with torch.cuda.stream(self._copies):
-            weights = self._weights(number, original)
+            weights = self._weights(index)
         self._copies.synchronize()
         return weights
 
@@ -252,17 +244,15 @@ class CheckpointDecoder(Decoder):
                 weight.record_stream(torch.cuda.current_stream(self.device))
         return weights
 
-    def _built(self, weights: Mapping[str, Tensor], number: int, original: bool) -> DecoderLayer:
-        kind = self._kinds[number] if original else self.family.config_kind(self.config, number)
-        layer = self.family.new_layer(self.config, kind)
-        layer.self_attn.layer_idx = number
+    def _built(self, weights: Mapping[str, Tensor], index: int) -> DecoderLayer:
+        layer = self.family.new_layer(self.config, self.family.config_kind(self.config, index))
+        layer.self_attn.layer_idx = index
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def _weights(self, number: int, original: bool) -> dict[str, Tensor]:
+    def _weights(self, index: int) -> dict[str, Tensor]:
         """All parameters of a layer on the device, by their names inside it."""
-        places = (self._originals if original else self._layers)[number]
-        return {name: self._read(place, self.device) for name, place in places.items()}
+        return {name: self._read(place, self.device) for name, place in self._layers[index].items()}
 
     def _read(self, place: Place, device: torch.device = _CPU) -> Tensor:
         return read_onto(device, *place, self.dtype)

@@ -208,7 +208,7 @@ class _Maker:
         for _, together in groupby(((key, config) for key, config in keys.items() if config), begins):
             levels, (dense, measured) = [*together], self._dense
             first = replace(levels[0][1], heal_tokens=0)
-            decoder = ModelDecoder(dense, keep_originals=first.refit != "none").copy()
+            decoder = ModelDecoder(dense).copy()
             with start(decoder, first, measured) as fusion:
                 for key, config in levels:
                     pipeline.fuse_pairs(fusion, config.num_fusions)
@@ -261,7 +261,8 @@ class _Maker:
         """A copy of what is fused so far after its last pass, healed where that is asked for."""
         decoder = cast(ModelDecoder, fusion.decoder.copy())
         names: dict[str, Any] = {"base": self._base.full_name, "parameters": self._dense[0].num_parameters()}
-        report = with_speed(pipeline.finish(fusion, decoder, self._tokenizer, **names), decoder.model)
+        fusion = replace(fusion, decoder=decoder)
+        report = with_speed(pipeline.finish(fusion, self._tokenizer, **names), decoder.model)
         model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
         if self._to_heal and config.heal_tokens:
             from lf_hf.healing.heal import heal_loaded

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import check_room, only_writer
-from lf_hf.decoder.interface import remove_config_layer
+from lf_hf.decoder.interface import set_config_layers
 from lf_hf.families import CausalLM, is_tied
 from lf_hf.healing.inputs import WORK, HealingInputs, open_inputs
 from lf_hf.healing.judge import healed_report, healed_texts, judge
@@ -159,8 +159,8 @@ def check_can_heal(
 ) -> None:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards."""
     fused = base.new_config()
-    for _ in range(config.num_fusions or 1):  # one at least, where a budget says how many
-        remove_config_layer(fused, fused.num_hidden_layers - 1)
+    fewer = config.num_fusions or 1  # one at least, where a budget says how many
+    set_config_layers(fused, range(fused.num_hidden_layers - fewer))
     with torch.device("meta"):
         model = base.family.causal_lm(fused)
     settings = HealSettings(tokens=config.heal_tokens, seed=config.seed)

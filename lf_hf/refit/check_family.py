@@ -15,8 +15,7 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import family_of, head_dim
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import trace
+from lf_hf.refit.states import StateStore, trace
 
 _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more

@@ -13,8 +13,7 @@ from lf_hf.families import DecoderLayer, Kind
 from lf_hf.refit.fit import HalfFit, fit_attention, fit_mlp
 from lf_hf.refit.layer_parts import build_layer, layer_weights, mid_state
 from lf_hf.refit.normed_half import NormedHalfFit
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Traces, on_device
+from lf_hf.refit.states import StateStore, Traces, on_device
 from lf_hf.runtime.numerics import all_finite
 
 

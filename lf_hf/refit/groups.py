@@ -23,8 +23,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
 from lf_hf.refit.layer_parts import mid_state
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import Boundaries, Traces, on_device
+from lf_hf.refit.states import Boundaries, StateStore, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP
 from lf_hf.text.packing import JUDGING_LENGTH, beginning, held_out, interleaved
@@ -267,13 +266,13 @@ def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int)
     return [groups for _, groups in best[top + 1][num_fusions]]
 
 
-def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[tuple[float, Groups]]:
-    """For 1 to `most` fusions what the cheapest groups are expected to cost together, and which these are.
+def cheapest_levels(costs: Mapping[Group, float], most: int) -> list[float]:
+    """For 1 to `most` fusions what the cheapest groups are expected to cost together.
 
     It ends before the first number for which no groups have costs that are finite.
     """
     levels = takewhile(bool, (cheapest_sets(costs, count, count=1) for count in range(1, most + 1)))
-    return [(sum(costs[group] for group in groups), groups) for [groups] in levels]
+    return [sum(costs[group] for group in groups) for [groups] in levels]
 
 
 def promising(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from lf_hf.families import DecoderLayer
 from lf_hf.refit.fit import token_weights
 from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import trace
+from lf_hf.refit.states import StateStore, trace
 from lf_hf.refit.tuning import Row, channel_weights, steps_of, tune
 from lf_hf.report.records import FittedLayer
 from lf_hf.runtime.numerics import in_float64
@@ -27,6 +25,7 @@ from lf_hf.settings import FusionConfig
 @torch.no_grad()
 def fit_from_bottom(
     decoder: Decoder,
+    dense: Decoder,
     groups: Sequence[list[int]],
     sequences: Sequence[Tensor],
     config: FusionConfig,
@@ -42,6 +41,8 @@ def fit_from_bottom(
     ----------
     decoder : Decoder
         Its fused layers are changed.
+    dense : Decoder
+        The dense model, which is not changed.
     groups : sequence of lists of int
         For each layer, the layers of the dense model that it stands for.
     sequences : sequence of int64 tensors of shape (tokens T,)
@@ -64,46 +65,47 @@ def fit_from_bottom(
     steps = steps_of(decoder, sequences) if config.refit == "projections" and held_out else []
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
-        dense: Sequence[Tensor] = store.keep(embedded)
-        states = dense
+        dense_states: Sequence[Tensor] = store.keep(embedded)
+        states = dense_states
         del embedded, embedded_held
         fitted = []
-        originals = decoder.originals(range(sum(map(len, groups))))
+        dense_layers = dense.layers(range(dense.num_layers))
         for index, group in enumerate(progress(groups, desc="Last pass", unit="layer")):
             if len(group) == 1:
-                layer = next(originals)
-                after = store.keep(decoder.run_layer(layer, state) for state in dense)
-                if states is not dense:
-                    states = store.keep(decoder.run_layer(layer, state) for state in states)
-                else:
-                    states = after
-                dense = after
+                layer, is_dense = next(dense_layers), states is dense_states
+                dense_states = _after(decoder, layer, dense_states, store)
+                states = dense_states if is_dense else _after(decoder, layer, states, store)
                 held.cross_dense([layer])
                 held.cross(layer)
                 del layer
                 continue
-            with ExitStack() as stack:
-                layers = [next(originals) for _ in group]
-                traces = trace(decoder, layers, dense, store)
-                held.cross_dense(layers)
-                of_layers = [held.missed(layer)[0] for layer in layers] if config.merge == "select" else [math.inf]
-                if config.merge != "select":
-                    layers = [stack.enter_context(decoder.layer(index))]
-                fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
-            dense = traces.output
-            del traces
-            fused, missed, missed_first = _tuned(decoder, fit, states, dense, steps, held)
-            least = min(of_layers)  # a fitted layer that overflows misses NaN, which is no less
+            layers = [next(dense_layers) for _ in group]
+            traces = trace(decoder, layers, dense_states, store)
+            held.cross_dense(layers)
+            of_layers = [held.missed(layer)[0] for layer in layers] if config.merge == "select" else []
+            if config.merge != "select":
+                layers = [decoder.layer(index)]
+            fit = fit_group(decoder, layers, traces, states, store, refit=config.refit, ridge=config.ridge)
+            dense_states = traces.output
+            del layers, traces
+            fused, missed, missed_first = _tuned(decoder, fit, states, dense_states, steps, held)
+            # What a layer misses that overflows is NaN.
+            least = min(filter(math.isfinite, of_layers), default=math.inf)
             instead = group[of_layers.index(least)] if math.isfinite(least) and not missed <= least else None
-            with nullcontext(fused) if instead is None else decoder.original(instead) as layer:
-                decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
+            layer = fused if instead is None else dense.layer(instead)
+            decoder.replace(index, layer_weights(decoder, layer), decoder.family.layer_kind(layer))
             del fused
-            with decoder.layer(index) as layer:
-                states = store.keep(decoder.run_layer(layer, state) for state in states)
-                held.cross(layer)
+            layer = decoder.layer(index)
+            states = _after(decoder, layer, states, store)
+            held.cross(layer)
+            del layer
             on_held_out = (missed, missed_first) if held_out else (None, None)
             fitted.append(_reported(group, fit, on_held_out, instead))
     return fitted, held.divergence() if held_out else 0.0
+
+
+def _after(decoder: Decoder, layer: DecoderLayer, states: Sequence[Tensor], store: StateStore) -> Sequence[Tensor]:
+    return store.keep(decoder.run_layer(layer, state) for state in states)
 
 
 def _reported(
@@ -113,7 +115,7 @@ def _reported(
     heads_kept, channels_kept = fit.heads_kept, fit.channels_kept
     if instead is not None:
         heads_kept, channels_kept = (
-            kept and [sum(kept) * (number == instead) for number in group] for kept in (heads_kept, channels_kept)
+            kept and [sum(kept) if number == instead else 0 for number in group] for kept in (heads_kept, channels_kept)
         )
     errors = fit.error_before, fit.error_after, fit.attention_error
     return FittedLayer(group, heads_kept, channels_kept, *errors, *on_held_out, instead)

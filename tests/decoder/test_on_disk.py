@@ -59,12 +59,11 @@ class Reads:
             return self._new.wait_for(lambda: number in self.layers, timeout=30)
 
 
-@pytest.mark.parametrize("name", ["layers", "originals"])
 def test_the_next_layer_is_read_while_one_is_used(
-    name: str, devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
+    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, reads = make_decoder(), Reads(monkeypatch)
-    for number, layer in enumerate(getattr(decoder, name)(range(5))):
+    for number, layer in enumerate(decoder.layers(range(5))):
         assert layer.mlp.up_proj.weight.device == OTHER
         assert number == 4 or reads.wait_for(number + 1)
     assert reads.layers == [0, 1, 2, 3, 4]
@@ -83,19 +82,20 @@ def test_what_is_read_is_what_the_files_hold(
             assert torch.equal(parameter.cpu(), held[f"model.layers.{number}.{name}"])
 
 
-def test_changes_reach_the_layers_and_neither_the_originals_nor_copies(
+def test_changes_reach_the_layers_and_no_copies(
     devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]
 ) -> None:
     decoder = make_decoder()
-    first, third = (layer.mlp.up_proj.weight.cpu() for layer in decoder.originals([1, 3]))
-    ones, originals = torch.ones_like(third), decoder.originals([0, 1])
-    next(originals)
+    dense = decoder.copy()
+    first, third = (layer.mlp.up_proj.weight.cpu() for layer in dense.layers([1, 3]))
+    ones, dense_layers = torch.ones_like(third), dense.layers([0, 1])
+    next(dense_layers)
     decoder.replace(1, {UP: ones})
     copies = [decoder.copy(), decoder.copy().copy()]
     for number, model in enumerate([*copies, decoder]):
         model.replace(1, {UP: (2 + number) * ones})
         model.remove(2)
-    assert torch.equal(next(originals).mlp.up_proj.weight.cpu(), first)
+    assert torch.equal(next(dense_layers).mlp.up_proj.weight.cpu(), first)
     for number, model in enumerate([*copies, decoder]):
         with model.kept_at_hand():
             for _ in "12":
@@ -108,9 +108,8 @@ def test_stopped_streams_leave_no_thread(devices: TwoDevices, make_decoder: Call
     decoder = make_decoder()
     for _ in decoder.layers(range(5)):
         break
-    layers = decoder.originals(range(5))
+    layers = decoder.copy().layers(range(5))
     next(layers)
     del layers
-    with decoder.layer(0):
-        pass
+    decoder.layer(0)
     assert threading.enumerate() == before

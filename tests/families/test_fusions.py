@@ -136,7 +136,7 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(mo
     measured = measure(ModelDecoder(dense), make_tokenizer(), FusionConfig(1, **SETTINGS), SAMPLES, TEXT)
     for way in WAYS:
         model, config = copy.deepcopy(dense), FusionConfig(1, **SETTINGS | way)
-        decoder = ModelDecoder(model, keep_originals=True)
+        decoder = ModelDecoder(model)
         pairs = itertools.pairwise(kinds[-2:] if config.selection == "last" else kinds[1:-1])
         alike = any(above == below for above, below in pairs)
         if config.merge == "average" and (not alike or config.selection == "groups"):

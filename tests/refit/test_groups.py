@@ -87,7 +87,7 @@ def idle(model: Any, *layers: int) -> Any:
 
 
 def fused(model: Any, num_fusions: int, method: str) -> FusionReport:
-    texts, decoder = make_texts(100), ModelDecoder(model, keep_originals=True)
+    texts, decoder = make_texts(100), ModelDecoder(model)
     settings: dict[str, Any] = {"calibration_length": 64, "calibration_tokens": 4096, "perplexity_tokens": 0}
     config = FusionConfig(num_fusions, method, selection="groups", **settings)
     corpus = Corpus({text: text for text in texts})
@@ -180,13 +180,13 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
 def test_of_two_sets_that_are_made_whole_the_one_nearer_on_held_out_text_is_taken() -> None:
     model, text = make_llama(num_hidden_layers=7), TEXT * 6
     measured, (held, _) = Measurements(judged=[], seconds={}, given=text), held_out(text, 4)
-    decoder, costs = ModelDecoder(model, keep_originals=True), list[float]()
+    decoder, costs = ModelDecoder(model), list[float]()
     with start(decoder.copy(), FusionConfig(2, "refit"), measured) as fusion:
         fuse_pairs(fusion, 2)
     one: Any = ((1, 2), (4, 5))
     other: Any = ((2, 4),)
     for plans in ([one], [other], [one, other], [other, one]):
-        made, _ = last_pass(replace(fusion, plans=plans), copied := decoder.copy())
+        made = last_pass(replace(fusion, plans=plans, decoder=(copied := decoder.copy())))
         apart = []
         for ids in held:
             p, q = (m(ids[None], use_cache=False).logits[0].log_softmax(-1) for m in (model, copied.model))
@@ -241,10 +241,10 @@ def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     measured, ids = Measurements(judged=[], seconds={}, given=list(text[:64])), text[64:]
     expected, costs, chosen = model(ids).logits.log_softmax(-1), dict[str, float](), dict[str, Any]()
     for selection in ("least_influence", METHODS["refit"]["selection"]):
-        decoder = ModelDecoder(copy.deepcopy(model), keep_originals=True)
+        decoder = ModelDecoder(copy.deepcopy(model))
         with start(decoder, FusionConfig(1, "refit", selection), measured) as fusion:
             fuse_pairs(fusion, 1)
-        fusion, _ = last_pass(fusion, decoder)
+        fusion = last_pass(fusion)
         [chosen[selection]] = [group for group in fusion.groups if len(group) > 1]
         found = decoder.model(ids, use_cache=False).logits.log_softmax(-1)
         costs[selection] = (expected.exp() * (expected - found)).sum(-1).mean().item()

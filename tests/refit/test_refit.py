@@ -20,8 +20,7 @@ from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.refit.fit import HalfFit, Regression, token_weights
 from lf_hf.refit.last_pass import fit_from_bottom
 from lf_hf.refit.layer_parts import layer_weights
-from lf_hf.refit.states import Place, StateStore
-from lf_hf.refit.traces import Boundaries
+from lf_hf.refit.states import Boundaries, Place, StateStore
 
 SEQUENCES = [torch.randint(1, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 
@@ -140,7 +139,8 @@ def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.
 def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
     model = make_llama()
     dense = model.model(SEQUENCES[0][None], output_hidden_states=True).hidden_states[4]
-    decoder = ModelDecoder(model, keep_originals=True)
+    decoder = ModelDecoder(model)
+    whole = decoder.copy()
     decoder.remove(3)
     decoder.remove(1)
 
@@ -148,7 +148,7 @@ def test_refitting_from_the_bottom_is_aimed_at_the_dense_model() -> None:
         return relative(model.model(SEQUENCES[0][None], output_hidden_states=True).hidden_states[2], dense)
 
     before = error()
-    fits, _ = fit_from_bottom(decoder, [[0, 1], [2, 3], [4]], SEQUENCES, FusionConfig(2, "refit", ridge=0.01))
+    fits, _ = fit_from_bottom(decoder, whole, [[0, 1], [2, 3], [4]], SEQUENCES, FusionConfig(2, "refit", ridge=0.01))
     assert [layer.layers for layer in fits] == [[0, 1], [2, 3]]
     assert error() < before
     assert model.num_parameters() == make_llama(num_hidden_layers=3).num_parameters()

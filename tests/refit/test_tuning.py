@@ -11,8 +11,7 @@ from tiny_models import tiny_model
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.refit.group import fit_group
 from lf_hf.refit.layer_parts import build_layer
-from lf_hf.refit.states import StateStore
-from lf_hf.refit.traces import trace
+from lf_hf.refit.states import StateStore, trace
 from lf_hf.refit.tuning import steps_of, tune
 
 SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator().manual_seed(n)) for n in range(320)]
