@@ -27,6 +27,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import check_layers
 from lf_hf.report.report import REPORT_NAME, FusionReport
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import ALONE, Processes, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.speed import with_speed
@@ -348,14 +349,9 @@ def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch
 
 def _generation_config(base: Base) -> GenerationConfig:
     """The base's settings for generation; older checkpoints have them in config.json. Checked to be writable."""
-    try:
+    with explained(f"The generation settings of {base.name!r} cannot be used", "repair them"):
         older: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
         has_own = optional_file(base.name, GENERATION_CONFIG_NAME, base.hub)
         config = GenerationConfig.from_pretrained(base.name, **base.hub, **({} if has_own else older))
         config.validate(strict=True)  # as saving does; not all that can be read can be saved
-    except Exception as error:  # of any kind: of files that hold what they should not
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"The generation settings of {base.name!r} cannot be used ({reason:.300}); repair them."
-        ) from None
     return config

@@ -22,6 +22,7 @@ from lf_hf.decoder.interface import set_config_layers
 from lf_hf.families import CausalLM, family_of
 from lf_hf.report.records import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.errors import reason
 from lf_hf.runtime.fields import plural
 from lf_hf.runtime.launch import Processes
 
@@ -47,7 +48,7 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
     try:
         return dataclasses.replace(report, speed=measure_speed(model.eval(), report.layers_before))
     except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
-        logger.warning(f"Speed was not measured ({' '.join(str(error).split()):.200}).")
+        logger.warning(f"Speed was not measured ({reason(error)}).")
         return report
 
 

@@ -40,7 +40,7 @@ from transformers.utils import logging
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import Predictions, batched, final_states, perplexity, predictions
+from lf_hf.decoder.predictions import Predictions, batched, final_states, predictions
 from lf_hf.families import FAMILIES, CausalLM, family_of
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure import Measurements, measure
@@ -108,13 +108,14 @@ class Ways:
         """
         longest = max(map(len, self.measured.text))
         full = [sequence for sequence in self.measured.text if len(sequence) == longest]
-        decoder, judged = ModelDecoder(model), full[:: max(1, len(full) // 16)]
+        decoder = ModelDecoder(model)
+        ids = batched(decoder, {"text": full[:: max(1, len(full) // 16)]})
         for step in range(count):
             if step == len(self.dropped):
                 losses = {}
                 for index in range(decoder.num_layers):
                     layer = model.model.layers.pop(index)
-                    losses[index] = perplexity(decoder, {"text": judged})["text"]
+                    losses[index] = predictions(decoder, ids, final_states(decoder, ids, "Judging"))["text"].perplexity
                     model.model.layers.insert(index, layer)
                 self.dropped.append(min(losses, key=lambda index: losses[index]))
             decoder.remove(self.dropped[step])

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lf_hf.checkpoint.saving import finish_save
 from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, weights_folder
 from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import MOST_LAYERS
+from lf_hf.runtime.errors import explained, reason
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -130,11 +131,11 @@ class Base:
             # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
             loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
         loading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            with _gguf_file_read_once(self.loading):
-                loaded: Any = self.family.causal_lm.from_pretrained(self.name, **loading)
-        except TypeError as error:  # for an argument that nobody takes, before weights are read
-            raise ValueError(f"{self.full_name!r} cannot be loaded ({error}); check the arguments.") from None
+        with (  # a TypeError is for an argument that nobody takes, before weights are read
+            explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
+            _gguf_file_read_once(self.loading),
+        ):
+            loaded: Any = self.family.causal_lm.from_pretrained(self.name, **loading)
         _gguf_reader.cache_clear()
         model, info = loaded
         mismatched = {name: (stored, described) for name, stored, described in info["mismatched_keys"]}
@@ -175,9 +176,9 @@ def check_device(device_map: Any) -> None:
         try:
             torch.empty(0, device=device).cpu()  # of "meta" there is nothing to copy
         except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            said = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"The device {str(device)!r} cannot be used ({reason:.200}); take one that this machine has, or cpu."
+                f"The device {str(device)!r} cannot be used ({said:.200}); take one that this machine has, or cpu."
             ) from None
 
 
@@ -190,10 +191,10 @@ def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
         with _gguf_file_read_once(hub):
             return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
-        reason = " ".join(str(error).split())
+        why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
-            reason = "there is no such folder, and it cannot be a name on the hub."
-        raise ValueError(f"No config of a model can be read for {base!r}, here or on the hub: {reason:.400}") from None
+            why = "there is no such folder, and it cannot be a name on the hub"
+        raise ValueError(f"No config of a model can be read for {base!r}, here or on the hub: {why}.") from None
 
 
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
@@ -228,8 +229,8 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         with torch.device("meta"):
             family.causal_lm(copy.deepcopy(config))
     except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"has a config from which no {family.title} can be built ({reason:.300}); repair it"
+        why = f"{type(error).__name__}: {reason(error)}"
+        return f"has a config from which no {family.title} can be built ({why}); repair it"
     return None
 
 
@@ -240,14 +241,9 @@ def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerB
         return AutoTokenizer.from_pretrained(base, trust_remote_code=remote_code, **hub_arguments(kwargs))
 
 
-@contextmanager
-def reading_tokenizer(base: str) -> Iterator[None]:
+def reading_tokenizer(base: str) -> AbstractContextManager[None]:
     """Say in one sentence that there is no tokenizer that can be read, whatever the error."""
-    try:
-        yield
-    except Exception as error:  # the tokenizers library has no class of its own for some
-        reason = " ".join(str(error).split())
-        raise ValueError(f"No tokenizer can be read for {base!r} ({reason:.300}); put the base's own there.") from None
+    return explained(f"No tokenizer can be read for {base!r}", "put the base's own there")
 
 
 @functools.lru_cache(maxsize=1)

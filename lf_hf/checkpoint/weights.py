@@ -15,6 +15,7 @@ from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.runtime.checked_json import parse_json
+from lf_hf.runtime.errors import explained
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
@@ -112,14 +113,13 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises ValueError if it is damaged, or holds weights that are no plain floats: transformers would cast them to
     floats without a word.
     """
-    try:
-        with open_tensors(file) as opened:
-            tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
-            dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
-    except Exception as error:  # safetensors has its own error for a damaged header
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{str(file)!r} cannot be read ({reason}); if it is not whole, download it again.") from None
+    with (
+        explained(f"{str(file)!r} cannot be read", "if it is not whole, download it again"),
+        open_tensors(file) as opened,
+    ):
+        tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+        dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
     for name, dtype in dtypes.items():
         if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
             raise ValueError(

@@ -117,11 +117,11 @@ def predictions(
     base : Decoder or what else has its `head`, optional
         The dense model where its final norm or head differs from the decoder's; fusing changes neither.
     """
-    sums = []
+    sums = torch.zeros(len(ids), 5, dtype=torch.float64)
     with ExitStack() as stack:
         head = stack.enter_context(decoder.head())
         dense_head = head if base is None else stack.enter_context(base.head())
-        for name, of_text in ids.items():
+        for number, (name, of_text) in enumerate(ids.items()):
             parts = []
             for n, batch in enumerate(of_text):
                 models = [(head, states[name][n][:, :-1])]
@@ -133,17 +133,10 @@ def predictions(
                     device = log_probs.device
                     figures = token_figures(log_probs, following.to(device), *(each.to(device) for each in expected))
                     parts.append(in_float64(figures).sum(-1))
-            sums.append(_total(parts, 5))
-    of_all = decoder.processes.all_reduce_sums(torch.cat(sums)) if sums else []
-    by_text = dict(zip(ids, zip(*[iter(of_all)] * 5, strict=True), strict=True))
-    return {name: Predictions.from_sums(*of_text) for name, of_text in by_text.items() if of_text[0]}
-
-
-def perplexity(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], desc: str = "Perplexity") -> dict[str, float]:
-    """Perplexity on each text, sequences of token ids of shape (tokens T,); texts without sequences are left out."""
-    ids = batched(decoder, texts)
-    measured = predictions(decoder, ids, final_states(decoder, ids, desc))
-    return {name: of_text.perplexity for name, of_text in measured.items()}
+            sums[number] = _total(parts, 5)
+    if ids:
+        decoder.processes.all_reduce(sums)
+    return {name: Predictions.from_sums(*row) for name, row in zip(ids, sums.tolist(), strict=True) if row[0]}
 
 
 @torch.no_grad()

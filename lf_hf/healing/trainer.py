@@ -6,8 +6,8 @@ import ast
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
+from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16, typical_size
 from lf_hf.runtime.progress import progress
@@ -137,7 +138,7 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(*arguments, **named)
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
             raise OSError(
-                f"The state of step {self.state.global_step} was not written ({_reason(error)}); the one before it is "
+                f"The state of step {self.state.global_step} was not written ({reason(error)}); the one before it is "
                 "kept: with room on the disk the same command goes on from there."
             ) from error
 
@@ -184,7 +185,7 @@ class _Progress(TrainerCallback):
 
 def make_trainer(student: nn.Module, arguments: TrainingArguments) -> DistillationTrainer:
     """The Trainer, before there is text and a teacher. Raises ValueError for arguments with which it cannot train."""
-    with _explained():
+    with _accepted():
         trainer = DistillationTrainer(
             student, arguments, data_collator=default_collate, eval_dataset={}, callbacks=[_Progress()]
         )
@@ -250,7 +251,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     }
     if refused := own.keys() & given.keys():
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
-    with _explained():
+    with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
@@ -261,14 +262,7 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     return arguments
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
+def _accepted() -> AbstractContextManager[None]:
     """Say in one sentence that the training arguments are what transformers raises an error about."""
-    try:
-        yield
-    except (TypeError, ValueError, ImportError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"The training arguments cannot be used: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return f"{' '.join(str(error).split()):.300}"
+    kinds = TypeError, ValueError, ImportError, AttributeError, RuntimeError
+    return explained("The training arguments cannot be used", "correct them", kinds)

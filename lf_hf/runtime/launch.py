@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, distributed
 
+from lf_hf.runtime.errors import reason
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
@@ -139,5 +141,5 @@ def _communicate(collective: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:  # torch has no class of its own for this
         raise LostProcessError(
             "Another process of this launch has ended, so this one cannot go on; see what that one said, and start "
-            f"the launch again ({' '.join(str(error).split()):.200})."
+            f"the launch again ({reason(error)})."
         ) from error

@@ -17,6 +17,8 @@ from lf_hf.report.records import RowMatch
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.stages.alignment import SYMMETRY, match_neurons, match_rows, permute_neurons
 
+_ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in ("weight", "bias")]
+"""Rows of each matrix that are permuted by themselves: no symmetry, as the layer then computes something else."""
 _ROWS = 256  # of a matrix that are merged at a time, in a wider type
 
 
@@ -75,23 +77,19 @@ def average_layers(
     matches : dict
         How each projection's rows were matched, unless alignment="none".
     """
-    fused: dict[str, Tensor] = {}
     matches: dict[str, RowMatch] = {}
     if alignment == "neurons":
         permutations, matches = match_neurons(weights_i, weights_j, head_dim, symmetry)
         weights_j = permute_neurons(weights_j, permutations, symmetry)
-    matched: dict[str, tuple[Tensor, RowMatch]] = {}
-    if alignment == "rows":
+    elif alignment == "rows":
         weights = {projection: f"{projection}.weight" for projection in processes.shard(PROJECTIONS)}
         mine = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
         matched = dict(ChainMap(*processes.all_gather_object(mine)))
+        permutations = {projection: permutation for projection, (permutation, _) in matched.items()}
         matches = {projection: matched[projection][1] for projection in PROJECTIONS}
-    for projection in PROJECTIONS:
-        for name in (f"{projection}.weight", f"{projection}.bias"):
-            if name in weights_i:
-                w_j = weights_j[name][matched[projection][0].to(weights_j[name].device)] if matched else weights_j[name]
-                fused[name] = weighted_sum(weights_i[name], w_j, ratio)
-    return fused, matches
+        weights_j = permute_neurons(weights_j, permutations, _ROW_AXES)
+    names = [axis.parameter for axis in _ROW_AXES if axis.parameter in weights_i]
+    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names}, matches
 
 
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:

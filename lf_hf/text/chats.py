@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.runtime.errors import reason
+
 Messages = Sequence[Mapping[str, Any]]
 """A chat, as chat templates take it: [{"role": "user", "content": "..."}, ...]."""
 
@@ -90,8 +92,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
             given, chat_template=template, tokenize=False, add_generation_prompt=to_reply
         )
     except Exception as error:  # of any kind: a template is a program
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"the model's chat template does not take it ({reason:.300})") from None
+        raise ValueError(f"the model's chat template does not take it ({reason(error)})") from None
     return str(text)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import perplexity
+from lf_hf.decoder.predictions import batched, final_states, predictions
 from lf_hf.text.calibration import documentation_halves
 from lf_hf.text.packing import pack_tokens
 
@@ -100,7 +100,8 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool,
 
     sequences = pack_tokens(make_tokenizer(), documentation_halves()[1], config["max_position_embeddings"], 300)
     stock = ModelDecoder(LlamaForCausalLM.from_pretrained(out))
-    assert perplexity(stock, {"docs": sequences})["docs"] == report.perplexities[0].fused
+    ids = batched(stock, {"docs": sequences})
+    assert predictions(stock, ids, final_states(stock, ids, ""))["docs"].perplexity == report.perplexities[0].fused
 
 
 def test_a_tied_head_alone_stays_tied(model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import make_llama
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.predictions import Predictions, batched, divergences, final_states, perplexity, predictions
+from lf_hf.decoder.predictions import Predictions, batched, divergences, final_states, predictions
 
 
 @torch.no_grad()
@@ -70,4 +70,3 @@ def test_figures_are_those_of_whole_forward_passes() -> None:
     targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
     assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
     assert math.log(found.dense_perplexity) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
-    assert perplexity(decoder, {"text": SEQUENCES, "empty": []}) == {"text": found.perplexity}
