@@ -66,12 +66,12 @@ class Measurements:
     embeddings: NDArray[np.float64] | None = None  # of shape (L, samples N, d)
     sample_labels: list[str] | None = None  # MMLU subject of each sample
     influences: list[float] | None = None  # how much each layer changes the residual stream, on the samples
-    of_samples: CalibrationInfo | None = None  # where the samples behind `similarity` came from
+    samples_source: CalibrationInfo | None = None  # where the samples behind `similarity` came from
     given: list[Tensor] = field(default_factory=list)  # calibration text: int64, (tokens T,) each
     written: list[Tensor] = field(default_factory=list)  # what the model writes of it, which judges nothing
     other_text: list[Tensor] = field(default_factory=list)  # pieces of text of other kinds, which only judge
     text_note: str = ""  # what users should know of that text
-    of_text: CalibrationInfo | None = None  # where `text` came from
+    text_source: CalibrationInfo | None = None  # where `text` came from
     continuations: dict[str, str] = field(default_factory=dict)  # `written_on`; none where it would take long
     # Costs of groups of layers, by the settings that they depend on; what a fusion measures is added.
     group_costs: dict[tuple[Any, ...], dict[tuple[int, int], float]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Measurements:
 
     def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
         """Where the calibration text that a fusion with `config` uses came from."""
-        sources = [(config.needs_similarity, self.of_samples), (config.needs_text, self.of_text)]
+        sources = [(config.needs_similarity, self.samples_source), (config.needs_text, self.text_source)]
         return [source for needed, source in sources if needed and source is not None]
 
 
@@ -130,7 +130,7 @@ def measure(
             "given": given,
             "written": written,
             "text_note": text.note,
-            "of_text": CalibrationInfo(text.full_source + chats, len(both), sum(map(len, both))),
+            "text_source": CalibrationInfo(text.full_source + chats, len(both), sum(map(len, both))),
         }
     for note in notes:
         logger.warning(note)
@@ -172,7 +172,7 @@ def _similarity(
         "embeddings": embeddings,
         "sample_labels": samples.labels,
         "influences": influences if longest > 1 else None,  # each sample's first token is left out
-        "of_samples": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        "samples_source": CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
         "notes": notes,
     }
 

@@ -4,6 +4,8 @@
 second. Where fused layers are fitted, `last_pass` follows: from the bottom up it fits each to what the dense model
 computes there. Where it also makes them, from groups of layers that are all chosen at once, nothing is left for the
 loop: the last pass makes one or two sets of groups whole, and keeps the better one.
+
+The model before it is fused is `dense` in the code, and the base wherever people read of it.
 """
 
 from __future__ import annotations
@@ -100,8 +102,8 @@ def fuse_pairs(fusion: Fusion, num_fusions: int) -> None:
     Where all layers were chosen at once and the last pass makes them, that is left to it.
     """
     with fusion.clock(STEPS):
-        if fusion.table is not None and not fusion.plans:
-            fusion.plans = fusion.table.best(num_fusions)
+        if fusion.group_costs is not None and not fusion.plans:
+            fusion.plans = fusion.group_costs.best(num_fusions)
         if fusion.left_to_last_pass:
             return
         for _ in progress(range(len(fusion.steps), num_fusions), desc="Fusing", unit="pair"):
@@ -117,10 +119,11 @@ def _fuse_within_budget(decoder: Decoder, config: FusionConfig, measured: Measur
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    assert measured.of_text is not None
+    assert measured.text_source is not None
     fitted_to = [*rest, *measured.written]
-    of_text = replace(measured.of_text, samples=len(fitted_to), tokens=sum(map(len, fitted_to)))
-    measured = replace(measured, given=rest, of_text=of_text, group_costs={})  # costs of groups on the rest alone
+    text_source = replace(measured.text_source, samples=len(fitted_to), tokens=sum(map(len, fitted_to)))
+    # Costs of groups are measured on the rest alone.
+    measured = replace(measured, given=rest, text_source=text_source, group_costs={})
     ids = batched(decoder, {"": held})
     dense = final_states(decoder, ids, "Held-out text")
     name, allowed = next((name, value) for name in LEVELS if (value := getattr(config, name)) is not None)
@@ -132,11 +135,11 @@ def _fuse_within_budget(decoder: Decoder, config: FusionConfig, measured: Measur
         with start(copy, level, measured, clock) as fusion:
             fuse_pairs(fusion, count)
         fusion = last_pass(fusion)
-        [found] = predictions(copy, ids, final_states(copy, ids, "Measuring on held-out text"), dense).values()
-        return BudgetTrial(count, found.divergence, found.perplexity / found.dense_perplexity), fusion
+        [figures] = predictions(copy, ids, final_states(copy, ids, "Measuring on held-out text"), dense).values()
+        return BudgetTrial(count, figures.divergence, figures.perplexity / figures.dense_perplexity), fusion
 
     best, tried = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
-    return _taken_over(decoder, best), BudgetInfo(name, allowed, sum(map(len, held)), tried, of_text.source)
+    return _taken_over(decoder, best), BudgetInfo(name, allowed, sum(map(len, held)), tried, text_source.source)
 
 
 def _taken_over(decoder: Decoder, fusion: Fusion) -> Fusion:
@@ -168,7 +171,7 @@ def last_pass(fusion: Fusion) -> Fusion:
             return replace(fusion, fitted=fitted)
         best, costs = None, dict[Groups, float]()
         for plan in fusion.plans if held_out_text else fusion.plans[:1]:
-            made = fusion.counted_out(plan)
+            made = fusion.shortened_to(plan)
             made.fitted, costs[plan] = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
             if best is None or costs[plan] < costs[best.plans[0]]:
                 best = made

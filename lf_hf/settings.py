@@ -200,7 +200,7 @@ class FusionConfig(Settings):
         return self.merge == "select" or self.refit != "none"
 
     @property
-    def remakes(self) -> bool:
+    def made_by_last_pass(self) -> bool:
         """Whether the last pass makes fused layers again from the layers of the dense model."""
         return self.merge == "select" and self.refit != "none"
 

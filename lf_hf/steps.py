@@ -47,7 +47,7 @@ class Fusion:
     clock: Clock
     influences: list[float] = field(default_factory=list)  # of each layer of the dense model; none without text
     steps: list[FusionStep] = field(default_factory=list)
-    table: GroupCosts | None = None  # with selection="groups"
+    group_costs: GroupCosts | None = None  # with selection="groups"
     # Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
     plans: list[Groups] = field(default_factory=list)
     fitted: list[FittedLayer] = field(default_factory=list)  # by the last pass
@@ -57,9 +57,9 @@ class Fusion:
     @property
     def left_to_last_pass(self) -> bool:
         """Whether the last pass makes all fused layers, as their groups were chosen all at once."""
-        return bool(self.plans) and self.config.remakes
+        return bool(self.plans) and self.config.made_by_last_pass
 
-    def counted_out(self, plan: Groups) -> Fusion:
+    def shortened_to(self, plan: Groups) -> Fusion:
         """The same on a copy of the model that lacks all layers of each group but the first, without any change."""
         groups = [[index] for index in range(self.decoder.num_layers)]
         fusion = replace(self, decoder=self.decoder.copy(), groups=groups, steps=[], plans=[plan])
@@ -92,7 +92,7 @@ class Fusion:
         pair = [self.decoder.layer(index) for index in (i, i + 1)]
         numbers = [self.groups[index][0] for index in (i, i + 1)]
         traces = trace(self.decoder, pair, states if self.config.fits else [], self.store)
-        return self.fused(numbers, pair, traces, states, quick=self.config.remakes)
+        return self.fused(numbers, pair, traces, states, quick=self.config.made_by_last_pass)
 
     @torch.no_grad()
     def try_group(
@@ -119,23 +119,23 @@ class Fusion:
         `numbers` are those of the layers in the dense model. The list of layers may be emptied.
         """
         config, decoder, kind = self.config, self.decoder, self.decoder.family.layer_kind(layers[0])
-        changed, found = self._averaged(numbers, layers) if config.merge == "average" else ({}, {})
+        changed, step_fields = self._averaged(numbers, layers) if config.merge == "average" else ({}, {})
         if not config.fits:
-            return FusedLayer(changed, kind, found)
+            return FusedLayer(changed, kind, step_fields)
         if config.merge != "select":
             layers = [build_layer(decoder, {**layer_weights(decoder, layers[0]), **changed}, kind)]
         fit = fit_group(
             decoder, layers, traces, states, self.store, refit=config.refit, ridge=config.ridge, quick=quick
         )
         for name in ("heads_kept", "channels_kept", "error_before", "error_after"):
-            found[name] = getattr(fit, name)
-        return FusedLayer(fit.weights, fit.kind, found)
+            step_fields[name] = getattr(fit, name)
+        return FusedLayer(fit.weights, fit.kind, step_fields)
 
     def _averaged(self, numbers: Sequence[int], layers: Sequence[DecoderLayer]) -> tuple[Weights, dict[str, Any]]:
         """The weights that change where layers are averaged, one after the other, and what the last average found."""
         decoder = self.decoder
         assert self.similarity is not None
-        weights, changed, found = layer_weights(decoder, layers[0]), dict[str, Tensor](), dict[str, Any]()
+        weights, changed, step_fields = layer_weights(decoder, layers[0]), dict[str, Tensor](), dict[str, Any]()
         for number, layer in zip(numbers[1:], layers[1:], strict=True):
             ratio = fusion_ratio(self.similarity, numbers[0], number, self.config.ratio_beta)
             changed, matches = average_layers(
@@ -150,20 +150,20 @@ class Fusion:
             for tensor in changed.values():  # in case machines round differently
                 decoder.processes.broadcast(tensor)
             weights |= changed
-            found = {"ratio_i": ratio, "ratio_j": 1 - ratio, "matches": matches}
-        return changed, found
+            step_fields = {"ratio_i": ratio, "ratio_j": 1 - ratio, "matches": matches}
+        return changed, step_fields
 
     def join(self, i: int, cost: float | None, fused: FusedLayer | None = None) -> None:
         """Let layer i stand for layers i and i + 1, as it is or fused, and note the step."""
-        found: dict[str, Any] = {"ratio_i": 1.0, "ratio_j": 0.0}
+        step_fields: dict[str, Any] = {"ratio_i": 1.0, "ratio_j": 0.0}
         if self.boundaries is not None and self.config.selection == "least_influence":
-            found["influence"] = self.boundaries.influences[i + 1]
+            step_fields["influence"] = self.boundaries.influences[i + 1]
         if cost is not None and math.isfinite(cost):
-            found["divergence"] = cost
+            step_fields["divergence"] = cost
         if fused is not None:
-            found |= fused.found
+            step_fields |= fused.step_fields
             self.decoder.replace(i, fused.changed, fused.kind)
-        self.steps.append(FusionStep(self.groups[i], self.groups[i + 1], **found))
+        self.steps.append(FusionStep(self.groups[i], self.groups[i + 1], **step_fields))
         self.decoder.remove(i + 1)
         self.groups[i] = self.groups[i] + self.groups.pop(i + 1)
         if self.boundaries is not None and not self.left_to_last_pass:
@@ -176,7 +176,7 @@ class FusedLayer:
 
     changed: Weights
     kind: Kind
-    found: dict[str, Any]
+    step_fields: dict[str, Any]
 
 
 @contextmanager
@@ -209,10 +209,10 @@ def start(
                 assert boundaries is not None
                 known = measured.group_costs.setdefault(group_settings(config), {})
                 fitted, judged = range(len(parts[0])), range(len(parts[0]), sum(map(len, parts)))
-                fusion.table = GroupCosts(decoder, boundaries, fitted, judged, fusion.try_group, store, known)
+                fusion.group_costs = GroupCosts(decoder, boundaries, fitted, judged, fusion.try_group, store, known)
             del boundaries
         yield fusion
-        fusion.boundaries = fusion.table = None  # the last pass needs the room
+        fusion.boundaries = fusion.group_costs = None  # the last pass needs the room
 
 
 def group_settings(config: FusionConfig) -> tuple[Any, ...]:

@@ -350,11 +350,11 @@ def smallest_window(model: CausalLM) -> int | None:
 
 
 def row(
-    name: str, count: int, dense: dict[str, Predictions], found: dict[str, Predictions], quiz: str, seconds: float
+    name: str, count: int, dense: dict[str, Predictions], fused: dict[str, Predictions], quiz: str, seconds: float
 ) -> None:
-    figures = [f"{of_text.perplexity / dense[text].perplexity:.4g}" for text, of_text in found.items()]
-    figures += [f"{of_text.divergence:.4f}" for of_text in found.values()]
-    figures += [f"{of_text.agreement:.1%}" for of_text in found.values()]
+    figures = [f"{predicted.perplexity / dense[text].perplexity:.4g}" for text, predicted in fused.items()]
+    figures += [f"{predicted.divergence:.4f}" for predicted in fused.values()]
+    figures += [f"{predicted.agreement:.1%}" for predicted in fused.values()]
     print(f"| {name} | {count} | {' | '.join(figures)} | {quiz} | {seconds:.0f} |", flush=True)
 
 

@@ -67,9 +67,9 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     aside, _ = held_out(measured.given, max(1, len(measured.given) // 8))
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
     divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert report.budget is not None and measured.of_text is not None
+    assert report.budget is not None and measured.text_source is not None
     for of_rest in report.calibration:  # where something is fitted
-        assert of_rest.tokens + report.budget.tokens == measured.of_text.tokens
+        assert of_rest.tokens + report.budget.tokens == measured.text_source.tokens
     at, number = {trial.num_fusions: trial for trial in report.budget.tried}, len(report.steps)
     assert at[number].divergence == pytest.approx(divergence, rel=1e-3)
     assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)

@@ -50,7 +50,7 @@ class Predictions:
 
 
 def kl_divergence(expected: Tensor, log_probs: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    """KL(expected || found) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T).
+    """KL(expected || predicted) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T).
 
     `probabilities` are those of `expected`, where a caller has them.
     """
@@ -91,13 +91,13 @@ def batched(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str
 @torch.no_grad()
 def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Tensor]]:
     """States before the final norm; all texts go through the layers together."""
-    batches = [batch for of_text in ids.values() for batch in of_text]
+    batches = [batch for text in ids.values() for batch in text]
     last: list[Tensor] = []
     if batches:
         for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
             last = states
     remaining = iter(last)
-    return {name: [next(remaining) for _ in of_text] for name, of_text in ids.items()}
+    return {name: [next(remaining) for _ in text] for name, text in ids.items()}
 
 
 @torch.no_grad()
@@ -121,9 +121,9 @@ def predictions(
     with ExitStack() as stack:
         head = stack.enter_context(decoder.head())
         dense_head = head if base is None else stack.enter_context(base.head())
-        for number, (name, of_text) in enumerate(ids.items()):
+        for number, (name, batches) in enumerate(ids.items()):
             parts = []
-            for n, batch in enumerate(of_text):
+            for n, batch in enumerate(batches):
                 models = [(head, states[name][n][:, :-1])]
                 if dense is not None:
                     models.append((dense_head, dense[name][n][:, :-1].to(states[name][n].device)))

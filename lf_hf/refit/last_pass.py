@@ -161,10 +161,11 @@ class _HeldOut:
         device, hidden = layer.mlp.down_proj.weight.device, self._decoder.config.hidden_size
         sums = torch.zeros(2, 2, hidden, dtype=torch.float64)  # missed and done, of all tokens and of the first ones
         for state, dense, target in zip(self._states, self._dense, self._target, strict=True):
-            found, weights = self._decoder.run_layer(layer, state.to(device)), token_weights(self._decoder, target)
-            for n, part in enumerate((found, dense)):
+            output = self._decoder.run_layer(layer, state.to(device))
+            token_weight = token_weights(self._decoder, target)
+            for n, part in enumerate((output, dense)):
                 squares = (part.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
-                squares *= weights.view(*target.shape[:2], 1)
+                squares *= token_weight.view(*target.shape[:2], 1)
                 sums[n] += torch.stack([in_float64(some).sum((0, 1)).cpu() for some in (squares, squares[:, :1])])
         self._decoder.processes.all_reduce(sums)
         (of_all, of_first), (done, done_first) = sums
@@ -177,5 +178,4 @@ class _HeldOut:
 
     def divergence(self) -> float:
         """Of the fused model's predictions from the dense model's, after the last layer, in nats a token."""
-        [found] = divergences(self._decoder, self._target, [self._states])
-        return found
+        return divergences(self._decoder, self._target, [self._states])[0]

@@ -123,8 +123,8 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
 def test_groups_that_cannot_be_computed_with_are_said() -> None:
     measured = Measurements(judged=[], seconds={}, given=TEXT)
     with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
-        assert fusion.table is not None
-        fusion.table.by_group |= {(1, 2): math.inf, (2, 3): math.inf}
+        assert fusion.group_costs is not None
+        fusion.group_costs.by_group |= {(1, 2): math.inf, (2, 3): math.inf}
         with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
             fuse_pairs(fusion, 1)
 
