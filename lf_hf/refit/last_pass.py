@@ -15,7 +15,7 @@ from lf_hf.refit.fit import token_weights
 from lf_hf.refit.group import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore, trace
-from lf_hf.refit.tuning import Row, channel_weights, steps_of, tune
+from lf_hf.refit.tuning import Steps, channel_weights, steps_of, tune
 from lf_hf.report.records import FittedLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
@@ -62,7 +62,7 @@ def fit_from_bottom(
         decoder.embed(decoder.batches(decoder.processes.shard(text))) for text in (sequences, held_out)
     )
     held = _HeldOut(decoder, embedded_held)
-    steps = steps_of(decoder, sequences) if config.refit == "projections" and held_out else []
+    steps = steps_of(decoder, sequences) if config.refit == "projections" and held_out else None
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense_states: Sequence[Tensor] = store.keep(embedded)
@@ -126,7 +126,7 @@ def _tuned(
     fit: GroupFit,
     states: Sequence[Tensor],
     targets: Sequence[Tensor],
-    steps: Sequence[Sequence[Row]],
+    steps: Steps | None,
     held: _HeldOut,
 ) -> tuple[DecoderLayer, float, float]:
     """A layer as fitted, or trained after that where it then misses less of held-out text; and what it misses."""

@@ -8,6 +8,7 @@ the vocabulary, is involved.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from lf_hf.runtime.numerics import in_float64, typical_size
 Row = tuple[int, int]
 """A sequence of this process: the number of its batch, and its row there."""
 
-_PASSES = 8  # over the calibration text
+_PASSES = 8  # over the calibration text, at most
+_TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
 _STEP_TOKENS = 2048  # at least, of all processes together
 _WARM_UP_STEPS = 10
 _RELATIVE_RATE = 2.75e-3  # of the size of the layer's weights
@@ -34,7 +36,7 @@ def tune(
     layer: DecoderLayer,
     states: Sequence[Tensor],
     targets: Sequence[Tensor],
-    steps: Sequence[Sequence[Row]],
+    steps: Steps,
 ) -> dict[str, Tensor]:
     """The parameters of a layer after training it to turn `states` into `targets`, by the layer's own names.
 
@@ -46,7 +48,7 @@ def tune(
     layer : DecoderLayer
     states, targets : sequences of tensors of shape (sequences B, tokens T, hidden)
         The stream in front of the layer, and as it should be after it: this process's share of the text.
-    steps : sequence of sequences of Row
+    steps : Steps
         What `steps_of` gives for this text.
     """
     device, dtype = layer.mlp.down_proj.weight.device, layer.mlp.down_proj.weight.dtype
@@ -63,8 +65,8 @@ def tune(
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps))
-    for rows in steps:
+    schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
+    for rows in steps.rows:
         of_length: dict[int, list[Row]] = {}
         for n, row in rows:
             of_length.setdefault(states[n].shape[1], []).append((n, row))
@@ -76,7 +78,7 @@ def tune(
                 output = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
                 missed = (output - target).to(scale.dtype).square().flatten(0, 1) @ scale
                 # Gradients are scaled to those of a whole pass: AdamW sees their size only through its eps.
-                (missed @ token_weights(decoder, target).to(missed) * (len(steps) / _PASSES)).backward()
+                (missed @ token_weights(decoder, target).to(missed) * steps.of_a_pass).backward()
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             decoder.processes.all_reduce(weight.grad)
@@ -89,24 +91,29 @@ def tune(
     return tuned
 
 
-def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> list[list[Row]]:
-    """Of all sequences, (tokens T,) each, those of this process that are in each step of some passes over the text.
+class Steps(NamedTuple):
+    """This process's sequences of each step of the training, and about how many steps are a pass over the text."""
 
-    All processes together take the same steps as one alone.
-    """
+    rows: list[list[Row]]
+    of_a_pass: float
+
+
+def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> Steps:
+    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone."""
+    passes = max(1, min(_PASSES, round(_TRAINED_TOKENS / sum(map(len, sequences)))))
     mine = decoder.processes.shard(range(len(sequences)))
     batches = decoder.batched(decoder.processes.shard(sequences))
     places = {mine[number]: (n, row) for n, numbers in enumerate(batches) for row, number in enumerate(numbers)}
     steps, tokens = [list[Row]()], 0
     generator = torch.Generator().manual_seed(0)
-    for number in [n for _ in range(_PASSES) for n in torch.randperm(len(sequences), generator=generator).tolist()]:
+    for number in [n for _ in range(passes) for n in torch.randperm(len(sequences), generator=generator).tolist()]:
         if tokens >= _STEP_TOKENS:
             steps.append([])
             tokens = 0
         tokens += len(sequences[number])
         if number in places:
             steps[-1].append(places[number])
-    return steps
+    return Steps(steps, len(steps) / passes)
 
 
 def channel_weights(changes: Tensor) -> Tensor:
