@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,10 +63,9 @@ def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str]
     return "kin" if judging.kin in names else "unseen"
 
 
-def nearest(*relations: str) -> Relation:
+def nearest(*relations: str) -> str:
     """The one of some relations that is nearest to what was fitted."""
-    order: Sequence[Relation] = ("seen", "kin", "unseen")
-    return next(relation for relation in order if relation in relations)
+    return min(relations, key=("seen", "kin", "unseen").index)
 
 
 @functools.cache

@@ -83,12 +83,10 @@ def check_enough(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int
     pack_corpus(tokenizer, replace(corpus, parts=enough), length, len(enough) * length, vocab_size)
 
 
-def pack_parts(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int
-) -> dict[str, list[Tensor]]:
+def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, tokens: int) -> dict[str, list[Tensor]]:
     """As `pack_corpus`, the sequences of each part by its name; there may be none."""
     packed: dict[str, list[Tensor]] = {}
-    left, whole = max_tokens, not corpus.by_default  # a user's text counts from its beginning to its end
+    left, whole = tokens, not corpus.by_default  # a user's text counts from its beginning to its end
     for name, part in sorted(corpus.parts.items(), key=lambda item: len(item[1])):
         # What short parts do not use goes to longer ones.
         packed[name] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)), whole=whole)
