@@ -3,7 +3,7 @@
 `fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
 second. Where fused layers are fitted, `last_pass` follows: from the bottom up it fits each to what the dense model
 computes there. Where it also makes them, from groups of layers that are all chosen at once, nothing is left for the
-loop: the last pass makes one or two sets of groups whole, and keeps the better one.
+loop: the last pass fits some sets of groups to half of the text, and makes the best one whole.
 
 The model before it is fused is `dense` in the code, and the base wherever people read of it.
 """
@@ -49,6 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
+_COMPARED_ON = 2  # sets of groups are compared by fits to every second sequence
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
@@ -156,8 +157,8 @@ def _taken_over(decoder: Decoder, fusion: Fusion) -> Fusion:
 def last_pass(fusion: Fusion) -> Fusion:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
-    Where their groups were chosen all at once, each set that is left to choose from is made whole, on a copy of the
-    model, and the one whose predictions of held-out text are nearest to the dense model's is taken.
+    Where their groups were chosen all at once, each set that is left to choose from is first fitted to a part of the
+    text, and the one whose predictions of held-out text are then nearest to the dense model's is taken.
     """
     if fusion.config.refit == "none":
         return fusion
@@ -169,14 +170,16 @@ def last_pass(fusion: Fusion) -> Fusion:
         if not fusion.left_to_last_pass:
             fitted, _ = fit_from_bottom(fusion.decoder, fusion.dense, fusion.groups, *texts)
             return replace(fusion, fitted=fitted)
-        best, costs = None, dict[Groups, float]()
-        for plan in fusion.plans if held_out_text else fusion.plans[:1]:
+        plans, compared = fusion.plans if held_out_text else fusion.plans[:1], dict[Groups, float]()
+        part = interleaved(rest[::_COMPARED_ON], measured.written[::_COMPARED_ON])
+        for plan in plans if len(plans) > 1 else ():
             made = fusion.shortened_to(plan)
-            made.fitted, costs[plan] = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
-            if best is None or costs[plan] < costs[best.plans[0]]:
-                best = made
-        assert best is not None
-        return replace(_taken_over(fusion.decoder, best), made_whole=costs)
+            _, compared[plan] = fit_from_bottom(
+                made.decoder, made.dense, made.groups, part, fusion.config, held_out_text, tuned=False
+            )
+        made = fusion.shortened_to(min(compared, key=compared.__getitem__, default=plans[0]))
+        made.fitted, _ = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
+        return replace(_taken_over(fusion.decoder, made), compared=compared)
 
 
 def finish(fusion: Fusion, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int) -> FusionReport:
@@ -247,14 +250,14 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
             "Layers were chosen by their influence alone, and what any pair of them costs was not measured; "
             "selection='groups' measures it, and finds pairs that must not be fused."
         )
-    if len(fusion.made_whole) > 1:
+    if fusion.compared:
         costs = "; ".join(
             f"layers {', '.join(f'{first}-{last}' for first, last in groups)}: {cost:.3f}"
-            for groups, cost in sorted(fusion.made_whole.items(), key=itemgetter(1))
+            for groups, cost in sorted(fusion.compared.items(), key=itemgetter(1))
         )
         notes.append(
-            f"Two sets of groups were made whole, and the first one taken, by the divergence from the dense model in "
-            f"nats a token of held-out text: {costs}."
+            f"{len(fusion.compared)} sets of groups were fitted to half of the text, and the first one taken, by the "
+            f"divergence from the dense model in nats a token of held-out text: {costs}."
         )
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "

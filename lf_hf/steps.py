@@ -48,11 +48,11 @@ class Fusion:
     influences: list[float] = field(default_factory=list)  # of each layer of the dense model; none without text
     steps: list[FusionStep] = field(default_factory=list)
     group_costs: GroupCosts | None = None  # with selection="groups"
-    # Where groups are chosen all at once, the set of them that cost least in trials, and one that may be better.
+    # Where groups are chosen all at once, the set of them that cost least in trials, and those that may be better.
     plans: list[Groups] = field(default_factory=list)
     fitted: list[FittedLayer] = field(default_factory=list)  # by the last pass
-    # The sets that the last pass made, with the divergence that held-out text has then.
-    made_whole: dict[Groups, float] = field(default_factory=dict)
+    # The sets that were fitted to a part of the text, if there are several, with the divergence of held-out text.
+    compared: dict[Groups, float] = field(default_factory=dict)
 
     @property
     def left_to_last_pass(self) -> bool:

@@ -38,7 +38,7 @@ FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], Decode
 _TRIALS = 8  # sets of groups that are tried out whole, at most
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
 _MOST_TRIALS = 18  # where all that were tried are far from that
-_NEAR = 1.25  # times what the best set costs: what full fits may yet make better
+_NEAR = 0.25  # of what the best set costs: sets that cost no more above it may be the best in better fits
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
@@ -99,10 +99,10 @@ class GroupCosts:
         self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
 
     def best(self, num_fusions: int) -> list[Groups]:
-        """The set that costs least of those that leave `num_fusions` layers fewer, and behind it perhaps another one.
+        """The set that costs least of those that leave `num_fusions` layers fewer, and those that may yet be better.
 
-        The other one is the best of more groups, where it costs little more: rough fits to little text are the worse
-        the more groups there are, so only full fits can tell which is better.
+        These cost little more: the next one, and the best of more groups, as rough fits to little text are the worse
+        the more groups there are.
 
         Raises ValueError if no set has costs that are finite.
         """
@@ -123,8 +123,10 @@ class GroupCosts:
                 f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of "
                 "wider range, such as bfloat16, or fewer fusions."
             )
-        best, near = computed[0], _NEAR * tried[computed[0]]
-        return [best, *[groups for groups in computed if len(groups) > len(best) and tried[groups] <= near][:1]]
+        least = tried[computed[0]]
+        near = [groups for groups in computed if tried[groups] - least <= _NEAR * abs(least)]
+        most = max(map(len, near[:2]))
+        return [*near[:2], *[groups for groups in near[2:] if len(groups) > most][:1]]
 
     def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
         """The set to try next; costs of its groups are measured. None where no set is left."""

@@ -30,6 +30,8 @@ def fit_from_bottom(
     sequences: Sequence[Tensor],
     config: FusionConfig,
     held_out: Sequence[Tensor] = (),
+    *,
+    tuned: bool = True,
 ) -> tuple[list[FittedLayer], float]:
     """Fit every fused layer, from the bottom up, to what the dense model computes at its place.
 
@@ -50,6 +52,8 @@ def fit_from_bottom(
     config : FusionConfig
     held_out : sequence of int64 tensors of shape (tokens T,)
         Text that nothing is fitted to.
+    tuned : bool
+        Whether layers are trained after their fits at all.
 
     Returns
     -------
@@ -62,7 +66,7 @@ def fit_from_bottom(
         decoder.embed(decoder.batches(decoder.processes.shard(text))) for text in (sequences, held_out)
     )
     held = _HeldOut(decoder, embedded_held)
-    steps = steps_of(decoder, sequences) if config.refit == "projections" and held_out else None
+    steps = steps_of(decoder, sequences) if tuned and config.refit == "projections" and held_out else None
     # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
     with StateStore.with_room(decoder, sum(state.nbytes for state in embedded) * (2 * widest + 5)) as store:
         dense_states: Sequence[Tensor] = store.keep(embedded)
