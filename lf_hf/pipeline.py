@@ -3,7 +3,7 @@
 `fuse` is the whole of it. `fuse_pairs` is the loop of every method: choose two layers, make them one, remove the
 second. Where fused layers are fitted, `last_pass` follows: from the bottom up it fits each to what the dense model
 computes there. Where it also makes them, from groups of layers that are all chosen at once, nothing is left for the
-loop: the last pass fits some sets of groups to half of the text, and makes the best one whole.
+loop: the last pass fits some sets of groups to part of the text, and makes the best one whole.
 
 The model before it is fused is `dense` in the code, and the base wherever people read of it.
 """
@@ -49,7 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_COMPARED_ON = 2  # sets of groups are compared by fits to every second sequence
+_COMPARING_TOKENS = 24576  # of the calibration text, about: to these sets of groups are fitted to be compared
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
@@ -171,7 +171,8 @@ def last_pass(fusion: Fusion) -> Fusion:
             fitted, _ = fit_from_bottom(fusion.decoder, fusion.dense, fusion.groups, *texts)
             return replace(fusion, fitted=fitted)
         plans, compared = fusion.plans if held_out_text else fusion.plans[:1], dict[Groups, float]()
-        part = interleaved(rest[::_COMPARED_ON], measured.written[::_COMPARED_ON])
+        every = math.ceil(sum(map(len, texts[0])) / _COMPARING_TOKENS)
+        part = interleaved(rest[::every], measured.written[::every])
         for plan in plans if len(plans) > 1 else ():
             made = fusion.shortened_to(plan)
             _, compared[plan] = fit_from_bottom(
@@ -256,7 +257,7 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
             for groups, cost in sorted(fusion.compared.items(), key=itemgetter(1))
         )
         notes.append(
-            f"{len(fusion.compared)} sets of groups were fitted to half of the text, and the first one taken, by the "
+            f"{len(fusion.compared)} sets of groups were fitted to part of the text, and the first one taken, by the "
             f"divergence from the dense model in nats a token of held-out text: {costs}."
         )
     notes += [

@@ -16,6 +16,9 @@ LEAST_HEAL_TOKENS = 1024
 HEAL_TOKENS = 131072
 """Of a healing, by default."""
 
+CALIBRATION_TOKENS = 49152
+"""Of the text that layers are fitted to, by default, where nothing is healed."""
+
 LARGEST_SEED = 2**32 - 1
 """What every library takes."""
 
@@ -25,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "truncate": {"selection": "last", "alignment": "none", "merge": "keep_first", "refit": "none"},
     "refit": {"selection": "groups", "alignment": "none", "merge": "select", "refit": "projections"},
 }
-METHODS["healed"] = METHODS["refit"] | {"heal_tokens": HEAL_TOKENS}
+METHODS["healed"] = METHODS["refit"] | {"calibration_tokens": HEAL_TOKENS, "heal_tokens": HEAL_TOKENS}
 """What each preset sets; nothing is healed by the others. A field that the user gives overrides its preset."""
 
 LONGEST_GROUP = 6
@@ -97,10 +100,12 @@ class FusionConfig(Settings):
         needs=("fits",),
     )
     calibration_tokens: int = setting(
-        49152,
-        "Tokens of calibration text that influence, channel selection and refit use at most. The model writes a third "
-        "of them itself and answered questions are a fifth; of the bundled mixture it writes half.",
+        None,
+        "Tokens of calibration text that influence, channel selection and refit use at most: "
+        f'{CALIBRATION_TOKENS}, and {HEAL_TOKENS} for method="healed". The model writes a third of them itself and '
+        "answered questions are a fifth; of the bundled mixture it writes half.",
         bounds=">= 1024",
+        unset="from method",
         needs=_TEXT,
     )
     calibration_length: int = setting(512, "Tokens of a sequence of calibration text.", bounds=">= 16", needs=_TEXT)
@@ -166,7 +171,7 @@ class FusionConfig(Settings):
 
     def _preset(self) -> dict[str, Any]:
         self._check("method")
-        return {"heal_tokens": 0} | METHODS[self.method]
+        return {"calibration_tokens": CALIBRATION_TOKENS, "heal_tokens": 0} | METHODS[self.method]
 
     def _check_together(self) -> None:
         given = [name for name in LEVELS if getattr(self, name) is not None]

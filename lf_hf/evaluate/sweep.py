@@ -114,7 +114,10 @@ def sweep(
 def _configs(
     num_fusions: Sequence[int], methods: Sequence[str], tasks: Sequence[str], settings: dict[str, Any] | None
 ) -> list[FusionConfig]:
-    """The fusions that were asked for, by level; what is healed stands beside what is not."""
+    """The fusions that were asked for, by level; what is healed stands beside what is not.
+
+    The base is measured once, so all get as much calibration text as the one that takes most.
+    """
     for name, values in {"num_fusions": num_fusions, "methods": methods, "tasks": tasks}.items():
         if not values or not isinstance(values, Sequence) or isinstance(values, str):
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
@@ -122,6 +125,8 @@ def _configs(
     for level, method in product(num_fusions, methods):
         config = FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
         configs += [config] if method == "healed" else [replace(config, heal_tokens=0), config]
+    tokens = max(config.calibration_tokens for config in configs)
+    configs = [replace(config, calibration_tokens=tokens) for config in configs]
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.runtime.launch import Processes
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import CALIBRATION_TOKENS, FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, first_rows
 from lf_hf.text.mmlu import SUBJECTS, format_question, questions_of, questions_to_fit
 from lf_hf.text.sources import TextSource, read_samples, spread_evenly, windows
@@ -178,7 +178,7 @@ def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> Calibration
 def load_corpus(
     calibration: TextSource | None = None,
     *,
-    max_tokens: int = 49152,
+    max_tokens: int = CALIBRATION_TOKENS,
     to_train: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:

@@ -177,7 +177,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
 
 
 @torch.no_grad()
-def test_of_several_sets_the_one_nearer_after_fits_to_half_of_the_text_is_made_whole() -> None:
+def test_of_several_sets_the_one_nearer_after_fits_to_some_text_is_made_whole() -> None:
     model, text = make_llama(num_hidden_layers=7), TEXT * 6
     measured, (held, _) = Measurements(judged=[], seconds={}, given=text), held_out(text, 4)
     decoder, costs = ModelDecoder(model), list[float]()
