@@ -41,15 +41,12 @@ def fit_from_bottom(
 
     Parameters
     ----------
-    decoder : Decoder
-        Its fused layers are changed.
-    dense : Decoder
-        The dense model, which is not changed.
+    decoder, dense : Decoder
+        The fused model, whose fused layers are changed, and the dense model.
     groups : sequence of lists of int
         For each layer, the layers of the dense model that it stands for.
     sequences : sequence of int64 tensors of shape (tokens T,)
         Calibration text.
-    config : FusionConfig
     held_out : sequence of int64 tensors of shape (tokens T,)
         Text that nothing is fitted to.
     tuned : bool
