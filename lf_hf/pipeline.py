@@ -49,7 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_COMPARING_TOKENS = 24576  # of the calibration text, about: to these sets of groups are fitted to be compared
+_COMPARING_TOKENS = 24576  # of the calibration text, about, to which sets of groups are fitted to be compared
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
@@ -170,9 +170,10 @@ def last_pass(fusion: Fusion) -> Fusion:
         if not fusion.left_to_last_pass:
             fitted, _ = fit_from_bottom(fusion.decoder, fusion.dense, fusion.groups, *texts)
             return replace(fusion, fitted=fitted)
-        plans, compared = fusion.plans if held_out_text else fusion.plans[:1], dict[Groups, float]()
         every = math.ceil(sum(map(len, texts[0])) / _COMPARING_TOKENS)
-        part = interleaved(rest[::every], measured.written[::every])
+        # At random places, as chats are at equal distances.
+        part = interleaved(*(held_out(some, len(some) // every)[0] for some in (rest, measured.written)))
+        plans, compared = fusion.plans if held_out_text and part else fusion.plans[:1], dict[Groups, float]()
         for plan in plans if len(plans) > 1 else ():
             made = fusion.shortened_to(plan)
             _, compared[plan] = fit_from_bottom(
