@@ -209,8 +209,9 @@ def _peak(
     if low_memory:  # two layers, or those of a group, and on a device the next one, which is read meanwhile
         held = LONGEST_GROUP + 1 if config.selection == "groups" else 2
         weights = (held + (device.type != "cpu")) * layer + model.vocab_size * hidden
-    else:  # and the originals of layers that change, at most
-        weights = before + (fused * layer if config.refit != "none" else 0)
+    else:  # and the originals of layers that change, at most, or those of two sets of groups that are made
+        sets = 0 if config.refit == "none" else 2 if config.selection == "groups" else 1
+        weights = before + sets * fused * layer
     # Predictions of some tokens, six times in float32, and final states of two texts, the dense model's too.
     judging = 24 * min(LOGITS, PERPLEXITY_LENGTH * model.vocab_size) + 4 * config.perplexity_tokens * hidden * size
     phases = [judging if config.perplexity_tokens else 0, _BYTES_TRAINED * after if config.heal_tokens else 0]

@@ -49,6 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
+_TIE = 1.03  # times what the best set costs then: two that are so near are both made whole
 _COMPARING_TOKENS = 24576  # of the calibration text, about, to which sets of groups are fitted to be compared
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
@@ -158,7 +159,8 @@ def last_pass(fusion: Fusion) -> Fusion:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
     Where their groups were chosen all at once, each set that is left to choose from is first fitted to a part of the
-    text, and the one whose predictions of held-out text are then nearest to the dense model's is taken.
+    text, and the one whose predictions of held-out text are then nearest to the dense model's is made whole; or two are
+    that come out alike, and the same is asked of them.
     """
     if fusion.config.refit == "none":
         return fusion
@@ -179,9 +181,16 @@ def last_pass(fusion: Fusion) -> Fusion:
             _, compared[plan] = fit_from_bottom(
                 made.decoder, made.dense, made.groups, part, fusion.config, held_out_text, tuned=False
             )
-        made = fusion.shortened_to(min(compared, key=compared.__getitem__, default=plans[0]))
-        made.fitted, _ = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
-        return replace(_taken_over(fusion.decoder, made), compared=compared)
+        plans = sorted(compared, key=compared.__getitem__) or plans[:1]
+        ties = [plan for plan in plans if len(plans) == 1 or compared[plan] <= _TIE * compared[plans[0]]]
+        best, least = None, math.inf
+        for plan in ties[:2]:
+            made = fusion.shortened_to(plan)
+            made.fitted, cost = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
+            if best is None or cost < least:
+                best, least = made, cost
+        assert best is not None
+        return replace(_taken_over(fusion.decoder, best), compared=compared)
 
 
 def finish(fusion: Fusion, tokenizer: PreTrainedTokenizerBase, *, base: str, parameters: int) -> FusionReport:
@@ -254,12 +263,11 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
         )
     if fusion.compared:
         costs = "; ".join(
-            f"layers {', '.join(f'{first}-{last}' for first, last in groups)}: {cost:.3f}"
-            for groups, cost in sorted(fusion.compared.items(), key=itemgetter(1))
+            f"{_named(groups)}: {cost:.3f}" for groups, cost in sorted(fusion.compared.items(), key=itemgetter(1))
         )
         notes.append(
-            f"{len(fusion.compared)} sets of groups were fitted to part of the text, and the first one taken, by the "
-            f"divergence from the dense model in nats a token of held-out text: {costs}."
+            f"Of {len(fusion.compared)} sets of groups that were fitted to part of the text, {_named(fusion.plans[0])} "
+            f"are fused. Divergence from the dense model then, in nats a token of held-out text: {costs}."
         )
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "
@@ -271,6 +279,10 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
     for note in damage:
         logger.warning(note)
     return notes + damage
+
+
+def _named(groups: Groups) -> str:
+    return f"layers {', '.join(f'{first}-{last}' for first, last in groups)}"
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:
