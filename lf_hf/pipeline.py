@@ -182,9 +182,9 @@ def last_pass(fusion: Fusion) -> Fusion:
                 made.decoder, made.dense, made.groups, part, fusion.config, held_out_text, tuned=False
             )
         plans = sorted(compared, key=compared.__getitem__) or plans[:1]
-        ties = [plan for plan in plans if len(plans) == 1 or compared[plan] <= _TIE * compared[plans[0]]]
+        tie = [plan for plan in plans[1:2] if compared[plan] <= _TIE * compared[plans[0]]]
         best, least = None, math.inf
-        for plan in ties[:2]:
+        for plan in [plans[0], *tie]:
             made = fusion.shortened_to(plan)
             made.fitted, cost = fit_from_bottom(made.decoder, made.dense, made.groups, *texts)
             if best is None or cost < least:
