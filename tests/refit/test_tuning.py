@@ -39,3 +39,5 @@ def test_it_brings_the_layer_nearer_to_its_group_on_unseen_text(model_type: str,
     fused.load_state_dict(tuned)
     assert missed() < 0.98 * fitted
     assert {weight.dtype for weight in tuned.values()} == {dtype}
+    more = [torch.zeros(512, dtype=torch.int64)] * 400
+    assert sum(map(len, steps_of(decoder, more).rows)) == 2 * len(more)  # passes: it takes as long for any more text
