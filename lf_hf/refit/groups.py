@@ -35,9 +35,9 @@ Groups = tuple[Group, ...]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-_TRIALS = 8  # sets of groups that are tried out whole, at most
+_TRIALS = 8  # sets of groups that are tried out whole; more, as long as the best is among the latter half of so many
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
-_MOST_TRIALS = 18  # where all that were tried are far from that
+_MOST_TRIALS = 18
 _NEAR = 0.25  # of what the best set costs: sets that cost no more above it may be the best in better fits
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
@@ -109,8 +109,10 @@ class GroupCosts:
         tried: dict[Groups, float] = {}
         promised = math.inf
         bar = progress(range(_MOST_TRIALS), desc="Trying sets of groups", unit="set", leave=False)
+        enough = min(_TRIALS, 2 * num_fusions)
         for trial in bar:
-            if trial >= min(_TRIALS, 2 * num_fusions) and min(tried.values()) <= _FAR * promised:
+            costs = list(tried.values())
+            if trial >= enough and min(costs) <= _FAR * promised and min(costs) not in costs[-enough // 2 :]:
                 break
             groups = self._next(tried, num_fusions)
             if groups is None:

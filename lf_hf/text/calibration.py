@@ -35,6 +35,7 @@ _WRITTEN_SHARE, _WRITTEN_SHARE_OF_USERS = 0.5, 1 / 3
 # thousand tokens; to train on, a seventh of documentation too; of each at most half as much as there is of the text.
 _QUESTION_CHARACTERS, _MOST_QUESTION_CHARACTERS = 0.8, 40_000
 _DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
+_TOKENS_FOR_TWO = 98304  # of the default mixture: with so many it has two questions of each subject
 
 _OWN_TEXT = "text of your own domain gives"
 _COST = (
@@ -193,7 +194,7 @@ def load_corpus(
     calibration : list of str or chats, file, data set, or None
         As for `load_calibration`. None: a thousand pages of FineWeb-Edu, if the hub or its cache answers within ten
         seconds, else, as with "bundled", text that the model writes itself, the first half of Python's documentation,
-        and, where lm-eval is installed, one MMLU development question a subject, with its answer.
+        and, where lm-eval is installed, one MMLU development question a subject (from 98,304 tokens on two), answered.
     max_tokens : int
         How many tokens are to be used at most. Of a text of more than 64 characters for each (8 to train on) 64
         excerpts are taken, spread evenly over it, and the source says so.
@@ -218,7 +219,9 @@ def load_corpus(
         except OSError as error:
             note = _COST.format(error)
             logger.warning_once(f"{note}.")
-    documentation, questions = documentation_halves()[0], _answered_questions(explained=to_train)
+    of_each = 2 if own is None and max_tokens >= _TOKENS_FOR_TWO else 1
+    questions = _answered_questions(None if to_train else of_each, explained=to_train)
+    documentation = documentation_halves()[0]
     if own is None:
         parts = {DOCUMENTATION: documentation, QUESTIONS: questions}
     else:
@@ -244,14 +247,14 @@ def _beside(text: str, documentation: str, limit: float) -> str:
     return "" if any(piece in text for piece in pieces) else "\n\n".join(pieces)[:characters]
 
 
-def _answered_questions(*, explained: bool) -> str:
+def _answered_questions(of_each: int | None, *, explained: bool) -> str:
     """MMLU development questions with their answers, each in two formats that are far from each other.
 
-    One question a subject. With `explained` all but those that `mmlu_sample` asks, one of each subject after the other,
-    and the second format says why the answer is right. Nothing where lm-eval is not installed.
+    So many questions a subject, or all but those that `mmlu_sample` asks, one of each subject after the other. With
+    `explained` the second format says why the answer is right. Nothing where lm-eval is not installed.
     """
     try:
-        subjects = [of if explained else of[:1] for of in questions_to_fit().values()]
+        subjects = [of[:of_each] for of in questions_to_fit().values()]
     except ValueError as error:
         logger.warning("Without questions in the calibration text: %s", error)
         return ""
@@ -272,7 +275,7 @@ def other_text(corpus: Corpus) -> list[str]:
     """
     texts = [] if corpus.by_default else [documentation_halves()[0]]
     with suppress(ValueError):
-        others = [question for of in questions_to_fit().values() for question in of[1:]]
+        others = [question for of in questions_to_fit().values() for question in of[2:]]
         texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
     return [text for text in texts if text]
 
