@@ -193,8 +193,8 @@ def start(
             parts = [decoder.batches(decoder.processes.shard(of_role)) for of_role in (fitting, judging)]
             embedded = decoder.embed([batch for part in parts for batch in part])
             # States are at all boundaries and in a pair. Where groups are chosen, half of the text judges, and is there
-            # once after each pair of layers; groups are fitted to the other half.
-            of_groups = decoder.num_layers // 2 + 2 * LONGEST_GROUP if config.selection == "groups" else 0
+            # once after each two and each three layers; groups are fitted to the other half.
+            of_groups = decoder.num_layers + 2 * LONGEST_GROUP if config.selection == "groups" else 0
             expected = sum(state.nbytes for state in embedded) * (decoder.num_layers + 7 + of_groups)
             store = stack.enter_context(StateStore.with_room(decoder, expected))
             boundaries = Boundaries(decoder, embedded, store) if config.needs_text else None

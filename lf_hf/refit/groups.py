@@ -1,9 +1,9 @@
 """Which groups of adjacent layers become one layer each: those that together move the model's predictions least.
 
 What a group costs is measured: it is made one layer by a rough fit, and the divergence of predictions from the dense
-model's is taken on short pieces of several kinds of text. All pairs of layers are measured. What a longer group costs
-is estimated from the pairs in it, as it is about their sum, and measured where the group is in one of the cheapest
-sets. Of these a few are tried out whole.
+model's is taken on short pieces of several kinds of text. All groups of two and of three layers are measured. What
+longer ones cost is estimated from these, and measured where they are in one of the cheapest sets. Of such sets some are
+tried out whole.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ Groups = tuple[Group, ...]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-_TRIALS = 8  # sets of groups that are tried out whole; more, as long as the best is among the latter half of so many
+_TRIALS = 24  # sets of groups that are tried out whole, at most
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
-_MOST_TRIALS = 18
 _NEAR = 0.25  # of what the best set costs: sets that cost no more above it may be the best in better fits
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
@@ -94,6 +93,7 @@ class GroupCosts:
     ) -> None:
         self._decoder, self._boundaries, self._fuse, self._store = decoder, boundaries, fuse, store
         self._fitting, self._judging, self.by_group = fitting, judging, by_group
+        self._begun: dict[Groups, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}  # states above groups of the last set
         tokens = sum(state.shape[:2].numel() for state in self._part(0, judging))  # of this process
         stride = sum(decoder.processes.all_gather_object(tokens)) * decoder.config.vocab_size // _JUDGED_LOGITS
         self._judged = slice(1, None, min(max(2, stride), 8))  # neighbours' predictions say much the same
@@ -108,11 +108,8 @@ class GroupCosts:
         """
         tried: dict[Groups, float] = {}
         promised = math.inf
-        bar = progress(range(_MOST_TRIALS), desc="Trying sets of groups", unit="set", leave=False)
-        enough = min(_TRIALS, 2 * num_fusions)
-        for trial in bar:
-            costs = list(tried.values())
-            if trial >= enough and min(costs) <= _FAR * promised and min(costs) not in costs[-enough // 2 :]:
+        for trial in progress(range(_TRIALS), desc="Trying sets of groups", unit="set", leave=False):
+            if trial >= 2 * num_fusions and min(tried.values()) <= _FAR * promised:
                 break
             groups = self._next(tried, num_fusions)
             if groups is None:
@@ -133,7 +130,8 @@ class GroupCosts:
     def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
         """The set to try next; costs of its groups are measured. None where no set is left."""
         top = self._decoder.num_layers - 2
-        missing: Collection[Group] = {(n, n + 1) for n in range(1, top)} - self.by_group.keys()
+        short = [(n, n + more) for more in range(1, min(num_fusions, 2) + 1) for n in range(1, top + 1 - more)]
+        missing: Collection[Group] = set(short) - self.by_group.keys()
         while True:
             if missing:
                 self._measure(missing)
@@ -174,6 +172,10 @@ class GroupCosts:
         start, ends = groups[0][0], dict(groups)
         fitted: Sequence[Tensor] = self._part(start, self._fitting)
         judged: Sequence[Tensor] = self._part(start, self._judging)
+        begun = {made: states for made, states in self._begun.items() if made == groups[: len(made)]}
+        if begun:  # with the same groups as the set before
+            made, (fitted, judged) = max(begun.items())
+            start = made[-1][1] + 1
         window: list[_TracedLayer] = []
         for traced in self._traced_layers(start):
             first, layer = window[0].number if window else traced.number, traced.layer
@@ -186,6 +188,9 @@ class GroupCosts:
             if traced.number < groups[-1][1]:  # above its last group nothing is fitted
                 fitted = self._run(layer, fitted)
             judged = self._run(layer, judged)
+            if first in ends:
+                begun[tuple(group for group in groups if group[0] <= first)] = fitted, judged
+        self._begun = begun
         [cost] = self._divergences([judged])
         return cost
 
@@ -237,14 +242,17 @@ def longest_group(num_layers: int, num_fusions: int) -> int:
 def estimated(measured: Mapping[Group, float], longest: int = LONGEST_GROUP) -> dict[Group, float]:
     """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured.
 
-    A group that was not measured costs what two groups cost that have one layer in common and are this group together.
+    A group that was not measured costs what it does without its last layer and without its first one, less what all
+    between these two cost, which is in both.
     """
     costs, top = dict(measured), max(last for _, last in measured)
     for longer in range(2, longest):
         for first in range(1, top + 1 - longer):
             last = first + longer
             if (first, last) not in costs:
-                costs[first, last] = min(costs[first, n] + costs[n, last] for n in range(first + 1, last))
+                parts = costs[first, last - 1] + costs[first + 1, last]
+                common = costs.get((first + 1, last - 1), 0.0)  # one layer costs nothing
+                costs[first, last] = parts - common if math.isfinite(parts) else math.inf
     return costs
 
 

@@ -55,8 +55,15 @@ def test_a_group_is_expected_to_cost_what_its_parts_cost() -> None:
         pairs | {(1, 3): 3.1, (2, 4): 3.2, (1, 4): 3.3} | dict.fromkeys([(3, 5), (2, 5), (1, 5)], math.inf)
     )
     measured = estimated(pairs | {(2, 4): 0.5})  # which may be far from their sum
-    assert (measured[2, 4], measured[1, 4]) == (0.5, 0.6)
+    assert (measured[2, 4], measured[1, 4]) == pytest.approx((0.5, 0.6))
     assert max(last - first + 1 for first, last in estimated(pairs, longest=3)) == 3
+
+
+def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> None:
+    """Here what each layer and each two neighbours cost adds up."""
+    layer, two = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).tolist()
+    costs = {(i, j): sum(layer[i + 1 : j + 1]) + sum(two[i + 1 : j]) for i in range(1, 8) for j in range(i + 1, 9)}
+    assert estimated({(i, j): c for (i, j), c in costs.items() if j - i < 3}, longest=8) == pytest.approx(costs)
 
 
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
@@ -151,7 +158,7 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 
 @torch.no_grad()
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
-    """Costs are measured once, those of pairs always."""
+    """Costs are measured once, those of pairs always, and of threes where they may be taken."""
     model = make_llama(num_hidden_layers=7)
     measured = Measurements(judged=[], seconds={}, given=TEXT[:8], other_text=TEXT[8:])
     planned, tables = list[Any](), list[Any]()
@@ -163,6 +170,7 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
         [costs] = measured.group_costs.values()
         tables.append(dict(costs))
     assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == (min(tables[0], key=tables[0].get),)
+    assert tables[1].keys() == tables[0].keys() | {(n, n + 2) for n in range(1, 4)}
     assert tables[1] == tables[2] and planned[1] == planned[2] and removed(planned[3]) == 3
     assert tables[0].items() <= tables[1].items() <= tables[3].items() and tables[3].keys() >= {*planned[3]}
     _, pieces = text_for_groups(TEXT[:8], [], TEXT[8:])

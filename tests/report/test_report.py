@@ -287,19 +287,6 @@ def test_pictures_show_the_figures_of_the_report(reports: dict[str, Any]) -> Non
         assert list(offsets[:, axis].argsort()) == list(np.array(report.embeddings)[2, :, axis].argsort())
 
 
-def test_the_map_has_every_layer_inside_its_frame() -> None:
-    steps = [FusionStep([n], list(range(n + 1, 37)), 0.625, 0.375) for n in range(35, 23, -1)]
-    report = make_report(steps=steps, layers_before=37, layers_after=25, fitted_layers=[], **FEW_PICTURES)
-    [axis] = report_figures(report)["layer_map"].axes
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    places = [label.get_position() for label in axis.texts]
-    assert all(left <= x <= right and bottom <= y <= top for x, y in places)
-    shown = [label.get_text() for label in axis.texts]
-    numbers = [int(label) for label in shown if label.isdigit()]
-    assert set(numbers) == set(range(37)) and len(numbers) == 37 + 25 + 1  # the fused layer goes on in a second row
-    assert len([label for label in shown if label.endswith("%")]) == 13
-
-
 def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(reports: dict[str, Any]) -> None:
     report = reports["within a budget"]
     drawn = report_figures(report)
