@@ -49,7 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_TIE = 1.03  # times what the best set costs then: two that are so near are both made whole
+_TIE = 1.05  # times what the best set costs then: two that are so near are both made whole
 _COMPARING_TOKENS = 24576  # of the calibration text, about, to which sets of groups are fitted to be compared
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
 from lf_hf.cli import main
-from lf_hf.runtime.progress import progress
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -115,19 +114,6 @@ def test_ctrl_c_gets_one_line_in_a_log_and_leaves_nothing(make_base: Callable[..
     assert err.endswith("lf-hf: interrupted.\n") and "Traceback" not in err
     assert "\r" not in err and "Perplexity before" not in err  # no bar, and no line in the first half minute
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_log_says_how_far_a_stage_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def count(number: int) -> str:
-        assert list(progress(range(number), desc="Sweep", unit="point")) == list(range(number))
-        return capsys.readouterr().err
-
-    assert count(5) == ""
-    monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
-    lines = [f"Sweep: point {n} of 5 is done in 00:00, 00:00 left" for n in range(1, 6)]
-    assert list(dict.fromkeys(count(5).splitlines())) == lines and count(0) == ""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert "5/5" in count(5)
 
 
 def installed_command(*arguments: str, before: str = "") -> subprocess.Popen[str]:

@@ -109,7 +109,7 @@ class GroupCosts:
         tried: dict[Groups, float] = {}
         promised = math.inf
         for trial in progress(range(_TRIALS), desc="Trying sets of groups", unit="set", leave=False):
-            if trial >= 2 * num_fusions and min(tried.values()) <= _FAR * promised:
+            if trial >= 3 * num_fusions and min(tried.values()) <= _FAR * promised:
                 break
             groups = self._next(tried, num_fusions)
             if groups is None:

@@ -184,6 +184,16 @@ def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -
         assert cost == pytest.approx(torch.cat(apart).mean().item(), rel=1e-3)
 
 
+def test_a_set_costs_the_same_after_one_that_begins_alike() -> None:
+    model = idle(make_llama(num_hidden_layers=7), 2, 5)
+    costs = dict.fromkeys(itertools.combinations(range(1, 6), 2), 1.0) | {(1, 2): 0.1, (3, 4): 0.1, (4, 5): 0.2}
+    measured = Measurements(judged=[], seconds={}, given=TEXT)
+    with start(ModelDecoder(model), FusionConfig(2, "truncate", selection="groups"), measured) as fusion:
+        assert fusion.group_costs is not None
+        fusion.group_costs.by_group |= costs  # so that 1-2 and 3-4 are tried first
+        assert fusion.group_costs.best(2) == [((1, 2), (4, 5))]
+
+
 @torch.no_grad()
 def test_of_several_sets_the_one_nearer_after_fits_to_some_text_is_made_whole() -> None:
     """Of two that are then alike the one that is nearer as a whole."""
