@@ -37,7 +37,7 @@ FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], Decode
 
 _TRIALS = 20  # sets of groups that are tried out whole, at most
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
-_NEAR = 0.1  # of what the best set costs: sets that cost no more above it may be the best in better fits
+_NEAR = 0.15  # of what the best set costs: sets that cost no more above it may be the best in better fits
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
