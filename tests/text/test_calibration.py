@@ -34,10 +34,12 @@ def test_default_samples_are_the_first_question_of_each_subject_without_its_answ
 
 def test_training_has_every_question_but_those_of_the_sample_and_says_why_answers_are_right() -> None:
     fitted, trained = (corpus.parts[QUESTIONS] for corpus in (load_corpus(), load_training_text(None, 8192)))
+    more = load_corpus(max_tokens=131072).parts[QUESTIONS]  # has two of each subject
     for first, *others, last in bundled_questions().values():
         if len(last.choices) > 4:
             others, last = [*others[:-1], last], others[-1]
         assert last.question not in trained and first.question in fitted
+        assert all(question.question in more for question in (first, others[0]))
         for question in (first, *others):
             assert format_question(question) in trained and (question == first or question.question not in fitted)
             assert f"Answer: {question.choices[question.answer]}\n{question.explanation}" in trained
