@@ -144,6 +144,7 @@ class Ways:
             written = written_by(decoder, decoder.family.mlp, layer, residual)
             wanted = (target - residual).flatten(0, 1) / decoder.family.residual_factor(decoder.config)
             regression.add(written.flatten(0, 1), wanted, token_weights(decoder, target))
+        regression.complete()
         through = regression.ridge(torch.eye(model.config.hidden_size), 1e-2)
         down = layer.mlp.down_proj.named_parameters()  # it may have a bias
         mapped = {f"mlp.down_proj.{name}": (through @ part.float()).to(part.dtype) for name, part in down}
@@ -197,6 +198,7 @@ class Ways:
         regression = Regression(len(kept), len(down), down.device, down.dtype)
         for of_state in channels:
             regression.add(of_state[:, kept], of_state @ down.T, torch.ones(len(of_state)))
+        regression.complete()
         mlp = selected(decoder.family.mlp, mlp, kept, kept)
         mlp["mlp.down_proj.weight"] = regression.ridge(down[:, kept], _LEVERAGE_RIDGE).to(down)
         return {name: weight for name, weight in attention.items() if "mlp" not in name} | mlp
@@ -228,6 +230,7 @@ def _highest_leverage(inputs: Sequence[Tensor], keep: int, block: int) -> Tensor
     regression = Regression(inputs[0].shape[1], 1, inputs[0].device)
     for part in inputs:
         regression.add(part, part[:, :1], torch.ones(len(part)))
+    regression.complete()
     gram = regression.gram.double()
     pulled = gram + _LEVERAGE_RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     scores = torch.linalg.solve(pulled, gram).diagonal().unflatten(0, (-1, block)).sum(1)

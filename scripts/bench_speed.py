@@ -294,6 +294,7 @@ def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
     y = x @ random(inputs, outputs, seed=6) / inputs + random(len(x), outputs, seed=7)
     regression = Regression(inputs, outputs, x.device)
     regression.add(x, y, torch.ones(len(x)))
+    regression.complete()
     return regression, random(outputs, inputs, seed=8) / inputs
 
 

@@ -17,7 +17,7 @@ how layers are loaded. What changes where a norm follows a half is in `normed_ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,6 +49,7 @@ _CANDIDATES_PER_KEPT = 1.25
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
 _FIRST_SHARE = 1 / 32
 _SELECTION_RIDGE = 1e-2
+_GRAM_ROWS = 512  # of a gram matrix that are added to at a time
 _ROWS = 256  # of a weight that an error is summed over at a time, in float64
 PRUNING_ROUNDS = 4
 EXACT_LIMIT = 4096  # up to this size systems are solved in float64
@@ -206,7 +207,7 @@ class HalfFit:
                     token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
                 x, y = (normalized(self.decoder, self.half, part).flatten(0, 1) for part in (state, target))
                 problem.add(x, y, token_weight)
-            problem.all_reduce()
+            problem.complete()
             maps.append(problem.ridge(identity, self.ridge).to(weight.device))
         return maps
 
@@ -216,7 +217,7 @@ class HalfFit:
         problem = self._empty(start.shape, start)
         for state, target in zip(self.states, self.targets(), strict=True):
             problem.add(*self.equations(weights, x_of(state), target, state))
-        problem.all_reduce()
+        problem.complete()
         return problem
 
     def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
@@ -282,7 +283,8 @@ class Regression:
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, with x in units of `unit`.
+        Sum of weight * x x^T over tokens, with x in units of `unit`. Until `complete` it lacks what is left of blocks
+        on the diagonal.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
     energy : float64 tensor of shape ()
@@ -318,13 +320,21 @@ class Regression:
         x, y = ((part * root).to(self.gram.dtype) for part in (x, y))
         x *= self.unit.reciprocal()
         with bfloat16_products(self._of_bfloat16):
-            self.gram.addmm_(x.T, x)
+            for first, rows in self._blocks():  # half of a symmetric matrix: as fast again
+                rows[:, first:].addmm_(x[:, first : first + len(rows)].T, x[:, first:])
             self.cross.addmm_(y.T, x)
         for rows in y.split(_ROWS):
             self.energy += rows.double().square_().sum()
 
-    def all_reduce(self) -> None:
-        """Add up the sums of all processes, in each of them."""
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows of the gram matrix, and where each begins."""
+        return zip(range(0, len(self.gram), _GRAM_ROWS), self.gram.split(_GRAM_ROWS), strict=True)
+
+    def complete(self) -> None:
+        """Add up the sums of all processes, in each of them, after the last tokens."""
+        for first, rows in self._blocks():
+            end = first + len(rows)
+            self.gram[end:, first:end] = rows[:, end:].T
         if self._processes.world_size == 1:
             return
         units = self._processes.all_gather_object(float(self.unit) if self._scaled else 0.0)

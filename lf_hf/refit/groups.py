@@ -35,7 +35,7 @@ Groups = tuple[Group, ...]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
-_TRIALS = 20  # sets of groups that are tried out whole, at most
+_TRIALS = 16  # sets of groups that are tried out whole, at most
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
 _NEAR = 0.15  # of what the best set costs: sets that cost no more above it may be the best in better fits
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers

@@ -29,15 +29,17 @@ def regression(x: Tensor, y: Tensor, weights: Tensor) -> Regression:
     made = Regression(x.shape[1], y.shape[1], x.device)
     for part in torch.arange(len(x)).split(64):  # sequence by sequence
         made.add(x[part], y[part], weights[part])
+    made.complete()
     return made
 
 
-def test_ridge_minimises_its_objective() -> None:
+@pytest.mark.parametrize("inputs", [8, 1100])
+def test_ridge_minimises_its_objective(inputs: int) -> None:
     """Against least squares on rows that write the penalty out; the error is that of the tokens."""
-    x, y, weights = problem()
-    start, strength = normal(3, 8, seed=1), 0.3
+    x, y, weights = problem(inputs=inputs)
+    start, strength = normal(3, inputs, seed=1), 0.3
     penalty = strength * float((weights[:, None] * x**2).sum(0).mean())
-    rows = np.concatenate([weights.sqrt()[:, None] * x, np.sqrt(penalty) * np.eye(8)])
+    rows = np.concatenate([weights.sqrt()[:, None] * x, np.sqrt(penalty) * np.eye(inputs)])
     wanted = np.concatenate([weights.sqrt()[:, None] * y, np.sqrt(penalty) * start.T])
     expected = np.linalg.lstsq(rows.astype(np.float64), wanted.astype(np.float64), rcond=None)[0].T
     made = regression(x, y, weights)
