@@ -42,7 +42,7 @@ from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note, weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LEVELS, FusionConfig
-from lf_hf.steps import STEPS, Fusion, group_settings, start
+from lf_hf.steps import STEPS, Fusion, start
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.packing import held_out, interleaved
 
@@ -50,7 +50,7 @@ logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
 _TIE = 1.05  # times what the best set costs then: two that are so near are both made whole
-_COMPARING_TOKENS = 24576  # of the calibration text, about, to which sets of groups are fitted to be compared
+_COMPARING_TOKENS = 24576  # of the calibration text, half of it at most, that sets are fitted to for a comparison
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
@@ -222,7 +222,7 @@ def _report(
         continuations = continued(decoder, tokenizer, measured)
     of_layer = list(decoder.layer(0).parameters())
     layers, averaged = len(fusion.groups) + len(steps), fusion.similarity is not None
-    costs = measured.group_costs[group_settings(fusion.config)] if fusion.plans else {}
+    costs = fusion.costs if fusion.plans else {}
     return FusionReport(
         base=base,
         config=config.to_dict(),

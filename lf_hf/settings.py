@@ -103,7 +103,7 @@ class FusionConfig(Settings):
         None,
         "Tokens of calibration text that influence, channel selection and refit use at most: "
         f'{CALIBRATION_TOKENS}, and {HEAL_TOKENS} for method="healed". The model writes a third of them itself and '
-        "answered questions are a fifth; of the bundled mixture it writes half.",
+        "answered questions are a fifth, some ten thousand at most; of the bundled mixture it writes half.",
         bounds=">= 1024",
         unset="from method",
         needs=_TEXT,

@@ -18,7 +18,7 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.measure import Clock, Measurements
 from lf_hf.refit.group import fit_group
-from lf_hf.refit.groups import GroupCosts, Groups, estimated, removed, text_for_groups
+from lf_hf.refit.groups import SHORT, Group, GroupCosts, Groups, estimated, removed, text_for_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import Boundaries, StateStore, Traces, trace
 from lf_hf.report.records import FittedLayer, FusionStep
@@ -48,6 +48,7 @@ class Fusion:
     influences: list[float] = field(default_factory=list)  # of each layer of the dense model; none without text
     steps: list[FusionStep] = field(default_factory=list)
     group_costs: GroupCosts | None = None  # with selection="groups"
+    costs: dict[Group, float] = field(default_factory=dict)  # of groups, that it measured
     # Where groups are chosen all at once, the set of them that cost least in trials, and those that may be better.
     plans: list[Groups] = field(default_factory=list)
     fitted: list[FittedLayer] = field(default_factory=list)  # by the last pass
@@ -74,7 +75,7 @@ class Fusion:
             ends = dict(self.plans[0])
             i = next(i for i, group in enumerate(self.groups) if ends.get(group[0], 0) > group[-1])
             longest = max(last - first + 1 for first, last in self.plans[0])
-            costs = estimated(self.measured.group_costs[group_settings(self.config)], longest)
+            costs = estimated(self.costs, longest)
             first, last = self.groups[i][0], self.groups[i + 1][-1]
             return i, costs[first, last] - costs.get((first, self.groups[i][-1]), 0.0)
         if self.config.selection == "least_influence":
@@ -207,11 +208,15 @@ def start(
                 fusion.influences = list(boundaries.influences)
             if config.selection == "groups":
                 assert boundaries is not None
-                known = measured.group_costs.setdefault(group_settings(config), {})
+                fusion.costs |= measured.group_costs.get(group_settings(config), {})
                 fitted, judged = range(len(parts[0])), range(len(parts[0]), sum(map(len, parts)))
-                fusion.group_costs = GroupCosts(decoder, boundaries, fitted, judged, fusion.try_group, store, known)
+                fuse, costs = fusion.try_group, fusion.costs
+                fusion.group_costs = GroupCosts(decoder, boundaries, fitted, judged, fuse, store, costs)
             del boundaries
         yield fusion
+        if fusion.group_costs is not None:  # what one number of fusions measures of longer ones, others may not
+            short = {group: cost for group, cost in fusion.costs.items() if removed([group]) <= SHORT}
+            measured.group_costs[group_settings(config)] = short
         fusion.boundaries = fusion.group_costs = None  # the last pass needs the room
 
 

@@ -58,6 +58,10 @@ WriterInputs = Callable[[Tensor], Tensor]
 """What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
 
 
+class FitOverflow(ValueError):
+    """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
+
+
 def fit_attention(
     fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
 ) -> tuple[dict[str, Tensor], Kind, list[int] | None, float]:
@@ -425,6 +429,6 @@ class Regression:
         )
         if info.item():
             if not torch.isfinite(self.gram.diagonal()).all():
-                raise ValueError("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+                raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
             raise ValueError(f"ridge={strength:g} is too small for a stable fit to this calibration text; raise it.")
         return factor

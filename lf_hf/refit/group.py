@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Kind
-from lf_hf.refit.fit import HalfFit, fit_attention, fit_mlp
+from lf_hf.refit.fit import FitOverflow, HalfFit, fit_attention, fit_mlp
 from lf_hf.refit.layer_parts import build_layer, layer_weights, mid_state
 from lf_hf.refit.normed_half import NormedHalfFit
 from lf_hf.refit.states import StateStore, Traces, on_device
@@ -66,7 +66,7 @@ def fit_group(
 
     Raises
     ------
-    ValueError
+    FitOverflow
         If a weight that was fitted, or what it is fitted to, is beyond its dtype.
     """
     family = decoder.family
@@ -96,5 +96,5 @@ def fit_group(
         weights[name] = weight = weight.contiguous()
         decoder.processes.broadcast(weight)  # in case machines round differently
         if not all_finite(weight):
-            raise ValueError(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
+            raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     return GroupFit(weights, kind, heads_kept, channels_kept, *errors, attention_error)

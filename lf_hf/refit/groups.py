@@ -22,6 +22,7 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.predictions import divergences
 from lf_hf.families import DecoderLayer
+from lf_hf.refit.fit import FitOverflow
 from lf_hf.refit.layer_parts import mid_state
 from lf_hf.refit.states import Boundaries, StateStore, Traces, on_device
 from lf_hf.runtime.progress import progress
@@ -35,9 +36,11 @@ Groups = tuple[Group, ...]
 FuseGroup = Callable[[int, list[DecoderLayer], Traces, Sequence[Tensor]], DecoderLayer]
 """What a group becomes, from its first layer's number, its layers, their traces, and states before it."""
 
+SHORT = 2  # layers that groups leave fewer of which all are measured
 _TRIALS = 16  # sets of groups that are tried out whole, at most
 _FAR = 2.0  # times what its groups cost one by one: a set that costs more is not trusted, and others are tried
 _NEAR = 0.15  # of what the best set costs: sets that cost no more above it may be the best in better fits
+_AT_ONCE = 8  # groups whose predictions are in memory at a time
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _GROUP_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
@@ -114,7 +117,7 @@ class GroupCosts:
             groups = self._next(tried, num_fusions)
             if groups is None:
                 break
-            tried[groups] = self._cost_of_set(groups)
+            tried[groups] = self.by_group[groups[0]] if len(groups) == 1 else self._cost_of_set(groups)
             promised = min(promised, sum(self.by_group[group] for group in groups))
         computed = sorted((groups for groups in tried if math.isfinite(tried[groups])), key=tried.__getitem__)
         if not computed:
@@ -130,7 +133,7 @@ class GroupCosts:
     def _next(self, tried: Mapping[Groups, float], num_fusions: int) -> Groups | None:
         """The set to try next; costs of its groups are measured. None where no set is left."""
         top = self._decoder.num_layers - 2
-        short = [(n, n + more) for more in range(1, min(num_fusions, 2) + 1) for n in range(1, top + 1 - more)]
+        short = [(n, n + more) for more in range(1, min(num_fusions, SHORT) + 1) for n in range(1, top + 1 - more)]
         missing: Collection[Group] = set(short) - self.by_group.keys()
         while True:
             if missing:
@@ -160,11 +163,18 @@ class GroupCosts:
             if any(first <= number <= last for first, last in groups):
                 window[number] = self._with_mid_states(traced)
             for first in sorted(first for first, last in groups if last == number):
-                fused = self._fused([window[n] for n in range(first, number + 1)], window[first].before)
+                try:
+                    fused = self._fused([window[n] for n in range(first, number + 1)], window[first].before)
+                except FitOverflow:
+                    self.by_group[first, number] = math.inf
+                    continue
                 states[first, number] = self._run(fused, self._part(first, self._judging))
             needed = {n for first, last in groups if first <= number < last for n in range(first, last)}
             window = {n: of_layer for n, of_layer in window.items() if n in needed}
-        self.by_group |= dict(zip(states, self._divergences(states.values()), strict=True))
+        made = list(states)
+        for some in (made[n : n + _AT_ONCE] for n in range(0, len(made), _AT_ONCE)):
+            costs = self._divergences([states.pop(group) for group in some])
+            self.by_group |= dict(zip(some, costs, strict=True))
 
     @torch.no_grad()
     def _cost_of_set(self, groups: Groups) -> float:
@@ -183,7 +193,10 @@ class GroupCosts:
                 window.append(self._with_mid_states(traced))
                 if traced.number < ends[first]:
                     continue
-                layer = self._fused(window, fitted)
+                try:
+                    layer = self._fused(window, fitted)
+                except FitOverflow:
+                    return math.inf
                 window.clear()
             if traced.number < groups[-1][1]:  # above its last group nothing is fitted
                 fitted = self._run(layer, fitted)

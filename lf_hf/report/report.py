@@ -44,8 +44,8 @@ class FusionReport:
     sentence each. `continuations` shows what both models write. `fingerprints` says by content what the model was made
     of, see `lf_hf.checkpoint.fused_cache.fingerprints`. `weights_digest` is that of the fused model and `base_digest`
     that of the dense one in `dtype`, see `lf_hf.runtime.numerics.weights_digest`. `healed` says how the model was
-    trained after the fusion, and `budget` what said how many layers to fuse. `group_costs` are those of all groups that
-    could become one layer, and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions.
+    trained after the fusion, and `budget` what said how many layers to fuse. `group_costs` are those of groups that
+    were measured, and `predicted` what the best of them are expected to cost together for 1, 2, ... fusions.
 
     `base` is a name of the hub. Of a folder or a file it is the last name alone: reports get published, and local paths
     are private.

@@ -49,21 +49,13 @@ def test_the_cheapest_sets_are_those_of_an_exhaustive_search(fewer: int) -> None
     assert found == [groups for _, groups in expected[:4]]
 
 
-def test_a_group_is_expected_to_cost_what_its_parts_cost() -> None:
-    pairs = {(1, 2): 0.1, (2, 3): 3.0, (3, 4): 0.2, (4, 5): math.inf}
-    assert estimated(pairs) == pytest.approx(
-        pairs | {(1, 3): 3.1, (2, 4): 3.2, (1, 4): 3.3} | dict.fromkeys([(3, 5), (2, 5), (1, 5)], math.inf)
-    )
-    measured = estimated(pairs | {(2, 4): 0.5})  # which may be far from their sum
-    assert (measured[2, 4], measured[1, 4]) == pytest.approx((0.5, 0.6))
-    assert max(last - first + 1 for first, last in estimated(pairs, longest=3)) == 3
-
-
 def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> None:
-    """Here what each layer and each two neighbours cost adds up."""
+    """Here what each layer and each two neighbours cost adds up. Nothing is expected of what cannot be computed."""
     layer, two = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).tolist()
     costs = {(i, j): sum(layer[i + 1 : j + 1]) + sum(two[i + 1 : j]) for i in range(1, 8) for j in range(i + 1, 9)}
-    assert estimated({(i, j): c for (i, j), c in costs.items() if j - i < 3}, longest=8) == pytest.approx(costs)
+    short = {(i, j): c for (i, j), c in costs.items() if j - i < 3}
+    assert estimated(short, longest=8) == pytest.approx(costs)
+    assert math.isinf(estimated(short | {(4, 5): math.inf}, longest=8)[2, 8])
 
 
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
@@ -127,13 +119,21 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
         assert torch.equal(weight, dense.model.layers[other].get_parameter(name))
 
 
-def test_groups_that_cannot_be_computed_with_are_said() -> None:
-    measured = Measurements(judged=[], seconds={}, given=TEXT)
-    with start(ModelDecoder(make_llama()), FusionConfig(1, "truncate", selection="groups"), measured) as fusion:
-        assert fusion.group_costs is not None
-        fusion.group_costs.by_group |= {(1, 2): math.inf, (2, 3): math.inf}
-        with pytest.raises(ValueError, match="No groups of layers that leave 1 fewer can be computed with"):
-            fuse_pairs(fusion, 1)
+@torch.no_grad()
+def test_groups_whose_fits_overflow_are_not_taken() -> None:
+    model = make_llama(num_hidden_layers=7, dtype=torch.float16)
+    for layer in model.model.layers:  # nothing is in channel 0
+        model.model.embed_tokens.weight[:, 0] = layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+    layer = model.model.layers[3]  # folded into each other they overflow
+    layer.post_attention_layernorm.weight[0] = layer.mlp.up_proj.weight[:, 0] = 500
+    measured = Measurements([], {}, given=TEXT)
+    with start(ModelDecoder(model), FusionConfig(2, "refit"), measured) as fusion:
+        fuse_pairs(fusion, 2)
+    assert all(math.isinf(cost) == (first <= 3 <= last) for (first, last), cost in fusion.costs.items())
+    assert all(math.isfinite(fusion.costs[group]) for group in fusion.plans[0])
+    said = pytest.raises(ValueError, match="No groups of layers that leave 4 fewer can be computed with")
+    with start(ModelDecoder(model), FusionConfig(4, "refit"), measured) as fusion, said:
+        fuse_pairs(fusion, 4)
 
 
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
@@ -158,23 +158,26 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 
 @torch.no_grad()
 def test_a_group_costs_what_predictions_of_the_model_without_its_layers_move() -> None:
-    """Costs are measured once, those of pairs always, and of threes where they may be taken."""
+    """Costs are measured once, those of pairs always, and of threes where they may be taken.
+
+    What more fusions measure of longer groups says nothing to fewer: each number chooses as it would alone.
+    """
     model = make_llama(num_hidden_layers=7)
-    measured = Measurements(judged=[], seconds={}, given=TEXT[:8], other_text=TEXT[8:])
+    measured, alone = (Measurements([], {}, given=TEXT[:8], other_text=TEXT[8:]) for _ in range(2))
     planned, tables = list[Any](), list[Any]()
-    for fusions in (1, 2, 2, 3):
+    for fusions, known in ((1, measured), (2, measured), (2, measured), (3, measured), (3, alone), (2, measured)):
         config = FusionConfig(fusions, "truncate", selection="groups")
-        with start(ModelDecoder(model).copy(), config, measured) as fusion:
+        with start(ModelDecoder(model).copy(), config, known) as fusion:
             fuse_pairs(fusion, fusions)
         planned.append(fusion.plans[0])
-        [costs] = measured.group_costs.values()
-        tables.append(dict(costs))
+        tables.append(fusion.costs)
+    assert (planned[4], tables[4]) == (planned[3], tables[3]) and (planned[5], tables[5]) == (planned[2], tables[2])
     assert tables[0].keys() == {(n, n + 1) for n in range(1, 5)} and planned[0] == (min(tables[0], key=tables[0].get),)
     assert tables[1].keys() == tables[0].keys() | {(n, n + 2) for n in range(1, 4)}
     assert tables[1] == tables[2] and planned[1] == planned[2] and removed(planned[3]) == 3
     assert tables[0].items() <= tables[1].items() <= tables[3].items() and tables[3].keys() >= {*planned[3]}
     _, pieces = text_for_groups(TEXT[:8], [], TEXT[8:])
-    for (first, last), cost in costs.items():
+    for (first, last), cost in tables[3].items():
         shallow = copy.deepcopy(model)
         del shallow.model.layers[first + 1 : last + 1]
         apart = []
