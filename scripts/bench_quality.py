@@ -72,7 +72,7 @@ from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 
 ROOT = Path(__file__).parent.parent
-MODELS = {"smollm2": "fetch_smollm2", "gemma3-270m": "fetch_gemma3"}
+MODELS = {"smollm2": ("fetch_smollm2", [1, 4, 10, 12, 15]), "gemma3-270m": ("fetch_gemma3", [1, 2, 4, 6])}
 LENGTH = 512
 _LEVERAGE_RIDGE = 1e-2  # in units of the mean diagonal
 
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--calibrate", default="default", choices=["default", "text"])
     parser.add_argument("--tokens", type=int, default=49152, help="calibration tokens")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
-    parser.add_argument("--fusions", type=int, nargs="*", default=[1, 4, 10, 12, 15])
+    parser.add_argument("--fusions", type=int, nargs="*", help="default: some that suit --model")
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
     parser.add_argument("--questions", type=int, default=1500, help="of the quiz, at most")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="only these rows")
@@ -383,12 +383,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.questions < 2:
         parser.error("--questions must be 2 or more.")
+    fetch, fusions = MODELS[options.model]
+    options.fusions = fusions if options.fusions is None else options.fusions
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
     if options.base is None:
         options.base = str(ROOT / ".cache" / options.model)
-        subprocess.run(["bash", "-c", f". scripts/environment && {MODELS[options.model]}"], cwd=ROOT, check=True)
+        subprocess.run(["bash", "-c", f". scripts/environment && {fetch}"], cwd=ROOT, check=True)
     gguf = options.gguf_file or min((file.name for file in Path(options.base).glob("*.gguf")), default=None)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(options.base, gguf_file=gguf)
     halves: tuple[str, str] | None = None
