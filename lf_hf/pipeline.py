@@ -49,8 +49,7 @@ from lf_hf.text.packing import held_out, interleaved
 logger = logging.get_logger(__name__)
 
 _HELD_OUT = 4  # sequences of calibration text that are held out of the last pass
-_TIE = 1.05  # times what the best set costs then: two that are so near are both made whole
-_COMPARING_TOKENS = 24576  # of the calibration text, half of it at most, that sets are fitted to for a comparison
+_TIE = 1.02  # times what the best set costs then: two that are so near are both made whole
 _BUDGET_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
 
 
@@ -158,7 +157,7 @@ def _taken_over(decoder: Decoder, fusion: Fusion) -> Fusion:
 def last_pass(fusion: Fusion) -> Fusion:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
-    Where their groups were chosen all at once, each set that is left to choose from is first fitted to a part of the
+    Where their groups were chosen all at once, each set that is left to choose from is first fitted to half of the
     text, and the one whose predictions of held-out text are then nearest to the dense model's is made whole; or two are
     that come out alike, and the same is asked of them.
     """
@@ -172,14 +171,13 @@ def last_pass(fusion: Fusion) -> Fusion:
         if not fusion.left_to_last_pass:
             fitted, _ = fit_from_bottom(fusion.decoder, fusion.dense, fusion.groups, *texts)
             return replace(fusion, fitted=fitted)
-        every = math.ceil(sum(map(len, texts[0])) / _COMPARING_TOKENS)
         # At random places, as chats are at equal distances.
-        part = interleaved(*(held_out(some, len(some) // every)[0] for some in (rest, measured.written)))
-        plans, compared = fusion.plans if held_out_text and part else fusion.plans[:1], dict[Groups, float]()
+        half = interleaved(*(held_out(some, len(some) // 2)[0] for some in (rest, measured.written)))
+        plans, compared = fusion.plans if held_out_text and half else fusion.plans[:1], dict[Groups, float]()
         for plan in plans if len(plans) > 1 else ():
             made = fusion.shortened_to(plan)
             _, compared[plan] = fit_from_bottom(
-                made.decoder, made.dense, made.groups, part, fusion.config, held_out_text, tuned=False
+                made.decoder, made.dense, made.groups, half, fusion.config, held_out_text, tuned=False
             )
         plans = sorted(compared, key=compared.__getitem__) or plans[:1]
         tie = [plan for plan in plans[1:2] if compared[plan] <= _TIE * compared[plans[0]]]
@@ -266,7 +264,7 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
             f"{_named(groups)}: {cost:.3f}" for groups, cost in sorted(fusion.compared.items(), key=itemgetter(1))
         )
         notes.append(
-            f"Of {len(fusion.compared)} sets of groups that were fitted to part of the text, {_named(fusion.plans[0])} "
+            f"Of {len(fusion.compared)} sets of groups that were fitted to half of the text, {_named(fusion.plans[0])} "
             f"are fused. Divergence from the dense model then, in nats a token of held-out text: {costs}. Between two "
             f"within {_TIE - 1:.0%} fits to all of the text decide."
         )
