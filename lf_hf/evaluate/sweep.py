@@ -130,6 +130,11 @@ def _configs(
     return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
 
 
+def _unhealed(config: FusionConfig) -> FusionConfig:
+    """The same without a healing."""
+    return replace(config, method="refit" if config.method == "healed" else config.method, heal_tokens=0)
+
+
 class _Maker:
     """Makes points one after the other, where it can from the pairs that it fused before."""
 
@@ -186,9 +191,15 @@ class _Maker:
     def make(self, keys: Mapping[str, FusionConfig | None], results: Results) -> None:
         """Make this process's part of the points that are missing; ends when all processes have made theirs."""
         missing = self._processes.broadcast_object(results.missing)
-        methods = list(dict.fromkeys(config.method for config in keys.values() if config))
-        # One method after the other, so that levels share steps; the dense model is first.
-        missing.sort(key=lambda key: methods.index(config.method) if (config := keys[key]) else -1)
+        methods = list(dict.fromkeys(_unhealed(config).method for config in keys.values() if config))
+
+        def order(key: str) -> tuple[int, ...]:
+            """The dense model, then method by method, as levels share steps; of a level what is healed comes last."""
+            if (config := keys[key]) is None:
+                return (-1,)
+            return methods.index(_unhealed(config).method), config.num_fusions, config.heal_tokens
+
+        missing.sort(key=order)
         rank, count = self._processes.rank, self._processes.world_size
         mine = {key: keys[key] for key in missing[len(missing) * rank // count : len(missing) * (rank + 1) // count]}
         wanted = [config for config in mine.values() if config]
@@ -205,19 +216,21 @@ class _Maker:
         """The points of some keys. A level goes on from the one below, except where each has groups of its own."""
 
         def begins(point: tuple[str, FusionConfig]) -> tuple[str, int]:
-            config = point[1]
+            config = _unhealed(point[1])
             return config.method, config.num_fusions if config.selection == "groups" else 1
 
         for key in [key for key, config in keys.items() if config is None]:
             yield self._point(key, None, self._dense[0])
         for _, together in groupby(((key, config) for key, config in keys.items() if config), begins):
             levels, (dense, measured) = [*together], self._dense
-            first = replace(levels[0][1], heal_tokens=0)
             decoder = ModelDecoder(dense).copy()
-            with start(decoder, first, measured) as fusion:
-                for key, config in levels:
-                    pipeline.fuse_pairs(fusion, config.num_fusions)
-                    yield self._point(key, config, self._finished(fusion, config))
+            with start(decoder, _unhealed(levels[0][1]), measured) as fusion:
+                for level, points in groupby(levels, lambda point: point[1].num_fusions):
+                    pipeline.fuse_pairs(fusion, level)
+                    model = self._finished(fusion)
+                    for key, config in points:
+                        self._heal(model, config)
+                        yield self._point(key, config, model)
 
     def _point(self, key: str, config: FusionConfig | None, model: PreTrainedModel) -> Point:
         dense, measured = self._dense
@@ -262,15 +275,20 @@ class _Maker:
         pipeline.check_model(decoder, config)
         return model, measure(decoder, self._tokenizer, config, self._samples, self._text)
 
-    def _finished(self, fusion: Fusion, config: FusionConfig) -> FusedForCausalLM:
-        """A copy of what is fused so far after its last pass, healed where that is asked for."""
+    def _finished(self, fusion: Fusion) -> FusedForCausalLM:
+        """A copy of what is fused so far after its last pass."""
         decoder = cast(ModelDecoder, fusion.decoder.copy())
         names: dict[str, Any] = {"base": self._base.full_name, "parameters": self._dense[0].num_parameters()}
         fusion = replace(fusion, decoder=decoder)
         report = with_speed(pipeline.finish(fusion, self._tokenizer, **names), decoder.model)
-        model = fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
-        if self._to_heal and config.heal_tokens:
+        return fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
+
+    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> None:
+        """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
+        report = model.fusion_report
+        assert report is not None
+        model.fusion_report = replace(report, config=report.config | {"method": config.method})
+        if self._to_heal and config.heal_tokens and not report.healed:
             from lf_hf.healing.heal import heal_loaded
 
             heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
-        return model

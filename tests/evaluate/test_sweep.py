@@ -96,10 +96,8 @@ def test_points_are_what_single_runs_give(
     """Bit for bit, though a level goes on from the one below; and the base stays as it is."""
     settings = {"perplexity_tokens": 100, "calibration_tokens": 1024} | settings
     dense, *fused = run(tmp_path, methods=methods, settings=settings)
-    assert [(point.num_fusions, point.method) for point in (dense, *fused)] == [
-        (0, DENSE),
-        *itertools.product((1, 2), methods),
-    ]
+    wanted = [(0, DENSE), *itertools.product((1, 2), methods)]
+    assert [(point.num_fusions, point.method) for point in (dense, *fused)] == wanted
     models = {(model.fusion_report.config["method"], len(model.model.layers)): model for model in judged[1:]}
     for point in fused:
         config = FusionConfig(point.num_fusions, point.method, **settings)
@@ -137,6 +135,17 @@ def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -
     assert others[2].perplexities == pytest.approx(points[2].perplexities, rel=0.05)
     with pytest.raises(ValueError, match="heal_cache is for healed points"):
         run(tmp_path, **levels, heal_cache=tmp_path / "cache")
+
+
+def test_what_differs_in_healing_alone_is_fused_once(run: Run, judged: list[Any], tmp_path: Path) -> None:
+    heal: dict[str, Any] = {"num_fusions": [1], "settings": SETTINGS | {"heal_tokens": 4096}}
+    points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
+    assert sorted(point.method for point in points) == [DENSE, "healed", "refit", "refit, healed"]
+    assert judged[1] is judged[2] is judged[3] and judged[0] is not judged[1]
+    [alone] = [point for point in run(tmp_path / "one", methods=["healed"], **heal) if point.method == "healed"]
+    [shared] = [point for point in points if point.method == "healed"]
+    assert without_seconds([shared]) == without_seconds([alone])
+    assert shared.perplexities == points[-1].perplexities != points[-2].perplexities
 
 
 @pytest.mark.usefixtures("judged", "timed")

@@ -305,12 +305,6 @@ def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(repor
     assert measured == {(trial.num_fusions, trial.divergence) for trial in report.budget.tried}
 
 
-def test_the_curve_of_a_healing() -> None:
-    [axis] = report_figures(make_report(healed=HEALED, **FEW_PICTURES))["healing_curve"].axes
-    [line, kept] = axis.get_lines()
-    assert list(np.asarray(line.get_ydata())) == [2.0, 1.0] and set(np.asarray(kept.get_xdata())) == {1}
-
-
 def test_any_figures_can_be_shown(tmp_path: Path) -> None:
     values = [0.5, math.inf, math.nan]
     judged = [PerplexityInfo(f"$\\frac${value}", "text", 10, 10.0, value, "kin", value, value) for value in values]
