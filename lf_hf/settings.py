@@ -7,7 +7,7 @@ from typing import Any
 
 from lf_hf.runtime.fields import Settings, documented, setting
 
-ALGORITHM = 16
+ALGORITHM = 17
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from string import ascii_uppercase
+from sysconfig import get_path
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -24,17 +26,19 @@ BUNDLED = "bundled"
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
 """The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
+SOURCE_CODE = "modules of Python's standard library"
 MAX_SAMPLES = 1024
 """Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
 TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
 _TRAINING_CHARACTERS = 8  # a token: more than usual
-# The share of the tokens that the model itself writes, by default and beside a user's text. It keeps what no other text
-# touches.
-_WRITTEN_SHARE, _WRITTEN_SHARE_OF_USERS = 0.5, 1 / 3
+# The share of the tokens that the model itself writes, of the default mixture to fit to and of all other text. It keeps
+# what no other text touches.
+_MOSTLY_WRITTEN, _WRITTEN_SHARE = 0.5, 1 / 3
 # Beside a user's text, by its tokens: answered questions, a fifth of the 4 characters that a token has, or some ten
 # thousand tokens; to train on, a seventh of documentation too; of each at most half as much as there is of the text.
 _QUESTION_CHARACTERS, _MOST_QUESTION_CHARACTERS = 0.8, 40_000
 _DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
+_PACKAGES = "asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "urllib", "xml"
 _TOKENS_FOR_TWO = 98304  # of the default mixture: with so many it has two questions of each subject
 
 _OWN_TEXT = "text of your own domain gives"
@@ -187,7 +191,8 @@ def load_corpus(
 
     The model writes half of the mixture. Beside other text it writes a third, and answered questions are a fifth: what
     narrow text does not touch is lost. Text to train on has four times as many questions, with explanations, and a
-    seventh of Python's documentation beside it, unless that is this documentation itself.
+    seventh of Python's documentation beside it, unless that is this documentation itself. The mixture to train on has
+    source code too, and a third of it is written.
 
     Parameters
     ----------
@@ -223,7 +228,7 @@ def load_corpus(
     questions = _answered_questions(None if to_train else of_each, explained=to_train)
     documentation = documentation_halves()[0]
     if own is None:
-        parts = {DOCUMENTATION: documentation, QUESTIONS: questions}
+        parts = {DOCUMENTATION: documentation, SOURCE_CODE: _source_code() if to_train else "", QUESTIONS: questions}
     else:
         samples, source = read_samples(own, max_tokens, tokenizer)
         size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
@@ -235,8 +240,14 @@ def load_corpus(
     parts = {name: part for name, part in parts.items() if part}
     if not parts:
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
-    share = _WRITTEN_SHARE if own is None else _WRITTEN_SHARE_OF_USERS
+    share = _MOSTLY_WRITTEN if own is None and not to_train else _WRITTEN_SHARE
     return Corpus(parts, share, by_default=own is None, note=note)
+
+
+def _source_code() -> str:
+    """Some packages of Python's standard library; nothing where they are not files."""
+    folders = (Path(get_path("stdlib"), name) for name in _PACKAGES)
+    return "\n\n".join(file.read_text("utf-8") for folder in folders for file in sorted(folder.glob("*.py")))
 
 
 def _beside(text: str, documentation: str, limit: float) -> str:

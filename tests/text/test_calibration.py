@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from lf_hf.text.calibration import (
     DOCUMENTATION,
     QUESTIONS,
+    SOURCE_CODE,
     CalibrationSamples,
     Corpus,
     documentation_halves,
@@ -61,10 +62,9 @@ def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(
     assert places[-1] > len(first) * (0.7 if len(pieces) > 5 else 0.3 if len(pieces) > 1 else -1)
 
 
-def test_documentation_goes_beside_no_text_of_its_own_kind() -> None:
-    own = load_training_text([documentation_halves()[0]], 131072)
-    assert DOCUMENTATION not in own.parts and len(own.parts) == 2
-    assert [*load_training_text(None, 8192).parts] == [DOCUMENTATION, QUESTIONS]
+def test_documentation_goes_beside_no_text_of_its_own_kind_and_programs_beside_the_default() -> None:
+    assert len(load_training_text([documentation_halves()[0]], 131072).parts) == 2  # with questions
+    assert "\nimport " in load_training_text(None, 8192).parts[SOURCE_CODE]
 
 
 @pytest.mark.parametrize("missing", ["lm_eval", "pydoc_data.topics"])
