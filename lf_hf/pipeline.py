@@ -158,8 +158,8 @@ def last_pass(fusion: Fusion) -> Fusion:
     """Make and fit the fused layers from the bottom up, where the config says so.
 
     Where their groups were chosen all at once, each set that is left to choose from is first fitted to half of the
-    text, and the one whose predictions of held-out text are then nearest to the dense model's is made whole; or two are
-    that come out alike, and the same is asked of them.
+    text, and the one whose predictions of held-out text are then nearest to the dense model's is made whole. Two that
+    come out alike are both made whole, and compared again.
     """
     if fusion.config.refit == "none":
         return fusion
@@ -265,8 +265,8 @@ def _notes(fusion: Fusion, judged: Sequence[PerplexityInfo], continuations: Sequ
         )
         notes.append(
             f"Of {len(fusion.compared)} sets of groups that were fitted to half of the text, {_named(fusion.plans[0])} "
-            f"are fused. Divergence from the dense model then, in nats a token of held-out text: {costs}. Between two "
-            f"within {_TIE - 1:.0%} fits to all of the text decide."
+            f"are fused. Divergence from the dense model then, in nats a token of held-out text: {costs}. If two are "
+            f"within {_TIE - 1:.0%}, fits to all of the text decide."
         )
     notes += [
         f"Layer {layer.layer_instead} stands for layers {layer.layers[0]} to {layer.layers[-1]} as it is: on held-out "

@@ -316,8 +316,8 @@ def _resumed_from(work: Path, identity: dict[str, Any]) -> str | None:
         differ = "; ".join(f"{name} was {then}, and now is {now}" for name, then, now in changes)
         raise ValueError(
             f"{str(work.parent)!r} holds a run that was cut short, of another healing ({differ:.500}). Give the same "
-            "command again to go on, with as much memory and the hub as it was (text='bundled' where it gave none), or "
-            f"remove {str(work)!r} to start anew."
+            "command again to go on, with the same lf_hf and Python, as much memory, and the hub as it was "
+            f"(text='bundled' where it gave none), or remove {str(work)!r} to start anew."
         )
     logger.warning(f"Going on from {last!r}, where an earlier run of the same healing stopped.")
     return last

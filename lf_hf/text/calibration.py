@@ -190,9 +190,9 @@ def load_corpus(
     """Running text from a user's, or, with None, general text from the hub, or else a mixture of what is installed.
 
     The model writes half of the mixture. Beside other text it writes a third, and answered questions are a fifth: what
-    narrow text does not touch is lost. Text to train on has four times as many questions, with explanations, and a
-    seventh of Python's documentation beside it, unless that is this documentation itself. The mixture to train on has
-    source code too, and a third of it is written.
+    narrow text does not touch is lost. Text to train on has more questions, with explanations, and a seventh of its
+    tokens are Python's documentation, unless it is this documentation itself. The mixture to train on has source code
+    too, and a third of it is written.
 
     Parameters
     ----------
@@ -228,7 +228,8 @@ def load_corpus(
     questions = _answered_questions(None if to_train else of_each, explained=to_train)
     documentation = documentation_halves()[0]
     if own is None:
-        parts = {DOCUMENTATION: documentation, SOURCE_CODE: _source_code() if to_train else "", QUESTIONS: questions}
+        code = _source_code(max(1, max_tokens // 1024)) if to_train else ""
+        parts = {DOCUMENTATION: documentation, SOURCE_CODE: code, QUESTIONS: questions}
     else:
         samples, source = read_samples(own, max_tokens, tokenizer)
         size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
@@ -244,10 +245,11 @@ def load_corpus(
     return Corpus(parts, share, by_default=own is None, note=note)
 
 
-def _source_code() -> str:
-    """Some packages of Python's standard library; nothing where they are not files."""
+def _source_code(count: int) -> str:
+    """At most so many modules of Python's standard library, spread evenly over some packages, as far as it is files."""
     folders = (Path(get_path("stdlib"), name) for name in _PACKAGES)
-    return "\n\n".join(file.read_text("utf-8") for folder in folders for file in sorted(folder.glob("*.py")))
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return "\n\n".join(file.read_text("utf-8") for file in files[:: math.ceil(len(files) / count) or 1])
 
 
 def _beside(text: str, documentation: str, limit: float) -> str:
