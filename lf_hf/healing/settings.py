@@ -42,7 +42,7 @@ class HealSettings(Settings):
         bounds=">= 0 and <= 1",
     )
     written_share: float | None = setting(
-        None, "Share of the tokens that the base writes itself.", bounds=">= 0 and <= 0.9", unset="from the text"
+        None, "Share of the tokens that the base writes itself.", bounds=">= 0 and <= 0.9", unset="a third"
     )
     length: int = setting(512, "Tokens of a sequence that is trained on.", bounds=">= 16")
     batch_tokens: int = setting(2048, "Tokens of a training step, over all processes.", bounds=">= 16")
