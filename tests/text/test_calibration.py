@@ -63,8 +63,8 @@ def test_questions_and_documentation_stand_beside_a_users_text_as_smaller_parts(
 
 
 def test_documentation_goes_beside_no_text_of_its_own_kind_and_programs_beside_the_default() -> None:
-    own, default = load_training_text([documentation_halves()[0]], 131072), load_training_text(None, 8192)
-    assert len(own.parts) == 2 and "\nimport " in default.parts[SOURCE_CODE] and default.generated_share == 1 / 3
+    own, ours = load_training_text([documentation_halves()[0]], 131072), load_training_text(None, 8192)
+    assert [*own.parts][1:] == [QUESTIONS] and "\nimport " in ours.parts[SOURCE_CODE] and ours.generated_share == 1 / 3
 
 
 @pytest.mark.parametrize("missing", ["lm_eval", "pydoc_data.topics"])

@@ -125,7 +125,7 @@ def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
     corpora += [load_corpus(), load_training_text(None, 8192)]
     samples = load_calibration()
     assert time.monotonic() - start < 5
-    assert all(DOCUMENTATION in corpus.parts and corpus.by_default for corpus in corpora)
+    assert all({DOCUMENTATION, QUESTIONS} <= corpus.parts.keys() and corpus.by_default for corpus in corpora)
     assert "lm-eval" in samples.source and samples == load_calibration(BUNDLED)
     assert online.requests == asked and not list((tmp_path / "assets").rglob("*.json"))
     assert "as the hub gave none (" in corpora[0].note and "1.1 to 1.4 times the perplexity" in corpora[0].note
