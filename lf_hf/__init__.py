@@ -1,16 +1,14 @@
-"""lf_hf: compress Llama models, and those of other families, by fusing decoder layers."""
+"""lf_hf: compress language models, of Llama and other families, by fusing decoder layers."""
 
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.checkpoint.classes import FUSED_CLASSES, FusedLlamaForCausalLM
 from lf_hf.checkpoint.configuration import FusedLlamaConfig
-from lf_hf.fuse import from_pretrained_fused, fuse_checkpoint
+from lf_hf.fuse import FusedLlamaForCausalLM, FusedLlamaModel, from_pretrained_fused, fuse_checkpoint
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import FusionConfig
@@ -18,14 +16,11 @@ from lf_hf.settings import FusionConfig
 if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
 
-for _classes in FUSED_CLASSES.values():
-    _config = _classes["AutoConfig"]
-    AutoConfig.register(_config.model_type, _config)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _classes["AutoModelForCausalLM"].__name__  # for labels
-    for _auto, _class in _classes.items():
-        if _auto != "AutoConfig":
-            getattr(transformers, _auto).register(_config, _class)
-        globals()[_class.__name__] = _class
+AutoConfig.register(FusedLlamaConfig.model_type, FusedLlamaConfig)
+AutoModel.register(FusedLlamaConfig, FusedLlamaModel)
+AutoModelForCausalLM.register(FusedLlamaConfig, FusedLlamaForCausalLM)
+# The Trainer shifts labels for classes that have their names here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FusedLlamaConfig.model_type] = FusedLlamaForCausalLM.__name__
 
 __all__ = [
     "FusedLlamaConfig",
@@ -47,8 +42,7 @@ def tasks_path() -> Path:
 
 
 def __dir__() -> list[str]:
-    made = (made.__name__ for classes in FUSED_CLASSES.values() for made in classes.values())
-    return sorted({*__all__, "__version__", *made})
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

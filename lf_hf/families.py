@@ -8,15 +8,12 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-
-from lf_hf.settings import FusionConfig
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common."""
@@ -26,9 +23,6 @@ Weights = Mapping[str, Tensor]
 """Of a layer, by the parameters' names inside it: those that the layer has, or those of `Family.unpacked`."""
 Kind = Mapping[str, Any]
 """What a layer has of its own in the config: its entry of each of `Family.layer_lists`."""
-
-HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
-"""Kinds of heads, besides the language model's, for `Family.head_class`."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +97,6 @@ class Family:
         return self._class(f"{self.title}{self.text}Config", "configuration")
 
     @property
-    def model_class(self) -> Any:
-        """The model without a head."""
-        return self._class(f"{self.title}{self.text}Model")
-
-    @property
     def causal_lm(self) -> Any:
         return self._class(f"{self.title}ForCausalLM")
 
@@ -129,15 +118,11 @@ class Family:
         names = inspect.signature(self.decoder_layer.forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
-    def head_class(self, kind: str) -> Any | None:
-        """The model with another head, one of `HEADS`; None where transformers has none for this family."""
-        return getattr(self._module("modeling"), f"{self.title}{self.text}For{kind}", None)
-
     @property
     def norms(self) -> list[str]:
         """All norms of a layer."""
-        of_heads = ["self_attn.q_norm", "self_attn.k_norm"] if self.head_norms else []
-        return [*self.attention.norms, *self.mlp.norms, *of_heads]
+        head_norms = ["self_attn.q_norm", "self_attn.k_norm"] if self.head_norms else []
+        return [*self.attention.norms, *self.mlp.norms, *head_norms]
 
     @property
     def parameters(self) -> set[str]:
@@ -194,13 +179,10 @@ class Family:
                     named[f"{half.packed}.{kind}"] = torch.cat([named.pop(f"{name}.{kind}") for name in half.readers])
         return named
 
-    def config_kind(self, config: PretrainedConfig, index: int) -> Kind:
-        """The kind of a layer, by its place in the config."""
-        return {name: getattr(config, name)[index] for name in self.layer_lists}
-
     def config_kinds(self, config: PretrainedConfig) -> list[Kind]:
-        """The kinds of all layers."""
-        return [self.config_kind(config, index) for index in range(config.num_hidden_layers)]
+        """The kinds of all layers, as the config has them."""
+        numbers = range(config.num_hidden_layers)
+        return [{name: getattr(config, name)[number] for name in self.layer_lists} for number in numbers]
 
     def layer_kind(self, layer: DecoderLayer) -> Kind:
         """The kind of a layer, wherever it is."""
@@ -243,12 +225,10 @@ class Family:
         """What all that is written to the residual stream is multiplied by."""
         return getattr(config, self.residual_multiplier) if self.residual_multiplier else 1.0
 
-    def _class(self, name: str, module: str = "modeling") -> Any:
-        return getattr(self._module(module), name)
-
-    def _module(self, kind: str) -> Any:
+    def _class(self, name: str, kind: str = "modeling") -> Any:
         folder = self.module or self.model_type
-        return importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
+        module = importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
+        return getattr(module, name)
 
 
 _GEMMA2 = Family(
@@ -333,24 +313,3 @@ def is_tied(model: CausalLM) -> bool:
 def head_dim(config: PretrainedConfig) -> int:
     """Channels of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
-    """Raise ValueError if a model has too few layers for a fusion.
-
-    Averages are of layers of one kind, as weights of others mean different things.
-    """
-    config.check_num_layers(model_config.num_hidden_layers)
-    kinds = family_of(model_config).config_kinds(model_config)
-    if config.merge != "average" or all(kind == kinds[0] for kind in kinds):
-        return
-    last = len(list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))) - 1
-    allowed = {"last": last, "least_influence": sum(above == below for below, above in pairwise(kinds[1:-1]))}
-    if config.within_budget or config.num_fusions > allowed.get(config.selection, 0):
-        few = "".join(
-            f"num_fusions of at most {most} with selection={name!r}, or " for name, most in allowed.items() if most
-        )
-        raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: give {few}"
-            "method='refit' or 'truncate', which take attention from one layer."
-        )

@@ -13,31 +13,79 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers import GenerationMixin, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread, optional_file
-from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
+from lf_hf.checkpoint.card import CARD_NAME, base_license
+from lf_hf.checkpoint.classes import FusedForCausalLM, Model, checked_tokenizer, fused_class, write_config
 from lf_hf.checkpoint.companions import write_companions
-from lf_hf.checkpoint.configuration import fused_config, plain_config
-from lf_hf.checkpoint.fused_cache import fingerprints, why_not_reused
+from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
+from lf_hf.checkpoint.identity import base_digest, identity, text_digest, why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import check_layers
+from lf_hf.families import FAMILIES
+from lf_hf.measure.check import check_layers
+from lf_hf.measure.speed import with_speed
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.errors import explained
-from lf_hf.runtime.launch import ALONE, Processes, local_rank
+from lf_hf.runtime.launch import Processes, local_rank
 from lf_hf.settings import FusionConfig
-from lf_hf.speed import with_speed
-from lf_hf.text.calibration import CalibrationSamples, Corpus, load_needed, load_training_text
+from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_needed, load_training_text
 from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
+
+
+class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
+    """A Llama whose layers were fused. Computes what LlamaForCausalLM computes.
+
+    `fusion_report` says what was fused and how well it went, where that is known; `tokenizer` is the base's, where the
+    model was fused in this process.
+    """
+
+    family = FAMILIES["llama"]
+    native = True
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
+
+    def __init__(self, config: FusedLlamaConfig) -> None:
+        super().__init__(config)
+        register_peft()
+
+    @classmethod
+    def from_pretrained_fused(
+        cls: type[Model], base: str | os.PathLike[str] | Base, config: FusionConfig | None = None, **kwargs: Any
+    ) -> Model:
+        """Load a Llama and fuse its layers: `lf_hf.from_pretrained_fused` for this class, with the same arguments.
+
+        Raises ValueError as that function does; also for a base of another family.
+        """
+        model: Any = from_pretrained_fused(base, config, model_class=cls, **kwargs)
+        return model
+
+    def remember(self, report: FusionReport) -> None:
+        """Take a report as this model's, and as its config's."""
+        super().remember(report)
+        self.config.fusion = {
+            "base": report.base,
+            "config": report.config,
+            "pairs": [list(pair) for pair in report.pairs],
+            "ratios": [ratio for layer in report.fused_layers for ratio in layer.ratios],
+            "versions": report.versions,
+        }
+        register_peft()
+
+
+class FusedLlamaModel(LlamaModel):
+    """A Llama without a head whose layers were fused. Computes what LlamaModel computes."""
+
+    config_class = FusedLlamaConfig
+    config: FusedLlamaConfig
 
 
 @dataclass(frozen=True)
@@ -58,11 +106,12 @@ class FusionInputs:
     ) -> FusionInputs:
         """Check that the settings suit the base, and read its tokenizer."""
         check_layers(config, base.config)
+        base.generation_config()  # which is saved with the result
         return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer())
 
     @cached_property
     def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
-        """What a method compares layers on, and what it fits them to."""
+        """The samples that layers are compared on, and the text that they are fitted to."""
         return load_needed(self.config, self.calibration, self.tokenizer)
 
     @cached_property
@@ -82,20 +131,26 @@ class FusionInputs:
 
             check_can_heal(self.base, self.tokenizer, self.to_heal, self.config)
 
-    def fingerprints(self) -> dict[str, str]:
-        """What tells this fusion from others with the same settings."""
-        texts = None
+    def identity(self) -> dict[str, str]:
+        """Identity of this fusion and of the healing that may follow it."""
+        texts: list[str] | None = None
         if self.calibration is not None:
-            samples, text = self.samples_and_text
-            texts = samples.texts if samples else []
-            texts = [*texts, *(part for corpus in (text, self.to_heal) if corpus for part in corpus.parts.values())]
-        return fingerprints(self.base, self.tokenizer, texts)
+            texts = []
+            for source in (*self.samples_and_text, self.to_heal):
+                if source is not None:
+                    texts += source.texts
+        read = text_digest(texts, self.tokenizer)
+        dtype = self.base.dtype or self.base.config.dtype
+        return identity(base_digest(self.base), self.config.in_effect(), read, dtype=dtype)
 
     def fuse(self, decoder: Decoder) -> FusionReport:
         """Fuse the base's layers, in place."""
         from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
 
-        return pipeline.fuse(decoder, self.tokenizer, self.config, *self.samples_and_text, base=self.base.full_name)
+        samples, text = self.samples_and_text
+        report = pipeline.fuse(decoder, self.tokenizer, self.config, samples, text, base=self.base.full_name)
+        card = optional_file(self.base.name, CARD_NAME, self.base.hub)
+        return dataclasses.replace(report, license=base_license(card))
 
 
 def from_pretrained_fused(
@@ -125,49 +180,49 @@ def from_pretrained_fused(
     tokenizer : optional
         The base's tokenizer, if it is not beside the base.
     fused_dir : path, optional
-        Where to keep the fused model. If one is there that was made of the same base (by content), calibration text
-        and settings, it is loaded; else the base is fused and saved there, once on each machine.
+        Where to keep the fused model, as a plain checkpoint. If one is there that was made of the same base (by
+        content), calibration text and settings, it is loaded; else the base is fused and saved there, once on each
+        machine.
     model_class : class, optional
-        What the result is to be. Default: the class for the base's family.
+        A class derived from FusedLlamaForCausalLM, which the result is to be of.
     **kwargs
         FusionConfig fields. All others go to `from_pretrained` (dtype, device_map, revision, gguf_file, ...).
 
     Returns
     -------
     FusedForCausalLM
-        A FusedLlamaForCausalLM, a FusedQwen3ForCausalLM, ...
+        A FusedLlamaForCausalLM, or of another family transformers' own class. Either has `fusion_report`, and its
+        `save_pretrained` writes report and model card beside the weights.
 
     Raises
     ------
     ValueError
         Before any long work, for settings, a base or calibration text that cannot be used.
     """
-    kept_in = None if fused_dir is None else checked_folder(fused_dir)
+    folder = None if fused_dir is None else checked_folder(fused_dir)
     config = FusionConfig.taken_from(kwargs, config)
     opened = Base.open(base, kwargs)
-    of_family = fused_class(opened.config)
-    model_class = model_class or of_family
-    if model_class.family is not of_family.family:
-        raise ValueError(
-            f"{opened.full_name!r} is a {opened.config.model_type!r} model, so it is fused with {of_family.__name__}, "
-            f"not with {model_class.__name__}; or use lf_hf.from_pretrained_fused, which finds the class itself."
-        )
+    if model_class is None:
+        is_llama = opened.family is FusedLlamaForCausalLM.family
+        model_class = FusedLlamaForCausalLM if is_llama else fused_class(opened.family)
+    if model_class.family is not opened.family:
+        kind = opened.config.model_type
+        raise ValueError(f"{opened.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
-    if kept_in is not None:
-        return _load_or_fuse(model_class, inputs, kept_in)
+    if folder is not None:
+        return _load_or_fuse(model_class, inputs, folder)
     inputs.check()
     return _load_and_fuse(model_class, inputs)
 
 
-FusedForCausalLM._fuse = from_pretrained_fused
-
-
 def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
-    """Load the base and fuse it in memory: a model of the class, with its report."""
+    """Load the base, fuse it in memory, and heal it where that is asked for."""
     loaded = inputs.base.load()
+    decoder = ModelDecoder(loaded)
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
-    processes = ALONE if is_spread(inputs.base.loading.get("device_map")) else Processes.of_launch()
-    report = inputs.fuse(ModelDecoder(loaded, processes=processes))
+    if not is_spread(inputs.base.loading.get("device_map")):
+        decoder.processes = Processes.of_launch()
+    report = inputs.fuse(decoder)
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     if inputs.to_heal is not None:
         from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
@@ -182,40 +237,53 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
     The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
     do not share the work: what they read, and what heals, they do together.
     """
-    base, processes, made_of = inputs.base, Processes.of_launch(), inputs.fingerprints()
+    processes, made_of = Processes.of_launch(), inputs.identity()
 
     def reason_to_fuse() -> str | None:
-        of_each_machine = processes.all_gather_object(why_not_reused(folder, inputs.config, made_of))
-        return next(filter(None, of_each_machine), None)
-
-    def write(model: FusedForCausalLM) -> None:
-        with replaced_files(folder) as new:
-            model.write_files(new)
+        reasons = processes.all_gather_object(why_not_reused(folder, made_of))  # of each machine's folder
+        return next(filter(None, reasons), None)
 
     with ExitStack() as stack:
         if reason_to_fuse():
-            check_replaceable(folder, base.name, remade=True)
+            check_replaceable(folder, inputs.base.name, remade=True)
             processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
             if reason := reason_to_fuse():  # checked again under the lock
                 if (folder / REPORT_NAME).is_file():
                     logger.warning(f"{reason} Fusing, to replace it.")
+                if inputs.calibration is None:
+                    inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
                 inputs.check()
                 model = _load_and_fuse(model_class, inputs)
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                processes.broadcast_object(lambda: write(model))
+                processes.broadcast_object(lambda: _keep(model, folder))
                 on_another_machine = not processes.is_main and local_rank() == 0
-                if on_another_machine and why_not_reused(folder, inputs.config, made_of):
+                if on_another_machine and why_not_reused(folder, made_of):
                     with only_writer(folder, wait=True):
-                        write(model)
+                        _keep(model, folder)
                 return model
-    model = model_class.from_pretrained(folder, **base.loading_fused())
-    sources = [info.source for info in model.fusion_report.calibration] if model.fusion_report else []
-    logger.info(f"Loaded from {str(folder)!r} what was fused before, on {', '.join(sources) or 'no text'}.")
+    model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
     model.tokenizer = inputs.tokenizer
+    if inputs.calibration is None and model.fusion_report.calibration:  # others, where the hub answers otherwise now
+        sources = ", ".join(info.source for info in model.fusion_report.calibration)
+        logger.warning(f"Loaded from {str(folder)!r} what was fused before, on {sources}.")
     if reason_to_fuse():  # replaced while it was read, by a run with other settings
         del model
         return _load_or_fuse(model_class, inputs, folder)
     return model
+
+
+def _earlier_default(folder: Path) -> str | None:
+    """The default text that what is in a folder was fused on, so that the next fusion keeps to it."""
+    try:
+        report = FusionReport.load(folder)
+    except ValueError:  # none is there, or none that can be read
+        return None
+    return default_source(info.source for info in report.calibration)
+
+
+def _keep(model: FusedForCausalLM, folder: Path) -> None:
+    with replaced_files(folder) as new:
+        model.write_files(new, plain=True)
 
 
 def fuse_checkpoint(
@@ -223,36 +291,31 @@ def fuse_checkpoint(
     out: str | os.PathLike[str],
     config: FusionConfig | None = None,
     *,
-    low_memory: bool = True,
-    plain: bool | None = None,
-    as_llama: bool | None = None,
+    low_memory: bool = False,
     calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     **kwargs: Any,
 ) -> FusionReport:
-    """Fuse a checkpoint into another folder.
+    """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture.
 
     Processes that a launcher started share the work, and the first one writes: all must call this.
 
     Parameters
     ----------
     base : str or Base
-        Folder or hub name of a checkpoint in safetensors files, or one that is open.
+        Folder or hub name of a checkpoint, or one that is open.
     out : path
         Where to write. A fused checkpoint in that folder is replaced; what lf_hf did not write stays.
     config, calibration, tokenizer
         As for `from_pretrained_fused`.
     low_memory : bool
-        Hold two layers at a time instead of the model, or for a refit the layers of one group. On the CPU the tensors
-        written are the same, bit for bit. Where `device_map` is another device, layers are read onto it one at a time,
-        each while the one before it is used, and all is computed there.
-    plain : bool, optional
-        Write a plain checkpoint, of the base's own architecture, that programs without lf_hf open. Default: no.
-    as_llama : bool, optional
-        Another name of `plain`.
+        Hold two layers at a time instead of the model, or for a refit the layers of one group. The base's weights have
+        to be safetensors files. On the CPU the tensors written are the same, bit for bit. Where `device_map` is
+        another device, layers are read onto it one at a time, each while the one before it is used, and all is
+        computed there.
     max_shard_bytes : int
-        Size of an output file, about; also what is held in memory while writing.
+        Size of an output file, about; with `low_memory` also what is held in memory while writing.
     **kwargs
         FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, ...). With
         `low_memory` device_map is one device, such as "cuda" or "cuda:1"; default: the CPU.
@@ -268,15 +331,15 @@ def fuse_checkpoint(
     OSError
         If another process is saving there, or if files cannot be written.
     """
-    plain, target = bool(plain or as_llama), checked_folder(out)
+    target, processes = checked_folder(out), Processes.of_launch()
     config = FusionConfig.taken_from(kwargs, config)
     opened = Base.open(base, kwargs)
     check_replaceable(out, opened.name)
     if low_memory:
-        device, generation = low_memory_device(config, opened.loading), _generation_config(opened)
+        low_memory_device(config, opened.loading)
         if config.speed:
             logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
-    inputs, processes = FusionInputs.open(opened, config, calibration, tokenizer), Processes.of_launch()
+    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     inputs.check()
     with ExitStack() as stack:
 
@@ -286,72 +349,51 @@ def fuse_checkpoint(
 
         folder = processes.broadcast_object(begin)
         if low_memory:
-            report = _fuse_on_disk(inputs, generation, folder, device, plain=plain, max_shard_bytes=max_shard_bytes)
+            report = _fuse_on_disk(inputs, folder, max_shard_bytes)
         else:
-            model = _load_and_fuse(fused_class(opened.config), inputs)
+            model = _load_and_fuse(fused_class(opened.family), inputs)
             report = model.fusion_report
             if processes.is_main:
-                model.write_files(folder, plain=plain, max_shard_size=max_shard_bytes)
+                model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
     processes.all_gather_object(None)  # the others wait until the files are in their places
     return report
 
 
-def _fuse_on_disk(
-    inputs: FusionInputs,
-    generation: GenerationConfig,
-    folder: Path,
-    device: torch.device,
-    *,
-    plain: bool,
-    max_shard_bytes: int,
-) -> FusionReport:
+def _fuse_on_disk(inputs: FusionInputs, folder: Path, max_shard_bytes: int) -> FusionReport:
     """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
     base, processes = inputs.base, Processes.of_launch()
+    device = low_memory_device(inputs.config, base.loading)
     place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
     with tempfile.TemporaryDirectory(dir=place) as scratch:
-        decoder = CheckpointDecoder(
-            base.weights_folder(), base.new_config(), Path(scratch), dtype=base.dtype, device=device
-        )
+        weights, config = base.weights_folder(), base.new_config()
+        decoder = CheckpointDecoder(weights, config, Path(scratch), dtype=base.dtype, device=device)
         decoder.processes = processes
         report = inputs.fuse(decoder)
         processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
-        if not processes.is_main:
-            return report
-        decoder.write(folder, max_shard_bytes)
-        written = plain_config(decoder.config) if plain else fused_config(decoder.config, report)
-        written.dtype = decoder.dtype
-        written.architectures = [(base.family.causal_lm if plain else fused_class(base.config)).__name__]
-        written.save_pretrained(folder)
-        generation.save_pretrained(folder)
-        write_companions(folder, written, report, inputs.tokenizer, plain=plain)
+        if processes.is_main:
+            decoder.write(folder, max_shard_bytes)
+            decoder.config.dtype = decoder.dtype
+            write_config(folder, decoder.config)
+            base.generation_config().save_pretrained(folder)
+            write_companions(folder, decoder.config, report, inputs.tokenizer, plain=True)
     return report
 
 
 def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch.device:
     """The device for layers that are read one at a time. Raises ValueError where only fusing in memory can be done."""
     if config.heal_tokens:
-        asked = "method='healed'" if config.method == "healed" else f"heal_tokens={config.heal_tokens}"
         raise ValueError(
-            f"{asked} cannot be used with low_memory=True, as it trains the whole model; give low_memory=False, or "
-            "heal_tokens=0 and heal the result with lf_hf.heal."
+            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True, as healing trains the whole model; "
+            "give heal_tokens=0 and heal the result with lf_hf.heal."
         )
-    device_map, usable = loading.get("device_map"), {*HUB_ARGUMENTS, "dtype", "trust_remote_code", "device_map"}
-    refused = [name for name, value in loading.items() if value is not None and name not in usable - {"gguf_file"}]
+    usable = {*HUB_ARGUMENTS, "dtype", "trust_remote_code", "device_map"} - {"gguf_file"}
+    refused = [name for name, value in loading.items() if value is not None and name not in usable]
+    device_map = loading.get("device_map")
     if isinstance(device_map, dict) or device_map in SPREAD:
         refused.append(f"device_map={device_map!r:.80}")
     if refused:
         raise ValueError(
-            f"{', '.join(refused)} cannot be used with low_memory=True, which reads safetensors files onto one device, "
-            "such as cpu or cuda:1; use low_memory=False."
+            f"{', '.join(refused)} cannot be used with low_memory=True, which reads safetensors files onto one device "
+            "such as cuda:1; leave that out."
         )
     return torch.device("cpu" if device_map is None else device_map)
-
-
-def _generation_config(base: Base) -> GenerationConfig:
-    """The base's settings for generation; older checkpoints have them in config.json. Checked to be writable."""
-    with explained(f"The generation settings of {base.name!r} cannot be used", "repair them"):
-        older: dict[str, Any] = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
-        has_own = optional_file(base.name, GENERATION_CONFIG_NAME, base.hub)
-        config = GenerationConfig.from_pretrained(base.name, **base.hub, **({} if has_own else older))
-        config.validate(strict=True)  # as saving does; not all that can be read can be saved
-    return config

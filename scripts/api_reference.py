@@ -23,11 +23,9 @@ PAGE = ROOT / "docs" / "api.md"
 
 HEAD = """# API reference
 
-All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings. For each other
-[family](families.md#what-it-is-called) there are classes as those for Llama are: `FusedQwen3ForCausalLM`,
-`FusedQwen3Config`, ...
+All that `import lf_hf` offers. `scripts/api_reference.py` writes this page from the docstrings.
 
-A method is a preset of settings, each of which can be given by itself; `FusionConfig` says what they mean:
+A method says what a group of layers becomes, and sets these defaults; `FusionConfig` says what they mean:
 
 {methods}
 
@@ -42,7 +40,7 @@ _METHODS_FOR = {
 
 # Methods shown with their class; all that a class inherits is as in transformers.
 _MEMBERS = {
-    "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub", "to_plain", "to_llama"],
+    "FusedLlamaForCausalLM": ["from_pretrained_fused", "save_pretrained", "push_to_hub"],
     "FusionReport": ["layers_removed_fraction", "parameters_removed_fraction", "summary", "save", "load"],
 }
 
@@ -64,7 +62,7 @@ def reference() -> str:
 
 def methods() -> str:
     """The table of presets."""
-    names = ["selection", "alignment", "merge", "refit", "calibration_tokens", "heal_tokens"]
+    names = ["selection", "alignment", "calibration_tokens", "heal_tokens"]
     rows = [["method", *names, "for"], ["---"] * (len(names) + 2)]
     for method, purpose in _METHODS_FOR.items():
         config = FusionConfig(1, method)
@@ -75,7 +73,10 @@ def methods() -> str:
 def _rendered(shown: griffe.Object | griffe.Alias, level: int, public: object) -> str:
     if shown.docstring:
         shown.docstring.value = inspect.getdoc(public) or ""  # which may have been completed at import
-    for section in shown.docstring.parsed if shown.docstring else []:
+    sections = shown.docstring.parsed if shown.docstring else []
+    for section in sections:
+        if isinstance(section, griffe.DocstringSectionOtherParameters):
+            section.title = "Hyper-parameters of the published method:"
         if isinstance(section, griffe.DocstringSectionParameters):
             section.value = [_joined(list(entry)) for _, entry in groupby(section.value, key=_entry)]
         if isinstance(section.value, list):

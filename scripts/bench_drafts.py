@@ -11,9 +11,10 @@ over the base's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,11 +22,20 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import lf_hf  # noqa: F401  registers the classes of fused models
 from lf_hf.text.judging import PROMPTS
 
-Run = tuple[float, int, int]
-"""Seconds, passes through the base, and tokens that a draft proposed."""
+
+class Run(NamedTuple):
+    """Seconds, passes through the base, and tokens that a draft proposed."""
+
+    seconds: float
+    passes: int
+    proposed: int
+
+
+def load(path: str, device: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    return model.to(device).eval()
 
 
 def main() -> None:
@@ -42,29 +52,30 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    base, *drafts = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(options.device).eval()
-        for path in (options.base, *options.drafts)
-    )
+    base = load(options.base, options.device)
+    drafts = [load(path, options.device) for path in options.drafts]
     prompts = [tokenizer(prompt, return_tensors="pt").to(options.device) for prompt in PROMPTS]
-    ways: list[tuple[Any, int]] = [(None, 0), *((draft, count) for draft in drafts for count in options.proposals)]
-    runs: list[list[Run]] = []
-    for number in range(options.rounds + 1):  # the first one warms up
-        of_round = [run(base, draft, count, prompts, options.tokens) for draft, count in ways]
-        if number:
-            runs.append(of_round)
+    ways = list(itertools.product(drafts, options.proposals))
+    base_runs: list[Run] = []
+    draft_runs: list[list[Run]] = []
+    for number in range(options.rounds + 1):
+        base_run = run(base, None, 0, prompts, options.tokens)
+        round_runs = [run(base, draft, count, prompts, options.tokens) for draft, count in ways]
+        if number > 0:  # the first round warms up
+            base_runs.append(base_run)
+            draft_runs.append(round_runs)
 
     table = Table("layers", "proposals", "accepted", "tokens a second", "over the base alone")
     written = len(prompts) * options.tokens
-    for (draft, count), of_way in zip(ways, zip(*runs, strict=True), strict=True):
-        layers = (draft or base).config.num_hidden_layers
-        alone = [seconds for (seconds, _, _), *_ in runs]
-        seconds, passes, proposed = zip(*of_way, strict=True)
-        ratios = sorted(of_base / own for of_base, own in zip(alone, seconds, strict=True))
-        accepted = f"{(written - passes[0]) / proposed[0]:.2f}" if draft else ""
-        speed = f"{written / statistics.median(seconds):.1f}"
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if draft else "1"
-        table.add_row(str(layers), str(count or ""), accepted, speed, spread)
+    speed = written / statistics.median(run.seconds for run in base_runs)
+    table.add_row(str(base.config.num_hidden_layers), "", "", f"{speed:.1f}", "1")
+    for (draft, count), runs in zip(ways, zip(*draft_runs, strict=True), strict=True):
+        speed = written / statistics.median(run.seconds for run in runs)
+        ratios = sorted(alone.seconds / run.seconds for alone, run in zip(base_runs, runs, strict=True))
+        accepted = (written - runs[0].passes) / runs[0].proposed
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        layers = draft.config.num_hidden_layers
+        table.add_row(str(layers), str(count), f"{accepted:.2f}", f"{speed:.1f}", spread)
     Console().print(table)
 
 
@@ -91,7 +102,7 @@ def run(base: Any, draft: Any, count: int, prompts: list[Any], tokens: int) -> R
     seconds = time.perf_counter() - start
     for hook in hooks:
         hook.remove()
-    return seconds, passes[base], passes[draft]
+    return Run(seconds, passes[base], passes[draft])
 
 
 if __name__ == "__main__":

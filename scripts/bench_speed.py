@@ -3,19 +3,15 @@
 
     .venv/bin/python scripts/bench_speed.py                     # everything, on .cache/smollm2
     .venv/bin/python scripts/bench_speed.py --random --layers 22 --hidden 2048 --mlp 5632 --tables fusing
-    .venv/bin/python scripts/bench_speed.py --tables assignment pair --sizes 14336 --pair 4096 14336 1024
+    .venv/bin/python scripts/bench_speed.py --tables pair --pair 4096 14336 1024
 
   stages      stages 1 to 3 against a reference that does what the published programs do: a whole forward pass for each
               layer and sample, all activations kept, every pair of layers compared twice
-  assignment  solvers, by size and by how alike the layers are
   pair        all matrices of a pair of layers, against one after the other: a float32 distance matrix, scipy's solver
-  groups      choice of the key-value groups of several layers: one inverse that is updated, against factorising anew in
-              each round
+  price       what text, choosing, making and healing cost, against forward passes of the dense model over the same text
   fusing      time and peak memory of fusing from folder to folder, against copying the folder
-  tokens      tokens a second and bytes of fused models, against the dense one
   processes   refit by several processes of a launch, against one
   sweep       levels of methods in one sweep, against loading the base, fusing and evaluating for one after the other
-  growth      how the cost of each stage grows with layers, hidden size and samples
 
 What is compared runs in one go, and where memory is measured each in a process of its own. "CPU" is the processor time
 of all threads, which other programs on the machine disturb less than the wall clock.
@@ -24,7 +20,6 @@ of all threads, which other programs on the machine disturb less than the wall c
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import math
 import os
@@ -50,29 +45,39 @@ from numpy.typing import NDArray
 from random_checkpoint import add_shape, llama_config, write_checkpoint
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from lf_hf import FusionConfig, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.choose.choice import choose
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import measure
-from lf_hf.refit.fit import EXACT_LIMIT, Regression
-from lf_hf.refit.layer_parts import expanded
+from lf_hf.decoder.interface import Decoder
+from lf_hf.healing.heal import heal_loaded
+from lf_hf.measure.dense import Measurements, measure
+from lf_hf.pipeline import make_layers
 from lf_hf.report.report import FusionReport
-from lf_hf.speed import measure_speed
+from lf_hf.settings import FITTING
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import sample_distances
-from lf_hf.stages.alignment import match_rows, normalized_rows
-from lf_hf.stages.assignment import Pair, assign, row_costs
+from lf_hf.stages.alignment import normalized_rows
+from lf_hf.stages.assignment import Pair, assign
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import entropy, layer_similarity, mutual_information, rank_normalized
-from lf_hf.text.calibration import BUNDLED, documentation_halves, load_calibration, load_needed
+from lf_hf.text.calibration import (
+    BUNDLED,
+    documentation_halves,
+    load_calibration,
+    load_needed,
+    load_training_text,
+)
 from lf_hf.text.packing import tokenize_samples
+from lf_hf.text.sources import TextSource
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = FusionConfig(num_fusions=1)
-STAGES = ("perplexity", "calibration text", "alignment and fusion", "last pass")  # the first two are passes over text
+STAGES = ("perplexity", "calibration text", "choosing", "making")
 Array = NDArray[np.float64]
 S = TypeVar("S")
 T = TypeVar("T")
@@ -133,6 +138,14 @@ def row(*cells: object) -> None:
     print(
         "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
     )
+
+
+def gguf_loading(base: str) -> dict[str, Any]:
+    """How users load a base that is a GGUF file; nothing for another base."""
+    gguf = next(Path(base).glob("*.gguf"), None)
+    if gguf is None:
+        return {}
+    return {"gguf_file": gguf.name, "dtype": "bfloat16"}
 
 
 def gib(size: float) -> str:
@@ -204,38 +217,6 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def alike(size: int) -> Iterator[tuple[str, Pair]]:
-    """Pairs of matrices of some rows, from unlike to nearly equal."""
-    weight, other = random(size, size // 4, seed=0), random(size, size // 4, seed=1)
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(2))
-    yield "unlike", (weight, other)
-    yield "permuted, cosine 0.1", (weight, (weight + 10 * other)[order])
-    yield "permuted, cosine 0.7", (weight, (weight + other)[order])
-    yield "nearly equal", (weight, weight + 0.1 * other)
-
-
-def solvers(sizes: Sequence[int]) -> None:
-    columns = (
-        "rows",
-        "layers",
-        "scipy, CPU seconds",
-        "lapx, CPU seconds",
-        "ratio",
-        "relative difference of total cost",
-    )
-    table("Assignment of one matrix, costs given", *columns)
-    for size in sizes:
-        for name, pair in alike(size):
-            costs = row_costs(pair)
-            scipy = timed(partial(linear_sum_assignment, costs))
-            if assignment.lapjvs is None:
-                row(size, name, scipy.cpu, "not installed", "", "")
-                continue
-            lapx = timed(partial(assignment.lapjvs, costs, return_cost=False))
-            totals = [costs[run.result].astype(np.float64).sum() for run in (scipy, lapx)]
-            row(size, name, scipy.cpu, lapx.cpu, scipy.cpu / lapx.cpu, float(totals[1] / totals[0] - 1))
-
-
 def layer_pair(hidden: int, mlp: int, kv: int) -> Problems:
     shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
     shapes |= {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
@@ -283,63 +264,6 @@ def pairs(shape: Sequence[int]) -> None:
         row(f"lf_hf, {solver}", ours.wall, ours.cpu, gib(ours.grown), ratio, difference)
 
 
-# Groups
-
-
-def group_problem(inputs: int, outputs: int) -> tuple[Regression, Tensor]:
-    """Inputs that have a direction in common, as those of real layers have, and where the fit starts."""
-    x = random(2 * inputs, inputs // 4, seed=0) @ random(inputs // 4, inputs, seed=1)
-    x += random(*x.shape, seed=2) + 30 * random(len(x), 1, seed=3) * random(inputs, seed=4)
-    x *= random(inputs, seed=5).exp()
-    y = x @ random(inputs, outputs, seed=6) / inputs + random(len(x), outputs, seed=7)
-    regression = Regression(inputs, outputs, x.device)
-    regression.add(x, y, torch.ones(len(x)))
-    regression.complete()
-    return regression, random(outputs, inputs, seed=8) / inputs
-
-
-def factorised_anew(problem: tuple[Regression, Tensor], *, block: int, keep: int) -> list[int]:
-    """The reference: one block a round, which the solution and the inverse of that round say."""
-    regression, start = problem
-    inputs = len(regression.gram)
-    left = torch.arange(inputs // block)
-    ridge = 1e-2 * regression.gram.diagonal().mean()
-    target = (ridge * regression.unit * start + regression.cross).T
-    while len(left) > keep:
-        index = expanded(left, block)
-        gram = regression.gram[index][:, index].to(torch.float64 if inputs <= EXACT_LIMIT else torch.float32)
-        gram.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(gram)
-        weight = torch.cholesky_solve(target[index].to(gram.dtype), factor).unflatten(0, (-1, block))
-        inverse = torch.cholesky_inverse(factor)
-        inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(index), block)])
-        worth = (torch.cholesky_solve(weight, torch.linalg.cholesky(inner)) * weight).sum((1, 2))
-        left = left[worth.topk(len(left) - 1).indices.sort().values]
-    return left.tolist()
-
-
-def one_inverse(problem: tuple[Regression, Tensor], *, block: int, keep: int) -> list[int]:
-    """The package's way."""
-    regression, start = problem
-    rounds = len(regression.gram) // block - keep
-    return regression.prune(start, keep, block=block, rounds=rounds).tolist()
-
-
-def groups() -> None:
-    columns: tuple[str, ...]
-    columns = ("inputs", "outputs", "blocks", "kept", "anew, CPU seconds", "one inverse, CPU seconds", "ratio")
-    columns += ("anew, GiB", "one inverse, GiB", "the same are kept")
-    table("Choice of key-value groups, one block a round", *columns)
-    for inputs, outputs, block, keep in ((2048, 1024, 128, 8), (3456, 576, 192, 3), (3456, 576, 64, 9)):
-        problem = partial(group_problem, inputs, outputs)
-        anew, updated = (
-            timed_apart(partial(way, block=block, keep=keep), problem) for way in (factorised_anew, one_inverse)
-        )
-        costs = (anew.cpu, updated.cpu, anew.cpu / updated.cpu, gib(anew.grown), gib(updated.grown))
-        same = "yes" if anew.result == updated.result else "no"
-        row(inputs, outputs, inputs // block, keep, *costs, same)
-
-
 # Fusing
 
 
@@ -354,7 +278,7 @@ def fusing(text: list[str], base: str, out: str, **settings: Any) -> dict[str, f
 def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
     size = sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
     columns = ("", "seconds", "over copying", "CPU seconds", "peak memory, GiB", "over checkpoint", "stages")
-    table(f"Fusing {num_fusions} pairs of a checkpoint of {gib(size)} GiB, folder to folder", *columns)
+    table(f"Fusing {num_fusions} layers of a checkpoint of {gib(size)} GiB, folder to folder", *columns)
     with tempfile.TemporaryDirectory() as scratch:
         floor = timed_apart(partial(shutil.copytree, base), partial(str, f"{scratch}/copy"))
         row("copying", floor.wall, 1, floor.cpu, gib(floor.peak), floor.peak / size, "")
@@ -368,14 +292,60 @@ def fusions(base: str, methods: Sequence[str], num_fusions: int) -> None:
                 row(name, run.wall, run.wall / floor.wall, run.cpu, gib(run.peak), run.peak / size, parts)
 
 
+# Price
+
+
+def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
+    """What each part of a refit costs, in the order of the pipeline, and a healing if one is asked for."""
+    opened = Base.open(base, gguf_loading(base))
+    tokenizer = opened.tokenizer()
+    decoder = ModelDecoder(opened.load())
+    samples, corpus = load_needed(config, calibration, tokenizer)
+    text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
+    measured = text.result
+    assert measured.text is not None
+    forward = timed(partial(run_layers, decoder, measured.text.sequences))
+    choosing = timed(partial(choose, decoder, config, measured))
+    groups = choosing.result.groups
+    making = timed(lambda: list(make_layers(decoder, groups, config, measured)))
+    parts: dict[str, Cost[Any]] = {"forward pass": forward, "text": text, "choosing": choosing, "making": making}
+    if config.heal_tokens:
+        training_text = load_training_text(calibration, config.heal_tokens, tokenizer)
+        fused = cut_short(opened, config.num_fusions, measured)
+        parts["healing"] = timed(partial(heal_loaded, fused, opened, training_text, config))
+    tokens = measured.text.source.tokens
+    title = f"{config.method}, {config.num_fusions} layers fused, {tokens} tokens, selection {config.selection}"
+    table(title, "", "CPU seconds", "over forward passes", "seconds", "GiB above the weights")
+    for name, cost in parts.items():
+        row(name, cost.cpu, cost.cpu / forward.cpu, cost.wall, gib(cost.grown))
+    print(f"\nChoosing over making: {choosing.cpu / making.cpu:.2f}. Groups: {', '.join(map(str, groups))}.")
+
+
+def run_layers(decoder: Decoder, sequences: Sequence[Tensor]) -> None:
+    """Run sequences through all layers, without the head."""
+    for _ in decoder.walk(decoder.make_batches(sequences)):
+        pass
+
+
+def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForCausalLM:
+    """A model of the fused one's shape, whose healing takes as long."""
+    model = base.load()
+    tokenizer = base.tokenizer()
+    config = FusionConfig(num_fusions, "truncate", perplexity_tokens=0)
+    report = pipeline.fuse(
+        ModelDecoder(model), tokenizer, config, None, None, base=base.full_name, measurements=measured
+    )
+    return fused_class(base.config).adopt(model, report, tokenizer)
+
+
 # Processes
 
 
 def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: int) -> None:
     """The command under torchrun, with one thread a process."""
     columns = ("processes", "seconds", "first over this", *(f"{stage}, first over this" for stage in STAGES))
-    columns = (*columns, "same pairs", "perplexities over the first's")
-    table(f"Refit of {num_fusions} pairs with {text_tokens} tokens by processes of one thread each", *columns)
+    columns = (*columns, "same groups", "perplexities over the first's")
+    table(f"Refit, {num_fusions} layers fused, with {text_tokens} tokens by processes of one thread each", *columns)
     found: list[dict[str, float]] = []
     reports: list[FusionReport] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -399,7 +369,7 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
             reports.append(FusionReport.load(out))
             found.append({"": seconds, **reports[-1].seconds})
             ratios = [found[0][name] / found[-1][name] for name in ("", *STAGES)]
-            same = [step.pair for step in reports[-1].steps] == [step.pair for step in reports[0].steps]
+            same = reports[-1].groups == reports[0].groups
             judged = zip(reports[-1].perplexities, reports[0].perplexities, strict=True)
             row(count, seconds, *ratios, same, ", ".join(f"{here.fused / there.fused:.5f}" for here, there in judged))
 
@@ -408,11 +378,6 @@ def processes(base: str, counts: Sequence[int], num_fusions: int, text_tokens: i
 
 TASKS = ["mmlu_sample_anatomy"]  # a question, so that the time is that of fusing
 SWEPT: dict[str, Any] = {"perplexity_tokens": 512, "calibration_tokens": 2048, "speed": False}
-
-
-def gguf_loading(base: str) -> dict[str, Any]:
-    """How to load a base that is a GGUF file, as users of a sweep do."""
-    return {"gguf_file": gguf.name, "dtype": "bfloat16"} if (gguf := next(Path(base).glob("*.gguf"), None)) else {}
 
 
 def swept(_: ModuleType, base: str, folder: str, levels: Sequence[int], methods: Sequence[str]) -> list[Scores]:
@@ -469,128 +434,67 @@ def sweeps(base: str, levels: Sequence[int], methods: Sequence[str]) -> None:
     row("sweep", ours.wall, ratios[0], ours.cpu, ratios[1], gib(ours.peak), same)
 
 
-# Tokens
-
-
-def tokens(base: str, counts: Sequence[int], device: str, dtype: str) -> None:
-    dense = LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).eval().to(device)
-    layers = dense.config.num_hidden_layers
-    columns = ("fused", "prefill, tokens/s", "over dense", "decode, tokens/s", "over dense", "GiB", "over dense")
-    table(f"Running, {dtype} on {device}: one sequence", *columns)
-    for count in (count for count in counts if count < layers):
-        decoder = ModelDecoder(copy.deepcopy(dense))
-        for _ in range(count):
-            decoder.remove(decoder.num_layers - 1)  # what is fused does not matter here
-        found = measure_speed(decoder.model, layers)
-        before, after = found.weight_bytes
-        rates = (rate for of in (found.prefill, found.decoding) for rate in (of.fused, of.ratio))
-        row(count, *rates, gib(after), after / before)
-
-
-# Growth
-
-
-@torch.inference_mode()
-def growth(layers: Sequence[int], hidden: Sequence[int], samples: Sequence[int]) -> None:
-    columns = ("layers", "hidden", "samples", "activations", "manifold", "similarity", "assignment of a pair")
-    table("How the cost grows: CPU seconds", *columns)
-    for name, values in (("layers", layers), ("hidden", hidden), ("samples", samples)):
-        measured = []
-        for value in values:
-            shape = {"layers": layers[0], "hidden": hidden[0], "samples": samples[0], name: value}
-            measured.append(stage_costs(**shape))
-            row(*shape.values(), *measured[-1])
-        slopes = [np.polyfit(np.log(values), np.log(stage), 1)[0] for stage in zip(*measured, strict=True)]
-        exponents = [f"{slope:.2f}" for slope in slopes]
-        row(*("exponent" if key == name else "" for key in ("layers", "hidden", "samples")), *exponents)
-
-
-def stage_costs(layers: int, hidden: int, samples: int) -> list[float]:
-    """CPU seconds of each stage on a random model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_attention_heads=hidden // 64,
-        vocab_size=1000,
-    )
-    decoder = ModelDecoder(LlamaForCausalLM(config).eval())
-    ids = [torch.randint(1000, (32 + n % 64,)) for n in range(samples)]
-    distances = timed(lambda: sample_distances(decoder, ids)[0])
-    embeddings = timed(lambda: np.stack([diffusion_embedding(layer) for layer in distances.result]))
-    similarity = timed(lambda: layer_similarity(embeddings.result))
-    last_two = decoder.layers((layers - 2, layers - 1))
-    weights = [{n: p for n, p in layer.named_parameters() if "proj" in n} for layer in last_two]
-    aligned = timed(lambda: match_rows({name: (weights[0][name], weights[1][name]) for name in weights[0]}))
-    return [distances.cpu, embeddings.cpu, similarity.cpu, aligned.cpu]
-
-
 @contextmanager
 def checkpoint(options: argparse.Namespace) -> Iterator[str]:
     """A folder with a base in safetensors: the given one, one made of a GGUF file, or a random one."""
-    gguf = next(Path(options.base).glob("*.gguf"), None)
-    if not options.random and gguf is None:
+    if not options.random and not gguf_loading(options.base):
         yield options.base
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.random:
             write_checkpoint(Path(folder), llama_config(options))
-        elif gguf:
-            model = LlamaForCausalLM.from_pretrained(options.base, gguf_file=gguf.name, dtype=torch.bfloat16)
-            for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # what it was read from
-                vars(model).pop(name, None)
-            vars(model.config).pop("quantization_config", None)
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(options.base, gguf_file=gguf.name).save_pretrained(folder)
+        else:
+            opened = Base.open(options.base, gguf_loading(options.base))
+            opened.load().save_pretrained(folder)
+            opened.tokenizer().save_pretrained(folder)
         yield folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "assignment", "pair", "groups", "fusing", "processes", "sweep", "tokens", "growth")
+    names = ("stages", "pair", "price", "fusing", "processes", "sweep")
     parser.add_argument("--tables", nargs="+", choices=names, default=names)
     parser.add_argument("--base", default=str(ROOT / ".cache" / "smollm2"), help="folder of a checkpoint")
     parser.add_argument("--random", action="store_true", help="instead, a random checkpoint of this shape:")
     add_shape(parser)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="rows, for assignment")
     shape = ("HIDDEN", "MLP", "KV")
     parser.add_argument("--pair", type=int, nargs=3, default=[1024, 3584, 256], metavar=shape, help="for pair")
+    parser.add_argument("--method", default="refit", choices=FITTING, help="for price")
+    parser.add_argument("--selection", choices=["last", "least_influence", "groups"], help="for price")
+    parser.add_argument("--text", type=Path, help="for price: a file to calibrate on, in place of the default texts")
+    parser.add_argument("--text-tokens", type=int, default=16384, help="for price and processes")
     parser.add_argument("--methods", nargs="+", default=["truncate", "mka", "neural_alignment", "refit"])
-    parser.add_argument("--num-fusions", type=int, default=4, help="for fusing and processes")
+    parser.add_argument("--num-fusions", type=int, default=4, help="for price, fusing and processes")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--text-tokens", type=int, default=16384, help="for processes")
-    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep and tokens")
+    parser.add_argument("--fusions", type=int, nargs="+", default=[1, 4, 10, 15], help="for sweep")
     parser.add_argument("--sweep-methods", nargs="+", default=["neural_alignment", "refit"])
-    parser.add_argument("--device", default="cpu", help="for tokens")
-    parser.add_argument("--run-dtype", default="bfloat16", help="for tokens")
-    parser.add_argument("--growth-layers", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--growth-hidden", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--growth-samples", type=int, nargs="+", default=[57, 256, 1024])
     options = parser.parse_args()
     quiet()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; base: ", end="")
     print("random weights" if options.random else Path(options.base).name)
-    if "assignment" in options.tables:
-        solvers(options.sizes)
     if "pair" in options.tables:
         pairs(options.pair)
-    if "groups" in options.tables:
-        groups()
-    if "growth" in options.tables:
-        growth(options.growth_layers, options.growth_hidden, options.growth_samples)
-    if {"stages", "fusing", "processes", "sweep", "tokens"} & set(options.tables):
-        with checkpoint(options) as base:
-            if "stages" in options.tables:
-                stages(base)
-            if "fusing" in options.tables:
-                fusions(base, options.methods, options.num_fusions)
-            if "processes" in options.tables:
-                processes(base, options.processes, options.num_fusions, options.text_tokens)
-            if "sweep" in options.tables:
-                sweeps(base if options.random else options.base, options.fusions, options.sweep_methods)
-            if "tokens" in options.tables:
-                tokens(base, options.fusions, options.device, options.run_dtype)
+    if options.tables == ["pair"]:
+        return
+    with checkpoint(options) as base:
+        given = base if options.random else options.base
+        if "stages" in options.tables:
+            stages(base)
+        if "price" in options.tables:
+            config = FusionConfig(
+                options.num_fusions,
+                options.method,
+                selection=options.selection,
+                calibration_tokens=options.text_tokens,
+                perplexity_tokens=0,
+            )
+            price(given, config, options.text or BUNDLED)
+        if "fusing" in options.tables:
+            fusions(base, options.methods, options.num_fusions)
+        if "processes" in options.tables:
+            processes(base, options.processes, options.num_fusions, options.text_tokens)
+        if "sweep" in options.tables:
+            sweeps(given, options.fusions, options.sweep_methods)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,15 @@ def main() -> None:
     console.print(table(reports, scores), soft_wrap=False)
     last = list(reports)[-1]
     for judged in reports[last].perplexities:
-        of_whom = "" if judged.relation == "unseen" else f" by {last}"
-        console.print(f"{judged.name}, {judged.tokens} tokens: {judged.label}{of_whom}")
+        by = "" if judged.relation == "unseen" else f" by {last}"
+        console.print(f"{judged.name}, {judged.tokens} tokens: {judged.label}{by}")
     for task, (_, questions) in scores["dense"].items():
         if questions < FEW_QUESTIONS:
             console.print(f"{task}: {questions} questions, too few to tell models apart")
-    for told in zip(*(report.continuations or () for report in reports.values()), strict=True):
-        console.print(f"\n{on_one_line(told[0].prompt)} ...")
-        for name, text in zip(("dense", *reports), (told[0].dense, *(of_one.fused for of_one in told)), strict=True):
+    for continuations in zip(*(report.continuations for report in reports.values()), strict=True):
+        console.print(f"\n{on_one_line(continuations[0].prompt)} ...")
+        texts = [continuations[0].dense, *(continuation.fused for continuation in continuations)]
+        for name, text in zip(("dense", *reports), texts, strict=True):
             console.print(f"  {name:17} {on_one_line(text)}")
 
 
@@ -57,7 +58,8 @@ def table(reports: dict[str, FusionReport], scores: dict[str, dict[str, tuple[fl
         fused = [shown(row.kind, row.values[1]) + factor(row) for row in rows]
         shown_table.add_row(rows[0].name, shown(rows[0].kind, rows[0].values[0]), *fused)
     for task in scores["dense"]:
-        shown_table.add_row(task, *(f"{of_model[task][0]:.3f}" for of_model in scores.values()))
+        accuracies = [tasks[task][0] for tasks in scores.values()]
+        shown_table.add_row(task, *(f"{accuracy:.3f}" for accuracy in accuracies))
     return shown_table
 
 

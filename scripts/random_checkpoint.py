@@ -104,7 +104,8 @@ def llama_config(options: argparse.Namespace) -> LlamaConfig:
 
 
 def _vocab_size(text: str) -> int:
-    if (size := int(text)) < _FEWEST_TOKENS:
+    size = int(text)
+    if size < _FEWEST_TOKENS:
         raise argparse.ArgumentTypeError(f"must be {_FEWEST_TOKENS} or more: all bytes, and two special tokens.")
     return size
 
@@ -112,13 +113,13 @@ def _vocab_size(text: str) -> int:
 def _split(parameters: dict[str, nn.Parameter], max_numbers: int) -> list[list[str]]:
     """Names, in order, in groups of at most `max_numbers` numbers, or of a single larger tensor."""
     shards: list[list[str]] = [[]]
-    held = 0
+    size = 0
     for name, parameter in parameters.items():
-        if shards[-1] and held + parameter.numel() > max_numbers:
+        if shards[-1] and size + parameter.numel() > max_numbers:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(name)
-        held += parameter.numel()
+        size += parameter.numel()
     return shards
 
 

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from lf_hf import FusionReport
 from lf_hf.evaluate.points import Point, Score
-from lf_hf.report.records import (
+from lf_hf.report.data import (
     CalibrationInfo,
-    FittedLayer,
-    FusionStep,
+    FusedLayer,
     HealedText,
     HealingInfo,
     HealingPoint,
@@ -25,6 +24,7 @@ from lf_hf.report.records import (
     RowMatch,
 )
 
+MATCHES = {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}
 SEED = st.integers(0, 1000)
 HEALED = HealingInfo(
     {"train": "fused"},
@@ -59,15 +59,13 @@ def make_report(**values: object) -> FusionReport:
     fields: dict[str, object] = {
         "base": "meta-llama/Meta-Llama-3-8B",
         "config": {"method": "neural_alignment", "num_fusions": 1},
-        "steps": [
-            FusionStep([30], [31], 0.62, 0.38, {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}),
-            *(FusionStep([n], list(range(n + 1, 32)), 0.62, 0.38) for n in (29, 28, 27)),
+        "fused_layers": [
+            FusedLayer([27, 28, 29, 30, 31], [0.62, 0.24, 0.09, 0.03, 0.02], [0.62] * 4, [MATCHES] * 4),
         ],
         "layers_before": 32,
         "layers_after": 28,
         "parameters_before": 8_030_261_248,
         "parameters_after": 7_157_813_248,
-        "fitted_layers": [FittedLayer([30, 31], [5, 3], [1000, 536], 0.5, 0.2)],
         "calibration": [CalibrationInfo("MMLU", 57, 5000)],
         "perplexities": [
             PerplexityInfo("docs", "prose", 4000, 6.1, 30.0, "kin", 1.25, 0.625),

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lf_hf import FusedLlamaForCausalLM, speed
+from lf_hf import FusedLlamaForCausalLM
 from lf_hf.decoder.interface import Decoder
+from lf_hf.measure import speed
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -148,7 +149,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer may be run."""
     monkeypatch.setattr(Decoder, "run_layer", lambda *_: pytest.fail("ran a layer"))
-    monkeypatch.setattr("lf_hf.pipeline.check_computes", lambda _: None)  # runs layers of its own
+    monkeypatch.setattr("lf_hf.measure.check.check_computes", lambda _: None)  # runs layers of its own
 
 
 @pytest.fixture(scope="session")

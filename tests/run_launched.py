@@ -35,8 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refit": {"method": "refit", "selection": "least_influence", "num_fusions": 2},
     "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2, "low_memory": True},
     "by groups": {"method": "refit", "num_fusions": 2},
-    "within a budget": {"method": "truncate", "selection": "groups", "max_divergence": 10.0},
-    "neural_alignment, refitted": {"method": "neural_alignment", "refit": "down_proj", "num_fusions": 2},
+    "within a budget": {"method": "truncate", "selection": "least_influence", "max_divergence": 10.0},
+    "mka": {"method": "mka", "num_fusions": 2},
+    "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
 }
 HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
 

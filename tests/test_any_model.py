@@ -22,9 +22,6 @@ from lf_hf.text.calibration import CalibrationSamples, Corpus
 SETTINGS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in ("neural_alignment", "mka", "truncate", "refit")},
     "mka, neurons matched": {"method": "mka", "alignment": "neurons"},
-    "mka, refitted": {"method": "mka", "refit": "down_proj"},
-    "groups dropped": {"method": "truncate", "selection": "groups"},
-    "groups averaged and refitted": {"method": "mka", "selection": "groups", "refit": "down_proj"},
     "least influential averaged": {"method": "neural_alignment", "selection": "least_influence"},
 }
 
@@ -55,7 +52,7 @@ def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
     [
         *((torch.bfloat16, kind) for kind in SETTINGS),
         # Those that together run every part of a fusion.
-        *((torch.float16, kind) for kind in ("neural_alignment", "refit", "groups averaged and refitted")),
+        *((torch.float16, kind) for kind in ("neural_alignment", "refit")),
     ],
 )
 def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch.dtype, kind: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +19,7 @@ from conftest import ROOT, same
 from transformers import AutoModelForCausalLM
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -61,7 +62,7 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     report = FusionReport.load(tmp_path / "out")
     assert code == 0 and report.healed is not None and "healed" in out.split("layers")[0].split()
     assert report.budget is not None and report.budget.summary() in out
-    assert report.budget.allowed == 9 and report.steps
+    assert report.budget.allowed == 9 and report.layers_after < report.layers_before
 
 
 def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +82,16 @@ def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
 
 
-def test_every_setting_is_an_option_with_its_default_and_help(run: Run) -> None:
-    code, out, _ = run("fuse", "--help")
-    assert code == 0 and "Examples:\n    lf-hf fuse " in out
+@pytest.mark.parametrize(("command", "settings"), [("fuse", FusionConfig), ("heal", HealSettings)])
+def test_every_setting_is_an_option_with_its_default_and_help(run: Run, command: str, settings: Any) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"Examples:\n    lf-hf {command} " in out
     words = " ".join(out.split())
-    for name, field in FusionConfig.known.items():
+    for name, field in settings.known.items():
         assert f"--{name.replace('_', '-')} " in words
         assert field.default is None or f"[default: {field.default}]" in words
-    assert "sigma_K of the diffusion kernel." in words
+    general, *published = out.split("\nHyper-parameters of the published method:\n")
+    assert "--kernel-scale" not in general and ["--ridge" in part for part in published] == [False] * len(published)
 
 
 def test_an_unexpected_error_is_named(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""FusionConfig: defaults, presets, and reading from strings. What it refuses is in test_bad_input.py."""
+"""Settings: defaults, methods, and reading from strings. What they refuse is in test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from lf_hf import FusionConfig, HealSettings
 from lf_hf.settings import METHODS
 
+TAKEN = FusionConfig.taken_from
+
 
 def test_defaults_are_the_published_hyper_parameters() -> None:
     config = FusionConfig(num_fusions=4)
@@ -20,14 +22,27 @@ def test_defaults_are_the_published_hyper_parameters() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_presets_fill_the_stage_fields_and_can_be_overridden(method: str) -> None:
-    config = FusionConfig(num_fusions=1, method=method)
-    assert {name: getattr(config, name) for name in METHODS[method]} == METHODS[method]
-    overridden = FusionConfig(num_fusions=1, method=method, merge="average", refit="none", alignment="neurons")
-    assert (overridden.merge, overridden.alignment) == ("average", "neurons")
+def test_a_method_sets_fields_and_what_is_given_overrides_it(method: str) -> None:
+    config = FusionConfig(1, method)
+    assert METHODS[method].items() <= config.to_dict().items()
     assert config.heal_tokens == (HealSettings().tokens if method == "healed" else 0)
-    assert FusionConfig(1, method, heal_tokens=0).heal_tokens == 0
-    assert FusionConfig.taken_from({"method": "refit"}, config).heal_tokens == 0
+    assert (config.averages, config.fits) == (method in ("neural_alignment", "mka"), method in ("refit", "healed"))
+    given = FusionConfig(1, method, heal_tokens=0, selection="least_influence")
+    assert (given.heal_tokens, given.selection) == (0, "least_influence")
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("neural_alignment", {"seed", "kernel_scale"}),
+        ("truncate", set()),
+        ("refit", {"seed", "ridge", "calibration_tokens"}),
+        ("healed", {"seed", "ridge", "calibration_tokens", "heal_tokens"}),
+    ],
+)
+def test_settings_without_effect_are_left_out(method: str, names: set[str]) -> None:
+    depends = {"seed", "kernel_scale", "ridge", "calibration_tokens", "heal_tokens"}
+    assert FusionConfig(1, method).in_effect().keys() & depends == names
 
 
 def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
@@ -41,10 +56,10 @@ def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:
     assert HealSettings.from_kwargs(train="lora", tokens="2048") == HealSettings(train="lora", tokens=2048)
 
 
-def test_a_field_given_over_settings_brings_its_preset() -> None:
+def test_a_field_given_over_settings_brings_its_method_and_level() -> None:
     config = FusionConfig(num_fusions=1, ridge=0.2)
-    assert FusionConfig.taken_from({"method": "refit"}, config) == FusionConfig(1, "refit", ridge=0.2)
-    chosen = FusionConfig(num_fusions=1, selection="groups")
-    assert FusionConfig.taken_from({"method": "refit", "ridge": "0.2"}, chosen).selection == "groups"
-    assert FusionConfig.taken_from({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
+    assert TAKEN({"method": "refit"}, config) == FusionConfig(1, "refit", ridge=0.2)
+    assert TAKEN({"max_divergence": 0.1}, config) == FusionConfig(max_divergence=0.1, ridge=0.2)
+    chosen = FusionConfig(num_fusions=1, selection="least_influence")
+    assert TAKEN({"method": "refit", "ridge": "0.2"}, chosen).selection == "least_influence"
     assert HealSettings.taken_from({"train": "lora"}, HealSettings(learning_rate=0.1)).learning_rate == 0.1

@@ -41,7 +41,7 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
 
     # What it kept is no GGUF any more; opened by itself it answers alike.
     lm = FusedLlamaLM(str(tmp_path / "fused"), device="cpu")
-    assert lm.config.model_type == "fused_llama" and not hasattr(lm.config, "quantization_config")
+    assert lm.config.model_type == "llama" and not hasattr(lm.config, "quantization_config")
     assert len(lm.model.model.layers) == 26 and lm.model.num_parameters() == after
     [samples] = tmp_path.glob(f"results/*/samples_{TASK}_*.jsonl")
     first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])

@@ -69,6 +69,12 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     assert same(first, FusedLlamaForCausalLM.from_pretrained(fused))
 
 
+def test_a_setting_without_effect_does_not_fuse_anew(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
+    models = [load(base, tmp_path / "fused", kernel_scale=scale, **settings) for scale in (8.0, 4.0)]
+    assert len(fusions) == 1 and same(*models)
+
+
 def with_other_weights(base: Path) -> None:
     model = make_llama()
     with torch.no_grad():
@@ -84,7 +90,7 @@ def tokenizer_with(normalizer: Any = None, template: str | None = None) -> Any:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any] | None, dict[str, Any], str]] = {
-    "settings": (None, {"num_fusions": 1, "seed": 3}, "num_fusions=2 instead of 1, seed=0 instead of 3"),
+    "settings": (None, {"num_fusions": 1, "seed": 3}, "num_fusions=2 instead of 1 and seed=0 instead of 3"),
     "weights": (with_other_weights, {}, "another base"),
     "arguments": (None, {"rms_norm_eps": 0.5}, "another base"),
     "calibration": (None, {"calibration": make_texts(seed=5)}, "other calibration text"),
@@ -150,9 +156,15 @@ def test_the_default_text_is_the_same_with_and_without_a_hub(
     assert len(fusions) == 1 and same(*models)
     [line] = [message for message in caplog.messages if "what was fused before, on" in message]
     assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
-    if not heal_tokens:
-        load(base, tmp_path / "fused", **settings | {"tokenizer": tokenizer_with(template="{{ messages }}")})
-        assert len(fusions) == 2
+    others = settings | {"tokenizer": tokenizer_with(template="{{ messages }}"), "heal_tokens": 0}
+    if answers_first:
+        with pytest.raises(OSError, match="The hub does not give the default text"):
+            load(base, tmp_path / "fused", **others)
+    else:
+        again = load(base, tmp_path / "fused", **others)
+        first_report, second_report = models[0].fusion_report, again.fusion_report
+        assert first_report is not None and second_report is not None
+        assert len(fusions) == 2 and second_report.calibration == first_report.calibration
 
 
 def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:

@@ -58,8 +58,7 @@ def test_processes_together_find_what_one_does(name: str, launch: Launch, tmp_pa
     together, alone = map(FusionReport.load, folders)
     assert together.groups == alone.groups and together.continuations == alone.continuations
     assert len(alone.continuations) == 4
-    parts: list[list[Any]] = [[*report.steps, *report.fitted_layers] for report in (together, alone)]
-    for one, other in zip(*parts, strict=True):
+    for one, other in zip(together.fused_layers, alone.fused_layers, strict=True):
         assert (one.heads_kept, one.channels_kept) == (other.heads_kept, other.channels_kept)
     assert SETTINGS[name]["method"] != "refit" or "sequences of it as chats" in alone.calibration[-1].source
     for judged, by_one in zip(together.perplexities, alone.perplexities, strict=True):

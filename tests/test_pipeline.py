@@ -3,17 +3,19 @@ from __future__ import annotations
 import copy
 import math
 import platform
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_texts, make_tokenizer
+from conftest import make_llama, make_texts, make_tokenizer, same
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
+from lf_hf.decoder.generating import WRITTEN_LENGTH
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import PROJECTIONS
-from lf_hf.measure import WRITTEN_LENGTH, calibration_sequences
+from lf_hf.measure.dense import measure, tokenize_corpus
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
@@ -28,21 +30,22 @@ def run(num_fusions: int = 3, **settings: object) -> FusionReport:
 
 def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_what_was_measured() -> None:
     report = run(3)
-    assert [step.pair for step in report.steps] == [(3, 4), (2, 3), (1, 2)]
-    assert [step.layers_j for step in report.steps] == [[4], [3, 4], [2, 3, 4]]
+    [fused] = report.fused_layers
+    assert fused.layers == [1, 2, 3, 4] and report.pairs == [(3, 4), (2, 3), (1, 2)]
     assert (report.layers_before, report.layers_after) == (5, 2)
     assert report.layers_removed_fraction == pytest.approx(3 / 5)
     S = np.array(report.similarity)
     assert S.shape == (5, 5) and np.array(report.embeddings).shape == (5, 57, 2)
-    for step in report.steps:
-        i, j = step.pair
+    shares = [1.0]
+    for (i, j), ratio, matches in zip(report.pairs, fused.ratios, fused.matches, strict=True):
         raw = S[i].sum() / (S[i].sum() + S[j].sum())
-        assert step.ratio_i == pytest.approx(math.exp(raw) / (1 + math.exp(raw)))
-        assert step.ratio_i + step.ratio_j == 1
-        assert set(step.matches) == set(PROJECTIONS)
-        for match in step.matches.values():
+        assert ratio == pytest.approx(math.exp(raw) / (1 + math.exp(raw)))
+        shares = [ratio, *((1 - ratio) * share for share in shares)]
+        assert set(matches) == set(PROJECTIONS)
+        for match in matches.values():
             assert match.cosine_after > match.cosine_before and 0 < match.rows_moved <= 1
-    stages = {"activations", "manifold", "similarity", "alignment and fusion"}
+    assert fused.shares == pytest.approx(shares) and sum(shares) == pytest.approx(1)
+    stages = {"activations", "manifold", "similarity", "choosing", "making"}
     assert set(report.seconds) == stages | {"perplexity", "continuations"}
     assert [(text.name, text.relation) for text in report.perplexities] == [("docs", "unseen"), ("reasoning", "unseen")]
     assert platform.python_version() in report.perplexities[0].text
@@ -53,7 +56,7 @@ def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_wha
 
 def test_nothing_is_measured_of_no_tokens() -> None:
     unmeasured = run(1, method="mka", perplexity_tokens=0)
-    assert unmeasured.steps[0].matches == {}
+    assert not any(unmeasured.fused_layers[0].matches)
     assert unmeasured.perplexities == [] and unmeasured.continuations == [] and unmeasured.notes == []
 
 
@@ -87,13 +90,30 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
     config = FusionConfig(1, "refit", calibration_tokens=2048, calibration_length=length)
     short = min(WRITTEN_LENGTH, length)
     brief = "deep layer " * 75
-    for text, given in ((TEXT.parts[""], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
-        own, written = calibration_sequences(ModelDecoder(model), tokenizer, Corpus({"": text}, 0.5), config)
+    for text, size in ((TEXT.parts[""], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
+        made = tokenize_corpus(ModelDecoder(model), tokenizer, Corpus({"": text}, 0.5), config)
         known = " ".join(map(str, tokenizer(text)["input_ids"]))
-        assert all(" ".join(map(str, sequence.tolist())) in known for sequence in own)
-        assert {len(sequence) for sequence in written} == {short}
-        assert sum(map(len, written)) == pytest.approx(given, abs=short)
-        assert sum(map(len, own)) == given
+        assert all(" ".join(map(str, sequence.tolist())) in known for sequence in made.given)
+        assert {len(sequence) for sequence in made.written} == {short}
+        assert sum(map(len, made.written)) == pytest.approx(size, abs=short)
+        assert sum(map(len, made.given)) == size
+
+
+@pytest.mark.parametrize(("method", "selection"), [("neural_alignment", "last"), ("mka", "least_influence")])
+def test_each_level_of_a_sweep_is_what_it_would_be_alone(method: str, selection: str) -> None:
+    """Though averages of the layers that end a model are kept for higher levels to go on from."""
+    dense, tokenizer = ModelDecoder(make_llama(num_hidden_layers=7)), make_tokenizer()
+    configs = [FusionConfig(level, method, selection, perplexity_tokens=0) for level in (1, 3, 2)]
+    measured = measure(dense, tokenizer, configs[0], CALIBRATION, TEXT)
+    kept = replace(measured, averages={})
+    for config in configs:
+        models = []
+        for measurements in (kept, measured):
+            decoder = dense.copy()
+            fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measurements)
+            models.append(decoder.model)
+        assert same(*models)
+    assert kept.averages
 
 
 def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +128,10 @@ def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], mo
     finally:
         enable_progress_bar()
     assert capsys.readouterr().err == ""
+
+
+def test_similarities_of_samples_that_are_all_alike_are_called_noise_once() -> None:
+    alike = CalibrationSamples(make_texts(1) * 57, "one sentence")
+    config = FusionConfig(1, "mka", perplexity_tokens=0)
+    report = fuse(ModelDecoder(make_llama()), make_tokenizer(), config, alike, None, base="tiny")
+    assert [note.startswith("The layer similarities are noise: of 57") for note in report.notes] == [True]

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.estimate import Plan, plan_fusion
+from lf_hf.plan import Plan, plan_fusion
 from lf_hf.runtime import memory
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
@@ -33,34 +33,22 @@ def test_a_fusion_does_what_its_plan_says(
     assert f"layers: {report.layers_before} -> {report.layers_after} (-40.0%)" in said
     assert f"parameters: {report.parameters_before:,} -> {report.parameters_after:,} (" in said
     if config.selection == "last":
-        assert [step.pair for step in report.steps] == [(3, 4), (2, 3)]
-        assert "4 into 3, then 3 into 2; layer 2 then replaces 2 to 4" in said
+        assert [layer.layers for layer in report.fused_layers] == [[2, 3, 4]]
+        assert "layers that become one: 2 to 4, numbered from 0" in said
     else:
-        assert "chosen while fusing, on calibration text" in said
+        assert "layers that become one: chosen while fusing" in said
     [sizes] = re.findall(r"bytes on disk: ([\d,]+) -> ([\d,]+) ", said)
     before, after = (int(size.replace(",", "")) for size in sizes)
     assert before == weights_size(Path(base))
     assert 0 <= weights_size(tmp_path / "out") - after < 20_000  # the header
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_fusions": 2, "method": "neural_alignment"},
-        {"max_divergence": 0.1, "method": "mka"},
-        {"max_perplexity_ratio": 1.2, "method": "truncate"},
-        {"max_divergence": 0.1, "method": "refit", "perplexity_tokens": 0, "low_memory": True},
-        {"max_perplexity_ratio": 1.2, "method": "healed"},
-        {"num_fusions": 2, "method": "truncate", "heal_tokens": 4096},
-    ],
-)
-def test_every_combination_has_a_plan(base: str, settings: dict[str, Any]) -> None:
-    given = dict(settings)
-    config = FusionConfig.taken_from(given, None)
-    plan = plan_fusion(base, config, calibration=make_texts(3000), **given)
-    assert 0 < plan.memory < 1 << 31 and "layers: 5 -> " in plan.summary()
-    assert ("as the budget allows" in plan.summary()) == config.within_budget
-    assert ("with low memory: cannot be used here" in plan.summary()) == bool(config.heal_tokens)
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_budget_has_a_plan_for_one_fusion(base: str, low_memory: bool) -> None:
+    config = FusionConfig(method="refit" if low_memory else "healed", max_divergence=0.1)
+    plan = plan_fusion(base, config, calibration=make_texts(3000), low_memory=low_memory)
+    assert 0 < plan.memory < 1 << 31 and "layers: 5 -> 4 " in plan.summary()
+    assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (not low_memory)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +86,31 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
     (tmp_path / "models--you--model" / "refs").mkdir()
     (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
 
-    def plan(*, low_memory: bool = False, dtype: str = "auto", **settings: Any) -> Plan:
-        given: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0}
-        config = FusionConfig(4, **given | settings)
-        return plan_fusion("you/model", config, low_memory=low_memory, dtype=dtype, cache_dir=str(tmp_path))
+    def plan(method: str = "truncate", **given: Any) -> Plan:
+        config = FusionConfig(4, method, perplexity_tokens=0)
+        return plan_fusion("you/model", config, cache_dir=str(tmp_path), **given)
 
     four = plan()
     assert "32 -> 28 (-12.5%)" in four.summary() and "8,030,261,248 -> 7,157,813,248 (-10.9%)" in four.summary()
     assert "not on this machine yet" in four.notes[0]
-    assert 15 < four.memory / 2**30 < 20 and 1 < plan(low_memory=True).memory / 2**30 < 8
+    low = plan(low_memory=True).memory
+    assert 15 < four.memory / 2**30 < 20 and 1 < low / 2**30 < 8
     assert plan(dtype="float32").memory > 1.8 * four.memory
-    squares = 2 * 4 * 17920**2 / 2**30  # Gram matrices of the channels that a fit chooses from, in float32
-    pairs, groups = (plan(method="refit", low_memory=True, selection=name) for name in ("least_influence", "groups"))
-    assert squares + 0.8 < pairs.memory / 2**30 < 3 * squares < groups.memory / 2**30 + squares
+    squares = 2 * 4 * 17920**2  # Gram matrices of the channels that a fit chooses from, in float32
+    assert plan("refit", low_memory=True).memory > low + squares
+
+
+def test_a_large_vocabulary_takes_its_memory(make_base: Callable[..., str]) -> None:
+    """That of two models' logits, where predictions are judged and, longer ones, where the fused model is healed."""
+    base, texts = make_base(vocab_size=128_000), make_texts(3000)
+
+    def memory(**settings: Any) -> float:
+        config = FusionConfig(1, "truncate", **settings)
+        return plan_fusion(base, config, calibration=texts).memory / 2**30
+
+    fused = memory(perplexity_tokens=0)
+    assert fused + 0.2 < memory() < fused + 1
+    assert fused + 1 < memory(heal_tokens=4096) < fused + 1.5
 
 
 def test_what_a_user_should_know_is_noted(
@@ -126,48 +126,14 @@ def test_what_a_user_should_know_is_noted(
     said = plan_fusion(base, config, out=out).summary()
     assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
     assert "note: This CPU has no instructions for bfloat16" in said
-    assert "note: 1.0 MiB of memory are free now, less than the " in said
+    assert "note: 1.0 MiB of memory are free now, which is less than that." in said
 
 
-MIB = 1 << 20
-V2 = "memory.max", "memory.current"
-V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
-
-
-def group(names: tuple[str, str], limit: int, used: int | str, stat: str = "anon 5") -> dict[str, str]:
-    in_use = f"{used * MIB}" if isinstance(used, int) else used
-    return {names[0]: f"{limit * MIB}\n", names[1]: in_use, "memory.stat": stat}
-
-
-CACHE = f"anon 5\nactive_file {MIB}\ninactive_file {2 * MIB}\n"
-TOTAL = f"active_file 7\ninactive_file 7\ntotal_active_file {MIB}\ntotal_inactive_file {2 * MIB}"
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "groups", "left"),
-    [
-        ("", {}, []),
-        ("0::/slurm/job\n", {"slurm/job": group(V2, 1000, 300, CACHE), "slurm": group(V2, 700, 500)}, [703, 200]),
-        ("0::/docker/8c1f\n", {"": group(V2, 100, 40, CACHE)}, [63]),  # the path is the host's, not the container's
-        ("4:cpu,memory:/docker/8c1f\n", {"memory": group(V1, 100, 40, TOTAL)}, [63]),
-        ("\nnonsense\n0::/job\n", {"job": group(V2, 100, 40, "anon x\nactive_file")}, [60]),
-        ("0::/job\n", {"job": group(V2, 100, 40) | {"memory.high": f"{90 * MIB}\n"}}, [50]),
-        ("0::/job\n", {"job": group(V2, 100, "many\n")}, []),
-    ],
-)
-def test_a_job_has_what_is_left_of_each_limit_above_it(
-    cgroup: str, groups: dict[str, dict[str, str]], left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And on the whole the least of that and of the machine's memory."""
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(cgroup)
-    for name, files in groups.items():
-        folder = tmp_path / "sys/fs/cgroup" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (folder / file).write_text(content)
-    found = memory.left_to_control_groups(tmp_path)
-    assert found == [size * MIB for size in left]
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=250 * MIB))
-    monkeypatch.setattr(memory, "left_to_control_groups", lambda: found)
-    assert memory.free_memory(torch.device("cpu")) == min([250, *left]) * MIB
+def test_a_container_has_what_is_left_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, device = tmp_path / "memory.max", torch.device("cpu")
+    monkeypatch.setattr(memory, "LIMIT", limit)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 << 40))
+    assert memory.free_memory(device) == 2 << 40
+    for said, least, most in (("max", 2 << 40, 2 << 40), (str(1 << 40), 1 << 39, 1 << 40), ("4096", 0, 0)):
+        limit.write_text(f"{said}\n")
+        assert least <= memory.free_memory(device) <= most

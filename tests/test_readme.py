@@ -54,7 +54,6 @@ def adapted(code: str, base: str) -> str:
     code = code.replace("path/to/Meta-Llama-3-8B", base).replace("meta-llama/Meta-Llama-3-8B", base)
     code = code.replace("num_fusions=4", "num_fusions=2").replace("tokens=16384", "tokens=2048")
     code = code.replace('method="refit"', 'method="refit", calibration_tokens=1024, perplexity_tokens=512')
-    code = code.replace('"fused", num', '"fused", low_memory=False, num')
     return code.replace(",dtype=bfloat16", ",calibration_tokens=1024").replace("mmlu_5shot", "mmlu_sample_anatomy")
 
 
@@ -116,9 +115,9 @@ def check_lf_hf(arguments: list[str]) -> None:
     except click.exceptions.Exit:  # --help has no more to say
         return
     settings = {name: params[name] for name in FusionConfig.known if params.get(name) is not None}
-    if isinstance(settings.get("num_fusions"), str) or not settings.keys() & {*LEVELS, "num_fusions"}:
+    if isinstance(settings.get("num_fusions"), list) or not settings.keys() & {*LEVELS, "num_fusions"}:
         settings["num_fusions"] = 1  # a sweep has several, and other commands none
-    for method in params.get("methods", params.get("method") or "mka").split(","):
+    for method in params.get("methods") or [params.get("method") or "mka"]:
         FusionConfig.from_kwargs(**settings | {"method": method})
 
 

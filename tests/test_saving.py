@@ -18,9 +18,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import QUICK, files, make_texts, make_tokenizer, run_program, same
+from conftest import QUICK, files, make_texts, make_tokenizer, run_program, same, tensors
 from peft import LoraConfig, inject_adapter_in_model
 from run_faults import Answers, foreign, put_foreign
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -39,7 +40,7 @@ def model(base: str) -> FusedLlamaForCausalLM:
 def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
     return [
         partial(fuse_checkpoint, base, out, **QUICK),
-        partial(fuse_checkpoint, base, out, low_memory=False, **QUICK),
+        partial(fuse_checkpoint, base, out, low_memory=True, **QUICK),
         partial(FusedLlamaForCausalLM.from_pretrained_fused, base, fused_dir=out, **QUICK),
     ]
 
@@ -52,7 +53,7 @@ def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: s
     os.chown(out, -1, os.getegid())
     out.chmod(0o2775)
     before, folder = foreign(out), os.stat(out)
-    for options in ({"max_shard_size": "5KB"}, {}, {"variant": "fp16"}, {"as_llama": True}):
+    for options in ({"max_shard_size": "5KB"}, {}, {"variant": "fp16"}, {"plain": True}):
         model.save_pretrained(out, **options)
         assert foreign(out) == before
     for low_memory in (True, False):
@@ -236,16 +237,21 @@ def test_fusing_refuses_another_model_before_the_work(name: str, base: str, tmp_
     assert files(tmp_path) == {name: b"{}"}
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_fusing_does_not_replace_what_was_trained(base: str, tmp_path: Path, plain: bool) -> None:
+@pytest.mark.parametrize("how", ["native", "plain", "a matrix in the file"])
+def test_fusing_does_not_replace_what_was_changed(base: str, tmp_path: Path, how: str) -> None:
     model: Any = None
     for way in ways_of_fusing(base, tmp_path):
         model = way()
     with torch.no_grad():
-        model.model.norm.weight.add_(0.01)
-    (model.to_llama() if plain else model).save_pretrained(tmp_path)
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    if how in ("native", "plain"):
+        model.save_pretrained(tmp_path, plain=how == "plain")
+    else:
+        edited = tensors(tmp_path)
+        edited["model.layers.1.mlp.up_proj.weight"] *= 2
+        save_file(edited, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for way in ways_of_fusing(base, tmp_path):
-        with pytest.raises(ValueError, match="choose another folder"):
+        with pytest.raises(ValueError, match=r"change.* since; choose another folder"):
             way()
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
@@ -264,9 +270,8 @@ def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str
     assert files(tmp_path / "out") == before
     adapted = copy.deepcopy(model)
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)  # as add_adapter does
-    for make in (adapted.to_plain, partial(adapted.save_pretrained, tmp_path / "new", plain=True)):
-        with pytest.raises(ValueError, match="A model with an adapter cannot be saved as a plain one"):
-            make()
+    with pytest.raises(ValueError, match="A model with an adapter cannot be saved as a plain one"):
+        adapted.save_pretrained(tmp_path / "new", plain=True)
     assert not (tmp_path / "new").exists()
     paths: list[Any] = ["", None, 5]
     for path in paths:

@@ -141,7 +141,6 @@ FAKES: dict[str, tuple[str, str | None, str]] = {
         "from lm_eval.api.registry import model_registry as r\nr['fused_llama'] = 'mine'\n",
         "{'fused_llama': 'mine'",
     ),
-    "no registry": ("", "", "lf_hf could not add fused and fused_llama to lm-eval: "),
     "another registry": ("model_registry = None\n", "", "lf_hf could not add fused and fused_llama to lm-eval: "),
     "no models": (REGISTRY, None, "ModuleNotFoundError: No module named 'lm_eval.models'"),
     "an error of its own": (REGISTRY, "1 / 0\n", "ZeroDivisionError: division by zero"),

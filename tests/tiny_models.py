@@ -12,10 +12,14 @@ from conftest import TINY
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import FAMILIES, DecoderLayer
-from lf_hf.refit.group import GroupFit, fit_group
+from lf_hf.families import FAMILIES, DecoderLayer, Weights
+from lf_hf.measure.dense import CalibrationText, Measurements
+from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
+from lf_hf.report.data import CalibrationInfo
+from lf_hf.stages.alignment import MatchedRows, align_layer
+from lf_hf.stages.fusion import merge_weights
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -93,10 +97,38 @@ def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fitted(
-    decoder: ModelDecoder, numbers: Sequence[int], states: Sequence[torch.Tensor], refit: str, ridge: float = 0.1
+    decoder: ModelDecoder,
+    numbers: Sequence[int],
+    states: Sequence[torch.Tensor],
+    ridge: float = 0.1,
+    rough: bool = False,
+    streams: Sequence[torch.Tensor] | None = None,
 ) -> tuple[GroupFit, DecoderLayer, Traces]:
-    """The fit of a group of layers to what they do to some states, as a layer, and what it is fitted to."""
+    """The fit of a group of layers to what they do to some states, as a layer, and what it is fitted to.
+
+    `streams` are those in front of the fused layer, where they are others.
+    """
     layers = [decoder.model.model.layers[number] for number in numbers]
     traces = trace(decoder, layers, states, StateStore())
-    fit = fit_group(decoder, layers, traces, states, StateStore(), refit=refit, ridge=ridge)
+    fit = fit_group(decoder, layers, traces, streams, StateStore(), ridge=ridge, rough=rough)
     return fit, build_layer(decoder, fit.weights, fit.kind), traces
+
+
+def averaged(
+    decoder: Decoder, w_i: Weights, w_j: Weights, alignment: str, ratio: float = 0.61
+) -> tuple[dict[str, torch.Tensor], dict[str, MatchedRows]]:
+    """The average of two layers, and how their rows were matched."""
+    aligned, matches = align_layer(decoder, w_i, w_j, alignment)
+    return merge_weights(w_i, aligned, ratio), matches
+
+
+def measured_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> Measurements:
+    """Measurements of nothing but calibration text."""
+    source = CalibrationInfo("", len(given), sum(map(len, given)))
+    return Measurements([], {}, text=CalibrationText([*given], [], [*other], source, ""))
+
+
+def divergence(dense: torch.Tensor, fused: torch.Tensor) -> float:
+    """KL(dense || fused) in nats a token, of logits (..., vocab)."""
+    p, q = (of_model.double().log_softmax(-1) for of_model in (dense, fused))
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -7,29 +7,38 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import quantization_config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, quantization_config
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.saving import finish_save
-from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, weights_folder
+from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files
 from lf_hf.families import FAMILIES, Family, family_of
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
-# Those, and what else is true of a base only, and not of what it is fused to.
+# Those, and others that hold for a base only, and not for what it is fused to.
 _BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_WEIGHTS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Device maps that spread a model over all devices."""
@@ -51,34 +60,44 @@ class Base:
         argument that cannot be used.
         """
         if isinstance(name, Base):
+            if loading:
+                raise ValueError(f"The base is open already, so give {', '.join(loading)} to Base.open.")
             return name
         loading = dict(loading)
-        if "torch_dtype" in loading:  # its older name
+        if "torch_dtype" in loading:  # transformers takes either name
             loading.setdefault("dtype", loading.pop("torch_dtype"))
         loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise ValueError(f"base must be the folder or hub name of a checkpoint, got {name!r:.80}.")
         name = os.fspath(name)
+        if os.path.isfile(name):
+            raise ValueError(f"{name!r} is a file; give the folder of the checkpoint (and gguf_file for a GGUF file).")
         check_device(loading.get("device_map"))
-        config = _read_config(name, hub_arguments(loading))
+        config = read_config(name, hub_arguments(loading))
         if problem := _problem(name, config, loading):
             raise ValueError(f"{name!r} {problem}.")
         return cls(name, config, loading)
 
     @property
     def family(self) -> Family:
-        """What transformers has for models of this kind."""
+        """The family of the model."""
         return family_of(self.config)
 
     @property
     def full_name(self) -> str:
         """The name, with that of the GGUF file in it, for people."""
-        return f"{self.name}/{self.loading['gguf_file']}" if self.loading.get("gguf_file") else self.name
+        gguf_file = self.loading.get("gguf_file")
+        return f"{self.name}/{gguf_file}" if gguf_file else self.name
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Those of the arguments that say where files are."""
+        """The arguments that say where files are."""
         return hub_arguments(self.loading)
+
+    @property
+    def _hub_once(self) -> dict[str, Any]:
+        """`hub` without `force_download`, which is for loading alone."""
+        return {name: value for name, value in self.hub.items() if name != "force_download"}
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -91,12 +110,11 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        hub, variant = self.hub | {"local_files_only": True}, self.loading.get("variant")
-        hub.pop("force_download", None)
+        hub, variant = self._hub_once | {"local_files_only": True}, self.loading.get("variant")
         try:
             if gguf_file := hub.pop("gguf_file", None):
                 return [Path(str(cached_file(self.name, gguf_file, **hub)))]
-            return sorted(set(tensor_files(weights_folder(self.name, hub, variant), variant).values()))
+            return sorted(set(tensor_files(local_folder(self.name, hub, [_WEIGHTS]), variant).values()))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -104,17 +122,30 @@ class Base:
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
-        hub = self.hub
-        patterns = [str(hub.pop("gguf_file"))] if "gguf_file" in hub else [*CHECKPOINT_FILES]
+        hub = self._hub_once
+        patterns = list(CHECKPOINT_FILES)
+        if gguf_file := hub.pop("gguf_file", None):
+            patterns = [str(gguf_file)]
         if self.loading.get("use_safetensors") is False:
             patterns.append("*.bin")
-        hub.pop("force_download", None)  # loading fetches them again
         folder = local_folder(self.name, hub, patterns)
         return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
+    def generation_config(self) -> GenerationConfig:
+        """The settings for generation. Raises ValueError if they are not valid."""
+        if "gguf_file" in self.hub:
+            return GenerationConfig.from_model_config(self.config)
+        older: dict[str, Any] = {}
+        if not optional_file(self.name, GENERATION_CONFIG_NAME, self.hub):
+            older = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+        with explained(f"{GENERATION_CONFIG_NAME} of {self.name!r} cannot be used", "repair it"):
+            config = GenerationConfig.from_pretrained(self.name, **self.hub, **older)
+            config.validate(strict=True)  # as saving does; not all that can be read can be saved
+        return config
+
     def weights_folder(self) -> Path:
         """The folder of the safetensors files; those of the hub are downloaded."""
-        return weights_folder(self.name, self.hub, self.loading.get("variant"))
+        return local_folder(self.name, self.hub, [_WEIGHTS])
 
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
@@ -122,15 +153,15 @@ class Base:
         Raises ValueError for files that are not whole or not what the config describes, for pickled ones, which can
         run code, unless use_safetensors=False asks for them, and for arguments that transformers does not know.
         """
-        loading = {**self.loading}
-        if not loading.get("gguf_file") and loading.get("use_safetensors") is not False:
+        loading = {**self.loading, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if "gguf_file" in self.hub:
+            if hasattr(quantization_config, "GgufConfig"):
+                # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
+                loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+        elif loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
             tensor_files(self.weights_folder(), loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
-        if loading.get("gguf_file") and hasattr(quantization_config, "GgufConfig"):
-            # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
-            loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-        loading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with (  # a TypeError is for an argument that nobody takes, before weights are read
             explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
             _gguf_file_read_once(self.loading),
@@ -147,7 +178,7 @@ class Base:
         return copy.deepcopy(self.config)
 
     def loading_fused(self) -> dict[str, Any]:
-        """Those of the arguments that are true of a fused model in another folder, too."""
+        """The arguments that hold for a fused model in another folder, too."""
         return {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
 
 
@@ -169,32 +200,41 @@ def checked_dtype(dtype: object) -> torch.dtype | None:
 
 def check_device(device_map: Any) -> None:
     """Raise ValueError if a device map names a device that this machine does not have, or one without memory."""
-    of_parts = isinstance(device_map, dict)
-    for device in device_map.values() if of_parts else [device_map]:
-        if device in (None, *SPREAD) or (of_parts and device == "disk"):
+    by_module = isinstance(device_map, dict)
+    for device in device_map.values() if by_module else [device_map]:
+        if device in (None, *SPREAD) or (by_module and device == "disk"):
             continue
-        try:
+        with explained(f"The device {str(device)!r} cannot be used", "take one that this machine has, or cpu"):
             torch.empty(0, device=device).cpu()  # of "meta" there is nothing to copy
-        except (RuntimeError, AssertionError, TypeError) as error:
-            said = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(
-                f"The device {str(device)!r} cannot be used ({said:.200}); take one that this machine has, or cpu."
-            ) from None
 
 
-def _read_config(base: str, hub: dict[str, Any]) -> PreTrainedConfig:
+def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint. Raises ValueError if there is none that can be read."""
     if hub.get("gguf_file") and importlib.util.find_spec("gguf") is None:
         raise ValueError("Reading a GGUF file needs the gguf package; run `pip install '.[gguf]'` in lf_hf's checkout.")
-    finish_save(Path(base, hub.get("subfolder", "")))
+    finish_save(Path(name, hub.get("subfolder", "")))
     try:
         with _gguf_file_read_once(hub):
-            return AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)  # only stock classes can be fused
+            return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
+        _check_format(name, hub)
         why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
             why = "there is no such folder, and it cannot be a name on the hub"
-        raise ValueError(f"No config of a model can be read for {base!r}, here or on the hub: {why}.") from None
+        raise ValueError(f"No config of a model can be read for {name!r}, here or on the hub: {why}.") from None
+
+
+def _check_format(name: str, hub: Mapping[str, Any]) -> None:
+    """Raise ValueError for a checkpoint in a format of its own that earlier versions wrote for every family."""
+    model_type = None
+    with suppress(Exception):
+        model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+    family = FAMILIES.get(str(model_type).removeprefix("fused_"))
+    if family is not None and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name!r} was written by an earlier version of lf_hf; to open it, write "
+            f'"model_type": "{family.model_type}" in place of "{model_type}" into its config.json.'
+        )
 
 
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
@@ -202,7 +242,7 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
     family = FAMILIES.get(config.model_type)
     if config.model_type.startswith("fused_"):
         return (
-            "is fused already; fuse its base with a larger num_fusions, or save it with plain=True (--plain) and fuse "
+            "is fused already; fuse its base with a larger num_fusions, or load it, save it with plain=True and fuse "
             "that plain checkpoint"
         )
     if not loading.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub_arguments(loading)):
@@ -236,9 +276,9 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
 
 def load_tokenizer(base: str, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer beside a base. Raises ValueError if there is none that can be read."""
-    remote_code = bool(kwargs.get("trust_remote_code"))
+    trusted = bool(kwargs.get("trust_remote_code"))
     with reading_tokenizer(base), _gguf_file_read_once(kwargs):
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=remote_code, **hub_arguments(kwargs))
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=trusted, **hub_arguments(kwargs))
 
 
 def reading_tokenizer(base: str) -> AbstractContextManager[None]:
@@ -279,5 +319,5 @@ def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of from_pretrained's arguments that say where files are."""
+    """The arguments of from_pretrained that say where files are."""
     return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}

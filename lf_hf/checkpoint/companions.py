@@ -35,14 +35,7 @@ def write_companions(
 ) -> None:
     """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
     if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library has no error of its own for a full disk
-            raise OSError(f"tokenizer: {error}") from error
-        file = Path(getattr(tokenizer, "vocab_file", None) or "")
-        # Of which alone llama.cpp makes some families' tokenizers; transformers 5 leaves it out.
-        if file.name == _SENTENCEPIECE and file.is_file():
-            shutil.copyfile(file, folder / _SENTENCEPIECE)
+        _write_tokenizer(folder, tokenizer)
     notes = []
     if plain:
         _write_older_names(folder)
@@ -55,12 +48,25 @@ def write_companions(
         (folder / CARD_NAME).write_text(model_card(shown, family_of(config), plain=plain), encoding="utf-8")
 
 
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no error of its own for a full disk
+        raise OSError(f"tokenizer: {error}") from error
+    # llama.cpp makes some families' tokenizers of this file alone; transformers 5 leaves it out.
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if file.name == _SENTENCEPIECE and file.is_file():
+        shutil.copyfile(file, folder / _SENTENCEPIECE)
+
+
 def _unusual_lists(config: PreTrainedConfig) -> list[str]:
     """Keys of the kinds of layers, where they are in another order than a model of this size usually has them in."""
     lists, values = family_of(config).layer_lists, config.to_dict()
     if "max_window_layers" in values:
-        values["max_window_layers"] = _older_names(values)["max_window_layers"]
-    usual = type(config)(**{k: v for k, v in values.items() if k not in (*lists, "sliding_window_pattern")})
+        values["max_window_layers"] = _full_attention_layers(values)
+    for name in (*lists, "sliding_window_pattern"):
+        values.pop(name, None)
+    usual = type(config)(**values)
     return [name for name in lists if getattr(config, name) != getattr(usual, name)]
 
 
@@ -83,27 +89,46 @@ def _write_older_names(folder: Path) -> None:
 def _older_names(config: dict[str, Any]) -> dict[str, Any]:
     """Entries of a config as transformers 4 wrote them, of what transformers 5 writes otherwise."""
     older: dict[str, Any] = {}
-    rope, kinds = config.get("rope_parameters") or {}, config.get("layer_types") or []
+    rope = config.get("rope_parameters") or {}
     if _FULL in rope:  # rotary embeddings by kinds of layers, as Gemma 3 has them
         older["rope_local_base_freq"] = rope[_SLIDING]["rope_theta"]
+        older["sliding_window_pattern"] = _period(config["layer_types"])
         rope = rope[_FULL]
-        period = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
-        regular = all((kind == _FULL) == (place % period == 0) for place, kind in enumerate(kinds, 1))
-        older["sliding_window_pattern"] = period if regular else None  # with which they fail, and do not go wrong
     if "rope_theta" in rope:
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        if scaling.get("rope_type") == "longrope":
-            # Phi 3 took these three entries and no more; what else there is has to be at the top of the config.
-            most = {"type", "rope_type", "short_factor", "long_factor"}
-            if all(config.get(name) == value for name, value in scaling.items() if name not in most):
-                scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
         older["rope_theta"] = rope["rope_theta"]
-        older["rope_scaling"] = scaling if scaling.get("rope_type") != "default" else None
+        older["rope_scaling"] = _rope_scaling(rope, config)
     if "partial_rotary_factor" in rope:
         older["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if "max_window_layers" in config:  # how many layers without a window come before those with one, in Qwen 2 and 3
-        windowed = (place for place, kind in enumerate(kinds) if kind == _SLIDING)
-        older["max_window_layers"] = next(windowed, len(kinds))
+    if "max_window_layers" in config:
+        older["max_window_layers"] = _full_attention_layers(config)
     if "dtype" in config:
         older["torch_dtype"] = config["dtype"]
     return older
+
+
+def _period(kinds: list[str]) -> int | None:
+    """Every how many layers one attends to all tokens; None, with which old programs fail, where that is irregular."""
+    period = kinds.index(_FULL) + 1 if _FULL in kinds else len(kinds) + 1
+    regular = [_SLIDING if place % period else _FULL for place in range(1, len(kinds) + 1)]
+    return period if kinds == regular else None
+
+
+def _full_attention_layers(config: dict[str, Any]) -> int:
+    """How many layers without a window come before those with one, in Qwen 2 and 3."""
+    kinds = config.get("layer_types") or []
+    return kinds.index(_SLIDING) if _SLIDING in kinds else len(kinds)
+
+
+def _rope_scaling(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """How rotary embeddings are scaled, None for not at all."""
+    if rope.get("rope_type") == "default":
+        return None
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type") != "longrope":
+        return scaling
+    # Phi 3 took these three entries and no more; what else there is has to be at the top of the config.
+    factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+    others = scaling.keys() - factors.keys() - {"type", "rope_type"}
+    if all(config.get(name) == scaling[name] for name in others):
+        return {"type": "longrope", **factors}
+    return scaling

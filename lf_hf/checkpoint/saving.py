@@ -9,12 +9,12 @@ by a later one.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
-_PLACES = 64
+_LARGE = 1 << 24  # bytes
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
@@ -55,7 +55,8 @@ def checked_folder(path: object) -> Path:
 def check_room(path: object, needed: int, what: str) -> None:
     """Raise OSError if the disk of a folder, which need not be there yet, has no room for what takes `needed` bytes."""
     place = checked_folder(path)
-    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+    existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
             f"The disk of {str(path)!r} has {in_gib(free)} free, and {what} {in_gib(needed)}; make room, or give a "
@@ -167,24 +168,33 @@ def _explained(folder: Path, state: str = "what was there before is unchanged") 
 
 def _finish(folder: Path) -> None:
     """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
-    saving, new = folder / _SAVING, folder / _SAVING / "new"
+    saving = folder / _SAVING
     with _explained(folder, "the new files are complete, so solve that, and load or save there again to move them"):
         if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
-        if (saving / _COMPLETE).is_file() and not new.is_symlink():
-            if (folder / _TEMPLATES).is_symlink():  # it leads out of the folder
-                shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
-            written, stale = _files(new), (saving / _COMPLETE).read_text(encoding="utf-8", errors="replace").split("\n")
-            if CONFIG_NAME in written:
-                (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for name, file in _files(folder).items():
-                if name in stale:
-                    file.unlink()
-            for name, file in sorted(written.items(), key=lambda item: item[0] == CONFIG_NAME):  # that one last
-                (folder / name).parent.mkdir(exist_ok=True)
-                file.replace(folder / name)
+        if (saving / _COMPLETE).is_file() and not (saving / "new").is_symlink():
+            _move(folder, saving / "new")
             (saving / _COMPLETE).unlink()
         shutil.rmtree(saving, ignore_errors=True)
+
+
+def _move(folder: Path, new: Path) -> None:
+    """Move new files into a folder, and remove those that they replace; config.json goes first and comes last."""
+    if (folder / _TEMPLATES).is_symlink():  # it leads out of the folder
+        shutil.rmtree(new / _TEMPLATES, ignore_errors=True)
+    written = _files(new)
+    stale = new.with_name(_COMPLETE).read_text(encoding="utf-8", errors="replace").split("\n")
+    config = written.pop(CONFIG_NAME, None)
+    if config is not None:
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for name, file in _files(folder).items():
+        if name in stale:
+            file.unlink()
+    for name, file in written.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        file.replace(folder / name)
+    if config is not None:
+        config.replace(folder / CONFIG_NAME)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -195,26 +205,21 @@ def changed_files(folder: Path) -> list[str]:
 
 def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     """Leave out of `new` what would overwrite the user's, and note in the report what is in it; returns what goes."""
-    (_, manifest, ours), there, written = _last_save(folder), _files(folder), _files(new)
-    users = there.keys() - ours
-    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
-    if not own_tokenizer and (tokenizer := users & _TOKENIZER):
-        if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
-            logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
-        kept |= tokenizer
-        if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
-            kept |= _TOKENIZER | {name for name in there | written if name.startswith(_TEMPLATES)}
+    _, manifest, ours = _last_save(folder)
+    there, written = _files(folder), _files(new)
+    kept = _users_files(folder, there, written, there.keys() - ours, own_tokenizer=own_tokenizer)
     for name in kept & written.keys():
         written.pop(name).unlink()
     for name, file in written.items():
         if (folder / name).is_dir() or (folder / name).parent.is_file():
             raise OSError(f"{name} has the name of something else there")
         file.chmod(new.stat().st_mode & 0o666)  # safetensors keeps what it writes to the user alone
-    stale = set[str]()
+    stale: set[str] = set()
     if CONFIG_NAME in written:  # else adapters, which go beside a model
         variants = {_variant(name) for name in written} - {None}
         stale = {name for name in ours if _variant(name) is None and not name.startswith("adapter_")}
-        stale = (stale | {name for name in there if _variant(name) in variants}) - kept - written.keys()
+        stale |= {name for name in there if _variant(name) in variants}
+        stale -= kept | written.keys()
     if REPORT_NAME in written:
         values = json.loads(written[REPORT_NAME].read_text(encoding="utf-8"))
         values["files"] = {name: manifest[name] for name in sorted(ours - stale)}
@@ -223,43 +228,62 @@ def _prepare(folder: Path, new: Path, *, own_tokenizer: bool) -> list[str]:
     return sorted(stale)
 
 
+def _users_files(
+    folder: Path, there: dict[str, Path], written: dict[str, Path], users: Set[str], *, own_tokenizer: bool
+) -> set[str]:
+    """Names of the files that stay as the user has them: model card, templates and, as a whole, the tokenizer."""
+    kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
+    tokenizer = users & _TOKENIZER
+    if own_tokenizer or not tokenizer:
+        return kept
+    if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
+        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+    kept |= tokenizer
+    if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
+        kept |= _TOKENIZER
+        kept |= {name for name in there | written if name.startswith(_TEMPLATES)}
+    return kept
+
+
 def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     """The report of the last save into a folder, digests of the files that it wrote, and names of those still so."""
     report: Any = None
     with suppress(OSError, ValueError):
         report = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
-    report = report if isinstance(report, dict) else {}
+    if not isinstance(report, dict):
+        report = {}
     noted = report.get("files")
-    entries = noted.items() if isinstance(noted, dict) else ()
-    manifest = {name: digest for name, digest in entries if name.isprintable()}
+    manifest = {}
+    if isinstance(noted, dict):
+        manifest = {name: digest for name, digest in noted.items() if name.isprintable()}
     ours = {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
     return report, manifest, ours
 
 
 def _files(folder: Path) -> dict[str, Path]:
     """The files in a folder that may be a checkpoint's, by their names in it; links to folders are not followed."""
-    templates = folder / _TEMPLATES
-    files = [*folder.glob("*"), *(() if templates.is_symlink() else templates.glob("*"))]
+    files, templates = list(folder.glob("*")), folder / _TEMPLATES
+    if not templates.is_symlink():
+        files += templates.glob("*")
     return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file, for weights of places spread over it; "" for the report, which holds the digests."""
-    if file.name == REPORT_NAME:
-        return ""
-    if file.suffix != ".safetensors":
-        return file_sha(file)
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for place in range(_PLACES):
-            opened.seek(place * size // _PLACES)
-            digest.update(opened.read(4096))
-    return digest.hexdigest()
+    """SHA-256 of a file; "" for the report, which holds the digests."""
+    return "" if file.name == REPORT_NAME else file_sha(file)
 
 
 def file_sha(file: Path) -> str:
-    """SHA-256 of all that is in a file."""
+    """SHA-256 of all that is in a file; a large one is read once in a process, as long as it is not written again."""
+    status = file.stat()
+    if status.st_size < _LARGE:  # which may be written twice before the clock of the disk goes on
+        return _read_sha.__wrapped__(file)
+    return _read_sha(file, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _read_sha(file: Path, *_: int) -> str:
+    """SHA-256 of a file; the numbers are those that change when it is written."""
     with file.open("rb") as opened:
         return sha_fileobj(opened).hex()
 
@@ -267,4 +291,6 @@ def file_sha(file: Path) -> str:
 def _variant(name: str) -> str | None:
     """The variant of a file of weights, "" for none; None for any other file."""
     match = _WEIGHTS.fullmatch(name)
-    return match and (match[1] or match[2] or "")
+    if match is None:
+        return None
+    return match[1] or match[2] or ""

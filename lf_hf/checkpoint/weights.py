@@ -26,19 +26,17 @@ BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 def weights_size(folder: Path) -> int:
     """Bytes of a checkpoint's safetensors files."""
-    return sum(file.stat().st_size for file in set(tensor_files(folder).values()))
-
-
-def weights_folder(base: str, hub: dict[str, Any], variant: str | None = None) -> Path:
-    """The folder of a checkpoint's safetensors files; those of the hub are downloaded."""
-    return local_folder(base, hub, ["*.safetensors", _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)])
+    files = set(tensor_files(folder).values())
+    return sum(file.stat().st_size for file in files)
 
 
 def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     """The folder of a checkpoint; of one on the hub, files of these patterns are downloaded."""
-    arguments = {name: value for name, value in hub.items() if name != "subfolder"}
-    folder = base if os.path.isdir(base) else snapshot_download(base, allow_patterns=patterns, **arguments)
-    return Path(folder, hub.get("subfolder", ""))
+    where = dict(hub)
+    subfolder = where.pop("subfolder", "")
+    if os.path.isdir(base):
+        return Path(base, subfolder)
+    return Path(snapshot_download(base, allow_patterns=patterns, **where), subfolder)
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -47,16 +45,18 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     Raises ValueError if there are no safetensors files, one is missing, damaged or not of plain floats, or the index
     names files elsewhere.
     """
-    index, single = (folder / _add_variant(name, variant) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    single = folder / _add_variant(SAFE_WEIGHTS_NAME, variant)
     if single.is_file():  # then transformers does not look at an index either
         files = [single]
     elif index.is_file():
-        files = sorted({folder / file for file in shard_names(index).values()})
+        names = set(shard_names(index).values())
+        files = sorted(folder / name for name in names)
     else:
         raise ValueError(
             f"{str(folder)!r} holds neither {single.name} nor {index.name}; name another variant with variant=, and as "
             "pickled weights can run code when they are read, convert them to safetensors, or if you trust them pass "
-            "use_safetensors=False (with low_memory=False)."
+            "use_safetensors=False (without low_memory)."
         )
     return {name: file for file in files for name in tensor_shapes(file)}
 
@@ -64,9 +64,13 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 def shard_names(index: Path) -> dict[str, str]:
     """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
     content = parse_json(index.read_bytes(), index.name)
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        content = {}
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index.name} is not an index of safetensors files: its weight_map does not name any.")
+    if not isinstance(content.get("metadata"), dict):  # without which transformers reads none
+        raise ValueError(f'{index.name} has no metadata, as an index must have; write "metadata": {{}} into it.')
     for file in set(map(str, names.values())):
         if not file.endswith(".safetensors") or any(mark in file for mark in ("/", "\\", "\0", ":")):
             raise ValueError(

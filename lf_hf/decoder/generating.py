@@ -1,25 +1,29 @@
-"""Text that a model writes, layer by layer: sampled as calibration text, or the most likely continuation of prompts.
+"""Text that a model writes: sampled as calibration text, or the most likely continuation of prompts.
 
-All sequences take a step together, so each layer is used once a step, which is what makes models on disk bearable.
+All sequences take a step together, so each layer is read once a step, which makes models on disk bearable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.interface import Decoder, Head
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
+WRITTEN_LENGTH = 128
+"""Tokens of a sequence that a model writes: all weights are read once for each."""
+
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
-_DRAWN = -1  # in place of a given token: one that is drawn
-_BELOW_ONE = 1 - 2**-20  # so that rounding leaves a number that is drawn below the sum of all probabilities
+_SAMPLED = -1  # in place of a given token: one that is sampled
+_BELOW_ONE = 1 - 2**-20  # keeps a point below the sum of all probabilities in spite of rounding
 
 
 @torch.no_grad()
@@ -29,121 +33,129 @@ def generate(
     length: int,
     seed: int,
     chat: ChatForm | None = None,
-    first: Sequence[int] = (),
+    prefix: Sequence[int] = (),
     special: Sequence[int] = (),
 ) -> list[Tensor]:
     """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
 
-    Each process writes a share of them. No sequence ends early. The text follows from the seed, whichever process
-    writes it. With a chat form the sequences `CHATS` begin as chats, in which the model writes both sides. `first` is
-    the token that the tokenizer puts before each text, if it does: without it a model may write nothing but loops.
-    `special` tokens are not written, nor those that begin, end or pad texts by the config.
+    Each process writes a share of them; the text follows from the seed, whichever process writes it. No sequence ends
+    early. With a chat form the sequences `CHATS` are chats, in which the model writes both sides. `prefix` is the
+    tokenizer's `bos_prefix`, without which a model may write nothing but loops. Neither `special` tokens are written
+    nor those that begin, end or pad texts by the config.
 
     Raises ValueError if the model's predictions are not finite.
     """
-    config, random = decoder.config, torch.Generator().manual_seed(seed)
-    # Half of them start as all texts do, half anywhere: both what a model writes most and what it seldom does.
+    random = torch.Generator().manual_seed(seed)
+    starts = _draw_starts(decoder.config, count, prefix, random)
+    points = torch.rand(count, length - 1, generator=random)
+    mine = decoder.shard(range(count))
+    chats = {}
+    for number in range(count)[CHATS]:
+        if chat and number in mine:
+            chats[mine.index(number)] = Chat(chat)
+    written: list[Tensor] = []
+    if mine:
+        barred = _barred_ids(decoder.config, special)
+        written = list(_sample_sequences(decoder, starts[mine], points[mine], chats, barred))
+    turns = zip_longest(*decoder.gather(written))
+    return [sequence for turn in turns for sequence in turn if sequence is not None]
+
+
+def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.Generator) -> Tensor:
+    """The first tokens of sequences: (count, 1), or (count, 2) with a prefix.
+
+    Half of the sequences start as all texts do, half anywhere: what a model writes most, and what it seldom does.
+    """
     starts = torch.randint(config.vocab_size, (count, 1), generator=random)
-    if first:
-        starts = torch.cat([torch.full_like(starts, first[0]), starts], dim=1)
-        starts[::2, 1] = _DRAWN
+    if prefix:
+        starts = torch.cat([torch.full_like(starts, prefix[0]), starts], dim=1)
+        starts[::2, 1] = _SAMPLED
     elif config.bos_token_id is not None:
         starts[::2] = config.bos_token_id
-    drawn = torch.rand(count, length - 1, generator=random)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return starts
+
+
+def _barred_ids(config: Any, special: Sequence[int]) -> list[int]:
+    ends = config.eos_token_id
+    if not isinstance(ends, list):
+        ends = [ends]
     named = {*special, config.bos_token_id, config.pad_token_id, *ends}
-    barred = sorted(token for token in named if token is not None and 0 <= token < config.vocab_size)
-    mine = decoder.processes.shard(range(count))
-    are_chats = range(count)[CHATS]
-    chats = {row: Chat(chat) for row, n in enumerate(mine) if chat and n in are_chats}
-    written = list(_sampled(decoder, starts[mine], drawn[mine], chats, barred)) if mine else []
-    shares = decoder.processes.all_gather_object(written)
-    return [shares[n % len(shares)][n // len(shares)] for n in range(count)]
+    return sorted(named.intersection(range(config.vocab_size)))
 
 
-def _sampled(
-    decoder: Decoder, starts: Tensor, drawn: Tensor, chats: Mapping[int, Chat], barred: Sequence[int]
+def _sample_sequences(
+    decoder: Decoder, starts: Tensor, points: Tensor, chats: Mapping[int, Chat], barred: Sequence[int]
 ) -> Tensor:
-    """Sequences that begin with `starts` (count, given) and go on as `drawn` (count, steps), uniform in 0..1, decides.
-
-    A token is written where the number drawn falls into its part of the cumulated probabilities.
-    """
+    """Sequences (count, tokens) that begin with `starts` (count, given) and are sampled by `points` (count, steps)."""
     tokens = starts[:, 0].clone()
     for row, chat in chats.items():
         tokens[row] = chat.next()
     written, cache = [tokens], DynamicCache()
-    with decoder.kept_at_hand(), decoder.head() as head:
-        for position in progress(range(drawn.shape[1]), desc="Writing text", unit="token"):
+    with decoder.keep_layers(), decoder.head() as head:
+        for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
             logits = _next_logits(decoder, head, cache, tokens[:, None])
-            rows, ends = list(chats), [chat.end for chat in chats.values()]
-            may_not_end = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool)
-            end_logits = logits[rows, ends].masked_fill(may_not_end.to(logits.device), -torch.inf)
-            logits[:, barred] = -torch.inf
-            logits[rows, ends] = end_logits
-            drawn = drawn.to(logits.device)
-            rows_at_once = max(1, _IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-            sampled = []
-            for part, point in zip(logits.split(rows_at_once), drawn[:, position].split(rows_at_once), strict=True):
-                cumulated = part.float().softmax(-1).cumsum(-1)
-                if not torch.isfinite(cumulated[:, -1]).all():  # some logit was NaN or inf
-                    raise ValueError(
-                        "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a "
-                        "dtype of wider range."
-                    )
-                points = point[:, None] * cumulated[:, -1:] * _BELOW_ONE
-                sampled.append(torch.searchsorted(cumulated, points, right=True)[:, 0])
-            tokens = torch.cat(sampled)
+            _bar_tokens(logits, barred, chats)
+            points = points.to(logits.device)
+            tokens = _sample_tokens(logits, points[:, position])
             if position + 1 < starts.shape[1]:
                 given = starts[:, position + 1].to(tokens.device)
-                tokens = torch.where(given == _DRAWN, tokens, given)
-            for (row, chat), token in zip(chats.items(), tokens[rows].tolist(), strict=True):
+                tokens = torch.where(given == _SAMPLED, tokens, given)
+            sampled = tokens[list(chats)].tolist()
+            for (row, chat), token in zip(chats.items(), sampled, strict=True):
                 tokens[row] = chat.next(token)
             written.append(tokens)
-    return torch.stack([tokens.to(written[-1].device) for tokens in written], dim=1).cpu()
+    return torch.stack([step.to(tokens.device) for step in written], dim=1).cpu()
+
+
+def _bar_tokens(logits: Tensor, barred: Sequence[int], chats: Mapping[int, Chat]) -> None:
+    """Bar tokens in place in logits (count, vocab), except the end of a chat's turn where it may end."""
+    rows, ends = list(chats), [chat.end for chat in chats.values()]
+    must_go_on = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool, device=logits.device)
+    end_logits = logits[rows, ends].masked_fill(must_go_on, -torch.inf)
+    logits[:, barred] = -torch.inf
+    logits[rows, ends] = end_logits
+
+
+def _sample_tokens(logits: Tensor, points: Tensor) -> Tensor:
+    """Tokens (count,) in whose part of the cumulated probabilities the points lie, which are uniform in 0..1."""
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, _IN_CACHE // logits.shape[1])
+    sampled = []
+    for part, point in zip(logits.split(rows), points.split(rows), strict=True):
+        cumulated = part.float().softmax(-1).cumsum(-1)
+        total = cumulated[:, -1:]
+        if not torch.isfinite(total).all():  # a logit was NaN or inf
+            raise ValueError(
+                "The dense model's predictions contain NaN or inf, so it can write no calibration text; use a dtype of "
+                "wider range."
+            )
+        place = point[:, None] * total * _BELOW_ONE
+        sampled.append(torch.searchsorted(cumulated, place, right=True)[:, 0])
+    return torch.cat(sampled)
 
 
 @torch.no_grad()
-def continuations(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> list[Tensor]:
+def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) -> list[Tensor]:
     """The next `count` token ids of each prompt (tokens T_i,), the most likely one each time. None ends early."""
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    tokens = torch.stack([pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])  # (B, T), then (B, 1)
+    tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left")  # (B, T), then (B, 1)
+    padding = tuple(tokens.shape[1] - len(prompt) for prompt in prompts)
     written, cache = list[Tensor](), DynamicCache()
-    with decoder.kept_at_hand(), decoder.head() as head:
+    with decoder.keep_layers(), decoder.head() as head:
         for _ in range(count):
-            tokens = _next_logits(decoder, head, cache, tokens, padding).argmax(-1, keepdim=True)
+            logits = _next_logits(decoder, head, cache, tokens, padding)
+            tokens = logits.argmax(-1, keepdim=True)
             written.append(tokens)
     return list(torch.cat(written, dim=1).cpu())
 
 
 def _next_logits(
-    decoder: Decoder,
-    head: Callable[[Tensor], Tensor],
-    cache: DynamicCache,
-    tokens: Tensor,
-    padding: Tensor | None = None,
+    decoder: Decoder, head: Head, cache: DynamicCache, tokens: Tensor, padding: tuple[int, ...] = ()
 ) -> Tensor:
-    """Logits (sequences B, vocab) of what follows `tokens` (B, T), which themselves follow those in the cache.
-
-    `padding` (B,) is how many tokens of each sequence come before its text, where any do.
-    """
+    """Logits (sequences B, vocab) of what follows `tokens` (B, T), which themselves follow those in the cache."""
     [states] = decoder.embed([tokens])  # (B, T, hidden)
-    first, before, end = states, cache.get_seq_length(), cache.get_seq_length() + tokens.shape[1]
-    places = torch.arange(before, end, device=states.device).expand(tokens.shape)
-    if padding is not None:
-        padding = padding.to(states.device)
-        places = (places - padding[:, None]).clamp(min=0)
-    inputs: dict[Any, tuple[Tensor | None, tuple[Tensor, Tensor]]] = {}
+    past = cache.get_seq_length()
+    cached = {decoder.family.cache_argument: cache}
     for layer in decoder.layers(range(decoder.num_layers)):
-        kind = tuple(decoder.family.layer_kind(layer).values())
-        if kind not in inputs:
-            inputs[kind] = decoder.mask(first, layer, end, padding), decoder.rotary(first, places, layer)
-        mask, embeddings = inputs[kind]
-        states = layer(
-            states,
-            attention_mask=mask,
-            position_ids=places,
-            position_embeddings=embeddings,
-            **{decoder.family.cache_argument: cache},
-        )
+        states = layer(states, **decoder.layer_inputs(states, layer, past, padding), **cached)
     return head(states[:, -1:])[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from lf_hf.decoder.interface import Decoder, set_config_kind, set_config_layers
 from lf_hf.families import CausalLM, DecoderLayer, Kind
-from lf_hf.runtime.launch import ALONE, Processes
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class ModelDecoder(Decoder):
-    """A model in memory, of any family; it is changed, but none of its tensors is: a layer gets new ones."""
+    """A model in memory. It is changed by giving layers new tensors; no tensor is written to."""
 
-    def __init__(self, model: CausalLM, *, processes: Processes = ALONE) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model
-        self.processes = processes
         self.device = model.model.embed_tokens.weight.device
         self.config = model.config
         self.rotary_emb = model.model.rotary_emb
@@ -45,10 +43,10 @@ class ModelDecoder(Decoder):
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         layer = self.model.model.layers[index]
         for name, tensor in self.family.packed(weights).items():
-            place, _, parameter = name.rpartition(".")
+            module, _, parameter = name.rpartition(".")
             before = layer.get_parameter(name)
-            after = nn.Parameter(torch.empty_like(before).copy_(tensor), requires_grad=before.requires_grad)
-            setattr(layer.get_submodule(place), parameter, after)
+            after = torch.empty_like(before).copy_(tensor)
+            setattr(layer.get_submodule(module), parameter, nn.Parameter(after, requires_grad=before.requires_grad))
         if kind and kind != self.family.layer_kind(layer):
             set_config_kind(self.config, index, kind)
             attention = self.family.new_layer(self.config, kind).self_attn
@@ -69,20 +67,24 @@ class ModelDecoder(Decoder):
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         table = self.model.model.embed_tokens
-        embedded = (table(batch.to(table.weight.device)) for batch in batches)
-        return [self.family.first_states(self.config, states) for states in embedded]
+        states = []
+        for batch in batches:
+            embedded = table(batch.to(table.weight.device))
+            states.append(self.family.first_states(self.config, embedded))
+        return states
 
-    def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    def norm_and_head(self) -> AbstractContextManager[tuple[nn.Module, Tensor]]:
         return nullcontext((self.model.model.norm, self.model.lm_head.weight))
 
 
 def sharing_copy(module: M) -> M:
     """A copy of a module, with its hooks, that has the same parameters and buffers."""
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 def _without_layer(device_map: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """An accelerate device map with one layer taken out and later ones renumbered."""
+    """A device map without one layer, in which later layers are renumbered."""
     renumbered = {}
     for name, device in device_map.items():
         found = re.match(r"model\.layers\.(\d+)", name)

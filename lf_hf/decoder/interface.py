@@ -8,10 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
@@ -27,6 +27,13 @@ _BATCH_SHARE = 1 / 8  # of what is free on any other device
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 
 
+Group = tuple[int, int]
+"""The first and the last of some adjacent layers, by their numbers in the dense model."""
+Head = Callable[[Tensor], Tensor]
+"""Makes logits (sequences B, tokens T, vocab) of final states (B, T, hidden)."""
+T = TypeVar("T")
+
+
 class Decoder(ABC):
     """A model whose layers are used one after another and may be changed."""
 
@@ -35,7 +42,28 @@ class Decoder(ABC):
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it
     states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
-    _inputs: tuple[Any, dict[Any, dict[str, Any]]] | None = None  # of layers, for the last kind of states
+    _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
+    _inputs_shape: Any = None
+
+    def shard(self, items: Sequence[T]) -> list[T]:
+        """This process's share of some items."""
+        return self.processes.shard(items)
+
+    def add_up(self, sums: Tensor) -> None:
+        """Complete sums, in place, over the shares of all processes."""
+        self.processes.all_reduce(sums)
+
+    def synchronize(self, tensor: Tensor) -> None:
+        """Make a tensor, in place, what it is in the first process, as machines may round differently."""
+        self.processes.broadcast(tensor)
+
+    def compute_once(self, compute: Callable[[], T]) -> T:
+        """A small value that the first process computes for all."""
+        return self.processes.broadcast_object(compute)
+
+    def gather(self, value: T) -> list[T]:
+        """A small value of each process."""
+        return self.processes.all_gather_object(value)
 
     @property
     def family(self) -> Family:
@@ -48,15 +76,12 @@ class Decoder(ABC):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that running all layers again reads from a disk, inside `kept_at_hand`."""
+        """Bytes that running all layers again reads from a disk, inside `keep_layers`."""
         return 0
 
     @abstractmethod
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
-        """Layers with their weights, one after the other, each to be used until the next one is asked for.
-
-        Neither they nor the model are to be changed meanwhile.
-        """
+        """Layers with their weights, each read when it is asked for; the model may not change meanwhile."""
 
     def layer(self, index: int) -> DecoderLayer:
         """One layer with its weights."""
@@ -74,6 +99,24 @@ class Decoder(ABC):
     def remove(self, index: int) -> None:
         """Take a layer out; later ones move up by one, and `config` follows."""
 
+    def join(self, group: Group, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+        """Let the first of some adjacent layers stand for all: it gets new values, and the others are removed."""
+        first, last = group
+        if weights:
+            self.replace(first, weights, kind)
+        for _ in range(first, last):
+            self.remove(first + 1)
+
+    def become(self, fused: Decoder, groups: Sequence[Group]) -> None:
+        """Apply to this model what was fused in a copy of it: groups of layers, from the bottom up."""
+        num_removed = 0
+        for first, last in groups:
+            index = first - num_removed
+            layer = fused.layer(index)
+            weights = self.family.unpacked(layer.named_parameters())
+            self.join((index, last - num_removed), weights, self.family.layer_kind(layer))
+            num_removed += last - first
+
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters by their names in the checkpoint, tied ones once."""
@@ -83,91 +126,97 @@ class Decoder(ABC):
         """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
 
     @abstractmethod
-    def norm_and_head(self) -> AbstractContextManager[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    def norm_and_head(self) -> AbstractContextManager[tuple[nn.Module, Tensor]]:
         """The final norm, and the head's weight (vocab, hidden), inside a `with` block."""
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Final norm and head, inside a `with` block: (sequences B, tokens T, hidden) -> logits (B, T, vocab)."""
+    def head(self) -> Iterator[Head]:
+        """Final norm and head, inside a `with` block."""
         with self.norm_and_head() as (norm, weight):
             yield lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
-    def batched(self, sequences: Sequence[Tensor]) -> list[list[int]]:
-        """Numbers of sequences that go through the layers together: of one length, and no more than fit.
+    def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than fit.
 
-        Sequences of shape (tokens T,). On the CPU larger batches would gain nothing.
+        On the CPU larger batches would gain nothing. On other devices the result depends on the memory that is free.
         """
-        room = _CPU_BATCH if self.device.type == "cpu" else int(free_memory(self.device) * _BATCH_SHARE)
-        most = room // (_COPIES * self.config.intermediate_size)  # tokens
+        room = _CPU_BATCH
+        if self.device.type != "cpu":
+            room = int(free_memory(self.device) * _BATCH_SHARE)
+        max_tokens = room // (_COPIES * self.config.intermediate_size)
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
             by_length.setdefault(len(sequence), []).append(number)
-        return [
-            numbers[first : first + max(1, most // length)]
-            for length, numbers in by_length.items()
-            for first in range(0, len(numbers), max(1, most // length))
-        ]
+        batches = []
+        for length, numbers in by_length.items():
+            size = max(1, max_tokens // length)
+            batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        return batches
 
-    def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """The same as tensors of shape (sequences B, tokens T), on the device."""
-        groups = self.batched(sequences)
-        return [torch.stack([sequences[number] for number in numbers]).to(self.device) for numbers in groups]
+    def make_batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """The same batches as tensors of shape (sequences B, tokens T), on the device."""
+        batches = []
+        for numbers in self.batch_indices(sequences):
+            batch = torch.stack([sequences[number] for number in numbers])
+            batches.append(batch.to(self.device))
+        return batches
 
-    def kept_at_hand(self) -> AbstractContextManager[None]:
-        """Inside a `with` block, layers that are asked for again and again stay where they are used, if they fit.
-
-        The model is not to be changed there.
-        """
+    def keep_layers(self) -> AbstractContextManager[None]:
+        """Inside a `with` block, layers that are read stay on their device if they fit; none may be changed there."""
         return nullcontext()
 
-    def layer_inputs(self, hidden_states: Tensor, layer: DecoderLayer) -> dict[str, Any]:
-        """What a layer takes besides its hidden states, for sequences without padding or cache.
+    def layer_inputs(
+        self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0, padding: tuple[int, ...] = ()
+    ) -> dict[str, Any]:
+        """What a layer takes besides hidden states (sequences B, tokens T, hidden): mask, positions, rotary embeddings.
 
-        `hidden_states` is (sequences B, tokens T, hidden); the result holds the causal mask and the rotary embeddings.
+        The tokens come after `past` others, which are in a cache. `padding` is how many tokens of each sequence come
+        before its text.
         """
         num_tokens, device = hidden_states.shape[1], hidden_states.device
-        of_states, of_layer = (num_tokens, device, hidden_states.dtype), tuple(self.family.layer_kind(layer).values())
-        if self._inputs is None or self._inputs[0] != of_states:
-            self._inputs = of_states, {}
-        if of_layer in self._inputs[1]:
-            return self._inputs[1][of_layer]
-        position_ids = torch.arange(num_tokens, device=device)[None]
-        mask = self.mask(hidden_states, layer, num_tokens)
-        embeddings = self.rotary(hidden_states, position_ids, layer)
-        inputs = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": embeddings}
-        self._inputs[1][of_layer] = inputs
-        return inputs
+        shape = num_tokens, past, padding, device, hidden_states.dtype
+        if shape != self._inputs_shape:
+            self._inputs_shape, self._inputs = shape, {}
+        kind = tuple(self.family.layer_kind(layer).values())
+        if kind not in self._inputs:
+            starts = torch.tensor(padding or (0,), device=device)[:, None]
+            position_ids = (torch.arange(past, past + num_tokens, device=device) - starts).clamp(min=0)  # (1 or B, T)
+            layer_types = [layer.self_attn.layer_type] if self.family.rotary_of_type else []
+            cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
+            self._inputs[kind] = {
+                "attention_mask": self._mask(hidden_states, layer, past, starts if padding else None),
+                "position_ids": position_ids,
+                # A model that is spread over devices makes them on one.
+                "position_embeddings": (cos.to(device), sin.to(device)),
+            }
+        return self._inputs[kind]
 
-    def mask(self, states: Tensor, layer: DecoderLayer, end: int, padding: Tensor | None = None) -> Tensor | None:
-        """What a layer's attention adds to its scores, or for flash attention which tokens are text; None if nothing.
+    def _mask(self, states: Tensor, layer: DecoderLayer, past: int, starts: Tensor | None) -> Tensor | None:
+        """What attention adds to its scores, (B, 1, T, keys), or None; for flash attention, which keys are text.
 
-        Of shape (sequences B, 1, tokens T, `end`), or (B, `end`), for `states` (B, T, hidden) of the last T of `end`
-        tokens. `padding`, of shape (B,), says how many tokens of each sequence come before its text.
+        `starts` (B, 1) are the places where the sequences' text begins, if there is padding.
         """
-        device, num_tokens, window = states.device, states.shape[1], self.family.layer_window(self.config, layer)
-        window = window if window is not None and window < end else None
+        num_tokens, end = states.shape[1], past + states.shape[1]
+        window = self.family.layer_window(self.config, layer)
+        if window is not None and window >= end:
+            window = None
         # These are causal by themselves; the second one does not know windows.
-        is_flash, is_sdpa = is_flash_attention_requested(self.config), self.config._attn_implementation == "sdpa"
-        sees_all = num_tokens == 1 or (is_sdpa and num_tokens == end)
-        if padding is None and (is_flash or (window is None and sees_all)):
+        is_flash = is_flash_attention_requested(self.config)
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        sees_all = num_tokens == 1 or (is_sdpa and past == 0)
+        if starts is None and (is_flash or (window is None and sees_all)):
             return None
-        keys = torch.arange(end, device=device)
-        queries = keys[-num_tokens:]
-        is_text = keys >= (torch.zeros(1, device=device) if padding is None else padding)[:, None]  # (B, keys)
+        keys = torch.arange(end, device=states.device)
+        is_text = keys[None] >= (0 if starts is None else starts)  # (1 or B, keys)
         if is_flash:
             return is_text
-        seen = keys <= queries[:, None]
+        queries = keys[past:, None]
+        seen = keys <= queries
         if window is not None:
-            seen &= keys > queries[:, None] - window
-        mask = is_text[:, None, None] & seen  # (B, 1, T, keys)
+            seen &= keys > queries - window
+        mask = is_text[:, None, None] & seen  # (1 or B, 1, T, keys)
         lowest = torch.finfo(states.dtype).min
         return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
-
-    def rotary(self, hidden_states: Tensor, position_ids: Tensor, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
-        """A layer's rotary embeddings, brought to the states: a model that is spread over devices has them on one."""
-        of_type = [layer.self_attn.layer_type] if self.family.rotary_of_type else []
-        cos, sin = self.rotary_emb(hidden_states, position_ids, *of_type)
-        return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
     def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""
@@ -177,16 +226,8 @@ class Decoder(ABC):
     def walk(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield, for each layer in turn, the output states of all batches.
 
-        All are at the same layer at any time, so memory is that of one layer boundary, and each passes each layer once.
-
-        Parameters
-        ----------
-        batches : sequence of int64 tensors of shape (sequences B, tokens T)
-
-        Yields
-        ------
-        list of tensors of shape (sequences B, tokens T, hidden)
-            Before the model's final norm. The list is overwritten by the next layer's: use it before advancing.
+        Token ids (sequences B, tokens T) give states (B, T, hidden) before the final norm. The list is overwritten by
+        the next layer's states: use it before advancing. Memory is that of one layer's states.
         """
         states = self.embed(batches)
         for layer in self.layers(range(self.num_layers)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import tasks_path
 from lf_hf.evaluate.points import Score
-from lf_hf.runtime.fields import unknown_name
+from lf_hf.runtime.words import unknown_name
 
 _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
 _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the first that a task has stands for it
@@ -28,7 +29,8 @@ _METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity")  # the fi
 class Evaluation:
     """Tasks, groups and tags of lm-eval or of this project that were found and whose data is there.
 
-    Raises ValueError if there is no such task, or one runs what the model writes and the user has not allowed that.
+    Raises ValueError if there is no such task, if one has fewer examples than `num_fewshot`, or if one runs what the
+    model writes and the user has not allowed that.
     """
 
     tasks: Sequence[str]
@@ -45,11 +47,19 @@ class Evaluation:
                 raise ValueError(unknown_name("task", task, tuple(self._manager.all_tasks)))
         self._may_run_code = os.environ.get(_RUNS_CODE) == "1"
         for name, task in self._load()["tasks"].items():  # a data set that cannot be fetched is found out here
+            self._check_num_fewshot(name, task)
             if getattr(task, "UNSAFE_CODE", False) and not self._may_run_code:
                 raise ValueError(
                     f"The task {name} runs programs that the model writes; set {_RUNS_CODE}=1 to allow that, on a "
                     "machine where they can do no harm."
                 )
+
+    def _check_num_fewshot(self, name: str, task: Any) -> None:
+        if self.num_fewshot is None or task.get_config("num_fewshot") != self.num_fewshot:
+            return  # the task's own number
+        most = len(task.fewshot_docs()) if self.num_fewshot else 0
+        if self.num_fewshot not in range(most + 1):
+            raise ValueError(f"num_fewshot must be 0 to {most} for the task {name}, got {self.num_fewshot!r:.80}.")
 
     def scores(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Score]:
         """Main metric of each task; of a tag, and of a group without a figure, those of its tasks.
@@ -57,18 +67,22 @@ class Evaluation:
         Each process of a launch evaluates by itself.
         """
         lm = HFLM(model, tokenizer=tokenizer, batch_size=self.batch_size, backend="causal")
-        loaded, options = self._load(), {"log_samples": False, "confirm_run_unsafe_code": self._may_run_code}
+        loaded = self._load()
+        options: dict[str, Any] = {"log_samples": False, "confirm_run_unsafe_code": self._may_run_code}
         evaluated = evaluate(lm, loaded, limit=self.limit, **options)
-        results, better = evaluated["results"], evaluated.get("higher_is_better", {})
-        tags = {task: [*self._manager.load(task)["tasks"]] for task in self.tasks if task in self._manager.all_tags}
-        members = loaded["group_map"] | tags
+        results = evaluated["results"]
+        better = evaluated.get("higher_is_better", {})
+        members: dict[str, Iterable[str]] = dict(loaded["group_map"])
+        for task in self.tasks:
+            if task in self._manager.all_tags:
+                members[task] = self._manager.load(task)["tasks"]
 
         def with_figures(name: str) -> list[str]:
             if _figures(results.get(name, {})):
                 return [name]
-            return [task for child in members.get(name, ()) for task in with_figures(child)]
+            return list(chain(*map(with_figures, members.get(name, ()))))
 
-        figures = dict.fromkeys(task for name in self.tasks for task in with_figures(name))
+        figures = dict.fromkeys(chain(*map(with_figures, self.tasks)))
         return {task: _score(results[task], better.get(task, {})) for task in figures}
 
     def _load(self) -> dict[str, Any]:

@@ -6,22 +6,23 @@ import difflib
 import inspect
 import logging
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lf_hf import FusionConfig, from_pretrained_fused
-from lf_hf.checkpoint.base import Base, checked_dtype, load_tokenizer, reading_tokenizer
-from lf_hf.checkpoint.configuration import FUSED
-from lf_hf.checkpoint.saving import finish_save
+from lf_hf import FusedLlamaConfig, FusionConfig, from_pretrained_fused
+from lf_hf.checkpoint import base as bases
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import fused_class
 from lf_hf.evaluate.points import check_evaluation
-from lf_hf.runtime.fields import unknown_name
+from lf_hf.families import family_of
+from lf_hf.report.report import REPORT_NAME
 from lf_hf.runtime.launch import local_rank
+from lf_hf.runtime.words import unknown_name
 from lf_hf.settings import LEVELS
 
 # Below lm-eval's own logger, so that its level and format hold here too.
@@ -29,11 +30,24 @@ eval_logger = logging.getLogger("lm_eval.models.fused")
 # Ways in which HFLM loads weights without passing them through from_pretrained, or changes them afterwards.
 _NOT_WHILE_FUSING = ("autogptq", "delta", "gptqmodel", "tp_plan")
 
+_NOT_FUSED = (
+    "{name} is a {kind!r} model that is not fused; give num_fusions=N with a base's name to fuse it while loading, or "
+    "evaluate it as it is with --model hf."
+)
+
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
-_HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters
-_ABOUT_LOADING = ("dtype", "gguf_file", "revision", "subfolder", "trust_remote_code")
+_HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters.keys()
+_PLACING = ("device_map", "max_memory", "offload_folder")  # which HFLM finds out
+_ABOUT_LOADING = {"dtype", "gguf_file", "revision", "subfolder", "trust_remote_code"}
 # What a misspelt argument may mean; from_pretrained takes more.
 _KNOWN = (*FusionConfig.known, "attn_implementation", "calibration", "fused_dir", *_HFLM_ARGUMENTS)
+
+
+# What results hold of the report, besides sizes and pairs.
+_REPORTED = (
+    *("config", "calibration", "perplexities", "speed", "notes"),
+    *("layers_removed_fraction", "parameters_removed_fraction"),
+)
 
 
 @register_model("fused")
@@ -74,74 +88,71 @@ class FusedLM(HFLM):
                 argument, or one of HFLM's that fusing excludes.
         """
         if pretrained is None:
-            raise ValueError(
-                "pretrained is missing; give pretrained=NAME, a base to fuse (with num_fusions) or a fused checkpoint."
-            )
-        for name in kwargs:
-            if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
-                raise ValueError(unknown_name("argument", name, _KNOWN))
-        checked_dtype(kwargs.get("dtype"))
-        check_evaluation(None, kwargs.get("batch_size", 1))
-        if kwargs.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
-            from peft import PeftConfig
-
-            PeftConfig.from_pretrained(kwargs["peft"], revision=kwargs.get("revision"))
+            raise ValueError("pretrained is missing; give pretrained=NAME, a base to fuse or a fused checkpoint.")
+        _check_arguments(kwargs)
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
             kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
-        if num_fusions is not None:
-            kwargs["num_fusions"] = num_fusions
-        own = {"calibration": calibration, "fused_dir": fused_dir}
-        self._own: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        fusing = {"num_fusions": num_fusions, "calibration": calibration, "fused_dir": fused_dir}
+        fusing = {name: value for name, value in fusing.items() if value is not None}
+        fusing |= {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
         self.fusion_config: FusionConfig | None = None
-        if any(level in kwargs for level in LEVELS):
-            self.fusion_config = FusionConfig.taken_from(kwargs, None)
-            for name in _NOT_WHILE_FUSING:
-                if kwargs.get(name):
-                    raise ValueError(
-                        f"{name}={kwargs[name]} cannot be combined with fusing; fuse and save the model first, then "
-                        "evaluate the saved one."
-                    )
-            loading = {k: v for k, v in kwargs.items() if k in _ABOUT_LOADING or k not in _HFLM_ARGUMENTS}
-            self._base = Base.open(cast(str, pretrained), loading)  # which refuses a model
-        elif given := [name for name in (*FusionConfig.known, *self._own) if name in kwargs | self._own]:
+        if any(level in fusing for level in LEVELS):
+            self._prepare_fusion(pretrained, fusing, kwargs)
+        elif fusing:
             raise ValueError(
-                f"{', '.join(given)} without num_fusions has no effect; add num_fusions=N, or a budget "
+                f"{', '.join(fusing)} without num_fusions has no effect; add num_fusions=N, or a budget "
                 f"({' or '.join(LEVELS[1:])}), to fuse while loading."
             )
-        elif not isinstance(pretrained, str):
-            self._check_fused("`pretrained`", pretrained.config)
+        elif not isinstance(pretrained, str) and not hasattr(pretrained, "fusion_report"):
+            raise ValueError(_NOT_FUSED.format(name="`pretrained`", kind=pretrained.config.model_type))
         # HFLM calls _get_config, _create_tokenizer and _create_model, in this order. It would look up a model type that
         # stock transformers does not know, and warn, if `backend` were not given.
         super().__init__(pretrained, **{"backend": "causal"} | kwargs)
 
+    def _prepare_fusion(self, base: Any, fusing: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """Check the settings and open the base."""
+        self._fusing = {name: fusing.pop(name) for name in ("calibration", "fused_dir") if name in fusing}
+        self.fusion_config = FusionConfig.taken_from(fusing | arguments, None)
+        for name in _NOT_WHILE_FUSING:
+            if arguments.get(name):
+                raise ValueError(
+                    f"{name}={arguments[name]} cannot be combined with fusing; fuse and save the model first, then "
+                    "evaluate the saved one."
+                )
+        others = _HFLM_ARGUMENTS - _ABOUT_LOADING
+        loading = {name: value for name, value in arguments.items() if name not in others}
+        self._base = Base.open(base, loading)  # which refuses a model
+
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is not None:
             self._config = self._base.config
-        else:
-            finish_save(Path(pretrained, kwargs.get("subfolder") or ""))
-            super()._get_config(pretrained, **kwargs)
-            self._check_fused(repr(pretrained), self._config)
-
-    def _check_fused(self, name: str, config: PreTrainedConfig) -> None:
-        if not config.model_type.startswith(FUSED):
-            raise ValueError(
-                f"{name} is a {config.model_type!r} model that is not fused; give num_fusions=N with a base's name to "
-                "fuse it while loading, or evaluate it as it is with --model hf."
-            )
+            return
+        hub = bases.hub_arguments(kwargs)
+        config = bases.read_config(pretrained, hub)
+        if not isinstance(config, FusedLlamaConfig) and not bases.optional_file(pretrained, REPORT_NAME, hub):
+            raise ValueError(_NOT_FUSED.format(name=repr(pretrained), kind=config.model_type))
+        super()._get_config(pretrained, **kwargs)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
-        with reading_tokenizer(str(tokenizer or pretrained)):
+        with bases.reading_tokenizer(str(tokenizer or pretrained)):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        if self.fusion_config is not None:
-            # add_bos_token and the like are about the evaluation; a model is fused and saved with its own tokenizer.
-            where = dict(self._base.loading) | ({"gguf_file": None} if tokenizer else {})
-            named = tokenizer is None or isinstance(tokenizer, str)
-            self._base_tokenizer = load_tokenizer(tokenizer or pretrained, where) if named else tokenizer
+        if self.fusion_config is None:
+            return
+        # add_bos_token and the like are about the evaluation; a model is fused and saved with its own tokenizer.
+        if tokenizer is None:
+            self._base_tokenizer = self._base.tokenizer()
+        elif isinstance(tokenizer, str):
+            self._base_tokenizer = bases.load_tokenizer(tokenizer, {**self._base.loading, "gguf_file": None})
+        else:
+            self._base_tokenizer = tokenizer
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        if self.fusion_config is not None:  # HFLM loads a model, places it and adds an adapter by this
-            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=self._load_and_fuse)
+        # HFLM loads a model, places it and adds an adapter by this.
+        if self.fusion_config is not None:
+            self.AUTO_MODEL_CLASS: Any = SimpleNamespace(from_pretrained=self._load_and_fuse)
+        elif not isinstance(self._config, FusedLlamaConfig):  # which AutoModelForCausalLM opens with its report
+            self.AUTO_MODEL_CLASS = fused_class(family_of(self._config))
         super()._create_model(pretrained, **kwargs)
         report = self._model.fusion_report
         self._config = self._model.config  # until here the base's, with all its layers
@@ -150,33 +161,40 @@ class FusedLM(HFLM):
 
     def _load_and_fuse(self, _: str, **loading: Any) -> PreTrainedModel:
         """The base, placed where HFLM says, and fused."""
-        names = ("device_map", "max_memory", "offload_folder")
-        placing = {name: loading[name] for name in names if name in loading}
-        return from_pretrained_fused(
-            replace(self._base, loading=dict(self._base.loading) | placing),
-            self.fusion_config,
-            tokenizer=self._base_tokenizer,
-            **self._own,
-        )
+        placing = {name: loading[name] for name in _PLACING if name in loading}
+        base = replace(self._base, loading={**self._base.loading, **placing})
+        return from_pretrained_fused(base, self.fusion_config, tokenizer=self._base_tokenizer, **self._fusing)
 
     def get_model_info(self) -> dict[str, Any]:
         """Add what was fused to HFLM's model information, which lm-eval writes into its results."""
         info: dict[str, Any] = super().get_model_info()
         report = self.model.fusion_report
-        if report is not None:
-            values = report.to_dict()
-            fractions = ("layers_removed_fraction", "parameters_removed_fraction")
-            same = ("config", *fractions, "calibration", "perplexities", "speed", "notes")
-            info["fusion"] = {name: values[name] for name in same} | {
-                "pairs": [list(step.pair) for step in report.steps],
-                "ratios": [[step.ratio_i, step.ratio_j] for step in report.steps],
-                "layers": [report.layers_before, report.layers_after],
-                "parameters": [report.parameters_before, report.parameters_after],
-                "summary": report.summary(),
-            }
+        if report is None:
+            return info
+        values = report.to_dict()
+        fusion = {name: values[name] for name in _REPORTED}
+        fusion["pairs"] = [list(pair) for pair in report.pairs]
+        fusion["ratios"] = [[ratio, 1 - ratio] for layer in report.fused_layers for ratio in layer.ratios]
+        fusion["layers"] = [report.layers_before, report.layers_after]
+        fusion["parameters"] = [report.parameters_before, report.parameters_after]
+        fusion["summary"] = report.summary()
+        info["fusion"] = fusion
         return info
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise ValueError for a misspelt argument, or a value that loading would fail on."""
+    for name in arguments:
+        if name not in _KNOWN and difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.85):
+            raise ValueError(unknown_name("argument", name, _KNOWN))
+    bases.checked_dtype(arguments.get("dtype"))
+    check_evaluation(None, arguments.get("batch_size", 1))
+    if arguments.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
+        from peft import PeftConfig
+
+        PeftConfig.from_pretrained(arguments["peft"], revision=arguments.get("revision"))
 
 
 @register_model("fused_llama")
 class FusedLlamaLM(FusedLM):
-    """FusedLM under its older name."""
+    """FusedLM under another name."""

@@ -47,8 +47,8 @@ class Point:
 
     `key` identifies base, settings, calibration, tasks and limit. Perplexities, divergences and agreements are as in a
     fusion's report, by the name of the judging text. `speedups` has how many times as fast as the base "prefill" and
-    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing: that of all steps from the
-    dense model on, whichever point they were made for first, without loading and measuring the dense model.
+    "decoding" are, where that was measured. `seconds` is wall time, evaluating and fusing, without loading and
+    measuring the dense model. `calibration` says where the texts are from that were used.
     """
 
     key: str
@@ -58,25 +58,26 @@ class Point:
     parameters: int
     layers_removed_fraction: float
     parameters_removed_fraction: float
-    perplexities: dict[str, float]
     scores: dict[str, Score]
-    config: dict[str, Any] | None
-    notes: list[str]
     seconds: dict[str, float]
     versions: dict[str, str]
+    perplexities: dict[str, float] = field(default_factory=dict)
     divergences: dict[str, float] = field(default_factory=dict)
     agreements: dict[str, float] = field(default_factory=dict)
     speedups: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    calibration: str = ""
 
     @property
     def figures(self) -> dict[str, Score]:
         """All scores by task, and figures of texts by name, such as "perplexity, docs"."""
-        of_texts = (self.speedups, self.perplexities, self.divergences, self.agreements)
-        return self.scores | {
-            f"{metric}, {name}": Score(metric, value, None, metric in ("agreement", "speed-up"))
-            for metric, values in zip(_ORDER, of_texts, strict=True)
-            for name, value in values.items()
-        }
+        figures = dict(self.scores)
+        measured = (self.speedups, self.perplexities, self.divergences, self.agreements)
+        for metric, values in zip(_ORDER, measured, strict=True):
+            for name, value in values.items():
+                figures[f"{metric}, {name}"] = Score(metric, value, None, metric in ("agreement", "speed-up"))
+        return figures
 
     def value(self, name: str) -> float:
         """A figure's value, NaN where it was not measured."""
@@ -89,12 +90,21 @@ def figure_names(points: Sequence[Point]) -> list[str]:
     return sorted(metrics, key=lambda name: _ORDER.index(metrics[name]) if metrics[name] in _ORDER else -1)
 
 
+def result_lines(path: Path) -> list[bytes]:
+    """Lines of a results file without a last one that was cut off, as by a full disk."""
+    content = path.read_bytes() if path.is_file() else b""
+    lines = content.splitlines()
+    if len(lines) > 1 and not content.endswith(b"\n"):
+        lines.pop()
+    return lines
+
+
 def read_points(path: Path) -> dict[str, Point]:
     """The points of a results file by their keys. Raises ValueError if it holds anything else."""
     points: dict[str, Point] = {}
-    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+    for number, line in enumerate(result_lines(path), 1):
         try:
-            point = from_json(Point, parse_json(line, "it"), "it")
+            point = from_json(Point, parse_json(line, "it"), "point")
         except ValueError as error:
             raise ValueError(
                 f"Line {number} of {str(path)!r} is no result of a sweep, so choose another folder: {error}"

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from itertools import groupby, product
-from typing import TYPE_CHECKING, Any, cast
+from itertools import chain, product
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.fused_cache import base_fingerprint
+from lf_hf.checkpoint.identity import base_digest, identity, identity_key, text_digest
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
-from lf_hf.families import check_layers
-from lf_hf.measure import Measurements, measure
+from lf_hf.measure.check import check_layers, check_model
+from lf_hf.measure.dense import Measurements, measure
+from lf_hf.measure.speed import with_speed
+from lf_hf.report.report import FusionReport, versions
 from lf_hf.runtime.launch import Processes, own_device
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import ALGORITHM, FusionConfig
-from lf_hf.speed import with_speed
-from lf_hf.steps import Fusion, start
-from lf_hf.text.calibration import load_needed, load_training_text
+from lf_hf.settings import FusionConfig
+from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_needed, load_training_text
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
     from lf_hf.evaluate.evaluation import Evaluation
+
+_Keys = dict[str, FusionConfig | None]  # of points: of the dense model, None, and of the fusions
+_KEY = 16  # characters of a point's key
 
 
 def sweep(
@@ -56,11 +57,10 @@ def sweep(
 ) -> list[Point]:
     """Fuse a base at several levels with several methods, and evaluate the base and each fusion.
 
-    The base is read and measured once, and a level goes on from the pairs of the one below. Each point is added to
-    `results.jsonl` in `out` as soon as it is there, and a sweep that is run again goes on where it stopped. Of the
-    processes of a launch each makes a part of the points, on one machine or on several that share the folder. The
-    tables `results.csv` and `results.md` and, with matplotlib, the pictures `curve.png` and `curve.svg` hold all points
-    that were asked for.
+    The base is read and measured once. Each point is added to `results.jsonl` in `out` as soon as it is there, and a
+    sweep that is run again goes on where it stopped. Of the processes of a launch each makes a part of the points, on
+    one machine or on several that share the folder. The tables `results.csv` and `results.md` and, with matplotlib,
+    the pictures `curve.png` and `curve.svg` hold all points that were asked for.
 
     Parameters
     ----------
@@ -82,10 +82,7 @@ def sweep(
         As for `from_pretrained` (dtype, device_map, revision, gguf_file, ...). In a launch with a process for each
         GPU, device_map="cuda" is each one's own.
 
-    Returns
-    -------
-    list of Point
-        The dense model first, then by level.
+    Returns the dense model's point first, then the others by level.
 
     Raises
     ------
@@ -99,22 +96,30 @@ def sweep(
     from lf_hf.evaluate.evaluation import Evaluation
 
     check_evaluation(limit, batch_size)
-    folder, configs = checked_folder(out), _configs(num_fusions, methods, tasks, settings)
+    folder = checked_folder(out)
+    configs = _configs(num_fusions, methods, tasks, settings or {})
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     for config in configs:
         check_layers(config, opened.config)
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
-    maker = _Maker(opened, configs, calibration, heal_cache, Evaluation(tasks, batch_size=batch_size, **asked))
-    keys = maker.keys(asked | {"tasks": sorted(tasks)})
-    results = Results(folder, opened.full_name, [*keys])
+    evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
+    tokenizer = opened.tokenizer()
+    texts = _Texts.load(configs, calibration, tokenizer)
+    maker = _Maker(opened, tokenizer, configs, texts, evaluation, heal_cache)
+    maker.check_healing()
+    asked["tasks"] = sorted(tasks)
+    keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
+    results = Results(folder, opened.full_name, list(keys))
+    if calibration is None:
+        maker.texts = texts.as_before(results.points(), keys, tokenizer)
     maker.make(keys, results)
     return results.points()
 
 
 def _configs(
-    num_fusions: Sequence[int], methods: Sequence[str], tasks: Sequence[str], settings: dict[str, Any] | None
+    num_fusions: Sequence[int], methods: Sequence[str], tasks: Sequence[str], settings: dict[str, Any]
 ) -> list[FusionConfig]:
-    """The fusions that were asked for, by level; what is healed stands beside what is not.
+    """The fusions that were asked for, in the order of making: method by method, level by level, healed ones last.
 
     The base is measured once, so all get as much calibration text as the one that takes most.
     """
@@ -122,173 +127,198 @@ def _configs(
         if not values or not isinstance(values, Sequence) or isinstance(values, str):
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
     configs = []
-    for level, method in product(num_fusions, methods):
-        config = FusionConfig.from_kwargs(**{**(settings or {}), "num_fusions": level, "method": method})
-        configs += [config] if method == "healed" else [replace(config, heal_tokens=0), config]
+    for method, level in product(methods, num_fusions):
+        config = FusionConfig.from_kwargs(**settings | {"num_fusions": level, "method": method})
+        if method != "healed":
+            configs.append(replace(config, heal_tokens=0))
+        configs.append(config)
     tokens = max(config.calibration_tokens for config in configs)
     configs = [replace(config, calibration_tokens=tokens) for config in configs]
-    return sorted(dict.fromkeys(configs), key=lambda config: config.num_fusions)
+    fused = [_unhealed(config).method for config in configs]
+
+    def order(config: FusionConfig) -> tuple[int, ...]:
+        return fused.index(_unhealed(config).method), config.num_fusions, config.heal_tokens
+
+    return sorted(dict.fromkeys(configs), key=order)
 
 
 def _unhealed(config: FusionConfig) -> FusionConfig:
     """The same without a healing."""
-    return replace(config, method="refit" if config.method == "healed" else config.method, heal_tokens=0)
+    method = "refit" if config.method == "healed" else config.method
+    return replace(config, method=method, heal_tokens=0)
 
 
-class _Maker:
-    """Makes points one after the other, where it can from the pairs that it fused before."""
+class _Texts(NamedTuple):
+    """Samples, text to fit to and text to heal on, as far as fusions need them."""
 
-    def __init__(
-        self,
-        base: Base,
-        configs: Sequence[FusionConfig],
-        calibration: TextSource | None,
-        heal_cache: str | os.PathLike[str] | None,
-        evaluation: Evaluation,
-    ) -> None:
-        self._base, self._configs, self._heal_cache, self._evaluation = base, configs, heal_cache, evaluation
-        self._processes, self._tokenizer = Processes.of_launch(), base.tokenizer()
-        self._samples = self._text = self._to_heal = None
+    samples: CalibrationSamples | None
+    text: Corpus | None
+    to_heal: Corpus | None
+
+    @classmethod
+    def load(
+        cls, configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
+    ) -> _Texts:
+        """Read what the user gave or, with None, the default texts."""
+        samples = text = to_heal = None
         for config in configs:
-            if (config.needs_similarity and not self._samples) or (config.needs_text and not self._text):
-                samples, text = load_needed(config, calibration, self._tokenizer)
-                self._samples, self._text = self._samples or samples, self._text or text
-        healed = next((config for config in configs if config.heal_tokens), None)  # of the lowest level: takes most
-        if healed:
-            if self._processes.world_size > 1:
-                raise ValueError(
-                    "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
-                )
-            from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+            if (config.averages and not samples) or (config.needs_text and not text):
+                more_samples, more_text = load_needed(config, calibration, tokenizer)
+                samples = samples or more_samples
+                text = text or more_text
+            if config.heal_tokens and not to_heal:
+                to_heal = load_training_text(calibration, config.heal_tokens, tokenizer)
+        return cls(samples, text, to_heal)
 
-            self._to_heal = load_training_text(calibration, healed.heal_tokens, self._tokenizer)
-            check_can_heal(base, self._tokenizer, self._to_heal, healed, cache=heal_cache)
-        elif heal_cache is not None:
-            raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
+    def used_by(self, config: FusionConfig) -> list[CalibrationSamples | Corpus]:
+        """The texts that a fusion uses."""
+        needed = (config.averages, config.needs_text, config.heal_tokens)
+        return [text for text, is_needed in zip(self, needed, strict=True) if text and is_needed]
 
-    def keys(self, evaluation: Mapping[str, Any]) -> dict[str, FusionConfig | None]:
-        """The dense model, None, and the fusions, by what identifies their results."""
-        identity = {
-            "base": base_fingerprint(self._base),
-            "dtype": str(self._base.dtype).removeprefix("torch."),
-            "evaluation": evaluation,
-            "algorithm": ALGORITHM,
-        }
-        keys: dict[str, FusionConfig | None] = {}
-        for config in (None, *self._configs):
-            made_of: dict[str, Any] = {"perplexity_tokens": self._configs[0].perplexity_tokens}
-            if config is not None:
-                samples = self._samples.texts if self._samples and config.needs_similarity else None
-                text = list(self._text.parts.values()) if self._text and config.needs_text else None
-                to_heal = list(self._to_heal.parts.values()) if self._to_heal and config.heal_tokens else None
-                # What learns from a cache is not quite what learns from the base beside it.
-                cached = self._heal_cache is not None and to_heal is not None
-                made_of = {"settings": config.to_dict(), "texts": [samples, text, to_heal], "heal_cache": cached}
-            content = json.dumps(identity | made_of, sort_keys=True)
-            keys[hashlib.sha256(content.encode()).hexdigest()[:16]] = config
+    def source(self, config: FusionConfig) -> str:
+        """Where the texts that a fusion uses are from."""
+        return "; ".join(dict.fromkeys(text.source for text in self.used_by(config)))
+
+    def as_before(self, points: Sequence[Point], keys: _Keys, tokenizer: PreTrainedTokenizerBase) -> _Texts:
+        """These default texts, or those that points which are there were made on.
+
+        Raises OSError where the hub does not give these now.
+        """
+        earlier = default_source(point.calibration for point in points)
+        if earlier is None:
+            return self
+        return _Texts.load([config for config in keys.values() if config], earlier, tokenizer)
+
+
+@dataclass
+class _Maker:
+    """Makes points one after the other, from one base that is read and measured once."""
+
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    configs: list[FusionConfig]
+    texts: _Texts
+    evaluation: Evaluation
+    heal_cache: str | os.PathLike[str] | None
+
+    def check_healing(self) -> None:
+        """Raise ValueError if healed points cannot be made here."""
+        if self.texts.to_heal is None:
+            if self.heal_cache is not None:
+                raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
+            return
+        if Processes.of_launch().world_size > 1:
+            raise ValueError(
+                "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
+            )
+        from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+
+        largest = next(config for config in self.configs if config.heal_tokens)
+        check_can_heal(self.base, self.tokenizer, self.texts.to_heal, largest, cache=self.heal_cache)
+
+    def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
+        """What identifies the results of each model; default texts count as the same wherever they come from."""
+        base = base_digest(self.base)
+        others = {"dtype": self.base.dtype, "evaluation": evaluation}
+        judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
+        keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}
+        for config in self.configs:
+            texts = chain(*(text.texts for text in self.texts.used_by(config)))
+            text = text_digest(None if by_default else texts, self.tokenizer)
+            made_of = identity(base, config.in_effect(), text, **others)
+            if config.heal_tokens and self.heal_cache:  # which is not quite as learning from the base beside it
+                made_of["teacher"] = "cache"
+            keys[identity_key(made_of)[:_KEY]] = config
         return keys
 
-    def make(self, keys: Mapping[str, FusionConfig | None], results: Results) -> None:
+    def make(self, keys: _Keys, results: Results) -> None:
         """Make this process's part of the points that are missing; ends when all processes have made theirs."""
-        missing = self._processes.broadcast_object(results.missing)
-        methods = list(dict.fromkeys(_unhealed(config).method for config in keys.values() if config))
-
-        def order(key: str) -> tuple[int, ...]:
-            """The dense model, then method by method, as levels share steps; of a level what is healed comes last."""
-            if (config := keys[key]) is None:
-                return (-1,)
-            return methods.index(_unhealed(config).method), config.num_fusions, config.heal_tokens
-
-        missing.sort(key=order)
-        rank, count = self._processes.rank, self._processes.world_size
-        mine = {key: keys[key] for key in missing[len(missing) * rank // count : len(missing) * (rank + 1) // count]}
-        wanted = [config for config in mine.values() if config]
-        self._samples = self._samples if any(config.needs_similarity for config in wanted) else None
-        self._text = self._text if any(config.needs_text for config in wanted) else None
-        with closing(self._points(mine)) as points:
-            for point in progress(points, total=len(mine), desc="Sweep", unit="point"):
-                results.add(point)
-        self._processes.all_gather_object(None)
-        if self._processes.is_main:
+        processes = Processes.of_launch()
+        missing = processes.broadcast_object(results.missing)
+        first = len(missing) * processes.rank // processes.world_size
+        last = len(missing) * (processes.rank + 1) // processes.world_size
+        mine = missing[first:last]
+        self._wanted = [config for config in map(keys.get, mine) if config is not None]
+        fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
+        for key in progress(mine, desc="Sweep", unit="point"):
+            config = keys[key]
+            if config is None:
+                results.add(self._dense_point(key))
+            else:
+                results.add(self._fused_point(key, config, fuse(_unhealed(config))))
+        processes.all_gather_object(None)
+        if processes.is_main:
             results.complete()
 
-    def _points(self, keys: Mapping[str, FusionConfig | None]) -> Generator[Point, None, None]:
-        """The points of some keys. A level goes on from the one below, except where each has groups of its own."""
-
-        def begins(point: tuple[str, FusionConfig]) -> tuple[str, int]:
-            config = _unhealed(point[1])
-            return config.method, config.num_fusions if config.selection == "groups" else 1
-
-        for key in [key for key, config in keys.items() if config is None]:
-            yield self._point(key, None, self._dense[0])
-        for _, together in groupby(((key, config) for key, config in keys.items() if config), begins):
-            levels, (dense, measured) = [*together], self._dense
-            decoder = ModelDecoder(dense).copy()
-            with start(decoder, _unhealed(levels[0][1]), measured) as fusion:
-                for level, points in groupby(levels, lambda point: point[1].num_fusions):
-                    pipeline.fuse_pairs(fusion, level)
-                    model = self._finished(fusion)
-                    for key, config in points:
-                        self._heal(model, config)
-                        yield self._point(key, config, model)
-
-    def _point(self, key: str, config: FusionConfig | None, model: PreTrainedModel) -> Point:
-        dense, measured = self._dense
-        start = time.perf_counter()
-        scores = self._evaluation.scores(model, self._tokenizer)
-        seconds = {"evaluating": time.perf_counter() - start}
-        method, report, texts = DENSE, None, [(text.name, text.dense, 0.0, 1.0) for text in measured.judged]
-        timed = self._configs[0].speed and self._processes.world_size == 1
-        speedups = {"prefill": 1.0, "decoding": 1.0} if timed else {}
-        if config is not None:
-            report = cast(FusedForCausalLM, model).fusion_report
-            assert report is not None
-            method = config.method + (HEALED if config.heal_tokens and config.method != "healed" else "")
-            texts = [(text.name, text.fused, text.divergence, text.agreement) for text in report.perplexities]
-            speedups = {name: getattr(report.speed, name).ratio for name in speedups} if report.speed else {}
-            seconds["fusing"] = sum(report.seconds.values()) - sum(measured.seconds.values())
-        layers, of_base = model.config.num_hidden_layers, dense.config.num_hidden_layers
-        return Point(
-            key=key,
-            method=method,
-            num_fusions=of_base - layers,
-            layers=layers,
-            parameters=model.num_parameters(),
-            layers_removed_fraction=(of_base - layers) / of_base,
-            parameters_removed_fraction=1 - model.num_parameters() / dense.num_parameters(),
-            perplexities={name: perplexity for name, perplexity, _, _ in texts},
-            divergences={name: divergence for name, _, divergence, _ in texts},
-            agreements={name: agreement for name, *_, agreement in texts},
-            speedups=speedups,
-            scores=scores,
-            config=report.config if report else None,
-            notes=report.notes if report else [],
-            seconds=seconds,
-            versions=pipeline.versions(),
-        )
+    @cached_property
+    def _dense(self) -> PreTrainedModel:
+        return self.base.load()
 
     @cached_property
-    def _dense(self) -> tuple[PreTrainedModel, Measurements]:
-        """The base, and what is measured on it."""
-        model, config = self._base.load(), self._configs[0]
-        decoder = ModelDecoder(model)
-        pipeline.check_model(decoder, config)
-        return model, measure(decoder, self._tokenizer, config, self._samples, self._text)
+    def _measured(self) -> Measurements:
+        """What is measured on the base. Averages are kept for higher levels to go on from."""
+        decoder, config = ModelDecoder(self._dense), self.configs[0]
+        check_model(decoder, config)
+        # What no point uses is not measured.
+        samples = self.texts.samples if any(config.averages for config in self._wanted) else None
+        text = self.texts.text if any(config.needs_text for config in self._wanted) else None
+        return replace(measure(decoder, self.tokenizer, config, samples, text), averages={})
 
-    def _finished(self, fusion: Fusion) -> FusedForCausalLM:
-        """A copy of what is fused so far after its last pass."""
-        decoder = cast(ModelDecoder, fusion.decoder.copy())
-        names: dict[str, Any] = {"base": self._base.full_name, "parameters": self._dense[0].num_parameters()}
-        fusion = replace(fusion, decoder=decoder)
-        report = with_speed(pipeline.finish(fusion, self._tokenizer, **names), decoder.model)
-        return fused_class(self._base.config).adopt(decoder.model, report, self._tokenizer)
+    def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
+        """A fusion of a copy of the base, which shares its tensors."""
+        decoder = ModelDecoder(self._dense).copy()
+        base, measured = self.base.full_name, self._measured
+        report = pipeline.fuse(decoder, self.tokenizer, config, None, None, base=base, measurements=measured)
+        return fused_class(self.base.family).adopt(decoder.model, with_speed(report, decoder.model), self.tokenizer)
 
-    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> None:
+    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusionReport:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
-        report = model.fusion_report
-        assert report is not None
+        report: Any = model.fusion_report
         model.fusion_report = replace(report, config=report.config | {"method": config.method})
-        if self._to_heal and config.heal_tokens and not report.healed:
+        if self.texts.to_heal and config.heal_tokens and not report.healed:
             from lf_hf.healing.heal import heal_loaded
 
-            heal_loaded(model, self._base, self._to_heal, config, cache=self._heal_cache)
+            heal_loaded(model, self.base, self.texts.to_heal, config, cache=self.heal_cache)
+        return cast(FusionReport, model.fusion_report)
+
+    def _dense_point(self, key: str) -> Point:
+        judged = self._measured.judged
+        point = self._evaluate(key, DENSE, self._dense)
+        point.perplexities.update({text.name: text.dense for text in judged})
+        point.divergences.update({text.name: 0.0 for text in judged})
+        point.agreements.update({text.name: 1.0 for text in judged})
+        if self.configs[0].speed and Processes.of_launch().world_size == 1:
+            point.speedups.update(prefill=1.0, decoding=1.0)
+        return point
+
+    def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
+        report = self._heal(model, config)
+        is_healed_besides = config.heal_tokens and config.method != "healed"
+        point = self._evaluate(key, config.method + (HEALED if is_healed_besides else ""), model)
+        point.perplexities.update({text.name: text.fused for text in report.perplexities})
+        point.divergences.update({text.name: text.divergence for text in report.perplexities})
+        point.agreements.update({text.name: text.agreement for text in report.perplexities})
+        if report.speed is not None:
+            point.speedups.update(prefill=report.speed.prefill.ratio, decoding=report.speed.decoding.ratio)
+        point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
+        return replace(point, config=report.config, notes=report.notes, calibration=self.texts.source(config))
+
+    def _evaluate(self, key: str, method: str, model: PreTrainedModel) -> Point:
+        """The point of a model, with its sizes and scores."""
+        start = time.perf_counter()
+        scores = self.evaluation.scores(model, self.tokenizer)
+        seconds = time.perf_counter() - start
+        layers, dense_layers = model.config.num_hidden_layers, self._dense.config.num_hidden_layers
+        parameters = model.num_parameters()
+        return Point(
+            key,
+            method,
+            num_fusions=dense_layers - layers,
+            layers=layers,
+            parameters=parameters,
+            layers_removed_fraction=(dense_layers - layers) / dense_layers,
+            parameters_removed_fraction=1 - parameters / self._dense.num_parameters(),
+            scores=scores,
+            seconds={"evaluating": seconds},
+            versions=versions(),
+        )

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer, read_config
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.configuration import FUSED_CONFIGS, converted_config
-from lf_hf.checkpoint.fused_cache import base_fingerprint
-from lf_hf.checkpoint.saving import check_replaceable, checked_folder, finish_save
+from lf_hf.checkpoint.configuration import plain_config
+from lf_hf.checkpoint.identity import base_digest, identity, text_digest
+from lf_hf.checkpoint.saving import check_replaceable, checked_folder
 from lf_hf.decoder.interface import Decoder
+from lf_hf.families import family_of
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
-from lf_hf.runtime.fields import unknown_name
 from lf_hf.runtime.numerics import weights_digest
+from lf_hf.runtime.words import unknown_name
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import TextSource
 
 # What is taken for loading the base, besides values of its config.
-_OF_BASE = (
+_LOADING = (
     *HUB_ARGUMENTS,
     *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
 )
@@ -41,7 +39,8 @@ _JUDGING_TOKENS = 4096  # of each judging text, where the report names none
 class HealingInputs:
     """A fused model in memory with its report, its base, the text, and the settings of a healing.
 
-    `tokenizer` is the fused model's own, or its base's; `plain` says whether its folder is a plain checkpoint.
+    `tokenizer` is the fused model's own, or its base's. `replaces` says whether there is a fused model in the result's
+    folder.
     """
 
     model: FusedForCausalLM
@@ -50,7 +49,7 @@ class HealingInputs:
     base: Base
     corpus: Corpus
     settings: HealSettings
-    plain: bool = False
+    replaces: bool = False
 
     @property
     def fused_layers(self) -> list[int]:
@@ -67,24 +66,21 @@ class HealingInputs:
         """The type of the base when it was fused, as far as the report says."""
         return checked_dtype(self.report.dtype) or self.model.dtype
 
-    def content(self) -> dict[str, Any]:
-        """What the text, and the teacher's predictions of it, depend on, JSON-ready; files by content."""
-        text = json.dumps([list(self.corpus.parts.values()), self.corpus.generated_share])
-        return {
-            "base": self.report.base_digest or base_fingerprint(self.base),
-            "text": hashlib.sha256(text.encode()).hexdigest(),
-            "chat_template": str(self.tokenizer.chat_template),
-            "judging_tokens": self.judging_tokens,
-        }
+    def identity(self, settings: Mapping[str, Any], **others: object) -> dict[str, str]:
+        """Identity of what these settings make of the base and the text: a healing, or the base's predictions."""
+        base = self.report.base_digest or base_digest(self.base)
+        text = text_digest(self.corpus.parts.values(), self.tokenizer)
+        others |= {"written_share": self.corpus.generated_share, "judging_tokens": self.judging_tokens}
+        return identity(base, settings, text, **others)
 
     def check_base(self, decoder: Decoder) -> None:
         """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
-        report, other = self.report, False
+        report = self.report
         if report.base_digest is not None:
-            other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
-        elif report.fingerprints is not None:
-            other = base_fingerprint(self.base) != report.fingerprints["base"]
-        if other:
+            is_other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
+        else:
+            is_other = report.fingerprints is not None and base_digest(self.base) != report.fingerprints["base"]
+        if is_other:
             raise ValueError(
                 f"{self.base.full_name!r} is not the base that this model was fused from, which was "
                 f"{report.base!r}: its weights are others; give that one."
@@ -110,50 +106,53 @@ def open_inputs(
     folder, out_folder = checked_folder(fused), checked_folder(out)
     if folder == out_folder:
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
-    finish_save(folder)
+    config = plain_config(read_config(str(folder), {}))
     report = FusionReport.load(folder)
     opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
     for name in hub:
-        if name not in _OF_BASE and not hasattr(opened.config, name):
-            raise ValueError(unknown_name(HealSettings.noun, name, (*HealSettings.known, *_OF_BASE)))
-    check_replaceable(out_folder, opened.name)
+        if name not in _LOADING and not hasattr(opened.config, name):
+            raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
+    replaces = check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
     corpus = load_training_text(text, settings.tokens, tokenizer)
     if settings.written_share is not None:
-        corpus = dataclasses.replace(corpus, generated_share=settings.written_share)
-    config = AutoConfig.from_pretrained(folder)
-    if opened.config.vocab_size != config.vocab_size:
+        corpus = replace(corpus, generated_share=settings.written_share)
+    model = _open_student(folder, config, report, opened, reads_weights=reads_weights)
+    return HealingInputs(model, report, tokenizer, opened, corpus, settings, replaces), out_folder
+
+
+def _open_student(
+    folder: Path, config: PreTrainedConfig, report: FusionReport, base: Base, *, reads_weights: bool
+) -> FusedForCausalLM:
+    """The fused model. Raises ValueError if it is not one of that base, or not the one that its report describes."""
+    if base.config.vocab_size != config.vocab_size:
         raise ValueError(
-            f"{opened.full_name!r} has {opened.config.vocab_size} embeddings, and the fused model {config.vocab_size}; "
+            f"{base.full_name!r} has {base.config.vocab_size} embeddings, and the fused model {config.vocab_size}; "
             "give the base that it was fused from."
         )
     if config.num_hidden_layers != report.layers_after:
         raise ValueError(
-            f"{str(fused)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
+            f"{str(folder)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
             "the folder of a fused checkpoint."
         )
-    plain = config.model_type in FUSED_CONFIGS
-    if plain:
-        config = converted_config(config, FUSED_CONFIGS[config.model_type])
     if reads_weights:
-        model = fused_class(config).from_pretrained(folder, config=config, dtype="auto")
-    else:
-        with torch.device("meta"):
-            model = fused_class(config)(config).to(config.dtype)
-    return HealingInputs(model, report, tokenizer, opened, corpus, settings, plain), out_folder
+        return fused_class(family_of(config)).from_pretrained(folder, config=config, dtype="auto")
+    with torch.device("meta"):
+        model: Any = fused_class(family_of(config))(config)
+    return model.to(config.dtype)
 
 
 def _base_name(
     base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
 ) -> tuple[str | os.PathLike[str], dict[str, Any]]:
     """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
-    name, _, file = report.base.rpartition("/")
+    folder, _, file = report.base.rpartition("/")
     is_gguf = file.lower().endswith(".gguf")
     if base is None:
-        base = name if is_gguf else report.base
+        base = folder if is_gguf else report.base
         if "/" not in base:
-            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base= (--base).")
-    if is_gguf and not hub.get("gguf_file") and (os.fspath(base) == name or Path(base, file).is_file()):
+            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=.")
+    if is_gguf and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
         return base, {**hub, "gguf_file": file}
     return base, dict(hub)

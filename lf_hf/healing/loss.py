@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear, log_softmax, pad
 
-from lf_hf.decoder.predictions import kl_divergence
+from lf_hf.measure.predictions import kl_divergence
 
 LOGITS = 1 << 27
 """About how many logits exist at a time, in the type of the computation."""
@@ -24,7 +25,7 @@ ToLogits = Callable[[Tensor], Tensor]
 """What a family does to the output of its head, entry by entry."""
 
 LogProbs = Callable[[slice, Tensor], Tensor]
-"""Teacher's log-probabilities of some rows of a part; the second argument is the student's, of the same shape."""
+"""The teacher's log-probabilities of a slice of tokens, given the student's, which have the same shape."""
 
 
 def unchanged(logits: Tensor) -> Tensor:
@@ -43,10 +44,11 @@ class FullTargets:
     weight: Tensor
     to_logits: ToLogits = unchanged
 
-    def part(self, rows: slice, temperature: float) -> LogProbs:
-        """Of some of the batch's tokens, which are numbered through its sequences."""
-        logits = linear(self.states.flatten(0, 1)[rows].to(self.weight.dtype), self.weight)
-        return lambda some, _: log_softmax(self.to_logits(logits[some].float()) / temperature, -1)
+    def log_probs(self, rows: slice, temperature: float) -> LogProbs:
+        """Those of the batch's tokens `rows`, which are numbered through its sequences."""
+        states = self.states.flatten(0, 1)[rows].to(self.weight.dtype)
+        logits = linear(states, self.weight)
+        return lambda part, _: log_softmax(self.to_logits(logits[part].float()) / temperature, -1)
 
 
 @dataclass(frozen=True)
@@ -59,30 +61,34 @@ class TopTargets:
     """
 
     ids: Tensor
-    log_probs: Tensor
+    top_log_probs: Tensor
     norms: Tensor
 
-    def part(self, rows: slice, temperature: float) -> LogProbs:
-        ids, log_probs = (tensor.flatten(0, 1)[rows] for tensor in (self.ids.long(), self.log_probs.float()))
+    def log_probs(self, rows: slice, temperature: float) -> LogProbs:
+        """Those of the batch's tokens `rows`, which are numbered through its sequences."""
+        ids = self.ids.flatten(0, 1)[rows].long()
+        top = self.top_log_probs.flatten(0, 1)[rows].float()
         if temperature != 1:
-            log_probs = log_probs / temperature - self.norms.flatten()[rows, None]
-        return lambda some, student: _completed(ids[some], log_probs[some], student)
+            top = top / temperature - self.norms.flatten()[rows, None]
+        return lambda part, student: _completed(ids[part], top[part], student)
 
 
 Targets = FullTargets | TopTargets
 """The teacher's predictions of a batch."""
 
 
-def _completed(ids: Tensor, log_probs: Tensor, student: Tensor) -> Tensor:
+def _completed(ids: Tensor, top: Tensor, student: Tensor) -> Tensor:
     """Log-probabilities of all tokens from those of the top (rows, k): the rest is spread as the student spreads it.
 
     KL and its gradient are then those between two distributions in which all other tokens count as one.
     """
     tiny = torch.finfo(torch.float32).tiny
-    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp(min=tiny)
     # Summed up without the top, as 1 minus the sum of the top loses what is small.
-    of_student = student.exp().scatter_(1, ids, 0).sum(-1, keepdim=True).clamp(min=tiny)
-    return (student + (rest.log() - of_student.log())).scatter_(1, ids, log_probs)
+    others = student.exp().scatter_(1, ids, 0)
+    student_rest = others.sum(-1, keepdim=True).clamp(min=tiny)
+    spread = student + (rest.log() - student_rest.log())
+    return spread.scatter_(1, ids, top)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ class Loss:
 
     temperature: float = 1.0
     next_token_share: float = 0.0
+
+    def weights(self, ids: Tensor) -> tuple[float, float]:
+        """Of a token's divergence, divided by the temperature, and of its next-token loss, in the loss of a batch."""
+        divergence = (1 - self.next_token_share) * self.temperature / ids.numel()
+        return divergence, self.next_token_share / max(1, ids[:, 1:].numel())
 
 
 def distillation_loss(
@@ -103,13 +114,13 @@ def distillation_loss(
     states : tensor of shape (sequences B, tokens T, hidden)
         The student's final states, after the norm.
     weight : tensor of shape (vocab, hidden)
-        Of the student's head.
+        The student's head.
     ids : int64 tensor of shape (B, T)
         The text, for the next-token loss, which leaves each sequence's last position out.
     targets : FullTargets or TopTargets
     loss : Loss
     to_logits : callable
-        Of the student.
+        The student's.
 
     Returns
     -------
@@ -125,31 +136,34 @@ class _Distillation(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss, to_logits: ToLogits
     ) -> Tensor:
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        if dtype == torch.float16:  # in which gradients of single tokens vanish
-            dtype = torch.float32
-        needs_states, needs_weight = ctx.needs_input_grad[:2]
-        with torch.autocast(kind, enabled=False):
-            flat, head = states.flatten(0, 1).to(dtype), weight.to(dtype)  # (B T, hidden), (vocab, hidden)
-            # The tokens that follow; -1 after the last one of each sequence.
-            next_ids = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
-            grad_states = torch.empty_like(flat, dtype=states.dtype) if needs_states else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            total = torch.zeros((), device=states.device)
-            counts = len(next_ids), int((next_ids >= 0).sum())
-            for rows in parts(len(flat), len(weight), LOGITS):
-                logits, teacher = linear(flat[rows], head), targets.part(rows, loss.temperature)
-                for some in parts(len(logits), len(weight), FLOAT_LOGITS_ON_CPU if kind == "cpu" else FLOAT_LOGITS):
-                    value, gradient = _of_rows(
-                        logits[some], to_logits, teacher, some, next_ids[rows][some], loss, counts
-                    )
+        device, vocab_size = states.device, len(weight)
+        float_logits = FLOAT_LOGITS_ON_CPU if device.type == "cpu" else FLOAT_LOGITS
+        dtype = _computation_dtype(states)
+        next_ids = pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1 after the last token of a sequence
+        per_token = partial(_loss_and_gradient, loss.temperature, *loss.weights(ids))
+        total = torch.zeros((), device=device)
+        grad_states = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_states = torch.empty_like(states).flatten(0, 1)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        with torch.autocast(device.type, enabled=False):
+            flat = states.flatten(0, 1).to(dtype)  # (B T, hidden)
+            head = weight.to(dtype)
+            for rows in row_slices(len(flat), vocab_size, LOGITS):
+                logits = linear(flat[rows], head)
+                teacher = targets.log_probs(rows, loss.temperature)
+                following = next_ids[rows]
+                for part in row_slices(len(logits), vocab_size, float_logits):
+                    expected = partial(teacher, part)
+                    value, gradient = per_token(logits[part], to_logits, expected, following[part])
                     total += value
-                    logits[some] = gradient  # which takes the place of what it is of
+                    logits[part] = gradient  # which takes the place of the logits
                 if grad_states is not None:
                     grad_states[rows] = (logits @ head).to(states.dtype)
                 if grad_weight is not None:
                     grad_weight += logits.T @ flat[rows]
+                del logits, teacher, expected  # before the next ones are made
         ctx.shape, ctx.weight_dtype = states.shape, weight.dtype
         ctx.save_for_backward(grad_states, grad_weight)
         return total
@@ -157,45 +171,65 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_weight = ctx.saved_tensors
-        of_states = None if grad_states is None else grad_states.view(ctx.shape) * grad_output
-        of_weight = None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype)
-        return of_states, of_weight, None, None, None, None
+        if grad_states is not None:
+            grad_states = grad_states.view(ctx.shape) * grad_output
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_states, grad_weight, None, None, None, None
 
 
-def parts(count: int, vocab_size: int, logits: int) -> Iterator[slice]:
-    """`count` tokens, as many at a time as have about so many logits."""
-    rows = max(1, logits // vocab_size)
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+def row_slices(count: int, vocab_size: int, logits: int) -> Iterator[slice]:
+    """`count` tokens in slices, each of as many as have about `logits` logits."""
+    step = max(1, logits // vocab_size)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _of_rows(
+def logits_memory(device: torch.device, logits: int, size: int) -> int:
+    """Bytes of both models' logits that exist at a time, of `logits` in all; a number has `size` bytes."""
+    float_logits = FLOAT_LOGITS_ON_CPU if device.type == "cpu" else FLOAT_LOGITS
+    return 2 * size * min(logits, LOGITS) + 6 * 4 * min(logits, float_logits)
+
+
+def _computation_dtype(states: Tensor) -> torch.dtype:
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    if dtype == torch.float16:  # in which gradients of single tokens vanish
+        return torch.float32
+    return dtype
+
+
+def _loss_and_gradient(
+    temperature: float,
+    divergence: float,
+    next_token: float,
     head_output: Tensor,
     to_logits: ToLogits,
-    teacher: LogProbs,
-    some: slice,
+    teacher: Callable[[Tensor], Tensor],
     next_ids: Tensor,
-    loss: Loss,
-    counts: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """What some rows add to the loss, and its gradient at the output of the head, (rows, vocab)."""
-    of_head, temperature, share = head_output.float(), loss.temperature, loss.next_token_share
+    """What some tokens add to the loss, and its gradient at the output of the head, (tokens, vocab).
+
+    `divergence` and `next_token` are weights of a token as `Loss.weights` gives them.
+    """
+    output = head_output.float().requires_grad_()
     with torch.enable_grad():
-        attached = to_logits(of_head.requires_grad_())
+        attached = to_logits(output)
     logits = attached.detach()
-    student = log_softmax(logits if temperature == 1 else logits / temperature, -1)
-    expected = teacher(some, student)
+    student = plain = log_softmax(logits, -1)
+    if temperature != 1:
+        student = log_softmax(logits / temperature, -1)
+    expected = teacher(student)
     probabilities = expected.exp()
-    of_teacher = (1 - share) * temperature / counts[0]
-    value = kl_divergence(expected, student, probabilities).sum() * (of_teacher * temperature)
-    plain = student if temperature == 1 else log_softmax(logits, -1)
-    next_token_weights = (next_ids >= 0)[:, None] * (share / max(1, counts[1]))
     index = next_ids.clamp(min=0)[:, None]
-    value = value - (plain.gather(1, index) * next_token_weights).sum()
+    next_tokens = (next_ids >= 0)[:, None] * next_token
+    value = kl_divergence(expected, student, probabilities).sum() * (divergence * temperature)
+    value = value - (plain.gather(1, index) * next_tokens).sum()
     if temperature == 1:
-        gradient = student.exp_().mul_(next_token_weights + of_teacher)
+        gradient = student.exp_().mul_(next_tokens + divergence)
     else:
-        gradient = plain.exp_().mul_(next_token_weights).add_(student.exp_(), alpha=of_teacher)
-    gradient.sub_(probabilities, alpha=of_teacher).scatter_add_(1, index, -next_token_weights)
-    if attached is not of_head:
-        [gradient] = torch.autograd.grad(attached, of_head, gradient)
+        gradient = plain.exp_().mul_(next_tokens).add_(student.exp_(), alpha=divergence)
+    gradient.sub_(probabilities, alpha=divergence)
+    gradient.scatter_add_(1, index, -next_tokens)
+    if attached is not output:
+        [gradient] = torch.autograd.grad(attached, output, gradient)
     return value, gradient

@@ -14,11 +14,9 @@ RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75
 @documented
 @dataclass(frozen=True)
 class HealSettings(Settings):
-    """Settings of a healing."""
+    """Settings of a healing. Raises ValueError for a value that is not allowed."""
 
-    noun = "healing setting"
-
-    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", bounds=f">= {LEAST_HEAL_TOKENS}")
+    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", at_least=LEAST_HEAL_TOKENS)
     train: str = setting(
         "layers",
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '
@@ -30,30 +28,32 @@ class HealSettings(Settings):
         None,
         'The highest learning rate, after the warm-up. It follows from the size of the weights and, for "lora", is '
         "five times as high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
-        bounds="> 0 and <= 1",
+        above=0,
+        at_most=1,
         unset="from the model's weights",
     )
     temperature: float = setting(
-        1.0, "What both models' logits are divided by before they are compared.", bounds="> 0 and <= 100"
+        1.0, "What both models' logits are divided by before they are compared.", above=0, at_most=100
     )
     next_token_share: float = setting(
         0.2,
         "Share of the loss that is for the text's own next token; the rest is for the base's predictions.",
-        bounds=">= 0 and <= 1",
+        at_least=0,
+        at_most=1,
     )
     written_share: float | None = setting(
-        None, "Share of the tokens that the base writes itself.", bounds=">= 0 and <= 0.9", unset="a third"
+        None, "Share of the tokens that the base writes itself.", at_least=0, at_most=0.9, unset="a third"
     )
-    length: int = setting(512, "Tokens of a sequence that is trained on.", bounds=">= 16")
-    batch_tokens: int = setting(2048, "Tokens of a training step, over all processes.", bounds=">= 16")
-    lora_rank: int = setting(32, 'Rank of the adapters of train="lora".', bounds=">= 1", needs=("with_adapters",))
+    length: int = setting(512, "Tokens of a sequence that is trained on.", at_least=16)
+    batch_tokens: int = setting(2048, "Tokens of a training step, over all processes.", at_least=16)
+    lora_rank: int = setting(32, 'Rank of the adapters of train="lora".', at_least=1, needs="with_adapters")
     top_k: int = setting(
         64,
         "How many of the base's predictions of a token are kept where they are written to disk; the rest is one.",
-        bounds=">= 1",
+        at_least=1,
     )
     seed: int = setting(
-        0, "Seed of the text that the base writes and of the order of sequences.", bounds=f">= 0 and <= {LARGEST_SEED}"
+        0, "Seed of the text that the base writes and of the order of sequences.", at_least=0, at_most=LARGEST_SEED
     )
 
     def _check_together(self) -> None:

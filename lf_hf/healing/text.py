@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lf_hf.decoder.generating import WRITTEN_LENGTH
 from lf_hf.healing.settings import HealSettings
-from lf_hf.measure import PERPLEXITY_LENGTH, WRITTEN_LENGTH
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
-from lf_hf.text.judging import judging_texts
-from lf_hf.text.packing import check_ids, pack_parts, pack_tokens
+from lf_hf.text.judging import judging_sequences
+from lf_hf.text.packing import check_ids, pack_parts
 
 HELD_OUT = 4
 """Sequences of a kind of text that are held out at most, to see how far the student is from the teacher."""
@@ -27,12 +27,12 @@ WRITTEN_TOGETHER = 256
 """Pieces that the base writes together; a multiple of the step of `CHATS`, so that chats keep their places."""
 
 Write = Callable[[int, int, int], list[Tensor]]
-"""Text that the base writes: of so many sequences, of so many tokens each, with a seed."""
+"""Text that the base writes: `write(sequences, tokens of each, seed)`."""
 
 
 @dataclass(frozen=True)
 class TextKind:
-    """A kind of text. All sequences of one are int64 tensors of one length; those of `judging` judge the result."""
+    """A kind of text. All its sequences are int64 tensors of one length; those of `judging` judge the result."""
 
     name: str
     training: list[Tensor] = field(default_factory=list)
@@ -50,16 +50,31 @@ def given_text(
     """
     length = settings.length
     num_given = settings.sequences - int(settings.sequences * corpus.generated_share)
-    packed = pack_parts(tokenizer, corpus, length, (num_given + HELD_OUT * len(corpus.parts)) * length)
-    kinds = [_split(name, [sequence for sequence in part if len(sequence) == length]) for name, part in packed.items()]
+    most = (num_given + HELD_OUT * len(corpus.parts)) * length
+    kinds, tokens = [], 0
+    for name, packed in pack_parts(tokenizer, corpus, length, most).items():
+        kinds.append(_with_held_out(name, [sequence for sequence in packed if len(sequence) == length]))
+        tokens += sum(map(len, packed))
+        check_ids(packed, vocab_size)
     if not any(kind.held_out for kind in kinds):
-        tokens = sum(len(sequence) for part in packed.values() for sequence in part)
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
             f"length={length}; give more text, or lower length."
         )
-    check_ids(max(int(sequence.max()) for part in packed.values() for sequence in part), vocab_size)
     return kinds
+
+
+def num_written(given: list[TextKind], corpus: Corpus, settings: HealSettings) -> int:
+    """How many sequences the base writes to train on: its share of the training, or of the text where that is short."""
+    share = corpus.generated_share
+    num_given = sum(len(kind.training) for kind in given)
+    return min(int(settings.sequences * share), round(num_given * share / (1 - share)))
+
+
+def expected_epochs(given: list[TextKind], corpus: Corpus, settings: HealSettings) -> float:
+    """About how many times a training goes through its text, of which the base's part is not written yet."""
+    num_sequences = sum(len(kind.training) for kind in given) + num_written(given, corpus, settings)
+    return max(1.0, settings.sequences / num_sequences)
 
 
 def healing_text(
@@ -75,66 +90,80 @@ def healing_text(
 
     `chats` says whether `CHATS` of what `write` gives are chats.
     """
-    length = settings.length
     kinds = given_text(tokenizer, corpus, settings, vocab_size)
-    share, given = corpus.generated_share, sum(len(kind.training) for kind in kinds)
-    # Short text keeps its share.
-    count = min(int(settings.sequences * share), round(given * share / (1 - share)))
+    count = num_written(kinds, corpus, settings)
     if count:
-        num_chats = len(range(count)[CHATS]) if chats else 0
-        held_out_chats, num_text = min(HELD_OUT, num_chats), count - num_chats + HELD_OUT
-        enough = max(CHATS.step * (num_chats + held_out_chats), math.ceil(num_text * CHATS.step / (CHATS.step - 1)))
-        pieces = _written(write, length, settings.seed, enough if chats else num_text)
-        written_chats = pieces[CHATS]
-        if chats:
-            del pieces[CHATS]
-        kinds.append(_joined(WRITTEN, pieces, length, count - num_chats, HELD_OUT))
-        kinds.append(_joined(WRITTEN_CHATS, written_chats, length, num_chats, held_out_chats))
-    if sum(bool(kind.held_out) for kind in kinds if kind.name != QUESTIONS) > 1:
+        kinds += _written_text(write, settings, count, chats=chats)
+    others = [kind for kind in kinds if kind.held_out and kind.name != QUESTIONS]
+    if len(others) > 1:
         # Each question is there twice, so the other half of those that are held out would be trained on.
-        kinds = [TextKind(k.name, [*k.training, *k.held_out]) if k.name == QUESTIONS else k for k in kinds]
+        for kind in kinds:
+            if kind.name == QUESTIONS:
+                kind.training.extend(kind.held_out)
+                kind.held_out.clear()
     return [kind for kind in kinds if kind.training or kind.held_out]
 
 
-def judging_kinds(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> list[TextKind]:
-    """The judging texts in sequences of the fusion's length, so that its figures and those of healing can be compared.
-
-    `longest` is what the model takes, and `tokens` is how many there are of each text.
-    """
-    length, kinds = min(PERPLEXITY_LENGTH, longest), []
-    for text in judging_texts():
-        sequences = pack_tokens(tokenizer, text.text, length, max(length, tokens))
-        kinds.append(TextKind(text.name, judging=[sequence for sequence in sequences if len(sequence) == length]))
-    return kinds
+def judging_text(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> list[TextKind]:
+    """The judging texts as the fusion was judged on them: `tokens` of each, in sequences that the model takes."""
+    sequences = judging_sequences(tokenizer, tokens, longest)
+    return [TextKind(name, judging=judging) for name, judging in sequences.items()]
 
 
 def training_order(count: int, settings: HealSettings) -> list[int]:
     """Numbers of `count` sequences as a training goes through them: all in a new order, again and again."""
-    random, order = torch.Generator().manual_seed(settings.seed), list[int]()
+    random = torch.Generator().manual_seed(settings.seed)
+    order: list[int] = []
     while len(order) < settings.sequences:
         order += torch.randperm(count, generator=random).tolist()
     return order[: settings.sequences]
 
 
-def _written(write: Write, length: int, seed: int, count: int) -> list[Tensor]:
+def _written_text(write: Write, settings: HealSettings, count: int, *, chats: bool) -> list[TextKind]:
+    """`count` sequences that the base writes to train on, chats as a kind of their own, and others to hold out."""
+    length = settings.length
+    if not chats:
+        return [_joined(WRITTEN, _written_pieces(write, settings, count + HELD_OUT), length, count, HELD_OUT)]
+    num_chats = len(range(count)[CHATS])
+    held_out_chats = min(HELD_OUT, num_chats)
+    num_texts = count - num_chats
+    for_chats = CHATS.step * (num_chats + held_out_chats)
+    for_texts = math.ceil((num_texts + HELD_OUT) * CHATS.step / (CHATS.step - 1))
+    pieces = _written_pieces(write, settings, max(for_chats, for_texts))
+    chat_pieces = pieces[CHATS]
+    del pieces[CHATS]
+    return [
+        _joined(WRITTEN, pieces, length, num_texts, HELD_OUT),
+        _joined(WRITTEN_CHATS, chat_pieces, length, num_chats, held_out_chats),
+    ]
+
+
+def _written_pieces(write: Write, settings: HealSettings, count: int) -> list[Tensor]:
     """Short pieces for `count` sequences: at length a small model's text no longer resembles any, and takes long."""
-    short, pieces = min(WRITTEN_LENGTH, length), list[Tensor]()
-    total = count * -(-length // short)
+    short = min(WRITTEN_LENGTH, settings.length)
+    total = count * math.ceil(settings.length / short)
+    pieces: list[Tensor] = []
     for start in range(0, total, WRITTEN_TOGETHER):
-        pieces += write(min(WRITTEN_TOGETHER, total - start), short, seed + start)
+        pieces += write(min(WRITTEN_TOGETHER, total - start), short, settings.seed + start)
     return pieces
 
 
 def _joined(name: str, pieces: list[Tensor], length: int, count: int, held_out: int) -> TextKind:
     """Sequences of short pieces, `count` to train on and `held_out` that are not."""
-    of_each = -(-length // len(pieces[0]))
-    sequences = [torch.cat(pieces[n * of_each : (n + 1) * of_each])[:length] for n in range(held_out + count)]
+    step = math.ceil(length / len(pieces[0]))
+    sequences = []
+    for start in range(0, (held_out + count) * step, step):
+        sequences.append(torch.cat(pieces[start : start + step])[:length])
     return TextKind(name, sequences[held_out:], sequences[:held_out])
 
 
-def _split(name: str, sequences: list[Tensor]) -> TextKind:
-    """Sequences with some of them, spread evenly, held out: an eighth, or half of the last two."""
-    count = min(HELD_OUT, len(sequences) // 8 or len(sequences) // 2)
-    places = {(2 * n + 1) * len(sequences) // (2 * count) for n in range(count)}
-    training = [sequence for place, sequence in enumerate(sequences) if place not in places]
-    return TextKind(name, training, [sequences[place] for place in sorted(places)])
+def _with_held_out(name: str, sequences: list[Tensor]) -> TextKind:
+    """Sequences of which some, spread evenly, are held out: an eighth, or half of the last two."""
+    total = len(sequences)
+    count = min(HELD_OUT, total // 8 or total // 2)
+    places = {(2 * n + 1) * total // (2 * count) for n in range(count)}
+    kind = TextKind(name)
+    for place, sequence in enumerate(sequences):
+        part = kind.held_out if place in places else kind.training
+        part.append(sequence)
+    return kind

@@ -25,6 +25,7 @@ from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
+from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16, typical_size
@@ -36,6 +37,7 @@ EVALUATIONS = 6
 """How many times a training looks at held-out text, and keeps its state."""
 
 DIVERGENCE = "eval_divergence"
+_FILES = "files.json"  # in a state of the training: its files and their sizes
 _LEAST_WARMED_UP = 10  # steps: of fewer, the first one, at a rate of 0, would be too many
 
 
@@ -79,10 +81,10 @@ def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    trained: dict[str, str | tuple[str, ...]] = {"all": "", "layers": "model.layers."}
-    trained["fused"] = tuple(f"model.layers.{number}." for number in fused_layers)
+    fused = tuple(f"model.layers.{number}." for number in fused_layers)
+    trained = {"all": "", "layers": "model.layers.", "fused": fused}[settings.train]
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(trained[settings.train]) or "norm" in name)
+        parameter.requires_grad_(name.startswith(trained) or "norm" in name)
     return student
 
 
@@ -136,26 +138,34 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         try:
             super()._save_checkpoint(*arguments, **named)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                state = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
+                (state / _FILES).write_text(json.dumps(_file_sizes(state)), encoding="utf-8")
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
             raise OSError(
                 f"The state of step {self.state.global_step} was not written ({reason(error)}); the one before it is "
                 "kept: with room on the disk the same command goes on from there."
             ) from error
 
-    def curve(self) -> dict[int, dict[str, float]]:
-        """Divergences on held-out text, nats a token, by step and kind of text."""
-        curve: dict[int, dict[str, float]] = {}
+    def curve(self) -> list[HealingPoint]:
+        """Divergences on held-out text, nats a token, by kind of text, in the order of steps."""
         assert isinstance(self.eval_dataset, dict)
+        points: dict[int, HealingPoint] = {}
         for entry in self.state.log_history:
             for name in self.eval_dataset:
-                if (value := entry.get(f"eval_{name}_loss")) is not None:
-                    curve.setdefault(int(entry["step"]), {})[name] = value
-        return curve
+                figure = f"eval_{name}_loss"
+                if figure in entry:
+                    step = int(entry["step"])
+                    points.setdefault(step, HealingPoint(step, {})).divergences[name] = entry[figure]
+        return list(points.values())
 
     def best_step(self) -> int:
         """The step whose state is the nearest to the teacher on held-out text; 0 is the fused model."""
         before, *means = [entry[DIVERGENCE] for entry in self.state.log_history if DIVERGENCE in entry]
-        return self.state.best_global_step or 0 if min(means, default=math.inf) < before else 0
+        if min(means, default=math.inf) < before:
+            return self.state.best_global_step or 0
+        return 0
 
     def trained_state(self, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
         """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
@@ -167,6 +177,20 @@ class DistillationTrainer(Trainer):
             student.load_state_dict(state)
             state = student.merge_and_unload().state_dict()
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _file_sizes(state: Path) -> dict[str, int]:
+    return {str(file.relative_to(state)): file.stat().st_size for file in state.rglob("*") if file.is_file()}
+
+
+def damaged_file(state: Path) -> str | None:
+    """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
+    try:
+        sizes: dict[str, int] = json.loads((state / _FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return _FILES
+    found = _file_sizes(state)
+    return next((name for name, size in sizes.items() if found.get(name) != size), None)
 
 
 class _Progress(TrainerCallback):
@@ -214,6 +238,8 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
 
     Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"training_args must be a dict of TrainingArguments' fields, got {given!r:.80}.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     own: dict[str, Any] = {
         "output_dir": str(folder),
@@ -253,6 +279,9 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})

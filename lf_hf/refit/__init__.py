@@ -1,1 +1,1 @@
-"""Fusing by what layers compute. `fit` has the mathematics, `groups` chooses layers, `last_pass` makes them again."""
+"""Fusing by what layers compute: `fit` has the mathematics, `bottom_up` runs it from the lowest group up."""

@@ -9,7 +9,8 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from lf_hf.decoder.interface import Decoder
@@ -53,20 +54,11 @@ def stacked(
     if half.before:
         wide[f"{half.before}.weight"] = torch.ones_like(parameters[0][f"{half.before}.weight"])
     for reader in half.readers:
-        rows = []
-        for n, layer in enumerate(parameters):
-            weight = layer[f"{reader}.weight"]
-            row = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            if half.before:
-                row = row * layer[f"{half.before}.weight"]
-            if maps is not None:
-                row = row @ maps[n].to(row)
-            rows.append(row.to(weight.dtype))
-        wide[f"{reader}.weight"] = torch.cat(rows)
+        wide[f"{reader}.weight"] = torch.cat(_folded_readers(half, reader, parameters, maps))
         if f"{reader}.bias" in parameters[0]:
             wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
     writers = [layer[f"{half.writer}.weight"] for layer in parameters]
-    biases = [layer[f"{half.writer}.bias"] for layer in parameters] if f"{half.writer}.bias" in parameters[0] else []
+    biases = [layer[f"{half.writer}.bias"] for layer in parameters if f"{half.writer}.bias" in layer]
     if half.after:
         gains = torch.stack([layer[f"{half.after}.weight"] for layer in parameters])  # (layers, hidden)
         gain = gains[0]
@@ -82,14 +74,28 @@ def stacked(
     return wide
 
 
+def _folded_readers(
+    half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """A reader's weight of each layer, with the norm's gains and the layer's map folded in."""
+    folded = []
+    for n, layer in enumerate(parameters):
+        weight = layer[f"{reader}.weight"]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if half.before:
+            wide = wide * layer[f"{half.before}.weight"]
+        if maps is not None:
+            wide = wide @ maps[n].to(wide)
+        folded.append(wide.to(weight.dtype))
+    return folded
+
+
 def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
     """A decoder layer of given weights; it has as many heads and channels as they have."""
     config = copy.copy(decoder.config)
-    channels = head_dim(config)
-    queries, keys = (len(weights[f"self_attn.{name}_proj.weight"]) for name in "qk")
-    config.head_dim = channels
-    config.num_attention_heads = queries // channels
-    config.num_key_value_heads = keys // channels
+    config.head_dim = head_dim(config)
+    config.num_attention_heads = len(weights["self_attn.q_proj.weight"]) // config.head_dim
+    config.num_key_value_heads = len(weights["self_attn.k_proj.weight"]) // config.head_dim
     config.intermediate_size = len(weights["mlp.gate_proj.weight"])
     layer = decoder.family.new_layer(config, kind)
     layer.load_state_dict(decoder.family.packed(weights), assign=True)
@@ -140,22 +146,22 @@ def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor
     """What down_proj reads, of an MLP that `stacked` made: (sequences B, tokens T, hidden) -> (B * T, channels)."""
     family = decoder.family
     read = normalized(decoder, family.mlp, residual).flatten(0, 1)
-    gate, up = (
-        nn.functional.linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        for name in family.mlp.readers
-    )
+    gate_name, up_name = family.mlp.readers
+    gate = linear(read, weights[f"{gate_name}.weight"], weights.get(f"{gate_name}.bias"))
+    up = linear(read, weights[f"{up_name}.weight"], weights.get(f"{up_name}.bias"))
     return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
 
 
 def selected(half: Half, weights: Weights, *rows: Tensor) -> dict[str, Tensor]:
     """A half with some rows of each of its readers, and the columns of its writer that read the first one's."""
-    kept, writer = dict(weights), f"{half.writer}.weight"
+    selection = dict(weights)
     for reader, chosen in zip(half.readers, rows, strict=True):
         for name in (f"{reader}.weight", f"{reader}.bias"):
-            if name in kept:
-                kept[name] = kept[name][chosen]
-    kept[writer] = kept[writer][:, rows[0]]
-    return kept
+            if name in weights:
+                selection[name] = weights[name][chosen]
+    writer = f"{half.writer}.weight"
+    selection[writer] = weights[writer][:, rows[0]]
+    return selection
 
 
 def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,18 +174,16 @@ def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[
     """
     merged: dict[str, Tensor] = {}
     for name, rows in chosen.items():
-        norm, of_layer = HEAD_NORMS[name], rows // len(parameters[0][f"self_attn.{name}.weight"])
+        norm = HEAD_NORMS[name]
+        layer_numbers = rows // len(parameters[0][f"self_attn.{name}.weight"])
         gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
-        shares = torch.bincount(of_layer, minlength=len(parameters)) / len(rows)
-        merged[norm] = torch.exp(shares @ gains.float().abs().clamp(min=_LEAST_GAIN).log()).to(gains.dtype)
-        channel = rows % gains.shape[1]
-        scale = gains[of_layer, channel] / merged[norm][channel]
-        for part, by_row in ((f"self_attn.{name}.weight", scale[:, None]), (f"self_attn.{name}.bias", scale)):
-            if part in wide:
-                merged[part] = (wide[part][rows] * by_row).to(wide[part].dtype)
+        shares = torch.bincount(layer_numbers, minlength=len(parameters)) / len(rows)
+        log_gains = gains.float().abs().clamp(min=_LEAST_GAIN).log()
+        merged[norm] = torch.exp(shares @ log_gains).to(gains.dtype)
+        channels = rows % gains.shape[1]
+        scale = gains[layer_numbers, channels] / merged[norm][channels]
+        weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
+        merged[weight] = (wide[weight][rows] * scale[:, None]).to(wide[weight].dtype)
+        if bias in wide:
+            merged[bias] = (wide[bias][rows] * scale).to(wide[bias].dtype)
     return merged
-
-
-def expanded(blocks: Tensor, block: int) -> Tensor:
-    """Indices of all members of some blocks of `block` adjacent ones."""
-    return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()

@@ -7,7 +7,7 @@ the vocabulary, is involved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer
-from lf_hf.refit.fit import token_weights
+from lf_hf.refit.half_fit import token_weights
 from lf_hf.runtime.numerics import in_float64, typical_size
 
 Row = tuple[int, int]
@@ -49,7 +49,7 @@ def tune(
     states, targets : sequences of tensors of shape (sequences B, tokens T, hidden)
         The stream in front of the layer, and as it should be after it: this process's share of the text.
     steps : Steps
-        What `steps_of` gives for this text.
+        What `training_steps` gives for this text.
     """
     device, dtype = layer.mlp.down_proj.weight.device, layer.mlp.down_proj.weight.dtype
     computed = torch.bfloat16 if dtype == torch.float16 else dtype  # in which gradients do not underflow
@@ -61,33 +61,31 @@ def tune(
     for state, target in zip(states, targets, strict=True):
         squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
         changes += in_float64(token_weights(decoder, target) @ squares).cpu()
-    decoder.processes.all_reduce(changes)
+    decoder.add_up(changes)
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
     for rows in steps.rows:
-        of_length: dict[int, list[Row]] = {}
-        for n, row in rows:
-            of_length.setdefault(states[n].shape[1], []).append((n, row))
-        for alike in of_length.values():
-            state, target = (torch.stack([some[n][row] for n, row in alike]).to(device) for some in (states, targets))
-            state = state.to(computed)
+        for same_length in _by_length(states, rows):
+            state = torch.stack([states[n][row] for n, row in same_length]).to(device, computed)
+            target = torch.stack([targets[n][row] for n, row in same_length]).to(device)
             with torch.enable_grad():
                 cast = {name: weight.to(computed) for name, weight in weights.items()}
                 output = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
                 missed = (output - target).to(scale.dtype).square().flatten(0, 1) @ scale
                 # Gradients are scaled to those of a whole pass: AdamW sees their size only through its eps.
-                (missed @ token_weights(decoder, target).to(missed) * steps.of_a_pass).backward()
+                loss = missed @ token_weights(decoder, target).to(missed) * steps.per_pass
+                loss.backward()
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            decoder.processes.all_reduce(weight.grad)
+            decoder.add_up(weight.grad)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     tuned = {name: weight.detach().to(dtype) for name, weight in weights.items()}
     for weight in tuned.values():
-        decoder.processes.broadcast(weight)  # in case machines round differently
+        decoder.synchronize(weight)
     return tuned
 
 
@@ -95,25 +93,41 @@ class Steps(NamedTuple):
     """This process's sequences of each step of the training, and about how many steps are a pass over the text."""
 
     rows: list[list[Row]]
-    of_a_pass: float
+    per_pass: float
 
 
-def steps_of(decoder: Decoder, sequences: Sequence[Tensor]) -> Steps:
-    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone."""
+def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers: Sequence[Sequence[int]]) -> Steps:
+    """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone.
+
+    `batch_numbers` are the numbers of this process's sequences in each of its batches, as `Decoder.batch_indices` gave
+    them when the batches were made: asked again, it may answer otherwise, as other memory is free.
+    """
     passes = max(1, min(_PASSES, round(_TRAINED_TOKENS / sum(map(len, sequences)))))
-    mine = decoder.processes.shard(range(len(sequences)))
-    batches = decoder.batched(decoder.processes.shard(sequences))
-    places = {mine[number]: (n, row) for n, numbers in enumerate(batches) for row, number in enumerate(numbers)}
-    steps, tokens = [list[Row]()], 0
+    mine = decoder.shard(range(len(sequences)))
+    places: dict[int, Row] = {}
+    for batch, numbers in enumerate(batch_numbers):
+        for row, place in enumerate(numbers):
+            places[mine[place]] = batch, row
+    steps: list[list[Row]] = [[]]
+    tokens = 0
     generator = torch.Generator().manual_seed(0)
-    for number in [n for _ in range(passes) for n in torch.randperm(len(sequences), generator=generator).tolist()]:
-        if tokens >= _STEP_TOKENS:
-            steps.append([])
-            tokens = 0
-        tokens += len(sequences[number])
-        if number in places:
-            steps[-1].append(places[number])
+    for _ in range(passes):
+        for number in torch.randperm(len(sequences), generator=generator).tolist():
+            if tokens >= _STEP_TOKENS:
+                steps.append([])
+                tokens = 0
+            tokens += len(sequences[number])
+            if number in places:
+                steps[-1].append(places[number])
     return Steps(steps, len(steps) / passes)
+
+
+def _by_length(states: Sequence[Tensor], rows: Sequence[Row]) -> Iterable[list[Row]]:
+    """The rows of a step, those of one length together."""
+    grouped: dict[int, list[Row]] = {}
+    for n, row in rows:
+        grouped.setdefault(states[n].shape[1], []).append((n, row))
+    return grouped.values()
 
 
 def channel_weights(changes: Tensor) -> Tensor:

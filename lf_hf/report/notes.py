@@ -1,33 +1,36 @@
-"""Sentences about what a fusion has broken, for a report's notes."""
+"""Notes of a report about what a fusion has broken."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lf_hf.report.records import Continuation, PerplexityInfo
+from lf_hf.report.data import Continuation, PerplexityInfo
 
 COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
 SILENT = "The fused model writes nothing"  # begins the note about that
+_HARMFUL_RATIO = 2
+_TO_FIT = "The method refit fits the fused layers to the base and keeps far more of it."
+_TO_FIT_BETTER = "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
 
 
 def damage_notes(
     judged: Sequence[PerplexityInfo], continuations: Sequence[Continuation] = (), *, fitted: bool
 ) -> list[str]:
-    """A sentence about perplexities that more than doubled, if any did; `fitted` says whether layers were.
+    """Notes about perplexities that more than doubled, and about prompts after which only the base writes something.
 
-    And one about prompts after which the base writes something and the fused model only blanks, if there are any.
+    `fitted` says whether the fused layers were fitted, on which the advice depends.
     """
     notes = []
-    if collapsed := [info for info in judged if not info.fused <= 2 * info.dense]:
-        moved = " and ".join(f"from {info.dense:.4g} to {info.fused:.4g} ({info.name})" for info in collapsed)
-        advice = "method=refit fits the fused layers to the base and keeps far more of it."
-        if fitted:
-            advice = "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."
+    collapsed = [text for text in judged if not text.fused <= _HARMFUL_RATIO * text.dense]  # NaN is harm, too
+    if collapsed:
+        moved = " and ".join(f"from {text.dense:.4g} to {text.fused:.4g} ({text.name})" for text in collapsed)
+        advice = _TO_FIT_BETTER if fitted else _TO_FIT
         notes.append(
             f"{COLLAPSED} {moved}: the fused model predicts text far worse than its base, even where multiple-choice "
             f"scores look fine. {advice}"
         )
-    if prompts := [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]:
+    prompts = [repr(text.prompt) for text in continuations if text.dense.strip() and not text.fused.strip()]
+    if prompts:
         notes.append(
             f"{SILENT} where its base goes on, after {', '.join(prompts)}. Fewer fusions help, or text of that kind "
             "to calibrate and heal on."

@@ -1,7 +1,4 @@
-"""One self-contained page about a fusion, and its pictures, made of the report. Comes with the extra `plot`.
-
-The page's words are in page.html.
-"""
+"""The page about a fusion, one HTML file, and its pictures. Comes with the extra `plot`; its words are in page.html."""
 
 from __future__ import annotations
 
@@ -10,7 +7,9 @@ import importlib.util
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader
 
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
@@ -18,31 +17,37 @@ from lf_hf.report.rows import as_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLOT_PACKAGES = ("jinja2", "matplotlib")
+_MARK = "made by lf-hf report"  # at the start of every file that is written here
+_START = 1024  # bytes
 
 
 def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
     """Write the page: one HTML file that loads nothing from elsewhere and runs no script.
 
-    Raises ValueError if matplotlib or jinja2 is not installed, or if figures do not fit together.
+    Raises ValueError if matplotlib is not installed, figures do not fit together, or `file` is no name of an HTML file
+    or is a file that was not written here.
     """
-    pictures = {name: base64.b64encode(_svg(figure)).decode() for name, figure in report_figures(report).items()}
-    from jinja2 import Environment, PackageLoader
-
+    page = Path(file)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"The page must be a .html file, got {str(page)!r}.")
+    _check_ours(page)
+    figures = report_figures(report)
     environment = Environment(loader=PackageLoader("lf_hf.report", "."), autoescape=True, trim_blocks=True)
-    page = environment.get_template("page.html").render(
-        report=report, pictures=pictures, figures=as_table(report.rows())
-    )
-    Path(file).write_text(page, encoding="utf-8")
+    template = environment.get_template("page.html")
+    pictures = {name: base64.b64encode(draw(figure, "svg")).decode() for name, figure in figures.items()}
+    text = template.render(report=report, pictures=pictures, figures=as_table(report.rows()), mark=_MARK)
+    write_whole(page, text.encode())
 
 
 def write_pictures(report: FusionReport, folder: str | os.PathLike[str]) -> list[Path]:
     """Write each picture of the page as a PNG into a folder, which is made if need be. Raises as `write_page`."""
     figures = {Path(folder, f"{name}.png"): figure for name, figure in report_figures(report).items()}
+    for file in figures:
+        _check_ours(file)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file, figure in figures.items():
-        figure.savefig(file)
-    return [*figures]
+        write_whole(file, draw(figure, "png"))
+    return list(figures)
 
 
 def report_figures(report: FusionReport) -> dict[str, Figure]:
@@ -51,30 +56,58 @@ def report_figures(report: FusionReport) -> dict[str, Figure]:
         raise ValueError(missing)
     from lf_hf.report.figures import PICTURES
 
-    drawn = {}
-    for draw in PICTURES:
+    figures = {}
+    for picture in PICTURES:
+        name = picture.__name__
         try:
-            if figure := draw(report):
-                drawn[draw.__name__] = figure
+            figure = picture(report)
         except (LookupError, TypeError, ValueError) as error:  # as after editing by hand
             raise ValueError(
-                f"The figures for {draw.__name__} do not fit together ({error!r:.150}); save the model again."
+                f"The figures for {name} do not fit together ({error!r:.150}); save the model again."
             ) from None
-    return drawn
+        if figure is not None:
+            figures[name] = figure
+    return figures
 
 
 def missing_plot_packages() -> str:
     """One sentence about what is not installed that pictures need, or nothing."""
-    missing = [name for name in PLOT_PACKAGES if importlib.util.find_spec(name) is None]
-    if not missing:
+    if importlib.util.find_spec("matplotlib"):
         return ""
-    return f"Pictures and pages need {' and '.join(missing)}; run `pip install '.[plot]'` in lf_hf's checkout."
+    return "Pictures and pages need matplotlib; run `pip install '.[plot]'` in lf_hf's checkout."
 
 
-def _svg(figure: Figure) -> bytes:
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all; it is on the disk when this returns."""
+    scratch = file.with_name(f".{file.name}.new")
+    try:
+        with scratch.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _check_ours(file: Path) -> None:
+    """Raise ValueError if a file is there that was not written here."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        start = opened.read(_START)
+    if _MARK.encode() not in start:
+        raise ValueError(
+            f"{str(file)!r} was not written by this version of lf-hf report; move it, or name another file."
+        )
+
+
+def draw(figure: Figure, kind: str) -> bytes:
+    """A picture as SVG or PNG; the same report gives the same bytes."""
     import matplotlib
 
+    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": _MARK}
     content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "lf_hf"}):  # the same report gives the same bytes
-        figure.savefig(content, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "lf_hf"}):
+        figure.savefig(content, format=kind, metadata=metadata)
     return content.getvalue()

@@ -1,16 +1,15 @@
-"""Figures of models as people read them: the rows of every table about a fusion.
-
-A report or a sweep has the figures; the terminal, the model card and the page only lay out the rows made of them.
-"""
+"""Figures of models as people read them: rows of tables in the terminal, on the model card and on the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lf_hf.report.data import SpeedInfo
+
 NOT_MEASURED = "-"
 _MODELS = ("base", "fused", "healed")
-# Of each kind of figure: how a value is written, and how a change is.
+# By kind of figure: how a value is written, and how a change is.
 _FORMS = {
     "size": (",", "percent"),
     "perplexity": (".4g", "times"),
@@ -22,10 +21,10 @@ _FORMS = {
 
 
 class Row(NamedTuple):
-    """One figure of the base, of the fused model and, where there is one, of the healed model.
+    """A figure of the base, the fused model and, where there is one, the healed model; None where it was not measured.
 
-    `kind` is "size", "perplexity", "divergence", "agreement" or "rate". A value that was not measured is None. `ratio`
-    is that of the last value to the base's where it was measured on its own, and `spread` what it lies in.
+    `kind` is a key of _FORMS. `ratio` is that of the last value to the base's where it was measured on its own, and
+    `spread` the range that it lies in.
     """
 
     name: str
@@ -36,31 +35,59 @@ class Row(NamedTuple):
 
     @property
     def change(self) -> str:
-        """The last value against the base's; nothing where one of them is missing, or the base's is 0 by definition."""
-        first, last, way = self.values[0], self.values[-1], _FORMS[self.kind][1]
-        if first is None or last is None or way == "none":
+        """The last value against the base's, or nothing where there is none or the base's is 0 by definition."""
+        first, last = self.values[0], self.values[-1]
+        _, form = _FORMS[self.kind]
+        if first is None or last is None or form == "none":
             return ""
-        ratio = last / first if self.ratio is None else self.ratio
-        return f"x {ratio:.3g} {self.spread}".rstrip() if way == "times" else f"{ratio - 1:+.1%}"
+        ratio = self.ratio
+        if ratio is None:
+            ratio = last / first
+        if form == "percent":
+            return f"{ratio - 1:+.1%}"
+        return f"x {ratio:.3g} {self.spread}".rstrip()
 
     @property
     def cells(self) -> list[str]:
         """Name, values and change, as text."""
-        return [self.name, *(shown(self.kind, value) for value in self.values), self.change]
+        values = [shown(self.kind, value) for value in self.values]
+        return [self.name, *values, self.change]
+
+    def with_healed(self) -> Row:
+        """The row with the healed model, whose sizes and speed are the fused model's."""
+        return self._replace(values=[*self.values, self.values[-1]])
 
 
 def text_rows(name: str, dense: float | None, *models: tuple[float, float, float]) -> list[Row]:
     """Rows of a text: the base's perplexity beside perplexity, divergence and agreement of each other model."""
-    columns = zip((dense, 0.0, 1.0), *models, strict=True)
-    kinds = ("perplexity", "divergence", "agreement")
-    return [Row(f"{kind}, {name}", kind, values) for kind, values in zip(kinds, columns, strict=True)]
+    perplexities, divergences, agreements = zip((dense, 0.0, 1.0), *models, strict=True)
+    return [
+        Row(f"perplexity, {name}", "perplexity", perplexities),
+        Row(f"divergence, {name}", "divergence", divergences),
+        Row(f"agreement, {name}", "agreement", agreements),
+    ]
+
+
+def speed_rows(speed: SpeedInfo) -> list[Row]:
+    """Rows of rates and of the bytes that are read for each token."""
+    rows = []
+    for name, rate in (("prefill", speed.prefill), ("decoding", speed.decoding)):
+        spread = f"({rate.lowest:.3g} to {rate.highest:.3g})"
+        rows.append(Row(f"{name}, tokens a second", "rate", [rate.dense, rate.fused], rate.ratio, spread))
+    rows.append(Row("bytes of weights", "size", speed.weight_bytes))
+    rows.append(Row("bytes of cache a token", "size", speed.cache_bytes))
+    return rows
 
 
 def shown(kind: str, value: float | None) -> str:
-    """A value of some kind of figure as text."""
-    return NOT_MEASURED if value is None else format(value, _FORMS[kind][0])
+    """A value as text."""
+    if value is None:
+        return NOT_MEASURED
+    form, _ = _FORMS[kind]
+    return format(value, form)
 
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of a table of rows, all of them with values of the same models."""
-    return ["", *_MODELS[: len(rows[0].values)], "change"], [row.cells for row in rows]
+    models = _MODELS[: len(rows[0].values)]
+    return ["", *models, "change"], [row.cells for row in rows]

@@ -1,4 +1,4 @@
-"""What a library says of an error, in one sentence of ours."""
+"""Errors of other libraries, said in one sentence of ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 def reason(error: Exception) -> str:
-    """The message of an error, on one line, to be put in brackets."""
-    return f"{' '.join(str(error).split()).rstrip('.'):.300}"
+    """The message of an error on one line, to be put in brackets."""
+    message = " ".join(str(error).split())
+    return message.rstrip(".")[:300]
 
 
 @contextmanager
 def explained(problem: str, advice: str, kinds: Kinds = Exception) -> Iterator[None]:
-    """Raise an error of some kinds, or of any, as a ValueError: `problem`, in brackets what it says, and `advice`."""
+    """Raise errors of these kinds as a ValueError: `problem`, in brackets the error's message, and `advice`."""
     try:
         yield
     except kinds as error:

@@ -1,24 +1,26 @@
-"""Settings of which each is written once: a field's help, bounds and choices stand beside its name, type and default.
+"""Settings of which each is written once: its help, bounds and choices stand beside its name, type and default.
 
-Checks, reading from strings, docstrings, command-line options and hints about misspelt names all follow from them.
+Checks, reading from strings, docstrings, command-line options and hints about misspelt names follow from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import operator
-import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from math import inf
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
-_COMPARISONS = {"==": operator.eq, ">": operator.gt, ">=": operator.ge, "<=": operator.le}
-_MOST_LISTED = 30  # known names in a sentence
+from lf_hf.runtime.words import unknown_name
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+_TRUTHS = {"true": True, "false": False}
+_OTHER = "Other Parameters"  # of a docstring
 
 
 @dataclass(frozen=True)
@@ -26,72 +28,76 @@ class Setting:
     """A field of settings."""
 
     help: str
-    bounds: str = ""  # of numbers, such as "> 0 and <= 1", or "0 or >= 1024"
+    default: Any
     choices: tuple[str, ...] = ()
-    unset: str = ""  # where the value comes from if the default is None
-    needs: tuple[str, ...] = ()  # attributes of the settings: one of them, if any, is true where it has an effect
+    at_least: float = -inf
+    above: float = -inf
+    at_most: float = inf
+    or_zero: bool = False  # which is allowed although it lies below the bounds
+    unset: str = ""  # says where the value comes from if the default is None
+    needs: str = ""  # an attribute of the settings: where it is false, the value has no effect
+    heading: str = ""  # stands above it, and others like it, in help
     name: str = ""
     kind: type = str
-    default: Any = None
 
     @property
     def allowed(self) -> str:
-        """What a value may be."""
+        """The values that are allowed, such as "a number > 0 and <= 1"."""
         if self.choices:
-            return "{" + ", ".join(f'"{choice}"' for choice in self.choices) + "}"
-        return "true or false" if self.kind is bool else f"{self.kind.__name__} {self.bounds}".strip()
-
-    @property
-    def described(self) -> str:
-        """What a value may be, and the default, as in a docstring."""
-        default = f"default={self.default!r}".replace("'", '"')
-        if self.default is None:
-            default = f"default {self.unset}" if self.unset else "optional"
-        return f"{self.allowed}, {default}"
+            return " or ".join(f'"{choice}"' for choice in self.choices)
+        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most}
+        bounds = " and ".join(f"{sign} {limit}" for sign, limit in limits.items() if abs(limit) < inf)
+        if self.or_zero:
+            bounds = f"0 or {bounds}"
+        return f"{_KINDS[self.kind]} {bounds}".strip()
 
     def checked(self, value: Any) -> Any:
-        """A value in the field's type, also from a string or numpy's. Raises ValueError for any that is not allowed."""
+        """The value in the field's type; strings and numpy's numbers are converted.
+
+        Raises ValueError for a value that is not allowed.
+        """
         if value is None and self.default is None:
             return None
-        converted = value.item() if isinstance(value, np.generic) else value
-        if isinstance(value, str):
-            with suppress(KeyError, ValueError):
-                word = value.strip().lower()
-                converted = {"true": True, "false": False}[word] if self.kind is bool else self.kind(value)
-        if self.choices and isinstance(converted, str) and converted not in self.choices:
-            raise ValueError(unknown_name(self.name, converted, self.choices))
-        finite = type(converted) in (int, float) and abs(converted) <= sys.float_info.max
-        of_kind = type(converted) is self.kind or (self.kind is float and finite)
-        if not of_kind or not self._within_bounds(converted):
-            article = "" if self.choices else {int: "an ", float: "a ", str: "a "}.get(self.kind, "")
-            raise ValueError(f"{self.name} must be {article}{self.allowed}, got {value!r:.80}.")
-        return self.kind(converted)
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(unknown_name(self.name, str(value), self.choices))
+            return value
+        number = self._converted(value)
+        if number is None or not self._within_bounds(number):
+            raise ValueError(f"{self.name} must be {self.allowed}, got {value!r:.80}.")
+        return number
 
-    def _within_bounds(self, value: Any) -> bool:
-        def holds(bound: str) -> bool:
-            *sign, limit = bound.split()  # a number without a sign is a value by itself
-            return bool(_COMPARISONS[sign[0] if sign else "=="](value, float(limit)))
+    def _converted(self, value: Any) -> Any:
+        """The value in the field's type, None if it has none there."""
+        if self.kind is bool:
+            return _TRUTHS.get(str(value).strip().lower())
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, str) or (self.kind is float and type(value) is int):
+            with suppress(ValueError, OverflowError):
+                value = self.kind(value)
+        return value if type(value) is self.kind else None
 
-        alternatives = self.bounds.split(" or ") if self.bounds else []
-        return not alternatives or any(all(map(holds, bounds.split(" and "))) for bounds in alternatives)
+    def _within_bounds(self, number: float) -> bool:
+        if self.or_zero and number == 0:
+            return True
+        return self.above < number < inf and self.at_least <= number <= self.at_most
 
 
-def setting(default: Any, help: str, **known: Any) -> Any:
-    """A field of a dataclass of settings; `known` are attributes of Setting."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(help, default=default, **known)})
+def setting(default: Any, help: str, **attributes: Any) -> Any:
+    """A field of a dataclass of settings, with the attributes of a Setting."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, default, **attributes)})
 
 
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
 class Settings:
-    """What frozen dataclasses of settings share; `documented` completes them."""
+    """What frozen dataclasses of settings share; the decorator `documented` completes them."""
 
     known: ClassVar[Mapping[str, Setting]]
-    noun: ClassVar[str]
-    """What one of them is called where a name is unknown."""
     one_of: ClassVar[tuple[str, ...]] = ()
-    """Fields of which one is given, in place of the others."""
+    """Fields that replace each other: one of them is given."""
 
     def __post_init__(self) -> None:
         for name, value in self._preset().items():
@@ -105,7 +111,7 @@ class Settings:
         object.__setattr__(self, name, self.known[name].checked(getattr(self, name)))
 
     def _preset(self) -> Mapping[str, Any]:
-        """What fields are that were not given, where another field decides that."""
+        """Values of fields that were not given, where another field decides them."""
         return {}
 
     def _check_together(self) -> None:
@@ -117,25 +123,28 @@ class Settings:
 
     def in_effect(self) -> dict[str, Any]:
         """The fields that a result depends on, JSON-ready."""
-        return {
-            name: value
-            for name, value in self.to_dict().items()
-            if value is not None and (not (needs := self.known[name].needs) or any(getattr(self, n) for n in needs))
-        }
+        values = {}
+        for name, setting in self.known.items():
+            value = getattr(self, name)
+            has_effect = not setting.needs or getattr(self, setting.needs)
+            if value is not None and has_effect:
+                values[name] = value
+        return values
 
     @classmethod
     def from_kwargs(cls: type[SettingsType], **kwargs: Any) -> SettingsType:
-        """As the class itself, but raises ValueError for an unknown name, too, and names the nearest known one."""
+        """The settings; raises ValueError for an unknown name, too, and names the nearest known one."""
         for name in kwargs:
             if name not in cls.known:
-                raise ValueError(unknown_name(cls.noun, name, cls.known))
+                raise ValueError(unknown_name("setting", name, cls.known))
         return cls(**kwargs)
 
     @classmethod
     def taken_from(cls: type[SettingsType], kwargs: dict[str, Any], settings: SettingsType | None) -> SettingsType:
-        """Settings with the fields among `kwargs`, which are taken out there, in place of their own.
+        """Take the fields out of `kwargs`, and put them in place of those of `settings`.
 
-        Raises ValueError for values that are not allowed, and for other names that look like a misspelt field.
+        Raises ValueError for values that are not allowed, and for names left in `kwargs` that look like a misspelt
+        field.
         """
         if not isinstance(settings, cls | None):
             raise ValueError(
@@ -147,40 +156,28 @@ class Settings:
                 raise ValueError(unknown_name("argument", name, cls.known))
         if settings is None:
             return cls(**given)
-        # What a preset filled in goes with the old preset, and what is given in another way now goes, too.
-        own, preset = settings.to_dict(), settings._preset()
-        replaced = cls.one_of if any(given.get(name) is not None for name in cls.one_of) else ()
-        kept = {name: own[name] for name in own if name not in replaced and own[name] != preset.get(name)}
+        kept = settings.to_dict()
+        for name, value in settings._preset().items():
+            if kept[name] == value:  # another preset may follow from what is given
+                del kept[name]
+        if any(given.get(name) is not None for name in cls.one_of):
+            kept |= dict.fromkeys(cls.one_of)
         return cls(**kept | given)
 
 
 def documented(cls: type[SettingsType]) -> type[SettingsType]:
     """Class decorator for dataclasses of settings: gives them `known`, and a docstring with all fields."""
-    kinds = {"int": int, "float": float, "bool": bool, "str": str}
-    cls.known = {
-        field.name: dataclasses.replace(
-            field.metadata["setting"], name=field.name, kind=kinds[str(field.type).removesuffix(" | None")]
-        )
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-    }
-    entries = (
-        f"{name} : {known.described}\n{textwrap.indent(textwrap.fill(known.help, 116), '    ')}"
-        for name, known in cls.known.items()
-    )
-    raises = "Raises\n------\nValueError\n    If a value has the wrong type, is out of range, or is no known choice."
-    cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nParameters\n----------", *entries, f"\n{raises}\n"])
+    types = get_type_hints(cls)
+    known = {}
+    lines = [str(cls.__doc__).rstrip(), "", "Parameters", "----------"]
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        kind, *_ = get_args(types[field.name]) or (types[field.name],)  # of `float | None`: float
+        setting = dataclasses.replace(field.metadata["setting"], name=field.name, kind=kind)
+        known[field.name] = setting
+        if setting.heading and _OTHER not in lines:
+            lines += ["", _OTHER, "-" * len(_OTHER)]
+        lines.append(f"{setting.name} : {setting.allowed}, default {setting.unset or setting.default}")
+        lines.append(textwrap.indent(textwrap.fill(setting.help, 116), "    "))
+    cls.known = known
+    cls.__doc__ = "\n".join(lines)
     return cls
-
-
-def plural(count: int, noun: str) -> str:
-    """A noun after a number."""
-    return noun if count == 1 else f"{noun}s"
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence that says that `name` is no known `kind`, with the nearest one if there is one."""
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    listed = ", ".join(names if len(names) <= _MOST_LISTED else [*names[:_MOST_LISTED], "..."])
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {listed}."
-    return f"Unknown {kind} {name!r:.80}; {hint}"

@@ -1,4 +1,4 @@
-"""The processes of a launch (accelerate, torchrun, MPI), and how they share the work of one fusion."""
+"""The processes of a launch (accelerate, torchrun, MPI), and how they share work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor, distributed
 from lf_hf.runtime.errors import reason
 
 T = TypeVar("T")
+
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the launch raised an error, which it says itself, so this one cannot go on either."""
+    """Another process of the launch raised an error, which it reports itself."""
 
 
 class LostProcessError(ConnectionError):
@@ -39,10 +40,13 @@ class Processes:
 
     @classmethod
     def of_launch(cls) -> Processes:
-        """All processes of the launch that this one belongs to, connected; this one alone where there is no launch."""
-        if rank() is None and distributed.is_available() and get_cpu_distributed_information().world_size > 1:
+        """All processes of this one's launch, connected; this one alone where there is no launch."""
+        is_launched = distributed.is_available() and get_cpu_distributed_information().world_size > 1
+        if is_launched and rank() is None:
             PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-        return cls() if rank() is None else cls(distributed.get_rank(), distributed.get_world_size())
+        if rank() is None:
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
     def is_main(self) -> bool:
@@ -50,56 +54,59 @@ class Processes:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """Those of some items that are for this process: every `count`-th one."""
+        """The items of this process: every `world_size`-th one."""
         return list(items[self.rank :: self.world_size])
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Make a tensor, in place and in all processes, the sum over those of all."""
+        """Replace a tensor, in place and in all processes, by its sum over the processes."""
         self._in_place(distributed.all_reduce, tensor)
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Make a tensor, in place, what it is in the first process."""
+        """Replace a tensor, in place, by that of the first process."""
         self._in_place(distributed.broadcast, tensor, 0)
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
-        if self.world_size > 1:
-            only_devices = distributed.get_backend() == "nccl" and tensor.device.type != "cuda"
-            sent = tensor.to("cuda") if only_devices else tensor
-            _communicate(collective, sent, *arguments)
-            if only_devices:
-                tensor.copy_(sent)
-
-    def all_reduce_sums(self, numbers: Tensor) -> list[float]:
-        """Sums of all processes' numbers, of a tensor of shape (n,); the host waits for the device once."""
-        numbers = numbers.clone()
-        self.all_reduce(numbers)
-        return numbers.tolist()
+        if self.world_size == 1:
+            return
+        sent = tensor
+        if distributed.get_backend() == "nccl" and not tensor.is_cuda:
+            sent = tensor.to("cuda")
+        _communicate(collective, sent, *arguments)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """A small value of each process, by rank, in all of them."""
+        """A small value of each process, by rank."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             _communicate(distributed.all_gather_object, values, value)
         return values
 
     def broadcast_object(self, compute: Callable[[], T]) -> T:
-        """A small value that the first process computes, in all; an error there is an OtherProcessError elsewhere."""
+        """A small value that the first process computes. Its error is an OtherProcessError in the others."""
         if self.world_size == 1:
             return compute()
-        box: list[Any] = [None, None]  # the value, and the reason why there is none
+        sent: list[Any] = [None, None]  # the value, and what an error says
         error: Exception | None = None
         if self.is_main:
             try:
-                box[0] = compute()
+                sent[0] = compute()
             except Exception as raised:
-                error, box[1] = raised, str(raised)
-        _communicate(distributed.broadcast_object_list, box, 0)
-        if box[1] is not None:
-            raise error or OtherProcessError(box[1])
-        return box[0]
+                error = raised
+                sent[1] = str(raised)
+        _communicate(distributed.broadcast_object_list, sent, 0)
+        value, message = sent
+        if message is None:
+            return value
+        raise error or OtherProcessError(message)
 
 
 ALONE = Processes()
+
+
+def compute_once(compute: Callable[[], T]) -> T:
+    """A small value that the first process of this launch computes, in all of them; each has to call this."""
+    return Processes.of_launch().broadcast_object(compute)
 
 
 def rank() -> int | None:
@@ -120,12 +127,17 @@ def local_rank() -> int:
 
 
 def local_processes() -> int:
-    """How many there are on this machine."""
+    """How many processes a launcher started on this machine."""
     return get_cpu_distributed_information().local_world_size
 
 
+def speaks() -> bool:
+    """Whether this process prints for all of its launch: it is the first one."""
+    return not rank() and not local_rank()
+
+
 def own_device(device: Any) -> Any:
-    """Of a kind of device, such as "cuda", the one that is this process's in a launch; anything else as it is."""
+    """This process's device of a kind, such as "cuda", in a launch; any other device as it is."""
     kind = torch.accelerator.current_accelerator()
     if local_processes() == 1 or kind is None or device != kind.type:
         return device

@@ -21,22 +21,27 @@ _LINE = "{desc}: {unit} {n_fmt} of {total_fmt} is done in {elapsed}, {remaining}
 def progress(
     iterable: Iterable[Any] | None = None, *, total: int | None = None, desc: str, unit: str, leave: bool = True
 ) -> Any:
-    """A tqdm bar around `iterable`, or without one a context whose `update()` counts one; in a log it is lines.
+    """A tqdm bar around `iterable`, or a context whose `update()` counts one step; in a log it prints lines.
 
-    Nothing is shown after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
-    first of the processes that a launcher started on a machine shows it for all.
+    Shows nothing after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
+    first process of a machine shows it for all of a launch.
     """
-    options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "leave": leave, "disable": local_rank() > 0}
-    terminal = sys.stderr is None or sys.stderr.isatty()
-    if terminal or autonotebook.tqdm is not std.tqdm or not hf_logging.is_progress_bar_enabled():
-        return hf_logging.tqdm(iterable, **options)
-    options["disable"] |= hf_logging.get_verbosity() > logging.WARNING
-    options |= {"bar_format": _LINE, "leave": False, "delay": EVERY, "mininterval": EVERY, "miniters": 1}
-    return _Lines(iterable, **options)
+    is_silent = local_rank() > 0
+    options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit}
+    if _shows_bars() or not hf_logging.is_progress_bar_enabled():
+        return hf_logging.tqdm(iterable, **options, leave=leave, disable=is_silent)
+    is_silent |= hf_logging.get_verbosity() > logging.WARNING
+    options |= {"bar_format": _LINE, "delay": EVERY, "mininterval": EVERY, "miniters": 1}
+    return _Lines(iterable, **options, leave=False, disable=is_silent)
+
+
+def _shows_bars() -> bool:
+    in_notebook = autonotebook.tqdm is not std.tqdm
+    return in_notebook or sys.stderr is None or sys.stderr.isatty()
 
 
 class _Lines(std.tqdm):
-    """Lines on standard error in place of a bar, and a last one where tqdm clears that."""
+    """A tqdm that prints lines in place of a bar, and a last one where tqdm would clear the bar."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if self.n:

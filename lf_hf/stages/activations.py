@@ -5,7 +5,7 @@ Only distances are kept: the activations themselves are those of one layer at an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from lf_hf.decoder.interface import Decoder, check_finite
-from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -54,27 +53,31 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     return squared.sqrt_().numpy()
 
 
-def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
+def influence(
+    before: Sequence[Tensor], after: Sequence[Tensor], add_up: Callable[[Tensor], None] | None = None
+) -> float:
     """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
 
     Parameters
     ----------
     before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
-        The layer's input and output states. The first position is left out: its state is of another size than
-        all others and hardly changes. NaN where there is no other.
-    processes : Processes
-        Those that each have a share of the states.
+        The layer's input and output states. The first position is left out: its state is of another size than all
+        others and hardly changes. NaN where there is no other.
+    add_up : callable, optional
+        Completes sums, in place, where several processes have a share of the states each.
 
     Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    sums = torch.zeros(2, dtype=torch.float64)  # of cosines, and their number
     for x, y in zip(before, after, strict=True):
         x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
-        total = total.to(cosines.device) + cosines.sum()
-        count += cosines.numel()
-    [total_of_all, count_of_all] = processes.all_reduce_sums(torch.stack([total, torch.full_like(total, count)]))
-    return 1 - total_of_all / count_of_all if count_of_all else float("nan")
+        sums = sums.to(cosines.device)
+        sums += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
+    if add_up is not None:
+        add_up(sums)
+    total, count = sums.tolist()
+    return 1 - total / count if count else float("nan")
 
 
 @torch.no_grad()
@@ -97,15 +100,15 @@ def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> tuple[NDArr
         If a layer's output contains NaN or inf; the layer is named.
     """
     distances, influences = [], list[float]()
-    numbers = decoder.batched(samples)
-    batches = [torch.stack([samples[number] for number in of_batch]) for of_batch in numbers]
+    numbers = decoder.batch_indices(samples)
+    batches = [torch.stack([samples[number] for number in batch_numbers]) for batch_numbers in numbers]
     order = np.argsort(np.concatenate(numbers))  # of the samples, in the batches
     before = decoder.embed(batches)
     layers = progress(decoder.walk(batches), total=decoder.num_layers, desc="Calibration", unit="layer")
     for index, states in enumerate(layers):
         check_finite(states, index)
-        of_layer = pairwise_distances([sample for batch in states for sample in batch])
-        distances.append(of_layer[np.ix_(order, order)])
+        layer_distances = pairwise_distances([sample for batch in states for sample in batch])
+        distances.append(layer_distances[np.ix_(order, order)])
         influences.append(influence(before, states))
         before = list(states)
     return np.stack(distances), influences

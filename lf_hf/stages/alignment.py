@@ -7,6 +7,7 @@ moves whole neurons and attention heads, with all that belongs to them, so that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +15,48 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lf_hf.families import FAMILIES, Axis
-from lf_hf.report.records import RowMatch
+from lf_hf.decoder.interface import Decoder
+from lf_hf.families import FAMILIES, PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
 SYMMETRY = FAMILIES["llama"].symmetry
 """Of layers without norms over all heads of queries or keys, which have gains to be moved as well."""
 
+_ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in ("weight", "bias")]
+"""Rows of each matrix that are permuted by themselves: no symmetry, as the layer then computes something else."""
 _ROWS = 256  # that are compared at a time, in float32
+
+
+class MatchedRows(NamedTuple):
+    """Mean cosines of rows side by side before and after a matching, and the share of rows that changed place."""
+
+    cosine_before: float
+    cosine_after: float
+    rows_moved: float
+
+
+def align_layer(
+    decoder: Decoder, weights_i: Weights, weights_j: Weights, alignment: str
+) -> tuple[Weights, dict[str, MatchedRows]]:
+    """Layer j with its neurons in the order that lies closest to layer i's, and how each matrix was matched.
+
+    `alignment` is as in FusionConfig. Of several processes each matches the rows of some matrices.
+    """
+    if alignment == "none":
+        return weights_j, {}
+    if alignment == "neurons":
+        symmetry = decoder.family.symmetry
+        permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry)
+        return permute_neurons(weights_j, permutations, symmetry), matches
+    share = decoder.shard(PROJECTIONS)
+    pairs = {name: (weights_i[f"{name}.weight"], weights_j[f"{name}.weight"]) for name in share}
+    matched: dict[str, tuple[Tensor, MatchedRows]] = {}
+    for part in decoder.gather(match_rows(pairs)):
+        matched |= part
+    permutations = {name: permutation for name, (permutation, _) in matched.items()}
+    matches = {name: matched[name][1] for name in PROJECTIONS}
+    return permute_neurons(weights_j, permutations, _ROW_AXES), matches
 
 
 def normalized_rows(weight: Tensor) -> Tensor:
@@ -31,7 +65,7 @@ def normalized_rows(weight: Tensor) -> Tensor:
     return rows * factors[:, None]
 
 
-def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
+def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, MatchedRows]]:
     """For each pair of matrices the permutation of layer j's rows that lies closest to layer i's, row by row.
 
     Minimises the sum over p of || w_i[p] - w_j[permutation[p]] || with rows normalised.
@@ -45,7 +79,7 @@ def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
     dict from the same names to
         permutation : int64 tensor of shape (rows n,), on the CPU
             Row p of the aligned matrix is row permutation[p] of layer j's.
-        match : RowMatch
+        match : MatchedRows
     """
     matched = {}
     for name, permutation in assign({name: [pair] for name, pair in pairs.items()}).items():
@@ -60,7 +94,7 @@ def match_neurons(
     weights_j: Mapping[str, Tensor],
     head_dim: int,
     symmetry: Sequence[Axis] = SYMMETRY,
-) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
+) -> tuple[dict[str, Tensor], dict[str, MatchedRows]]:
     """The permutations in layer j's symmetry group that bring it closest to layer i.
 
     Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
@@ -79,7 +113,7 @@ def match_neurons(
     -------
     permutations : dict from the symmetry's permutation names to int64 tensors
         Channel p of the aligned layer is channel permutation[p] of layer j.
-    matches : dict from projection names to RowMatch
+    matches : dict from projection names to MatchedRows
     """
     matrices = [axis for axis in symmetry if axis.parameter.endswith("_proj.weight")]
 
@@ -137,7 +171,7 @@ def permute_neurons(
     return permuted
 
 
-def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMatch:
+def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> MatchedRows:
     permutation = permutation.to(weight_j.device)
     place = torch.arange(len(permutation), device=permutation.device)
     before = after = 0.0
@@ -146,4 +180,4 @@ def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMa
         before += float((unit * normalized_rows(weight_j[here]).to(unit.device)).sum())
         after += float((unit * normalized_rows(weight_j[there]).to(unit.device)).sum())
     count = len(permutation)
-    return RowMatch(before / count, after / count, float(in_float64(permutation != place).mean()))
+    return MatchedRows(before / count, after / count, float(in_float64(permutation != place).mean()))

@@ -70,7 +70,7 @@ def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
     return costs
 
 
-def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> dict[str, NDArray[np.int64]]:
+def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64]]:
     """For each problem the permutation of the second matrices' rows that lies closest to the first ones'.
 
     Minimises the sum over p of row_costs(*pairs)[p, permutation[p]]. Problems are independent: costs are computed one
@@ -88,7 +88,7 @@ def assign(problems: Mapping[str, Sequence[Pair]], desc: str = "Assignment") -> 
     nbytes = {name: pairs[0][0].shape[0] ** 2 * np.dtype(dtype).itemsize for name, pairs in problems.items()}
     solved: dict[str, NDArray[np.int64]] = {}
     running: dict[Future[NDArray[np.int64]], str] = {}
-    bar = progress(total=len(problems), desc=desc, unit="matrix", leave=False)
+    bar = progress(total=len(problems), desc="Assignment", unit="matrix", leave=False)
 
     def collect() -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:

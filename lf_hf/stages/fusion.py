@@ -1,10 +1,12 @@
-"""Stage 5: how much of each layer goes into the fused one, and the fused weights themselves."""
+"""Stage 5: a group of layers as one by the published method, the weighted average of aligned layers.
+
+A group is folded from its top: the last two layers become one, then that one and the layer below it, and so on.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,84 +14,111 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
-from lf_hf.families import PROJECTIONS, Axis
-from lf_hf.report.records import RowMatch
-from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.stages.alignment import SYMMETRY, match_neurons, match_rows, permute_neurons
+from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.families import PROJECTIONS, Weights
+from lf_hf.stages.alignment import MatchedRows, align_layer
 
-_ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in ("weight", "bias")]
-"""Rows of each matrix that are permuted by themselves: no symmetry, as the layer then computes something else."""
+AverageKey = tuple[int, str, float]
+"""Key of an average that is kept: the last layer, the alignment and ratio_beta."""
 _ROWS = 256  # of a matrix that are merged at a time, in a wider type
+
+
+@dataclass(frozen=True)
+class Average:
+    """The average of the layers from `first` to the last of a group: its projections and their biases.
+
+    Norms stay layer `first`'s. `ratios` are the shares of layer i at each join, from the top down, and `matches` says
+    how the rows of each matrix were matched there, where they were.
+    """
+
+    first: int
+    weights: Weights
+    ratios: list[float] = field(default_factory=list)
+    matches: list[dict[str, MatchedRows]] = field(default_factory=list)
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each layer, from the lowest one up."""
+        shares = [1.0]
+        for ratio in self.ratios:
+            shares = [ratio, *((1 - ratio) * share for share in shares)]
+        return shares
+
+
+@torch.no_grad()
+def average(
+    decoder: Decoder,
+    group: Group,
+    similarity: NDArray[np.float64],
+    *,
+    alignment: str,
+    ratio_beta: float,
+    known: dict[AverageKey, Average] | None = None,
+) -> Average:
+    """One layer for a group of layers of the dense model: their average, each aligned to the one below it.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The dense model.
+    group : Group
+    similarity : array of shape (layers L, layers L)
+        Of the dense model's layers: a fused layer keeps the similarity of its first one.
+    alignment, ratio_beta
+        As in FusionConfig.
+    known : dict, optional
+        Averages of groups that end with the same layer, to go on from; this one takes its place there.
+    """
+    first, last = group
+    key = last, alignment, ratio_beta
+    folded = None if known is None else known.get(key)
+    if folded is None or folded.first < first:
+        folded = Average(last, _weights(decoder, last))
+    for i in range(folded.first - 1, first - 1, -1):
+        weights_i = _weights(decoder, i)
+        aligned, matches = align_layer(decoder, weights_i, folded.weights, alignment)
+        ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
+        merged = merge_weights(weights_i, aligned, ratio)
+        for weight in merged.values():
+            decoder.synchronize(weight)
+        folded = Average(i, merged, [*folded.ratios, ratio], [*folded.matches, matches])
+    if known is not None:
+        known[key] = folded
+    return folded
+
+
+def _weights(decoder: Decoder, index: int) -> Weights:
+    return decoder.family.unpacked(decoder.layer(index).named_parameters())
 
 
 def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 1.0) -> float:
     """Share alpha_i of layer i in its fusion with layer j; layer j's is 1 - alpha_i.
 
-    alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers. For
-    beta = 1 and positive similarities the result lies in 0.5 to 0.74.
+    alpha_i = sigmoid(beta * s_i / (s_i + s_j)), where s is a layer's mean similarity to all layers. For beta = 1 and
+    positive similarities the result lies in 0.5 to 0.74.
 
     Parameters
     ----------
     similarity : array of shape (layers L, layers L)
     i, j : int
-        Layer indices in the original model.
+        Layer numbers in the dense model.
     """
     s_i, s_j = similarity[i].mean(), similarity[j].mean()
+    raw = 0.5
     if s_i + s_j == 0:
-        warnings.warn(f"Layers {i} and {j} have no similarity to any layer; both count alike.", stacklevel=2)
-        raw = 0.5
+        warnings.warn(
+            f"Layers {i} and {j} have no similarity to any layer, so their raw ratio is taken as one half.",
+            stacklevel=2,
+        )
     else:
         raw = s_i / (s_i + s_j)
     return float(expit(beta * raw))
 
 
-def average_layers(
-    weights_i: Mapping[str, Tensor],
-    weights_j: Mapping[str, Tensor],
-    *,
-    ratio: float,
-    alignment: str,
-    head_dim: int,
-    symmetry: Sequence[Axis] = SYMMETRY,
-    processes: Processes = ALONE,
-) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
-    """Weights of the layer that replaces layers i and j: their average, with layer j's neurons aligned first.
-
-    Parameters
-    ----------
-    weights_i, weights_j : mappings from a parameter's name inside the layer ("mlp.up_proj.weight") to its tensor
-    ratio : float
-        alpha_i, the share of layer i.
-    alignment : str
-        As in FusionConfig.
-    head_dim : int
-        Channels of an attention head.
-    symmetry : sequence of Axis
-        The layers' own.
-    processes : Processes
-        Those that have the same weights; each matches the rows of some matrices.
-
-    Returns
-    -------
-    fused : dict
-        New tensors under the names of `weights_i` that change: the seven projections and their biases. Its norms stay
-        layer i's.
-    matches : dict
-        How each projection's rows were matched, unless alignment="none".
-    """
-    matches: dict[str, RowMatch] = {}
-    if alignment == "neurons":
-        permutations, matches = match_neurons(weights_i, weights_j, head_dim, symmetry)
-        weights_j = permute_neurons(weights_j, permutations, symmetry)
-    elif alignment == "rows":
-        weights = {projection: f"{projection}.weight" for projection in processes.shard(PROJECTIONS)}
-        mine = match_rows({projection: (weights_i[name], weights_j[name]) for projection, name in weights.items()})
-        matched = dict(ChainMap(*processes.all_gather_object(mine)))
-        permutations = {projection: permutation for projection, (permutation, _) in matched.items()}
-        matches = {projection: matched[projection][1] for projection in PROJECTIONS}
-        weights_j = permute_neurons(weights_j, permutations, _ROW_AXES)
-    names = [axis.parameter for axis in _ROW_AXES if axis.parameter in weights_i]
-    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names}, matches
+def merge_weights(weights_i: Weights, weights_j: Weights, ratio: float) -> dict[str, Tensor]:
+    """ratio * layer i + (1 - ratio) * layer j, of the seven projections and their biases. Norms stay layer i's."""
+    names = [f"{projection}.{kind}" for projection in PROJECTIONS for kind in ("weight", "bias")]
+    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names if name in weights_i}
 
 
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:

@@ -6,54 +6,47 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from string import ascii_uppercase
 from sysconfig import get_path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.launch import compute_once
 from lf_hf.settings import CALIBRATION_TOKENS, FusionConfig
-from lf_hf.text.hub import GENERAL, MMLU, first_rows
-from lf_hf.text.mmlu import SUBJECTS, format_question, questions_of, questions_to_fit
-from lf_hf.text.sources import TextSource, read_samples, spread_evenly, windows
+from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
+from lf_hf.text.mmlu import SUBJECTS, fitting_questions, format_question, group_questions
+from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
 
 logger = logging.get_logger(__name__)
-BUNDLED = "bundled"
-"""In place of a user's text: what is installed, whatever the hub has."""
+BUNDLED, HUB = "bundled", "hub"
+"""In place of a user's text: the default text that is installed, and that of the hub."""
 QUESTIONS = "MMLU development questions"
 DOCUMENTATION = "Python documentation (first half)"
-"""The name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
+"""Name of a part of a corpus; the documentation's second half, which judges, is of its kind."""
 SOURCE_CODE = "modules of Python's standard library"
 MAX_SAMPLES = 1024
-"""Samples that are compared with each other at most; of a longer file as many are taken, spread evenly over it."""
-TOKEN_CHARACTERS = 64  # no text has tokens that are longer on average
+"""Samples that are compared with each other at most; of more as many are taken, spread evenly over them."""
+TOKEN_CHARACTERS = 64  # no text has longer tokens on average
 _TRAINING_CHARACTERS = 8  # a token: more than usual
-# The share of the tokens that the model itself writes, of the default mixture to fit to and of all other text. It keeps
-# what no other text touches.
-_MOSTLY_WRITTEN, _WRITTEN_SHARE = 0.5, 1 / 3
-# Beside a user's text, by its tokens: answered questions, a fifth of the 4 characters that a token has, or some ten
-# thousand tokens; to train on, a seventh of documentation too; of each at most half as much as there is of the text.
-_QUESTION_CHARACTERS, _MOST_QUESTION_CHARACTERS = 0.8, 40_000
+# Share of the tokens that the model itself writes, which keeps what no other text touches: of the default mixture to
+# fit to, and of all other text.
+_MIXTURE_SHARE, _WRITTEN_SHARE = 0.5, 1 / 3
+# Characters that stand beside a user's text for each of its tokens: answered questions, a fifth of the 4 characters of
+# a token, or some ten thousand tokens; to train on, documentation too, a seventh. Each is at most half as long as it.
+_QUESTION_CHARACTERS, _MAX_QUESTION_CHARACTERS = 0.8, 40_000
 _DOCUMENTATION_CHARACTERS, _DOCUMENTATION_EXCERPT = 0.6, 2048
 _PACKAGES = "asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "urllib", "xml"
-_TOKENS_FOR_TWO = 98304  # of the default mixture: with so many it has two questions of each subject
-
+_TOKENS_FOR_TWO = 98304  # of the default mixture: from here on it has two questions of each subject
 _OWN_TEXT = "text of your own domain gives"
-_COST = (
-    "Calibrated on installed text, as the hub gave none ({}): other kinds of text then have 1.1 to 1.4 times the "
-    f"perplexity that {_OWN_TEXT} them"
-)
 
 
 @dataclass(frozen=True)
 class CalibrationSamples:
-    """Calibration samples, and for people where they are from.
-
-    `labels` are the MMLU subjects of the texts, where they are MMLU questions.
-    """
+    """Calibration samples, and for people where they are from; `labels` are the MMLU subjects of MMLU questions."""
 
     texts: list[str]
     source: str
@@ -62,20 +55,25 @@ class CalibrationSamples:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Running text: `parts` of one kind each, by names that say to people where they are from.
+    """Running text: `parts` of one kind each, by names that tell people where they are from.
 
-    `generated_share` of the tokens is for the dense model itself to write. `by_default` says that it is the mixture of
-    what is installed, and `note` what users should know of it.
+    The dense model writes `generated_share` of the tokens. `is_bundled`: it is the mixture of what is installed.
+    `note` is what users should know of it.
     """
 
     parts: dict[str, str]
     generated_share: float = 0.0
-    by_default: bool = False
+    is_bundled: bool = False
     note: str = ""
 
     @property
+    def texts(self) -> list[str]:
+        """The parts without their names."""
+        return list(self.parts.values())
+
+    @property
     def source(self) -> str:
-        """Where the text that is given is from."""
+        """Where the parts are from."""
         return ", ".join(self.parts)
 
     @property
@@ -87,32 +85,45 @@ class Corpus:
 def load_needed(
     config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[CalibrationSamples | None, Corpus | None]:
-    """What a fusion with `config` needs of samples for layer similarity and of running text.
+    """Samples for layer similarity and running text, as far as a fusion with `config` needs them.
 
-    The first process of a launch reads it for all, so each has to call this. Raises ValueError if `calibration` cannot
-    be used, or has too few samples.
+    The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot be
+    used, or has too few samples.
     """
 
     def load() -> tuple[CalibrationSamples | None, Corpus | None]:
         samples, text = None, None
-        if config.needs_similarity:
-            settings = {name: getattr(config, name) for name in ("samples_per_subject", "sample_length")}
-            samples = load_calibration(calibration, **settings, tokenizer=tokenizer)
+        if config.averages:
+            count, length = config.samples_per_subject, config.sample_length
+            samples = load_calibration(
+                calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
+            )
             config.check_num_samples(len(samples.texts))
         if config.needs_text:
             text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
         return samples, text
 
-    return Processes.of_launch().broadcast_object(load)
+    return compute_once(load)
 
 
 def load_training_text(
     text: TextSource | None, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Corpus:
-    """As `load_corpus`, to train on so many tokens; as `load_needed`, what the first process of a launch reads."""
-    return Processes.of_launch().broadcast_object(
-        lambda: load_corpus(text, max_tokens=tokens, to_train=True, tokenizer=tokenizer)
-    )
+    """As `load_corpus`, to train on so many tokens; the first process of a launch reads for all."""
+    return compute_once(lambda: load_corpus(text, max_tokens=tokens, to_train=True, tokenizer=tokenizer))
+
+
+def default_source(sources: Iterable[str]) -> str | None:
+    """HUB or BUNDLED, whichever default text the sources of a report name; None if they name no default text.
+
+    Given as calibration text it makes a later run use the same text, or fail if the hub does not give it.
+    """
+    for source in sources:
+        if source.startswith((GENERAL.name, MMLU.name)):
+            return HUB
+        if source.startswith((QUESTIONS, DOCUMENTATION)):
+            return BUNDLED
+    return None
 
 
 def load_calibration(
@@ -122,22 +133,20 @@ def load_calibration(
     sample_length: int = 512,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CalibrationSamples:
-    """Calibration samples from a user's text, or, with None, one MMLU question a subject.
+    """Calibration samples from a user's text or, with None, one MMLU question a subject.
 
     Parameters
     ----------
     calibration : list of str or chats, file, data set, or None
         A chat is a list of messages, as chat templates take them: [{"role": "user", "content": "..."}, ...].
-        File: .txt (samples separated by blank lines), or .jsonl, .csv or .parquet with a field "text", or "messages" of
-        chats. Data set: NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hugging Face hub, of which the beginning is streamed;
-        default the only configuration, train, and "text" or "messages". None: questions without answers of MMLU's
-        validation split if the hub or its cache answers, else, as with "bundled", of the development questions that
-        lm-eval ships. Never MMLU's test split.
+        File: .txt (samples separated by blank lines), or .jsonl, .csv or .parquet with a column "text", or "messages"
+        of chats. Data set: NAME[:CONFIG[:SPLIT[:COLUMN]]] on the Hugging Face hub, of which the beginning is streamed.
+        "hub": questions of MMLU's validation split without their answers. "bundled": of the development questions that
+        lm-eval ships. None: the hub's if it or its cache answers within ten seconds, else the bundled ones.
     samples_per_subject : int
-        Questions a subject where `calibration` is None.
+        Questions a subject if no text is given.
     sample_length : int
-        How many tokens of a sample are to be used; 64 characters are kept for each, and no more. Of more than 1024
-        samples as many are taken, spread evenly over them, and the source says so.
+        Tokens of a sample that are used. Of more than 1024 samples as many are taken, spread evenly over them.
     tokenizer : optional
         The model's, by whose template chats are written out.
 
@@ -146,30 +155,44 @@ def load_calibration(
     ValueError, OSError
         If the text cannot be read, is empty, or has a sample that is neither a string nor a chat.
     """
-    if calibration is None or calibration == BUNDLED:
-        return _mmlu_calibration(samples_per_subject, ask_hub=calibration is None)
+    if calibration is None or calibration in (BUNDLED, HUB):
+        return _mmlu_samples(calibration, samples_per_subject)
     samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, tokenizer)
     cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
-    texts, spread = _taken(cut, MAX_SAMPLES, source, "samples")
-    return CalibrationSamples(texts, source + spread)
+    texts, remark = _sample_items(cut, MAX_SAMPLES, source, "samples")
+    return CalibrationSamples(texts, source + remark)
 
 
-def _taken(items: Iterable[str], count: int, source: str, kind: str) -> tuple[list[str], str]:
-    """At most so many of the items, and what to say of them where there are more. Raises ValueError for none."""
-    taken, total = spread_evenly(items, count)
+def _sample_items(items: Iterable[str], count: int, source: str, kind: str) -> tuple[list[str], str]:
+    """At most so many items, and a remark if there are more. Raises ValueError if there are none."""
+    sampled, total = sample_evenly(items, count)
     if not total:
         raise ValueError(f"The text ({source}) is empty; give a file with text.")
-    return taken, f" ({len(taken):,} of {total:,} {kind}, spread evenly)" if len(taken) < total else ""
+    if len(sampled) == total:
+        return sampled, ""
+    return sampled, f" ({len(sampled):,} of {total:,} {kind}, spread evenly)"
 
 
-def _mmlu_calibration(samples_per_subject: int, *, ask_hub: bool) -> CalibrationSamples:
-    questions, source = {}, "cais/mmlu, validation split"
-    if ask_hub:
-        with suppress(OSError):
-            questions = questions_of(first_rows(MMLU))
-    if not questions:
-        questions, source = questions_to_fit(), "MMLU development questions that lm-eval ships"
-    subject = min(SUBJECTS, key=lambda subject: len(questions[subject]))
+def _hub_rows(file: HubFile, calibration: TextSource | None) -> tuple[list[dict[str, Any]], str | None]:
+    """Rows of a file on the hub; none, and the reason, if the hub does not give them and other text may be used."""
+    if calibration == BUNDLED:
+        return [], None
+    try:
+        return load_rows(file), None
+    except OSError as error:
+        if calibration != HUB:
+            return [], str(error)
+        raise OSError(
+            f"The hub does not give the default text ({error}), and no other is to be used; try again later, or give "
+            f"your own text or {BUNDLED!r} as calibration text."
+        ) from None
+
+
+def _mmlu_samples(calibration: TextSource | None, samples_per_subject: int) -> CalibrationSamples:
+    rows, _ = _hub_rows(MMLU, calibration)
+    questions = group_questions(rows) if rows else fitting_questions()
+    source = f"{MMLU.name}, validation split" if rows else f"{QUESTIONS} that lm-eval ships"
+    subject = min(questions, key=lambda subject: len(questions[subject]))
     if len(questions[subject]) < samples_per_subject:
         raise ValueError(
             f"samples_per_subject={samples_per_subject}, but {source} has only {len(questions[subject])} questions on "
@@ -187,126 +210,145 @@ def load_corpus(
     to_train: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:
-    """Running text from a user's, or, with None, general text from the hub, or else a mixture of what is installed.
+    """Running text from a user's or, with None, general text from the hub, or else a mixture of what is installed.
 
-    The model writes half of the mixture. Beside other text it writes a third, and answered questions are a fifth: what
-    narrow text does not touch is lost. Text to train on has more questions, with explanations, and a seventh of its
-    tokens are Python's documentation, unless it is this documentation itself. The mixture to train on has source code
-    too, and a third of it is written.
+    Because what narrow text does not touch is lost, other text stands beside it: the model writes a third of the
+    tokens, and answered questions are a fifth. Text to train on has more questions, with explanations, and Python's
+    documentation, unless the text has it already. Arguments and errors are as of `load_calibration`, and:
 
     Parameters
     ----------
-    calibration : list of str or chats, file, data set, or None
-        As for `load_calibration`. None: a thousand pages of FineWeb-Edu, if the hub or its cache answers within ten
-        seconds, else, as with "bundled", text that the model writes itself, the first half of Python's documentation,
-        and, where lm-eval is installed, one MMLU development question a subject (from 98,304 tokens on two), answered.
+    calibration
+        "hub": a thousand pages of FineWeb-Edu. "bundled": the first half of Python's documentation and, if lm-eval is
+        installed, one answered MMLU development question a subject (from 98,304 tokens on two); to train on, source
+        code too. Of that the model writes half, or a third to train on.
     max_tokens : int
-        How many tokens are to be used at most. Of a text of more than 64 characters for each (8 to train on) 64
-        excerpts are taken, spread evenly over it, and the source says so.
+        Tokens that are used at most. Of a text of more than 64 characters for each (8 to train on) 64 excerpts are
+        taken, spread evenly over it.
     to_train : bool
         Whether a model is to be trained on the text, and not fitted to it.
-    tokenizer : optional
-        As for `load_calibration`.
-
-    Raises
-    ------
-    ValueError, OSError
-        As for `load_calibration`, or if neither documentation nor lm-eval is installed.
     """
-    own, name, note = calibration, "", ""
-    if calibration == BUNDLED:
-        own, note = None, f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model"
-    elif calibration is None:
-        try:
-            own = [page["text"] for page in first_rows(GENERAL)]
-            name = f"{GENERAL.repo} at {GENERAL.commit[:8]}"
-            note = f"Calibrated on general text; {_OWN_TEXT} a better model"
-        except OSError as error:
-            note = _COST.format(error)
-            logger.warning_once(f"{note}.")
-    of_each = 2 if own is None and max_tokens >= _TOKENS_FOR_TWO else 1
-    questions = _answered_questions(None if to_train else of_each, explained=to_train)
-    documentation = documentation_halves()[0]
-    if own is None:
-        code = _source_code(max(1, max_tokens // 1024)) if to_train else ""
-        parts = {DOCUMENTATION: documentation, SOURCE_CODE: code, QUESTIONS: questions}
+    source, note = GENERAL.name, f"Calibrated on general text; {_OWN_TEXT} a better model"
+    if calibration is None or calibration in (BUNDLED, HUB):
+        rows, failure = _hub_rows(GENERAL, calibration)
+        if not rows:
+            return _mix_bundled(max_tokens, to_train, failure)
+        samples, _ = read_samples([row["text"] for row in rows], max_tokens, tokenizer)
     else:
-        samples, source = read_samples(own, max_tokens, tokenizer)
-        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS) if to_train else max_tokens
-        pieces, spread = _taken(windows(samples, size), TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
-        text = ("\n\n" if spread else "").join(pieces)
-        beside = _beside(text, documentation, _DOCUMENTATION_CHARACTERS * max_tokens) if to_train else ""
-        most = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MOST_QUESTION_CHARACTERS)
-        parts = {(name or source) + spread: text, DOCUMENTATION: beside, QUESTIONS: questions[: int(most)]}
+        samples, source = read_samples(calibration, max_tokens, tokenizer)
+        note = ""
+    return _mix_with(samples, source, max_tokens, to_train, note)
+
+
+def _mix_bundled(max_tokens: int, to_train: bool, failure: str | None) -> Corpus:
+    """What is installed; `failure` says why the hub gave no text, if it was asked."""
+    note = f"Calibrated on the bundled mixture; {_OWN_TEXT} a better model"
+    if failure is not None:
+        note = (
+            f"Calibrated on installed text, as the hub gave none ({failure}): other kinds of text then have 1.1 to 1.4 "
+            f"times the perplexity that {_OWN_TEXT} them"
+        )
+        logger.warning_once(f"{note}.")
+    parts = {DOCUMENTATION: documentation_halves()[0]}
+    if to_train:
+        parts[SOURCE_CODE] = _source_code(max(1, max_tokens // 1024))
+    per_subject = 2 if max_tokens >= _TOKENS_FOR_TWO else 1
+    parts[QUESTIONS] = _question_text(per_subject, to_train)
     parts = {name: part for name, part in parts.items() if part}
     if not parts:
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
-    share = _MOSTLY_WRITTEN if own is None and not to_train else _WRITTEN_SHARE
-    return Corpus(parts, share, by_default=own is None, note=note)
+    share = _WRITTEN_SHARE if to_train else _MIXTURE_SHARE
+    return Corpus(parts, share, is_bundled=True, note=note)
+
+
+def _mix_with(samples: Iterable[str], source: str, max_tokens: int, to_train: bool, note: str) -> Corpus:
+    """Samples, and what stands beside them."""
+    size = max_tokens
+    if to_train:
+        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS)
+    windows = split_windows(samples, size)
+    pieces, remark = _sample_items(windows, TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
+    text = ("\n\n" if remark else "").join(pieces)
+    parts = {source + remark: text}
+    if to_train:
+        parts[DOCUMENTATION] = _excerpt_documentation(text, _DOCUMENTATION_CHARACTERS * max_tokens)
+    limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MAX_QUESTION_CHARACTERS)
+    parts[QUESTIONS] = _question_text(1, to_train)[: int(limit)]
+    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE, note=note)
 
 
 def _source_code(count: int) -> str:
-    """At most so many modules of Python's standard library, spread evenly over some packages, as far as it is files."""
+    """At most so many modules of Python's standard library, spread evenly over some packages, if they are files."""
     folders = (Path(get_path("stdlib"), name) for name in _PACKAGES)
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    return "\n\n".join(file.read_text("utf-8") for file in files[:: math.ceil(len(files) / count) or 1])
+    step = max(1, math.ceil(len(files) / count))
+    return "\n\n".join(file.read_text("utf-8") for file in files[::step])
 
 
-def _beside(text: str, documentation: str, limit: float) -> str:
-    """Some documentation, spread evenly over it; none, if the text has it already."""
+def _excerpt_documentation(text: str, limit: float) -> str:
+    """Documentation to stand beside a text, spread evenly over all of it; none if the text has it already."""
     characters = int(min(len(text) / 2, limit))
     count = max(1, math.ceil(characters / _DOCUMENTATION_EXCERPT))
-    pieces, _ = spread_evenly(windows([documentation], _DOCUMENTATION_EXCERPT), count)
-    return "" if any(piece in text for piece in pieces) else "\n\n".join(pieces)[:characters]
+    pieces, _ = sample_evenly(split_windows([documentation_halves()[0]], _DOCUMENTATION_EXCERPT), count)
+    if any(piece in text for piece in pieces):
+        return ""
+    return "\n\n".join(pieces)[:characters]
 
 
-def _answered_questions(of_each: int | None, *, explained: bool) -> str:
-    """MMLU development questions with their answers, each in two formats that are far from each other.
+def _question_text(per_subject: int, to_train: bool) -> str:
+    """So many questions of each subject with their answers, or all of them with explanations; "" without lm-eval.
 
-    So many questions a subject, or all but those that `mmlu_sample` asks, one of each subject after the other. With
-    `explained` the second format says why the answer is right. Nothing where lm-eval is not installed.
+    Subjects take turns. Each question has letters once and is in plain words once, far from each other.
     """
     try:
-        subjects = [of[:of_each] for of in questions_to_fit().values()]
+        subjects = fitting_questions().values()
     except ValueError as error:
         logger.warning("Without questions in the calibration text: %s", error)
         return ""
-    questions = [question for nth in zip_longest(*subjects) for question in nth if question is not None]
-    lettered = [f"{format_question(q)} {ascii_uppercase[q.answer]}. {q.choices[q.answer]}" for q in questions]
-    plain = [f"Question: {q.question}\nAnswer: {q.choices[q.answer]}" for q in questions]
-    if explained:
-        plain = [f"{text}\n{q.explanation}" for text, q in zip(plain, questions, strict=True)]
-    pairs = list(zip(lettered, plain, strict=True))
-    return "\n\n".join(pair[(n + second) % 2] for second in (0, 1) for n, pair in enumerate(pairs))
+    turns = list(zip_longest(*subjects))
+    if not to_train:
+        turns = turns[:per_subject]
+    first: list[str] = []
+    second: list[str] = []
+    for question in filter(None, chain(*turns)):
+        answer = question.choices[question.answer]
+        lettered = f"{format_question(question)} {ascii_uppercase[question.answer]}. {answer}"
+        plain = f"Question: {question.question}\nAnswer: {answer}"
+        if to_train:
+            plain += f"\n{question.explanation}"
+        formats = [lettered, plain]
+        if len(first) % 2:
+            formats.reverse()
+        first.append(formats[0])
+        second.append(formats[1])
+    return "\n\n".join(first + second)
 
 
-def other_text(corpus: Corpus) -> list[str]:
-    """Texts of kinds that a corpus has little of, on which fused layers are judged: worked examples, and documentation.
+def out_of_domain_texts(corpus: Corpus) -> list[str]:
+    """Texts of kinds that a corpus has little of, to judge fused layers: documentation, and worked examples.
 
-    Worked examples are explained answers to questions that are neither in a corpus for fits nor in `mmlu_sample`. There
-    are none without lm-eval, and documentation stands beside a user's text alone.
+    Documentation is only for a user's text. Worked examples are explained answers to questions that are neither in a
+    corpus for fits nor in `mmlu_sample`.
     """
-    texts = [] if corpus.by_default else [documentation_halves()[0]]
+    texts = [] if corpus.is_bundled else [documentation_halves()[0]]
     with suppress(ValueError):
-        others = [question for of in questions_to_fit().values() for question in of[2:]]
+        others = [question for questions in fitting_questions().values() for question in questions[2:]]
         texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
     return [text for text in texts if text]
 
 
 def documentation_halves() -> tuple[str, str]:
-    """Python's own reference documentation as two texts that share no paragraph.
+    """Python's own reference documentation, English prose that comes with it, as two texts that share no paragraph.
 
-    English prose that is there wherever Python is: the first half is for calibration, the second for judging.
-    Both are empty where Python was installed without `pydoc_data.topics`.
+    The first half is for calibration, the second for judging. Both are empty if Python was installed without
+    `pydoc_data.topics`.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return "", ""
+    paragraphs = [part.strip("\n") for name in sorted(topics) for part in topics[name].split("\n\n")]
     # Some topics contain others, so paragraphs repeat; each is kept where it comes first.
-    paragraphs = dict.fromkeys(
-        paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n")
-    )
-    ordered = [paragraph for paragraph in paragraphs if paragraph.strip()]
-    middle = len(ordered) // 2
-    return "\n\n".join(ordered[:middle]), "\n\n".join(ordered[middle:])
+    distinct = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph.strip()]
+    middle = len(distinct) // 2
+    return "\n\n".join(distinct[:middle]), "\n\n".join(distinct[middle:])

@@ -1,7 +1,6 @@
-"""What the hub is asked for by default: the beginnings of two files, for which a run waits ten seconds at most.
+"""Default text from the hub: the first rows of two files, for which a run waits ten seconds at most.
 
-A process of its own reads them, which can be ended whatever it waits for; it runs this file, so nothing of lf_hf is
-imported here.
+A child process reads them, as it can be ended whatever it waits for. It runs this file, which imports nothing of lf_hf.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 from huggingface_hub import cached_assets_path, constants
 
 PATIENCE = 10.0
-"""Seconds until the hub has to have given what it is asked for."""
+"""Seconds that the hub has to give a file."""
 failure: str | None = None
-"""Why the hub did not give something; then this process does not ask it again."""
+"""Why the hub did not give a file; after that this process does not ask again."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,11 @@ class HubFile:
     columns: list[str]
     rows: int
 
+    @property
+    def name(self) -> str:
+        """Data set and commit, for people."""
+        return f"{self.repo} at {self.commit[:8]}"
+
 
 GENERAL = HubFile(
     "HuggingFaceFW/fineweb-edu",
@@ -42,7 +46,7 @@ GENERAL = HubFile(
     columns=["text"],
     rows=1000,
 )
-"""Text of many kinds: pages of the web that explain something, from all years of Common Crawl (ODC-By); some 5 MB."""
+"""Educational web pages from all years of Common Crawl (ODC-By), some 5 MB."""
 
 MMLU = HubFile(
     "cais/mmlu",
@@ -54,31 +58,26 @@ MMLU = HubFile(
 """All 1,531 questions of MMLU's validation split (MIT)."""
 
 
-def first_rows(file: HubFile) -> list[dict[str, Any]]:
-    """The rows, the same ones each time: from the cache, or from the hub, and then they are in the cache.
+def load_rows(file: HubFile) -> list[dict[str, Any]]:
+    """The rows of a file from the cache, or from the hub, which puts them into the cache.
 
     Raises OSError if the hub does not give them in time, or is not to be asked.
     """
     global failure
     cached: Path | None = None
-    with suppress(OSError, ValueError, RuntimeError):  # of a cache that cannot be made or read; without a home
+    with suppress(OSError, ValueError, RuntimeError):  # no home, or a cache that cannot be made or read
         cached = cached_assets_path("lf_hf", file.repo, file.commit) / f"{Path(file.path).stem}.json"
         return json.loads(cached.read_bytes())
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    if failure is None:
-        try:
-            command = [sys.executable, __file__, json.dumps(asdict(file))]
-            content = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True).stdout
-            rows = json.loads(content)
-        except subprocess.TimeoutExpired:
-            failure = f"it took more than {PATIENCE:.0f} seconds"
-        except subprocess.CalledProcessError as error:
-            failure = f"{' '.join(error.stderr.decode(errors='replace').split()):.200}"
-        except (OSError, ValueError) as error:  # of a process that cannot be started, or prints something else
-            failure = f"{error}"
     if failure is not None:
         raise OSError(failure)
+    try:
+        content = _download(file)
+        rows = json.loads(content)
+    except (OSError, ValueError) as error:
+        failure = f"{error}"
+        raise OSError(failure) from None
     if cached is not None:
         with suppress(OSError):
             new = cached.with_suffix(f".{os.getpid()}")
@@ -87,21 +86,31 @@ def first_rows(file: HubFile) -> list[dict[str, Any]]:
     return rows
 
 
-def _read(repo: str, commit: str, path: str, columns: list[str], rows: int) -> list[dict[str, Any]]:
-    """In the process of its own: as little of the file as holds the rows."""
+def _download(file: HubFile) -> bytes:
+    """What a child process prints, which runs this file. Raises OSError if it fails or takes too long."""
+    command = [sys.executable, __file__, json.dumps(asdict(file))]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True).stdout
+    except subprocess.TimeoutExpired:
+        raise OSError(f"it took more than {PATIENCE:.0f} seconds") from None
+    except subprocess.CalledProcessError as error:
+        words = error.stderr.decode(errors="replace").split()
+        raise OSError(f"{' '.join(words):.200}") from None
+
+
+def _read(wanted: HubFile) -> list[dict[str, Any]]:
+    """Read as little of a file as holds the rows; in the child process."""
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
 
-    with HfFileSystem().open(f"datasets/{repo}@{commit}/{path}") as file:
-        batches = ParquetFile(file).iter_batches(100, columns=columns)
-        read = list(islice((row for batch in batches for row in batch.to_pylist()), rows))
-    if not read or any(list(row) != columns for row in read):
-        raise ValueError(f"{path} of {repo} does not hold what it is known to hold")
-    return read
+    with HfFileSystem().open(f"datasets/{wanted.repo}@{wanted.commit}/{wanted.path}") as file:
+        batches = ParquetFile(file).iter_batches(100, columns=wanted.columns)
+        every = (row for batch in batches for row in batch.to_pylist())
+        return list(islice(every, wanted.rows))
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(_read(**json.loads(sys.argv[1]))))
-    except Exception as error:  # of any kind: the network's, the hub's, the reader's
+        print(json.dumps(_read(HubFile(**json.loads(sys.argv[1])))))
+    except Exception as error:  # of the network, the hub or the reader
         sys.exit(f"{type(error).__name__}: {error}")

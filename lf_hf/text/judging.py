@@ -8,9 +8,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from lf_hf.text.calibration import DOCUMENTATION, documentation_halves
 from lf_hf.text.mmlu import lm_eval_path
+from lf_hf.text.packing import pack_tokens
 
+PERPLEXITY_LENGTH = 512
+"""Tokens of a sequence on which perplexity is measured."""
 _PROBES = 40  # paragraphs that are looked for in calibration text
 _SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
 
@@ -20,17 +26,17 @@ PROMPTS = (
     "Answer: First, the baker made",
     'def mean(numbers):\n    """The average of a list of numbers, 0 for an empty list."""\n    if',
 )
-"""What the dense and the fused model go on from, to be looked at: prose, arithmetic and a program."""
+"""What the dense and the fused model continue, for people to read: prose, arithmetic and a program."""
 QUESTION = "Which city is the capital of France, and what is it known for?"
-"""What both are asked in the base's chat template, if there is one."""
+"""What both are asked in the base's chat template, if it has one."""
 
 Relation = Literal["unseen", "kin", "seen"]
-"""Of a judging text to what was fitted: nothing of it, text of its kind, or part of the text itself."""
+"""What a model was fitted on of a judging text: nothing, text of its kind, or part of the text itself."""
 
 
 @dataclass(frozen=True)
 class JudgingText:
-    """All of a text, with the head of its column; `kin` is the part of a corpus that is of its kind, if any is."""
+    """A text by the head of its column; `kin` names the part of a corpus that is of its kind, if there is one."""
 
     name: str
     source: str
@@ -41,30 +47,40 @@ class JudgingText:
 def judging_texts() -> list[JudgingText]:
     """The second half of Python's documentation, and worked reasoning questions, as far as they are installed.
 
-    The first is technical prose, of the kind that default calibration text has. The second is a kind that it does not
-    have: the BIG-bench Hard examples (Suzgun et al., arXiv:2210.09261) that lm-eval ships for its prompts.
+    The second, which lm-eval ships, is of a kind that the default calibration text does not have: the BIG-bench Hard
+    examples (Suzgun et al., arXiv:2210.09261).
     """
-    docs = JudgingText(
-        "docs",
-        f"documentation of Python {platform.python_version()}, second half",
-        documentation_halves()[1],
-        DOCUMENTATION,
-    )
+    source = f"documentation of Python {platform.python_version()}, second half"
+    docs = JudgingText("docs", source, documentation_halves()[1], DOCUMENTATION)
     reasoning = JudgingText("reasoning", "worked BIG-bench Hard questions that lm-eval ships", _reasoning())
     return [judging for judging in (docs, reasoning) if judging.text]
 
 
+def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> dict[str, list[Tensor]]:
+    """Some `tokens` tokens of each judging text by its name: int64 sequences of one length, shape (tokens T,).
+
+    A model before and after fusing and after healing is judged on these. `longest` is what the model takes at most.
+    """
+    length = min(PERPLEXITY_LENGTH, longest, max(2, tokens))  # of a single token nothing is predicted
+    packed = {}
+    for judging in judging_texts():
+        sequences = pack_tokens(tokenizer, judging.text, length, max(length, tokens))
+        packed[judging.name] = [sequence for sequence in sequences if len(sequence) == length]
+    return packed
+
+
 def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str] = ()) -> Relation:
-    """How a judging text relates to the texts that a model was fitted on, and to what is known of them by name."""
+    """How a judging text relates to the texts that a model was fitted on, and to the names of their parts."""
     paragraphs = [part.strip() for part in judging.text.split("\n\n") if len(part.strip()) >= _SHORTEST_PROBE]
     probes = paragraphs[:: max(1, len(paragraphs) // _PROBES)]
-    if any(sum(probe in text for probe in probes) > len(probes) / 10 for text in fitted):
-        return "seen"
+    for text in fitted:
+        if sum(probe in text for probe in probes) > len(probes) / 10:
+            return "seen"
     return "kin" if judging.kin in names else "unseen"
 
 
 def nearest(*relations: str) -> str:
-    """The one of some relations that is nearest to what was fitted."""
+    """The relation that is nearest to what was fitted."""
     return min(relations, key=("seen", "kin", "unseen").index)
 
 

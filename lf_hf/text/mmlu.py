@@ -1,6 +1,6 @@
 """MMLU questions: its subjects, its prompt, and two places on disk that hold real questions.
 
-Hendrycks et al., "Measuring Massive Multitask Language Understanding", ICLR 2021. Standard library only.
+Hendrycks et al., "Measuring Massive Multitask Language Understanding", ICLR 2021.
 """
 
 from __future__ import annotations
@@ -15,29 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lf_hf.runtime.errors import explained
+
 _CATEGORIES = {
-    "stem": (
-        "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
-        "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
-        "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
-        "high_school_mathematics high_school_physics high_school_statistics machine_learning"
-    ),
-    "other": (
-        "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
-        "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology"
-    ),
-    "social_sciences": (
-        "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics "
-        "high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations "
-        "security_studies sociology us_foreign_policy"
-    ),
-    "humanities": (
-        "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law "
-        "jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law "
-        "world_religions"
-    ),
+    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+    "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+    "high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+    "professional_law world_religions",
 }
-SUBJECTS = dict(sorted((subject, category) for category, of in _CATEGORIES.items() for subject in of.split()))
+SUBJECTS = dict(sorted((subject, category) for category, names in _CATEGORIES.items() for subject in names.split()))
 """The 57 subjects, each with its category."""
 # In lm-eval 0.4.13 the end of one answer has slipped into the question after it.
 _STRAY_ANSWER = (
@@ -61,37 +55,35 @@ class Question:
 
 
 def format_question(question: Question) -> str:
-    """The MMLU prompt of a question, without its answer: as lm-eval's `mmlu` has it."""
-    options = zip(string.ascii_uppercase, question.choices, strict=False)
-    lines = [question.question.strip(), *(f"{letter}. {text}" for letter, text in options), "Answer:"]
-    return "\n".join(lines)
+    """The prompt of a question as in lm-eval's `mmlu`, without its answer."""
+    choices = zip(string.ascii_uppercase, question.choices, strict=False)
+    lines = [f"{letter}. {text}" for letter, text in choices]
+    return "\n".join([question.question.strip(), *lines, "Answer:"])
 
 
 def lm_eval_path(*names: str) -> Path | None:
-    """Something in the folder of lm-eval, if that is installed."""
+    """A path in the folder of lm-eval, if that is installed."""
     spec = importlib.util.find_spec("lm_eval")
-    return Path(spec.origin).parent.joinpath(*names) if spec and spec.origin else None
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent.joinpath(*names)
 
 
 def bundled_questions() -> dict[str, list[Question]]:
-    """The MMLU development questions that come with lm-eval: four or five of each of the 57 subjects.
+    """The MMLU development questions that come with lm-eval, four or five of each subject.
 
-    One question of college_chemistry has five choices, every other has four. Raises ValueError if lm-eval is not
+    One question of college_chemistry has five choices, all others have four. Raises ValueError if lm-eval is not
     installed, or its file is missing or not of the known form.
     """
     path = lm_eval_path("tasks", "mmlu", "flan_cot_fewshot", "_cot_prompts.json")
     if path is None:
         raise ValueError("The MMLU development questions come with lm-eval; run `pip install lm-eval`.")
-    try:
+    with explained(f"The MMLU questions in {path} are not as in lm-eval 0.4.13", "install that version"):
         prompts = json.loads(path.read_text(encoding="utf-8"))
         return {subject: _parse_prompt(prompts[subject]) for subject in SUBJECTS}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"The MMLU questions in {path} are not as in lm-eval 0.4.13 ({error!r:.200}); install that version."
-        ) from None
 
 
-def questions_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
+def group_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
     """The questions of each subject, from rows of MMLU on the Hugging Face hub."""
     questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
     for row in rows:
@@ -99,33 +91,37 @@ def questions_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]
     return questions
 
 
-def asked_in_sample(questions: Sequence[Question]) -> Question:
-    """The question that `mmlu_sample` asks of a subject, the last with four choices. Nothing is fitted on it."""
+def sample_question(questions: Sequence[Question]) -> Question:
+    """The question that `mmlu_sample` asks: the last one with four choices. Nothing is fitted on it."""
     return [question for question in questions if len(question.choices) == 4][-1]
 
 
-def questions_to_fit() -> dict[str, list[Question]]:
-    """The bundled questions of each subject, three or four, but for the one that `mmlu_sample` asks."""
-    return {subject: [q for q in of if q != asked_in_sample(of)] for subject, of in bundled_questions().items()}
+def fitting_questions() -> dict[str, list[Question]]:
+    """The bundled questions of each subject without the one that `mmlu_sample` asks: three or four."""
+    fitting = {}
+    for subject, questions in bundled_questions().items():
+        asked = sample_question(questions)
+        fitting[subject] = [question for question in questions if question != asked]
+    return fitting
 
 
 def _parse_prompt(prompt: str) -> list[Question]:
-    """Take the questions out of a subject's chain-of-thought prompt: `Q: ...`, `(A) ... (B) ...`, `A: ...`."""
+    """The questions in a subject's chain-of-thought prompt: `Q: ...`, `(A) ... (B) ...`, `A: ...`."""
     questions = []
     for block in prompt.replace(_STRAY_ANSWER, "").split("\n\nQ:")[1:]:
         asked, _, reasoning = block.partition("\nA:")
         text, *parts = re.split(r"\s*\(([A-E])\) ?", asked)
         [right] = re.findall(r"answer is \(([A-Z])\)\.\s*$", reasoning)
-        choices = tuple(choice.strip() for choice in parts[1::2])
+        letters, choices = parts[::2], [choice.strip() for choice in parts[1::2]]
         explanation = _VERDICT.sub("", _LEAD.sub("", reasoning)).strip()
-        questions.append(Question(text.strip(), choices, parts[::2].index(right), explanation))
+        questions.append(Question(text.strip(), tuple(choices), letters.index(right), explanation))
     return questions
 
 
 def read_csv_questions(directory: str | Path, split: str, subject: str) -> list[Question]:
-    """One subject of the original MMLU release: `DIRECTORY/SPLIT/SUBJECT_SPLIT.csv`, SPLIT one of dev, val and test.
+    """The questions of one subject of the original MMLU release, in order, from `DIRECTORY/SPLIT/SUBJECT_SPLIT.csv`.
 
-    Every row of the file in order: question, four choices, and the answer as a letter; there is no header. Raises
+    SPLIT is dev, val or test. A row has a question, four choices and the answer's letter; there is no header. Raises
     ValueError if the file is missing, or has a row of another form.
     """
     questions = []

@@ -1,8 +1,8 @@
-"""Token sequences from text: samples that are compared, and windows of running text."""
+"""Token sequences from text: samples that are compared, and sequences of running text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, other_text
-from lf_hf.text.chats import first_token
+from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, out_of_domain_texts
+from lf_hf.text.chats import bos_prefix
 
 JUDGING_LENGTH = 128
-"""Tokens of a piece of text that judges fused layers."""
-_OTHER_TOKENS = 1024  # of each other kind of text
+"""Tokens of a sequence that judges fused layers."""
+_OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
 
 def tokenize_samples(
@@ -32,8 +32,8 @@ def tokenize_samples(
         ids = tokenizer(text, verbose=False)["input_ids"][:sample_length]
         if not ids:
             raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
-        check_ids(max(ids), vocab_size)
         samples.append(torch.tensor(ids))
+    check_ids(samples, vocab_size)
     return samples
 
 
@@ -42,13 +42,13 @@ def pack_tokens(
 ) -> list[Tensor]:
     """Sequences of `length` tokens, spread evenly over a text, that have at most `max_tokens` tokens together.
 
-    They are int64 tensors; only the last one may be shorter than `length`, and none has fewer than two tokens. Each
-    starts with the tokenizer's own beginning-of-sequence token if it adds one by itself. Of a text of more than 64 *
-    `max_tokens` characters only those are looked at, unless `whole`.
+    Each has at least two tokens, only the last one may be shorter than `length`, and all start with the
+    beginning-of-sequence token if the tokenizer adds it. Unless `whole`, 64 * `max_tokens` characters are used.
     """
-    text = text if whole else text[: max_tokens * TOKEN_CHARACTERS]
+    if not whole:
+        text = text[: max_tokens * TOKEN_CHARACTERS]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = first_token(tokenizer)
+    prefix = bos_prefix(tokenizer)
     step = length - len(prefix)
     pieces = [torch.tensor(prefix + ids[start : start + step]) for start in range(0, len(ids), step)]
     pieces = [piece for piece in pieces if len(piece) > 1]
@@ -61,55 +61,63 @@ def pack_tokens(
 def pack_corpus(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, max_tokens: int, vocab_size: int
 ) -> list[Tensor]:
-    """Sequences of a corpus, at most `max_tokens` tokens in all, an equal share from each part as far as it goes.
+    """Sequences of a corpus, at most `max_tokens` tokens in all, of which each part has an equal share if it can.
 
-    They are int64 tensors of at most `length` tokens, and each part is spread evenly over the list. Raises ValueError
-    if there are fewer tokens than one sequence has, or ids that the model does not have.
+    Each part is spread evenly over the list. Raises ValueError if there are fewer tokens than one sequence has, or ids
+    that the model does not have.
     """
-    sequences = interleaved(*pack_parts(tokenizer, corpus, length, max_tokens).values())
+    sequences = interleave(*pack_parts(tokenizer, corpus, length, max_tokens).values())
     total = sum(map(len, sequences))
     if total < length:
         raise ValueError(
             f"The calibration text ({corpus.source}) has only {total} tokens, which do not fill one sequence of "
             f"{length}; give more text, or lower calibration_length."
         )
-    check_ids(max(int(sequence.max()) for sequence in sequences), vocab_size)
+    check_ids(sequences, vocab_size)
     return sequences
 
 
 def check_enough(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> None:
     """Raise the errors of `pack_corpus`, from no more of a corpus than that takes."""
-    enough = {name: part[: length * TOKEN_CHARACTERS] for name, part in corpus.parts.items()}
-    pack_corpus(tokenizer, replace(corpus, parts=enough), length, len(enough) * length, vocab_size)
+    beginnings = {name: part[: length * TOKEN_CHARACTERS] for name, part in corpus.parts.items()}
+    pack_corpus(tokenizer, replace(corpus, parts=beginnings), length, len(beginnings) * length, vocab_size)
 
 
 def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, tokens: int) -> dict[str, list[Tensor]]:
-    """As `pack_corpus`, the sequences of each part by its name; there may be none."""
+    """As `pack_corpus`, the sequences of each part by its name; a part may have none."""
     packed: dict[str, list[Tensor]] = {}
-    left, whole = tokens, not corpus.by_default  # a user's text counts from its beginning to its end
-    for name, part in sorted(corpus.parts.items(), key=lambda item: len(item[1])):
+    remaining = tokens
+    whole = not corpus.is_bundled  # a user's text counts from its beginning to its end
+    for name in sorted(corpus.parts, key=lambda name: len(corpus.parts[name])):
         # What short parts do not use goes to longer ones.
-        packed[name] = pack_tokens(tokenizer, part, length, left // (len(corpus.parts) - len(packed)), whole=whole)
-        left -= sum(map(len, packed[name]))
+        share = remaining // (len(corpus.parts) - len(packed))
+        packed[name] = pack_tokens(tokenizer, corpus.parts[name], length, share, whole=whole)
+        remaining -= sum(map(len, packed[name]))
     return {name: packed[name] for name in corpus.parts}
 
 
-def pack_other_text(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int) -> list[Tensor]:
-    """Pieces of the kinds of text that a corpus has little of, of at most `length` tokens: of shape (tokens T,)."""
+def pack_out_of_domain(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int
+) -> list[Tensor]:
+    """Sequences of `out_of_domain_texts`, of at most `length` tokens: int64 tensors of shape (tokens T,)."""
     length = min(length, JUDGING_LENGTH)
-    pieces = [piece for text in other_text(corpus) for piece in pack_tokens(tokenizer, text, length, _OTHER_TOKENS)]
-    check_ids(max((int(piece.max()) for piece in pieces), default=0), vocab_size)
-    return pieces
+    sequences: list[Tensor] = []
+    for text in out_of_domain_texts(corpus):
+        sequences += pack_tokens(tokenizer, text, length, _OUT_OF_DOMAIN_TOKENS)
+    check_ids(sequences, vocab_size)
+    return sequences
 
 
-def interleaved(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """The items of some lists in one, in which each list is spread evenly."""
+def interleave(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The items of all lists in one list, over which the items of each are spread evenly."""
     placed = [((n + 0.5) / len(items), item) for items in lists for n, item in enumerate(items)]
-    return [item for _, item in sorted(placed, key=itemgetter(0))]
+    placed.sort(key=itemgetter(0))
+    return [item for _, item in placed]
 
 
-def check_ids(largest: int, vocab_size: int) -> None:
+def check_ids(sequences: Iterable[Tensor], vocab_size: int) -> None:
     """Raise ValueError if a token id is beyond the model's embeddings."""
+    largest = max((int(sequence.max()) for sequence in sequences), default=0)
     if largest >= vocab_size:
         raise ValueError(
             f"The tokenizer gives token id {largest}, but the model has {vocab_size} embeddings; use the tokenizer "
@@ -117,25 +125,25 @@ def check_ids(largest: int, vocab_size: int) -> None:
         )
 
 
-def held_out(text: Sequence[Tensor], count: int, *, at_random: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+def split_held_out(text: Sequence[Tensor], count: int, *, at_random: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """At most `count` sequences to measure on, with no more than half of the tokens, and the others.
 
-    They lie in equal stretches of the text: in the middle of each, or at random places, so that each kind of text has
-    its share, as kinds take turns, and what lies at equal distances may all be of one kind. There are none of a single
-    sequence, and may be none of a few that differ in length.
+    One lies in each of `count` equal stretches of the text: in its middle, or at a random place, as kinds of text take
+    turns. A single sequence is never held out.
     """
     if count == 0:
         return [], list(text)
     ends = np.cumsum([len(sequence) for sequence in text])
-    in_stretch = np.random.default_rng(0).random(count) if at_random else 0.5
-    places = (np.arange(count) + in_stretch) * ends[-1] / count
+    offsets = np.random.default_rng(0).random(count) if at_random else np.full(count, 0.5)
+    places = (np.arange(count) + offsets) * ends[-1] / count
     chosen = set(np.searchsorted(ends, places, side="right").tolist())
     if sum(len(text[n]) for n in chosen) > ends[-1] / 2:
-        return held_out(text, count // 2, at_random=at_random)
-    return [text[n] for n in sorted(chosen)], [sequence for n, sequence in enumerate(text) if n not in chosen]
+        return split_held_out(text, count // 2, at_random=at_random)
+    rest = [sequence for n, sequence in enumerate(text) if n not in chosen]
+    return [text[n] for n in sorted(chosen)], rest
 
 
-def beginning(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
+def take_first(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
     """As many of the first sequences as have `tokens` tokens together, but one at least."""
     ends = np.cumsum([len(sequence) for sequence in text])
     return text[: max(1, int((ends <= tokens).sum()))]

@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from lf_hf.text.mmlu import Question, asked_in_sample, bundled_questions
+from lf_hf.text.mmlu import Question, bundled_questions, sample_question
 
 
 def load_sample(subject: str, **_: Any) -> dict[str, datasets.Dataset]:
@@ -16,7 +16,7 @@ def load_sample(subject: str, **_: Any) -> dict[str, datasets.Dataset]:
     lm-eval's metadata.
     """
     first, *others = bundled_questions()[subject]
-    asked = asked_in_sample(others)
+    asked = sample_question(others)
     shots = [q for q in others if q not in (first, asked) and len(q.choices) == 4]
     return {"dev": _dataset(shots), "test": _dataset([asked])}
 

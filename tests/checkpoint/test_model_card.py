@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from builders import Page, make_report
+from builders import HEALED, Page, make_report
 from huggingface_hub import ModelCard
 
-from lf_hf import FusionConfig, FusionReport
+from lf_hf import FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
+from lf_hf.report.data import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.report.page import write_page
-from lf_hf.report.records import CalibrationInfo, Continuation, PerplexityInfo
-from lf_hf.report.report import CHANGED_NOTE
 
 HOSTILE = (
     "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""
@@ -36,43 +37,77 @@ def card_of(report: FusionReport, *, plain: bool = False) -> str:
     return model_card(report, FAMILIES["llama"], plain=plain)
 
 
-@pytest.mark.parametrize("method", ["neural_alignment", "mka", "truncate", "refit"])
-def test_settings_without_effect_are_not_listed(method: str) -> None:
-    _, _, card = card_of(a_report(method)).partition("The settings that")
-    listed = dict(re.findall(r"^\| `(.*)` \| `(.*)` \|$", card, re.M))
-    assert listed == {name: str(value) for name, value in FusionConfig(1, method).in_effect().items()}
-    assert ("kernel_scale" in listed) == (method in ("neural_alignment", "mka"))
-    assert ("calibration_tokens" in listed) == (method == "refit")
-
-
 def test_figures_say_what_they_are_of() -> None:
     card = card_of(a_report(continuations=[Continuation("def f():", "\n    a | b", "")]))
     for words in (
-        "| perplexity, docs | 10 | 12.5 | x 1.25 |\n| divergence, docs | 0 | 0.25 |  |\n",
-        "| agreement, docs | 100.0% | 87.5% | -12.5% |",
-        "- docs: 4,000 tokens of some documentation; part of it was fitted on.",
-        "- calibration: some text (20 samples, 4096 tokens)",
-        "| layers | 32 | 28 | -12.5% |",
+        "\n| perplexity, docs | 10 | 12.5 | x 1.25 |\n| divergence, docs | 0 | 0.25 |  |\n",
+        "\n- docs: 4,000 tokens of some documentation; part of it was fitted on.\n",
+        "\n- calibration: some text (20 samples, 4096 tokens)\n",
         "| `def f():` | ` `<br>`\xa0\xa0\xa0\xa0a \\| b` | - |",
     ):
         assert words in card
-    without = card_of(a_report(perplexities=[], calibration=[]))
-    assert "erplexity, " not in without and "calibration:" not in without
+    assert "erplexity" not in card_of(a_report(perplexities=[], config={"method": "refit"}))
 
 
-def test_figures_of_a_model_that_was_changed_come_after_a_note() -> None:
-    report = a_report(weights_digest="one")
-    card = card_of(report.of_weights("another"), plain=True)
-    assert card.index(f"> {CHANGED_NOTE}") < card.index("| perplexity, docs |")
-    assert CHANGED_NOTE not in card_of(report.of_weights("one"), plain=True)
+def metadata_of(card: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return metadata
 
 
 @pytest.mark.parametrize("base", ["owner/model", "owner/model/file.gguf", "/home/me/model", "model"])
 def test_a_folder_is_no_repository(base: str) -> None:
     card = card_of(a_report(base=base))
-    repository = "owner/model" if base.startswith("owner/") else None
-    assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == repository
+    repository, relation = ("owner/model", "finetune") if base.startswith("owner/") else (None, None)
+    metadata = metadata_of(card)
+    assert (metadata.get("base_model"), metadata.get("base_model_relation")) == (repository, relation)
+    assert metadata["tags"] == ["llama", "layer-fusion", "depth-pruning"]
     assert "/home" not in card and "model" in card
+
+
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("---\nlicense: other\nlicense_name: a\nlicense_link: b\ntags: [c]\n---\n", ["other", "a", "b"]),
+        ("---\nlicense: mit\n---\n# A model\n", ["mit", None, None]),
+        ("---\nlicense: [mit]\n---\n", [None] * 3),
+        ("---\na: [\n---\n", [None] * 3),
+        ("# A model", [None] * 3),
+    ],
+)
+def test_the_licence_is_that_of_the_base(
+    readme: str, found: list[str | None], make_base: Callable[..., str], tmp_path: Path
+) -> None:
+    base = make_base()
+    Path(base, "README.md").write_text(readme)
+    fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
+    metadata = metadata_of((tmp_path / "out" / "README.md").read_text())
+    assert [metadata.get(name) for name in ("license", "license_name", "license_link")] == found
+
+
+@pytest.mark.parametrize(
+    ("config", "healed", "options", "heals"),
+    [
+        ({"num_fusions": 4, "calibration_tokens": 8192}, None, "--num-fusions 4 --calibration-tokens 8192", []),
+        ({"max_divergence": 0.5}, None, "--max-divergence 0.5", []),
+        (
+            {"num_fusions": 1, "method": "mka", "rank_normalize": False},
+            HEALED,
+            "--num-fusions 1 --no-rank-normalize",
+            ["heal out healed --base owner/model --train fused"],
+        ),
+    ],
+)
+def test_a_command_makes_the_model_again(config: dict[str, Any], healed: Any, options: str, heals: list[str]) -> None:
+    config = FusionConfig(**{"method": "refit"} | config).to_dict()
+    report = a_report(config=config, healed=healed, dtype="torch.bfloat16", base_digest="12ab", weights_digest="34cd")
+    card = card_of(report)
+    [block] = re.findall(r"^```bash\n(.*?)\n```$", card, re.M | re.S)
+    commands = [f"fuse owner/model out --method {config['method']} {options} --dtype bfloat16", *heals]
+    for line, command in zip(block.splitlines(), commands, strict=True):
+        program, *words = shlex.split(line)
+        assert program == "lf-hf" and sorted(words) == sorted(command.split())
+    for row in ("| `torch` | `2` |", "| `weights of the base` | `12ab` |", "| `weights` | `34cd` |"):
+        assert row in card
 
 
 @pytest.fixture
@@ -88,8 +123,9 @@ def hostile_report() -> FusionReport:
         notes=[HOSTILE],
         sample_labels=[HOSTILE],
     )
-    first = dataclasses.replace(report.steps[0], matches={HOSTILE: report.steps[0].matches["mlp.up_proj"]})
-    return dataclasses.replace(report, steps=[first, *report.steps[1:]])
+    [fused] = report.fused_layers
+    [match, *_] = fused.matches[0].values()
+    return dataclasses.replace(report, fused_layers=[dataclasses.replace(fused, matches=[{HOSTILE: match}])])
 
 
 def test_the_page_shows_hostile_text_as_text(hostile_report: FusionReport, tmp_path: Path) -> None:
@@ -109,7 +145,7 @@ def test_cards_and_tables_show_hostile_text_as_text(hostile_report: FusionReport
         metadata, body = card.removeprefix("---\n").split("\n---\n", 1)
         assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}  # the base is no repository
         assert ModelCard(card).content == card and all(c.isprintable() or c in "\n\xa0" for c in card)
-        texts.append(body)
+        texts.append(re.sub(r"^```.*?^```$", "", body, flags=re.M | re.S))
     for text in texts:
         rows: list[int] = []
         for line in text.splitlines():

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint, heal
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.card import model_card
-from lf_hf.checkpoint.weights import shard_names, tensor_files
+from lf_hf.checkpoint.weights import tensor_files
 from lf_hf.evaluate.points import read_points
 from lf_hf.families import FAMILIES
 from lf_hf.text.calibration import load_calibration, load_corpus
@@ -40,7 +40,7 @@ def in_memory(base: str | Path, out: Path, **kwargs: Any) -> None:
 
 
 def from_folder_to_folder(base: str | Path, out: Path, **kwargs: Any) -> None:
-    fuse_checkpoint(base, out, **QUICK | kwargs)
+    fuse_checkpoint(base, out, low_memory=True, **QUICK | kwargs)
 
 
 both = pytest.mark.parametrize("fuse", [in_memory, from_folder_to_folder])
@@ -121,6 +121,39 @@ def test_an_index_of_a_fused_checkpoint_names_its_own_files_alone(kind: Any, sav
             kind.from_pretrained(saved)
     shutil.copy(fused / "model.safetensors", saved)  # beside which no index is looked at
     kind.from_pretrained(saved)
+
+
+@both
+def test_what_a_checkpoint_lacks_is_said_in_one_sentence(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
+    weights = tensors(copy)
+    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"^model.safetensors.index.json has no metadata, as an index must have; "):
+        fuse(copy, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"config.json' is a file; give the folder of the checkpoint"):
+        fuse(copy / "config.json", tmp_path / "out")
+
+
+def test_arguments_beside_a_base_that_is_open_are_refused(base: str) -> None:
+    with pytest.raises(ValueError, match=r"The base is open already, so give dtype, nonsense to Base\.open"):
+        from_pretrained_fused(Base.open(base, {}), dtype="bfloat16", nonsense=3, **QUICK)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_native_checkpoints_of_earlier_versions_open_or_say_what_to_do(
+    model_type: str, family_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, old = family_base(model_type), tmp_path / "old"
+    fuse_checkpoint(base, old, **QUICK)
+    edit_json(old / "config.json", model_type=f"fused_{model_type}", fusion={"pairs": [[4, 5]]})
+    if model_type != "llama":
+        said = r"was written by an earlier version of lf_hf; .* \"model_type\": \"qwen3\" in place of \"fused_qwen3\""
+        for opens in (lambda: from_pretrained_fused(old, **QUICK), lambda: heal(old, tmp_path / "out", base=base)):
+            with pytest.raises(ValueError, match=said):
+                opens()
+        edit_json(old / "config.json", model_type=model_type)
+    assert AutoModelForCausalLM.from_pretrained(old).config.num_hidden_layers == 5
 
 
 def test_links_are_followed_as_in_the_hub_cache(base: str, fused: Path, tmp_path: Path) -> None:
@@ -283,8 +316,7 @@ edited_results = st.tuples(st.lists(edited(RESULT).map(json_bytes)), st.binary(m
 PARSERS: dict[str, tuple[str, st.SearchStrategy[bytes], Any]] = {
     "report": ("fusion_report.json", edited(REPORT).map(json_bytes) | damaged(json_bytes(REPORT)), FusionReport.load),
     "results": ("results.jsonl", edited_results.map(lambda parts: b"\n".join([*parts[0], parts[1]])), read_points),
-    "index": (INDEX_NAME, edited_index, shard_names),
-    "index, for its weights": (INDEX_NAME, edited_index, lambda file: tensor_files(file.parent)),
+    "index": (INDEX_NAME, edited_index, lambda file: tensor_files(file.parent)),
     "shard": ("model-1.safetensors", damaged(WHOLE["model-1.safetensors"]), lambda file: tensor_files(file.parent)),
 }
 for name, content in {
@@ -310,8 +342,8 @@ def test_what_can_be_read_can_be_used(tmp_path: Path, name: str, data: st.DataOb
     if isinstance(found, FusionReport):
         assert found.summary() and model_card(found, FAMILIES["llama"], plain=False)
         assert len(found.groups) == found.layers_after
-    elif found is not None and read is shard_names:
-        assert all(Path(shard).name == shard for shard in found.values())
+    elif found and name in ("index", "shard"):
+        assert {shard.parent for shard in found.values()} == {tmp_path}
     elif isinstance(found, list):
         assert all(isinstance(text, str) and text.encode() for text in found)
     assert (tmp_path / file_name).read_bytes() == content

@@ -97,7 +97,7 @@ def test_changes_reach_the_layers_and_no_copies(
         model.remove(2)
     assert torch.equal(next(dense_layers).mlp.up_proj.weight.cpu(), first)
     for number, model in enumerate([*copies, decoder]):
-        with model.kept_at_hand():
+        with model.keep_layers():
             for _ in "12":
                 read = [layer.mlp.up_proj.weight.cpu() for layer in model.layers(range(4))]
                 assert torch.equal(read[1], (2 + number) * ones) and torch.equal(read[2], third)

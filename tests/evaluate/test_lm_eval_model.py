@@ -63,9 +63,8 @@ def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, text: 
     before, after = info["parameters"]
     assert (before, after) == (make_llama().num_parameters(), lm.model.num_parameters())
     assert info["parameters_removed_fraction"] == pytest.approx(1 - after / before)
-    assert "text.txt" in json.dumps(info["calibration"]) and "150" in json.dumps(info["calibration"])
+    assert "text.txt" in json.dumps(info["calibration"])
     assert [judged["tokens"] for judged in info["perplexities"]] == [100, 100]
-    assert all(judged["divergence"] > 0 and 0 <= judged["agreement"] < 1 for judged in info["perplexities"])
 
 
 def test_a_budget_and_a_healing_after_it(base: str, text: Path) -> None:
@@ -92,7 +91,7 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
 
 
 def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, text: Path, tmp_path: Path) -> None:
-    given = QUICK | {"method": "refit", "selection": "last", "refit": "down_proj"}
+    given = QUICK | {"method": "refit", "selection": "last"}
     given |= {"calibration": str(text), "calibration_tokens": 1024}
     plain = make_lm(base, fused_dir=str(tmp_path / "plain"), **given)
     started = make_lm(base, fused_dir=str(tmp_path / "started"), add_bos_token=True, **given)
@@ -132,11 +131,12 @@ def test_a_model_instead_of_a_name(saved: str) -> None:
 
 def test_one_summary_is_logged(base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    summaries = []
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with caplog.at_level(logging.INFO, "lm_eval"):
-            lm = make_lm(base, **QUICK)
-    assert [message for message in caplog.messages if "Fused " in message] == [lm.model.fusion_report.summary()]
+            summaries.append(make_lm(base, **QUICK).model.fusion_report.summary())
+    assert [message for message in caplog.messages if "Fused " in message] == summaries[:1]
 
 
 def test_results_carry_the_fusion(base: str) -> None:

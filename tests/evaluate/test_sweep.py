@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import make_point, no_warnings
-from conftest import make_tokenizer, run_program, same
+from conftest import make_texts, make_tokenizer, run_program, same
+from huggingface_hub import cached_assets_path
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
@@ -30,6 +33,7 @@ from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import results_rows, stability_rows
 from lf_hf.settings import METHODS
+from lf_hf.text.hub import GENERAL
 
 Run = Callable[..., list[Point]]
 Whole = tuple[Path, list[Point]]
@@ -49,7 +53,7 @@ def _one_task_index() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(base: str, text: Path) -> Run:
     def run_sweep(out: Path, **arguments: Any) -> list[Point]:
-        given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "refit"], "tasks": TASKS}
+        given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "truncate"], "tasks": TASKS}
         given |= {"calibration": text, "settings": SETTINGS}
         return sweep(base, out, **given | arguments)
 
@@ -82,19 +86,10 @@ def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
     return [{**vars(point), "seconds": None} for point in points]
 
 
-@pytest.mark.parametrize(
-    ("methods", "settings"),
-    [
-        ([method for method in METHODS if method != "healed"], {}),  # refit chooses groups anew at each level
-        (["refit"], {"selection": "least_influence"}),
-        (["mka"], {"selection": "least_influence", "refit": "down_proj"}),
-    ],
-)
-def test_points_are_what_single_runs_give(
-    methods: list[str], settings: dict[str, Any], run: Run, judged: list[Any], base: str, text: Path, tmp_path: Path
-) -> None:
-    """Bit for bit, though a level goes on from the one below; and the base stays as it is."""
-    settings = {"perplexity_tokens": 100, "calibration_tokens": 1024} | settings
+def test_points_are_what_single_runs_give(run: Run, judged: list[Any], base: str, text: Path, tmp_path: Path) -> None:
+    """Bit for bit, though levels share what is measured; and the base stays as it is."""
+    methods = [method for method in METHODS if method != "healed"]
+    settings: dict[str, Any] = {"perplexity_tokens": 100, "calibration_tokens": 1024}
     dense, *fused = run(tmp_path, methods=methods, settings=settings)
     wanted = [(0, DENSE), *itertools.product((1, 2), methods)]
     assert [(point.num_fusions, point.method) for point in (dense, *fused)] == wanted
@@ -114,8 +109,8 @@ def test_points_are_what_single_runs_give(
     assert same(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
 
 
-def test_scores_are_those_of_lm_eval(whole: Whole, base: str, text: Path) -> None:
-    model = lf_hf.from_pretrained_fused(base, FusionConfig(2, "refit", **SETTINGS), calibration=text)
+def test_scores_are_those_of_lm_eval(whole: Whole, base: str) -> None:
+    model = lf_hf.from_pretrained_fused(base, FusionConfig(2, "truncate", **SETTINGS))
     assert Evaluation(TASKS).scores(model, make_tokenizer()) == whole[1][-1].scores
 
 
@@ -138,14 +133,14 @@ def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -
 
 
 def test_what_differs_in_healing_alone_is_fused_once(run: Run, judged: list[Any], tmp_path: Path) -> None:
-    heal: dict[str, Any] = {"num_fusions": [1], "settings": SETTINGS | {"heal_tokens": 4096}}
+    heal: dict[str, Any] = {"num_fusions": [2], "settings": SETTINGS | {"heal_tokens": 4096}}
     points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
-    assert sorted(point.method for point in points) == [DENSE, "healed", "refit", "refit, healed"]
+    assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
     assert judged[1] is judged[2] is judged[3] and judged[0] is not judged[1]
     [alone] = [point for point in run(tmp_path / "one", methods=["healed"], **heal) if point.method == "healed"]
     [shared] = [point for point in points if point.method == "healed"]
     assert without_seconds([shared]) == without_seconds([alone])
-    assert shared.perplexities == points[-1].perplexities != points[-2].perplexities
+    assert shared.perplexities == points[-1].perplexities != points[1].perplexities
 
 
 @pytest.mark.usefixtures("judged", "timed")
@@ -154,9 +149,9 @@ def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
     assert points[0].speedups == {"prefill": 1.0, "decoding": 1.0}
     assert all(min(point.speedups.values()) > 0 for point in points)
     assert "| speed-up, prefill | speed-up, decoding | perplexity, docs |" in (tmp_path / "results.md").read_text()
-    panels = {(axis.get_xlabel().split(",")[0], axis.get_ylabel()): axis for axis in sweep_curve(points).axes}
-    line = panels["times as fast as the base", "perplexity, docs (log scale)"].get_lines()[0]
-    assert np.array_equal(line.get_xdata(), [point.speedups["decoding"] for point in points])
+    axis = sweep_curve(points).axes[0]
+    assert axis.get_xlabel().startswith("times as fast") and axis.get_ylabel() == "perplexity, docs (log scale)"
+    assert np.array_equal(axis.get_lines()[0].get_xdata(), [point.speedups["decoding"] for point in points])
 
 
 @pytest.mark.usefixtures("judged")
@@ -175,6 +170,29 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
     others += [point.key for point in sweep(base, tmp_path / "out", **settings, limit=1)]  # another question
     assert len({*keys, *others}) == 6
+
+
+@pytest.mark.parametrize("answers_first", [True, False])
+def test_a_sweep_keeps_to_its_text_when_the_hub_answers_otherwise(
+    answers_first: bool, run: Run, judged: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
+    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
+
+    def points(answers: bool, *levels: int) -> list[Point]:
+        place = tmp_path if answers else os.devnull
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
+        settings = SETTINGS | {"perplexity_tokens": 0, "calibration_length": 64}
+        return run(tmp_path / "out", methods=["refit"], num_fusions=levels, calibration=None, settings=settings)
+
+    first = points(answers_first, 1)
+    if answers_first:
+        with pytest.raises(OSError, match="The hub does not give the default text"):
+            points(False, 1, 2)
+        assert len(judged) == 2
+    else:
+        again = points(True, 1, 2)
+        assert len(judged) == 3 and again[:2] == first and again[2].calibration == first[1].calibration
 
 
 def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]) -> None:
@@ -200,7 +218,7 @@ def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_p
 
 
 def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"none\.txt"):
+    with pytest.raises(ValueError, match=r"none\.txt"):
         run(tmp_path / "out", calibration="none.txt")
     assert not (tmp_path / "out").exists()
     (tmp_path / "results.csv").write_text("mine")
@@ -219,7 +237,7 @@ def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, caps
         assert [float(row[f"agreement, {name}"]) for row in rows] == [point.agreements[name] for point in points]
     assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
     document = (folder / "results.md").read_text(encoding="utf-8")
-    assert document.count("\n| mka | ") == 2 + 4 and "| refit | 2 | 3 | 40.0% |" in document
+    assert document.count("\n| mka | ") == 2 + 4 and "| truncate | 2 | 3 | 40.0% |" in document
     last = points[-1]
     assert f"| {last.divergences['docs']:.4g} |" in document and f"| {last.agreements['docs']:.1%} |" in document
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -228,7 +246,7 @@ def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, caps
     before = (folder / RESULTS).read_bytes()
     options = ["--tasks", ",".join(TASKS), "--calibration", str(text)]
     options += "--perplexity-tokens 300 --calibration-tokens 1024".split()
-    assert main(["sweep", base, str(folder), "--num-fusions", "1, 2", "--methods", "mka, refit", *options]) == 0
+    assert main(["sweep", base, str(folder), "--num-fusions", "1, 2", "--methods", "mka, truncate", *options]) == 0
     assert (folder / RESULTS).read_bytes() == before  # all of it was there
     printed = capsys.readouterr().out
     assert all(f"{value:.4g}" in printed for point in points for value in point.perplexities.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, decoders, logits, tiny_model
 
-from lf_hf.decoder.generating import continuations, generate
+from lf_hf.decoder.generating import continue_prompts, generate
 from lf_hf.families import FAMILIES
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
@@ -44,7 +44,7 @@ def test_text_is_continued_as_by_the_models_own_generation(layout: str, tmp_path
                 ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         expected.append(ids[0, len(prompt) :].tolist())
     for decoder in decoders(model, tmp_path):
-        assert [added.tolist() for added in continuations(decoder, prompts, 8)] == expected
+        assert [added.tolist() for added in continue_prompts(decoder, prompts, 8)] == expected
 
 
 @pytest.mark.parametrize("first", [[], [5]])
@@ -56,7 +56,7 @@ def test_a_model_writes_text_that_it_finds_likely(model_type: str, first: list[i
     """
     model = tiny_model(model_type, eos_token_id=[1, 7], pad_token_id=None)
     written, other = (
-        torch.stack(generate(decoder, 4, 14, 3, first=first, special=[9])) for decoder in decoders(model, tmp_path)
+        torch.stack(generate(decoder, 4, 14, 3, prefix=first, special=[9])) for decoder in decoders(model, tmp_path)
     )
     assert torch.equal(written, other)
     random = torch.Generator().manual_seed(3)

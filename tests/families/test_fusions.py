@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer, save_base
-from tiny_models import LAYOUTS, fitted, logits, tiny_config, tiny_model
+from tiny_models import LAYOUTS, averaged, fitted, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import lf_hf
 from lf_hf import FusionConfig, pipeline
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, PROJECTIONS, head_dim
-from lf_hf.measure import measure
+from lf_hf.measure.check import check_computes
+from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
-from lf_hf.refit.check_family import check_computes
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.settings import METHODS
-from lf_hf.stages.fusion import average_layers
+from lf_hf.settings import FITTING, METHODS
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 SAMPLES = CalibrationSamples(make_texts(), "made up")
@@ -80,14 +79,7 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: 
     with torch.no_grad():  # the copy computes the same, which is what makes it one
         expected = decoder.run_layer(layer, state)
         torch.testing.assert_close(decoder.run_layer(build_layer(decoder, shuffled, kind), state), expected)
-        fused, matches = average_layers(
-            weights,
-            shuffled,
-            ratio=0.61,
-            alignment="neurons",
-            head_dim=head_dim(model.config),
-            symmetry=decoder.family.symmetry,
-        )
+        fused, matches = averaged(decoder, weights, shuffled, "neurons")
     built = build_layer(decoder, weights | fused, kind)
     torch.testing.assert_close(decoder.run_layer(built, state), expected, rtol=1e-5, atol=1e-5)
     assert set(matches) == set(PROJECTIONS)
@@ -97,17 +89,17 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: 
         torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("active", "refit"), [(0, "none"), (0, "down_proj"), (1, "projections")])
+@pytest.mark.parametrize(("active", "rough"), [(0, True), (1, False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, refit: str) -> None:
+def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rough: bool) -> None:
     model_type, overrides = LAYOUTS[layout]
     model = tiny_model(model_type, **overrides)
     first = 2  # the pair is of two kinds where there are some
     idle(model, first + 1 - active)
     decoder = ModelDecoder(model)
     kind, key_values = decoder.family.layer_kind(model.model.layers[first + active]), model.config.num_key_value_heads
-    states = decoder.embed(decoder.batches(list(LONGER)))
-    fit, fused, traces = fitted(decoder, (first, first + 1), states, refit, ridge=1e-4)
+    states = decoder.embed(decoder.make_batches(list(LONGER)))
+    fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
     assert fit.channels_kept == [48 * (active == 0), 48 * (active == 1)]
     assert fit.heads_kept in (None, [key_values * (active == 0), key_values * (active == 1)])
     assert fit.kind == kind
@@ -117,15 +109,10 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, ref
 
 
 WAYS = [
-    *(
-        {"method": method, "selection": selection}
-        for method in METHODS
-        if method != "healed"
-        for selection in FusionConfig.known["selection"].choices
-    ),
-    {"alignment": "neurons", "refit": "down_proj"},
-    {"method": "refit", "refit": "none"},
-    {"method": "refit", "refit": "down_proj", "selection": "last"},
+    {"method": method, "selection": selection}
+    for method in METHODS
+    for selection in FusionConfig.known["selection"].choices
+    if method != "healed" and (selection != "groups" or method in FITTING)
 ]
 
 
@@ -139,7 +126,7 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(mo
         decoder = ModelDecoder(model)
         pairs = itertools.pairwise(kinds[-2:] if config.selection == "last" else kinds[1:-1])
         alike = any(above == below for above, below in pairs)
-        if config.merge == "average" and (not alike or config.selection == "groups"):
+        if config.averages and not alike:
             refused += 1
             with monkeypatch.context() as patch:
                 patch.setattr(pipeline, "measure", lambda *_: pytest.fail("ran text"))
@@ -149,8 +136,8 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(mo
         report = fuse(decoder, make_tokenizer(), config, None, None, base="tiny", measurements=measured)
         assert report.layers_after == model.config.num_hidden_layers == len(model.model.layers) == 5
         assert torch.isfinite(logits(decoder, IDS)).all()
-        if config.merge == "average":
-            assert all(kinds[step.layers_i[0]] == kinds[step.layers_j[0]] for step in report.steps)
+        if config.averages:
+            assert all(kinds[i] == kinds[j] for i, j in report.pairs)
     assert 0 < refused < len(WAYS)
 
 

@@ -1,4 +1,4 @@
-"""Fused models of every family: classes, files, and what other programs make of them."""
+"""Fused models of every family: what they are in memory and in files, and what other programs make of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from conftest import QUICK, make_texts, same, tensors
 from tiny_models import tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lf_hf
+from lf_hf import FusionReport
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.estimate import plan_fusion
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.families import FAMILIES, HEADS
+from lf_hf.families import FAMILIES
+from lf_hf.plan import plan_fusion
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
@@ -49,42 +49,40 @@ def fused(family_base: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_fused_model_is_of_the_class_that_is_named_after_its_base_and_opens_as_it_was(
+def test_a_fused_model_is_one_of_its_family_with_a_report(
     model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
-    model, family = fused(model_type), FAMILIES[model_type]
-    names = [f"Fused{stock.__name__}" for stock in (family.causal_lm, family.config_class, family.model_class)]
-    assert [type(model).__name__, type(model.config).__name__] == names[:2]
-    assert isinstance(model, family.causal_lm) and isinstance(model.config, family.config_class)
-    assert model.config.model_type == f"fused_{model_type}"
-    assert all(getattr(lf_hf, name).__name__ == name for name in names)
-    assert len(model.model.layers) == model.config.num_hidden_layers == 4
-
-    dense = family.causal_lm.from_pretrained(family_base(model_type)).state_dict()
+    model, stock = fused(model_type), FAMILIES[model_type].causal_lm
+    assert isinstance(model, stock) and len(model.model.layers) == model.config.num_hidden_layers == 4
+    dense = stock.from_pretrained(family_base(model_type)).state_dict()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
     assert changed and all(".layers.3." in name for name in changed)
-
-    for twin in (pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
         twin.load_state_dict(model.state_dict())
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
 
-    model.save_pretrained(tmp_path / "fused")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
-    assert isinstance(loaded, type(model))
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.config.fusion == model.config.fusion and loaded.config.fusion["pairs"] == [[4, 5], [3, 4]]
-    assert loaded.fusion_report is not None and model.fusion_report is not None
-    assert loaded.fusion_report.steps == model.fusion_report.steps
-    decoder = AutoModel.from_pretrained(tmp_path / "fused")
-    assert type(decoder).__name__ == names[2]
+    model.save_pretrained(tmp_path)
+    report = FusionReport.load(tmp_path)
+    assert report == model.fusion_report and report.layers_after == 4
+    card = (tmp_path / "README.md").read_text()
+    assert f" {FAMILIES[model_type].title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = lf_hf.FusedLlamaForCausalLM if model_type == "llama" else stock
+    assert type(loaded) is expected and torch.equal(logits(loaded), logits(model))
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, uncached = (model.generate(IDS, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+
+
+def test_a_fused_llama_has_a_format_of_its_own(fused: Callable[[str], FusedForCausalLM], tmp_path: Path) -> None:
+    model = fused("llama")
+    model.save_pretrained(tmp_path)
+    assert model.config.model_type == "fused_llama" and model.config.fusion["pairs"] == [[4, 5], [3, 4]]
+    assert AutoConfig.from_pretrained(tmp_path).fusion == model.config.fusion
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert type(decoder).__name__ == "FusedLlamaModel"
     with torch.no_grad():
         assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
-    card = (tmp_path / "fused" / "README.md").read_text()
-    assert f" {family.title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
-
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    cached, uncached = (loaded.generate(IDS, use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "qwen2_vl", "bert", "gpt2"])
@@ -95,38 +93,26 @@ def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(m
         lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
 
 
-@pytest.mark.parametrize(("model_type", "plain"), [*((name, False) for name in FAMILIES), ("gemma3_text", True)])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_files_are_the_same_however_they_were_made(
-    model_type: str,
-    plain: bool,
-    family_base: Callable[..., Path],
-    fused: Callable[[str], FusedForCausalLM],
-    tmp_path: Path,
+    model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
-    """`as_llama` is another name of `plain`, for every family."""
     high, low = tmp_path / "in memory", tmp_path / "low memory"
-    fused(model_type).save_pretrained(high, plain=plain)
-    given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "as_llama": plain, "max_shard_bytes": 10**9}
-    lf_hf.fuse_checkpoint(family_base(model_type), low, **given)
+    fused(model_type).save_pretrained(high, plain=True)
+    given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "max_shard_bytes": 10**9}
+    lf_hf.fuse_checkpoint(family_base(model_type), low, low_memory=True, **given)
     assert json.loads((low / "config.json").read_text()) == json.loads((high / "config.json").read_text())
     assert same(tensors(low), tensors(high))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_heads_stand_on_fused_layers(model_type: str, fused: Callable[[str], FusedForCausalLM], tmp_path: Path) -> None:
-    fused(model_type).save_pretrained(tmp_path / "fused")
-    layers = fused(model_type).model.state_dict()
-    stock_heads = {kind: FAMILIES[model_type].head_class(kind) for kind in HEADS}  # transformers may lack one
-    for kind, stock in ((kind, stock) for kind, stock in stock_heads.items() if stock is not None):
-        opener = getattr(transformers, f"AutoModelFor{kind}")
-        model = opener.from_pretrained(tmp_path / "fused", num_labels=3)
-        assert type(model).__name__ == f"Fused{stock.__name__}"
-        assert getattr(lf_hf, type(model).__name__) is type(model)
-        assert all(torch.equal(tensor, layers[name]) for name, tensor in model.base_model.state_dict().items())
-        model.save_pretrained(tmp_path / "head")
-        with torch.no_grad():
-            found, expected = (one(IDS).values() for one in (opener.from_pretrained(tmp_path / "head"), model))
-        assert torch.equal(next(iter(found)), next(iter(expected)))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_what_is_kept_in_a_folder_is_plain_and_loads_as_what_was_fused(
+    model_type: str, family_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    fuse = functools.partial(lf_hf.from_pretrained_fused, family_base(model_type), fused_dir=tmp_path, **QUICK)
+    first, second = fuse(), fuse()
+    assert type(first) is type(second) and first.fusion_report == second.fusion_report and same(first, second)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is FAMILIES[model_type].causal_lm
 
 
 WITHOUT_LF_HF = """
@@ -136,13 +122,11 @@ class NoLfHf:
         if name == "lf_hf":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoLfHf())
-import transformers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 ids, out, *folders = sys.argv[1:]
 computed = {}
 for folder in folders:
-    kind = getattr(transformers, folder.partition(".")[2] or "AutoModelForCausalLM")
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(map(len, info.values())), info
     assert AutoTokenizer.from_pretrained(folder)("layer model").input_ids
     with torch.no_grad():
@@ -155,22 +139,16 @@ torch.save(computed, out)
 def test_stock_transformers_opens_plain_checkpoints_of_every_family(
     fused: Callable[[str], FusedForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And others by the base's class, as their cards say."""
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
-    folders = dict[str, str]()
-    for model_type, family in FAMILIES.items():
-        stock = family.causal_lm.__name__
+    for model_type in FAMILIES:
         fused(model_type).save_pretrained(model_type, plain=True)
-        fused(model_type).save_pretrained(f"fused.{stock}")
-        assert f"`{stock}` of transformers" in Path(f"fused.{stock}", "README.md").read_text(encoding="utf-8")
-        folders |= {model_type: model_type, f"fused.{stock}": model_type}
-    command = [sys.executable, "-c", WITHOUT_LF_HF, "ids.pt", "out.pt", *folders]
+    command = [sys.executable, "-c", WITHOUT_LF_HF, "ids.pt", "out.pt", *FAMILIES]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for folder, (name, found) in torch.load("out.pt").items():
-        assert name == FAMILIES[folders[folder]].causal_lm.__name__
-        assert torch.equal(found, logits(fused(folders[folder])))
+    for model_type, (name, found) in torch.load("out.pt").items():
+        assert name == FAMILIES[model_type].causal_lm.__name__
+        assert torch.equal(found, logits(fused(model_type)))
 
 
 # What a config has beside what transformers 5 writes into one of the same shape.
@@ -223,7 +201,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     swept: dict[str, Any] = {"num_fusions": [2], "methods": ["refit", "mka"], "tasks": ["piqa"]}
     swept |= {"calibration": tmp_path / "text.txt"}
     calls: list[tuple[Callable[[], object], str]] = [
-        (lambda: lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"), "load it with FusedQwen3ForCausalLM"),
+        (lambda: lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "fused"), "load it with AutoModelForCausalLM"),
         (lambda: fuse(qwen3, attn_implementation="flex_attention", **QUICK), "flex_attention"),
         (lambda: fuse(gemma2, num_fusions=2, method="mka"), "Only layers of one kind are averaged"),
         (lambda: plan_fusion(gemma2, FusionConfig(2, "mka")), "Only layers of one kind are averaged"),
@@ -264,9 +242,9 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     """llama.cpp's converter makes the tokenizers of Phi 3 and Gemma 2 of nothing else."""
     base = Path(shutil.copytree(family_base("gemma2"), tmp_path / "base"))
     (base / "tokenizer.model").write_bytes(b"a sentencepiece model")
-    lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path / "fused")
-    lf_hf.FusedGemma2ForCausalLM.from_pretrained(tmp_path / "fused").save_pretrained(tmp_path / "plain", plain=True)
-    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", plain=True, **QUICK)
-    for folder in ("fused", "plain", "low memory"):
+    for _ in range(2):
+        lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK).save_pretrained(tmp_path / "saved")
+    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **QUICK)
+    for folder in ("kept", "saved", "low memory"):
         assert (tmp_path / folder / "tokenizer.model").read_bytes() == b"a sentencepiece model"
-    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("layer").input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids

@@ -43,7 +43,7 @@ def test_the_command_line_plans_and_fuses(
     assert main([*command, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "layers: 6 -> 4 (-33.3%)" in planned and not any(tmp_path.iterdir())
-    assert main([*command, "--low-memory", "--perplexity-tokens", "0", "--as-llama"]) == 0
+    assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
     done = capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
@@ -55,7 +55,7 @@ def test_healing_comes_nearer(model_type: str, train: str, family_base: Callable
     if train == "lora":
         pytest.importorskip("peft")
     settings = QUICK | {"perplexity_tokens": 512}
-    lf_hf.fuse_checkpoint(family_base(model_type), tmp_path / "fused", plain=train == "all", **settings)
+    lf_hf.fuse_checkpoint(family_base(model_type), tmp_path / "fused", **settings)
     report = lf_hf.heal(
         tmp_path / "fused",
         tmp_path / "healed",

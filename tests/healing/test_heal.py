@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,11 +26,11 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings
 from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
-from lf_hf.estimate import plan_heal
-from lf_hf.healing import memory, trainer
+from lf_hf.healing import trainer
 from lf_hf.healing.inputs import WORK
 from lf_hf.healing.judge import judge
 from lf_hf.healing.teacher import STATES, Teacher
+from lf_hf.plan import plan_heal
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.text.calibration import DOCUMENTATION
@@ -87,14 +88,14 @@ def test_it_comes_nearer_to_the_base_on_text_that_it_has_not_seen(healed: Path, 
     assert DOCUMENTATION in [info.source for info in report.healed.text]  # beside the text that was given
     assert {info.name: info.relation for info in report.perplexities} == {"docs": "kin", "reasoning": "unseen"}
     assert {file.name for file in healed.iterdir()} == {file.name for file in fused.iterdir()}
-    assert (healed / "config.json").read_bytes() == (fused / "config.json").read_bytes()
+    assert type(AutoModelForCausalLM.from_pretrained(healed)).__name__ == "LlamaForCausalLM"
     assert "- healed: " in (healed / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_report_says_what_both_models_do(healed: Path, fused: Path, base: str) -> None:
     report, before = FusionReport.load(healed), FusionReport.load(fused)
-    model, of_base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (healed, base))
-    assert isinstance(model, FusedLlamaForCausalLM) and model.fusion_report == report and report.healed is not None
+    model, of_base = FusedLlamaForCausalLM.from_pretrained(healed), AutoModelForCausalLM.from_pretrained(base)
+    assert model.fusion_report == report and report.healed is not None
     [judging, *others], [judged, *more] = judging_texts(), report.healed.judged
     assert [text.name for text in others] == [text.name for text in more]
     ids = torch.stack(pack_tokens(make_tokenizer(), judging.text, 256, 512))
@@ -137,16 +138,14 @@ def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(heal: Heal,
     assert any("Healing diverged by step 3, so the state of step 0 is kept" in note for note in report.notes)
 
 
-def test_a_killed_run_ends_with_the_same_bits(
-    heal: Heal, base: str, fused: Path, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its states take no more of the disk than a plan says; logs are kept beside a user's."""
-    real, steps, kills, out = Trainer.training_step, list[int](), [10], tmp_path / "out"
+@pytest.fixture
+def killed(heal: Heal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a healing that was killed at step 10 of 16; logs are kept in it beside a user's."""
+    real, out = Trainer.training_step, tmp_path / "out"
 
     def step(self: Any, *given: Any) -> torch.Tensor:
-        steps.append(self.state.global_step)
-        if steps[-1] in kills:
-            kills.remove(steps[-1])
+        if self.state.global_step == 10:
+            monkeypatch.setattr(Trainer, "training_step", real)
             raise Killed
         logs = Path(self.args.output_dir) / "runs"
         logs.mkdir(exist_ok=True)
@@ -155,30 +154,66 @@ def test_a_killed_run_ends_with_the_same_bits(
         return real(self, *given)
 
     monkeypatch.setattr(Trainer, "training_step", step)
-    [said] = re.findall(r"disk, .*: ([\d.]+) MiB", plan_heal(fused, out, base=base, **settings()).summary())
     (out / "runs").mkdir(parents=True)
     (out / "runs" / "a user's").write_text("log")
     with pytest.raises(Killed):
         heal()
     assert not (out / "config.json").exists()
-    states = [[file.stat().st_size for file in state.iterdir()] for state in (out / WORK).glob("checkpoint-*")]
+    return out
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    heal: Heal, base: str, fused: Path, healed: Path, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its states take no more of the disk than a plan says."""
+    plan = plan_heal(fused, tmp_path / "else", base=base, **settings())
+    [said] = re.findall(r"disk, .*: ([\d.]+) MiB", plan.summary())
+    states = [[file.stat().st_size for file in state.iterdir()] for state in (killed / WORK).glob("checkpoint-*")]
     assert 0.7 * float(said) < 3 * max(map(sum, states)) / 2**20 < float(said) + 0.3
-    (out / WORK / "checkpoint-99").mkdir()
-    (out / WORK / "checkpoint-99" / "trainer_state.json").write_text("{")  # cut short while it was written
     for changes, message in (
-        ({"cache": tmp_path / "cache"}, r"another healing \(teacher was computed by the base, which"),
-        ({"learning_rate": 1e-3}, r"a run that was cut short, of another healing \(settings was {'tokens': 2048, "),
-        ({"text": "bundled"}, r"another healing \(text was strings given .*, and now is Python documentation"),
+        ({"learning_rate": 1e-3}, r"cut short, of another healing \(learning_rate=0.003 instead of 0.001\)"),
+        ({"text": "bundled"}, r"of another healing \(.* text"),
     ):
         with pytest.raises(ValueError, match=message):
             heal(**changes)
-    steps.clear()
     report = heal(base=f"{base}/../{Path(base).name}")  # the same one
-    assert 0 < min(steps) < 10 and not changed(out, healed)
+    assert "Going on from" in caplog.text and not changed(killed, healed)
     whole = FusionReport.load(healed).healed
     assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
-    assert (out / "runs" / "events").is_file() and (out / "runs" / "a user's").read_text() == "log"
-    assert not AcceleratorState._shared_state and not (out / WORK).exists()
+    assert (killed / "runs" / "events").is_file() and (killed / "runs" / "a user's").read_text() == "log"
+    assert not AcceleratorState._shared_state and not (killed / WORK).exists()
+
+
+def test_a_killed_run_goes_on_wherever_the_base_then_is(
+    heal: Heal, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = heal(cache=tmp_path / "cache")
+    assert "computed in memory, beside the student; from now on they are written to disk" in caplog.text
+    assert report.healed is not None and report.healed.steps == 16 and (killed / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "instead", "said"),
+    [
+        ("model.safetensors", b"model.norm", b"", "no whole state of a training (model.safetensors), so it is removed"),
+        ("trainer_state.json", b"checkpoint-9", b"checkpoint-0", "checkpoint-0', is gone, so the training begins anew"),
+    ],
+)
+def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
+    heal: Heal, healed: Path, killed: Path, file: str, part: bytes, instead: bytes, said: str, caplog: Any
+) -> None:
+    [written] = (killed / WORK).glob(f"checkpoint-*/{file}")
+    written.write_bytes(written.read_bytes().replace(part, instead))
+    heal()
+    assert said in caplog.text and not changed(killed, healed)
+
+
+def test_a_damaged_note_is_named_with_what_to_remove(heal: Heal, killed: Path) -> None:
+    [note] = (killed / WORK).glob("*.json")
+    note.write_text("{")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{re.escape(str(note))}.*cannot be read .*; remove .* to begin anew"):
+            heal()
 
 
 def test_predictions_on_disk_teach_what_a_base_in_memory_does(
@@ -205,7 +240,7 @@ def test_predictions_on_disk_teach_what_a_base_in_memory_does(
 
 
 def test_a_base_that_does_not_fit_is_read_from_disk(heal: Heal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "model_bytes", lambda *_: 1 << 60)
+    monkeypatch.setattr("lf_hf.healing.teacher.num_parameters", lambda _: (1, 1 << 58))
     monkeypatch.delattr(Base, "load")
     report = heal()
     assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
@@ -297,7 +332,7 @@ def test_a_trained_model_is_not_replaced_nor_a_file(
     for replace in (
         lambda: heal(out=healed),
         lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK),
-        lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK, low_memory=False),
+        lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK, low_memory=True),
     ):
         with pytest.raises(ValueError, match="holds a healed model; choose another folder"):
             replace()
@@ -309,21 +344,33 @@ def test_a_trained_model_is_not_replaced_nor_a_file(
         heal(out=tmp_path, training_args={"report_to": "tensorboard"})
 
 
-def test_the_command_line_and_a_plain_checkpoint_which_stays_plain(
+def test_the_command_line_and_a_native_checkpoint(
     base: str, fused: Path, healed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "plain", plain=True)
+    FusedLlamaForCausalLM.from_pretrained(fused).save_pretrained(tmp_path / "native")
+    lf_hf.fuse_checkpoint(base, tmp_path / "out", **QUICK)  # which is replaced
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    command = ["heal", str(tmp_path / "plain"), str(tmp_path / "out"), "--base", base]
+    command = ["heal", str(tmp_path / "native"), str(tmp_path / "out"), "--base", base]
     command += ["--text", str(tmp_path / "text.jsonl"), "--arg", "bf16=false"]
     values = "--tokens 2048 --length 32 --batch-tokens 128 --learning-rate 3e-3".split()
     assert main([*command, *values, "--dry-run"]) == 0
-    assert "16 steps of 128 tokens" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert "16 steps of 128 tokens" in said and "holds a fused model, which would be replaced" in said
     assert main([*command, *values]) == 0
     out = capsys.readouterr().out
-    assert "divergence, docs" in out and "of which step" in out
+    assert "divergence, docs" in out and "of which step" in out and "were computed in memory" in out
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
     assert not changed(tmp_path / "out", healed)
+
+
+def test_repeats_are_said_before_the_training(
+    heal: Heal, base: str, fused: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with patch.object(Base, "load", side_effect=Killed), pytest.raises(Killed):
+        heal(text=TEXTS[:6])
+    plan = plan_heal(fused, tmp_path / "out", base=base, **settings(text=TEXTS[:6]))
+    for said in (caplog.text, plan.summary()):
+        assert re.search(r"Healing goes \d+\.\d times through its text", said)
 
 
 def test_many_processes_share_a_step(base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

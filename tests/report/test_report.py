@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from builders import HEALED, Page, make_point, make_report, no_warnings
+from builders import HEALED, MATCHES, Page, make_point, make_report, no_warnings
 from conftest import make_llama
 from matplotlib.patches import Rectangle
 from transformers import AutoModelForCausalLM
@@ -24,17 +25,15 @@ from transformers import AutoModelForCausalLM
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
-from lf_hf.evaluate.points import read_points
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
 from lf_hf.families import FAMILIES
+from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
-from lf_hf.report.records import BudgetInfo, BudgetTrial, Continuation, FittedLayer, FusionStep, PerplexityInfo
 from lf_hf.report.report import CHANGED_NOTE, published_name
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import METHODS
-from lf_hf.text.mmlu import SUBJECTS
 
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "entropy_neighbors": 20}
 PHONE = 400  # points: a picture that is wider has letters too small to read at 390 pixels
@@ -80,7 +79,6 @@ def test_every_view_shows_all_rows(tmp_path: Path) -> None:
             assert all(cell in view for cell in row.cells), row
         sources = [text.source for text in report.perplexities]
         assert all(words in view for words in (budget.summary(), "Mind the gap.", HEALED.summary(), *sources))
-    assert "- Layers 27-31 became one layer.\n" in model_card(report, FAMILIES["llama"], plain=True)
     assert "docs: 4,000 tokens of prose; text of its kind was fitted on" in report.summary()
     assert "reasoning: 4,000 tokens of riddles; it was not fitted on\n" in report.summary()
 
@@ -89,24 +87,86 @@ def test_perplexities_that_more_than_double_are_named() -> None:
     [judged, _] = make_report().perplexities
     broken = dataclasses.replace(judged, dense=5.0, fused=10.1)
     sound = dataclasses.replace(judged, name="reasoning", dense=5.0, fused=10.0)
-    for fitted, advice in ((True, "Fewer fusions"), (False, "method=refit")):
+    for fitted, advice in ((True, "Fewer fusions"), (False, "method refit")):
         [note] = damage_notes([broken, sound], fitted=fitted)
         assert note.startswith("Perplexity went from 5 to 10.1 (docs): ") and advice in note
         assert "reasoning" not in note and not damage_notes([sound], fitted=fitted)
 
 
-def test_groups_say_how_much_of_each_layer_is_where() -> None:
-    steps = [FusionStep([2], [3], 0.75, 0.25), FusionStep([1], [2, 3], 0.6, 0.4)]
-    report = make_report(steps=steps, fitted_layers=[], layers_before=5, layers_after=3)
-    assert report.groups == [{0: 1}, {1: 0.6, 2: pytest.approx(0.3), 3: pytest.approx(0.1)}, {4: 1}]
-    selected = make_report(
-        steps=[FusionStep([1], [2], 1.0, 0.0, channels_kept=[10, 30])],
-        fitted_layers=[FittedLayer([1, 2], None, [8, 32], 0.5, 0.1)],
-        layers_before=4,
-        layers_after=3,
-    )
-    assert selected.groups[1] == {1: 0.2, 2: 0.8}
-    assert dataclasses.replace(selected, fitted_layers=[]).groups[1] == {1: 0.25, 2: 0.75}
+AVERAGED = FusedLayer([1, 2, 3], [0.6, 0.3, 0.1], ratios=[0.75, 0.6], matches=[MATCHES, MATCHES])
+FITTED = FusedLayer(
+    [1, 2, 3],
+    [0.25, 0.25, 0.5],
+    cost=0.125,
+    heads_kept=[1, 0, 1],
+    channels_kept=[8, 8, 16],
+    error_before=0.5,
+    error_after=0.25,
+)
+TRUNCATED = FusedLayer([1, 2, 3], [1.0, 0.0, 0.0])
+
+
+def small_report(fused: FusedLayer = AVERAGED, **values: Any) -> FusionReport:
+    """Of a base with 5 layers, of which 3 are fused."""
+    fields: dict[str, Any] = {
+        "fused_layers": [fused],
+        "layers_before": 5,
+        "layers_after": 3,
+        "similarity": [[0.5 + 0.1 * i * j for i in range(5)] for j in range(5)],
+        "embeddings": [[[0.1 * layer * n % 0.7, 0.3 * n] for n in range(4)] for layer in range(5)],
+        "sample_labels": ["astronomy", "marketing", "philosophy", "econometrics"],
+        "influences": [0.5, 0.2, 0.1, 0.3, 0.4],
+    }
+    return make_report(**fields | values)
+
+
+@pytest.mark.parametrize(
+    ("fused", "line"),
+    [
+        (AVERAGED, "60.0% of layer 1 + 30.0% of layer 2 + 10.0% of layer 3, mean matched cosine 0.2000"),
+        (
+            FITTED,
+            "key-value groups 1 of layer 1 + 0 of layer 2 + 1 of layer 3, MLP channels 8 of layer 1 + 8 of layer 2 + "
+            "16 of layer 3, costs 0.1250 nats a token by itself, error 0.500 -> 0.250",
+        ),
+        (TRUNCATED, ""),
+        (dataclasses.replace(TRUNCATED, layer_instead=3), "layer 3 taken as it is"),
+    ],
+)
+def test_each_fused_layer_has_a_line(fused: FusedLayer, line: str, tmp_path: Path) -> None:
+    report = small_report(fused)
+    assert report.groups == [{0: 1}, dict(zip([1, 2, 3], fused.shares, strict=True)), {4: 1}]
+    assert report.pairs == [(2, 3), (1, 2)]
+    expected = ", ".join(filter(None, ["layer 1 stands for 1 to 3", line]))
+    assert report.details()[1] == expected
+    summary, card, page = everywhere(report, tmp_path)
+    assert f"\n  {expected}\n" in summary and f"- {expected}\n" in card and f"<p>{html.escape(expected)}</p>" in page
+
+
+@pytest.mark.parametrize(
+    ("edit", "error"),
+    [
+        ({"fused_layers": [vars(FusedLayer([3, 40], [1.0, 0.0]))]}, "parts do not fit together"),
+        ({"fused_layers": [vars(FusedLayer([], []))]}, "parts do not fit together"),
+        ({"fused_layers": [vars(FITTED), vars(FITTED)]}, "parts do not fit together"),
+        ({"layers_before": 10**12}, "layers_before=1000000000000 is not 2 to 10000"),
+        ({"layers_after": 4}, "layers_after=4 does not fit its fused layers"),
+        ({"layers_before": "5"}, "fusion_report.layers_before must be an integer"),
+        ({"parameters_before": 10**400}, "more than 1,000,000,000,000,000,000 parameters"),
+        ({"config": {}}, "parts do not fit together"),
+    ],
+)
+def test_a_report_that_was_edited_is_refused(edit: dict[str, Any], error: str, tmp_path: Path) -> None:
+    values = small_report(FITTED).to_dict() | edit
+    (tmp_path / "fusion_report.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"fusion_report.json' is no fusion report: .*{re.escape(error)}"):
+        FusionReport.load(tmp_path)
+
+
+def test_a_report_of_an_earlier_version_says_so() -> None:
+    values: dict[str, Any] = {"steps": []}
+    with pytest.raises(ValueError, match=r"^This was written by an earlier version of lf_hf; fuse the base again\.$"):
+        FusionReport.from_dict(values)
 
 
 def strictly(content: str) -> Any:
@@ -116,8 +176,8 @@ def strictly(content: str) -> Any:
 @pytest.mark.parametrize(
     "report",
     [
-        make_report(),
-        make_report(healed=HEALED, calibration=[], fitted_layers=[], perplexities=[], similarity=None, embeddings=None),
+        make_report(license={"license": "mit"}),
+        make_report(healed=HEALED, calibration=[], perplexities=[], similarity=None, embeddings=None),
         make_report(perplexities=[PerplexityInfo("docs", "text", 10, 10.0, math.inf, "seen", math.inf, 0.5)]),
     ],
 )
@@ -127,11 +187,19 @@ def test_a_report_comes_back_from_strict_json(report: FusionReport, tmp_path: Pa
     assert strictly((tmp_path / "fusion_report.json").read_text())["layers_removed_fraction"] == 0.125
 
 
-def test_infinite_figures_of_a_sweep_come_back_too(tmp_path: Path) -> None:
-    point = dataclasses.replace(make_point("mka", 1, math.inf), perplexities={"docs": math.inf, "b": -math.inf})
-    Results(tmp_path, "base", [point.key]).add(point)
-    strictly((tmp_path / "results.jsonl").read_text())
-    assert read_points(tmp_path / "results.jsonl") == {point.key: point}
+def test_a_sweep_s_results_come_back_without_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    """And are strict JSON."""
+    points = [make_point("mka", n, math.inf) for n in (1, 2, 3)]
+    results = Results(tmp_path, "base", [point.key for point in points])
+    results.add(points[0])
+    results.add(points[1])
+    file = tmp_path / "results.jsonl"
+    for line in file.read_text().splitlines():
+        strictly(line)
+    file.write_bytes(file.read_bytes()[:-30])
+    assert results.missing() == [points[1].key, points[2].key]
+    results.add(points[2])
+    assert results.points() == [points[0], points[2]]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "healed"])
@@ -175,8 +243,7 @@ def test_no_file_of_a_fusion_says_where_its_base_was(base: str, text: Path, tmp_
         for file in (tmp_path / folder).iterdir():
             content = file.read_bytes()
             assert str(Path(base).parent).encode() not in content and str(text.parent).encode() not in content, file
-        name = Path(base).name
-        assert json.loads((tmp_path / folder / "config.json").read_text())["fusion"]["base"] == name
+        assert FusionReport.load(tmp_path / folder).base == Path(base).name
     assert str(Path(base).parent) not in markdown([], base)
 
 
@@ -195,32 +262,17 @@ def test_the_digest_is_of_what_was_saved(tied: bool, make_base: Callable[..., st
 def test_a_change_of_any_parameter_gets_a_note_once() -> None:
     model = make_llama()
     report = make_report(weights_digest=digest(model))
-    assert report.of_weights(digest(model)) == report.of_weights(None) == report
+    assert report.for_weights(digest(model)) == report.for_weights(None) == report
     for parameter in model.parameters():
         with torch.no_grad():
             kept = parameter.clone()
             parameter.mul_(1.01)
-            changed = report.of_weights(digest(model))
+            changed = report.for_weights(digest(model))
             parameter.copy_(kept)
-        assert changed.notes == [CHANGED_NOTE, *report.notes] and changed.of_weights("another") == changed
-    assert make_report().of_weights("any") == make_report()  # of an older report nothing is known
+        assert changed.notes == [CHANGED_NOTE, *report.notes] and changed.for_weights("another") == changed
+    assert make_report().for_weights("any") == make_report()  # of an older report nothing is known
     with torch.device("meta"):
         assert digest(make_llama()) is None
-
-
-@pytest.fixture(scope="module")
-def reports(base: str, text: Path) -> dict[str, Any]:
-    """A real report of each method."""
-    usual: dict[str, Any] = SETTINGS | {"num_fusions": 2, "calibration": text, "perplexity_tokens": 100}
-    ways: dict[str, dict[str, Any]] = {
-        "neural_alignment": {"calibration": None},
-        "mka": {},
-        "truncate": {},
-        "refit": {"selection": "least_influence"},
-        "within a budget": {"method": "refit", "num_fusions": None, "max_divergence": 10.0, "calibration_length": 64},
-    }
-    fuse = FusedLlamaForCausalLM.from_pretrained_fused
-    return {name: fuse(base, **{"method": name} | usual | more).fusion_report for name, more in ways.items()}
 
 
 def page_of(report: FusionReport, folder: Path) -> tuple[Page, str]:
@@ -231,21 +283,19 @@ def page_of(report: FusionReport, folder: Path) -> tuple[Page, str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "names"),
+    ("report", "names"),
     [
-        ("neural_alignment", ["similarity_heatmap", "manifolds", "along_depth", "matched_cosines"]),
-        ("mka", ["similarity_heatmap", "manifolds", "along_depth"]),
-        ("truncate", []),
-        ("refit", ["along_depth", "fit_errors"]),
-        ("within a budget", ["group_costs", "cost_curve", "along_depth", "fit_errors"]),
+        (small_report(), ["similarity_heatmap", "manifolds", "along_depth", "matched_cosines"]),
+        (small_report(TRUNCATED, influences=None, **FEW_PICTURES), []),
+        (small_report(FITTED, healed=HEALED, **FEW_PICTURES), ["along_depth", "healing_curve"]),
     ],
+    ids=["averaged", "truncated", "fitted and healed"],
 )
-def test_a_page_shows_what_was_measured(reports: dict[str, Any], method: str, names: list[str], tmp_path: Path) -> None:
+def test_a_page_shows_what_was_measured(report: FusionReport, names: list[str], tmp_path: Path) -> None:
     """And loads nothing, and is made again of the same bytes."""
-    report = reports[method]
     page, text = page_of(report, tmp_path)
     shown = [attributes["id"] for tag, attributes in page.tags if tag in ("section", "details")]
-    assert shown == ["writing", "layer_map", "more_writing", "figures", *names, "steps", "settings"]
+    assert shown == ["layer_map", "figures", *names, "fused_layers", "settings"]
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == len(names) + 1
     for picture in pictures:
@@ -253,10 +303,6 @@ def test_a_page_shows_what_was_measured(reports: dict[str, Any], method: str, na
         svg = ElementTree.fromstring(base64.b64decode(str(picture["src"]).removeprefix("data:image/svg+xml;base64,")))
         assert svg.tag.endswith("svg") and float(svg.attrib["width"].removesuffix("pt")) <= PHONE
     assert "5 → 3 layers" in text and all(note in text for note in report.notes)
-    assert all(" ".join(continuation.fused.split()) in text for continuation in report.continuations)
-    for name, head in (("influence", "influence of j"), ("divergence", "added divergence")):
-        of_steps = [value for step in report.steps if (value := getattr(step, name)) is not None]
-        assert all(f"{value:.4f}" in text for value in of_steps) and (head in text) == bool(of_steps)
     assert not any("href" in attributes or tag == "script" for tag, attributes in page.tags)
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"url\(|@import|https?://", content) and "prefers-color-scheme: dark" in content
@@ -274,35 +320,21 @@ def test_the_answers_come_first_then_both_texts_then_the_layers(tmp_path: Path) 
     assert places == sorted(places)
 
 
-def test_pictures_show_the_figures_of_the_report(reports: dict[str, Any]) -> None:
-    report = reports["neural_alignment"]
-    drawn = report_figures(report)
-    [image] = drawn["similarity_heatmap"].axes[0].get_images()
-    np.testing.assert_allclose(np.asarray(image.get_array()), np.array(report.similarity))
-    panels = drawn["manifolds"].axes
+def test_pictures_show_the_figures_of_the_report() -> None:
+    report = small_report()
+    figures = report_figures(report)
+    axis = figures["similarity_heatmap"].axes[0]
+    np.testing.assert_allclose(np.asarray(axis.get_images()[0].get_array()), np.array(report.similarity))
+    frames = [(frame.get_x() + 0.5, frame.get_y() + 0.5) for frame in axis.patches if isinstance(frame, Rectangle)]
+    assert frames == [(2, 3), (3, 2), (1, 2), (2, 1)]
+    panels = figures["manifolds"].axes
     assert [panel.get_title() for panel in panels] == [f"layer {n}" for n in range(5)]
     offsets = np.asarray(panels[2].collections[0].get_offsets())  # (N, 2)
-    assert report.sample_labels == list(SUBJECTS) and reports["mka"].sample_labels is None
-    for axis in range(2):
-        assert list(offsets[:, axis].argsort()) == list(np.array(report.embeddings)[2, :, axis].argsort())
-
-
-def test_pictures_of_costs_frame_what_was_fused_and_show_what_was_measured(reports: dict[str, Any]) -> None:
-    report = reports["within a budget"]
-    drawn = report_figures(report)
-    axis = drawn["group_costs"].axes[0]
-    values = np.asarray(axis.get_images()[0].get_array())  # rows: groups of 2, 3, ... layers
-    for cost in report.group_costs:
-        assert values[cost.last - cost.first - 1, cost.first] == pytest.approx(max(cost.divergence, 1e-6))
-    frames = [(frame.get_x() + 0.5, frame.get_y() + 2.5) for frame in axis.patches if isinstance(frame, Rectangle)]
-    assert frames == [(min(group), len(group)) for group in report.groups if len(group) > 1]
-    axis = drawn["cost_curve"].axes[0]
-    curve, budget, chosen = axis.get_lines()
-    assert list(np.asarray(curve.get_ydata())) == report.predicted
-    assert set(np.asarray(budget.get_ydata())) == {report.budget.allowed}
-    assert set(np.asarray(chosen.get_xdata())) == {len(report.steps)}
-    measured = {tuple(point) for point in np.asarray(axis.collections[0].get_offsets()).tolist()}
-    assert measured == {(trial.num_fusions, trial.divergence) for trial in report.budget.tried}
+    for n in range(2):
+        assert list(offsets[:, n].argsort()) == list(np.array(report.embeddings)[2, :, n].argsort())
+    patches: list[Any] = list(figures["along_depth"].axes[1].patches)
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in patches]
+    assert bars == [pytest.approx(bar) for bar in [(2, 0.75), (1, 0.6), (2, 0.25), (1, 0.4)]]
 
 
 def test_any_figures_can_be_shown(tmp_path: Path) -> None:
@@ -316,19 +348,40 @@ def test_any_figures_can_be_shown(tmp_path: Path) -> None:
             write_page(make_report(**FEW_PICTURES | {name: []}), tmp_path / "page.html")
 
 
-def test_command(reports: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports["truncate"].save(tmp_path)
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_report(TRUNCATED, influences=None, **FEW_PICTURES).save(tmp_path)
     assert main(["report", str(tmp_path), "--png", str(tmp_path / "png")]) == 0
     printed = capsys.readouterr().out.split()
     assert printed == [str(tmp_path / "fusion_report.html"), str(tmp_path / "png" / "layer_map.png")]
     assert Path(printed[1]).read_bytes().startswith(b"\x89PNG")
-    assert main(["report", str(tmp_path), "--html", str(tmp_path / "a.html")]) == 0
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / "a.html"), "--png", str(tmp_path / "png")]) == 0
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "fusion_report.html").read_bytes()
-    before = set(tmp_path.iterdir())
-    for option, place in (("--html", ""), ("--html", "no/page.html"), ("--png", "a.html")):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "mine.html").write_text("<html>mine</html>")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "layer_map.png").write_bytes(b"mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    refused = [("--html", name) for name in ("", "no/page.html", "model.safetensors", "mine.html")]
+    for option, place in [*refused, ("--png", "a.html"), ("--png", "mine")]:
         assert main(["report", str(tmp_path), option, str(tmp_path / place)]) == 1
         [said] = capsys.readouterr().err.splitlines()
-        assert str(tmp_path) in said and set(tmp_path.iterdir()) == before
+        assert str(tmp_path) in said
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_page(make_report(**FEW_PICTURES), tmp_path / "page.html")
+    before = (tmp_path / "page.html").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_page(small_report(), tmp_path / "page.html")
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_bytes() == before
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,25 +6,27 @@ That a layer and a copy of it in another order fuse to the layer is in families/
 from __future__ import annotations
 
 import math
+from functools import partial
 from importlib.util import find_spec
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from builders import SEED, examples, normal
-from conftest import make_llama
+from conftest import make_llama, same
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from tiny_models import averaged
 
+from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import PROJECTIONS
 from lf_hf.stages import assignment
 from lf_hf.stages.alignment import match_neurons, match_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
-from lf_hf.stages.fusion import average_layers, fusion_ratio
+from lf_hf.stages.fusion import Average, AverageKey, average, fusion_ratio
 
 Weights = dict[str, torch.Tensor]
 
@@ -128,41 +130,48 @@ def layer_weights(index: int, **overrides: object) -> Weights:
     return {name: p.detach().clone() for name, p in make_llama(**overrides).model.layers[index].named_parameters()}
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.0, 3.0])
-def test_the_ratio_is_the_formula_in_extended_precision(beta: float) -> None:
-    S = np.random.default_rng(0).uniform(0.1, 2, size=(6, 6))
-    wide = S.astype(np.longdouble)
-    s_i, s_j = wide[2].sum() / 6, wide[4].sum() / 6
-    power = np.exp(np.longdouble(beta) * s_i / (s_i + s_j))
-    assert fusion_ratio(S, 2, 4, beta) == pytest.approx(float(power / (1 + power)), rel=1e-14)
-
-
 def test_no_similarity_at_all_counts_both_alike_and_warns() -> None:
     with pytest.warns(UserWarning, match="Layers 0 and 1 have no similarity"):
         assert fusion_ratio(np.zeros((2, 2)), 0, 1) == pytest.approx(1 / (1 + math.exp(-0.5)))
 
 
-def test_a_row_permuted_copy_fuses_to_the_layer_itself() -> None:
-    weights = layer_weights(1, attention_bias=True, mlp_bias=True)
-    permuted = dict(weights)
-    for seed, projection in enumerate(PROJECTIONS):
-        order = torch.randperm(len(weights[f"{projection}.weight"]), generator=torch.Generator().manual_seed(seed))
-        permuted |= {f"{projection}.{kind}": weights[f"{projection}.{kind}"][order] for kind in ("weight", "bias")}
-    fused, matches = average_layers(weights, permuted, ratio=0.6, alignment="rows", head_dim=8)
-    assert set(matches) == set(PROJECTIONS)
-    assert set(fused) == {name for name in weights if "norm" not in name}
-    for name, tensor in fused.items():
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=0)
+def folded(
+    layers: list[Weights], similarity: NDArray[np.float64], beta: float, alignment: str
+) -> dict[str, torch.Tensor]:
+    """The published method, literally: from the top, each layer's rows in the order that costs least."""
+    fused = layers[-1]
+    for i in reversed(range(len(layers) - 1)):
+        s_i, s_j = similarity[[i, i + 1]].astype(np.longdouble).mean(axis=1)
+        power = np.exp(beta * s_i / (s_i + s_j))
+        ratio = float(power / (1 + power))
+        for projection in PROJECTIONS if alignment == "rows" else ():
+            costs = exact_costs((layers[i][f"{projection}.weight"], fused[f"{projection}.weight"]))
+            order = linear_sum_assignment(costs)[1]
+            fused = fused | {name: fused[name][order] for name in fused if name.startswith(projection)}
+        wide = {
+            name: ratio * weight.double() + (1 - ratio) * fused[name].double() for name, weight in layers[i].items()
+        }
+        fused = {name: weight.to(fused[name].dtype) for name, weight in wide.items()}
+    return {name: weight for name, weight in fused.items() if "norm" not in name}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_mka_is_the_weighted_sum_rounded_once(dtype: torch.dtype) -> None:
-    w_i, w_j = layer_weights(1, dtype=dtype), layer_weights(2, dtype=dtype)
-    fused, matches = average_layers(w_i, w_j, ratio=0.6123, alignment="none", head_dim=8)
-    assert not matches and len(fused) == 7
-    for name, tensor in fused.items():
-        one, other = (weights[name].double().numpy() for weights in (w_i, w_j))
-        assert torch.equal(tensor, torch.from_numpy(0.6123 * one + (1 - 0.6123) * other).to(dtype))
+@pytest.mark.parametrize(("alignment", "beta"), [("none", 3.0), ("rows", 1.0)])
+def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
+    alignment: str, beta: float, dtype: torch.dtype
+) -> None:
+    """Each sum is rounded once."""
+    decoder = ModelDecoder(make_llama(attention_bias=True, dtype=dtype))
+    similarity = np.random.default_rng(0).uniform(0.1, 2, size=(5, 5))
+    make = partial(average, decoder, similarity=similarity, alignment=alignment, ratio_beta=beta)
+    known: dict[AverageKey, Average] = {}
+    upper, whole, further = make((3, 4), known=known), make((0, 4)), make((0, 4), known=known)
+    assert upper.first == 3 and whole.first == 0 and sum(whole.shares) == pytest.approx(1)
+    assert (further.ratios, further.matches) == (whole.ratios, whole.matches)
+    expected = folded(
+        [layer_weights(n, attention_bias=True, dtype=dtype) for n in range(5)], similarity, beta, alignment
+    )
+    assert same(whole.weights, expected) and same(further.weights, expected)
 
 
 @given(SEED, st.integers(-80, 80), st.sampled_from(["none", "rows", "neurons"]))
@@ -174,9 +183,9 @@ def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power:
     model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
     layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
     scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
-    kinds: dict[str, Any] = {"ratio": 0.61, "alignment": alignment, "head_dim": 8}
-    fused, matches = average_layers(layers[0], layers[1], **kinds)
-    other, other_matches = average_layers(scaled[0], scaled[1], **kinds)
+    decoder = ModelDecoder(model)
+    fused, matches = averaged(decoder, layers[0], layers[1], alignment)
+    other, other_matches = averaged(decoder, scaled[0], scaled[1], alignment)
     assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)
     for name, match in matches.items():
-        assert vars(other_matches[name]) == pytest.approx(vars(match), abs=1e-6)
+        assert other_matches[name] == pytest.approx(match, abs=1e-6)

@@ -21,7 +21,7 @@ from lf_hf.text.calibration import (
     load_training_text,
 )
 from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question
-from lf_hf.text.packing import interleaved, pack_corpus, pack_tokens, tokenize_samples
+from lf_hf.text.packing import pack_corpus, pack_tokens, tokenize_samples
 
 
 def test_default_samples_are_the_first_question_of_each_subject_without_its_answer() -> None:
@@ -107,11 +107,3 @@ def test_parts_of_a_corpus_share_the_tokens() -> None:
     assert tokenizer("layer")["input_ids"] in [sequence.tolist() for sequence in sequences]
     with pytest.raises(ValueError, match=r"\(x\) has only \d tokens, which do not fill one sequence"):
         pack_corpus(tokenizer, Corpus({"x": "layer"}), 20, 200, 320)
-
-
-def test_lists_are_mixed_evenly() -> None:
-    one, other = torch.arange(30).split(1), torch.arange(100, 110).split(1)
-    both = torch.cat(interleaved(one, [], other))
-    assert both[both < 100].tolist() == list(range(30)) and both[both >= 100].tolist() == list(range(100, 110))
-    for end in range(1, 41):  # whatever beginning is taken has its share of both
-        assert abs(int((both[:end] >= 100).sum()) - end / 4) <= 1

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import calibration_sequences, written_on
+from lf_hf.measure.dense import tokenize_corpus
+from lf_hf.measure.judge import write_continuations
+from lf_hf.report.data import Continuation
 from lf_hf.report.notes import damage_notes
-from lf_hf.report.records import Continuation
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import Corpus, load_calibration, load_corpus, load_training_text
 from lf_hf.text.chats import CHATS, Chat, chat_form, chat_text
@@ -66,10 +67,11 @@ def test_a_form_puts_a_chat_together_as_the_template_does(template: str) -> None
 
 
 PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"  # nothing special ends a turn
+TALKATIVE = TEMPLATES["mistral"].replace("'[INST]'", f"'[INST]{'Be kind. ' * 40}'")  # instructions in each turn
 
 
 @pytest.mark.parametrize(
-    "template", [None, "", "{% for", "{{ messages[1].content }}", "{{ raise_exception('') }}", PLAIN]
+    "template", [None, "", "{% for", "{{ messages[1].content }}", "{{ raise_exception('') }}", PLAIN, TALKATIVE]
 )
 def test_where_no_form_can_be_told_there_is_none(template: str | None) -> None:
     assert chat_form(with_template(template), 400) is None
@@ -135,7 +137,7 @@ def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_
     tokenizer.unk_token = "[/INST]"
     decoder = ModelDecoder(make_llama(vocab_size=len(tokenizer)))
     corpus, config = Corpus({"x": "layer " * 2000}, 0.5), FusionConfig(1, calibration_tokens=4096)
-    sequences = [sequence for part in calibration_sequences(decoder, tokenizer, corpus, config) for sequence in part]
+    sequences = tokenize_corpus(decoder, tokenizer, corpus, config).sequences
     written = {token for sequence in sequences for token in sequence[1:].tolist()}
     assert written & {*tokenizer.all_special_ids} == {tokenizer.unk_token_id}
 
@@ -175,13 +177,15 @@ def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
 def test_a_model_is_asked_a_question_in_its_template() -> None:
     tokenizer = with_template(TEMPLATES["chatml"])
     model = make_llama(vocab_size=len(tokenizer))
-    *_, (prompt, answer) = written_on(ModelDecoder(model), tokenizer).items()
+    *_, (prompt, answer) = write_continuations(ModelDecoder(model), tokenizer).items()
     assert prompt == f"In the chat template: {QUESTION}"
     chat = [{"role": "user", "content": QUESTION}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     generated = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert answer.strip() == str(tokenizer.decode(generated)).strip()
+    tokenizer.chat_template = TEMPLATES["chatml"].replace("Be kind.", "Be kind. " * 1000)  # which would take all memory
+    assert QUESTION not in "".join(write_continuations(ModelDecoder(model), tokenizer))
 
 
 def test_a_model_that_writes_nothing_gets_a_note() -> None:

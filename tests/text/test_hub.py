@@ -17,7 +17,15 @@ from conftest import make_texts
 from pyarrow import parquet
 
 from lf_hf.text import hub
-from lf_hf.text.calibration import BUNDLED, DOCUMENTATION, QUESTIONS, load_calibration, load_corpus, load_training_text
+from lf_hf.text.calibration import (
+    BUNDLED,
+    DOCUMENTATION,
+    HUB,
+    QUESTIONS,
+    load_calibration,
+    load_corpus,
+    load_training_text,
+)
 from lf_hf.text.mmlu import SUBJECTS
 
 
@@ -92,16 +100,17 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub
 def test_general_text_and_questions_come_from_the_hub_once(online: type[Hub]) -> None:
     fitted, trained, calibration = load_corpus(max_tokens=4096), load_training_text(None, 131072), load_calibration()
     asked = online.requests
-    assert asked and not fitted.by_default and "general text" in fitted.note
+    assert asked and not fitted.is_bundled and "general text" in fitted.note
     general = "HuggingFaceFW/fineweb-edu at 87f09149"
     assert [*fitted.parts] == [general, QUESTIONS] and [*trained.parts] == [general, DOCUMENTATION, QUESTIONS]
     for text in (fitted.parts[general], trained.parts[general]):
         assert text.startswith("page 0 ") and "page 999 " in text and "page 1000 " not in text
-    assert calibration.source == "cais/mmlu, validation split" and calibration.labels == list(SUBJECTS)
+    assert calibration.source == "cais/mmlu at c30699e8, validation split" and calibration.labels == list(SUBJECTS)
     assert calibration.texts[1] == "asked 1\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     online.manner = "garbage"  # what was read is in the cache
     assert load_corpus(max_tokens=4096) == fitted and load_calibration() == calibration
     assert online.requests == asked
+    assert load_corpus(HUB, max_tokens=4096) == fitted and load_calibration(HUB) == calibration
     bundled = load_corpus(BUNDLED), load_calibration(BUNDLED)
     assert [*bundled[0].parts] == [DOCUMENTATION, QUESTIONS] and "lm-eval" in bundled[1].source
 
@@ -125,7 +134,10 @@ def test_a_hub_that_does_not_answer_as_it_should_costs_ten_seconds_at_most(
     corpora += [load_corpus(), load_training_text(None, 8192)]
     samples = load_calibration()
     assert time.monotonic() - start < 5
-    assert all({DOCUMENTATION, QUESTIONS} <= corpus.parts.keys() and corpus.by_default for corpus in corpora)
+    assert all({DOCUMENTATION, QUESTIONS} <= corpus.parts.keys() and corpus.is_bundled for corpus in corpora)
     assert "lm-eval" in samples.source and samples == load_calibration(BUNDLED)
     assert online.requests == asked and not list((tmp_path / "assets").rglob("*.json"))
+    for load in (load_corpus, load_calibration):
+        with pytest.raises(OSError, match=r"hub does not give the default text .* 'bundled' as calibration text"):
+            load(HUB)
     assert "as the hub gave none (" in corpora[0].note and "1.1 to 1.4 times the perplexity" in corpora[0].note

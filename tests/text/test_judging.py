@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import make_texts
+import torch
+from conftest import make_texts, make_tokenizer
 
 from lf_hf.text.calibration import load_calibration, load_corpus, load_training_text
-from lf_hf.text.judging import JudgingText, judging_texts, relation
+from lf_hf.text.judging import JudgingText, judging_sequences, judging_texts, relation
 from lf_hf.text.mmlu import bundled_questions
 
 DOCS, REASONING = judging_texts()
@@ -42,3 +43,12 @@ def test_relation_says_what_was_fitted(judging: JudgingText) -> None:
     half = judging.text[len(judging.text) // 4 : len(judging.text) * 3 // 4]
     for corpus in corpora:
         assert relation(judging, [own, own + "\n\n" + half], corpus.parts) == "seen"
+
+
+@pytest.mark.parametrize(("tokens", "longest", "shape"), [(300, 1024, (1, 300)), (2000, 256, (7, 256)), (1, 8, (1, 2))])
+def test_models_are_judged_on_sequences_of_one_length(tokens: int, longest: int, shape: tuple[int, int]) -> None:
+    sequences = judging_sequences(make_tokenizer(), tokens, longest)
+    assert {name: torch.stack(of_text).shape for name, of_text in sequences.items()} == {
+        "docs": shape,
+        "reasoning": shape,
+    }

@@ -17,10 +17,6 @@ def test_bundled_questions_are_what_the_design_counts_on() -> None:
     bundled = bundled_questions()
     assert bundled.keys() == SUBJECTS.keys() and sum(map(len, bundled.values())) == 282
     assert Counter(SUBJECTS.values()) == {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
-    four = {subject for subject, questions in bundled.items() if len(questions) == 4}
-    assert four == {"college_chemistry", "formal_logic", "human_aging"}
-    odd = [(s, i, len(q.choices)) for s, qs in bundled.items() for i, q in enumerate(qs) if len(q.choices) != 4]
-    assert odd == [("college_chemistry", 3, 5)]
     assert bundled["abstract_algebra"][1].question == "Find the characteristic of the ring 2Z."  # no stray answer
     assert bundled["elementary_mathematics"][4] == Question(  # whose options are on lines of their own
         "Which expression is equivalent to 5 x 9?",
@@ -37,20 +33,15 @@ def test_bundled_questions_are_what_the_design_counts_on() -> None:
 
 def test_bundled_agrees_with_the_original(mmlu_dir: Path) -> None:
     """Apart from a few retyped ones, each question is one of the subject's original development questions."""
-
-    def key(text: str) -> str:
-        return " ".join(text.split())
-
     found = wrong = 0
     for subject, questions in bundled_questions().items():
-        originals = {key(q.question): q for q in read_csv_questions(mmlu_dir, "dev", subject)}
+        originals = {" ".join(q.question.split()): q for q in read_csv_questions(mmlu_dir, "dev", subject)}
         for question in questions:
-            if original := originals.get(key(question.question)):
+            if original := originals.get(" ".join(question.question.split())):
                 found += 1
                 wrong += original.answer != question.answer
     assert found >= 270
     assert wrong == 2  # college_chemistry's fifth choice, and one answer that lm-eval corrects
-    assert sum(len(read_csv_questions(mmlu_dir, "test", subject)) for subject in SUBJECTS) == 14042
 
 
 def test_lm_eval_of_another_shape_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,28 +13,28 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer, same, tensors
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import tiny_model
+from tiny_models import divergence, tiny_model
+from torch.nn.functional import cross_entropy
 
 from lf_hf import FusionConfig, fuse_checkpoint
-from lf_hf.budget import search
+from lf_hf.choose.budget import search
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.measure import measure
+from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
-from lf_hf.report.records import BudgetTrial
+from lf_hf.report.data import BudgetTrial
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.packing import held_out
+from lf_hf.text.packing import split_held_out
 
 TEXTS = make_texts(60)
 SETTINGS: dict[str, Any] = {"calibration_length": 64, "calibration_tokens": 1024, "perplexity_tokens": 0}
 
 
+@torch.no_grad()
 def predicted(model: Any, text: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Log-probabilities of all next tokens, and the mean loss of those that come."""
-    with torch.no_grad():
-        found = [model(sequence[None]).logits[0, :-1].double().log_softmax(-1) for sequence in text]
-    losses = [-of.gather(1, sequence[1:, None]) for of, sequence in zip(found, text, strict=True)]
-    return torch.cat(found), float(torch.cat(losses).mean())
+    """Logits of all next tokens, and the mean loss of those that come."""
+    logits = torch.cat([model(sequence[None]).logits[0, :-1].double() for sequence in text])
+    return logits, float(cross_entropy(logits, torch.cat([sequence[1:] for sequence in text])))
 
 
 @pytest.mark.parametrize(
@@ -60,18 +60,18 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
 
     smallest, everything = fused(config)
     most = config.most_fusions(6)
-    assert len(everything.steps) == most and len(smallest.model.layers) == 6 - most
+    assert everything.layers_after == len(smallest.model.layers) == 6 - most
     assert everything.budget is not None
     allowed = 1.1 if "ratio" in level else everything.budget.tried[-1].divergence / 2
     model, report = fused(FusionConfig(**given | {level: allowed}))
-    aside, _ = held_out(measured.given, max(1, len(measured.given) // 8))
+    text = measured.text
+    assert report.budget is not None and text is not None
+    aside, _ = split_held_out(text.given, max(1, len(text.given) // 8))
     (expected, before), (found, after) = predicted(dense, aside), predicted(model, aside)
-    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-    assert report.budget is not None and measured.text_source is not None
-    for of_rest in report.calibration:  # where something is fitted
-        assert of_rest.tokens + report.budget.tokens == measured.text_source.tokens
-    at, number = {trial.num_fusions: trial for trial in report.budget.tried}, len(report.steps)
-    assert at[number].divergence == pytest.approx(divergence, rel=1e-3)
+    at = {trial.num_fusions: trial for trial in report.budget.tried}
+    number = report.layers_before - report.layers_after
+    assert report.budget.tokens == sum(map(len, aside))
+    assert at[number].divergence == pytest.approx(divergence(expected, found), rel=1e-3)
     assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)
     assert at[number].costs(level) <= allowed < at[number + 1].costs(level)
     assert report.config[level] == allowed and report.config["num_fusions"] is None
@@ -84,7 +84,7 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
     before = [parameter.clone() for parameter in model.parameters()]
     config = FusionConfig(method="truncate", max_divergence=1e-30, **SETTINGS)
     uneven = str(tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:80]))
-    assert not held_out([torch.ones(64), torch.ones(16)], 1)[0]  # of which the first one has more than half
+    assert not split_held_out([torch.ones(64), torch.ones(16)], 1)[0]  # of which the first one has more than half
     found = r"max_divergence=1e-30 allows no fusion: with 1 it is \S+; raise it\."
     for texts, message in ((TEXTS, found), ([uneven], "A budget needs two sequences of calibration text")):
         corpus = Corpus({text: text for text in texts})
@@ -105,11 +105,11 @@ def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str]
 
 def test_held_out_text_is_of_every_kind() -> None:
     """Also where kinds take turns, one every so many sequences or tokens."""
-    aside, rest = held_out([torch.tensor([number]) for number in range(240)], 30)
+    aside, rest = split_held_out([torch.tensor([number]) for number in range(240)], 30)
     assert sorted(map(int, aside + rest)) == list(range(240)) and len(aside) == 30
     for period in range(2, 9):
         assert {int(sequence) % period for sequence in aside} == set(range(period))
-    aside, _ = held_out([torch.zeros(512), *[torch.ones(128)] * 4] * 48, 16)
+    aside, _ = split_held_out([torch.zeros(512), *[torch.ones(128)] * 4] * 48, 16)
     assert 4 <= sum(int(sequence[0]) for sequence in aside) <= 12
 
 

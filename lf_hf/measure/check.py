@@ -1,27 +1,75 @@
-"""Whether layers compute what the table of families says, tried out before any long work."""
+"""Whether a model can be fused, found out before any long work."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Decoder
 from lf_hf.families import family_of, head_dim
-from lf_hf.refit.group import fit_group
+from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore, trace
+from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note
+from lf_hf.settings import FusionConfig
 
+logger = logging.get_logger(__name__)
 _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TINY: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 16}
 _TINY |= {"_attn_implementation": "eager", **dict.fromkeys(_SPECIAL_TOKENS)}
+
+
+def check_model(decoder: Decoder, config: FusionConfig) -> int:
+    """Raise ValueError if the model cannot be fused as `config` says; else return its number of parameters."""
+    check_layers(config, decoder.config)
+    check_computes(decoder.config)
+    num_parameters = 0
+    for name, parameter in decoder.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is offloaded, so it cannot be fused in place; load the base without offloading (a "
+                "device_map that fits its devices, or none), or use fuse_checkpoint with low_memory=True, which holds "
+                "two layers at a time."
+            )
+        if not all_finite(parameter):
+            raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
+        num_parameters += parameter.numel()
+    if note := slow_bfloat16_note(parameter.dtype, decoder.device):
+        logger.warning(note)
+    return num_parameters
+
+
+def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
+    """Raise ValueError if a model has too few layers for a fusion.
+
+    Averages are of layers of one kind, as weights of others mean different things.
+    """
+    config.check_num_layers(model_config.num_hidden_layers)
+    kinds = family_of(model_config).config_kinds(model_config)
+    if not config.averages or all(kind == kinds[0] for kind in kinds):
+        return
+    if config.selection == "last":
+        alike_at_top = list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))
+        most = len(alike_at_top) - 1
+    else:
+        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
+    if config.within_budget or config.num_fusions > most:
+        raise ValueError(
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
+            f"selection={config.selection!r} num_fusions can be {most} at most; or give method='refit', which takes "
+            "attention from one layer where kinds differ."
+        )
 
 
 def check_computes(config: PretrainedConfig) -> None:
@@ -77,7 +125,7 @@ def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         with StateStore() as store:
             traces, before = trace(decoder, [layer], [states], store), [states.clone()]
-            fit = fit_group(decoder, [layer], traces, before, store, refit="projections", ridge=1.0)
+            fit = fit_group(decoder, [layer], traces, before, store, ridge=1.0)
         expected = decoder.run_layer(layer, states)
         yield "a layer", traces.output[0], expected
         yield "a layer's parts", decoder.run_layer(build_layer(decoder, fit.weights, fit.kind), states), expected

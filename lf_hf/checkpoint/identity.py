@@ -1,0 +1,122 @@
+"""The identity of a fusion or a healing: its base by content, the settings in effect, and its text.
+
+Kept fusions, the points of a sweep, interrupted healings and the teacher's files are used again where it is equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.saving import changed_files, file_sha
+from lf_hf.report.report import FusionReport
+from lf_hf.settings import ALGORITHM
+
+_TOKENIZED_CHARACTERS = 1 << 16  # of each text, enough to tell tokenizers apart
+_MEANING = {
+    "base": "another base, or other files in its folder",
+    "text": "other calibration text or another tokenizer",
+    "dtype": "another dtype",
+    "algorithm": "another version of lf_hf",
+}
+
+
+def identity(base: str, settings: Mapping[str, Any], text: str, **others: object) -> dict[str, str]:
+    """Identity of a fusion or a healing.
+
+    Parameters
+    ----------
+    base, text : str
+        `base_digest` and `text_digest`.
+    settings : dict
+        The settings in effect: `FusionConfig.in_effect()`, `HealSettings.in_effect()` or some of them.
+    **others
+        What the result depends on besides, such as `dtype`.
+    """
+    decisive = {name: value for name, value in settings.items() if name != "speed"}
+    found = {"base": base, "text": text, "algorithm": str(ALGORITHM)}
+    found["settings"] = json.dumps(decisive, sort_keys=True)
+    return found | {name: str(value) for name, value in others.items()}
+
+
+def identity_key(identity: Mapping[str, str]) -> str:
+    """SHA-256 of an identity, for names of files and points."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What an identity was before, where it is another one now: a phrase for each difference."""
+    if now.keys() - before.keys():
+        return [_MEANING["algorithm"]]
+    found = []
+    for name, value in now.items():
+        if name == "settings":
+            earlier, later = json.loads(before[name]), json.loads(value)
+            differing = [key for key in sorted(earlier | later) if earlier.get(key) != later.get(key)]
+            found += [f"{key}={earlier.get(key)!r} instead of {later.get(key)!r}" for key in differing]
+        elif before[name] != value:
+            found.append(_MEANING.get(name) or f"{name}={before[name]} instead of {value}")
+    return found
+
+
+def base_digest(base: Base) -> str:
+    """SHA-256 over the names and contents of a base's weights, configs and tokenizer files.
+
+    The arguments of loading that choose among files or change the config belong to it, where there are any.
+    """
+    files = base.content_files()
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_sha, files))
+    content = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
+    chosen = {}
+    for name in sorted(base.loading):
+        if name == "variant" or (name != "dtype" and hasattr(base.config, name)):
+            chosen[name] = repr(base.loading[name])
+    return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest()
+
+
+def text_digest(texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of texts, of the tokens at their beginning, and of the chat template.
+
+    None stands for the default text, wherever it comes from: then the vocabulary tells tokenizers apart.
+    """
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    if texts is None:
+        vocabulary = tokenizer.get_vocab()
+        texts = [" ".join(sorted(vocabulary, key=vocabulary.__getitem__))]
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+        digest.update(str(tokenizer(text[:_TOKENIZED_CHARACTERS], verbose=False)["input_ids"]).encode())
+    return digest.hexdigest()
+
+
+def why_not_reused(folder: Path, made_of: Mapping[str, str]) -> str | None:
+    """One sentence that says what keeps the fusion in a folder from being used for this identity; None if nothing does.
+
+    Raises ValueError for a healed one that does not say what it was made of: training is not to be lost.
+    """
+    try:
+        report = FusionReport.load(folder)
+    except ValueError as error:
+        return str(error)
+    if not (folder / CONFIG_NAME).is_file():  # looked for after the report: a save under way puts it back last
+        return f"{str(folder)!r} holds no complete checkpoint."
+    if changed := changed_files(folder):
+        return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
+    if report.fingerprints is None and report.healed is not None:
+        raise ValueError(
+            f"{str(folder)!r} holds a healed model that does not say by content what it was made of; load it with "
+            "from_pretrained, or choose another folder."
+        )
+    if report.fingerprints is None:
+        return f"{str(folder)!r} was saved without saying by content what it was made of."
+    differing = differences(report.fingerprints, made_of)
+    return f"{str(folder)!r} was made with {' and '.join(differing)}." if differing else None

@@ -1,0 +1,1 @@
+"""Which adjacent layers become one: decided on the dense model, before anything changes."""

@@ -1,0 +1,119 @@
+"""How many layers a budget allows to fuse: a search by trials, measured on text that nothing is fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.measure.dense import CalibrationText, Measurements
+from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.report.data import BudgetInfo, BudgetTrial
+from lf_hf.settings import LEVELS, FusionConfig
+from lf_hf.text.packing import split_held_out
+
+T = TypeVar("T")
+_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
+_GUESSES = 4  # trials that follow a power law
+_POWER = 1.3  # with which costs grow, until two trials say
+
+
+def search_budget(
+    decoder: Decoder,
+    config: FusionConfig,
+    measured: Measurements,
+    fuse_layers: Callable[[Decoder, FusionConfig, Measurements], T],
+) -> tuple[Decoder, T, BudgetInfo]:
+    """Fuse copies of the dense model, with `fuse_layers`, to the most fusions that a budget allows.
+
+    Returns the copy with these fusions, what `fuse_layers` gave for it, and what was tried. Raises ValueError if there
+    is too little text, or the budget allows no fusion.
+    """
+    text = measured.text
+    assert text is not None
+    aside, rest = split_held_out(text.given, max(1, int(len(text.given) * _SHARE)))
+    if not aside:
+        raise ValueError(
+            "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
+            "calibration_length."
+        )
+    measured = replace(measured, text=_replace_given(text, rest), group_costs={})
+    ids = shard_batches(decoder, {"": aside})
+    dense_states = final_states(decoder, ids, "Held-out text")
+    name = next(name for name in LEVELS if getattr(config, name) is not None)
+    allowed = getattr(config, name)
+
+    def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, T]]:
+        copy = decoder.copy()
+        level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
+        fused = fuse_layers(copy, level, measured)
+        states = final_states(copy, ids, "Measuring on held-out text")
+        figures = predictions(copy, ids, states, dense_states)[""]
+        ratio = figures.perplexity / figures.dense_perplexity
+        return BudgetTrial(count, figures.divergence, ratio), (copy, fused)
+
+    (copy, fused), trials = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
+    budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials, text.source.source)
+    return copy, fused, budget
+
+
+def _replace_given(text: CalibrationText, given: list[Tensor]) -> CalibrationText:
+    """Calibration text of which less is given."""
+    sequences = [*given, *text.written]
+    source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
+    return text._replace(given=given, source=source)
+
+
+def search(
+    name: str, allowed: float, most: int, attempt: Callable[[int], tuple[BudgetTrial, T]]
+) -> tuple[T, list[BudgetTrial]]:
+    """The result with the most fusions that the budget allows, and all trials. Raises ValueError if it allows none.
+
+    The setting `name` is `allowed`, and the model allows `most` fusions. `attempt` fuses a copy of the model so many
+    times, and gives what that costs, and the result.
+    """
+    trials: list[BudgetTrial] = []
+    best: T | None = None
+    low, high = 0, most + 1  # what is allowed, and what is not
+    while high - low > 1:
+        count = _next_count(trials, name, allowed, low, high)
+        trial, result = attempt(count)
+        trials.append(trial)
+        if trial.costs(name) <= allowed:
+            best, low = result, count
+        else:
+            high = count
+        del result  # makes room for the next
+    if best is None:
+        raise ValueError(f"{name}={allowed:g} allows no fusion: with 1 it is {trials[-1].costs(name):.4g}; raise it.")
+    return best, trials
+
+
+def _next_count(trials: Sequence[BudgetTrial], name: str, allowed: float, low: int, high: int) -> int:
+    """How many fusions to try next between one number that is allowed and one that is not.
+
+    Costs grow about as a power of the number, estimated from the trials next to the bounds. If a few such guesses
+    do not suffice, the range is halved.
+    """
+    if not trials:
+        return max(1, high // 8)
+
+    def growing(cost: float) -> float:  # a perplexity ratio is the exponential of something like a divergence
+        return math.log(cost) if name == "max_perplexity_ratio" and cost > 0 else cost
+
+    costs = {trial.num_fusions: growing(trial.costs(name)) for trial in trials}
+    points = [(math.log(count), math.log(cost)) for count, cost in costs.items() if 0 < cost < math.inf]
+    if len(trials) >= _GUESSES or not points:
+        return (low + high) // 2
+    points.sort(key=lambda point: abs(point[0] - math.log(max(1, low))))
+    log_count, log_cost = points[0]
+    power = _POWER
+    if len(points) > 1 and points[1][1] != log_cost:
+        power = max(0.5, (points[1][1] - log_cost) / (points[1][0] - log_count))
+    guess = log_count + (math.log(growing(allowed)) - log_cost) / power
+    rounded = math.floor(math.exp(min(guess, 20.0)) + 0.5)
+    return min(max(low + 1, rounded), high - 1)

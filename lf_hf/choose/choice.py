@@ -1,0 +1,161 @@
+"""The groups of layers that become one each: the last layers, those of least influence, or groups by cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from lf_hf.choose.costs import GroupCosts, run_boundaries, split_text
+from lf_hf.choose.sets import Groups, count_removed, estimate_costs, longest_group, propose_sets
+from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.families import Kind
+from lf_hf.measure.dense import Measurements
+from lf_hf.refit.states import StateStore
+from lf_hf.runtime.progress import progress
+from lf_hf.settings import FusionConfig
+from lf_hf.stages.activations import influence
+from lf_hf.text.packing import take_first
+
+_INFLUENCE_TOKENS = 8192  # of the calibration text, on which influences are measured
+_SHORT = 2  # all groups that remove at most so many layers are measured
+_AHEAD = 3  # sets whose groups are measured in one pass through the layers
+_TRIALS = 16  # sets of groups that are tried out whole, at most
+_FAR = 2.0  # more sets are tried while the best costs over so many times the least sum of costs of groups
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The groups that become one layer each, and what was measured to choose them.
+
+    `costs` are those of single groups in nats a token, and `influences` those of the dense model's layers.
+    """
+
+    groups: Groups
+    costs: dict[Group, float] = field(default_factory=dict)
+    influences: list[float] = field(default_factory=list)
+
+    def finite_cost(self, group: Group) -> float | None:
+        """What a group costs by itself, where that was measured and can be computed."""
+        cost = self.costs.get(group, math.inf)
+        return cost if math.isfinite(cost) else None
+
+
+def choose(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
+    """Choose groups of layers of the dense model that leave `config.num_fusions` layers fewer."""
+    if config.selection == "last":
+        top = decoder.num_layers - 1
+        return Choice(((top - config.num_fusions, top),))
+    if config.selection == "least_influence":
+        return _choose_least_influence(decoder, config, measured)
+    return _choose_by_cost(decoder, config, measured)
+
+
+@torch.no_grad()
+def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
+    """Join to the layer below those layers that change the residual stream least."""
+    assert measured.text is not None
+    sequences = take_first(measured.text.sequences, _INFLUENCE_TOKENS)
+    embedded = decoder.embed(decoder.make_batches(decoder.shard(sequences)))
+    with StateStore.with_room(decoder, 2 * sum(state.nbytes for state in embedded)) as store:
+        boundaries = pairwise(run_boundaries(decoder, embedded, store))
+        layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
+        influences = [influence(before, after, decoder.add_up) for before, after in layers]
+    kinds = decoder.family.config_kinds(decoder.config)
+    groups = least_influence_groups(influences, config.num_fusions, kinds if config.averages else None)
+    return Choice(groups, influences=influences)
+
+
+def least_influence_groups(
+    influences: Sequence[float], num_fusions: int, kinds: Sequence[Kind] | None = None
+) -> Groups:
+    """Groups in which the `num_fusions` layers of least influence join the layer below them.
+
+    The first and the last layer of the model stay by themselves. Where `kinds` are given, only layers of one kind are
+    joined.
+    """
+    candidates = list(range(2, len(influences) - 1))
+    if kinds is not None:
+        candidates = [number for number in candidates if kinds[number] == kinds[number - 1]]
+    candidates.sort(key=lambda number: influences[number])
+    groups: list[Group] = []
+    for number in sorted(candidates[:num_fusions]):
+        if groups and groups[-1][1] == number - 1:
+            groups[-1] = (groups[-1][0], number)
+        else:
+            groups.append((number - 1, number))
+    return tuple(groups)
+
+
+def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
+    """Choose the set of groups that, by rough fits, moves the model's predictions least."""
+    assert measured.text is not None
+    text = split_text(measured.text.given, measured.text.written, measured.text.other)
+    fitting = decoder.make_batches(decoder.shard(text.fitting))
+    judging = decoder.make_batches(decoder.shard(text.judging))
+    embedded = decoder.embed([*fitting, *judging])
+    # States are stored at each boundary and inside a group, and those of the judging text above each fused group too.
+    lists = decoder.num_layers + 19
+    known = measured.group_costs.setdefault(config.ridge, {})
+    with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
+        with torch.no_grad():
+            boundaries = list(run_boundaries(decoder, embedded, store))
+            influences = [influence(before, after, decoder.add_up) for before, after in pairwise(boundaries)]
+        costs = GroupCosts(decoder, boundaries, len(fitting), config.ridge, store, dict(known))
+        groups = cheapest_by_trials(costs, config.num_fusions)
+    # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
+    known.update({group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT})
+    return Choice(groups, costs.by_group, influences)
+
+
+def cheapest_by_trials(costs: GroupCosts, num_fusions: int) -> Groups:
+    """The set of groups that costs least of those that were tried out whole.
+
+    All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
+    where they are in one of the cheapest sets.
+
+    Raises ValueError if no set has costs that are finite.
+    """
+    trials: dict[Groups, float] = {}
+    least_sum = math.inf  # of the costs of a set's groups one by one
+    for _ in progress(range(_TRIALS), desc="Trying sets of groups", unit="set", leave=False):
+        if len(trials) >= 3 * num_fusions and min(trials.values()) <= _FAR * least_sum:
+            break
+        groups = _next_set(costs, trials, num_fusions)
+        if groups is None:
+            break
+        if len(groups) == 1:
+            trials[groups] = costs.by_group[groups[0]]
+        else:
+            trials[groups] = costs.measure_set(groups)
+        least_sum = min(least_sum, sum(costs.by_group[group] for group in groups))
+    best = min(trials, key=lambda groups: trials[groups], default=())
+    if not math.isfinite(trials.get(best, math.inf)):
+        raise ValueError(
+            f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of wider "
+            "range, such as bfloat16, or fewer fusions."
+        )
+    return best
+
+
+def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
+    """The set to try next, with the costs of its groups measured; None where no set is left."""
+    decoder = costs.decoder
+    longest = longest_group(decoder.num_layers, num_fusions)
+    inner = range(1, decoder.num_layers - 1)  # the first and the last layer stay
+    short = {(n, n + more) for more in range(1, min(num_fusions, _SHORT) + 1) for n in inner[:-more]}
+    missing = short - costs.by_group.keys()
+    while True:
+        if missing:
+            costs.measure(missing)
+        propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
+        proposed = decoder.compute_once(propose)  # in case machines round differently
+        if not proposed:
+            return None
+        if costs.by_group.keys() >= set(proposed[0]):
+            return proposed[0]
+        missing = {group for groups in proposed for group in groups} - costs.by_group.keys()

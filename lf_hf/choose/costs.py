@@ -1,0 +1,238 @@
+"""What groups of layers cost: how far they move the model's predictions, each made one layer by a rough fit.
+
+The divergence of predictions from the dense model's is taken on short pieces of several kinds of text, to which nothing
+is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lf_hf.choose.sets import Groups
+from lf_hf.decoder.interface import Decoder, Group, check_finite
+from lf_hf.families import DecoderLayer
+from lf_hf.measure.predictions import divergences
+from lf_hf.refit.fit import fit_group
+from lf_hf.refit.layer_parts import build_layer, mid_state
+from lf_hf.refit.regression import FitOverflow
+from lf_hf.refit.states import StateStore, Traces, on_device
+from lf_hf.runtime.progress import progress
+from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
+
+_AT_ONCE = 8  # groups whose predictions are in memory at a time
+_FITTING_TOKENS = 4096  # of the calibration text that groups are fitted to
+_JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
+_JUDGED_LOGITS = 1 << 27  # of a candidate that are compared, about: of a large vocabulary, those of fewer tokens
+_WIDEST_STRIDE = 8  # tokens from one that is judged to the next; neighbours' predictions say much the same
+
+States = Sequence[Tensor]
+"""Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
+
+
+class GroupText(NamedTuple):
+    """Sequences that groups are fitted to, and pieces that judge them: int64 tensors of shape (tokens T,)."""
+
+    fitting: list[Tensor]
+    judging: list[Tensor]
+
+
+def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor]) -> GroupText:
+    """Divide calibration text into what groups are fitted to and what judges them, beside text of other kinds.
+
+    Text that the model wrote is not used for judging: it hardly shows the loss of layers that real text needs. A single
+    given sequence serves both uses. Every other piece is a half that is repeated: only heads that look up what
+    followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
+    """
+    judges, rest = split_held_out(given, _JUDGING_PIECES, at_random=False)
+    judging = []
+    for number, sequence in enumerate([*(judges or given), *out_of_domain]):
+        piece = sequence[:JUDGING_LENGTH]
+        if number % 2:
+            piece = torch.cat([piece[: len(piece) // 2]] * 2)
+        judging.append(piece)
+    return GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS)), judging)
+
+
+class _TracedLayer(NamedTuple):
+    """A layer of the dense model, and its states of the text that groups are fitted to."""
+
+    number: int
+    layer: DecoderLayer
+    before: States
+    mid_states: States  # between attention and MLP; none of a layer that is in no group
+    after: States
+
+
+class GroupCosts:
+    """Measures costs of groups, and of sets of them, in nats a token.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The dense model.
+    boundaries : sequence of States
+        Before each of its layers and after the last one: batches of the text to fit to, then of the text that judges.
+    num_fitting : int
+        How many of the batches are to fit to.
+    ridge : float
+        Of the fits.
+    store : StateStore
+    by_group : dict
+        Costs that were measured before; those that are measured are added. They are inf where predictions cannot be
+        computed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        boundaries: Sequence[States],
+        num_fitting: int,
+        ridge: float,
+        store: StateStore,
+        by_group: dict[Group, float],
+    ) -> None:
+        self.decoder = decoder
+        self.by_group = by_group
+        self._boundaries = boundaries
+        self._num_fitting = num_fitting
+        self._ridge = ridge
+        self._store = store
+        self._last_set: dict[Groups, tuple[States, States]] = {}  # states above each group of the set tried last
+        tokens = sum(state.shape[:2].numel() for state in self._judging(0))
+        logits = sum(decoder.gather(tokens)) * decoder.config.vocab_size
+        stride = min(max(2, logits // _JUDGED_LOGITS), _WIDEST_STRIDE)
+        self._judged_tokens = slice(1, None, stride)
+
+    @torch.no_grad()
+    def measure(self, groups: Collection[Group]) -> None:
+        """Measure what each of some groups costs by itself, in one pass through the layers.
+
+        A group is fused when its last layer comes by, and what comes out runs through all layers above.
+        """
+        judged: dict[Group, States] = {}
+        window: dict[int, _TracedLayer] = {}
+        start = min(groups)[0]
+        layers = self._traced_layers(groups, start)
+        total = self.decoder.num_layers - start
+        for traced in progress(layers, total=total, desc="Costs of groups", unit="layer", leave=False):
+            number = traced.number
+            for group, states in judged.items():
+                judged[group] = self._run(traced.layer, states)
+            if traced.mid_states:
+                window[number] = traced
+            for first in sorted(first for first, last in groups if last == number):
+                fused = self._fuse([window[n] for n in range(first, number + 1)], states=None)
+                if fused is None:
+                    self.by_group[first, number] = math.inf
+                else:
+                    judged[first, number] = self._run(fused, self._judging(first))
+            open_starts = [first for first, last in groups if first <= number < last]
+            lowest_open = min(open_starts, default=number + 1)
+            window = {n: layer for n, layer in window.items() if n >= lowest_open}
+        measured = list(judged)
+        for start in range(0, len(measured), _AT_ONCE):
+            batch = measured[start : start + _AT_ONCE]
+            costs = self._divergences([judged.pop(group) for group in batch])
+            self.by_group.update(zip(batch, costs, strict=True))
+
+    @torch.no_grad()
+    def measure_set(self, groups: Groups) -> float:
+        """What a set costs as a whole, with its groups fused from the bottom up; inf where a fit overflows."""
+        first_layer, fitted, judged = self._states_below(groups)
+        ends = dict(groups)
+        states_above: dict[Groups, tuple[States, States]] = {}
+        window: list[_TracedLayer] = []
+        for traced in self._traced_layers(groups, first_layer):
+            number, layer = traced.number, traced.layer
+            first = window[0].number if window else number
+            if first in ends:
+                window.append(traced)
+                if number < ends[first]:
+                    continue
+                is_lowest = first == groups[0][0]
+                fused = self._fuse(window, states=None if is_lowest else fitted)
+                if fused is None:
+                    return math.inf
+                layer = fused
+                window.clear()
+            if number < groups[-1][1]:  # above the last group nothing is fitted
+                fitted = self._run(layer, fitted)
+            judged = self._run(layer, judged)
+            if first in ends:
+                fused_groups = tuple(group for group in groups if group[0] <= first)
+                states_above[fused_groups] = fitted, judged
+        self._last_set = states_above
+        return self._divergences([judged])[0]
+
+    def _states_below(self, groups: Groups) -> tuple[int, States, States]:
+        """The first layer to run for a set, and states before it: groups that also began the last set are
+        skipped."""
+        alike = [fused for fused in self._last_set if fused == groups[: len(fused)]]
+        if not alike:
+            start = groups[0][0]
+            return start, self._fitting(start), self._judging(start)
+        longest = max(alike, key=len)
+        return longest[-1][1] + 1, *self._last_set[longest]
+
+    def _fitting(self, boundary: int) -> States:
+        states = self._boundaries[boundary]
+        return [states[number] for number in range(self._num_fitting)]
+
+    def _judging(self, boundary: int) -> States:
+        states = self._boundaries[boundary]
+        return [states[number] for number in range(self._num_fitting, len(states))]
+
+    def _traced_layers(self, groups: Iterable[Group], start: int) -> Iterator[_TracedLayer]:
+        """The layers from `start` up to the last one of the model."""
+        grouped = {number for first, last in groups for number in range(first, last + 1)}
+        numbers = range(start, self.decoder.num_layers)
+        for number, layer in zip(numbers, self.decoder.layers(numbers), strict=True):
+            before: States = self._fitting(number)
+            mid_states: States = []
+            if number in grouped:
+                mid_states = self._store.keep(mid_state(self.decoder, layer, state) for state in before)
+            yield _TracedLayer(number, layer, before, mid_states, self._fitting(number + 1))
+
+    def _fuse(self, group: Sequence[_TracedLayer], states: States | None) -> DecoderLayer | None:
+        """The layer that a group becomes by a rough fit; None where it overflows. `states` are as in `fit_group`."""
+        layers = [traced.layer for traced in group]
+        start, store = layers[0], self._store  # all states come together where the first layer is
+        traces = Traces(
+            inputs=[on_device(traced.before, start, store) for traced in group],
+            mid_states=[on_device(traced.mid_states, start, store) for traced in group],
+            output=on_device(group[-1].after, start, store),
+        )
+        try:
+            fit = fit_group(self.decoder, layers, traces, states, store, ridge=self._ridge, rough=True)
+        except FitOverflow:
+            return None
+        return build_layer(self.decoder, fit.weights, fit.kind)
+
+    def _run(self, layer: DecoderLayer, states: States) -> States:
+        there = on_device(states, layer, self._store)
+        return self._store.keep(self.decoder.run_layer(layer, state) for state in there)
+
+    def _divergences(self, candidates: Sequence[States]) -> list[float]:
+        """Divergences from the dense model's predictions, by final states of the text that judges."""
+        dense = [state[:, self._judged_tokens] for state in self._judging(self.decoder.num_layers)]
+        judged = [[state[:, self._judged_tokens] for state in states] for states in candidates]
+        return divergences(self.decoder, dense, judged)
+
+
+def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
+    """States before each layer of the model, and after the last one.
+
+    Raises ValueError if a layer's output contains NaN or inf; the layer is named.
+    """
+    states = store.keep(embedded)
+    yield states
+    numbers = range(decoder.num_layers)
+    for number, layer in zip(numbers, decoder.layers(numbers), strict=True):
+        states = store.keep(decoder.run_layer(layer, state) for state in states)
+        check_finite(states, number)
+        yield states

@@ -1,0 +1,107 @@
+"""Sets of groups that are expected to cost least, by dynamic programming over costs of single groups.
+
+This module knows no model: costs are numbers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from sklearn.linear_model import Ridge
+
+from lf_hf.decoder.interface import Group
+from lf_hf.settings import LONGEST_GROUP
+
+Groups = tuple[Group, ...]
+"""Groups that share no layer, in ascending order."""
+_SHRINKAGE = 3.0  # ridge penalty on each join's extra cost, as trials are few
+
+
+def count_removed(groups: Iterable[Group]) -> int:
+    """How many layers fewer a model has where each group is one layer."""
+    return sum(last - first for first, last in groups)
+
+
+def longest_group(num_layers: int, num_fusions: int) -> int:
+    """How many layers may become one where a model is to lose `num_fusions`; its first and last layer stay."""
+    inner = num_layers - 2
+    return max(LONGEST_GROUP, math.ceil(inner / (inner - num_fusions)))
+
+
+def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group, float]:
+    """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured.
+
+    A group that was not measured costs what it does without its last layer and without its first one, less what the
+    layers between these two cost, which is in both.
+    """
+    costs = dict(measured)
+    top = max(last for _, last in measured)
+    for more in range(2, longest):
+        for first in range(1, top + 1 - more):
+            last = first + more
+            if (first, last) in costs:
+                continue
+            parts = costs[first, last - 1] + costs[first + 1, last]
+            common = costs.get((first + 1, last - 1), 0.0)  # a single layer costs nothing
+            costs[first, last] = parts - common if math.isfinite(parts) else math.inf
+    return costs
+
+
+def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int) -> list[Groups]:
+    """The `count` sets of groups of least summed cost that leave `num_fusions` layers fewer, cheapest first.
+
+    By dynamic programming from the bottom up: the best sets of each size are kept at each layer.
+    """
+    top = max(last for _, last in costs)
+    by_last: dict[int, list[Group]] = {}
+    for group, cost in costs.items():
+        if math.isfinite(cost):
+            by_last.setdefault(group[1], []).append(group)
+    # best[end][fewer]: sets of groups of layers below `end` that leave `fewer` layers fewer.
+    best: list[list[list[tuple[float, Groups]]]] = [[[] for _ in range(num_fusions + 1)] for _ in range(top + 2)]
+    best[0][0] = [(0.0, ())]
+    for end in range(1, top + 2):
+        for fewer in range(num_fusions + 1):
+            sets = list(best[end - 1][fewer])
+            for first, last in by_last.get(end - 1, []):
+                rest = fewer - (last - first)
+                if rest < 0:
+                    continue
+                for cost, groups in best[first][rest]:
+                    sets.append((cost + costs[first, last], (*groups, (first, last))))
+            best[end][fewer] = heapq.nsmallest(count, sets)
+    return [groups for _, groups in best[top + 1][num_fusions]]
+
+
+def propose_sets(
+    costs: Mapping[Group, float], trials: Mapping[Groups, float], num_fusions: int, *, count: int
+) -> list[Groups]:
+    """The `count` sets that are expected to cost least of those that were not tried.
+
+    Costs of groups do not add up: to join one more layer costs more where its neighbours have gone too. Ridge
+    regression attributes what tried sets cost beyond the sum of their groups to the layers that were joined to the one
+    below.
+    """
+    corrected = _with_corrections(costs, trials)
+    cheapest = cheapest_sets(corrected, num_fusions, count=len(trials) + count)
+    untried = [groups for groups in cheapest if groups not in trials]
+    return untried[:count]
+
+
+def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, float]) -> Mapping[Group, float]:
+    """Costs of groups that agree better with those of the sets that were tried."""
+    finite = [groups for groups, cost in trials.items() if math.isfinite(cost)]
+    if len(finite) < 2:
+        return costs
+    top = max(last for _, last in costs)
+    joined = np.zeros((len(finite), top + 1))  # 1 where a set joins a layer to the one below
+    excess = np.zeros(len(finite))  # what a set costs beyond the sum of its groups
+    for row, groups in enumerate(finite):
+        for first, last in groups:
+            joined[row, first + 1 : last + 1] = 1
+        excess[row] = trials[groups] - sum(costs[group] for group in groups)
+    weights = Ridge(_SHRINKAGE).fit(joined, excess).coef_
+    return {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}

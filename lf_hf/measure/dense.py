@@ -1,0 +1,190 @@
+"""What is measured on the dense model, once for any number of fusions of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lf_hf.decoder.generating import WRITTEN_LENGTH, generate
+from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.measure.judge import Judged, judge_dense, write_continuations
+from lf_hf.report.data import CalibrationInfo
+from lf_hf.runtime.clock import Clock
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.runtime.words import plural
+from lf_hf.settings import FusionConfig
+from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.fusion import Average, AverageKey
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import layer_similarity
+from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
+from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
+
+logger = logging.get_logger(__name__)
+
+MOST_READ = 1 << 26  # most bytes to read from disk for each token of the sample continuations
+
+
+class Similarity(NamedTuple):
+    """What stages 1 to 3 of the published method found on calibration samples."""
+
+    matrix: NDArray[np.float64]  # of shape (layers L, layers L)
+    embeddings: NDArray[np.float64]  # of shape (L, samples N, d)
+    influences: list[float] | None  # how much each layer changes the residual stream
+    labels: list[str] | None  # MMLU subject of each sample
+    source: CalibrationInfo
+    notes: list[str]
+
+
+class CalibrationText(NamedTuple):
+    """Running text that layers are fitted to, as int64 tensors of shape (tokens T,)."""
+
+    given: list[Tensor]
+    written: list[Tensor]  # by the model itself; judges nothing
+    other: list[Tensor]  # pieces of text of other kinds, which only judge
+    source: CalibrationInfo
+    note: str  # what users should know of it
+
+    @property
+    def sequences(self) -> list[Tensor]:
+        """What is given and what the model writes, in turns."""
+        return interleave(self.given, self.written)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured on the dense model before it is fused.
+
+    It serves all fusions whose settings differ only in how layers are chosen and fused.
+    """
+
+    judged: list[Judged]  # none where no tokens were asked for
+    seconds: dict[str, float]
+    similarity: Similarity | None = None
+    text: CalibrationText | None = None
+    continuations: dict[str, str] = field(default_factory=dict)  # by prompt; none where it would take long
+    base_digest: str | None = None  # `weights_digest` of the model
+    notes: list[str] = field(default_factory=list)
+    # Costs of short groups of layers, by the ridge of their fits; what a fusion measures is added.
+    group_costs: dict[float, dict[Group, float]] = field(default_factory=dict)
+    averages: dict[AverageKey, Average] | None = None  # kept where fusions to several levels follow each other
+
+    def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
+        """Where the calibration text that a fusion with `config` uses came from."""
+        sources = []
+        if config.averages and self.similarity is not None:
+            sources.append(self.similarity.source)
+        if config.needs_text and self.text is not None:
+            sources.append(self.text.source)
+        return sources
+
+
+def measure(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: CalibrationSamples | None,
+    corpus: Corpus | None,
+) -> Measurements:
+    """Measure perplexity, and layer similarity where there are samples; tokenize calibration text where there is any.
+
+    Raises
+    ------
+    ValueError
+        If there are too few samples or too little text, or activations are not finite.
+    """
+    clock = Clock()
+    notes: list[str] = []
+    continuations: dict[str, str] = {}
+    with clock("perplexity"):
+        judged = judge_dense(decoder, tokenizer, config, samples, corpus)
+    if config.perplexity_tokens:
+        with clock("continuations"):
+            if decoder.bytes_read <= MOST_READ:
+                continuations = decoder.compute_once(lambda: write_continuations(decoder, tokenizer))
+        if not judged:
+            notes.append("No perplexity: this Python comes without the texts that it is measured on.")
+    similarity = None
+    if samples is not None:
+        similarity = decoder.compute_once(lambda: measure_similarity(decoder, tokenizer, config, samples, clock))
+    text = None
+    if corpus is not None:
+        with clock("calibration text"):
+            text = tokenize_corpus(decoder, tokenizer, corpus, config)
+    for note in [*notes, *(similarity.notes if similarity else [])]:
+        logger.warning(note)
+    digest = weights_digest(decoder.named_parameters())
+    return Measurements(judged, clock.seconds, similarity, text, continuations, digest, notes)
+
+
+def measure_similarity(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: CalibrationSamples,
+    clock: Clock,
+) -> Similarity:
+    """Stages 1 to 3 of the published method, on calibration samples."""
+    config.check_num_samples(len(samples.texts))
+    ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
+    longest = max(map(len, ids))
+    different = len({tuple(sample.tolist()) for sample in ids})
+    notes = []
+    if longest == 1 or different < config.samples_needed:
+        notes.append(
+            f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
+            f"has {longest} {plural(longest, 'token')}; give {config.samples_needed} different samples of text or more."
+        )
+    with clock("activations"):  # stage 1
+        distances, influences = sample_distances(decoder, ids)
+    with clock("manifold"):  # stage 2
+        kernel = {name: getattr(config, name) for name in ("kernel_scale", "kernel_alpha", "embedding_dim")}
+        embeddings = np.stack([diffusion_embedding(layer, **kernel) for layer in distances])
+    with clock("similarity"):  # stage 3
+        matrix = layer_similarity(
+            embeddings,
+            mi_neighbors=config.mi_neighbors,
+            entropy_neighbors=config.entropy_neighbors,
+            rank_normalize=config.rank_normalize,
+            seed=config.seed,
+        )
+    return Similarity(
+        matrix,
+        embeddings,
+        influences if longest > 1 else None,  # each sample's first token is left out
+        samples.labels,
+        CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        notes,
+    )
+
+
+def tokenize_corpus(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, config: FusionConfig
+) -> CalibrationText:
+    """Sequences of a corpus, with those that the model writes itself."""
+    vocab_size = decoder.config.vocab_size
+    length = min(config.calibration_length, decoder.config.max_position_embeddings)
+    short = min(WRITTEN_LENGTH, length)
+    share, tokens = corpus.generated_share, config.calibration_tokens
+    # The text that is given fills one sequence at least.
+    count = max(0, min(int(tokens * share), tokens - length)) // short
+    given = pack_corpus(tokenizer, corpus, length, tokens - count * short, vocab_size)
+    count = min(count, round(sum(map(len, given)) * share / (1 - share) / short))  # short text keeps its share
+    written: list[Tensor] = []
+    source = corpus.full_source
+    if count:
+        form = chat_form(tokenizer, vocab_size)
+        begins, special = bos_prefix(tokenizer), special_tokens(tokenizer)
+        written = generate(decoder, count, short, config.seed, form, begins, special)
+        if form:
+            source += f", {len(written[CHATS])} sequences of it as chats"
+    other = pack_out_of_domain(tokenizer, corpus, length, vocab_size)
+    info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
+    return CalibrationText(given, written, other, info, corpus.note)

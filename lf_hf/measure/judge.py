@@ -1,0 +1,135 @@
+"""What judges a model beside its dense one: perplexity and divergence on texts, and what both write."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lf_hf.decoder.generating import continue_prompts
+from lf_hf.decoder.interface import Decoder
+from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.report.data import Continuation, PerplexityInfo
+from lf_hf.settings import FusionConfig
+from lf_hf.text.calibration import CalibrationSamples, Corpus
+from lf_hf.text.chats import chat_form, chat_text
+from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_sequences, judging_texts, nearest, relation
+from lf_hf.text.packing import check_ids
+
+CONTINUED_LENGTH = 24  # tokens that are added to a prompt
+LONGEST_PROMPT = 1024  # tokens: a template with longer instructions would take all memory
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A text that predictions are measured on, and what the dense model predicts there."""
+
+    name: str
+    source: str
+    ids: list[Tensor]  # batches of token ids of shape (sequences B, tokens T): this process's share
+    tokens: int  # of all processes
+    states: list[Tensor]  # the dense model's final ones of each batch, (B, T, hidden), in the machine's memory
+    dense: float  # its perplexity
+    to_samples: Relation  # how the text relates to the calibration samples
+    to_text: Relation  # and to the calibration text
+
+
+def judge_dense(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: CalibrationSamples | None,
+    text: Corpus | None,
+) -> list[Judged]:
+    """The judging texts as sequences, with the dense model's perplexity on each."""
+    if config.perplexity_tokens == 0:
+        return []
+    texts = judging_texts()
+    sequences = judging_sequences(tokenizer, config.perplexity_tokens, decoder.config.max_position_embeddings)
+    check_ids(itertools.chain(*sequences.values()), decoder.config.vocab_size)
+    ids = shard_batches(decoder, sequences)
+    states = final_states(decoder, ids, "Perplexity before fusing")
+    dense = predictions(decoder, ids, states)
+    compared = samples.texts if samples is not None else []
+    fitted = text.parts if text is not None else {}
+    return [
+        Judged(
+            name=judging.name,
+            source=judging.source,
+            ids=ids[judging.name],
+            tokens=sum(map(len, sequences[judging.name])),
+            states=[state.cpu() for state in states[judging.name]],
+            dense=dense[judging.name].perplexity,
+            to_samples=relation(judging, ["\n\n".join(compared)]),
+            to_text=relation(judging, fitted.values(), fitted),
+        )
+        for judging in texts
+        if judging.name in dense
+    ]
+
+
+def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What the model adds to each of `PROMPTS`, and to `QUESTION` if its tokenizer has chats, up to its end."""
+    vocab_size = decoder.config.vocab_size
+    prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
+    if not all(prompts.values()):
+        return {}
+    check_ids(map(torch.tensor, prompts.values()), vocab_size)
+    with suppress(ValueError):  # without a template, or with one that takes no question alone
+        chat = chat_text(tokenizer, [{"role": "user", "content": QUESTION}], to_reply=True)
+        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        # A template may be there that the model knows nothing of.
+        if 0 < len(ids) <= LONGEST_PROMPT and max(ids) < vocab_size:
+            prompts[f"In the chat template: {QUESTION}"] = ids
+    ends = decoder.config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    if form := chat_form(tokenizer, vocab_size):
+        stop.add(form.replied[0])
+    added = continue_prompts(decoder, [torch.tensor(ids) for ids in prompts.values()], CONTINUED_LENGTH)
+    texts = {}
+    for (prompt, ids), written in zip(prompts.items(), added, strict=True):
+        kept = list(itertools.takewhile(lambda token: token not in stop, written.tolist()))
+        # Many tokenizers take a space off the beginning of what they decode.
+        before, whole = (str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids, [*ids, *kept]))
+        texts[prompt] = whole[len(before) :]
+    return texts
+
+
+def judge_fused(decoder: Decoder, judged: Sequence[Judged], config: FusionConfig) -> list[PerplexityInfo]:
+    """Perplexity of the fused model beside that of the dense one, and how far apart they are, on each judging text."""
+    ids = {text.name: text.ids for text in judged}
+    states = final_states(decoder, ids, "Perplexity after fusing")
+    fused = predictions(decoder, ids, states, {text.name: text.states for text in judged})
+    infos = []
+    for text in judged:
+        to_samples = text.to_samples if config.averages else "unseen"
+        to_text = text.to_text if config.needs_text else "unseen"
+        figures = fused[text.name]
+        infos.append(
+            PerplexityInfo(
+                name=text.name,
+                text=text.source,
+                tokens=text.tokens,
+                dense=text.dense,
+                fused=figures.perplexity,
+                relation=nearest(to_samples, to_text),
+                divergence=figures.divergence,
+                agreement=figures.agreement,
+            )
+        )
+    return infos
+
+
+def compare_continuations(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, dense: Mapping[str, str]
+) -> list[Continuation]:
+    """How the fused model goes on from each prompt, beside the dense one, where that is known."""
+    if not dense:
+        return []
+    fused = decoder.compute_once(lambda: write_continuations(decoder, tokenizer))
+    return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items()]

@@ -1,0 +1,151 @@
+"""How fast a fused model is beside its base: tokens a second, and bytes of weights and of cache.
+
+A layer's time depends on its shape and not on its weights, so the fused model stands in for the base, with as
+many layers as the base has: some occur twice, sharing their weights. Both models run in turns, so that other
+load on the machine affects both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from lf_hf.decoder.in_memory import sharing_copy
+from lf_hf.decoder.interface import set_config_layers
+from lf_hf.families import CausalLM, family_of
+from lf_hf.report.data import Rate, SpeedInfo
+from lf_hf.report.report import FusionReport
+from lf_hf.runtime.errors import reason
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.words import plural
+
+logger = logging.get_logger(__name__)
+SECONDS = 4.0
+"""For warming up, and again for all rounds, about: a slow machine makes one run and two rounds of the least size."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 9
+_LEAST_PREFILLED, _MOST_PREFILLED, _MOST_DECODED = 16, 512, 32  # tokens
+_PARTS = 12  # of the time: prefill and decoding by two models, in three rounds
+
+
+def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
+    """A fused model's report with its speed, unless that is there or not wanted, or several processes work together.
+
+    The model is in evaluation mode afterwards.
+    """
+    if report.speed is not None or not report.config.get("speed", True):
+        return report
+    processes = Processes.of_launch()
+    if processes.world_size > 1:
+        if processes.is_main:
+            logger.warning_once("Speed is not measured where several processes work together.")
+        return report
+    try:
+        speed = measure_speed(model.eval(), report.layers_before)
+    except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
+        logger.warning(f"Speed was not measured ({reason(error)}).")
+        return report
+    return dataclasses.replace(report, speed=speed)
+
+
+@torch.no_grad()
+def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
+    """Speed of a fused model and of its base of `num_base_layers` layers, for one sequence at a time.
+
+    After warming up, both run in turns as often as `SECONDS` allow: twice at least.
+    """
+    base_body = _with_layers(model.model, num_base_layers)
+    longest = max(1, min(_MOST_PREFILLED, model.config.max_position_embeddings - _MOST_DECODED))
+    prefilled, decoded = min(longest, _LEAST_PREFILLED), 1
+    start = time.perf_counter()
+    for body in (model.model, base_body, base_body):
+        run = _run(model, body, prefilled, decoded)
+        if time.perf_counter() - start > SECONDS:  # so slow that a first run's own costs do not count
+            break
+    prefilled = min(longest, max(prefilled, int(SECONDS / _PARTS / run.prefill)))
+    decoded = min(_MOST_DECODED, max(decoded, int(SECONDS / _PARTS / run.decoding)))
+    base: list[Run] = []
+    fused: list[Run] = []
+    start = time.perf_counter()
+    while len(base) < _LEAST_ROUNDS or (len(base) < _MOST_ROUNDS and time.perf_counter() - start <= SECONDS):
+        base.append(_run(model, base_body, prefilled, decoded))
+        fused.append(_run(model, model.model, prefilled, decoded))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    removed = base_body.layers[len(model.model.layers) :]
+    more = sum(parameter.nbytes for layer in removed for parameter in layer.parameters())
+    return SpeedInfo(
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        prefill_tokens=prefilled,
+        decoded_tokens=decoded,
+        prefill=_rate([run.prefill for run in base], [run.prefill for run in fused]),
+        decoding=_rate([run.decoding for run in base], [run.decoding for run in fused]),
+        weight_bytes=[weights + more, weights],
+        cache_bytes=[base[0].cache_bytes, fused[0].cache_bytes],
+        runs=len(base),
+    )
+
+
+class Run(NamedTuple):
+    """One run of a model: seconds a token of prefill and of decoding, and bytes of cache a token."""
+
+    prefill: float
+    decoding: float
+    cache_bytes: int
+
+
+def _run(model: CausalLM, body: Any, prefilled: int, decoded: int) -> Run:
+    """Run `body`, a model without its head, with the head of `model`."""
+    cache: Any = DynamicCache(config=body.config)
+    arguments = {family_of(model.config).cache_argument: cache, "use_cache": True}
+
+    def next_token(ids: Tensor) -> Tensor:
+        states = body(input_ids=ids, **arguments).last_hidden_state
+        return model.lm_head(states[:, -1:]).argmax(-1)
+
+    token = torch.arange(prefilled, device=body.embed_tokens.weight.device)[None] % model.config.vocab_size
+    start = time.perf_counter()
+    token = next_token(token)
+    token.item()  # waits for the device
+    between = time.perf_counter()
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    for _ in range(decoded):
+        token = next_token(token)
+    token.item()
+    end = time.perf_counter()
+    return Run((between - start) / prefilled, (end - between) / decoded, cache_bytes // prefilled)
+
+
+def _with_layers(body: Any, count: int) -> Any:
+    """A model without its head that has `count` layers: the first ones come again at the end, with the same weights."""
+    longer = sharing_copy(body)
+    num_layers = len(longer.layers)
+    again = [number % num_layers for number in range(count - num_layers)]
+    for number in again:
+        layer = sharing_copy(longer.layers[number])
+        layer.self_attn.layer_idx = len(longer.layers)
+        longer.layers.append(layer)
+    set_config_layers(longer.config, [*range(num_layers), *again])
+    return longer
+
+
+def _rate(base: list[float], fused: list[float]) -> Rate:
+    """From the seconds a token of both models in each round."""
+    ratios = [base_seconds / fused_seconds for base_seconds, fused_seconds in zip(base, fused, strict=True)]
+    dense_rate, fused_rate = 1 / statistics.median(base), 1 / statistics.median(fused)
+    return Rate(dense_rate, fused_rate, statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} {plural(threads, 'thread')}"
+    return device.type

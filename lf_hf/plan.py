@@ -1,0 +1,197 @@
+"""What a fusion or a healing will do and about what it takes, without doing it: layers, bytes on disk and peak memory.
+
+Layers, parameters and bytes follow from the config and the headers of files and are exact; weights are not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lf_hf.checkpoint.base import SPREAD, Base
+from lf_hf.checkpoint.saving import check_replaceable, check_room
+from lf_hf.checkpoint.weights import stored_dtype
+from lf_hf.fuse import FusionInputs, low_memory_device
+from lf_hf.healing.settings import HealSettings
+from lf_hf.measure.memory import fusion_memory, num_parameters
+from lf_hf.runtime.memory import free_memory, in_gib
+from lf_hf.runtime.numerics import slow_bfloat16_note
+from lf_hf.runtime.words import plural
+from lf_hf.settings import FusionConfig
+from lf_hf.text.sources import TextSource
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, `lines`, and what a user should know of it, `notes`; one sentence or figure each.
+
+    `memory` is about how many bytes each process takes of `devices` at its peak.
+    """
+
+    head: str
+    lines: list[str]
+    notes: list[str]
+    memory: int
+    devices: list[torch.device]
+
+    def summary(self) -> str:
+        """All of it, for people."""
+        device, free = self.devices[0], sum(map(free_memory, self.devices))
+        where = "" if device.type == "cpu" else f" on {device}"
+        lines = [f"Plan: {self.head}. Nothing was done.", *self.lines]
+        lines.append(f"peak memory{where}, about: {in_gib(self.memory)}")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.memory > free:
+            lines.append(f"note: {in_gib(free)} of memory are free now, which is less than that.")
+        return "\n  ".join(lines)
+
+
+def plan_fusion(
+    base: FilePath | Base,
+    config: FusionConfig,
+    *,
+    out: FilePath | None = None,
+    low_memory: bool = False,
+    calibration: TextSource | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Say what `fuse_checkpoint` with these arguments would do and take.
+
+    Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
+    room for the result.
+    """
+    opened = Base.open(base, kwargs)
+    notes = []
+    if out is not None and check_replaceable(out, opened.name):
+        notes.append(_replaced(out))
+    if low_memory:
+        low_memory_device(config, opened.loading)
+    inputs = FusionInputs.open(opened, config, calibration, None)
+    inputs.check()
+    if out is not None:
+        check_disk(opened, config, out)
+    devices, dtype = _devices(opened.loading.get("device_map")), _dtype(opened)
+    before, after = _parameters(opened, config)
+    stored = sum(file.stat().st_size for file in opened.files())
+    if not stored:
+        stored = before * dtype.itemsize
+        notes.append(f"The base is not on this machine yet; {in_gib(stored)} will be downloaded.")
+    if note := slow_bfloat16_note(dtype, devices[0]):
+        notes.append(note)
+    layers, removed = opened.config.num_hidden_layers, config.num_fusions or 1
+    fused = f"chosen while fusing, by selection={config.selection!r}"
+    if config.selection == "last":
+        fused = f"{layers - 1 - removed} to {layers - 1}, numbered from 0"
+    lines = [
+        f"layers: {_change(layers, layers - removed)}",
+        f"layers that become one: {fused}",
+        f"parameters: {_change(before, after)}",
+        f"bytes on disk: {_change(stored, after * dtype.itemsize)}, as {str(dtype)[6:]}",
+    ]
+    samples, text = inputs.samples_and_text
+    if samples is not None:
+        lines.append(f"calibration: {samples.source}")
+    if text is not None:
+        lines.append(f"calibration: {text.full_source}")
+    memory = fusion_memory(config, opened.config, dtype.itemsize, devices[0], low_memory=low_memory)
+    if inputs.to_heal is not None:
+        from lf_hf.healing.heal import check_can_heal  # imports the Trainer
+
+        lines.append(f"healing: on {config.heal_tokens:,} tokens")
+        memory = max(memory, check_can_heal(opened, inputs.tokenizer, inputs.to_heal, config).memory)
+    how_many = f"{removed} {plural(removed, 'fusion')}"
+    if config.within_budget:
+        how_many = "as many fusions as the budget allows, figures for one"
+    return Plan(f"{opened.full_name} with {config.method}, {how_many}", lines, notes, memory, devices)
+
+
+def check_disk(base: Base, config: FusionConfig, out: FilePath) -> None:
+    """Raise OSError if the disk of `out` has no room for the weights of `base` fused as `config` says.
+
+    A fused model that is there keeps its room until the new one is whole.
+    """
+    _, after = _parameters(base, config)
+    check_room(out, after * _dtype(base).itemsize, "the fused model takes")
+
+
+def plan_heal(
+    fused: FilePath,
+    out: FilePath,
+    *,
+    base: FilePath | Base | None = None,
+    text: TextSource | None = None,
+    settings: HealSettings | None = None,
+    cache: FilePath | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Say what `heal` with these arguments would do and take. Neither model's weights are read.
+
+    Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
+    fused, nor for an earlier run in `out` that cannot go on.
+    """
+    from lf_hf.healing.heal import prepare  # imports the Trainer
+    from lf_hf.healing.inputs import WORK, open_inputs
+    from lf_hf.healing.judge import repeats_note
+    from lf_hf.healing.text import expected_epochs, given_text
+
+    settings = HealSettings.taken_from(kwargs, settings)
+    inputs, folder = open_inputs(fused, out, base, text, settings, kwargs, reads_weights=False)
+    work, model = folder / WORK, inputs.model
+    training = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, training_args or {}, cache)
+    settings, placement = training.settings, training.placement
+    parameters = list(training.student.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    steps = f"{settings.steps:,} {plural(settings.steps, 'step')}"
+    lines = [
+        f"trained: {trained:,} of {sum(p.numel() for p in parameters):,} parameters ({settings.train})",
+        f"training: {steps} of {settings.batch * settings.length:,} tokens",
+        f"text: {inputs.corpus.full_source}",
+        f"the base's predictions: {placement.description}",
+        f"disk, until it is done, at most about: {in_gib(placement.disk)}",
+    ]
+    notes = []
+    if inputs.replaces:
+        notes.append(_replaced(out))
+    if work.is_dir():
+        notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
+    given = given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
+    if repeats := repeats_note(expected_epochs(given, inputs.corpus, settings)):
+        notes.append(repeats)
+    head = f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}"
+    return Plan(head, lines, notes, placement.memory, [training.arguments.device])
+
+
+def _parameters(base: Base, config: FusionConfig) -> tuple[int, int]:
+    """Of the base, and of what it is fused to; by one fusion where a budget says how many."""
+    layer, model = num_parameters(base.config)
+    return model, model - (config.num_fusions or 1) * layer
+
+
+def _dtype(base: Base) -> torch.dtype:
+    """What the base's weights are in when they are loaded."""
+    files = base.files()
+    stored = torch.float32 if base.hub.get("gguf_file") or not files else stored_dtype(files[0])
+    return base.dtype or cast("torch.dtype | None", base.config.dtype) or stored
+
+
+def _devices(device_map: Any) -> list[torch.device]:
+    """Where layers run, as from_pretrained's `device_map` says."""
+    if device_map in SPREAD and torch.cuda.is_available():
+        return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [torch.device("cpu" if device_map in (None, *SPREAD) else device_map)]
+
+
+def _replaced(out: object) -> str:
+    return f"{str(out)!r} holds a fused model, which would be replaced."
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"

@@ -1,0 +1,213 @@
+"""The fits of all groups, from the bottom up: each fused layer is fitted to what the dense model computes at its place.
+
+Two streams run through the layers side by side: the dense model's, and that of the model as it becomes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.families import DecoderLayer, Kind
+from lf_hf.refit.fit import GroupFit, fit_group
+from lf_hf.refit.half_fit import token_weights
+from lf_hf.refit.layer_parts import build_layer, layer_weights
+from lf_hf.refit.states import StateStore, on_device, trace
+from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
+from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.progress import progress
+
+States = Sequence[Tensor]
+"""Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """The layer that a group becomes: its weights and kind, and how it came about.
+
+    On held-out text it misses `held_out_error` of what the group does to the stream, and `first_token_error` of what it
+    does to each sequence's first token (None where there is no such text). `layer_instead` is the layer of the group
+    that misses less as it is, and was taken for that.
+    """
+
+    group: Group
+    weights: dict[str, Tensor]
+    kind: Kind
+    fit: GroupFit
+    held_out_error: float | None = None
+    first_token_error: float | None = None
+    layer_instead: int | None = None
+
+
+@torch.no_grad()
+def fit_groups(
+    dense: Decoder, groups: Sequence[Group], sequences: Sequence[Tensor], held_out: Sequence[Tensor], *, ridge: float
+) -> Iterator[FittedLayer]:
+    """Fit one layer for each group, from the bottom up, to what the dense model computes at its place.
+
+    After its fit a layer is trained by itself, unless that makes it worse on held-out text. Where a layer of the group,
+    as it is, comes nearer to what the group does to held-out text, it is taken instead.
+
+    Parameters
+    ----------
+    dense : Decoder
+        The dense model, which is not changed.
+    groups : sequence of Group, in ascending order
+    sequences, held_out : sequences of int64 tensors of shape (tokens T,)
+        Calibration text, and text that nothing is fitted to; there may be none of the latter.
+    ridge : float
+    """
+    share = dense.shard(sequences)
+    batch_numbers = dense.batch_indices(share)
+    embedded = dense.embed([torch.stack([share[n] for n in numbers]).to(dense.device) for numbers in batch_numbers])
+    judge = _HeldOutText(dense, held_out)
+    steps = training_steps(dense, sequences, batch_numbers) if held_out else None
+    longest = max(last - first + 1 for first, last in groups)
+    # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
+    expected_bytes = sum(state.nbytes for state in embedded) * (2 * longest + 5)
+    with StateStore.with_room(dense, expected_bytes) as store:
+        dense_states: States = store.keep(embedded)
+        states: States | None = None  # of the fused model; None as long as no layer below is fused
+        del embedded
+        dense_layers = dense.layers(range(groups[-1][1] + 1))  # nothing is fitted above the last group
+        for first, last in progress(_cover(groups), desc="Fitting layers", unit="layer"):
+            layers = [next(dense_layers) for _ in range(first, last + 1)]
+            judge.run_dense(layers)
+            if first == last:
+                [layer] = layers
+                dense_states = _run(dense, layer, dense_states, store)
+                if states is not None:
+                    states = _run(dense, layer, states, store)
+                judge.run(layer)
+                continue
+            missed_by_layer = [judge.missed(layer) for layer in layers]
+            traces = trace(dense, layers, dense_states, store)
+            fit = fit_group(dense, layers, traces, states, store, ridge=ridge)
+            before = dense_states if states is None else states
+            dense_states = traces.output
+            del layers, traces
+            fitted = _trained((first, last), dense, fit, before, dense_states, steps, judge)
+            if held_out:
+                fitted = _or_layer_instead(dense, fitted, missed_by_layer)
+            layer = build_layer(dense, fitted.weights, fitted.kind)
+            states = _run(dense, layer, before, store)
+            judge.run(layer)
+            del layer
+            yield fitted
+
+
+def _cover(groups: Sequence[Group]) -> list[Group]:
+    """All layers up to the last group's, as groups: those between the groups are alone in theirs."""
+    covered: list[Group] = []
+    number = 0
+    for first, last in groups:
+        covered += [(single, single) for single in range(number, first)]
+        covered.append((first, last))
+        number = last + 1
+    return covered
+
+
+def _run(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:
+    return store.keep(decoder.run_layer(layer, state) for state in on_device(states, layer, store))
+
+
+def _trained(
+    group: Group,
+    dense: Decoder,
+    fit: GroupFit,
+    states: States,
+    targets: States,
+    steps: Steps | None,
+    judge: _HeldOutText,
+) -> FittedLayer:
+    """A layer as fitted, or trained after that where it then misses less of held-out text."""
+    layer = build_layer(dense, fit.weights, fit.kind)
+    if steps is None:
+        return FittedLayer(group, layer_weights(dense, layer), fit.kind, fit)
+    missed = judge.missed(layer)
+    trained = build_layer(dense, fit.weights, fit.kind)
+    trained.load_state_dict(tune(dense, trained, states, targets, steps))
+    missed_by_trained = judge.missed(trained)
+    if missed_by_trained < missed:
+        layer, missed = trained, missed_by_trained
+    return FittedLayer(group, layer_weights(dense, layer), fit.kind, fit, *missed)
+
+
+def _or_layer_instead(
+    dense: Decoder, fitted: FittedLayer, missed_by_layer: Sequence[tuple[float, float]]
+) -> FittedLayer:
+    """The fitted layer, or that layer of the group which, as it is, misses less of held-out text."""
+    finite = [missed for missed, _ in missed_by_layer if math.isfinite(missed)]  # what overflows is NaN
+    assert fitted.held_out_error is not None
+    if not finite or fitted.held_out_error <= min(finite):
+        return fitted
+    place = [missed for missed, _ in missed_by_layer].index(min(finite))
+    held_out_error, first_token_error = missed_by_layer[place]
+    number = fitted.group[0] + place
+    layer = dense.layer(number)
+    return replace(
+        fitted,
+        weights=layer_weights(dense, layer),
+        kind=dense.family.layer_kind(layer),
+        fit=fitted.fit.from_one_layer(place),
+        held_out_error=held_out_error,
+        first_token_error=first_token_error,
+        layer_instead=number,
+    )
+
+
+class _HeldOutText:
+    """Held-out text on its way through the dense and through the fused model, one layer or group after the other."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[Tensor]) -> None:
+        self._decoder = decoder
+        batches = decoder.make_batches(decoder.shard(sequences))
+        self._states = decoder.embed(batches)  # in front of the fused model's layer
+        self._dense = self._target = self._states  # in front of the dense model's layers, and after them
+
+    def run_dense(self, layers: Sequence[DecoderLayer]) -> None:
+        """Run layers of the dense model."""
+        self._dense = self._target
+        for layer in layers:
+            self._target = self._run(layer, self._target)
+
+    def run(self, layer: DecoderLayer) -> None:
+        """Run the layer of the fused model that stands in their place."""
+        self._states = self._run(layer, self._states)
+
+    def _run(self, layer: DecoderLayer, states: list[Tensor]) -> list[Tensor]:
+        device = layer.mlp.down_proj.weight.device
+        return [self._decoder.run_layer(layer, state.to(device)) for state in states]
+
+    def missed(self, layer: DecoderLayer) -> tuple[float, float]:
+        """Relative error of a layer in place of the dense model's layers, in what they do to the stream.
+
+        Squared and weighted as in fits: of all tokens, as a mean over the stream's channels, and of each first one.
+        """
+        hidden = self._decoder.config.hidden_size
+        missed = torch.zeros(2, hidden, dtype=torch.float64)  # of all tokens and of the first ones, by channel
+        done = torch.zeros_like(missed)
+        outputs = self._run(layer, self._states)
+        for output, dense, target in zip(outputs, self._dense, self._target, strict=True):
+            token_weight = token_weights(self._decoder, target)
+            missed += _squares(output, target, token_weight)
+            done += _squares(dense, target, token_weight)
+        self._decoder.add_up(missed)
+        self._decoder.add_up(done)
+        first_token_error = missed[1].sum()
+        if done[1].any():
+            first_token_error = first_token_error / done[1].sum()
+        return float((channel_weights(done[0]) * missed[0]).sum()), float(first_token_error)
+
+
+def _squares(states: Tensor, target: Tensor, token_weight: Tensor) -> Tensor:
+    """Weighted squared differences by channel, summed over all tokens and over the first ones: (2, hidden), float64."""
+    squares = (states.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
+    squares *= token_weight.view(*target.shape[:2], 1)
+    sums = [in_float64(part).sum((0, 1)).cpu() for part in (squares, squares[:, :1])]
+    return torch.stack(sums)

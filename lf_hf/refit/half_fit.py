@@ -1,0 +1,236 @@
+"""The fit of one half of a layer, attention or MLP: what it is given, and the least-squares problem that it makes.
+
+There are two strategies, by family: what a half writes goes to the residual stream as it is (`HalfFit`), or through a
+norm (`NormedHalfFit`), as in Gemma and OLMo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lf_hf.decoder.interface import Decoder
+from lf_hf.families import Half, Kind, Weights
+from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
+from lf_hf.refit.regression import Regression
+from lf_hf.runtime.numerics import in_float64
+
+# Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
+# its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
+_FIRST_SHARE = 1 / 32
+
+WriterInputs = Callable[[Tensor], Tensor]
+"""What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
+
+
+@dataclass(frozen=True)
+class HalfFit:
+    """The fit of one half of a layer.
+
+    States are tensors of shape (sequences B, tokens T, hidden), of this process's share of the text.
+
+    Attributes
+    ----------
+    states
+        The stream in front of the half that is made.
+    inputs
+        The stream in front of the same half of each layer of the group; None where that is `states`.
+    targets
+        Gives the stream as it should be after the half, batch by batch.
+    """
+
+    decoder: Decoder
+    half: Half
+    states: Sequence[Tensor]
+    inputs: Sequence[Sequence[Tensor] | None]
+    targets: Callable[[], Iterable[Tensor]]
+    ridge: float
+    rough: bool = False
+
+    def input_maps(self, like: Weights) -> list[Tensor]:
+        """For each layer a map, near the identity, from what the half reads to what it read in the group.
+
+        Of shape (hidden, hidden), float32 at least. `like` is a layer, for device and dtype.
+        """
+        weight = like[f"{self.half.writer}.weight"]
+        identity = torch.eye(self.decoder.config.hidden_size, device=weight.device)
+        maps = []
+        for inputs in self.inputs:
+            if inputs is None:
+                maps.append(identity)
+                continue
+            problem = self._empty(identity.shape, weight)
+            for state, target in zip(self.states, inputs, strict=True):
+                if self.half.before:  # the norm gives all tokens the same scale
+                    token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+                else:
+                    token_weight = token_weights(self.decoder, target)
+                x, y = (normalized(self.decoder, self.half, part).flatten(0, 1) for part in (state, target))
+                problem.add(x, y, token_weight)
+            problem.complete()
+            maps.append(problem.ridge(identity, self.ridge).to(weight.device))
+        return maps
+
+    def writer_inputs(self, weights: Weights, kind: Kind | None) -> WriterInputs:
+        """What the writer reads in a half of these weights; `kind` is the layer's for attention, and None for an
+        MLP."""
+        if kind is None:
+            return partial(mlp_channels, self.decoder, weights)
+        return partial(attention_heads, self.decoder, build_layer(self.decoder, weights, kind))
+
+    def joint_writer_inputs(
+        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind]
+    ) -> WriterInputs:
+        """What the attention of each layer of a group computes by itself, one after the other."""
+        parts = []
+        for weights, input_map, kind in zip(group, maps, kinds, strict=True):
+            mapped = {**weights, **stacked(self.half, [weights], [input_map])}
+            parts.append(self.writer_inputs(mapped, kind))
+        return lambda state: torch.cat([part(state) for part in parts], dim=1)
+
+    def measure_sizes(
+        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind] | None = None
+    ) -> list[float] | None:
+        """For `stacked`: None, as what a layer's half writes has a size of its own only where it goes through a
+        norm."""
+        return None
+
+    def build_problem(self, weights: Weights, x_of: WriterInputs) -> Regression:
+        """The least-squares problem of the half's writer, which is in `weights` as it is."""
+        start = weights[f"{self.half.writer}.weight"]
+        problem = self._empty(start.shape, start)
+        for state, target in zip(self.states, self.targets(), strict=True):
+            problem.add(*self.equations(weights, x_of(state), target, state))
+        problem.complete()
+        return problem
+
+    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
+        return Regression(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
+
+    def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
+        y = self.residual_update(target, state)
+        bias = weights.get(f"{self.half.writer}.bias")
+        if bias is not None:
+            y = y - bias
+        return x, y, token_weights(self.decoder, target)
+
+    def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
+        """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
+        return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
+
+    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> tuple[float, float]:
+        """Fit the half's writer in `weights`; the errors before and after. `kind` is as in `writer_inputs`."""
+        name = f"{self.half.writer}.weight"
+        start = weights[name]
+        before = problem.relative_error(start)
+        fitted = problem.ridge(start, self.ridge)
+        weights[name] = fitted.to(start)
+        return before, problem.relative_error(fitted)
+
+
+class NormedHalfFit(HalfFit):
+    """The fit of a half whose output goes through a norm before it is added to the stream.
+
+    The norm divides each token by its size, so before the norm only the direction can be fitted. Sizes are taken to be
+    those that the writer as it is gives: the writer is fitted, once more with the sizes that it then gives, and last
+    the gains of the norm are fitted to what it writes.
+    """
+
+    def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and the weight of each token.
+
+        y is what should come out of the norm, divided by its gains and brought to size 1, as only its direction passes
+        the norm. The weight grows with its size. x is divided by the size that the norm divides by.
+        """
+        y = self.residual_update(target, state)
+        scale = self._mean_square(self._written(weights, x).float())[:, None].rsqrt()  # (B * T, 1)
+        gain = weights[f"{self.half.after}.weight"].to(y.device)
+        y = torch.where(gain == 0, 0.0, y.float() / gain)
+        size = y.square().mean(-1, keepdim=True).sqrt()
+        y = y / size.clamp(min=torch.finfo(torch.float32).tiny)
+        bias = weights.get(f"{self.half.writer}.bias")
+        if bias is not None:
+            y = y - bias * scale
+        return x * scale, y, token_weights(self.decoder, target) * size[:, 0]
+
+    def measure_sizes(
+        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind] | None = None
+    ) -> list[float] | None:
+        """Root mean square of what each layer's half writes for each token, as a geometric mean; None for one layer."""
+        if len(group) == 1:
+            return None
+        totals = []
+        for number, weights in enumerate(group):
+            alone = {**weights, **stacked(self.half, [weights], [maps[number]])}
+            x_of = self.writer_inputs(alone, kinds[number] if kinds else None)
+            totals.append(self._sum_of_log_sizes(alone, x_of))
+        num_tokens = sum(state.shape[:2].numel() for state in self.states)
+        sums = torch.stack([*totals, totals[0].new_tensor(num_tokens)])
+        self.decoder.add_up(sums)
+        *totals_of_all, tokens = sums.tolist()
+        return [math.exp(total / tokens) for total in totals_of_all]
+
+    def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs) -> Tensor:
+        """Over all tokens, in float64: the log of the root mean square of what is written."""
+        total = torch.zeros((), dtype=torch.float64)
+        for state in self.states:
+            squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
+            logs = in_float64(squares).log().sum() / 2
+            total = total.to(logs.device) + logs
+        return total
+
+    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> tuple[float, float]:
+        """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
+        x_of = self.writer_inputs(weights, kind)
+        errors = super().fit_writer(weights, problem, kind)
+        if not self.rough:  # again, as sizes in front of the norm are known better now
+            name = f"{self.half.writer}.weight"
+            fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge)
+            weights[name] = fitted.to(weights[name])
+        weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
+        return errors
+
+    def _fitted_gain(self, weights: Weights, x_of: WriterInputs) -> Tensor:
+        """The gains of the norm, by ridge regression of each channel by itself."""
+        gain = weights[f"{self.half.after}.weight"]
+        start = gain.to(torch.promote_types(gain.dtype, torch.float32))  # sums over tokens need it
+        squares, products = torch.zeros_like(start), torch.zeros_like(start)
+        for state, target in zip(self.states, self.targets(), strict=True):
+            x = self._written(weights, x_of(state)).to(start)
+            x = x * self._mean_square(x)[:, None].rsqrt()
+            token_weight = token_weights(self.decoder, target).to(start)
+            squares += token_weight @ x.square()
+            products += token_weight @ (x * self.residual_update(target, state).to(start))
+        self.decoder.add_up(squares)
+        self.decoder.add_up(products)
+        pull = self.ridge * squares.mean()
+        fitted = (products + pull * start) / (squares + pull)
+        return torch.where(squares + pull > 0, fitted, start).to(gain.dtype)  # 0: nothing written
+
+    def _written(self, weights: Weights, x: Tensor) -> Tensor:
+        return linear(x, weights[f"{self.half.writer}.weight"], weights.get(f"{self.half.writer}.bias"))
+
+    def _mean_square(self, written: Tensor) -> Tensor:
+        return written.square().mean(-1) + self.decoder.config.rms_norm_eps
+
+
+def token_weights(decoder: Decoder, states: Tensor) -> Tensor:
+    """1 / mean square of each token's state (sequences B, tokens T, hidden), as the next norm divides by it.
+
+    So all tokens count alike, however large their states are, but a sequence's first one, which counts as T / 32
+    tokens where that is more than one. The shape is (B * T,).
+    """
+    return _with_first_share((states.float().square().mean(-1) + decoder.config.rms_norm_eps).reciprocal())
+
+
+def _with_first_share(token_weight: Tensor) -> Tensor:
+    """Token weights of sequences, of shape (B, tokens T), with more of it on the first ones, as (B * T,); in place."""
+    token_weight[:, 0] *= max(1, _FIRST_SHARE * token_weight.shape[1])
+    return token_weight.flatten()

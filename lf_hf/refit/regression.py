@@ -1,0 +1,257 @@
+"""Least squares of fits: sums over tokens, and what follows from them without the tokens.
+
+Matrices are gigabytes each where models are wide, so operations run in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.numerics import bfloat16_products
+
+_SELECTION_RIDGE = 1e-2
+_GRAM_ROWS = 512  # of a gram matrix that are added to at a time
+_ROWS = 256  # of a matrix that are moved, or an error summed over, at a time
+PRUNING_ROUNDS = 4
+EXACT_LIMIT = 4096  # up to this size systems are solved in float64
+
+
+class FitOverflow(ValueError):
+    """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
+
+
+class Regression:
+    """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
+
+    Parameters
+    ----------
+    inputs, outputs : int
+        How many numbers x and y have.
+    device : torch.device
+        The sums are on the CPU where it, Apple's mps, has no float64 to solve the problem in.
+    dtype : torch.dtype
+        In which x and y are computed. Sums are in float32 at least, and of bfloat16 products where this is bfloat16.
+    processes : Processes
+        Those that each add a share of the tokens, and then solve the same problem.
+
+    Attributes
+    ----------
+    gram : tensor of shape (inputs m, inputs m)
+        Sum of weight * x x^T over tokens, with x in units of `unit`. Until `complete` it lacks what is left of blocks
+        on the diagonal.
+    cross : tensor of shape (outputs d, inputs m)
+        Sum of weight * y x^T, likewise.
+    energy : float64 tensor of shape ()
+        Sum of weight * |y|^2.
+    unit : float32 tensor of shape ()
+        A power of two near the largest of the first x, so that squares are in range; 1 before there is one.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
+    ) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device
+        wide = torch.promote_types(dtype, torch.float32)
+        self.gram = torch.zeros(inputs, inputs, dtype=wide, device=device)
+        self.cross = torch.zeros(outputs, inputs, dtype=wide, device=device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.unit = torch.ones((), device=device)
+        self._has_unit = False
+        self._is_bfloat16 = dtype == torch.bfloat16
+        self._processes = processes
+
+    def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
+        """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), token_weight (tokens T,)."""
+        device, dtype = self.gram.device, self.gram.dtype
+        x, y = x.to(device), y.to(device)
+        root = token_weight.float().to(device).sqrt()[:, None]
+        if not self._has_unit:
+            # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
+            largest_of_rows = torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]
+            self.unit = power_of_two(largest_of_rows.amax())
+            self._has_unit = True
+        # A product with float32 is the one copy of half-precision numbers.
+        x = (x * root).to(dtype)
+        y = (y * root).to(dtype)
+        x *= self.unit.reciprocal()
+        with bfloat16_products(self._is_bfloat16):
+            for first, rows in self._blocks():  # half of a symmetric matrix: twice as fast
+                columns = x[:, first : first + len(rows)]
+                rows[:, first:].addmm_(columns.T, x[:, first:])
+            self.cross.addmm_(y.T, x)
+        for rows in y.split(_ROWS):
+            self.energy += rows.double().square_().sum()
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows of the gram matrix, and where each begins."""
+        return zip(range(0, len(self.gram), _GRAM_ROWS), self.gram.split(_GRAM_ROWS), strict=True)
+
+    def complete(self) -> None:
+        """Add up the sums of all processes, in each of them, after the last tokens."""
+        for first, rows in self._blocks():
+            end = first + len(rows)
+            self.gram[end:, first:end] = rows[:, end:].T
+        if self._processes.world_size == 1:
+            return
+        own_unit = float(self.unit) if self._has_unit else 0.0
+        unit = max(self._processes.all_gather_object(own_unit)) or 1.0
+        scale = own_unit / unit  # a power of two, so that nothing is rounded
+        self.unit = torch.full_like(self.unit, unit)
+        self.gram *= scale**2
+        self.cross *= scale
+        for sums in (self.gram, self.cross, self.energy):
+            self._processes.all_reduce(sums)
+
+    def relative_error(self, weight: Tensor) -> float:
+        """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
+        squares = self.energy.clone()
+        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
+            rows = self._in_units(rows)
+            products = (rows @ self.gram).double() - 2 * cross.double()
+            squares += products.mul_(rows).sum()
+        error, energy = torch.stack([squares, self.energy]).tolist()
+        if energy == 0:
+            return math.inf if error else 0.0
+        return error / energy
+
+    def ridge(self, start: Tensor, strength: float) -> Tensor:
+        """The W that minimises sum |y - W x|^2 + strength * mean(diag(gram)) * |W - start|^2.
+
+        `start`, of shape (outputs d, inputs m), is where the penalty pulls to.
+        """
+        start = self._in_units(start)
+        factor = self._factor(strength)
+        residual = torch.addmm(self.cross, start, self.gram, alpha=-1).to(factor.dtype)  # (d, m)
+        start += solve(factor, residual.T).T.to(start.dtype)
+        return start.div_(self.unit)
+
+    def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
+        """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
+
+        Backward elimination: in each of some rounds the blocks of smallest saliency are dropped together. For one
+        input k it is |w_k|^2 / (inverse gram)_kk, with w_k its column of the ridge solution: the increase in squared
+        error if it goes and all others adapt (the optimal brain surgeon's measure). For a block it is
+        trace(W_b (inverse gram)_bb^-1 W_b^T). The inverse is computed once and updated with each round, so the small
+        ridge in it is that of the whole problem in all of them. Memory: the gram matrix and one more of its size.
+
+        Parameters
+        ----------
+        start : tensor of shape (outputs d, inputs m)
+            Where the ridge penalty pulls to.
+
+        Returns
+        -------
+        int64 tensor of shape (keep,)
+            Sorted block numbers.
+        """
+        total = self.gram.shape[0] // block
+        blocks = torch.arange(total, device=self.gram.device)
+        factor = self._factor(_SELECTION_RIDGE)
+        pull = _SELECTION_RIDGE * self.gram.diagonal().mean()
+        target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
+        weight = solve(factor, target.T)  # W^T (m, d)
+        inverse = torch.cholesky_inverse(factor, out=factor)  # (m, m)
+        del factor, target
+        surplus_by_round = {(total - keep) * step // rounds for step in range(rounds)}  # left after each round
+        for surplus in sorted(surplus_by_round, reverse=True):
+            size = keep + surplus
+            order = saliency(inverse, weight, block).argsort(descending=True)
+            dropped = order[size:].sort().values
+            # Those that are left among the last take the places of those that are dropped: few are moved.
+            last = torch.arange(size, len(blocks), device=blocks.device)
+            last = last[torch.isin(last, dropped).argsort(stable=True)]
+            if surplus:
+                inverse, weight = eliminate(inverse, weight, expanded(dropped, block), expanded(last, block))
+            blocks[dropped] = blocks[last]
+            blocks = blocks[:size]
+        del inverse, weight
+        blocks = blocks.sort().values
+        self._processes.broadcast(blocks)  # as machines may round differently
+        index = expanded(blocks, block)
+        self.gram = compact(self.gram, index)
+        self.cross = self.cross[:, index]
+        return blocks
+
+    def _in_units(self, weight: Tensor) -> Tensor:
+        """A weight that is for x, as one for x in units of `unit`."""
+        return weight.to(self.gram, copy=True).mul_(self.unit)
+
+    def _factor(self, strength: float) -> Tensor:
+        """Cholesky factor of the gram matrix plus the ridge."""
+        dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
+        matrix = self.gram.to(dtype, copy=True)
+        matrix.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+        if info.item():
+            if not torch.isfinite(self.gram.diagonal()).all():
+                raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+            raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
+        return factor
+
+
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """Solution x of L L^T x = right, in the memory of `right`, for a lower Cholesky factor L.
+
+    `torch.cholesky_solve` would copy both.
+    """
+    torch.linalg.solve_triangular(factor, right, upper=False, out=right)
+    return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
+
+
+def saliency(inverse: Tensor, weight: Tensor, block: int) -> Tensor:
+    """What each block of inputs is worth, from the inverse (m, m) and the solution W^T (m, d); shape (blocks,)."""
+    if block == 1:
+        return torch.linalg.vector_norm(weight, dim=1).square() / inverse.diagonal()
+    inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
+    parts = weight.unflatten(0, (-1, block))  # (blocks, block, d)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), parts, upper=False).square_().sum((1, 2))
+
+
+def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse (m, m) and solution W^T (m, d) of a least-squares problem without some inputs, in the memory they have.
+
+    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
+    take the places of those that are dropped, in the order of `last`.
+    """
+    size = len(inverse) - len(dropped)
+    rows = inverse[dropped]
+    root = torch.linalg.cholesky(rows[:, dropped])
+    shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
+    written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
+    for part in (inverse, inverse.T, shared.T, weight):
+        part[dropped] = part[last]
+    inverse, shared, weight = inverse[:size, :size], shared[:, :size], weight[:size]
+    return inverse.addmm_(shared.T, shared, alpha=-1), weight.addmm_(shared.T, written, alpha=-1)
+
+
+def compact(matrix: Tensor, index: Tensor) -> Tensor:
+    """Some rows and the same columns of a square matrix, in ascending order, moved to the front of its memory."""
+    size, flat = len(index), matrix.view(-1)
+    for first in range(0, size, _ROWS):
+        # A row moves to where no row is that is still to be read, as index[n] >= n.
+        block = matrix[index[first : first + _ROWS]][:, index]
+        flat[first * size : first * size + block.numel()] = block.flatten()
+    return flat[: size * size].view(size, size)
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The nearest one that is not above a float32 `size` and has a reciprocal; 1 for 0, inf and NaN."""
+    power = (size.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
+    return torch.where((size > 0) & size.isfinite(), power.clamp(2.0**-126, 2.0**126), 1.0)
+
+
+def expanded(blocks: Tensor, block: int) -> Tensor:
+    """Indices of all members of some blocks of `block` adjacent ones."""
+    return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()

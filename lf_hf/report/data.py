@@ -1,0 +1,269 @@
+"""Entries of a fusion report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from lf_hf.runtime.words import plural
+
+_FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
+
+
+@dataclass(frozen=True)
+class RowMatch:
+    """How the rows of a weight matrix of layer j were matched to layer i's: mean cosines, and the share of rows moved.
+
+    Where neurons are matched, rows of down_proj and o_proj are a neuron's outgoing weights.
+    """
+
+    cosine_before: float
+    cosine_after: float
+    rows_moved: float
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """Report entry of a fused layer. Layers are numbered from 0 as in the base.
+
+    Attributes
+    ----------
+    layers, shares : list
+        The group of layers, ascending, and each layer's part of the average or of the MLP channels; they add up to 1.
+    ratios, matches : list
+        Of averages, at each join from the top of the group down: the lower-numbered layer's share, and how rows were
+        matched, by matrix.
+    cost : float or None
+        Nats a token that the group costs by itself, where it was measured.
+    heads_kept, channels_kept : list of int or None
+        Of fits: key-value groups and MLP channels from each layer.
+    error_before, error_after, attention_error : float or None
+        Of fits: squared relative error of the MLP's output before and after the fit, and of attention's after it.
+    held_out_error, first_token_error : float or None
+        Of fits: squared relative error on held-out text, a mean over channels, and of each sequence's first token.
+    layer_instead : int or None
+        The layer of the group that has a lower error as it is, and was taken instead of the fit.
+    """
+
+    layers: list[int]
+    shares: list[float]
+    ratios: list[float] = field(default_factory=list)
+    matches: list[dict[str, RowMatch]] = field(default_factory=list)
+    cost: float | None = None
+    heads_kept: list[int] | None = None
+    channels_kept: list[int] | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    attention_error: float | None = None
+    held_out_error: float | None = None
+    first_token_error: float | None = None
+    layer_instead: int | None = None
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Neighbours in the group, from the top down, as averages join them."""
+        pairs = list(pairwise(self.layers))
+        return pairs[::-1]
+
+    def summary(self) -> str:
+        """One line: what of each layer is in the fused one, what it costs, and how well it was fitted or matched."""
+        parts = [f"layer {self.layers[0]} stands for {self.layers[0]} to {self.layers[-1]}"]
+        if self.ratios:
+            parts.append(_listed(self.layers, [f"{share:.1%}" for share in self.shares]))
+        if self.heads_kept:
+            parts.append(f"key-value groups {_listed(self.layers, self.heads_kept)}")
+        if self.channels_kept:
+            parts.append(f"MLP channels {_listed(self.layers, self.channels_kept)}")
+        if self.layer_instead is not None:
+            parts.append(f"layer {self.layer_instead} taken as it is")
+        if self.cost is not None:
+            parts.append(f"costs {self.cost:.4f} nats a token by itself")
+        if self.error_before is not None and self.error_after is not None:
+            parts.append(f"error {self.error_before:.3f} -> {self.error_after:.3f}")
+        cosines = [match.cosine_after for matches in self.matches for match in matches.values()]
+        if cosines:
+            parts.append(f"mean matched cosine {statistics.mean(cosines):.4f}")
+        return ", ".join(parts)
+
+
+def _listed(layers: list[int], amounts: Sequence[object]) -> str:
+    """What comes from each layer."""
+    return " + ".join(f"{amount} of layer {layer}" for amount, layer in zip(amounts, layers, strict=True))
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """Source and size of a calibration text."""
+
+    source: str
+    samples: int
+    tokens: int
+
+    def summary(self) -> str:
+        """Source and size in one line."""
+        return f"calibration: {self.source} ({self.samples} samples, {self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class PerplexityInfo:
+    """Perplexity of both models on a text, KL(dense || fused) in nats a token, and the share of equal next tokens.
+
+    `relation` says whether the text itself ("seen") or text of its kind ("kin") was fitted or trained on, or neither
+    ("unseen").
+    """
+
+    name: str
+    text: str
+    tokens: int
+    dense: float
+    fused: float
+    relation: str
+    divergence: float
+    agreement: float
+
+    @property
+    def ratio(self) -> float:
+        """The fused model's perplexity over the dense model's."""
+        return self.fused / self.dense
+
+    @property
+    def label(self) -> str:
+        """The text, and its relation to what was fitted on."""
+        return f"{self.text}; {_FITTED_ON[self.relation]} fitted on"
+
+    @property
+    def source(self) -> str:
+        """Name, size and label."""
+        return f"{self.name}: {self.tokens:,} tokens of {self.label}"
+
+
+@dataclass(frozen=True)
+class HealedText:
+    """Figures of a text, as in PerplexityInfo, before and after healing."""
+
+    name: str
+    tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    divergence_before: float
+    divergence_after: float
+    agreement_before: float
+    agreement_after: float
+
+
+@dataclass(frozen=True)
+class HealingPoint:
+    """Divergence from the base on held-out text after some steps, in nats a token, by kind of text."""
+
+    step: int
+    divergences: dict[str, float]
+
+
+@dataclass(frozen=True)
+class HealingInfo:
+    """A healing: `trained` parameters were trained for `steps` steps, `epochs` times through `text`.
+
+    The state after step `kept` was the best on held-out text; 0 is the model that came in. `teacher` says where the
+    base's predictions were computed.
+    """
+
+    settings: dict[str, Any]
+    text: list[CalibrationInfo]
+    epochs: float
+    trained: int
+    steps: int
+    kept: int
+    teacher: str
+    curve: list[HealingPoint]
+    judged: list[HealedText]
+    seconds: float
+
+    def summary(self) -> str:
+        """One sentence: what was trained on what."""
+        kinds = ", ".join(f"{info.tokens:,} of {info.source}" for info in self.text)
+        steps = f"{self.steps} {plural(self.steps, 'step')}, of which step {self.kept} is kept"
+        trained = f"{self.trained:,} parameters ({self.settings['train']})"
+        return f"Trained {trained} for {steps}; {self.epochs:.1f} times through tokens: {kinds}."
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens a second of both models, medians of all runs; median, lowest and highest ratio of a run."""
+
+    dense: float
+    fused: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class SpeedInfo:
+    """Speed of one sequence; bytes of all weights and of the KV cache a token, of the base and of the fused model."""
+
+    device: str
+    dtype: str
+    prefill_tokens: int
+    decoded_tokens: int
+    prefill: Rate
+    decoding: Rate
+    weight_bytes: list[int]
+    cache_bytes: list[int]
+    runs: int
+
+    @property
+    def source(self) -> str:
+        """What it was measured on."""
+        tokens = f"a prompt of {self.prefill_tokens} tokens and {self.decoded_tokens} decoded"
+        return f"speed: {self.device}, {self.dtype}, one sequence, {tokens}, {self.runs} runs of each model"
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What making layers `first` to `last` of the base one layer costs by itself, in nats a token."""
+
+    first: int
+    last: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """What a fusion costs on text that nothing was fitted to: nats a token, and times the base's perplexity."""
+
+    num_fusions: int
+    divergence: float
+    perplexity_ratio: float
+
+    def costs(self, name: str) -> float:
+        """The figure that the setting `name` limits."""
+        return self.divergence if name == "max_divergence" else self.perplexity_ratio
+
+
+@dataclass(frozen=True)
+class BudgetInfo:
+    """The budget of a fusion, and what was tried for it, on `tokens` tokens of `text`."""
+
+    name: str
+    allowed: float
+    tokens: int
+    tried: list[BudgetTrial]
+    text: str = "calibration text"
+
+    def summary(self) -> str:
+        """One sentence: what was allowed and measured."""
+        tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
+        costs = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
+        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {costs} fused."
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What both models write after a prompt, by the most likely token each time."""
+
+    prompt: str
+    dense: str
+    fused: str

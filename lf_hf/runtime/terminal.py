@@ -1,0 +1,116 @@
+"""What a command line is made of: options from settings, help with headings, messages that name options, tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lf_hf.runtime.fields import Setting, Settings
+from lf_hf.runtime.launch import speaks
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_METAVARS = {int: "INTEGER", float: "FLOAT"}
+_WIDEST = 10_000  # columns of lines, and of a table that goes to a file
+
+
+class Command(click.Command):
+    """A command whose help shows settings below their headings, and names options where settings name fields."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        parameters = self.get_params(ctx)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in parameters:
+            record = parameter.get_help_record(ctx)
+            if record is None or isinstance(parameter, click.Argument):
+                continue
+            option, help = record
+            heading = getattr(parameter, "heading", "") or "Options"
+            sections.setdefault(heading, []).append((option, as_options(help, parameters)))
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class SettingOption(click.Option):
+    """An option with the heading of its setting."""
+
+    def __init__(self, *arguments: Any, heading: str, **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        self.heading = heading
+
+
+def options(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator; help shows them in this order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def setting_options(settings: type[Settings], *names: str) -> Callable[[Function], Function]:
+    """An option for each of these fields of settings, or for all. It is None where it is not used."""
+    return options(*(_setting_option(settings.known[name]) for name in names or settings.known))
+
+
+def _setting_option(setting: Setting) -> Callable[[Function], Function]:
+    name = "--" + setting.name.replace("_", "-")
+    if setting.kind is bool:
+        name += f"/--no-{name[2:]}"
+    metavar = "|".join(setting.choices) or _METAVARS.get(setting.kind)
+    help, default = setting.help, setting.unset or setting.default
+    if default is not None:
+        help += f"  [default: {default}]"
+    return click.option(name, cls=SettingOption, default=None, help=help, metavar=metavar, heading=setting.heading)
+
+
+def as_options(text: str, parameters: Iterable[click.Parameter]) -> str:
+    """A text that names arguments of functions, with options in their place: `num_fusions=3` is `--num-fusions 3`.
+
+    Single words are replaced only where they cannot be words of English.
+    """
+    for parameter in parameters:
+        if not isinstance(parameter, click.Option):
+            continue
+        option = max(parameter.opts, key=len)
+        argument = rf"(?<![\w'/.-]){parameter.name}"
+        end = r"(?![\w/.])" if "_" in str(parameter.name) else r"(?= must be\b)"
+        text = re.sub(rf"{argument}=True\b", option, text)
+        text = re.sub(rf"{argument}= ?", f"{option} ", text)
+        text = re.sub(rf"{argument}{end}", option, text)
+    return text
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of which only the head wraps."""
+    name = Text(title, "table.title", no_wrap=True, overflow="ignore")
+    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, (column, *cells) in enumerate(zip(head, *rows, strict=True)):
+        width = max(map(len, [*column.split(), *cells]))
+        table.add_column(Text(column), justify="right" if number else "left", min_width=width)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines, in the process that speaks for all of a launch. A table is never cut."""
+    if not speaks():
+        return
+    console = Console(highlight=False)
+    width = console.width if console.is_terminal else _WIDEST
+    for part in parts:
+        console.width = _WIDEST
+        if isinstance(part, Table):
+            console.width = max(width, console.measure(part).minimum)
+        console.print(part, markup=False)
