@@ -21,8 +21,8 @@ from lf_hf.checkpoint.weights import weights_size
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
-from lf_hf.runtime.fields import Settings
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
+from lf_hf.runtime.settings_base import Settings
 from lf_hf.runtime.terminal import Command, as_options, options, setting_options, show, table
 from lf_hf.settings import LEVELS, METHODS, FusionConfig
 

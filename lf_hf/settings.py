@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lf_hf.runtime.fields import Settings, documented, setting
+from lf_hf.runtime.settings_base import Settings, documented, setting
 from lf_hf.runtime.words import plural
 
 ALGORITHM = 18

@@ -16,7 +16,7 @@ from griffe2md import render_object_docs
 
 import lf_hf
 from lf_hf import FusionConfig
-from lf_hf.runtime.fields import Settings
+from lf_hf.runtime.settings_base import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"

@@ -265,6 +265,8 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return f"has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} tokens; repair it"
     if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
         return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
+    if config.max_position_embeddings < 1:
+        return f"has max_position_embeddings={config.max_position_embeddings}, but must read a token; repair it"
     try:
         with torch.device("meta"):
             family.causal_lm(copy.deepcopy(config))

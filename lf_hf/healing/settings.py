@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lf_hf.runtime.fields import Settings, documented, setting
+from lf_hf.runtime.settings_base import Settings, documented, setting
 from lf_hf.settings import HEAL_TOKENS, LARGEST_SEED, LEAST_HEAL_TOKENS
 
 RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}

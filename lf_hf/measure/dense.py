@@ -184,7 +184,8 @@ def tokenize_corpus(
         begins, special = bos_prefix(tokenizer), special_tokens(tokenizer)
         written = generate(decoder, count, short, config.seed, form, begins, special)
         if form:
-            source += f", {len(written[CHATS])} sequences of it as chats"
+            num_chats = len(written[CHATS])
+            source += f", {num_chats} {plural(num_chats, 'sequence')} of it as chats"
     other = pack_out_of_domain(tokenizer, corpus, length, vocab_size)
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
     return CalibrationText(given, written, other, info, corpus.note)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lf_hf.runtime.fields import Setting, Settings
 from lf_hf.runtime.launch import speaks
+from lf_hf.runtime.settings_base import Setting, Settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
