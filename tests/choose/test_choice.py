@@ -76,7 +76,7 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
     [fitted] = report.fused_layers
     [other] = set(fitted.layers) - {2}
     assert fitted.layer_instead == other and fitted.shares[fitted.layers.index(other)] == 1
-    assert fitted.held_out_error is not None and fitted.held_out_error > 0
+    assert fitted.held_out_error == pytest.approx(0, abs=1e-9) and fitted.error_after is None  # its own, not the fit's
     assert any(f"Layer {other} stands for layers {fitted.layers[0]} to" in note for note in report.notes)
     for name, weight in model.model.layers[fitted.layers[0]].named_parameters():
         assert torch.equal(weight, dense.model.layers[other].get_parameter(name))
