@@ -20,8 +20,8 @@ class FusedLlamaConfig(LlamaConfig):
     Attributes
     ----------
     fusion : dict or None
-        `base` (name of the model that was fused), `config` (all FusionConfig fields), `pairs` (original layer
-        indices (i, j) of each step), `ratios` (layer i's share at each step), `versions`.
+        `base` (name of the model that was fused), `config` (all FusionConfig fields), `pairs` (layers
+        (i, j) of the base at each join), `ratios` (layer i's share at each join of an average), `versions`.
     """
 
     model_type = "fused_llama"
