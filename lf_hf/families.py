@@ -1,4 +1,4 @@
-"""The families of models that can be fused, as a table: `docs/families.md` says how to add one."""
+"""The families of models that can be fused, as a table: `CONTRIBUTING.md` says how to add one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A model as the pipeline sees it, in memory or on disk, and what is measured by running it."""
+"""A model as the pipeline sees it, layer by layer, in memory or on disk, and the text that it writes."""
