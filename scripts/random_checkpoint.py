@@ -25,11 +25,13 @@ _FEWEST_TOKENS = 258  # all bytes, and two special ones
 _MAX_LEARNED_TOKENS = 8192  # more take long to train, and no text here needs them
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig, *, seed: int = 0, max_shard_bytes: int = 500_000_000) -> None:
+def write_checkpoint(
+    folder: Path, config: LlamaConfig, *, seed: int = 0, max_shard_bytes: int = 500_000_000, device: str = "cpu"
+) -> None:
     """Write random weights of `config`'s shapes and dtype, the config and a tokenizer into a folder.
 
     Matrices are normal with the config's `initializer_range`, norm gains are 1. Names, shapes and tied weights are
-    those of transformers' own LlamaForCausalLM.
+    those of transformers' own LlamaForCausalLM. Numbers are drawn on `device`: a CPU takes minutes for 8 billion.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -37,16 +39,16 @@ def write_checkpoint(folder: Path, config: LlamaConfig, *, seed: int = 0, max_sh
     parameters = dict(model.named_parameters())  # tied ones once
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     shards = _split(parameters, max_shard_bytes // dtype.itemsize)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(logging.tqdm(shards, desc="Writing", unit="shard"), 1):
         file = SAFE_WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in names:
-            tensor = torch.ones(parameters[name].shape, dtype=dtype)
+            tensor = torch.ones(parameters[name].shape, dtype=dtype, device=device)
             if tensor.dim() > 1:
                 tensor.normal_(std=config.initializer_range, generator=random)
-            tensors[name] = tensor
+            tensors[name] = tensor.cpu()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

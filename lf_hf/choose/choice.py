@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from lf_hf.choose.costs import GroupCosts, run_boundaries, split_text
+from lf_hf.choose.costs import GroupCosts, costs_on, run_boundaries, split_text
 from lf_hf.choose.sets import Groups, count_removed, estimate_costs, longest_group, propose_sets
 from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.families import Kind
@@ -25,7 +25,7 @@ _INFLUENCE_TOKENS = 8192  # of the calibration text, on which influences are mea
 _SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _TRIALS = 16  # sets of groups that are tried out whole, at most
-_FAR = 2.0  # more sets are tried while the best costs over so many times the least sum of costs of groups
+_PARTS = 4  # groups by themselves are measured on one of so many parts of the text that sets are tried on
 
 
 @dataclass(frozen=True)
@@ -92,54 +92,44 @@ def least_influence_groups(
 
 
 def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
-    """Choose the set of groups that, by rough fits, moves the model's predictions least."""
-    assert measured.text is not None
-    text = split_text(measured.text.given, measured.text.written, measured.text.other)
-    fitting = decoder.make_batches(decoder.shard(text.fitting))
-    judging = decoder.make_batches(decoder.shard(text.judging))
-    embedded = decoder.embed([*fitting, *judging])
-    # States are stored at each boundary and inside a group, and those of the judging text above each fused group too.
-    lists = decoder.num_layers + 19
-    known = measured.group_costs.setdefault(config.ridge, {})
-    with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
-        with torch.no_grad():
-            boundaries = list(run_boundaries(decoder, embedded, store))
-            influences = [influence(before, after, decoder.add_up) for before, after in pairwise(boundaries)]
-        costs = GroupCosts(decoder, boundaries, len(fitting), config.ridge, store, dict(known))
-        groups = cheapest_by_trials(costs, config.num_fusions)
-    # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
-    known.update({group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT})
-    return Choice(groups, costs.by_group, influences)
+    """Choose the set of groups that, by rough fits, moves the model's predictions least.
 
-
-def cheapest_by_trials(costs: GroupCosts, num_fusions: int) -> Groups:
-    """The set of groups that costs least of those that were tried out whole.
-
-    All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
-    where they are in one of the cheapest sets.
+    What single groups cost, which proposes sets, is measured on a quarter of the text that sets are tried on.
 
     Raises ValueError if no set has costs that are finite.
     """
+    assert measured.text is not None
+    text = measured.text.given, measured.text.written, measured.text.other
+    part, whole = split_text(*text, parts=_PARTS), split_text(*text)
+    known = measured.group_costs.setdefault(config.ridge, {})
+    with costs_on(decoder, part, config.ridge) as costs, costs_on(decoder, whole, config.ridge) as set_costs:
+        costs.by_group |= known
+        trials = try_sets(costs, set_costs, config.num_fusions)
+        influences = [influence(before, after, decoder.add_up) for before, after in pairwise(set_costs.boundaries)]
+    # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
+    known |= {group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT}
+    chosen = min(trials, key=lambda groups: trials[groups], default=())
+    if not math.isfinite(trials.get(chosen, math.inf)):
+        raise ValueError(
+            f"No groups of layers that leave {config.num_fusions} fewer can be computed with in this dtype; use one of "
+            "wider range, such as bfloat16, or fewer fusions."
+        )
+    return Choice(chosen, costs.by_group, influences)
+
+
+def try_sets(costs: GroupCosts, set_costs: GroupCosts, num_fusions: int) -> dict[Groups, float]:
+    """What sets of groups cost as wholes by `set_costs`: of those that are expected to cost least by `costs`.
+
+    All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
+    where they are in one of the cheapest sets.
+    """
     trials: dict[Groups, float] = {}
-    least_sum = math.inf  # of the costs of a set's groups one by one
     for _ in progress(range(_TRIALS), desc="Trying sets of groups", unit="set", leave=False):
-        if len(trials) >= 3 * num_fusions and min(trials.values()) <= _FAR * least_sum:
-            break
         groups = _next_set(costs, trials, num_fusions)
         if groups is None:
             break
-        if len(groups) == 1:
-            trials[groups] = costs.by_group[groups[0]]
-        else:
-            trials[groups] = costs.measure_set(groups)
-        least_sum = min(least_sum, sum(costs.by_group[group] for group in groups))
-    best = min(trials, key=lambda groups: trials[groups], default=())
-    if not math.isfinite(trials.get(best, math.inf)):
-        raise ValueError(
-            f"No groups of layers that leave {num_fusions} fewer can be computed with in this dtype; use one of wider "
-            "range, such as bfloat16, or fewer fusions."
-        )
-    return best
+        trials[groups] = set_costs.measure_set(groups)
+    return trials
 
 
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,11 @@ from lf_hf.refit.states import StateStore, Traces, on_device
 from lf_hf.runtime.progress import progress
 from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
 
+_OTHER_LISTS = 48  # of states that exist at a time beside those at the layers' boundaries, about
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
 _FITTING_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
-_JUDGED_LOGITS = 1 << 27  # of a candidate that are compared, about: of a large vocabulary, those of fewer tokens
-_WIDEST_STRIDE = 8  # tokens from one that is judged to the next; neighbours' predictions say much the same
+_VOCABULARY = 1 << 15  # of more, predictions of fewer tokens are compared
 
 States = Sequence[Tensor]
 """Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
@@ -41,21 +42,24 @@ class GroupText(NamedTuple):
     judging: list[Tensor]
 
 
-def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor]) -> GroupText:
+def split_text(
+    given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor], *, parts: int = 1
+) -> GroupText:
     """Divide calibration text into what groups are fitted to and what judges them, beside text of other kinds.
 
+    Of both, one of `parts` equal parts is taken. It is in what fewer parts take, and what is fitted judges in none.
     Text that the model wrote is not used for judging: it hardly shows the loss of layers that real text needs. A single
     given sequence serves both uses. Every other piece is a half that is repeated: only heads that look up what
     followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
     """
     judges, rest = split_held_out(given, _JUDGING_PIECES, at_random=False)
     judging = []
-    for number, sequence in enumerate([*(judges or given), *out_of_domain]):
+    for number, sequence in enumerate([*(judges or given), *out_of_domain][::parts]):
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
             piece = torch.cat([piece[: len(piece) // 2]] * 2)
         judging.append(piece)
-    return GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS)), judging)
+    return GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS // parts)), judging)
 
 
 class _TracedLayer(NamedTuple):
@@ -82,9 +86,12 @@ class GroupCosts:
     ridge : float
         Of the fits.
     store : StateStore
+
+    Attributes
+    ----------
     by_group : dict
-        Costs that were measured before; those that are measured are added. They are inf where predictions cannot be
-        computed.
+        Costs of groups that were measured, to which those of another computation may be added. They are inf where
+        predictions cannot be computed.
     """
 
     def __init__(
@@ -94,18 +101,15 @@ class GroupCosts:
         num_fitting: int,
         ridge: float,
         store: StateStore,
-        by_group: dict[Group, float],
     ) -> None:
         self.decoder = decoder
-        self.by_group = by_group
-        self._boundaries = boundaries
+        self.boundaries = boundaries
+        self.by_group: dict[Group, float] = {}
         self._num_fitting = num_fitting
         self._ridge = ridge
         self._store = store
-        self._last_set: dict[Groups, tuple[States, States]] = {}  # states above each group of the set tried last
-        tokens = sum(state.shape[:2].numel() for state in self._judging(0))
-        logits = sum(decoder.gather(tokens)) * decoder.config.vocab_size
-        stride = min(max(2, logits // _JUDGED_LOGITS), _WIDEST_STRIDE)
+        self._states_above: dict[Groups, tuple[States, States]] = {}  # above the groups that tried sets begin with
+        stride = min(max(2, decoder.config.vocab_size // _VOCABULARY), 4)  # neighbours' predictions say much the same
         self._judged_tokens = slice(1, None, stride)
 
     @torch.no_grad()
@@ -145,7 +149,6 @@ class GroupCosts:
         """What a set costs as a whole, with its groups fused from the bottom up; inf where a fit overflows."""
         first_layer, fitted, judged = self._states_below(groups)
         ends = dict(groups)
-        states_above: dict[Groups, tuple[States, States]] = {}
         window: list[_TracedLayer] = []
         for traced in self._traced_layers(groups, first_layer):
             number, layer = traced.number, traced.layer
@@ -165,26 +168,24 @@ class GroupCosts:
             judged = self._run(layer, judged)
             if first in ends:
                 fused_groups = tuple(group for group in groups if group[0] <= first)
-                states_above[fused_groups] = fitted, judged
-        self._last_set = states_above
+                self._states_above[fused_groups] = fitted, judged
         return self._divergences([judged])[0]
 
     def _states_below(self, groups: Groups) -> tuple[int, States, States]:
-        """The first layer to run for a set, and states before it: groups that also began the last set are
-        skipped."""
-        alike = [fused for fused in self._last_set if fused == groups[: len(fused)]]
+        """The first layer to run for a set, and states before it: above the groups that a set before it began with."""
+        alike = [fused for fused in self._states_above if fused == groups[: len(fused)]]
         if not alike:
             start = groups[0][0]
             return start, self._fitting(start), self._judging(start)
         longest = max(alike, key=len)
-        return longest[-1][1] + 1, *self._last_set[longest]
+        return longest[-1][1] + 1, *self._states_above[longest]
 
     def _fitting(self, boundary: int) -> States:
-        states = self._boundaries[boundary]
+        states = self.boundaries[boundary]
         return [states[number] for number in range(self._num_fitting)]
 
     def _judging(self, boundary: int) -> States:
-        states = self._boundaries[boundary]
+        states = self.boundaries[boundary]
         return [states[number] for number in range(self._num_fitting, len(states))]
 
     def _traced_layers(self, groups: Iterable[Group], start: int) -> Iterator[_TracedLayer]:
@@ -224,6 +225,20 @@ class GroupCosts:
         return divergences(self.decoder, dense, judged)
 
 
+@contextmanager
+def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupCosts]:
+    """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
+    fitting = decoder.make_batches(decoder.shard(text.fitting))
+    judging = decoder.make_batches(decoder.shard(text.judging))
+    embedded = decoder.embed([*fitting, *judging])
+    # States are stored at each boundary, inside groups that are fitted, and above groups that were.
+    lists = decoder.num_layers + _OTHER_LISTS
+    with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
+        boundaries = list(run_boundaries(decoder, embedded, store))
+        yield GroupCosts(decoder, boundaries, len(fitting), ridge, store)
+
+
+@torch.no_grad()
 def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
     """States before each layer of the model, and after the last one.
 

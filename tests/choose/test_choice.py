@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 from tiny_models import divergence, fitted, measured_text
 
 from lf_hf import FusionConfig, FusionReport
-from lf_hf.choose.choice import Choice, cheapest_by_trials, choose, least_influence_groups
-from lf_hf.choose.costs import GroupCosts, run_boundaries, split_text
+from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
+from lf_hf.choose.costs import costs_on, split_text
 from lf_hf.choose.sets import Groups, count_removed
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure.dense import Measurements
 from lf_hf.pipeline import fuse, fuse_layers
-from lf_hf.refit.states import StateStore
 from lf_hf.runtime.clock import Clock
 
 TEXT = [torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(n)) for n in range(12)]
@@ -139,25 +138,17 @@ def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> A
 def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     """Costs of groups and of sets are those of rough fits, on half of the tokens of the text that judges."""
     model = make_llama(num_hidden_layers=7)
-    decoder, store = ModelDecoder(model), StateStore()
-    fitting, judging = split_text(TEXT[:8], [], TEXT[8:])
-    batches = decoder.make_batches(fitting)
-    boundaries = list(run_boundaries(decoder, decoder.embed([*batches, *decoder.make_batches(judging)]), store))
-    costs = GroupCosts(decoder, boundaries, len(batches), 0.1, store, {})
-    chosen = cheapest_by_trials(costs, 2)
+    text = split_text(TEXT[:8], [], TEXT[8:])
+    with costs_on(ModelDecoder(model), text, 0.1) as costs:
+        tried = try_sets(costs, costs, 2)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
-    assert costs.by_group.keys() == {*pairs, *threes}
-    by_set: dict[Groups, float] = {(group,): cost for group, cost in costs.by_group.items()}
-    for one, other in itertools.combinations(pairs, 2):
-        if one[1] < other[0]:  # some begin with the same group
-            by_set[one, other] = costs.measure_set((one, other))
-    for groups, cost in by_set.items():
-        shallow = roughly_fused(model, groups, fitting)
-        logits = [[m(ids[None], use_cache=False).logits[0, 1::2] for ids in judging] for m in (model, shallow)]
+    assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6
+    for groups, cost in [*tried.items(), *(((group,), cost) for group, cost in costs.by_group.items())]:
+        shallow = roughly_fused(model, groups, text.fitting)
+        logits = [[m(ids[None], use_cache=False).logits[0, 1::2] for ids in text.judging] for m in (model, shallow)]
         assert cost == pytest.approx(divergence(*map(torch.cat, logits)), rel=1e-3)
-    sets_of_two = {groups: cost for groups, cost in by_set.items() if count_removed(groups) == 2}
-    assert len(sets_of_two) == 6 and chosen == min(sets_of_two, key=lambda groups: sets_of_two[groups])
-    assert choice(model, 2, measured_text(TEXT[:8], TEXT[8:])).groups == chosen
+    chosen = choice(model, 2, measured_text(TEXT[:8], TEXT[8:]))
+    assert chosen.groups == min(tried, key=lambda groups: tried[groups])
 
 
 def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:

@@ -1,0 +1,106 @@
+"""What has to hold on a GPU, where there is one: `scripts/bench_gpu` runs these tests, whose own test runs anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_texts
+
+from lf_hf import FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf.runtime.memory import free_memory
+
+CARD = torch.device("cuda")
+SETTINGS: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(150), "calibration_length": 64}
+SETTINGS |= {"calibration_tokens": 2048, "perplexity_tokens": 256, "method": "refit"}
+
+
+@pytest.fixture
+def card() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    return str(CARD)
+
+
+def figures(report: FusionReport) -> dict[str, Any]:
+    """What was fused, and how well that went."""
+    [layer] = report.fused_layers
+    divergences = {judged.name: judged.divergence for judged in report.perplexities}
+    return {"first": layer.layers[0], "count": len(layer.layers), "held out": layer.held_out_error, **divergences}
+
+
+def outcome(report: FusionReport) -> Any:
+    """The same within a twentieth: rounding differs from device to device, and training makes more of it."""
+    return pytest.approx(figures(report), rel=0.05)
+
+
+@pytest.mark.card
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_refit_comes_out_as_on_the_cpu(
+    card: str, model_type: str, family_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = family_base(model_type)
+    expected = outcome(fuse_checkpoint(base, tmp_path, **SETTINGS))
+    for low_memory in (False, True):
+        found = fuse_checkpoint(base, tmp_path, device_map=card, low_memory=low_memory, **SETTINGS)
+        assert figures(found) == expected, low_memory
+
+
+@pytest.mark.card
+def test_states_that_do_not_fit_the_card_come_back_to_it(
+    card: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outcome(fuse_checkpoint(base, tmp_path, device_map=card, **SETTINGS))
+    for free_on_host in (1 << 40, 0):  # they rest in the machine's memory, and on disk
+        free = {"cpu": free_on_host, CARD.type: 0}
+        monkeypatch.setattr("lf_hf.refit.states.free_memory", lambda device, free=free: free[device.type])
+        assert figures(fuse_checkpoint(base, tmp_path, device_map=card, **SETTINGS)) == expected, free_on_host
+
+
+@pytest.mark.card
+def test_memory_that_the_process_keeps_for_itself_is_free(card: str) -> None:
+    before = free_memory(CARD)
+    taken = torch.empty(1 << 28, dtype=torch.uint8, device=card)
+    assert free_memory(CARD) <= before - taken.nbytes / 2
+    del taken
+    assert free_memory(CARD) > before - (1 << 27)
+
+
+@pytest.mark.card
+def test_a_model_is_healed_and_stays_on_the_card(card: str, base: str) -> None:
+    settings = SETTINGS | {"method": "healed", "heal_tokens": 4096}
+    model = from_pretrained_fused(base, device_map=card, **settings)
+    assert model.device.type == CARD.type and model.fusion_report is not None
+    healed = model.fusion_report.healed
+    assert healed is not None and healed.steps > 0
+    divergences = [value for point in healed.curve for value in point.divergences.values()]
+    assert all(map(math.isfinite, divergences))
+    prompt = torch.arange(1, 9, device=card)[None]
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 12)  # type: ignore[operator]
+
+
+def test_a_benchmark_for_the_card_gives_a_table_and_a_file_anywhere(tmp_path: Path) -> None:
+    script, out = ROOT / "scripts" / "bench_gpu.py", tmp_path / "bench.json"
+    arguments = "--tiny --device cpu --skip-tests".split()
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *arguments, "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [line.split(" | ")[0].strip("| ") for line in done.stdout.splitlines()[-len(rows) :]] == [
+        row["case"] for row in rows
+    ]
+    for row in rows:
+        assert row["seconds"] > 0 and row["host"] > 0
+        if row["case"].startswith("refit"):
+            assert min(row["text"], row["choosing"], row["making"]) > 0
+    [healing] = [row for row in rows if row["case"].startswith("healing")]
+    assert healing["flops"] > healing["tokens_per_second"] > 0
