@@ -19,6 +19,7 @@ import lf_hf
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.healing.settings import HealSettings
+from lf_hf.models import first_free_layer
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
@@ -186,9 +187,10 @@ def fuse(base: str, out: str, target_layers: int | None, low_memory: bool, dry_r
 
 def _leaving(target_layers: int, config: FusionConfig, base: Base) -> FusionConfig:
     """The settings with as many fusions as leave `target_layers` layers."""
-    layers = base.config.num_hidden_layers
-    config.check_num_layers(layers)
-    least = layers - config.most_fusions(layers)
+    layers = base.text_config.num_hidden_layers
+    first_free = first_free_layer(base.config)
+    config.check_num_layers(layers, first_free)
+    least = layers - config.most_fusions(layers, first_free)
     if not least <= target_layers < layers:
         raise click.UsageError(
             f"--target-layers must be {least} to {layers - 1} for a base of {layers} layers, got {target_layers}."
@@ -249,7 +251,10 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @click.option("--num-fusions", **_LIST, required=True, help="How many times two layers become one, for each fusion.")
 @click.option("--methods", **_LIST, default="neural_alignment,mka", help=f"Some of {', '.join(METHODS)}.")
 @click.option(
-    "--tasks", **_LIST, default="mmlu_5shot", help="Tasks of lm-eval, and lf_hf's mmlu_5shot and mmlu_sample."
+    "--tasks",
+    **_LIST,
+    default="mmlu_5shot",
+    help="Tasks of lm-eval, and lf_hf's depth_pruning, mmlu_5shot and mmlu_sample.",
 )
 @click.option("--limit", type=float, help="Questions of each task; below 1, what share of them.  [default: all]")
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")

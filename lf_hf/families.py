@@ -17,12 +17,11 @@ from transformers import PretrainedConfig
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common."""
-CausalLM: TypeAlias = Any
-"""A model of one of the families, with its head."""
 Weights = Mapping[str, Tensor]
 """Of a layer, by the parameters' names inside it: those that the layer has, or those of `Family.unpacked`."""
 Kind = Mapping[str, Any]
 """What a layer has of its own in the config: its entry of each of `Family.layer_lists`."""
+_LINEAR = "linear_attention"  # as configs name the layers that have Gated DeltaNet in place of attention
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Half:
 
     `before` is the norm that `readers` read, and `after` the one that what `writer` writes goes through; None where the
     layers have no such norm. `packed` is the projection that has the rows of all readers, in order, where there is one.
+    `inner` are the parameters in between that are neither projections nor norms of heads.
     """
 
     before: str | None
@@ -38,6 +38,12 @@ class Half:
     writer: str
     after: str | None = None
     packed: str | None = None
+    inner: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Name of the half in its layer."""
+        return self.writer.partition(".")[0]
 
     @property
     def norms(self) -> list[str]:
@@ -53,8 +59,15 @@ attention_half = partial(
 mlp_half = partial(
     Half, before="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), writer="mlp.down_proj"
 )
+delta_net_half = partial(
+    Half,
+    before="input_layernorm",
+    readers=tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
+    writer="linear_attn.out_proj",
+    inner=tuple(f"linear_attn.{name}" for name in ("conv1d.weight", "A_log", "dt_bias", "norm.weight")),
+)
 PROJECTIONS = tuple(name for half in (attention_half(), mlp_half()) for name in (*half.readers, half.writer))
-"""The matrices of a decoder layer of any family, by the names of `Family.unpacked`."""
+"""The matrices of a decoder layer with attention, of any family, by the names of `Family.unpacked`."""
 
 
 class Axis(NamedTuple):
@@ -76,15 +89,19 @@ class Family:
     title: str  # in prose and in the names of our classes, such as "Qwen3"
     module: str = ""  # folder of transformers.models that has its classes, if it is not `model_type`
     text: str = ""  # after the title in names of its config, base model and heads, where one of images is there too
+    rotary: str = ""  # likewise in that of its rotary embedding
     attention: Half = field(default_factory=attention_half)
     mlp: Half = field(default_factory=mlp_half)
+    linear: Half | None = None  # in the place of attention in layers of type "linear_attention", where there are some
     gain_offset: float = 0.0  # norms multiply by this plus their weight
-    # Whether queries and keys have norms, of each head, with gains that all heads share, or over all heads of a layer.
-    head_norms: Literal["each", "all"] | None = None
+    # Whether queries and keys have norms: of each head, with gains that all heads share, in front of rotary embeddings
+    # ("each") or behind them ("turned"); or over all heads of a layer.
+    head_norms: Literal["each", "turned", "all"] | None = None
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
     # Keys of lists with an entry a layer, which layers of different kinds differ in; the first is `layer_types`.
     layer_lists: tuple[str, ...] = ()
     window: str = ""  # key of the sliding window that all layers have; where there are `layer_types`, these say which
-    rotary_of_type: bool = False  # whether layers of different `layer_types` have rotary embeddings of their own
     activation: str = "hidden_act"  # key of the MLP's
     scaled_embedding: bool = False  # whether the embedding multiplies by the root of the width
     embedding_multiplier: str = ""  # key of what multiplies embeddings
@@ -110,7 +127,7 @@ class Family:
 
     @property
     def rotary_embedding(self) -> Any:
-        return self._class(f"{self.title}RotaryEmbedding")
+        return self._class(f"{self.title}{self.rotary}RotaryEmbedding")
 
     @property
     def cache_argument(self) -> str:
@@ -119,16 +136,27 @@ class Family:
         return "cache" if "cache" in names else "past_key_values"
 
     @property
+    def rotary_of_type(self) -> bool:
+        """Whether layers of different `layer_types` have rotary embeddings of their own, in this transformers."""
+        return "layer_type" in inspect.signature(self.rotary_embedding.forward).parameters
+
+    @property
+    def norms_of_heads(self) -> list[str]:
+        return [self.query_norm, self.key_norm] if self.head_norms else []
+
+    @property
     def norms(self) -> list[str]:
         """All norms of a layer."""
-        head_norms = ["self_attn.q_norm", "self_attn.k_norm"] if self.head_norms else []
-        return [*self.attention.norms, *self.mlp.norms, *head_norms]
+        return [*self.attention.norms, *self.mlp.norms, *self.norms_of_heads]
 
     @property
     def parameters(self) -> set[str]:
         """Names of all parameters that a layer may have, as `unpacked` gives them."""
-        projections = {f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias")}
-        return projections | {f"{norm}.weight" for norm in self.norms}
+        names = {f"{norm}.weight" for norm in self.norms}
+        for half in filter(None, (self.attention, self.linear, self.mlp)):
+            names |= {f"{name}.{kind}" for name in (*half.readers, half.writer) for kind in ("weight", "bias")}
+            names.update(half.inner)
+        return names
 
     @property
     def symmetry(self) -> tuple[Axis, ...]:
@@ -136,15 +164,19 @@ class Family:
 
         "mlp" is any permutation of the MLP's hidden neurons. "key_value" moves whole key-value heads, and "query" moves
         whole query heads: each with its key-value head, and in any order among those that share it. Channels inside a
-        head stay where they are, since rotary embeddings tie each to its place.
+        head stay where they are, since rotary embeddings tie each to its place. Of a hybrid's layers the mixers stay
+        as they are.
         """
         axes = []
-        for half, moved in ((self.mlp, ("mlp", "mlp")), (self.attention, ("query", "key_value", "key_value"))):
+        halves: list[tuple[Half, tuple[str, ...]]] = [(self.mlp, ("mlp", "mlp"))]
+        if self.linear is None:
+            halves.append((self.attention, ("query", "key_value", "key_value")))
+        for half, moved in halves:
             for name, permutation in zip(half.readers, moved, strict=True):
                 axes += [Axis(f"{name}.weight", 0, permutation), Axis(f"{name}.bias", 0, permutation)]
             axes.append(Axis(f"{half.writer}.weight", 1, moved[0]))
         if self.head_norms == "all":
-            axes += [Axis("self_attn.q_norm.weight", 0, "query"), Axis("self_attn.k_norm.weight", 0, "key_value")]
+            axes += [Axis(f"{self.query_norm}.weight", 0, "query"), Axis(f"{self.key_norm}.weight", 0, "key_value")]
         return tuple(axes)
 
     def unpacked(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -161,8 +193,8 @@ class Family:
                     named |= {f"{name}.{kind}": part for name, part in zip(half.readers, parts, strict=True)}
         if self.gain_offset:
             for norm in self.norms:
-                gain = named[f"{norm}.weight"]
-                named[f"{norm}.weight"] = gain.to(torch.promote_types(gain.dtype, torch.float32)) + self.gain_offset
+                if (gain := named.get(f"{norm}.weight")) is not None:
+                    named[f"{norm}.weight"] = gain.to(torch.promote_types(gain.dtype, torch.float32)) + self.gain_offset
         return named
 
     def packed(self, weights: Weights) -> dict[str, Tensor]:
@@ -187,12 +219,31 @@ class Family:
     def layer_kind(self, layer: DecoderLayer) -> Kind:
         """The kind of a layer, wherever it is."""
         kind: dict[str, Any] = {}
-        if "layer_types" in self.layer_lists:
-            is_full = layer.self_attn.sliding_window is None
-            kind["layer_types"] = "full_attention" if is_full else "sliding_attention"
+        if self.linear and hasattr(layer, self.linear.module):
+            kind["layer_types"] = _LINEAR
+        elif "layer_types" in self.layer_lists:
+            window = getattr(layer.self_attn, "sliding_window", None)
+            is_sliding = getattr(layer.self_attn, "is_sliding", window is not None)
+            kind["layer_types"] = "sliding_attention" if is_sliding else "full_attention"
         if "no_rope_layers" in self.layer_lists:
             kind["no_rope_layers"] = layer.self_attn.use_rope
         return kind
+
+    def mixer(self, kind: Kind) -> Half:
+        """The half of a layer of some kind that comes before its MLP: attention, or what is in its place."""
+        return self.linear if self.linear and kind["layer_types"] == _LINEAR else self.attention
+
+    def layer_mixer(self, layer: DecoderLayer) -> Half:
+        """The same of a layer."""
+        return self.mixer(self.layer_kind(layer))
+
+    def mixer_module(self, layer: DecoderLayer) -> Any:
+        """The same as a module."""
+        return layer.get_submodule(self.layer_mixer(layer).module)
+
+    def num_key_heads(self, config: PretrainedConfig, kind: Kind) -> int:
+        """Heads of keys in a layer of some kind, each of which belongs to several of queries, or of values."""
+        return config.num_key_value_heads if self.mixer(kind) is self.attention else config.linear_num_key_heads
 
     def new_layer(self, config: PretrainedConfig, kind: Kind) -> DecoderLayer:
         """A decoder layer of some kind, without weights."""
@@ -205,8 +256,9 @@ class Family:
 
     def layer_window(self, config: PretrainedConfig, layer: DecoderLayer) -> int | None:
         """How many tokens, with its own, a layer's token attends to at most."""
-        window = getattr(config, self.window) if self.window else None
-        return layer.self_attn.sliding_window if self.layer_lists else window
+        if self.layer_kind(layer).get("layer_types") == "sliding_attention":
+            return config.sliding_window
+        return getattr(config, self.window) if self.window else None
 
     def first_states(self, config: PretrainedConfig, embedded: Tensor, *, rows: bool = False) -> Tensor:
         """What the first layer reads, from what the embedding gives, or from plain rows of its table."""
@@ -242,6 +294,13 @@ _GEMMA2 = Family(
     scaled_embedding=True,
     logits_cap="final_logit_softcapping",
 )
+_OLMO2 = Family(
+    "olmo2",
+    "Olmo2",
+    attention=attention_half(before=None, after="post_attention_layernorm"),
+    mlp=mlp_half(before=None, after="post_feedforward_layernorm"),
+    head_norms="all",
+)
 FAMILIES = MappingProxyType(
     {
         family.model_type: family
@@ -265,15 +324,8 @@ FAMILIES = MappingProxyType(
                 module="gemma3",
                 text="Text",
                 head_norms="each",
-                rotary_of_type=True,
             ),
-            Family(
-                "olmo2",
-                "Olmo2",
-                attention=attention_half(before=None, after="post_attention_layernorm"),
-                mlp=mlp_half(before=None, after="post_feedforward_layernorm"),
-                head_norms="all",
-            ),
+            _OLMO2,
             Family(
                 "granite",
                 "Granite",
@@ -282,32 +334,43 @@ FAMILIES = MappingProxyType(
                 logits_divisor="logits_scaling",
             ),
             Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
+            Family("qwen3_vl_text", "Qwen3VLText", module="qwen3_vl", head_norms="each"),
+            Family("cwm", "Cwm", layer_lists=("layer_types",)),
+            Family("ernie4_5", "Ernie4_5"),
+            replace(_OLMO2, model_type="exaone4", title="Exaone4", head_norms="each", layer_lists=("layer_types",)),
+            Family("gemma", "Gemma", gain_offset=1.0, scaled_embedding=True),
+            Family(
+                "glm4",
+                "Glm4",
+                attention=attention_half(after="post_self_attn_layernorm"),
+                mlp=mlp_half(after="post_mlp_layernorm", packed="mlp.gate_up_proj"),
+            ),
+            Family(
+                "hunyuan_v1_dense",
+                "HunYuanDenseV1",
+                head_norms="turned",
+                query_norm="self_attn.query_layernorm",
+                key_norm="self_attn.key_layernorm",
+            ),
+            Family("ministral", "Ministral", layer_lists=("layer_types",)),
+            Family("ministral3", "Ministral3", window="sliding_window"),
+            replace(_OLMO2, model_type="olmo3", title="Olmo3", layer_lists=("layer_types",)),
+            Family("seed_oss", "SeedOss"),
+            Family(
+                "qwen3_5_text",
+                "Qwen3_5",
+                module="qwen3_5",
+                text="Text",
+                rotary="Text",
+                linear=delta_net_half(),
+                gain_offset=1.0,
+                head_norms="each",
+                layer_lists=("layer_types",),
+            ),
         )
     }
 )
 """All families by `model_type`."""
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model, or of one that was fused, by its config.
-
-    Raises
-    ------
-    ValueError
-        For any other model: mixtures of experts, models of images, encoders.
-    """
-    model_type = config.model_type.removeprefix("fused_")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"A model of type {config.model_type!r} cannot be fused: only dense decoders can, with config.model_type "
-            f"one of {', '.join(FAMILIES)}."
-        )
-    return FAMILIES[model_type]
-
-
-def is_tied(model: CausalLM) -> bool:
-    """Whether a model's head is its embeddings. A checkpoint may have one of its own where the config says so too."""
-    return model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def head_dim(config: PretrainedConfig) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread, optional_file
@@ -26,9 +26,9 @@ from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writ
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import FAMILIES
 from lf_hf.measure.check import check_layers
 from lf_hf.measure.speed import with_speed
+from lf_hf.models import model_class as stock_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import Processes, local_rank
 from lf_hf.settings import FusionConfig
@@ -48,7 +48,6 @@ class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin)
     model was fused in this process.
     """
 
-    family = FAMILIES["llama"]
     native = True
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
@@ -124,8 +123,8 @@ class FusionInputs:
         """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal."""
         _, text = self.samples_and_text
         if text is not None:
-            length = min(self.config.calibration_length, self.base.config.max_position_embeddings)
-            check_enough(self.tokenizer, text, length, self.base.config.vocab_size)
+            length = min(self.config.calibration_length, self.base.text_config.max_position_embeddings)
+            check_enough(self.tokenizer, text, length, self.base.text_config.vocab_size)
         if self.to_heal is not None:
             from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
 
@@ -150,7 +149,8 @@ class FusionInputs:
         samples, text = self.samples_and_text
         report = pipeline.fuse(decoder, self.tokenizer, self.config, samples, text, base=self.base.full_name)
         card = optional_file(self.base.name, CARD_NAME, self.base.hub)
-        return dataclasses.replace(report, license=base_license(card))
+        notes = [*report.notes, *self.base.notes()]
+        return dataclasses.replace(report, license=base_license(card), notes=notes)
 
 
 def from_pretrained_fused(
@@ -203,9 +203,9 @@ def from_pretrained_fused(
     config = FusionConfig.taken_from(kwargs, config)
     opened = Base.open(base, kwargs)
     if model_class is None:
-        is_llama = opened.family is FusedLlamaForCausalLM.family
-        model_class = FusedLlamaForCausalLM if is_llama else fused_class(opened.family)
-    if model_class.family is not opened.family:
+        is_llama = opened.config.model_type == LlamaConfig.model_type
+        model_class = FusedLlamaForCausalLM if is_llama else fused_class(opened.config)
+    if not issubclass(model_class, stock_class(opened.config)):
         kind = opened.config.model_type
         raise ValueError(f"{opened.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
@@ -224,6 +224,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) ->
         decoder.processes = Processes.of_launch()
     report = inputs.fuse(decoder)
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
+    model.processor_files = inputs.base.processor_files()
     if inputs.to_heal is not None:
         from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
 
@@ -351,7 +352,7 @@ def fuse_checkpoint(
         if low_memory:
             report = _fuse_on_disk(inputs, folder, max_shard_bytes)
         else:
-            model = _load_and_fuse(fused_class(opened.family), inputs)
+            model = _load_and_fuse(fused_class(opened.config), inputs)
             report = model.fusion_report
             if processes.is_main:
                 model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
@@ -372,10 +373,10 @@ def _fuse_on_disk(inputs: FusionInputs, folder: Path, max_shard_bytes: int) -> F
         processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
         if processes.is_main:
             decoder.write(folder, max_shard_bytes)
-            decoder.config.dtype = decoder.dtype
-            write_config(folder, decoder.config)
+            whole, files = decoder.model_config, base.processor_files()
+            write_config(folder, whole, decoder.dtype)
             base.generation_config().save_pretrained(folder)
-            write_companions(folder, decoder.config, report, inputs.tokenizer, plain=True)
+            write_companions(folder, whole, report, inputs.tokenizer, files, plain=True)
     return report
 
 

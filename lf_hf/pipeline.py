@@ -21,9 +21,10 @@ from lf_hf.choose.choice import Choice, choose
 from lf_hf.choose.sets import Groups
 from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.families import Kind, Weights
-from lf_hf.measure.check import check_model
+from lf_hf.measure.check import check_attends, check_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge_fused
+from lf_hf.measure.memory import num_parameters
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo, RowMatch
 from lf_hf.report.notes import damage_notes
@@ -81,7 +82,7 @@ def fuse(
         If the model has too few layers, there are too few calibration samples, or weights or activations are not
         finite. The model is unchanged then.
     """
-    num_parameters = check_model(decoder, config)
+    parameters, described = check_model(decoder, config), num_parameters(decoder.model_config)[1]
     samples = samples if config.averages else None
     text = text if config.needs_text else None
     measured = measurements or measure(decoder, tokenizer, config, samples, text)
@@ -97,8 +98,6 @@ def fuse(
         perplexities = judge_fused(decoder, measured.judged, config)
     with clock("continuations"):
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
-    num_removed = num_layers - decoder.num_layers
-    layer_parameters = list(decoder.layer(0).parameters())
     similarity = measured.similarity if config.averages else None
     return FusionReport(
         base=base,
@@ -106,8 +105,8 @@ def fuse(
         fused_layers=fusion.layers,
         layers_before=num_layers,
         layers_after=decoder.num_layers,
-        parameters_before=num_parameters,
-        parameters_after=num_parameters - num_removed * sum(weight.numel() for weight in layer_parameters),
+        parameters_before=parameters,
+        parameters_after=parameters - described + num_parameters(decoder.model_config)[1],
         calibration=measured.sources(config),
         perplexities=perplexities,
         similarity=similarity and similarity.matrix.tolist(),
@@ -119,7 +118,7 @@ def fuse(
         notes=_notes(config, measured, fusion.layers, perplexities, continuations),
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
-        dtype=str(layer_parameters[0].dtype).removeprefix("torch."),
+        dtype=str(decoder.layer(0).mlp.down_proj.weight.dtype).removeprefix("torch."),
         continuations=continuations,
         budget=budget,
         group_costs=[GroupCost(*group, cost) for group, cost in sorted(fusion.choice.costs.items()) if isfinite(cost)],
@@ -138,6 +137,7 @@ def fuse_layers(decoder: Decoder, config: FusionConfig, measured: Measurements, 
             decoder.join((first - num_removed, last - num_removed), weights, kind)
             num_removed += last - first
             layers.append(replace(entry, cost=choice.finite_cost((first, last))))
+    check_attends(decoder.config)
     return Fusion(choice, layers)
 
 

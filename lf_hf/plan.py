@@ -1,6 +1,7 @@
 """What a fusion or a healing will do and about what it takes, without doing it: layers, bytes on disk and peak memory.
 
-Layers, parameters and bytes follow from the config and the headers of files and are exact; weights are not read.
+Layers, parameters and bytes follow from the config and the headers of files, and are exact where all layers have as
+many parameters; weights are not read.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def plan_fusion(
         notes.append(f"The base is not on this machine yet; {in_gib(stored)} will be downloaded.")
     if note := slow_bfloat16_note(dtype, devices[0]):
         notes.append(note)
-    layers, removed = opened.config.num_hidden_layers, config.num_fusions or 1
+    layers, removed = opened.text_config.num_hidden_layers, config.num_fusions or 1
     fused = f"chosen while fusing, by selection={config.selection!r}"
     if config.selection == "last":
         fused = f"{layers - 1 - removed} to {layers - 1}, numbered from 0"
@@ -162,7 +163,7 @@ def plan_heal(
         notes.append(_replaced(out))
     if work.is_dir():
         notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
-    given = given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
+    given = given_text(inputs.tokenizer, inputs.corpus, settings, inputs.base.text_config.vocab_size)
     if repeats := repeats_note(expected_epochs(given, inputs.corpus, settings)):
         notes.append(repeats)
     head = f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}"

@@ -202,16 +202,18 @@ class FusionConfig(Settings):
         """Fewest samples that stages 2 and 3 can use."""
         return max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
 
-    def most_fusions(self, num_hidden_layers: int) -> int:
-        """Most fusions of a model of `num_hidden_layers` layers; below 1 where it allows none."""
+    def most_fusions(self, num_hidden_layers: int, first_free: int = 0) -> int:
+        """Most fusions of a model whose layers below `first_free` stay as they are; below 1 where it allows none."""
         if self.selection == "last":
-            return num_hidden_layers - 1
-        return num_hidden_layers - 3  # the first and the last layer stay
+            return num_hidden_layers - first_free - 1
+        return num_hidden_layers - max(1, first_free) - 2  # the first and the last layer stay
 
-    def check_num_layers(self, num_hidden_layers: int) -> None:
+    def check_num_layers(self, num_hidden_layers: int, first_free: int = 0) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""
-        most = self.most_fusions(num_hidden_layers)
+        most = self.most_fusions(num_hidden_layers, first_free)
         layers = f"{num_hidden_layers} {plural(num_hidden_layers, 'layer')}"
+        if first_free:
+            layers += f" (of which features of images need the first {first_free} as they are)"
         if most < 1:
             least = num_hidden_layers - most + 1
             raise ValueError(f"The model has {layers}; selection={self.selection!r} needs at least {least}.")

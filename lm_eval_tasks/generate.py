@@ -1,4 +1,4 @@
-"""Write the YAML files of both task folders anew: python lm_eval_tasks/generate.py
+"""Write the YAML files of both folders of MMLU tasks anew: python lm_eval_tasks/generate.py
 
 What all subjects of a folder share is in its _template_yaml.
 """

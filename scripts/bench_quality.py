@@ -41,10 +41,11 @@ from lf_hf import FusionConfig
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import fused_class
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, CausalLM, family_of
+from lf_hf.families import FAMILIES
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.models import CausalLM, family_of
 from lf_hf.pipeline import fuse
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
@@ -272,8 +273,10 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 16, "tie_word_embeddings": False},
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "query_pre_attn_scalar": 32},
+    "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
 }
 TINY["llama"] |= {"num_attention_heads": 6, "num_key_value_heads": 6}
+TINY["qwen3_5_text"] |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
 def tiny_model(model_type: str, tokenizer: PreTrainedTokenizerBase, text: str, minutes: float) -> CausalLM:

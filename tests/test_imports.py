@@ -16,8 +16,8 @@ from conftest import ROOT
 import lf_hf
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "runtime settings families text report checkpoint decoder refit stages measure choose pipeline healing".split()
-ORDER += "fuse __init__ evaluate plan cli".split()
+ORDER = "runtime settings families models text report checkpoint decoder refit stages measure choose pipeline".split()
+ORDER += "healing fuse __init__ evaluate plan cli".split()
 
 
 @functools.cache

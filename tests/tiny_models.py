@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from conftest import TINY
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import FAMILIES, DecoderLayer, Weights
 from lf_hf.measure.dense import CalibrationText, Measurements
+from lf_hf.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
@@ -42,12 +44,90 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
         "attention_bias": True,
     },
+    "qwen3_5_text": {
+        "full_attention_interval": 3,
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 10,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
     "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 3},
+    "cwm": {
+        "sliding_window": 5,
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "ernie4_5": {"head_dim": 12, "use_bias": True},
+    "exaone4": {"sliding_window": 5, "sliding_window_pattern": 3},
+    "gemma": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
+    "hunyuan_v1_dense": {
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
+    },
+    "ministral": {"sliding_window": 5, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "ministral3": {
+        "sliding_window": 5,
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 64.0,
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "olmo3": {"sliding_window": 5},
+    "seed_oss": {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
+    "qwen3_vl_text": {
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    },
 }
-
+SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 7, "image_size": 28}
+WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vision_config": SEES | {"num_hidden_layers": 2, "num_attention_heads": 2},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 5,
+        },
+    ),
+    "mistral3": (
+        "mistral",
+        {
+            "vision_config": SEES | {"model_type": "pixtral", "num_hidden_layers": 2, "num_attention_heads": 2},
+            "image_token_index": 5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl_text",
+        {
+            "vision_config": SEES
+            | {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+            | {"deepstack_visual_indexes": [0, 1]},
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""For models of images the type of their decoder, and the rest of their tiny config."""
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{model_type: (model_type, {}) for model_type in FAMILIES},
+    **{model_type: (model_type, {}) for model_type in MODEL_TYPES},
     "one key-value head": ("llama", {"num_key_value_heads": 1}),
     "a key-value head a query head": ("llama", {"num_key_value_heads": 4}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -58,16 +138,29 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    return FAMILIES[model_type].config_class(
-        **TINY | {"num_hidden_layers": 6} | SETTINGS.get(model_type, {}) | overrides
-    )
+    if model_type in WRAPPED:
+        decoder, others = WRAPPED[model_type]
+        own = {name: overrides.pop(name) for name in ("attn_implementation", "auto_map") if name in overrides}
+        if "final_logit_softcapping" in SETTINGS[decoder]:  # which models of images leave out
+            overrides = {"final_logit_softcapping": None} | overrides
+        return AutoConfig.for_model(model_type, text_config=tiny_config(decoder, **overrides), **others, **own)
+    values = TINY | {"num_hidden_layers": 6} | SETTINGS.get(model_type, {}) | overrides
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    return FAMILIES[model_type].config_class(**values)
+
+
+def auto_class(model_type: str) -> Any:
+    """What opens checkpoints of a type of models."""
+    return AutoModelForImageTextToText if model_type in WRAPPERS else AutoModelForCausalLM
 
 
 def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A random model of 6 layers, of several kinds where its family has them, with weights large enough to matter."""
-    family, config = FAMILIES[model_type], tiny_config(model_type, **overrides)
+    config = tiny_config(model_type, **overrides)
+    family = family_of(config)
     torch.manual_seed(0)
-    model = family.causal_lm(config).eval()
+    model = model_class(config)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved
@@ -78,13 +171,44 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrid
     return model.to(dtype)
 
 
+def idle(model: Any, index: int) -> None:
+    """Let a layer leave the stream as it is."""
+    layer, family = text_model(model).layers[index], family_of(model.config)
+    with torch.no_grad():
+        for half in (family.layer_mixer(layer), family.mlp):
+            if half.after:
+                layer.get_parameter(f"{half.after}.weight").fill_(-family.gain_offset)
+            for kind in ("weight", "bias"):
+                parameter = layer.get_submodule(half.writer)._parameters.get(kind)
+                if parameter is not None and not half.after:
+                    parameter.zero_()
+
+
 def decoders(model: Any, folder: Path) -> list[Decoder]:
     """The same model in memory and on disk."""
     model.save_pretrained(folder / "base")
     (folder / "scratch").mkdir()
-    attention = model.config._attn_implementation
+    attention = text_model(model).config._attn_implementation
     config = type(model.config).from_pretrained(folder / "base", attn_implementation=attention)
     return [ModelDecoder(model), CheckpointDecoder(folder / "base", config, folder / "scratch")]
+
+
+def picture(model_type: str) -> dict[str, torch.Tensor]:
+    """What a model of images takes: a picture of a square and a disc, and a question of ten tokens around it."""
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    square = ((rows > 3) & (rows < 12) & (columns > 4) & (columns < 15)).float()
+    disc = ((rows - 19).square() + (columns - 18).square() < 36).float()
+    pixels = torch.stack([square, disc, square - disc])[None]  # (1, 3, 28, 28)
+    ids = torch.tensor([[0, 7, 5, 5, 5, 5, 8, 40, 41, 42]])
+    inputs = {"input_ids": ids, "pixel_values": pixels}
+    if model_type == "gemma3":
+        return inputs | {"token_type_ids": (ids == 5).long()}
+    if model_type == "mistral3":
+        return inputs | {"image_sizes": torch.tensor([[28, 28]])}
+    patches = pixels.unfold(2, 7, 7).unfold(3, 7, 7).flatten(2, 3).movedim(2, 1)  # (1, 16, 3, 7, 7)
+    twice = torch.stack([patches, patches], dim=3).reshape(16, -1)  # a picture is a film of two
+    grid = torch.tensor([[1, 4, 4]])
+    return inputs | {"pixel_values": twice, "image_grid_thw": grid, "mm_token_type_ids": (ids == 5).int()}
 
 
 @torch.no_grad()
@@ -108,7 +232,7 @@ def fitted(
 
     `streams` are those in front of the fused layer, where they are others.
     """
-    layers = [decoder.model.model.layers[number] for number in numbers]
+    layers = list(decoder.layers(numbers))
     traces = trace(decoder, layers, states, StateStore())
     fit = fit_group(decoder, layers, traces, streams, StateStore(), ridge=ridge, rough=rough)
     return fit, build_layer(decoder, fit.weights, fit.kind), traces

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -27,9 +29,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, quantization
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checkpoint.saving import finish_save
-from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files
-from lf_hf.families import FAMILIES, Family, family_of
+from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
+from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, tensor_shapes
+from lf_hf.families import FAMILIES
+from lf_hf.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
 
@@ -73,15 +76,15 @@ class Base:
         if os.path.isfile(name):
             raise ValueError(f"{name!r} is a file; give the folder of the checkpoint (and gguf_file for a GGUF file).")
         check_device(loading.get("device_map"))
-        config = read_config(name, hub_arguments(loading))
+        config = _as_text(read_config(name, hub_arguments(loading)))
         if problem := _problem(name, config, loading):
             raise ValueError(f"{name!r} {problem}.")
         return cls(name, config, loading)
 
     @property
-    def family(self) -> Family:
-        """The family of the model."""
-        return family_of(self.config)
+    def text_config(self) -> PreTrainedConfig:
+        """The config of the decoder, which is a part of that of a model of images."""
+        return self.config.get_text_config()
 
     @property
     def full_name(self) -> str:
@@ -143,6 +146,10 @@ class Base:
             config.validate(strict=True)  # as saving does; not all that can be read can be saved
         return config
 
+    def processor_files(self) -> dict[str, bytes]:
+        """The files that say how images are read, where the model reads any."""
+        return read_processor_files(self.name, self.config, self._hub_once)
+
     def weights_folder(self) -> Path:
         """The folder of the safetensors files; those of the hub are downloaded."""
         return local_folder(self.name, self.hub, [_WEIGHTS])
@@ -166,12 +173,25 @@ class Base:
             explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
             _gguf_file_read_once(self.loading),
         ):
-            loaded: Any = self.family.causal_lm.from_pretrained(self.name, **loading)
+            loaded: Any = model_class(self.config).from_pretrained(self.name, **loading)
         _gguf_reader.cache_clear()
         model, info = loaded
         mismatched = {name: (stored, described) for name, stored, described in info["mismatched_keys"]}
-        check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"])
+        layers = f"{text_prefix(model)}layers."
+        check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"], layers=layers)
         return model.eval()
+
+    def notes(self) -> list[str]:
+        """One sentence on tensors in the files that transformers leaves out for this model, where there are some."""
+        stock = model_class(self.config)
+        patterns = stock._keys_to_ignore_on_load_unexpected
+        if not patterns or self.loading.get("use_safetensors") is False:
+            return []
+        names = [name for file in self.files() if file.suffix == ".safetensors" for name in tensor_shapes(file)]
+        left_out = [pattern.strip("^") for pattern in patterns if any(re.search(pattern, name) for name in names)]
+        if not left_out:
+            return []
+        return [f"The base's {', '.join(left_out)} are left out, as transformers reads none in a {stock.__name__}."]
 
     def new_config(self) -> PreTrainedConfig:
         """A copy of the config, to be changed."""
@@ -224,6 +244,14 @@ def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"No config of a model can be read for {name!r}, here or on the hub: {why}.") from None
 
 
+def _as_text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text alone, where AutoModelForCausalLM opens a model of images as a model of text."""
+    text = config.get_text_config()
+    opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_text = text.model_type in FAMILIES and getattr(opened, "config_class", None) is type(text)
+    return text if is_text else config
+
+
 def _check_format(name: str, hub: Mapping[str, Any]) -> None:
     """Raise ValueError for a checkpoint in a format of its own that earlier versions wrote for every family."""
     model_type = None
@@ -239,7 +267,8 @@ def _check_format(name: str, hub: Mapping[str, Any]) -> None:
 
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:
     """What keeps a model from being fused, and what to do about it; None where nothing does."""
-    family = FAMILIES.get(config.model_type)
+    text = config.get_text_config() if is_wrapper(config) else config
+    family = FAMILIES.get(text.model_type)
     if config.model_type.startswith("fused_"):
         return (
             "is fused already; fuse its base with a larger num_fusions, or load it, save it with plain=True and fuse "
@@ -247,9 +276,12 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         )
     if not loading.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub_arguments(loading)):
         return "is an adapter, not a model; merge it into its base, and fuse that"
-    if family is None or not isinstance(config, family.config_class):  # of code that came with a checkpoint
-        kinds = ", ".join(FAMILIES)
-        return f"is a {config.model_type!r} model; only dense decoders of text fuse, which are those of type {kinds}"
+    is_known = config.model_type in MODEL_TYPES
+    if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
+        kind = repr(config.model_type)
+        if text is not config:
+            kind += f" around a {text.model_type!r}"
+        return f"is a {kind} model; {why_refused(text)}"
     if getattr(config, "quantization_config", None) and not loading.get("gguf_file"):
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
@@ -261,15 +293,15 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
     if file := getattr(config, "transformers_weights", None):  # which only transformers would read
         return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
-    if not 0 <= (config.bos_token_id or 0) < config.vocab_size:
-        return f"has bos_token_id={config.bos_token_id}, but a vocabulary of {config.vocab_size} tokens; repair it"
-    if not 1 <= config.num_hidden_layers <= MOST_LAYERS:
-        return f"has num_hidden_layers={config.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
-    if config.max_position_embeddings < 1:
-        return f"has max_position_embeddings={config.max_position_embeddings}, but must read a token; repair it"
+    if not 0 <= (bos := special_id(text, "bos") or 0) < text.vocab_size:
+        return f"has bos_token_id={bos}, but a vocabulary of {text.vocab_size} tokens; repair it"
+    if not 1 <= text.num_hidden_layers <= MOST_LAYERS:
+        return f"has num_hidden_layers={text.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
+    if text.max_position_embeddings < 1:
+        return f"has max_position_embeddings={text.max_position_embeddings}, but must read a token; repair it"
     try:
         with torch.device("meta"):
-            family.causal_lm(copy.deepcopy(config))
+            model_class(config)(copy.deepcopy(config))
     except Exception as error:  # of any kind: KeyError for a name, TypeError for a value, ZeroDivisionError, ...
         why = f"{type(error).__name__}: {reason(error)}"
         return f"has a config from which no {family.title} can be built ({why}); repair it"
@@ -318,6 +350,15 @@ def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+def read_processor_files(base: str, config: PreTrainedConfig, hub: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a checkpoint that say how images are read, where its model reads any."""
+    found = {}
+    for name in PROCESSOR_FILES if is_wrapper(config) else ():
+        if path := optional_file(base, name, hub):
+            found[name] = Path(path).read_bytes()
+    return found
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

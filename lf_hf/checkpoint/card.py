@@ -11,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader
+from transformers import PretrainedConfig
 from yaml import YAMLError
 
-from lf_hf.families import Family
+from lf_hf.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.settings import FusionConfig
@@ -26,19 +27,22 @@ _RELATION = "finetune"
 _LICENSE = ("license", "license_name", "license_link")
 
 
-def model_card(report: FusionReport, family: Family, *, plain: bool) -> str:
+def model_card(report: FusionReport, config: PretrainedConfig, *, plain: bool) -> str:
     """Markdown with YAML metadata: what the model is, how it does, how to load it, and how to make it again."""
     environment = Environment(
         loader=PackageLoader("lf_hf.checkpoint", "."), trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"code": as_code, "text": _as_text, "lines": _as_lines}
     head, rows = as_table(report.rows())
+    stock_class = model_class(config).__name__
     return environment.get_template("card.md").render(
         report=report,
         plain=plain,
-        title=family.title,
-        stock_class=family.causal_lm.__name__,
-        metadata=_metadata(report, family).to_yaml(),
+        title=stock_class.partition("For")[0],
+        stock_class=stock_class,
+        auto_class=auto_class(config),
+        reader="AutoProcessor" if is_wrapper(config) else "AutoTokenizer",
+        metadata=_metadata(report, config).to_yaml(),
         head=head,
         rows=rows,
         commands=_commands(report),
@@ -55,14 +59,14 @@ def base_license(card: str | Path | None) -> dict[str, str]:
     return {}
 
 
-def _metadata(report: FusionReport, family: Family) -> ModelCardData:
+def _metadata(report: FusionReport, config: PretrainedConfig) -> ModelCardData:
     values: dict[str, Any] = {name: value for name, value in report.license.items() if name in _LICENSE}
     if repository := _REPOSITORY.fullmatch(report.base):
         values |= {"base_model": repository[1], "base_model_relation": _RELATION}
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[family.model_type, "layer-fusion", "depth-pruning"],
+        pipeline_tag="image-text-to-text" if is_wrapper(config) else "text-generation",
+        tags=[config.model_type.removeprefix("fused_"), "layer-fusion", "depth-pruning"],
         **values,
     )
 

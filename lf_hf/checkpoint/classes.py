@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from huggingface_hub import ModelCard, create_repo
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,13 +23,19 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checkpoint.base import hub_arguments, load_tokenizer, optional_file, read_config
+from lf_hf.checkpoint.base import (
+    hub_arguments,
+    load_tokenizer,
+    optional_file,
+    read_config,
+    read_processor_files,
+)
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import converted_config, plain_config
 from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
-from lf_hf.families import Family, family_of
+from lf_hf.models import auto_class, family_of, is_wrapper, model_class, text_model
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
@@ -43,11 +52,12 @@ class FusedForCausalLM(PreTrainedModel):
     this process, and is saved with it.
     """
 
-    family: ClassVar[Family]
     native: ClassVar[bool] = False
     """Whether checkpoints have a format of their own, so that `plain` makes a difference."""
     fusion_report: FusionReport | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    processor_files: Mapping[str, bytes] = MappingProxyType({})
+    """Of a model of images: the base's files beside the tokenizer that say how images are read, by their names."""
     _opened_in: Path | None = None  # the folder
     _trusts_code: bool | None = None  # as it was loaded with
 
@@ -59,12 +69,16 @@ class FusedForCausalLM(PreTrainedModel):
         """
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which the loader of a GGUF file leaves
             vars(model).pop(name, None)
+        if not is_wrapper(model.config):  # whose names in files those of the base's are; a model of text has its own
+            model._weight_conversions = []
         config = converted_config(model.config, cls.config_class)
         vars(config).pop("quantization_config", None)
         config._name_or_path = model.name_or_path = ""
+        before = model.config
+        renewed = {id(before): config, id(before.get_text_config()): config.get_text_config()}
         for module in model.modules():
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                vars(module)["config"] = config
+            if (own := id(getattr(module, "config", None))) in renewed:
+                vars(module)["config"] = renewed[own]
         model.__class__ = cls
         model.tokenizer = tokenizer
         model.remember(report)
@@ -97,6 +111,7 @@ class FusedForCausalLM(PreTrainedModel):
         model._trusts_code = kwargs.get("trust_remote_code")
         if os.path.isdir(name):
             model._opened_in = Path(name, hub.get("subfolder", "")).resolve()
+            model.processor_files = read_processor_files(name, model.config, hub)
             from_files = kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file")
             if from_files and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
                 tensor_files(model._opened_in, kwargs.get("variant"))
@@ -112,11 +127,12 @@ class FusedForCausalLM(PreTrainedModel):
         """Raise ValueError, before weights are read, for a model of another family."""
         if not optional_file(name, CONFIG_NAME, hub) and optional_file(name, ADAPTER_CONFIG_NAME, hub):
             return  # an adapter, which names its model
-        model_type, own = read_config(name, hub).model_type, getattr(cls.config_class, "model_type", None)
-        if model_type not in (cls.family.model_type, own):
+        model_type, own = read_config(name, hub).model_type, cls.config_class.model_type  # type: ignore[union-attr]
+        plain = own.removeprefix("fused_")
+        if model_type not in (own, plain):
             raise ValueError(
-                f"{name!r} has no config.json of a {cls.family.model_type!r} model, as {cls.__name__} needs: its "
-                f"model_type is {model_type!r}; load it with AutoModelForCausalLM."
+                f"{name!r} has no config.json of a {plain!r} model, as {cls.__name__} needs: its model_type is "
+                f"{model_type!r}; load it with {auto_class(read_config(name, hub))}."
             )
 
     def save_pretrained(
@@ -213,12 +229,13 @@ class FusedForCausalLM(PreTrainedModel):
             if spread is not None:
                 self.config.distributed_config = spread
         if plain and self.native:
-            write_config(folder, self.config)
+            write_config(folder, self.config, self.dtype)
         written = dict(self.named_parameters())
         if state_dict is not None:  # what is saved in place of them
             written = {name: state_dict[name] for name in written if name in state_dict}
         report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written.items()))
-        write_companions(folder, self.config, report, tokenizer, plain=plain or not self.native)
+        plain = plain or not self.native
+        write_companions(folder, self.config, report, tokenizer, self.processor_files, plain=plain)
 
     def _tokenizer_of_checkpoint(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer in the folder that the model was loaded from, if there is one."""
@@ -258,39 +275,44 @@ class FusedForCausalLM(PreTrainedModel):
 Model = TypeVar("Model", bound=FusedForCausalLM)
 
 
-@functools.cache
-def fused_class(family: Family) -> type[FusedForCausalLM]:
-    """transformers' own class for a family, as a class of fused models.
+def fused_class(config: PreTrainedConfig) -> type[FusedForCausalLM]:
+    """transformers' own class of a model, as a class of fused models.
 
     It has the name of transformers' class: checkpoints name that one, and programs know what it computes by its name.
     """
-    stock = family.causal_lm
+    return _with_fusion(model_class(config))
+
+
+@functools.cache
+def _with_fusion(stock: Any) -> type[FusedForCausalLM]:
     contents = {
         "__doc__": FusedForCausalLM.__doc__,
         "__module__": stock.__module__,
         "__reduce__": lambda self: (_empty_model, (self.config,), vars(self)),  # for copies and pickles
-        "family": family,
         "config_class": stock.config_class,
     }
     return type(stock.__name__, (FusedForCausalLM, stock, GenerationMixin), contents)
 
 
 def _empty_model(config: PreTrainedConfig) -> FusedForCausalLM:
-    model_class = fused_class(family_of(config))
-    return model_class.__new__(model_class)
+    cls = fused_class(config)
+    return cls.__new__(cls)
 
 
-def write_config(folder: Path, config: PreTrainedConfig) -> None:
+def write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Write the config of a plain checkpoint."""
     config = plain_config(config)
-    config.architectures = [family_of(config).causal_lm.__name__]
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    config.architectures = [model_class(config).__name__]
     config.save_pretrained(folder)
 
 
 def with_buffers(model: Any, like: Any) -> None:
     """Give a model without buffers, which no checkpoint has, those that one of the same layers has, on its device."""
-    rotary_embedding = family_of(model.config).rotary_embedding(model.config)  # its own, as long texts change them
-    model.model.rotary_emb = rotary_embedding.to(like.device)
+    text = text_model(model)
+    rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
+    text.rotary_emb = rotary_embedding.to(like.device)
     for name, buffer in [*model.named_buffers()]:
         if buffer.device.type == "meta":
             place, _, short = name.rpartition(".")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME, model_card
-from lf_hf.families import family_of
+from lf_hf.models import family_of, is_wrapper
 from lf_hf.report.report import FusionReport
 
 logger = logging.get_logger(__name__)
 _SENTENCEPIECE = "tokenizer.model"
+_ON_TEXT = (
+    "Layers were fused, and healed if they were, on text, and all figures are of text; nothing was measured on images."
+)
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _BY_PLACE = (
-    "The kinds of this model's layers ({}) are in an order of their own, which its config says. llama.cpp, and other "
-    "programs that know a layer's kind by its place, would compute something else."
+    "The kinds of this model's layers ({}) are in an order of their own, which its config says. Programs that know a "
+    "layer's kind by its place, as llama.cpp does in some families, would compute something else."
 )
 
 
@@ -30,13 +34,16 @@ def write_companions(
     config: PreTrainedConfig,
     report: FusionReport | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    processor_files: Mapping[str, bytes],
     *,
     plain: bool,
 ) -> None:
-    """Write the tokenizer, the report and the model card into a checkpoint's folder, as far as they are known."""
+    """Write what goes beside weights into a checkpoint's folder, as far as it is known."""
     if tokenizer is not None:
         _write_tokenizer(folder, tokenizer)
-    notes = []
+    for name, content in processor_files.items():
+        (folder / name).write_bytes(content)
+    notes = [_ON_TEXT] if is_wrapper(config) else []
     if plain:
         _write_older_names(folder)
         if lists := _unusual_lists(config):
@@ -45,7 +52,7 @@ def write_companions(
     if report is not None:
         report.save(folder)
         shown = dataclasses.replace(report, notes=[*report.notes, *notes])
-        (folder / CARD_NAME).write_text(model_card(shown, family_of(config), plain=plain), encoding="utf-8")
+        (folder / CARD_NAME).write_text(model_card(shown, config, plain=plain), encoding="utf-8")
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,6 +68,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _unusual_lists(config: PreTrainedConfig) -> list[str]:
     """Keys of the kinds of layers, where they are in another order than a model of this size usually has them in."""
+    config = config.get_text_config()
     lists, values = family_of(config).layer_lists, config.to_dict()
     if "max_window_layers" in values:
         values["max_window_layers"] = _full_attention_layers(values)
@@ -79,6 +87,8 @@ def _write_older_names(folder: Path) -> None:
     for file in filter(Path.is_file, (folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE)):
         values = json.loads(file.read_text(encoding="utf-8"))
         values |= _older_names(values)
+        if text := values.get("text_config"):
+            text |= _older_names(text)
         if values.get("tokenizer_class") == "TokenizersBackend":
             values["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(values.get("extra_special_tokens"), list):

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from lf_hf.families import family_of
+from lf_hf.models import model_class
 
 # `auto_map` names code that came with the base, in whose place transformers' own is used.
 _NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")
@@ -38,8 +38,8 @@ class FusedLlamaConfig(LlamaConfig):
 
 
 def plain_config(config: PreTrainedConfig) -> Any:
-    """The config of a model, fused or not, as one of its family's own class."""
-    return converted_config(config, family_of(config).config_class)
+    """The config of a model, fused or not, as one of transformers' own class."""
+    return converted_config(config, model_class(config).config_class)
 
 
 def converted_config(config: PreTrainedConfig, to: Any) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -133,16 +135,28 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def names_in_memory(stored: Iterable[str], model: Any) -> dict[str, str]:
+    """For each tensor of a checkpoint its name in the model: checkpoints of many models of images have other ones."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in stored}
+
+
 def check_complete(
-    base: str, missing: Collection[str], mismatched: Mapping[str, tuple[Shape, Shape]], unexpected: Collection[str]
+    base: str,
+    missing: Collection[str],
+    mismatched: Mapping[str, tuple[Shape, Shape]],
+    unexpected: Collection[str],
+    *,
+    layers: str,
 ) -> None:
     """Raise ValueError if a base's weights are not those that its config describes.
 
     `missing` are tensors that the files lack, `unexpected` those that only they have, and `mismatched` those of other
-    shapes: (shape in the files, shape by the config).
+    shapes: (shape in the files, shape by the config). Names of the decoder layers' begin with `layers`.
     """
     # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
-    unknown = [name for name in unexpected if name.startswith("model.layers.") and "rotary_emb" not in name]
+    unknown = [name for name in unexpected if name.startswith(layers) and "rotary_emb" not in name]
     if missing:
         problem = f"has no tensor {min(missing)!r}, which its config.json asks for"
     elif mismatched:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.dense import CalibrationText, Measurements
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.models import first_free_layer
 from lf_hf.report.data import BudgetInfo, BudgetTrial
 from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.text.packing import split_held_out
@@ -56,7 +57,8 @@ def search_budget(
         ratio = figures.perplexity / figures.dense_perplexity
         return BudgetTrial(count, figures.divergence, ratio), (copy, fused)
 
-    (copy, fused), trials = search(name, allowed, config.most_fusions(decoder.num_layers), attempt)
+    most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))
+    (copy, fused), trials = search(name, allowed, most, attempt)
     budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials, text.source.source)
     return copy, fused, budget
 

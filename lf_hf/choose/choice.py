@@ -66,19 +66,20 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
         layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
         influences = [influence(before, after, decoder.add_up) for before, after in layers]
     kinds = decoder.family.config_kinds(decoder.config)
-    groups = least_influence_groups(influences, config.num_fusions, kinds if config.averages else None)
+    alike = kinds if config.averages else None
+    groups = least_influence_groups(influences, config.num_fusions, alike, decoder.inner_layers.start)
     return Choice(groups, influences=influences)
 
 
 def least_influence_groups(
-    influences: Sequence[float], num_fusions: int, kinds: Sequence[Kind] | None = None
+    influences: Sequence[float], num_fusions: int, kinds: Sequence[Kind] | None = None, first: int = 1
 ) -> Groups:
     """Groups in which the `num_fusions` layers of least influence join the layer below them.
 
-    The first and the last layer of the model stay by themselves. Where `kinds` are given, only layers of one kind are
+    The layers below `first` and the last one stay by themselves. Where `kinds` are given, only layers of one kind are
     joined.
     """
-    candidates = list(range(2, len(influences) - 1))
+    candidates = list(range(first + 1, len(influences) - 1))
     if kinds is not None:
         candidates = [number for number in candidates if kinds[number] == kinds[number - 1]]
     candidates.sort(key=lambda number: influences[number])
@@ -135,8 +136,8 @@ def try_sets(costs: GroupCosts, set_costs: GroupCosts, num_fusions: int) -> dict
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
     """The set to try next, with the costs of its groups measured; None where no set is left."""
     decoder = costs.decoder
-    longest = longest_group(decoder.num_layers, num_fusions)
-    inner = range(1, decoder.num_layers - 1)  # the first and the last layer stay
+    inner = decoder.inner_layers
+    longest = longest_group(len(inner), num_fusions)
     short = {(n, n + more) for more in range(1, min(num_fusions, _SHORT) + 1) for n in inner[:-more]}
     missing = short - costs.by_group.keys()
     while True:

@@ -109,7 +109,7 @@ class GroupCosts:
         self._ridge = ridge
         self._store = store
         self._states_above: dict[Groups, tuple[States, States]] = {}  # above the groups that tried sets begin with
-        stride = min(max(2, decoder.config.vocab_size // _VOCABULARY), 4)  # neighbours' predictions say much the same
+        stride = min(max(2, decoder.config.vocab_size // _VOCABULARY), 6)  # neighbours' predictions say much the same
         self._judged_tokens = slice(1, None, stride)
 
     @torch.no_grad()

@@ -25,9 +25,8 @@ def count_removed(groups: Iterable[Group]) -> int:
     return sum(last - first for first, last in groups)
 
 
-def longest_group(num_layers: int, num_fusions: int) -> int:
-    """How many layers may become one where a model is to lose `num_fusions`; its first and last layer stay."""
-    inner = num_layers - 2
+def longest_group(inner: int, num_fusions: int) -> int:
+    """How many layers may become one where a model is to lose `num_fusions`, and `inner` ones may be in groups."""
     return max(LONGEST_GROUP, math.ceil(inner / (inner - num_fusions)))
 
 
@@ -38,9 +37,9 @@ def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group,
     layers between these two cost, which is in both.
     """
     costs = dict(measured)
-    top = max(last for _, last in measured)
+    bottom, top = min(measured)[0], max(last for _, last in measured)
     for more in range(2, longest):
-        for first in range(1, top + 1 - more):
+        for first in range(bottom, top + 1 - more):
             last = first + more
             if (first, last) in costs:
                 continue

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from lf_hf.decoder.interface import Decoder, Head
+from lf_hf.models import special_id
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
@@ -70,16 +71,16 @@ def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.G
     if prefix:
         starts = torch.cat([torch.full_like(starts, prefix[0]), starts], dim=1)
         starts[::2, 1] = _SAMPLED
-    elif config.bos_token_id is not None:
-        starts[::2] = config.bos_token_id
+    elif (bos := special_id(config, "bos")) is not None:
+        starts[::2] = bos
     return starts
 
 
 def _barred_ids(config: Any, special: Sequence[int]) -> list[int]:
-    ends = config.eos_token_id
+    ends = special_id(config, "eos")
     if not isinstance(ends, list):
         ends = [ends]
-    named = {*special, config.bos_token_id, config.pad_token_id, *ends}
+    named = {*special, special_id(config, "bos"), special_id(config, "pad"), *ends}
     return sorted(named.intersection(range(config.vocab_size)))
 
 
@@ -90,7 +91,7 @@ def _sample_sequences(
     tokens = starts[:, 0].clone()
     for row, chat in chats.items():
         tokens[row] = chat.next()
-    written, cache = [tokens], DynamicCache()
+    written, cache = [tokens], _new_cache(decoder)
     with decoder.keep_layers(), decoder.head() as head:
         for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
             logits = _next_logits(decoder, head, cache, tokens[:, None])
@@ -140,13 +141,18 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     """The next `count` token ids of each prompt (tokens T_i,), the most likely one each time. None ends early."""
     tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left")  # (B, T), then (B, 1)
     padding = tuple(tokens.shape[1] - len(prompt) for prompt in prompts)
-    written, cache = list[Tensor](), DynamicCache()
+    written, cache = list[Tensor](), _new_cache(decoder)
     with decoder.keep_layers(), decoder.head() as head:
         for _ in range(count):
             logits = _next_logits(decoder, head, cache, tokens, padding)
             tokens = logits.argmax(-1, keepdim=True)
             written.append(tokens)
     return list(torch.cat(written, dim=1).cpu())
+
+
+def _new_cache(decoder: Decoder) -> DynamicCache:
+    """An empty cache. Of attention it keeps all tokens, windows or not, as the decoder's masks are for all of them."""
+    return DynamicCache(config=decoder.config) if decoder.family.linear else DynamicCache()
 
 
 def _next_logits(

@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from lf_hf.families import DecoderLayer, Family, Kind, family_of
+from lf_hf.families import DecoderLayer, Family, Kind
+from lf_hf.models import family_of, first_free_layer
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import all_finite
@@ -37,7 +38,8 @@ T = TypeVar("T")
 class Decoder(ABC):
     """A model whose layers are used one after another and may be changed."""
 
-    config: Any  # follows when layers are removed, or become layers of another kind
+    config: Any  # of the layers; follows when some are removed, or become layers of another kind
+    model_config: Any  # of the whole model, which is the same, or has that in it beside one of a tower of images
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it
@@ -73,6 +75,11 @@ class Decoder(ABC):
     @abstractmethod
     def num_layers(self) -> int:
         """Decoder layers that are there now."""
+
+    @property
+    def inner_layers(self) -> range:
+        """Numbers of layers that may be in groups: not the first and the last one, nor any that must stay in place."""
+        return range(max(1, first_free_layer(self.model_config)), self.num_layers - 1)
 
     @property
     def bytes_read(self) -> int:
@@ -177,11 +184,12 @@ class Decoder(ABC):
         shape = num_tokens, past, padding, device, hidden_states.dtype
         if shape != self._inputs_shape:
             self._inputs_shape, self._inputs = shape, {}
-        kind = tuple(self.family.layer_kind(layer).values())
+        layer_kind = self.family.layer_kind(layer)
+        kind = tuple(layer_kind.values())
         if kind not in self._inputs:
             starts = torch.tensor(padding or (0,), device=device)[:, None]
             position_ids = (torch.arange(past, past + num_tokens, device=device) - starts).clamp(min=0)  # (1 or B, T)
-            layer_types = [layer.self_attn.layer_type] if self.family.rotary_of_type else []
+            layer_types = [layer_kind["layer_types"]] if self.family.rotary_of_type else []
             cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
             self._inputs[kind] = {
                 "attention_mask": self._mask(hidden_states, layer, past, starts if padding else None),
@@ -194,7 +202,8 @@ class Decoder(ABC):
     def _mask(self, states: Tensor, layer: DecoderLayer, past: int, starts: Tensor | None) -> Tensor | None:
         """What attention adds to its scores, (B, 1, T, keys), or None; for flash attention, which keys are text.
 
-        `starts` (B, 1) are the places where the sequences' text begins, if there is padding.
+        Where a layer has something else in the place of attention, which tokens are text, (B, T). `starts` (B, 1) are
+        the places where the sequences' text begins, if there is padding.
         """
         num_tokens, end = states.shape[1], past + states.shape[1]
         window = self.family.layer_window(self.config, layer)
@@ -204,10 +213,13 @@ class Decoder(ABC):
         is_flash = is_flash_attention_requested(self.config)
         is_sdpa = self.config._attn_implementation == "sdpa"
         sees_all = num_tokens == 1 or (is_sdpa and past == 0)
-        if starts is None and (is_flash or (window is None and sees_all)):
+        is_linear = self.family.layer_mixer(layer) is self.family.linear
+        if starts is None and (is_linear or is_flash or (window is None and sees_all)):
             return None
         keys = torch.arange(end, device=states.device)
         is_text = keys[None] >= (0 if starts is None else starts)  # (1 or B, keys)
+        if is_linear:
+            return is_text[:, past:]
         if is_flash:
             return is_text
         queries = keys[past:, None]
@@ -238,11 +250,19 @@ class Decoder(ABC):
 
 def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:
     """Let a config describe these of its layers, in this order; lists with one entry a layer follow."""
-    num_layers, lists = config.num_hidden_layers, family_of(config).layer_lists
-    for name, value in vars(config).items():
-        if name in lists or ("layer" in name and isinstance(value, list) and len(value) == num_layers):
-            setattr(config, name, [value[number] for number in numbers])
+    for name, values in layer_lists(config).items():
+        setattr(config, name, [values[number] for number in numbers])
     config.num_hidden_layers = len(numbers)
+
+
+def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    """All lists of a config that have an entry a layer, whether its family's entry names them or not."""
+    named, lists = family_of(config).layer_lists, {}
+    for name, value in vars(config).items():
+        is_list = "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers
+        if name in named or is_list:
+            lists[name] = value
+    return lists
 
 
 def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:

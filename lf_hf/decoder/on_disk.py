@@ -10,29 +10,35 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lf_hf.checkpoint.weights import check_complete, read_onto, stored_dtype, tensor_files, tensor_shapes
+from lf_hf.checkpoint.weights import (
+    check_complete,
+    names_in_memory,
+    read_onto,
+    stored_dtype,
+    tensor_files,
+    tensor_shapes,
+)
 from lf_hf.decoder.interface import Decoder, set_config_kind, set_config_layers
 from lf_hf.families import DecoderLayer, Kind
+from lf_hf.models import is_wrapper, model_class, text_prefix
 from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.progress import progress
 
-_EMBEDDING = "model.embed_tokens.weight"
-_NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
-_LAYERS = "model.layers."
 _CPU = torch.device("cpu")
 _LEFT_FREE = 1 / 4  # of a device's free memory: stays free when layers are kept there
 Place = tuple[Path, str]
 """A tensor's file, and its name there."""
 Places = dict[str, Place]
+"""By the tensors' names in a model in memory, which a checkpoint's own may differ from."""
 STATES_IN_MEMORY = 1 << 27  # bytes of hidden states
 
 
@@ -48,35 +54,45 @@ class CheckpointDecoder(Decoder):
     def __init__(
         self,
         folder: Path,
-        config: PretrainedConfig,
+        config: Any,
         scratch: Path,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device = _CPU,
     ) -> None:
-        self.config = config
-        if config._attn_implementation is None:
-            config._attn_implementation = "sdpa" if self.family.causal_lm._supports_sdpa else "eager"
+        self.model_config, self.config = config, config.get_text_config()
+        if self.config._attn_implementation is None:
+            self.config._attn_implementation = "sdpa" if model_class(config)._supports_sdpa else "eager"
         if device.type == "cuda" and device.index is None:  # which another thread would take for the first one
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.states_in_memory = STATES_IN_MEMORY if device.type == "cpu" else None
         # A stream of their own, so that copies need not wait for what is computed.
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.rotary_emb = self.family.rotary_embedding(config).to(device)
+        self.rotary_emb = self.family.rotary_embedding(self.config).to(device)
         files = tensor_files(folder)
         self._files = set(files.values())
-        self.dtype: torch.dtype = dtype or self.config.dtype or stored_dtype(next(iter(files.values())))
-        self._base: Places = {name: (file, name) for name, file in files.items()}
-        self._check_complete(str(folder))
-        self._layers: list[Places] = [{} for _ in range(config.num_hidden_layers)]
+        self.dtype: torch.dtype = dtype or config.dtype or stored_dtype(next(iter(files.values())))
+        model = self._described()
+        prefix = text_prefix(model)
+        self._embedding, self._norm = f"{prefix}embed_tokens.weight", f"{prefix}norm.weight"
+        self._layers_prefix = f"{prefix}layers."
+        names = names_in_memory(files, model)
+        self._base: Places = {names[stored]: (file, stored) for stored, file in files.items()}
+        described = model.state_dict()
+        self._check_complete(str(folder), described)
+        outside = [name for name in described if name in names.values() and not name.startswith(self._layers_prefix)]
+        self._outside: Places = {name: self._base[name] for name in outside}
+        self._layers: list[Places] = [{} for _ in range(self.config.num_hidden_layers)]
         for name, place in self._base.items():
-            if name.startswith(_LAYERS) and "rotary_emb" not in name:
-                number, _, inner_name = name.removeprefix(_LAYERS).partition(".")
+            if name.startswith(self._layers_prefix) and "rotary_emb" not in name:
+                number, _, inner_name = name.removeprefix(self._layers_prefix).partition(".")
                 self._layers[int(number)][inner_name] = place
         self._scratch, self._numbers = scratch, itertools.count()  # of the files there
         self._folders: list[TemporaryDirectory[str]] = []  # a copy's, and of those that it was made from
         self._own_head = self._has_own_head()
+        if not self._own_head:
+            self._outside.pop(_HEAD, None)
         self._kept: dict[int, DecoderLayer] | None = None  # layers that stay on the device, where any may
         self._table: Tensor | None = None  # embeddings that do
         self._least_free = 0  # bytes of the device
@@ -123,7 +139,7 @@ class CheckpointDecoder(Decoder):
         self._kept = {}
         self._least_free = int(free_memory(self.device) * _LEFT_FREE)
         try:
-            self._table = self._read(self._base[_EMBEDDING], self.device)
+            self._table = self._read(self._base[self._embedding], self.device)
             if free_memory(self.device) < self._least_free:
                 self._table = None
             yield
@@ -133,7 +149,8 @@ class CheckpointDecoder(Decoder):
     def copy(self) -> CheckpointDecoder:
         """A copy's changed tensors are deleted with it."""
         other = copy.copy(self)
-        other.config = copy.deepcopy(self.config)
+        other.model_config = copy.deepcopy(self.model_config)
+        other.config = other.model_config.get_text_config()
         other._layers = list(self._layers)
         other._folders = [*self._folders, TemporaryDirectory(dir=self._scratch)]
         other._scratch = Path(other._folders[-1].name)
@@ -141,12 +158,16 @@ class CheckpointDecoder(Decoder):
         return other
 
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
-        set_config_kind(self.config, index, kind or {})
         before = self._layers[index]
         file = self._scratch / f"{next(self._numbers)}.safetensors"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.family.packed(weights).items()}
         save_file(tensors, file)
-        self._layers[index] = before | {name: (file, name) for name in tensors}
+        after = before | {name: (file, name) for name in tensors}
+        if kind:  # which may have other parameters
+            set_config_kind(self.config, index, kind)
+            names = {name for name, _ in self.family.new_layer(self.config, kind).named_parameters()}
+            after = {name: place for name, place in after.items() if name in names}
+        self._layers[index] = after
         self._delete_unused(before, self._layers[index])
 
     def remove(self, index: int) -> None:
@@ -164,16 +185,14 @@ class CheckpointDecoder(Decoder):
         return ((name, self._read(place)) for name, place in self._all_places().items())
 
     def _all_places(self) -> Places:
-        """Places of all parameters by their names in the checkpoint."""
-        places = {name: self._base[name] for name in (_EMBEDDING, _NORM)}
-        if self._own_head:
-            places[_HEAD] = self._base[_HEAD]
+        """Places of all parameters."""
+        places = dict(self._outside)
         for index, layer in enumerate(self._layers):
-            places |= {f"{_LAYERS}{index}.{name}": place for name, place in layer.items()}
+            places |= {f"{self._layers_prefix}{index}.{name}": place for name, place in layer.items()}
         return places
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        table = self._read(self._base[_EMBEDDING]) if self._table is None else self._table
+        table = self._read(self._base[self._embedding]) if self._table is None else self._table
         states = []
         for batch in batches:
             embedded = nn.functional.embedding(batch.to(table.device), table).to(self.device)
@@ -182,16 +201,19 @@ class CheckpointDecoder(Decoder):
 
     @contextmanager
     def norm_and_head(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        gain = self._read(self._base[_NORM], self.device)
-        weight = self._read(self._base[_HEAD if self._own_head else _EMBEDDING], self.device)
+        gain = self._read(self._base[self._norm], self.device)
+        weight = self._read(self._base[_HEAD if self._own_head else self._embedding], self.device)
         norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(gain, requires_grad=False)
         yield norm, weight
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
-        """Write all tensors as shards of about `max_shard_bytes`, and their index."""
-        places, described = self._all_places(), self._described_tensors()
-        written = {name: described[name] for name in places}
+        """Write all tensors, by the names that the base has for them, as shards of about a size, and their index."""
+        described, places = self._described().state_dict(), {}
+        written = {}
+        for name, place in self._all_places().items():
+            stored = self._stored_name(name)
+            places[stored], written[stored] = place, described[name]
         split = split_torch_state_dict_into_shards(written, max_shard_size=max_shard_bytes)
         for file, names in progress(split.filename_to_tensors.items(), desc="Writing", unit="file"):
             tensors = {name: self._read(places[name]) for name in names}
@@ -200,31 +222,40 @@ class CheckpointDecoder(Decoder):
             index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
             (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _described_tensors(self) -> dict[str, Tensor]:
-        """The tensors that the config describes, without memory; a tied head is among them."""
-        with torch.device("meta"):
-            return self.family.causal_lm(self.config).to(self.dtype).state_dict()
+    def _stored_name(self, name: str) -> str:
+        """What a tensor is called in the base's files, or would be there; of a model of text what it is in memory."""
+        if not is_wrapper(self.model_config):
+            return name
+        if not name.startswith(self._layers_prefix):
+            return self._base[name][1]
+        inside = next(name for name in self._base if name.startswith(self._layers_prefix))
+        stored_prefix = self._base[inside][1].removesuffix(inside.removeprefix(self._layers_prefix))
+        return stored_prefix + name.removeprefix(self._layers_prefix)
 
-    def _check_complete(self, name: str) -> None:
-        """Raise ValueError if the files do not hold the tensors that the config describes."""
-        stored = {tensor: shape for file in self._files for tensor, shape in tensor_shapes(file).items()}
-        unexpected, missing, mismatched = set(stored), set[str](), {}
-        for tensor, described in self._described_tensors().items():
-            shape = tuple(described.shape)
-            if tensor not in stored:
+    def _described(self) -> Any:
+        """The model that the config describes, without memory."""
+        with torch.device("meta"):
+            return model_class(self.model_config)(self.model_config).to(self.dtype)
+
+    def _check_complete(self, name: str, described: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if the files do not hold the tensors that the config describes, a tied head among them."""
+        shapes = {tensor: shape for file in self._files for tensor, shape in tensor_shapes(file).items()}
+        unexpected, missing, mismatched = set(self._base), set[str](), {}
+        for tensor, expected in described.items():
+            if tensor not in self._base:
                 missing.add(tensor)
-            elif stored[tensor] != shape:
-                mismatched[tensor] = stored[tensor], shape
+            elif (stored := shapes[self._base[tensor][1]]) != (shape := tuple(expected.shape)):
+                mismatched[tensor] = stored, shape
             unexpected.discard(tensor)
-        if self.config.tie_word_embeddings:
+        if self.model_config.tie_word_embeddings:
             missing.discard(_HEAD)
-        check_complete(name, missing, mismatched, unexpected)
+        check_complete(name, missing, mismatched, unexpected, layers=self._layers_prefix)
 
     def _has_own_head(self) -> bool:
         """Whether there is a head that is not the embeddings; as in transformers, no config ties what differs."""
-        if _HEAD not in self._base or not self.config.tie_word_embeddings:
+        if _HEAD not in self._base or not self.model_config.tie_word_embeddings:
             return _HEAD in self._base
-        return not torch.equal(self._read(self._base[_EMBEDDING]), self._read(self._base[_HEAD]))
+        return not torch.equal(self._read(self._base[self._embedding]), self._read(self._base[_HEAD]))
 
     def _copy_layer(self, index: int) -> dict[str, Tensor]:
         """A layer's weights on the device, complete when this returns. For any thread."""
@@ -244,7 +275,7 @@ class CheckpointDecoder(Decoder):
 
     def _build(self, weights: Mapping[str, Tensor], index: int) -> DecoderLayer:
         layer = self.family.new_layer(self.config, self.family.config_kinds(self.config)[index])
-        layer.self_attn.layer_idx = index
+        self.family.mixer_module(layer).layer_idx = index
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 

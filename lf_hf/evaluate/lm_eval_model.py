@@ -19,7 +19,6 @@ from lf_hf.checkpoint import base as bases
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import fused_class
 from lf_hf.evaluate.points import check_evaluation
-from lf_hf.families import family_of
 from lf_hf.report.report import REPORT_NAME
 from lf_hf.runtime.launch import local_rank
 from lf_hf.runtime.words import unknown_name
@@ -152,7 +151,7 @@ class FusedLM(HFLM):
         if self.fusion_config is not None:
             self.AUTO_MODEL_CLASS: Any = SimpleNamespace(from_pretrained=self._load_and_fuse)
         elif not isinstance(self._config, FusedLlamaConfig):  # which AutoModelForCausalLM opens with its report
-            self.AUTO_MODEL_CLASS = fused_class(family_of(self._config))
+            self.AUTO_MODEL_CLASS = fused_class(self._config)
         super()._create_model(pretrained, **kwargs)
         report = self._model.fusion_report
         self._config = self._model.config  # until here the base's, with all its layers

@@ -269,7 +269,7 @@ class _Maker:
         decoder = ModelDecoder(self._dense).copy()
         base, measured = self.base.full_name, self._measured
         report = pipeline.fuse(decoder, self.tokenizer, config, None, None, base=base, measurements=measured)
-        return fused_class(self.base.family).adopt(decoder.model, with_speed(report, decoder.model), self.tokenizer)
+        return fused_class(self.base.config).adopt(decoder.model, with_speed(report, decoder.model), self.tokenizer)
 
     def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusionReport:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
@@ -308,7 +308,7 @@ class _Maker:
         start = time.perf_counter()
         scores = self.evaluation.scores(model, self.tokenizer)
         seconds = time.perf_counter() - start
-        layers, dense_layers = model.config.num_hidden_layers, self._dense.config.num_hidden_layers
+        layers, dense_layers = model.config.get_text_config().num_hidden_layers, self.base.text_config.num_hidden_layers
         parameters = model.num_parameters()
         return Point(
             key,

@@ -62,13 +62,26 @@ def _stability(levels: Sequence[Point], name: str, score: Score) -> list[str]:
 def results_rows(points: Sequence[Point]) -> list[list[str]]:
     """A head and one row a point, for people."""
     names = figure_names(points)
+    base = next((point for point in points if point.method == DENSE), None)
     rows = [["method", "layers fused", "layers", "layers removed", "parameters removed", *names]]
     for point in points:
         sizes = [point.method, str(point.num_fusions), str(point.layers)]
         removed = [f"{point.layers_removed_fraction:.1%}", f"{point.parameters_removed_fraction:.1%}"]
-        figures = [str(point.figures.get(name, NOT_MEASURED)) for name in names]
+        figures = [_shown(name, point, base) for name in names]
         rows.append(sizes + removed + figures)
     return rows
+
+
+def _shown(name: str, point: Point, base: Point | None) -> str:
+    """A figure, and of a task's score, where more is better, also what share of the base's it is."""
+    if name not in point.figures:
+        return NOT_MEASURED
+    figure = point.figures[name]
+    is_share = name in point.scores and figure.higher_is_better and not figure.is_perplexity
+    if not is_share or base is None or base is point:
+        return str(figure)
+    share = figure.value / (base.value(name) or math.nan)
+    return f"{figure} ({share:.1%})" if 0 <= share < math.inf else str(figure)
 
 
 def markdown(points: Sequence[Point], base: str) -> str:

@@ -33,7 +33,6 @@ from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.identity import differences
 from lf_hf.checkpoint.saving import check_room, only_writer
 from lf_hf.decoder.interface import set_config_layers
-from lf_hf.families import CausalLM, is_tied
 from lf_hf.healing.inputs import WORK, HealingInputs, open_inputs
 from lf_hf.healing.judge import healed_report, healed_texts, judge, repeats_note
 from lf_hf.healing.loss import Loss
@@ -42,6 +41,7 @@ from lf_hf.healing.teacher import Item, Placement, Teacher, open_teacher, place_
 from lf_hf.healing.text import expected_epochs, given_text, training_order
 from lf_hf.healing.trainer import damaged_file, default_learning_rate, make_student, make_trainer, training_arguments
 from lf_hf.measure.speed import with_speed
+from lf_hf.models import CausalLM, is_tied, model_class
 from lf_hf.report.data import CalibrationInfo, HealingInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import explained
@@ -163,12 +163,13 @@ def check_can_heal(
     """
     fused = base.new_config()
     num_fusions = config.num_fusions or 1  # one at least, where a budget says how many
-    set_config_layers(fused, range(fused.num_hidden_layers - num_fusions))
+    text = fused.get_text_config()
+    set_config_layers(text, range(text.num_hidden_layers - num_fusions))
     with torch.device("meta"):
-        model = base.family.causal_lm(fused)
+        model = model_class(fused)(fused)
     work = Path(gettempdir(), "lf_hf-healing", WORK)
     training = prepare(model, [], base.config, _settings(config), work, {}, cache)
-    given_text(tokenizer, corpus, training.settings, base.config.vocab_size)
+    given_text(tokenizer, corpus, training.settings, base.text_config.vocab_size)
     return training.placement
 
 
@@ -204,7 +205,7 @@ def prepare(
     Raises ValueError for training arguments that cannot be used, or too little memory, and OSError for too little room
     on the disk.
     """
-    length = min(settings.length, base.max_position_embeddings)
+    length = min(settings.length, base.get_text_config().max_position_embeddings)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
     settings = replace(settings, length=length, batch_tokens=batch_tokens)
     world_size = training_arguments(settings, work, training_args).world_size
@@ -249,7 +250,7 @@ def _distill(
         note = {"teacher": placement.description, "identity": identity}
 
         def begin() -> str | None:
-            given = given_text(inputs.tokenizer, inputs.corpus, settings, model.config.vocab_size)
+            given = given_text(inputs.tokenizer, inputs.corpus, settings, inputs.base.text_config.vocab_size)
             if repeats := repeats_note(expected_epochs(given, inputs.corpus, settings)):
                 logger.warning(repeats)
             stack.enter_context(only_writer(work))

@@ -17,7 +17,6 @@ from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import base_digest, identity, text_digest
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import family_of
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import weights_digest
@@ -126,20 +125,21 @@ def _open_student(
     folder: Path, config: PreTrainedConfig, report: FusionReport, base: Base, *, reads_weights: bool
 ) -> FusedForCausalLM:
     """The fused model. Raises ValueError if it is not one of that base, or not the one that its report describes."""
-    if base.config.vocab_size != config.vocab_size:
+    text = config.get_text_config()
+    if base.text_config.vocab_size != text.vocab_size:
         raise ValueError(
-            f"{base.full_name!r} has {base.config.vocab_size} embeddings, and the fused model {config.vocab_size}; "
+            f"{base.full_name!r} has {base.text_config.vocab_size} embeddings, and the fused model {text.vocab_size}; "
             "give the base that it was fused from."
         )
-    if config.num_hidden_layers != report.layers_after:
+    if text.num_hidden_layers != report.layers_after:
         raise ValueError(
-            f"{str(folder)!r} has {config.num_hidden_layers} layers, but its report says {report.layers_after}; give "
+            f"{str(folder)!r} has {text.num_hidden_layers} layers, but its report says {report.layers_after}; give "
             "the folder of a fused checkpoint."
         )
     if reads_weights:
-        return fused_class(family_of(config)).from_pretrained(folder, config=config, dtype="auto")
+        return fused_class(config).from_pretrained(folder, config=config, dtype="auto")
     with torch.device("meta"):
-        model: Any = fused_class(family_of(config))(config)
+        model: Any = fused_class(config)(config)
     return model.to(config.dtype)
 
 

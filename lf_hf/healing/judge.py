@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import CausalLM
 from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.teacher import STATES, Teacher
 from lf_hf.measure.judge import write_continuations
 from lf_hf.measure.predictions import Predictions, final_states, predictions
+from lf_hf.models import CausalLM
 from lf_hf.report.data import HealedText, HealingInfo, PerplexityInfo
 from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
 from lf_hf.report.report import FusionReport

@@ -34,13 +34,13 @@ from lf_hf.decoder.generating import generate
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import CausalLM, family_of
 from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.loss import FullTargets, Targets, TopTargets, logits_memory, row_slices
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.text import TextKind, healing_text, judging_text
 from lf_hf.measure.memory import num_parameters, peak_memory, training_memory
 from lf_hf.measure.predictions import final_states
+from lf_hf.models import CausalLM, family_of, text_model
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.memory import free_memory, in_gib
 from lf_hf.runtime.numerics import all_finite
@@ -98,7 +98,7 @@ def place_teacher(
     loaded = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
     checkpoints = bool(arguments.gradient_checkpointing)
     fixed, sequence = training_memory(student, settings.length, size, checkpoints=checkpoints)
-    logits = settings.batch_tokens // arguments.world_size * base.vocab_size
+    logits = settings.batch_tokens // arguments.world_size * base.get_text_config().vocab_size
     fixed = fixed // _num_shards(arguments) + logits_memory(device, logits, size)
     needed = fixed - loaded + sequence
     if needed > free:
@@ -178,7 +178,7 @@ class Teacher:
         if states is None:
             ids = batch["input_ids"].to(device)
             with torch.no_grad():
-                states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+                states = text_model(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         return FullTargets(states.to(device), self.model.lm_head.weight, self._to_logits)
 
     @contextmanager
@@ -199,7 +199,7 @@ def open_teacher(inputs: HealingInputs, placement: Placement, arguments: Trainin
     key = identity_key(inputs.identity(settings, format=_FORMAT, dtype=dtype, beside=base is not None))
     folder = (placement.files or work) / f"targets-{key:.32}"
     compute_once(lambda: _write(folder, inputs, placement, arguments, base))
-    teacher = Teacher(folder, inputs.base.config, base)
+    teacher = Teacher(folder, inputs.base.text_config, base)
     for kind, part, files in json.loads((folder / _INDEX).read_text(encoding="utf-8")):
         # Files are mapped into memory, so that sequences are read when they are used.
         tensors: list[Any] = [load_file(folder / name) for name in files]

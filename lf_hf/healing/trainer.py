@@ -22,9 +22,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from lf_hf.checkpoint.classes import with_buffers
-from lf_hf.families import CausalLM, family_of, is_tied
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
+from lf_hf.models import CausalLM, family_of, is_tied, model_class, text_model, text_prefix
 from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
@@ -47,16 +47,15 @@ class Student:
     It goes before the class of the model among the bases of a new one.
     """
 
-    config: Any
-    model: Any
     lm_head: Any
 
     def forward(
         self, input_ids: Tensor, targets: Targets, loss: Loss, return_loss: bool = True, **_: Any
     ) -> dict[str, Tensor]:
         """{"loss": ...} of a batch: ids of shape (sequences B, tokens T). By `return_loss` the Trainer expects it."""
-        states = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        to_logits = partial(family_of(self.config).logits, self.config)
+        decoder = text_model(self)
+        states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        to_logits = partial(family_of(decoder.config).logits, decoder.config)
         return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss, to_logits)}
 
 
@@ -68,7 +67,7 @@ def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence
     """
     config = copy.deepcopy(model.config)  # which the Trainer changes
     config.tie_word_embeddings = is_tied(model)
-    stock = family_of(config).causal_lm
+    stock = model_class(config)
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     # What adapters leave as it is may be in bfloat16; gradients through float16 would need scaling.
@@ -81,10 +80,12 @@ def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence
     with_buffers(student, model)
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    fused = tuple(f"model.layers.{number}." for number in fused_layers)
-    trained = {"all": "", "layers": "model.layers.", "fused": fused}[settings.train]
+    text = text_prefix(student)
+    fused = tuple(f"{text}layers.{number}." for number in fused_layers)
+    trained = {"all": "", "layers": f"{text}layers.", "fused": fused}[settings.train]
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(trained) or "norm" in name)
+        is_text = name.startswith((text, "lm_head."))
+        parameter.requires_grad_(is_text and (name.startswith(trained) or "norm" in name))
     return student
 
 
@@ -105,7 +106,11 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
             "train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout."
         ) from None
     rank = settings.lora_rank
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    layers = f"{text_prefix(student)}layers."
+    targets = [
+        name for name, module in student.named_modules() if isinstance(module, nn.Linear) and name.startswith(layers)
+    ]
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)
     return get_peft_model(student, adapters)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import family_of, head_dim
+from lf_hf.decoder.interface import Decoder, layer_lists
+from lf_hf.families import head_dim
+from lf_hf.models import family_of, first_free_layer, is_wrapper, model_class, text_model
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore, trace
@@ -27,13 +28,14 @@ _TOKENS = 8
 _TOLERANCE = 1e-4  # relative: a layer that differs is off by far more
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TINY: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6, "vocab_size": 16}
-_TINY |= {"_attn_implementation": "eager", **dict.fromkeys(_SPECIAL_TOKENS)}
+_TINY |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 4}
+_TINY |= {"_attn_implementation": "eager", **dict.fromkeys(_SPECIAL_TOKENS, 0)}
 
 
 def check_model(decoder: Decoder, config: FusionConfig) -> int:
     """Raise ValueError if the model cannot be fused as `config` says; else return its number of parameters."""
-    check_layers(config, decoder.config)
-    check_computes(decoder.config)
+    check_layers(config, decoder.model_config)
+    check_computes(decoder.model_config)
     num_parameters = 0
     for name, parameter in decoder.named_parameters():
         if parameter.device.type == "meta":
@@ -55,8 +57,9 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
 
     Averages are of layers of one kind, as weights of others mean different things.
     """
-    config.check_num_layers(model_config.num_hidden_layers)
-    kinds = family_of(model_config).config_kinds(model_config)
+    text = model_config.get_text_config()
+    config.check_num_layers(text.num_hidden_layers, first_free_layer(model_config))
+    kinds = family_of(text).config_kinds(text)
     if not config.averages or all(kind == kinds[0] for kind in kinds):
         return
     if config.selection == "last":
@@ -69,6 +72,16 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
             f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
             f"selection={config.selection!r} num_fusions can be {most} at most; or give method='refit', which takes "
             "attention from one layer where kinds differ."
+        )
+
+
+def check_attends(config: PretrainedConfig) -> None:
+    """Raise ValueError for a hybrid without any attention: transformers' cache counts tokens by it."""
+    family = family_of(config)
+    if family.linear and not any(family.mixer(kind) is family.attention for kind in family.config_kinds(config)):
+        raise ValueError(
+            "With so many fusions none of its layers would have attention, and transformers runs no such model; give "
+            "fewer fusions."
         )
 
 
@@ -87,7 +100,7 @@ def check_computes(config: PretrainedConfig) -> None:
     family = family_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)  # not those of GPUs, which are not put back
-        model = family.causal_lm(_tiny(config)).eval().double()
+        model = _tiny_model(config).eval().double()
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.1 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
             if "norm" in name:
@@ -102,25 +115,40 @@ def check_computes(config: PretrainedConfig) -> None:
                 )
 
 
-def _tiny(config: PretrainedConfig) -> Any:
-    """The config with tiny widths, and a layer of each kind."""
-    tiny, family = copy.deepcopy(config), family_of(config)
-    kinds = family.config_kinds(config)
+def _tiny_model(config: PretrainedConfig) -> Any:
+    """A model with a decoder of tiny widths, and a layer of each kind; a tower of images is without memory."""
+    tiny = copy.deepcopy(config)
+    text: Any = tiny.get_text_config()
+    _shrink(text)
+    if not is_wrapper(config):
+        return model_class(tiny)(tiny)
+    with torch.device("meta"):
+        model = model_class(tiny)(tiny)
+    model.set_decoder(type(text_model(model))(text))
+    model.set_output_embeddings(nn.Linear(text.hidden_size, text.vocab_size, bias=False))
+    return model
+
+
+def _shrink(config: PretrainedConfig) -> None:
+    """Give a config tiny widths, and a layer of each kind, also of kinds that the family's entry does not name."""
+    lists = layer_lists(config)
+    kinds = [[values[n] for values in lists.values()] for n in range(config.num_hidden_layers)]
     numbers = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]]
-    changes = _TINY | {name: [kinds[n][name] for n in numbers] for name in family.layer_lists}
+    changes = _TINY | {name: [values[n] for n in numbers] for name, values in lists.items()}
     changes |= {"num_hidden_layers": len(numbers), "hidden_size": 2 * head_dim(config)}
     if getattr(config, "sliding_window", None) is not None:
         changes["sliding_window"] = _TOKENS // 2
     for name, value in changes.items():
-        setattr(tiny, name, value)
-    return tiny
+        setattr(config, name, value)
 
 
 def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What is compared, what we compute, and what the model does."""
     ids = torch.randint(decoder.config.vocab_size, (1, _TOKENS))
     states = torch.randn(1, _TOKENS, decoder.config.hidden_size, dtype=torch.float64)
-    for layer in decoder.model.model.layers:
+    rows = text_model(decoder.model).embed_tokens.weight[ids]
+    yield "the embeddings", decoder.family.first_states(decoder.config, rows, rows=True), decoder.embed([ids])[0]
+    for layer in text_model(decoder.model).layers:
         if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         with StateStore() as store:

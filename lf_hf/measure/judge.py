@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.decoder.generating import continue_prompts
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.models import special_id
 from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus
@@ -86,7 +87,7 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
         # A template may be there that the model knows nothing of.
         if 0 < len(ids) <= LONGEST_PROMPT and max(ids) < vocab_size:
             prompts[f"In the chat template: {QUESTION}"] = ids
-    ends = decoder.config.eos_token_id
+    ends = special_id(decoder.config, "eos")
     stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     if form := chat_form(tokenizer, vocab_size):
         stop.add(form.replied[0])

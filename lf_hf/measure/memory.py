@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lf_hf.decoder.on_disk import STATES_IN_MEMORY
-from lf_hf.families import family_of
 from lf_hf.measure.predictions import LOGITS as JUDGING_LOGITS
+from lf_hf.models import model_class, text_model
 from lf_hf.refit.fit import num_candidates
 from lf_hf.runtime.memory import PROCESS
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
@@ -21,12 +21,11 @@ _TUNING_BYTES = 18  # of a parameter: itself, its gradient and two moments in fl
 
 
 def num_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """Parameters of one decoder layer and of the whole model, tied ones once."""
-    family = family_of(config)
+    """Parameters of one decoder layer, on average, and of the whole model, tied ones once."""
     with torch.device("meta"):
-        layer = family.decoder_layer(config, layer_idx=0)
-        model = family.causal_lm(config)
-    return _count(layer), _count(model)
+        model = model_class(config)(config)
+    layers = text_model(model).layers
+    return _count(layers) // len(layers), _count(model)
 
 
 def peak_memory(device: torch.device, weights: int, *phases: int) -> int:
@@ -40,15 +39,16 @@ def fusion_memory(
 ) -> int:
     """Bytes at the peak of a fusion in numbers of `size` bytes, from its few largest terms."""
     layer, weights = num_parameters(base)
-    hidden, mlp = base.hidden_size, base.intermediate_size
+    text = base.get_text_config()
+    hidden, mlp = text.hidden_size, text.intermediate_size
     if low_memory:
         layers = LONGEST_GROUP + 2 if config.fits else 3  # and one that is read meanwhile
-        weights = layers * layer + base.vocab_size * hidden
+        weights = layers * layer + text.vocab_size * hidden
     elif config.fits:  # the new layers, beside those that they are fitted to
         weights += (config.num_fusions or 1) * layer
     judging = alignment = fit = 0
     if config.perplexity_tokens:
-        judging = 6 * 4 * min(JUDGING_LOGITS, PERPLEXITY_LENGTH * base.vocab_size)  # logits of two models
+        judging = 6 * 4 * min(JUDGING_LOGITS, PERPLEXITY_LENGTH * text.vocab_size)  # logits of two models
     if config.alignment != "none" and device.type == "cpu":
         alignment = 12 * mlp**2 + 8 * hidden * mlp  # cost matrices, and the rows that they compare
     if config.fits:
@@ -67,7 +67,7 @@ def training_memory(student: nn.Module, length: int, size: int, *, checkpoints: 
 
     It computes in numbers of `size` bytes. With `checkpoints` activations are computed again for the gradient.
     """
-    config: Any = student.config
+    config: Any = student.config.get_text_config()  # type: ignore[union-attr, operator]
     fixed = 0
     for parameter in student.parameters():
         fixed += parameter.nbytes

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from lf_hf.decoder.in_memory import sharing_copy
 from lf_hf.decoder.interface import set_config_layers
-from lf_hf.families import CausalLM, family_of
+from lf_hf.models import CausalLM, family_of, text_model
 from lf_hf.report.data import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import reason
@@ -60,11 +61,12 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
 
     After warming up, both run in turns as often as `SECONDS` allow: twice at least.
     """
-    base_body = _with_layers(model.model, num_base_layers)
-    longest = max(1, min(_MOST_PREFILLED, model.config.max_position_embeddings - _MOST_DECODED))
+    fused_body = text_model(model)
+    base_body = _with_layers(fused_body, num_base_layers)
+    longest = max(1, min(_MOST_PREFILLED, fused_body.config.max_position_embeddings - _MOST_DECODED))
     prefilled, decoded = min(longest, _LEAST_PREFILLED), 1
     start = time.perf_counter()
-    for body in (model.model, base_body, base_body):
+    for body in (fused_body, base_body, base_body):
         run = _run(model, body, prefilled, decoded)
         if time.perf_counter() - start > SECONDS:  # so slow that a first run's own costs do not count
             break
@@ -75,9 +77,9 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
     start = time.perf_counter()
     while len(base) < _LEAST_ROUNDS or (len(base) < _MOST_ROUNDS and time.perf_counter() - start <= SECONDS):
         base.append(_run(model, base_body, prefilled, decoded))
-        fused.append(_run(model, model.model, prefilled, decoded))
+        fused.append(_run(model, fused_body, prefilled, decoded))
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    removed = base_body.layers[len(model.model.layers) :]
+    removed = base_body.layers[len(fused_body.layers) :]
     more = sum(parameter.nbytes for layer in removed for parameter in layer.parameters())
     return SpeedInfo(
         device=_device_name(model.device),
@@ -103,18 +105,20 @@ class Run(NamedTuple):
 def _run(model: CausalLM, body: Any, prefilled: int, decoded: int) -> Run:
     """Run `body`, a model without its head, with the head of `model`."""
     cache: Any = DynamicCache(config=body.config)
-    arguments = {family_of(model.config).cache_argument: cache, "use_cache": True}
+    arguments = {family_of(body.config).cache_argument: cache, "use_cache": True}
 
     def next_token(ids: Tensor) -> Tensor:
         states = body(input_ids=ids, **arguments).last_hidden_state
         return model.lm_head(states[:, -1:]).argmax(-1)
 
-    token = torch.arange(prefilled, device=body.embed_tokens.weight.device)[None] % model.config.vocab_size
+    token = torch.arange(prefilled, device=body.embed_tokens.weight.device)[None] % body.config.vocab_size
     start = time.perf_counter()
     token = next_token(token)
     token.item()  # waits for the device
     between = time.perf_counter()
-    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # Layers without attention keep a state that does not grow.
+    of_tokens: list[Any] = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in of_tokens)
     for _ in range(decoded):
         token = next_token(token)
     token.item()
@@ -129,7 +133,7 @@ def _with_layers(body: Any, count: int) -> Any:
     again = [number % num_layers for number in range(count - num_layers)]
     for number in again:
         layer = sharing_copy(longer.layers[number])
-        layer.self_attn.layer_idx = len(longer.layers)
+        family_of(longer.config).mixer_module(layer).layer_idx = len(longer.layers)
         longer.layers.append(layer)
     set_config_layers(longer.config, [*range(num_layers), *again])
     return longer

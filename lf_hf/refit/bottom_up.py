@@ -131,7 +131,7 @@ def _trained(
         return FittedLayer(group, layer_weights(dense, layer), fit.kind, fit)
     missed = judge.missed(layer)
     trained = build_layer(dense, fit.weights, fit.kind)
-    trained.load_state_dict(tune(dense, trained, states, targets, steps))
+    trained.load_state_dict(tune(dense, trained, states, targets, steps), assign=True)  # some are the dense model's
     missed_by_trained = judge.missed(trained)
     if missed_by_trained < missed:
         layer, missed = trained, missed_by_trained

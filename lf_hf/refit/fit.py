@@ -27,7 +27,6 @@ from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.refit.half_fit import HalfFit, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
-    HEAD_NORMS,
     build_layer,
     layer_weights,
     mid_state,
@@ -137,7 +136,7 @@ def fit_group(
         group.append({name: weight.to(device) for name, weight in weights.items()})
 
     half_fit = NormedHalfFit if family.mlp.after else HalfFit  # families have such norms in both halves, or in none
-    attention = half_fit(decoder, family.attention, states, inputs, traces.attention_targets, ridge, rough)
+    attention = half_fit(decoder, family.mixer(kinds[0]), states, inputs, traces.attention_targets, ridge, rough)
     kind, attended = fit_attention(attention, group, kinds)
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
@@ -145,8 +144,9 @@ def fit_group(
     mlp = half_fit(decoder, family.mlp, mid_states, [*traces.mid_states], lambda: traces.output, ridge, rough)
     gated = fit_mlp(mlp, group)
 
-    norms = [f"{norm}.weight" for norm in family.attention.norms]
-    fitted = {name: w for name, w in attended.weights.items() if name.startswith("self_attn.") or name in norms}
+    mixer = family.mixer(kind)
+    own = (f"{mixer.module}.", *mixer.norms)
+    fitted = {name: weight for name, weight in attended.weights.items() if name.startswith(own)}
     fitted |= gated.weights
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
@@ -167,22 +167,38 @@ def fit_group(
 def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
-    Heads of layers of different kinds cannot be side by side, and where a norm is over all heads of a layer, they
-    depend on each other: then all attention of one layer is kept.
+    Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
+    each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
+    of one layer is kept. So is a hybrid's, or what is in its place.
     """
     if len(group) == 1:
-        return kinds[0], _refit_attention(fit, group[0], kinds[0])
-    if fit.decoder.family.head_norms == "all" or any(kind != kinds[0] for kind in kinds):
+        return kinds[0], _refit_mixer(fit, group[0], kinds[0])
+    if fit.decoder.family.linear:
+        return _keep_one_mixer(fit, group, kinds)
+    if fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds):
         return _keep_one_attention(fit, group, kinds)
     return kinds[0], _select_heads(fit, group, kinds[0])
 
 
-def _refit_attention(fit: HalfFit, weights: dict[str, Tensor], kind: Kind) -> FittedHalf:
-    """The attention of a single layer, as where a model's family is checked."""
+def _refit_mixer(fit: HalfFit, weights: dict[str, Tensor], kind: Kind) -> FittedHalf:
+    """What one layer has before its MLP, by itself."""
     weights = weights | stacked(fit.half, [weights], fit.input_maps(weights))
     problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
     errors = fit.fit_writer(weights, problem, kind)
     return FittedHalf(weights, None, *errors)
+
+
+def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
+    """All that one layer has before its MLP: each layer's is fitted by itself, and the best fit is taken."""
+    fitted = []
+    for weights, inputs, kind in zip(group, fit.inputs, kinds, strict=True):
+        alone = replace(fit, half=fit.decoder.family.mixer(kind), inputs=[inputs])
+        fitted.append(_refit_mixer(alone, weights, kind))
+    errors = [half.error_after for half in fitted]
+    number = fit.decoder.compute_once(lambda: errors.index(min(errors)))
+    num_kept = [0] * len(group)
+    num_kept[number] = fit.decoder.family.num_key_heads(fit.decoder.config, kinds[number])
+    return kinds[number], fitted[number]._replace(kept=num_kept)
 
 
 def _keep_one_attention(
@@ -198,7 +214,7 @@ def _keep_one_attention(
     kept = problem.prune(wide["self_attn.o_proj.weight"], 1, block=queries, rounds=rounds)
     weights = selected(half, wide, expanded(kept, queries), expanded(kept, keys), expanded(kept, keys))
     number = int(kept)
-    weights |= {name: group[number][name] for name in HEAD_NORMS.values() if name in group[number]}
+    weights |= {f"{norm}.weight": group[number][f"{norm}.weight"] for norm in fit.decoder.family.norms_of_heads}
     errors = fit.fit_writer(weights, problem, kinds[number])
     num_kept = [0] * len(group)
     num_kept[number] = keys // head_dim(fit.decoder.config)

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
 
-HEAD_NORMS = {"q_proj": "self_attn.q_norm.weight", "k_proj": "self_attn.k_norm.weight"}
-"""The norm of what each of these gives, in families that have such."""
+_NORMS = {"q_proj": "self_attn.q_norm.weight", "k_proj": "self_attn.k_norm.weight"}
+"""The norm of what each of these gives, where heads of several layers have one."""
 _LEAST_GAIN = 1e-4  # of such a norm; none that was learned is near it
 
 
@@ -94,8 +94,9 @@ def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
     """A decoder layer of given weights; it has as many heads and channels as they have."""
     config = copy.copy(decoder.config)
     config.head_dim = head_dim(config)
-    config.num_attention_heads = len(weights["self_attn.q_proj.weight"]) // config.head_dim
-    config.num_key_value_heads = len(weights["self_attn.k_proj.weight"]) // config.head_dim
+    if decoder.family.linear is None:  # of hybrids, whole layers alone
+        config.num_attention_heads = len(weights["self_attn.q_proj.weight"]) // config.head_dim
+        config.num_key_value_heads = len(weights["self_attn.k_proj.weight"]) // config.head_dim
     config.intermediate_size = len(weights["mlp.gate_proj.weight"])
     layer = decoder.family.new_layer(config, kind)
     layer.load_state_dict(decoder.family.packed(weights), assign=True)
@@ -114,9 +115,13 @@ def normalized(decoder: Decoder, half: Half, states: Tensor) -> Tensor:
 def written_by(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor) -> Tensor:
     """What a half of a layer writes, in front of a norm if it goes through one: (sequences B, tokens T, hidden)."""
     read = layer.get_submodule(half.before)(state) if half.before else state
-    if half is decoder.family.mlp:
-        return layer.mlp(read)
-    return layer.self_attn(hidden_states=read, **decoder.layer_inputs(state, layer))[0]
+    module, family = layer.get_submodule(half.module), decoder.family
+    if half is family.mlp:
+        return module(read)
+    inputs = decoder.layer_inputs(state, layer)
+    if half is family.linear:
+        return module(read, attention_mask=inputs["attention_mask"])
+    return module(hidden_states=read, **inputs)[0]
 
 
 @torch.no_grad()
@@ -130,14 +135,15 @@ def after_half(decoder: Decoder, half: Half, layer: DecoderLayer, state: Tensor)
 
 def mid_state(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
     """The residual stream between a layer's attention and its MLP: (sequences B, tokens T, hidden)."""
-    return after_half(decoder, decoder.family.attention, layer, state)
+    return after_half(decoder, decoder.family.layer_mixer(layer), layer, state)
 
 
 def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Tensor:
-    """What o_proj reads: (sequences B, tokens T, hidden) -> (B * T, query heads * head_dim)."""
+    """What o_proj reads, or its like: (sequences B, tokens T, hidden) -> (B * T, query heads * head_dim)."""
     heads: list[Tensor] = []
-    hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    written_by(decoder, decoder.family.attention, layer, state)
+    mixer = decoder.family.layer_mixer(layer)
+    hook = layer.get_submodule(mixer.writer).register_forward_pre_hook(lambda _, args: heads.append(args[0]))
+    written_by(decoder, mixer, layer, state)
     hook.remove()
     return heads[0].flatten(0, 1)
 
@@ -174,7 +180,7 @@ def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[
     """
     merged: dict[str, Tensor] = {}
     for name, rows in chosen.items():
-        norm = HEAD_NORMS[name]
+        norm = _NORMS[name]
         layer_numbers = rows // len(parameters[0][f"self_attn.{name}.weight"])
         gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
         shares = torch.bincount(layer_numbers, minlength=len(parameters)) / len(rows)

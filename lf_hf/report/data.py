@@ -39,7 +39,7 @@ class FusedLayer:
     cost : float or None
         Nats a token that the group costs by itself, where it was measured.
     heads_kept, channels_kept : list of int or None
-        Of fits: key-value groups and MLP channels from each layer.
+        Of fits: key-value groups (in Gated DeltaNet, heads of keys) and MLP channels from each layer.
     error_before, error_after, attention_error : float or None
         Of fits: squared relative error of the MLP's output before and after the fit, and of attention's after it.
     held_out_error, first_token_error : float or None

@@ -49,13 +49,15 @@ def align_layer(
         symmetry = decoder.family.symmetry
         permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry)
         return permute_neurons(weights_j, permutations, symmetry), matches
-    share = decoder.shard(PROJECTIONS)
+    symmetric = {axis.parameter for axis in decoder.family.symmetry}
+    names = [name for name in PROJECTIONS if f"{name}.weight" in symmetric]
+    share = decoder.shard(names)
     pairs = {name: (weights_i[f"{name}.weight"], weights_j[f"{name}.weight"]) for name in share}
     matched: dict[str, tuple[Tensor, MatchedRows]] = {}
     for part in decoder.gather(match_rows(pairs)):
         matched |= part
     permutations = {name: permutation for name, (permutation, _) in matched.items()}
-    matches = {name: matched[name][1] for name in PROJECTIONS}
+    matches = {name: matched[name][1] for name in names}
     return permute_neurons(weights_j, permutations, _ROW_AXES), matches
 
 
@@ -129,25 +131,11 @@ def match_neurons(
         ]
         return np.sum(costs, axis=0)
 
-    neurons = assign({"mlp": rows("mlp")})["mlp"]
-    key_value_costs = head_costs("key_value")  # (KV heads of i, KV heads of j)
-    query_costs = head_costs("query")  # (query heads of i, query heads of j)
-    group = len(query_costs) // len(key_value_costs)  # query heads that share a key-value head
-    orders = {}
-    for a, b in np.ndindex(key_value_costs.shape):
-        block = query_costs[a * group : (a + 1) * group, b * group : (b + 1) * group]
-        places, orders[a, b] = linear_sum_assignment(block)
-        key_value_costs[a, b] += block[places, orders[a, b]].sum()
-    key_value = linear_sum_assignment(key_value_costs)[1]
-    query = np.concatenate([b * group + orders[a, b] for a, b in enumerate(key_value)])
-
-    def channels(heads: NDArray[np.intp]) -> NDArray[np.intp]:
-        return (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
-
-    permutations = {
-        name: torch.from_numpy(permutation)
-        for name, permutation in (("mlp", neurons), ("query", channels(query)), ("key_value", channels(key_value)))
-    }
+    permutations = {"mlp": torch.from_numpy(assign({"mlp": rows("mlp")})["mlp"])}
+    if rows("key_value"):
+        for name, heads in _match_heads(head_costs("query"), head_costs("key_value")).items():
+            channels = (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
+            permutations[name] = torch.from_numpy(channels)
     matches = {
         axis.parameter.removesuffix(".weight"): _row_match(
             weights_i[axis.parameter].movedim(axis.dim, 0),
@@ -157,6 +145,19 @@ def match_neurons(
         for axis in matrices
     }
     return permutations, matches
+
+
+def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArray[np.intp]]:
+    """The orders of layer j's query heads and of its key-value heads that cost least: (heads of i, heads of j) each."""
+    group = len(query_costs) // len(key_value_costs)  # query heads that share a key-value head
+    costs, orders = key_value_costs.copy(), {}
+    for a, b in np.ndindex(costs.shape):
+        block = query_costs[a * group : (a + 1) * group, b * group : (b + 1) * group]
+        places, orders[a, b] = linear_sum_assignment(block)
+        costs[a, b] += block[places, orders[a, b]].sum()
+    key_value = linear_sum_assignment(costs)[1]
+    query = np.concatenate([b * group + orders[a, b] for a, b in enumerate(key_value)])
+    return {"query": query, "key_value": key_value}
 
 
 def permute_neurons(

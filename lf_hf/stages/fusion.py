@@ -15,7 +15,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder, Group
-from lf_hf.families import PROJECTIONS, Weights
+from lf_hf.families import Weights
 from lf_hf.stages.alignment import MatchedRows, align_layer
 
 AverageKey = tuple[int, str, float]
@@ -25,7 +25,7 @@ _ROWS = 256  # of a matrix that are merged at a time, in a wider type
 
 @dataclass(frozen=True)
 class Average:
-    """The average of the layers from `first` to the last of a group: its projections and their biases.
+    """The average of the layers from `first` to the last of a group: all weights but norms.
 
     Norms stay layer `first`'s. `ratios` are the shares of layer i at each join, from the top down, and `matches` says
     how the rows of each matrix were matched there, where they were.
@@ -116,9 +116,9 @@ def fusion_ratio(similarity: NDArray[np.float64], i: int, j: int, beta: float = 
 
 
 def merge_weights(weights_i: Weights, weights_j: Weights, ratio: float) -> dict[str, Tensor]:
-    """ratio * layer i + (1 - ratio) * layer j, of the seven projections and their biases. Norms stay layer i's."""
-    names = [f"{projection}.{kind}" for projection in PROJECTIONS for kind in ("weight", "bias")]
-    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names if name in weights_i}
+    """ratio * layer i + (1 - ratio) * layer j, of all weights but norms', which stay layer i's."""
+    names = [name for name in weights_i if "norm" not in name]
+    return {name: weighted_sum(weights_i[name], weights_j[name], ratio) for name in names}
 
 
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:

@@ -126,4 +126,4 @@ def test_sample_asks_the_last_question_and_not_calibrations_and_says_that_it_is_
 def test_folders_hold_what_the_generator_writes() -> None:
     folder = lf_hf.tasks_path()
     expected = runpy.run_path(str(folder / "generate.py"))["all_files"]()
-    assert {str(p.relative_to(folder)): p.read_text() for p in folder.glob("*/*.yaml")} == expected
+    assert {str(p.relative_to(folder)): p.read_text() for p in folder.glob("mmlu_*/*.yaml")} == expected

@@ -10,15 +10,15 @@ import torch
 from tiny_models import LAYOUTS, decoders, logits, tiny_model
 
 from lf_hf.decoder.generating import continue_prompts, generate
-from lf_hf.families import FAMILIES
+from lf_hf.models import MODEL_TYPES, family_of, text_model
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, attention: str, tmp_path: Path) -> None:
-    if attention == "sdpa" and not FAMILIES[model_type].causal_lm._supports_sdpa:
+    if attention == "sdpa" and model_type == "gemma2":
         pytest.skip("transformers has no such attention for this family")
     model = tiny_model(model_type, attn_implementation=attention)
     with torch.no_grad():
@@ -31,7 +31,22 @@ def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, att
         torch.testing.assert_close(logits(decoder, IDS), expected.logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [*FAMILIES, "eager attention"])
+# A window in all layers and in some, rotary embeddings of two kinds and of none, queries that grow with their position.
+PLACED = [
+    "llama",
+    "mistral",
+    "gemma3_text",
+    "smollm3",
+    "exaone4",
+    "ministral3",
+    "gemma3",
+    "mistral3",
+    "qwen3_vl",
+    "eager attention",
+]
+
+
+@pytest.mark.parametrize("layout", PLACED)
 def test_text_is_continued_as_by_the_models_own_generation(layout: str, tmp_path: Path) -> None:
     model_type, overrides = LAYOUTS[layout]
     model = tiny_model(model_type, **overrides)
@@ -76,14 +91,15 @@ def test_a_model_writes_text_that_it_finds_likely(model_type: str, first: list[i
     assert bool(((drawn <= above + 1e-4) & (drawn >= below - 1e-4))[is_drawn].all())
 
 
-@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.layer_lists] + ["llama"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
-    lists = {name: getattr(model.config, name) for name in FAMILIES[model_type].layer_lists}
+    config = text_model(model).config
+    lists = {name: getattr(config, name) for name in family_of(config).layer_lists}
     ids = IDS[:1]
     shorter = copy.deepcopy(model)
     for index in (3, 1):
-        del shorter.model.layers[index]
+        del text_model(shorter).layers[index]
     for decoder in decoders(model, tmp_path):
         for index in (3, 1):
             decoder.remove(index)
@@ -91,7 +107,7 @@ def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type:
         for name, values in lists.items():
             assert getattr(decoder.config, name) == [values[n] for n in (0, 2, 4, 5)]
         # transformers makes the same model of that config.
-        fresh = type(model)(copy.deepcopy(decoder.config)).eval()
+        fresh = type(model)(copy.deepcopy(decoder.model_config)).eval()
         fresh.load_state_dict(shorter.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(logits(decoder, ids), fresh(ids).logits, rtol=0, atol=1e-5)

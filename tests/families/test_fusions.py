@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer, save_base
-from tiny_models import LAYOUTS, averaged, fitted, logits, tiny_config, tiny_model
+from conftest import make_texts, make_tokenizer, same, save_base
+from tiny_models import LAYOUTS, averaged, fitted, idle, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import lf_hf
-from lf_hf import FusionConfig, pipeline
+from lf_hf import FusionConfig, models, pipeline
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, PROJECTIONS, head_dim
+from lf_hf.families import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
 from lf_hf.measure.check import check_computes
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
+from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.settings import FITTING, METHODS
 from lf_hf.text.calibration import CalibrationSamples, Corpus
@@ -54,27 +56,14 @@ def in_another_order(weights: dict[str, torch.Tensor], config: Any) -> dict[str,
     return moved
 
 
-def idle(model: Any, index: int) -> None:
-    """Let a layer leave the stream as it is."""
-    layer, family = model.model.layers[index], FAMILIES[model.config.model_type]
-    with torch.no_grad():
-        for half in (family.attention, family.mlp):
-            if half.after:
-                layer.get_parameter(f"{half.after}.weight").fill_(-family.gain_offset)
-            for kind in ("weight", "bias"):
-                parameter = layer.get_submodule(half.writer)._parameters.get(kind)
-                if parameter is not None and not half.after:
-                    parameter.zero_()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: str) -> None:
     model_type, overrides = LAYOUTS[layout]
     model = tiny_model(model_type, **overrides)
     decoder = ModelDecoder(model)
-    layer = model.model.layers[0]
+    layer = decoder.layer(0)
     weights, kind = layer_weights(decoder, layer), decoder.family.layer_kind(layer)
-    shuffled = in_another_order(weights, model.config)
+    shuffled = in_another_order(weights, decoder.config)
     [state] = decoder.embed([IDS])
     with torch.no_grad():  # the copy computes the same, which is what makes it one
         expected = decoder.run_layer(layer, state)
@@ -82,7 +71,8 @@ def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: 
         fused, matches = averaged(decoder, weights, shuffled, "neurons")
     built = build_layer(decoder, weights | fused, kind)
     torch.testing.assert_close(decoder.run_layer(built, state), expected, rtol=1e-5, atol=1e-5)
-    assert set(matches) == set(PROJECTIONS)
+    symmetric = {axis.parameter for axis in decoder.family.symmetry}
+    assert set(matches) == {name for name in PROJECTIONS if f"{name}.weight" in symmetric}
     assert all(match.cosine_after == pytest.approx(1) for match in matches.values())
     assert matches["mlp.down_proj"].rows_moved == matches["mlp.up_proj"].rows_moved > 0.5
     for name, tensor in fused.items():
@@ -97,7 +87,7 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     first = 2  # the pair is of two kinds where there are some
     idle(model, first + 1 - active)
     decoder = ModelDecoder(model)
-    kind, key_values = decoder.family.layer_kind(model.model.layers[first + active]), model.config.num_key_value_heads
+    kind, key_values = decoder.family.layer_kind(decoder.layer(first + active)), decoder.config.num_key_value_heads
     states = decoder.embed(decoder.make_batches(list(LONGER)))
     fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
     assert fit.channels_kept == [48 * (active == 0), 48 * (active == 1)]
@@ -108,6 +98,16 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     assert float((found - traces.output[0]).norm() / traces.output[0].norm()) < 1e-3
 
 
+@pytest.mark.parametrize("model_type", ["olmo2", "qwen3_5_text"])
+def test_a_fit_leaves_the_dense_model_as_it_is(model_type: str) -> None:
+    """Though a layer that is made has some of its tensors, and is trained."""
+    model = tiny_model(model_type)
+    before = copy.deepcopy(model)
+    for _ in fit_groups(ModelDecoder(model), [(3, 4)], list(LONGER), list(IDS), ridge=0.1):
+        assert same(model, before)
+
+
+OF_SEVERAL_KINDS = ["gemma3_text", "qwen3_5_text"]  # in the same order
 WAYS = [
     {"method": method, "selection": selection}
     for method in METHODS
@@ -116,9 +116,12 @@ WAYS = [
 ]
 
 
-def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, refused = tiny_model("gemma3_text"), 0
-    kinds = FAMILIES["gemma3_text"].config_kinds(dense.config)
+@pytest.mark.parametrize("model_type", OF_SEVERAL_KINDS)
+def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, refused = tiny_model(model_type), 0
+    kinds = FAMILIES[model_type].config_kinds(dense.config)
     idle(dense, 2)  # so that it has the least influence; it has no neighbour of its kind
     measured = measure(ModelDecoder(dense), make_tokenizer(), FusionConfig(1, **SETTINGS), SAMPLES, TEXT)
     for way in WAYS:
@@ -134,6 +137,7 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(mo
                     fuse(decoder, make_tokenizer(), config, SAMPLES, TEXT, base="tiny")
             continue
         report = fuse(decoder, make_tokenizer(), config, None, None, base="tiny", measurements=measured)
+        assert report.parameters_after == model.num_parameters()
         assert report.layers_after == model.config.num_hidden_layers == len(model.model.layers) == 5
         assert torch.isfinite(logits(decoder, IDS)).all()
         if config.averages:
@@ -141,8 +145,9 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(mo
     assert 0 < refused < len(WAYS)
 
 
-def test_a_layer_that_takes_another_kind_is_of_that_kind_in_a_plain_checkpoint(tmp_path: Path) -> None:
-    dense = tiny_model("gemma3_text")
+@pytest.mark.parametrize("model_type", OF_SEVERAL_KINDS)
+def test_a_layer_that_takes_another_kind_is_of_that_kind_in_a_plain_checkpoint(model_type: str, tmp_path: Path) -> None:
+    dense = tiny_model(model_type)
     idle(dense, 4)
     settings = SETTINGS | {"num_fusions": 1, "method": "refit", "selection": "last"}
     model = lf_hf.from_pretrained_fused(save_base(tmp_path / "base", dense), calibration=SAMPLES.texts, **settings)
@@ -150,6 +155,13 @@ def test_a_layer_that_takes_another_kind_is_of_that_kind_in_a_plain_checkpoint(t
     model.save_pretrained(tmp_path / "plain", plain=True)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(stock(IDS).logits, model(IDS).logits)
+
+
+def test_a_hybrid_does_not_lose_all_its_attention() -> None:
+    """Caches of transformers count tokens by it."""
+    model = tiny_model("qwen3_5_text", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="none of its layers would have attention"):
+        fuse(ModelDecoder(model), make_tokenizer(), FusionConfig(2, "truncate", **SETTINGS), None, TEXT, base="tiny")
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Any, Any], Any]]] = {
@@ -168,4 +180,39 @@ def test_a_family_that_computes_something_else_is_refused(what: str, monkeypatch
         method = getattr(of, name)
         monkeypatch.setattr(of, name, lambda self, *args, **kwargs: changed(self, method(self, *args, **kwargs)))
     with pytest.raises(ValueError, match=r"makes transformers \d+\.\d+\.\d+.* compute .* of a (Llama|Gemma3) model"):
+        check_computes(config)
+
+
+BEFORE = {"attention": attention_half(before="post_attention_layernorm"), "mlp": mlp_half(before="input_layernorm")}
+AFTER = {
+    "attention": attention_half(before=None, after="post_feedforward_layernorm"),
+    "mlp": mlp_half(before=None, after="post_attention_layernorm"),
+}
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("cwm", {"layer_lists": ()}),
+    ("ernie4_5", BEFORE),
+    ("exaone4", AFTER),
+    ("exaone4", {"layer_lists": ()}),
+    ("gemma", {"gain_offset": 0.0}),
+    ("gemma", {"scaled_embedding": False}),
+    ("glm4", {"mlp": mlp_half(after="post_mlp_layernorm")}),
+    ("glm4", {"attention": attention_half(after="post_mlp_layernorm")}),
+    ("hunyuan_v1_dense", {"head_norms": None}),
+    ("ministral", {"layer_lists": ()}),
+    ("ministral3", {"window": ""}),
+    ("olmo3", AFTER),
+    ("olmo3", {"head_norms": None}),
+    ("seed_oss", BEFORE),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), WRONG)
+def test_a_family_with_a_wrong_entry_is_refused(
+    model_type: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(model_type)
+    check_computes(config)
+    wrong = dataclasses.replace(FAMILIES[model_type], **changes)
+    monkeypatch.setattr(models, "FAMILIES", {model_type: wrong})
+    with pytest.raises(ValueError, match=f"of a {wrong.title} model in another way"):
         check_computes(config)

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, make_texts, same, tensors
-from tiny_models import tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from conftest import QUICK, make_texts, same, save_base, tensors
+from safetensors.torch import save_file
+from tiny_models import SETTINGS as FAMILY_SETTINGS
+from tiny_models import WRAPPED, auto_class, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import lf_hf
 from lf_hf import FusionReport
@@ -26,18 +28,23 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.families import FAMILIES
+from lf_hf.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model, text_prefix
 from lf_hf.plan import plan_fusion
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "refit", "selection": "last", "perplexity_tokens": 0}
-SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 32}
+SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 16}
 TEXT = ["\n".join(make_texts(200, seed=3))]
 
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def stock_class(model_type: str) -> Any:
+    return model_class(tiny_config(model_type))
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +55,18 @@ def fused(family_base: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]
     )
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_fused_model_is_one_of_its_family_with_a_report(
     model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
-    model, stock = fused(model_type), FAMILIES[model_type].causal_lm
-    assert isinstance(model, stock) and len(model.model.layers) == model.config.num_hidden_layers == 4
+    model = fused(model_type)
+    stock, decoder = stock_class(model_type), text_model(model)
+    assert isinstance(model, stock) and len(decoder.layers) == decoder.config.num_hidden_layers == 4
+    assert decoder.config is model.config.get_text_config()
     dense = stock.from_pretrained(family_base(model_type)).state_dict()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, dense[name])}
-    assert changed and all(".layers.3." in name for name in changed)
+    weights = model.state_dict().items()
+    changed = {name for name, tensor in weights if name not in dense or not torch.equal(tensor, dense[name])}
+    assert changed and all(f"{text_prefix(model)}layers.3." in name for name in changed)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
         twin.load_state_dict(model.state_dict())
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
@@ -65,13 +75,17 @@ def test_a_fused_model_is_one_of_its_family_with_a_report(
     report = FusionReport.load(tmp_path)
     assert report == model.fusion_report and report.layers_after == 4
     card = (tmp_path / "README.md").read_text()
-    assert f" {FAMILIES[model_type].title} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert f" {stock.__name__.partition('For')[0]} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
+    loaded = auto_class(model_type).from_pretrained(tmp_path)
     expected = lf_hf.FusedLlamaForCausalLM if model_type == "llama" else stock
     assert type(loaded) is expected and torch.equal(logits(loaded), logits(model))
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(IDS, use_cache=use, **settings) for use in (True, False))
     assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+    text = torch.arange(IDS.shape[1])[None] >= torch.tensor([[0], [4]])  # the second text is shorter
+    padded = model.generate(torch.where(text, IDS, 1), attention_mask=text.long(), **settings)
+    assert torch.equal(padded[:1], cached)
+    assert torch.equal(padded[1:, 4:], model.generate(IDS[:, 4:], **settings))
 
 
 def test_a_fused_llama_has_a_format_of_its_own(fused: Callable[[str], FusedForCausalLM], tmp_path: Path) -> None:
@@ -85,34 +99,85 @@ def test_a_fused_llama_has_a_format_of_its_own(fused: Callable[[str], FusedForCa
         assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gemma3", "qwen2_vl", "bert", "gpt2"])
-def test_a_base_of_another_family_gets_one_sentence_that_names_those_that_fuse(model_type: str, tmp_path: Path) -> None:
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    said = f"is a '{model_type}' model; only dense decoders of text fuse, which are those of type llama, mistral, "
-    with pytest.raises(ValueError, match=said):
+OTHERS = {
+    **dict.fromkeys(
+        ("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only dense decoders of text fuse, which are those of type ll"
+    ),
+    **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "ernie4_5_moe"), "it is a mixture .* REAP in llm-"),
+    "gemma4": "its layers share keys and values",
+    "granitemoehybrid": "its layers are Mamba's",
+    "lfm2": "its layers are convolutions",
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_a_base_of_another_family_gets_one_sentence_that_says_what_fuses_or_helps(
+    model_type: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(model_type)
+    if model_type == "granitemoehybrid":
+        config.num_local_experts = 0  # as in its dense models
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a '{model_type}' model; {OTHERS[model_type]}"):
         lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
+    if model_type not in FAMILIES:  # but a part of a model of images
+        with pytest.raises(ValueError, match=f"type '{model_type}' cannot be fused: {OTHERS[model_type]}"):
+            family_of(config)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+# One of each way in which layers are stored: biases and kinds, several projections in one piece, gains of 1 + w, norms
+# over all heads, factors, two lists of kinds, norms of other names, and kinds that a layer names otherwise.
+STORED = "llama qwen2 phi3 gemma3_text olmo2 granite smollm3 glm4 hunyuan_v1_dense exaone4 olmo3".split()
+STORED += WRAPPERS
+
+
+@pytest.mark.parametrize("model_type", STORED)
 def test_files_are_the_same_however_they_were_made(
     model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
 ) -> None:
     high, low = tmp_path / "in memory", tmp_path / "low memory"
     fused(model_type).save_pretrained(high, plain=True)
     given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "max_shard_bytes": 10**9}
-    lf_hf.fuse_checkpoint(family_base(model_type), low, low_memory=True, **given)
+    report = lf_hf.fuse_checkpoint(family_base(model_type), low, low_memory=True, **given)
+    kept = fused(model_type).fusion_report
+    assert kept and (kept.base_digest, kept.weights_digest) == (report.base_digest, report.weights_digest)
     assert json.loads((low / "config.json").read_text()) == json.loads((high / "config.json").read_text())
     assert same(tensors(low), tensors(high))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_path: Path) -> None:
+    """As AutoModelForCausalLM reads Qwen 3.5, whose files have more; names in files are those of a model of text."""
+    text = tiny_model("qwen3_5_text")
+    images = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 32}
+    config = AutoConfig.for_model("qwen3_5", text_config=text.config.to_dict(), vision_config=images)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    base, low = tmp_path / "base", tmp_path / "low"
+    save_base(base, whole)
+    save_file(tensors(base) | {"mtp.fc.weight": torch.ones(3, 2)}, base / "model.safetensors", {"format": "pt"})
+    model = lf_hf.from_pretrained_fused(base, **QUICK)
+    model.save_pretrained(tmp_path / "high")
+    report = lf_hf.fuse_checkpoint(base, low, low_memory=True, **QUICK)
+    assert model.fusion_report is not None
+    for notes in (model.fusion_report.notes, report.notes):
+        assert any("mtp.*, model.visual.* are left out" in note for note in notes)
+    assert same(tensors(low), tensors(tmp_path / "high")) and tensors(low).keys() == model.state_dict().keys()
+    del text.model.layers[5]
+    text.config.layer_types = text.config.layer_types[:5]
+    assert torch.equal(logits(model), logits(text)) and torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(low)), logits(text)
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl"])
 def test_what_is_kept_in_a_folder_is_plain_and_loads_as_what_was_fused(
     model_type: str, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     fuse = functools.partial(lf_hf.from_pretrained_fused, family_base(model_type), fused_dir=tmp_path, **QUICK)
     first, second = fuse(), fuse()
     assert type(first) is type(second) and first.fusion_report == second.fusion_report and same(first, second)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is FAMILIES[model_type].causal_lm
+    assert type(auto_class(model_type).from_pretrained(tmp_path)) is stock_class(model_type)
 
 
 WITHOUT_LF_HF = """
@@ -122,11 +187,12 @@ class NoLfHf:
         if name == "lf_hf":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, NoLfHf())
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 ids, out, *folders = sys.argv[1:]
 computed = {}
 for folder in folders:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    auto_class = AutoModelForImageTextToText if folder in WRAPPERS else AutoModelForCausalLM
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not any(map(len, info.values())), info
     assert AutoTokenizer.from_pretrained(folder)("layer model").input_ids
     with torch.no_grad():
@@ -141,24 +207,35 @@ def test_stock_transformers_opens_plain_checkpoints_of_every_family(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
-    for model_type in FAMILIES:
+    for model_type in MODEL_TYPES:
         fused(model_type).save_pretrained(model_type, plain=True)
-    command = [sys.executable, "-c", WITHOUT_LF_HF, "ids.pt", "out.pt", *FAMILIES]
+    program = WITHOUT_LF_HF.replace("WRAPPERS", repr(WRAPPERS))
+    command = [sys.executable, "-c", program, "ids.pt", "out.pt", *MODEL_TYPES]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for model_type, (name, found) in torch.load("out.pt").items():
-        assert name == FAMILIES[model_type].causal_lm.__name__
+        assert name == stock_class(model_type).__name__
         assert torch.equal(found, logits(fused(model_type)))
 
 
 # What a config has beside what transformers 5 writes into one of the same shape.
 ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+BY_TYPE = {"rope_local_base_freq": 5e5, "sliding_window_pattern": 4}
 OLDER: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite"), ROPE),
     "phi3": ROPE | {"partial_rotary_factor": 1.0},
     "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "rope_scaling": None},
     "smollm3": ROPE | {"rope_theta": 2e6},
+    **dict.fromkeys(("exaone4", "gemma", "ministral", "seed_oss"), ROPE),
+    "ernie4_5": ROPE | {"rope_theta": 5e5},
+    "glm4": ROPE | {"partial_rotary_factor": 0.5},
+    "olmo3": ROPE | {"rope_theta": 5e5} | (BY_TYPE if FAMILIES["olmo3"].rotary_of_type else {}),
+    "qwen3_5_text": ROPE | {"partial_rotary_factor": 0.5},
 }
+for name in ("cwm", "hunyuan_v1_dense", "ministral3"):
+    scaling = dict(FAMILY_SETTINGS[name]["rope_parameters"])
+    OLDER[name] = {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+OLDER |= {name: {"text_config": OLDER.get(decoder, ROPE)} for name, (decoder, _) in WRAPPED.items()}
 
 
 SHORT = {"original_max_position_embeddings": 64}
@@ -170,7 +247,7 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("model_type", "rope"), [*((name, None) for name in FAMILIES), *SCALED.items()])
+@pytest.mark.parametrize(("model_type", "rope"), [*((name, None) for name in MODEL_TYPES), *SCALED.items()])
 def test_the_config_of_a_plain_checkpoint_key_by_key(
     model_type: str, rope: dict[str, Any] | None, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -187,8 +264,12 @@ def test_the_config_of_a_plain_checkpoint_key_by_key(
     # The first five layers of the base, which are those that are left.
     tiny_model(model_type, num_hidden_layers=5, **copy.deepcopy(asked)).save_pretrained(tmp_path / "stock")
     plain, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "stock"))
-    assert plain == stock | OLDER[model_type] | asked | {"torch_dtype": "float32"}
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(model))
+    older = dict(OLDER[model_type])
+    if text := older.pop("text_config", None):
+        stock["text_config"] |= text | {"dtype": "float32", "torch_dtype": "float32"}
+        stock["vision_config"] |= {"dtype": "float32"}
+    assert plain == stock | older | asked | {"torch_dtype": "float32"}
+    assert torch.equal(logits(auto_class(model_type).from_pretrained(tmp_path / "plain")), logits(model))
 
 
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
@@ -213,11 +294,17 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "lists"), [("gemma3_text", "layer_types"), ("smollm3", "layer_types, no_rope_layers")]
+    ("model_type", "lists", "usual"),
+    [
+        ("gemma3_text", "layer_types", {"sliding_window_pattern": 6}),
+        ("qwen3_5_text", "layer_types", {"full_attention_interval": 4}),
+        ("smollm3", "layer_types, no_rope_layers", {}),
+    ],
 )
 def test_layers_in_an_order_of_their_own_are_pointed_out(
     model_type: str,
     lists: str,
+    usual: dict[str, Any],
     family_base: Callable[..., Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -227,7 +314,6 @@ def test_layers_in_an_order_of_their_own_are_pointed_out(
     moved = {name: getattr(tiny_config(model_type), name)[::-1] for name in lists.split(", ")}
     said = f"The kinds of this model's layers ({lists}) are in an order of their own"
     monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
-    usual = {"sliding_window_pattern": 6} if model_type == "gemma3_text" else {}
     for base, told in ((family_base(model_type, **moved), True), (family_base(model_type, **usual), False)):
         caplog.clear()
         lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path, plain=True)

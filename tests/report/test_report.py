@@ -20,14 +20,13 @@ import torch
 from builders import HEALED, MATCHES, Page, make_point, make_report, no_warnings
 from conftest import make_llama
 from matplotlib.patches import Rectangle
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.families import FAMILIES
 from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
@@ -49,7 +48,7 @@ def everywhere(report: FusionReport, folder: Path) -> list[str]:
     """All that is made of a report for people."""
     write_page(dataclasses.replace(report, similarity=None, embeddings=None), folder / "page.html")
     page = (folder / "page.html").read_text("utf-8")
-    return [report.summary(), model_card(report, FAMILIES["llama"], plain=True).replace("\\", ""), page]
+    return [report.summary(), model_card(report, LlamaConfig(), plain=True).replace("\\", ""), page]
 
 
 def test_rows_have_all_figures_of_all_models() -> None:

@@ -1,0 +1,95 @@
+"""Which models fuse, of text alone or of images too, why others do not, and where in a model its decoder is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lf_hf.families import FAMILIES, Family
+
+CausalLM: TypeAlias = Any
+"""A model of one of the families, with its head."""
+_MIXTURE = "it is a mixture of experts, of which experts are pruned, not layers: see REAP in llm-compressor"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of how many there are
+_REFUSED = {
+    "gemma3n": "its layers share keys and values and have own embeddings; fuse a Gemma 3",
+    "gemma4": "its layers share keys and values and have own embeddings; take a smaller one, or fuse a Gemma 3",
+    "granitemoehybrid": "its layers are Mamba's and attention's; fuse a Granite whose config.model_type is granite",
+    "lfm2": "its layers are convolutions and attention; take one of the smaller LFM2 models",
+}
+"""What to do instead, by how a `model_type` begins."""
+WRAPPERS = ("gemma3", "mistral3", "qwen3_vl")
+"""Types of models of images and text whose decoder, of any of the families, is given features of images as tokens."""
+MODEL_TYPES = (*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS)
+"""Types of models that can be fused."""
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model, or of the decoder in one of images and text, also of one that was fused, by its config.
+
+    Raises
+    ------
+    ValueError
+        For any other model, such as a mixture of experts, with what to do instead where something is known.
+    """
+    if is_wrapper(config):
+        config = config.get_text_config()
+    model_type = config.model_type.removeprefix("fused_")
+    if model_type not in FAMILIES:
+        raise ValueError(f"A model of type {config.model_type!r} cannot be fused: {why_refused(config)}.")
+    return FAMILIES[model_type]
+
+
+def why_refused(config: PretrainedConfig) -> str:
+    """Why a model that is of no family is not fused, and what to do instead."""
+    text = config.get_text_config()
+    if any(getattr(text, key, None) for key in _EXPERTS):
+        return _MIXTURE
+    for begins, why in _REFUSED.items():
+        if config.model_type.startswith(begins):
+            return why
+    return f"only dense decoders of text fuse, which are those of type {', '.join(MODEL_TYPES)}"
+
+
+def is_wrapper(config: PretrainedConfig) -> bool:
+    """Whether a model has a tower of images beside its decoder of text."""
+    return config.model_type in WRAPPERS
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """transformers' own class of a model with its head."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)] if is_wrapper(config) else family_of(config).causal_lm
+
+
+def auto_class(config: PretrainedConfig) -> str:
+    """transformers' class that opens a model by its config."""
+    return "AutoModelForImageTextToText" if is_wrapper(config) else "AutoModelForCausalLM"
+
+
+def first_free_layer(config: PretrainedConfig) -> int:
+    """The first layer that others may join; features of images are added to what those below it give."""
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", ()))
+
+
+def text_model(model: CausalLM) -> Any:
+    """The part of a model that has embeddings, decoder layers and the final norm: all but head and tower of images."""
+    return model.get_decoder()
+
+
+def text_prefix(model: CausalLM) -> str:
+    """What the names of the parameters of `text_model` begin with in the model."""
+    decoder = text_model(model)
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+
+def is_tied(model: CausalLM) -> bool:
+    """Whether a model's head is its embeddings. A checkpoint may have one of its own where the config says so too."""
+    return model.lm_head.weight is text_model(model).embed_tokens.weight
+
+
+def special_id(config: PretrainedConfig, name: Literal["bos", "eos", "pad"]) -> Any:
+    """A token's number, several, or None; not all configs have an entry."""
+    return getattr(config, f"{name}_token_id", None)
