@@ -110,6 +110,10 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
     assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, pieces)) <= 16 * 128
     ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
     assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
+    part = split_text(text, [], [], parts=4)
+    assert len(part.judging) == -(-len(pieces) // 4) and {int(piece[0]) for piece in part.judging} <= judged
+    assert {int(sequence[0]) for sequence in part.fitting} <= fitted
+    assert sum(map(len, part.fitting)) <= 1024 or len(part.fitting) == 1  # one at least
 
 
 def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
