@@ -22,14 +22,8 @@ from lf_hf.evaluate.points import Score
 from lf_hf.runtime.words import unknown_name
 
 _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
-_METRICS = (
-    "accuracy",
-    "acc",
-    "exact_match",
-    "acc_norm",
-    "f1",
-    "word_perplexity",
-)  # the first that a task has stands for it
+# The first that a task has stands for it.
+_METRICS = ("accuracy", "acc", "exact_match", "acc_norm", "f1", "word_perplexity")
 
 
 @dataclass
