@@ -25,7 +25,6 @@ _INFLUENCE_TOKENS = 8192  # of the calibration text, on which influences are mea
 _SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _TRIALS = 16  # sets of groups that are tried out whole, at most
-_PARTS = 4  # groups by themselves are measured on one of so many parts of the text that sets are tried on
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,15 @@ def least_influence_groups(
 def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
     """Choose the set of groups that, by rough fits, moves the model's predictions least.
 
-    What single groups cost, which proposes sets, is measured on a quarter of the text that sets are tried on.
-
     Raises ValueError if no set has costs that are finite.
     """
     assert measured.text is not None
     text = measured.text.given, measured.text.written, measured.text.other
-    part, whole = split_text(*text, parts=_PARTS), split_text(*text)
     known = measured.group_costs.setdefault(config.ridge, {})
-    with costs_on(decoder, part, config.ridge) as costs, costs_on(decoder, whole, config.ridge) as set_costs:
+    with costs_on(decoder, split_text(*text), config.ridge) as costs:
         costs.by_group |= known
-        trials = try_sets(costs, set_costs, config.num_fusions)
-        influences = [influence(before, after, decoder.add_up) for before, after in pairwise(set_costs.boundaries)]
+        trials = try_sets(costs, config.num_fusions)
+        influences = [influence(before, after, decoder.add_up) for before, after in pairwise(costs.boundaries)]
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())
@@ -118,8 +114,8 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     return Choice(chosen, costs.by_group, influences)
 
 
-def try_sets(costs: GroupCosts, set_costs: GroupCosts, num_fusions: int) -> dict[Groups, float]:
-    """What sets of groups cost as wholes by `set_costs`: of those that are expected to cost least by `costs`.
+def try_sets(costs: GroupCosts, num_fusions: int) -> dict[Groups, float]:
+    """What sets of groups cost as wholes: of those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
     where they are in one of the cheapest sets.
@@ -129,7 +125,7 @@ def try_sets(costs: GroupCosts, set_costs: GroupCosts, num_fusions: int) -> dict
         groups = _next_set(costs, trials, num_fusions)
         if groups is None:
             break
-        trials[groups] = set_costs.measure_set(groups)
+        trials[groups] = costs.measure_set(groups)
     return trials
 
 

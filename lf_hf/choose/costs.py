@@ -29,6 +29,7 @@ _OTHER_LISTS = 48  # of states that exist at a time beside those at the layers' 
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
 _FITTING_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
+_JUDGING_GROUPS = 4  # one of so many pieces judges groups by themselves, whose costs only propose sets
 _VOCABULARY = 1 << 15  # of more, predictions of fewer tokens are compared
 
 States = Sequence[Tensor]
@@ -36,30 +37,32 @@ States = Sequence[Tensor]
 
 
 class GroupText(NamedTuple):
-    """Sequences that groups are fitted to, and pieces that judge them: int64 tensors of shape (tokens T,)."""
+    """Sequences that groups are fitted to, and pieces that judge them: int64 tensors of shape (tokens T,).
+
+    Those of `judging_groups` judge groups by themselves, and with those of `judging_sets` they judge sets of groups.
+    """
 
     fitting: list[Tensor]
-    judging: list[Tensor]
+    judging_groups: list[Tensor]
+    judging_sets: list[Tensor]
 
 
-def split_text(
-    given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor], *, parts: int = 1
-) -> GroupText:
+def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor]) -> GroupText:
     """Divide calibration text into what groups are fitted to and what judges them, beside text of other kinds.
 
-    Of both, one of `parts` equal parts is taken. It is in what fewer parts take, and what is fitted judges in none.
     Text that the model wrote is not used for judging: it hardly shows the loss of layers that real text needs. A single
     given sequence serves both uses. Every other piece is a half that is repeated: only heads that look up what
     followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
     """
     judges, rest = split_held_out(given, _JUDGING_PIECES, at_random=False)
-    judging = []
-    for number, sequence in enumerate([*(judges or given), *out_of_domain][::parts]):
+    text = GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS)), [], [])
+    for number, sequence in enumerate([*(judges or given), *out_of_domain]):
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
             piece = torch.cat([piece[: len(piece) // 2]] * 2)
-        judging.append(piece)
-    return GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS // parts)), judging)
+        judges_groups = number // 2 % _JUDGING_GROUPS == 0  # of neighbours one is a repeated half
+        (text.judging_groups if judges_groups else text.judging_sets).append(piece)
+    return text
 
 
 class _TracedLayer(NamedTuple):
@@ -80,9 +83,9 @@ class GroupCosts:
     decoder : Decoder
         The dense model.
     boundaries : sequence of States
-        Before each of its layers and after the last one: batches of the text to fit to, then of the text that judges.
-    num_fitting : int
-        How many of the batches are to fit to.
+        Before each of its layers and after the last one: batches of each text of a `GroupText`, in its order.
+    num_fitting, num_judging : int
+        How many of the batches are to fit to, and how many of the next ones judge groups by themselves.
     ridge : float
         Of the fits.
     store : StateStore
@@ -99,13 +102,16 @@ class GroupCosts:
         decoder: Decoder,
         boundaries: Sequence[States],
         num_fitting: int,
+        num_judging: int,
         ridge: float,
         store: StateStore,
     ) -> None:
         self.decoder = decoder
         self.boundaries = boundaries
         self.by_group: dict[Group, float] = {}
-        self._num_fitting = num_fitting
+        self._fitting = slice(num_fitting)
+        self._judging_groups = slice(num_fitting, num_fitting + num_judging)
+        self._judging_sets = slice(num_fitting, None)
         self._ridge = ridge
         self._store = store
         self._states_above: dict[Groups, tuple[States, States]] = {}  # above the groups that tried sets begin with
@@ -116,7 +122,8 @@ class GroupCosts:
     def measure(self, groups: Collection[Group]) -> None:
         """Measure what each of some groups costs by itself, in one pass through the layers.
 
-        A group is fused when its last layer comes by, and what comes out runs through all layers above.
+        A group is fused when its last layer comes by, and what comes out runs through all layers above. Costs by
+        themselves only propose sets, so less text judges than in `measure_set`.
         """
         judged: dict[Group, States] = {}
         window: dict[int, _TracedLayer] = {}
@@ -134,14 +141,14 @@ class GroupCosts:
                 if fused is None:
                     self.by_group[first, number] = math.inf
                 else:
-                    judged[first, number] = self._run(fused, self._judging(first))
+                    judged[first, number] = self._run(fused, self._dense(first, self._judging_groups))
             open_starts = [first for first, last in groups if first <= number < last]
             lowest_open = min(open_starts, default=number + 1)
             window = {n: layer for n, layer in window.items() if n >= lowest_open}
         measured = list(judged)
         for start in range(0, len(measured), _AT_ONCE):
             batch = measured[start : start + _AT_ONCE]
-            costs = self._divergences([judged.pop(group) for group in batch])
+            costs = self._divergences([judged.pop(group) for group in batch], self._judging_groups)
             self.by_group.update(zip(batch, costs, strict=True))
 
     @torch.no_grad()
@@ -169,35 +176,32 @@ class GroupCosts:
             if first in ends:
                 fused_groups = tuple(group for group in groups if group[0] <= first)
                 self._states_above[fused_groups] = fitted, judged
-        return self._divergences([judged])[0]
+        return self._divergences([judged], self._judging_sets)[0]
 
     def _states_below(self, groups: Groups) -> tuple[int, States, States]:
         """The first layer to run for a set, and states before it: above the groups that a set before it began with."""
         alike = [fused for fused in self._states_above if fused == groups[: len(fused)]]
         if not alike:
             start = groups[0][0]
-            return start, self._fitting(start), self._judging(start)
+            return start, self._dense(start, self._fitting), self._dense(start, self._judging_sets)
         longest = max(alike, key=len)
         return longest[-1][1] + 1, *self._states_above[longest]
 
-    def _fitting(self, boundary: int) -> States:
+    def _dense(self, boundary: int, batches: slice) -> States:
+        """The dense model's states of some text at a boundary."""
         states = self.boundaries[boundary]
-        return [states[number] for number in range(self._num_fitting)]
-
-    def _judging(self, boundary: int) -> States:
-        states = self.boundaries[boundary]
-        return [states[number] for number in range(self._num_fitting, len(states))]
+        return [states[number] for number in range(len(states))[batches]]
 
     def _traced_layers(self, groups: Iterable[Group], start: int) -> Iterator[_TracedLayer]:
         """The layers from `start` up to the last one of the model."""
         grouped = {number for first, last in groups for number in range(first, last + 1)}
         numbers = range(start, self.decoder.num_layers)
         for number, layer in zip(numbers, self.decoder.layers(numbers), strict=True):
-            before: States = self._fitting(number)
+            before = self._dense(number, self._fitting)
             mid_states: States = []
             if number in grouped:
                 mid_states = self._store.keep(mid_state(self.decoder, layer, state) for state in before)
-            yield _TracedLayer(number, layer, before, mid_states, self._fitting(number + 1))
+            yield _TracedLayer(number, layer, before, mid_states, self._dense(number + 1, self._fitting))
 
     def _fuse(self, group: Sequence[_TracedLayer], states: States | None) -> DecoderLayer | None:
         """The layer that a group becomes by a rough fit; None where it overflows. `states` are as in `fit_group`."""
@@ -218,9 +222,9 @@ class GroupCosts:
         there = on_device(states, layer, self._store)
         return self._store.keep(self.decoder.run_layer(layer, state) for state in there)
 
-    def _divergences(self, candidates: Sequence[States]) -> list[float]:
-        """Divergences from the dense model's predictions, by final states of the text that judges."""
-        dense = [state[:, self._judged_tokens] for state in self._judging(self.decoder.num_layers)]
+    def _divergences(self, candidates: Sequence[States], text: slice) -> list[float]:
+        """Divergences from the dense model's predictions, by final states of some text."""
+        dense = [state[:, self._judged_tokens] for state in self._dense(self.decoder.num_layers, text)]
         judged = [[state[:, self._judged_tokens] for state in states] for states in candidates]
         return divergences(self.decoder, dense, judged)
 
@@ -228,14 +232,13 @@ class GroupCosts:
 @contextmanager
 def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupCosts]:
     """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
-    fitting = decoder.make_batches(decoder.shard(text.fitting))
-    judging = decoder.make_batches(decoder.shard(text.judging))
-    embedded = decoder.embed([*fitting, *judging])
+    fitting, judging_groups, judging_sets = (decoder.make_batches(decoder.shard(part)) for part in text)
+    embedded = decoder.embed([*fitting, *judging_groups, *judging_sets])
     # States are stored at each boundary, inside groups that are fitted, and above groups that were.
     lists = decoder.num_layers + _OTHER_LISTS
     with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
         boundaries = list(run_boundaries(decoder, embedded, store))
-        yield GroupCosts(decoder, boundaries, len(fitting), ridge, store)
+        yield GroupCosts(decoder, boundaries, len(fitting), len(judging_groups), ridge, store)
 
 
 @torch.no_grad()

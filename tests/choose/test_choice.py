@@ -103,25 +103,24 @@ def test_groups_whose_fits_overflow_are_not_taken() -> None:
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    fitting, pieces = split_text(text, [], [])
+    fitting, *judging = split_text(text, [], [])
+    pieces = [piece for part in judging for piece in part]
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096 and max(map(len, fitting)) == max(lengths)  # of all kinds
     judged = {int(piece[0]) for piece in pieces}
     assert judged and (not fitted & judged or len(text) == 1) and sum(map(len, pieces)) <= 16 * 128
     ends = [sum(lengths[: number + 1]) / sum(lengths) for number in sorted(judged)]
     assert (ends[-1] > 0.8 and ends[0] < 0.5) or len(text) < 4
-    part = split_text(text, [], [], parts=4)
-    assert len(part.judging) == -(-len(pieces) // 4) and {int(piece[0]) for piece in part.judging} <= judged
-    assert {int(sequence[0]) for sequence in part.fitting} <= fitted
-    assert sum(map(len, part.fitting)) <= 1024 or len(part.fitting) == 1  # one at least
 
 
 def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
-    text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 46)))
-    _, pieces = split_text(text, [], others)
-    assert len(pieces) > 18 and {len(piece) for piece in pieces} == {128}
-    assert {int(piece[0]) // 1000 for piece in pieces[-6:]} == set(range(40, 46))
-    assert [len(set(piece.tolist())) for piece in pieces] == ([128, 64] * 11)[: len(pieces)]
+    text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 48)))
+    _, of_groups, of_sets = split_text(text, [], others)
+    assert len(of_groups) == 6 and len(of_sets) == 18 and {len(piece) for piece in of_groups + of_sets} == {128}
+    for pieces in (of_groups, of_sets):
+        sources = {int(piece[0]) // 1000 for piece in pieces}
+        assert sources & set(range(40)) and sources & set(range(40, 48))
+        assert [len(set(piece.tolist())) for piece in pieces] == [128, 64] * (len(pieces) // 2)
 
 
 def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> Any:
@@ -140,16 +139,18 @@ def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> A
 
 @torch.no_grad()
 def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
-    """Costs of groups and of sets are those of rough fits, on half of the tokens of the text that judges."""
+    """Costs are those of rough fits, on half of the tokens of the text that judges; of that groups take a part."""
     model = make_llama(num_hidden_layers=7)
     text = split_text(TEXT[:8], [], TEXT[8:])
     with costs_on(ModelDecoder(model), text, 0.1) as costs:
-        tried = try_sets(costs, costs, 2)
+        tried = try_sets(costs, 2)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
     assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6
-    for groups, cost in [*tried.items(), *(((group,), cost) for group, cost in costs.by_group.items())]:
+    judged = [(groups, cost, text.judging_groups + text.judging_sets) for groups, cost in tried.items()]
+    judged += [((group,), cost, text.judging_groups) for group, cost in costs.by_group.items()]
+    for groups, cost, pieces in judged:
         shallow = roughly_fused(model, groups, text.fitting)
-        logits = [[m(ids[None], use_cache=False).logits[0, 1::2] for ids in text.judging] for m in (model, shallow)]
+        logits = [[m(ids[None], use_cache=False).logits[0, 1::2] for ids in pieces] for m in (model, shallow)]
         assert cost == pytest.approx(divergence(*map(torch.cat, logits)), rel=1e-3)
     chosen = choice(model, 2, measured_text(TEXT[:8], TEXT[8:]))
     assert chosen.groups == min(tried, key=lambda groups: tried[groups])
