@@ -25,6 +25,8 @@ _INFLUENCE_TOKENS = 8192  # of the calibration text, on which influences are mea
 _SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _TRIALS = 16  # sets of groups that are tried out whole, at most
+_LEAST_TRIALS = 6
+_TRIAL_TOKENS = 2048  # of calibration text for each of them, so that little text is not mostly chosen with
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     """
     assert measured.text is not None
     text = measured.text.given, measured.text.written, measured.text.other
+    count = min(_TRIALS, max(_LEAST_TRIALS, measured.text.source.tokens // _TRIAL_TOKENS))
     known = measured.group_costs.setdefault(config.ridge, {})
     with costs_on(decoder, split_text(*text), config.ridge) as costs:
         costs.by_group |= known
-        trials = try_sets(costs, config.num_fusions)
+        trials = try_sets(costs, config.num_fusions, count)
         influences = [influence(before, after, decoder.add_up) for before, after in pairwise(costs.boundaries)]
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT}
@@ -114,14 +117,14 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     return Choice(chosen, costs.by_group, influences)
 
 
-def try_sets(costs: GroupCosts, num_fusions: int) -> dict[Groups, float]:
-    """What sets of groups cost as wholes: of those that are expected to cost least.
+def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, float]:
+    """What `count` sets of groups cost as wholes: those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
     where they are in one of the cheapest sets.
     """
     trials: dict[Groups, float] = {}
-    for _ in progress(range(_TRIALS), desc="Trying sets of groups", unit="set", leave=False):
+    for _ in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
         groups = _next_set(costs, trials, num_fusions)
         if groups is None:
             break

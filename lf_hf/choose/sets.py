@@ -17,7 +17,11 @@ from lf_hf.settings import LONGEST_GROUP
 
 Groups = tuple[Group, ...]
 """Groups that share no layer, in ascending order."""
-_SHRINKAGE = 3.0  # ridge penalty on each join's extra cost, as trials are few
+_SHRINKAGE = 1.0  # ridge penalty on each join's extra cost, as trials are few
+_LOWERED = 0.94  # estimated costs of groups, for each layer after the third
+_CANDIDATES = 256  # sets from which the next ones to try are taken
+_DIFFERENT = 8  # so many of the first sets that are tried differ, in one of `_SHARE` joined layers at least
+_SHARE = 5
 
 
 def count_removed(groups: Iterable[Group]) -> int:
@@ -31,10 +35,11 @@ def longest_group(inner: int, num_fusions: int) -> int:
 
 
 def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group, float]:
-    """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured.
+    """Costs of all groups of up to `longest` layers, where those of all groups of two and three layers were measured.
 
     A group that was not measured costs what it does without its last layer and without its first one, less what the
-    layers between these two cost, which is in both.
+    layers between these two cost, which is in both. As many long groups cost less than that, and what seems cheap is
+    measured before it is taken, estimates are lowered for each further layer.
     """
     costs = dict(measured)
     bottom, top = min(measured)[0], max(last for _, last in measured)
@@ -46,7 +51,10 @@ def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group,
             parts = costs[first, last - 1] + costs[first + 1, last]
             common = costs.get((first + 1, last - 1), 0.0)  # a single layer costs nothing
             costs[first, last] = parts - common if math.isfinite(parts) else math.inf
-    return costs
+    return {
+        (first, last): cost if (first, last) in measured else cost * _LOWERED ** (last - first - 2)
+        for (first, last), cost in costs.items()
+    }
 
 
 def cheapest_sets(costs: Mapping[Group, float], num_fusions: int, *, count: int) -> list[Groups]:
@@ -82,12 +90,22 @@ def propose_sets(
 
     Costs of groups do not add up: to join one more layer costs more where its neighbours have gone too. Ridge
     regression attributes what tried sets cost beyond the sum of their groups to the layers that were joined to the one
-    below.
+    below. As it learns little from sets that are nearly alike, the first ones that are tried differ.
     """
     corrected = _with_corrections(costs, trials)
-    cheapest = cheapest_sets(corrected, num_fusions, count=len(trials) + count)
+    cheapest = cheapest_sets(corrected, num_fusions, count=_CANDIDATES)
     untried = [groups for groups in cheapest if groups not in trials]
+    if len(trials) < _DIFFERENT:
+        least = max(1, num_fusions // _SHARE)
+        tried = [_joined(groups) for groups in trials]
+        different = [groups for groups in untried if all(len(_joined(groups) - other) >= least for other in tried)]
+        untried = different or untried
     return untried[:count]
+
+
+def _joined(groups: Groups) -> set[int]:
+    """The layers that are joined to the one below."""
+    return {layer for first, last in groups for layer in range(first + 1, last + 1)}
 
 
 def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, float]) -> Mapping[Group, float]:
@@ -99,8 +117,7 @@ def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, floa
     joined = np.zeros((len(finite), top + 1))  # 1 where a set joins a layer to the one below
     excess = np.zeros(len(finite))  # what a set costs beyond the sum of its groups
     for row, groups in enumerate(finite):
-        for first, last in groups:
-            joined[row, first + 1 : last + 1] = 1
+        joined[row, list(_joined(groups))] = 1
         excess[row] = trials[groups] - sum(costs[group] for group in groups)
     weights = Ridge(_SHRINKAGE).fit(joined, excess).coef_
     return {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}

@@ -143,7 +143,7 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     model = make_llama(num_hidden_layers=7)
     text = split_text(TEXT[:8], [], TEXT[8:])
     with costs_on(ModelDecoder(model), text, 0.1) as costs:
-        tried = try_sets(costs, 2)
+        tried = try_sets(costs, 2, count=16)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
     assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6
     judged = [(groups, cost, text.judging_groups + text.judging_sets) for groups, cost in tried.items()]

@@ -40,8 +40,25 @@ def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> No
     layer, two = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).tolist()
     costs = {(i, j): sum(layer[i + 1 : j + 1]) + sum(two[i + 1 : j]) for i in range(1, 8) for j in range(i + 1, 9)}
     short = {(i, j): c for (i, j), c in costs.items() if j - i < 3}
-    assert estimate_costs(short, longest=8) == pytest.approx(costs)
+    estimated = estimate_costs(short, longest=8)
+    lowered = estimated[1, 4] / costs[1, 4]
+    assert 0.9 < lowered < 1
+    assert estimated == pytest.approx({(i, j): c * lowered ** max(0, j - i - 2) for (i, j), c in costs.items()})
+    assert estimate_costs(costs, longest=8) == costs
     assert math.isinf(estimate_costs(short | {(4, 5): math.inf}, longest=8)[2, 8])
+
+
+def test_the_first_sets_that_are_tried_differ() -> None:
+    """They would be all but alike where costs of groups alone decide; the first one is the cheapest."""
+    costs = {(i, j): (j - i) * (1 + 0.01 * i) for i, j in random_costs(30, 0)}
+    tried: dict[Groups, float] = {}
+    for _ in range(8):
+        [groups, *_] = propose_sets(costs, tried, 10, count=1)
+        joined = {layer for first, last in groups for layer in range(first + 1, last + 1)}
+        for other in tried:
+            assert len(joined - {layer for first, last in other for layer in range(first + 1, last + 1)}) >= 2
+        tried[groups] = sum(costs[group] for group in groups)
+    assert next(iter(tried)) == cheapest_sets(costs, 10, count=1)[0]
 
 
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
