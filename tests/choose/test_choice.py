@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tiny_models import divergence, fitted, measured_text
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
-from lf_hf.choose.costs import costs_on, split_text
+from lf_hf.choose.costs import GroupCosts, costs_on, split_text
 from lf_hf.choose.sets import Groups, count_removed
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure.dense import Measurements
@@ -154,6 +155,22 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
         assert cost == pytest.approx(divergence(*map(torch.cat, logits)), rel=1e-3)
     chosen = choice(model, 2, measured_text(TEXT[:8], TEXT[8:]))
     assert chosen.groups == min(tried, key=lambda groups: tried[groups])
+
+
+@pytest.mark.parametrize(("tokens", "sets"), [(480, 6), (16384, 8), (131072, 16)])
+def test_more_text_takes_more_trials(tokens: int, sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Groups] = []
+
+    def measure_set(_: GroupCosts, groups: Groups) -> float:
+        tried.append(groups)
+        return float(len(tried))
+
+    monkeypatch.setattr(GroupCosts, "measure_set", measure_set)
+    measured = measured_text(TEXT)
+    assert measured.text is not None
+    text = measured.text._replace(source=replace(measured.text.source, tokens=tokens))
+    found = choice(make_llama(num_hidden_layers=9), 3, replace(measured, text=text))
+    assert len(set(tried)) == sets and found.groups == tried[0]
 
 
 def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:
