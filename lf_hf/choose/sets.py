@@ -38,8 +38,8 @@ def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group,
     """Costs of all groups of up to `longest` layers, where those of all groups of two and three layers were measured.
 
     A group that was not measured costs what it does without its last layer and without its first one, less what the
-    layers between these two cost, which is in both. As many long groups cost less than that, and what seems cheap is
-    measured before it is taken, estimates are lowered for each further layer.
+    layers between these two cost, which is in both, but no less than either. As many long groups cost less than that,
+    and what seems cheap is measured before it is taken, estimates are lowered for each further layer.
     """
     costs = dict(measured)
     bottom, top = min(measured)[0], max(last for _, last in measured)
@@ -48,9 +48,10 @@ def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group,
             last = first + more
             if (first, last) in costs:
                 continue
-            parts = costs[first, last - 1] + costs[first + 1, last]
+            parts = costs[first, last - 1], costs[first + 1, last]
             common = costs.get((first + 1, last - 1), 0.0)  # a single layer costs nothing
-            costs[first, last] = parts - common if math.isfinite(parts) else math.inf
+            expected = sum(parts) - common
+            costs[first, last] = max(expected, *parts) if math.isfinite(expected) else math.inf
     return {
         (first, last): cost if (first, last) in measured else cost * _LOWERED ** (last - first - 2)
         for (first, last), cost in costs.items()

@@ -45,6 +45,8 @@ def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> No
     assert 0.9 < lowered < 1
     assert estimated == pytest.approx({(i, j): c * lowered ** max(0, j - i - 2) for (i, j), c in costs.items()})
     assert estimate_costs(costs, longest=8) == costs
+    estimated = estimate_costs(short | {(4, 5): 9.0}, longest=8)  # a pair that costs more than any three that it is in
+    assert min(estimated.values()) >= min(short.values())
     assert math.isinf(estimate_costs(short | {(4, 5): math.inf}, longest=8)[2, 8])
 
 
