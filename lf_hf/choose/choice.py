@@ -118,7 +118,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
 
 
 def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, float]:
-    """What `count` sets of groups cost as wholes: those that are expected to cost least.
+    """What at most `count` sets of groups cost as wholes: those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
     where they are in one of the cheapest sets.

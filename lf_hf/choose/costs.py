@@ -29,7 +29,7 @@ _OTHER_LISTS = 48  # of states that exist at a time beside those at the layers' 
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
 _FITTING_TOKENS = 4096  # of the calibration text that groups are fitted to
 _JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
-_JUDGING_GROUPS = 4  # one of so many pieces judges groups by themselves, whose costs only propose sets
+_JUDGING_PART = 4  # one of so many pieces judges groups by themselves
 _VOCABULARY = 1 << 15  # of more, predictions of fewer tokens are compared
 
 States = Sequence[Tensor]
@@ -60,7 +60,7 @@ def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
             piece = torch.cat([piece[: len(piece) // 2]] * 2)
-        judges_groups = number // 2 % _JUDGING_GROUPS == 0  # of neighbours one is a repeated half
+        judges_groups = number // 2 % _JUDGING_PART == 0  # of neighbours one is a repeated half
         (text.judging_groups if judges_groups else text.judging_sets).append(piece)
     return text
 

@@ -35,11 +35,11 @@ def longest_group(inner: int, num_fusions: int) -> int:
 
 
 def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group, float]:
-    """Costs of all groups of up to `longest` layers, where those of all groups of two and three layers were measured.
+    """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured, if not more.
 
     A group that was not measured costs what it does without its last layer and without its first one, less what the
-    layers between these two cost, which is in both, but no less than either. As many long groups cost less than that,
-    and what seems cheap is measured before it is taken, estimates are lowered for each further layer.
+    layers between these two cost, which is in both, but no less than either. Many long groups cost less than that, and
+    what seems cheap is measured before it is taken, so estimates are lowered for each layer after the third.
     """
     costs = dict(measured)
     bottom, top = min(measured)[0], max(last for _, last in measured)
