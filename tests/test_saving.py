@@ -9,12 +9,16 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import filelock
 import peft
 import pytest
 import torch
@@ -409,6 +413,30 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
                 fuse_checkpoint(base, tmp_path / "out", low_memory=low_memory, **QUICK)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
+    """Whatever line of the lock's own code it meets."""
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        if Path(frame.f_code.co_filename).is_relative_to(Path(filelock.__file__).parent):
+            lines.append(frame.f_lineno)
+            if len(lines) == meets:
+                raise KeyboardInterrupt
+        return interrupt
+
+    for meets in count(1):
+        lines: list[int] = []
+        sys.settrace(interrupt)
+        try:
+            with only_writer(tmp_path / "out"):
+                sys.settrace(None)
+                break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out").exists(), f"after line {lines[-1]}"
+        finally:
+            sys.settrace(None)
+    assert meets > 20
 
 
 def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:

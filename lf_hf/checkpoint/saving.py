@@ -120,13 +120,13 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
                     raise
                 logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
                 lock.acquire()
-        try:
-            yield
-        finally:
+        yield
+    finally:
+        with suppress(Timeout, OSError):
+            lock.acquire(timeout=0)  # again: Ctrl-C may have come when its file was there and it was not yet held
             with suppress(PermissionError):  # Windows removes no file that is open
                 (folder / _LOCK).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-            lock.release()
-    finally:
+            lock.release(force=True)
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
