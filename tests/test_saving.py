@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -425,13 +424,14 @@ def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
         return interrupt
 
-    for meets in count(1):
-        lines: list[int] = []
+    meets, inside = 0, False
+    while not inside:
+        meets, lines = meets + 1, list[int]()
         sys.settrace(interrupt)
         try:
             with only_writer(tmp_path / "out"):
                 sys.settrace(None)
-                break
+                inside = True
         except KeyboardInterrupt:
             assert not (tmp_path / "out").exists(), f"after line {lines[-1]}"
         finally:

@@ -17,7 +17,7 @@ from lf_hf.settings import LONGEST_GROUP
 
 Groups = tuple[Group, ...]
 """Groups that share no layer, in ascending order."""
-_SHRINKAGE = 1.0  # ridge penalty on each join's extra cost, as trials are few
+_SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few
 _LOWERED = 0.94  # estimated costs of groups, for each layer after the third
 _CANDIDATES = 256  # sets from which the next ones to try are taken
 _DIFFERENT = 8  # so many of the first sets that are tried differ, in one of `_SHARE` joined layers at least
@@ -89,9 +89,10 @@ def propose_sets(
 ) -> list[Groups]:
     """The `count` sets that are expected to cost least of those that were not tried.
 
-    Costs of groups do not add up: to join one more layer costs more where its neighbours have gone too. Ridge
-    regression attributes what tried sets cost beyond the sum of their groups to the layers that were joined to the one
-    below. As it learns little from sets that are nearly alike, the first ones that are tried differ.
+    Costs of groups do not add up: to join one more layer costs more where its neighbours have gone too, and each group
+    is fitted to what those below it leave. Ridge regression attributes what tried sets cost beyond the sum of their
+    groups to the layers that were joined to the one below, and for every other proposal to the number of groups, too.
+    As it learns little from sets that are nearly alike, the first ones that are tried differ.
     """
     corrected = _with_corrections(costs, trials)
     cheapest = cheapest_sets(corrected, num_fusions, count=_CANDIDATES)
@@ -110,15 +111,25 @@ def _joined(groups: Groups) -> set[int]:
 
 
 def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, float]) -> Mapping[Group, float]:
-    """Costs of groups that agree better with those of the sets that were tried."""
+    """Costs of groups that agree better with those of the sets that were tried.
+
+    Some models pay for each group beside the first, and few trials do not tell whether one does: so it is supposed in
+    turns. There is no constant then, as a group by itself costs what was measured.
+    """
     finite = [groups for groups, cost in trials.items() if math.isfinite(cost)]
-    if len(finite) < 2:
+    if not finite:
         return costs
     top = max(last for _, last in costs)
     joined = np.zeros((len(finite), top + 1))  # 1 where a set joins a layer to the one below
+    others = np.zeros((len(finite), 1))  # groups beside the first
     excess = np.zeros(len(finite))  # what a set costs beyond the sum of its groups
+    pays_for_groups = len(finite) % 2 == 1
     for row, groups in enumerate(finite):
         joined[row, list(_joined(groups))] = 1
+        others[row] = len(groups) - 1 if pays_for_groups else 0
         excess[row] = trials[groups] - sum(costs[group] for group in groups)
-    weights = Ridge(_SHRINKAGE).fit(joined, excess).coef_
-    return {(first, last): cost + weights[first + 1 : last + 1].sum() for (first, last), cost in costs.items()}
+    regression = Ridge(_SHRINKAGE, fit_intercept=not pays_for_groups)
+    *of_joins, of_group = regression.fit(np.hstack([joined, others]), excess).coef_.tolist()
+    return {
+        (first, last): cost + sum(of_joins[first + 1 : last + 1]) + of_group for (first, last), cost in costs.items()
+    }

@@ -24,6 +24,7 @@ from lf_hf.runtime.numerics import in_float64
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
 _FIRST_SHARE = 1 / 32
+_SIZE_TOKENS = 64  # of each sequence, on which sizes in front of a norm are measured
 
 WriterInputs = Callable[[Tensor], Tensor]
 """What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
@@ -163,24 +164,28 @@ class NormedHalfFit(HalfFit):
     def measure_sizes(
         self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind] | None = None
     ) -> list[float] | None:
-        """Root mean square of what each layer's half writes for each token, as a geometric mean; None for one layer."""
+        """Root mean square of what each layer's half writes for a token, as a geometric mean; None for one layer.
+
+        The beginnings of sequences tell it well enough.
+        """
         if len(group) == 1:
             return None
+        states = [state[:, :_SIZE_TOKENS] for state in self.states]
         totals = []
         for number, weights in enumerate(group):
             alone = {**weights, **stacked(self.half, [weights], [maps[number]])}
             x_of = self.writer_inputs(alone, kinds[number] if kinds else None)
-            totals.append(self._sum_of_log_sizes(alone, x_of))
-        num_tokens = sum(state.shape[:2].numel() for state in self.states)
+            totals.append(self._sum_of_log_sizes(alone, x_of, states))
+        num_tokens = sum(state.shape[:2].numel() for state in states)
         sums = torch.stack([*totals, totals[0].new_tensor(num_tokens)])
         self.decoder.add_up(sums)
         *totals_of_all, tokens = sums.tolist()
         return [math.exp(total / tokens) for total in totals_of_all]
 
-    def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs) -> Tensor:
+    def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs, states: Sequence[Tensor]) -> Tensor:
         """Over all tokens, in float64: the log of the root mean square of what is written."""
         total = torch.zeros((), dtype=torch.float64)
-        for state in self.states:
+        for state in states:
             squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
             logs = in_float64(squares).log().sum() / 2
             total = total.to(logs.device) + logs

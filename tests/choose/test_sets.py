@@ -80,3 +80,14 @@ def test_trials_find_what_costs_of_groups_do_not_show() -> None:
     first, best = next(iter(tried)), min(tried, key=lambda groups: tried[groups])
     assert first == cheapest_sets(costs, 4, count=1)[0] and tried[first] == whole(first)
     assert tried[best] == min(whole(groups) for _, groups in all_sets(costs, 4)) < tried[first] - 2
+
+
+def test_trials_find_that_many_groups_cost_more() -> None:
+    """Here by the table single joins cost least, and each group beside the first costs as much as four more."""
+    costs = {(i, j): (j - i) ** 1.1 * (1 + 0.01 * i) for i, j in random_costs(30, 0)}
+    tried: dict[Groups, float] = {}
+    for _ in range(2):
+        [groups, *_] = propose_sets(costs, tried, 10, count=1)
+        tried[groups] = sum(costs[group] for group in groups) + 4 * (len(groups) - 1)
+    first, *_, last = [len(groups) for groups in tried]
+    assert first == 10 and last == 2
