@@ -113,8 +113,8 @@ def _joined(groups: Groups) -> set[int]:
 def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, float]) -> Mapping[Group, float]:
     """Costs of groups that agree better with those of the sets that were tried.
 
-    Some models pay for each group beside the first, and few trials do not tell whether one does: so it is supposed in
-    turns. There is no constant then, as a group by itself costs what was measured.
+    On some models each group beside the first adds a cost of its own, and few trials cannot tell whether this is such a
+    model. So every other proposal assumes it, without a constant, as a group by itself costs what was measured.
     """
     finite = [groups for groups, cost in trials.items() if math.isfinite(cost)]
     if not finite:
