@@ -22,6 +22,7 @@ _LOWERED = 0.94  # estimated costs of groups, for each layer after the third
 _CANDIDATES = 256  # sets from which the next ones to try are taken
 _DIFFERENT = 8  # so many of the first sets that are tried differ, in one of `_SHARE` joined layers at least
 _SHARE = 5
+_TURNS = 3  # one of so many proposals supposes that groups beside the first cost more
 
 
 def count_removed(groups: Iterable[Group]) -> int:
@@ -91,7 +92,7 @@ def propose_sets(
 
     Costs of groups do not add up: to join one more layer costs more where its neighbours have gone too, and each group
     is fitted to what those below it leave. Ridge regression attributes what tried sets cost beyond the sum of their
-    groups to the layers that were joined to the one below, and for every other proposal to the number of groups, too.
+    groups to the layers that were joined to the one below, and for every third proposal to the number of groups, too.
     As it learns little from sets that are nearly alike, the first ones that are tried differ.
     """
     corrected = _with_corrections(costs, trials)
@@ -114,7 +115,7 @@ def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, floa
     """Costs of groups that agree better with those of the sets that were tried.
 
     On some models each group beside the first adds a cost of its own, and few trials cannot tell whether this is such a
-    model. So every other proposal assumes it, without a constant, as a group by itself costs what was measured.
+    model. So every third proposal assumes it, without a constant, as a group by itself costs what was measured.
     """
     finite = [groups for groups, cost in trials.items() if math.isfinite(cost)]
     if not finite:
@@ -123,7 +124,7 @@ def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, floa
     joined = np.zeros((len(finite), top + 1))  # 1 where a set joins a layer to the one below
     others = np.zeros((len(finite), 1))  # groups beside the first
     excess = np.zeros(len(finite))  # what a set costs beyond the sum of its groups
-    pays_for_groups = len(finite) % 2 == 1
+    pays_for_groups = len(finite) % _TURNS == _TURNS - 1
     for row, groups in enumerate(finite):
         joined[row, list(_joined(groups))] = 1
         others[row] = len(groups) - 1 if pays_for_groups else 0
