@@ -183,7 +183,7 @@ class NormedHalfFit(HalfFit):
         return [math.exp(total / tokens) for total in totals_of_all]
 
     def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs, states: Sequence[Tensor]) -> Tensor:
-        """Over all tokens, in float64: the log of the root mean square of what is written."""
+        """Over all tokens of some states, in float64: the log of the root mean square of what is written."""
         total = torch.zeros((), dtype=torch.float64)
         for state in states:
             squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
