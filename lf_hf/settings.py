@@ -8,7 +8,7 @@ from typing import Any
 from lf_hf.runtime.settings_base import Settings, documented, setting
 from lf_hf.runtime.words import plural
 
-ALGORITHM = 22
+ALGORITHM = 21
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
 LEAST_HEAL_TOKENS = 1024

@@ -26,7 +26,6 @@ _SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _TRIALS = 16  # sets of groups that are tried out whole, at most
 _LEAST_TRIALS = 6
-_PATIENCE = 7  # so many trials in a row that find nothing better are the last ones
 _TRIAL_TOKENS = 2048  # of calibration text for each of them, so that little text is not mostly chosen with
 
 
@@ -122,19 +121,14 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     """What at most `count` sets of groups cost as wholes: those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
-    where they are in one of the cheapest sets. Fewer are tried where several in a row cost more than one before them.
+    where they are in one of the cheapest sets.
     """
     trials: dict[Groups, float] = {}
-    best = 0
-    for number in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
+    for _ in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
         groups = _next_set(costs, trials, num_fusions)
         if groups is None:
             break
         trials[groups] = costs.measure_set(groups)
-        if trials[groups] == min(trials.values()):
-            best = number
-        elif number - best == _PATIENCE:
-            break
     return trials
 
 

@@ -157,22 +157,20 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     assert chosen.groups == min(tried, key=lambda groups: tried[groups])
 
 
-@pytest.mark.parametrize(("tokens", "best", "sets"), [(480, 6, 6), (16384, 8, 8), (131072, 16, 16), (131072, 2, 9)])
-def test_more_text_takes_more_trials_as_long_as_they_find_something(
-    tokens: int, best: int, sets: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("tokens", "sets"), [(480, 6), (16384, 8), (131072, 16)])
+def test_more_text_takes_more_trials(tokens: int, sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Groups] = []
 
     def measure_set(_: GroupCosts, groups: Groups) -> float:
         tried.append(groups)
-        return float(abs(len(tried) - best))
+        return float(len(tried))
 
     monkeypatch.setattr(GroupCosts, "measure_set", measure_set)
     measured = measured_text(TEXT)
     assert measured.text is not None
     text = measured.text._replace(source=replace(measured.text.source, tokens=tokens))
     found = choice(make_llama(num_hidden_layers=9), 3, replace(measured, text=text))
-    assert len(set(tried)) == sets and found.groups == tried[best - 1]
+    assert len(set(tried)) == sets and found.groups == tried[0]
 
 
 def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:
