@@ -181,7 +181,7 @@ def fuse(base: str, out: str, target_layers: int | None, low_memory: bool, dry_r
     base_size = sum(file.stat().st_size for file in opened.files())
     show(table(out, *as_table(report.rows((base_size, weights_size(Path(out)))))))
     if report.budget:
-        show(report.budget.summary())
+        show(_with_options(report.budget.summary()))
     show(*map(_with_options, report.notes))
 
 

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread, optional_file
-from lf_hf.checkpoint.card import CARD_NAME, base_license
-from lf_hf.checkpoint.classes import FusedForCausalLM, Model, checked_tokenizer, fused_class, write_config
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread
+from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class, write_config
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
-from lf_hf.checkpoint.identity import base_digest, identity, text_digest, why_not_reused
+from lf_hf.checkpoint.identity import why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
 from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.measure.check import check_layers
+from lf_hf.healing.inputs import WORK
+from lf_hf.inputs import FusionInputs
 from lf_hf.measure.speed import with_speed
 from lf_hf.models import model_class as stock_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.launch import Processes, local_rank
+from lf_hf.runtime.launch import Processes, compute_once, local_rank
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_needed, load_training_text
-from lf_hf.text.packing import check_enough
+from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
+
+if TYPE_CHECKING:
+    pass
 
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
+_FUSED = "fused"  # in the hidden folder of a healing: the model that it starts from
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
@@ -85,72 +86,6 @@ class FusedLlamaModel(LlamaModel):
 
     config_class = FusedLlamaConfig
     config: FusedLlamaConfig
-
-
-@dataclass(frozen=True)
-class FusionInputs:
-    """All that a fusion is made of; text is read when it is first needed.
-
-    `calibration` is what the user gave, and `tokenizer` the base's unless the user gave one.
-    """
-
-    base: Base
-    config: FusionConfig
-    calibration: TextSource | None
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def open(
-        cls, base: Base, config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> FusionInputs:
-        """Check that the settings suit the base, and read its tokenizer."""
-        check_layers(config, base.config)
-        base.generation_config()  # which is saved with the result
-        return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer())
-
-    @cached_property
-    def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
-        """The samples that layers are compared on, and the text that they are fitted to."""
-        return load_needed(self.config, self.calibration, self.tokenizer)
-
-    @cached_property
-    def to_heal(self) -> Corpus | None:
-        """The text of the healing that follows, if one does."""
-        tokens = self.config.heal_tokens
-        return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
-
-    def check(self) -> None:
-        """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal."""
-        _, text = self.samples_and_text
-        if text is not None:
-            length = min(self.config.calibration_length, self.base.text_config.max_position_embeddings)
-            check_enough(self.tokenizer, text, length, self.base.text_config.vocab_size)
-        if self.to_heal is not None:
-            from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
-
-            check_can_heal(self.base, self.tokenizer, self.to_heal, self.config)
-
-    def identity(self) -> dict[str, str]:
-        """Identity of this fusion and of the healing that may follow it."""
-        texts: list[str] | None = None
-        if self.calibration is not None:
-            texts = []
-            for source in (*self.samples_and_text, self.to_heal):
-                if source is not None:
-                    texts += source.texts
-        read = text_digest(texts, self.tokenizer)
-        dtype = self.base.dtype or self.base.config.dtype
-        return identity(base_digest(self.base), self.config.in_effect(), read, dtype=dtype)
-
-    def fuse(self, decoder: Decoder) -> FusionReport:
-        """Fuse the base's layers, in place."""
-        from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
-
-        samples, text = self.samples_and_text
-        report = pipeline.fuse(decoder, self.tokenizer, self.config, samples, text, base=self.base.full_name)
-        card = optional_file(self.base.name, CARD_NAME, self.base.hub)
-        notes = [*report.notes, *self.base.notes()]
-        return dataclasses.replace(report, license=base_license(card), notes=notes)
 
 
 def from_pretrained_fused(
@@ -215,8 +150,14 @@ def from_pretrained_fused(
     return _load_and_fuse(model_class, inputs)
 
 
-def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
-    """Load the base, fuse it in memory, and heal it where that is asked for."""
+def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None = None) -> Any:
+    """Load the base, fuse it in memory, and heal it where that is asked for.
+
+    With `folder`, where the result goes, the fused model and the states of its healing are in a hidden folder there
+    until the caller removes it: after an interruption the same call goes on from them.
+    """
+    if inputs.to_heal is not None:
+        return _fuse_and_heal(model_class, inputs, folder)
     loaded = inputs.base.load()
     decoder = ModelDecoder(loaded)
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
@@ -225,10 +166,25 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs) ->
     report = inputs.fuse(decoder)
     model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
     model.processor_files = inputs.base.processor_files()
-    if inputs.to_heal is not None:
-        from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
+    return model
 
-        heal_loaded(model, inputs.base, inputs.to_heal, inputs.config)
+
+def _fuse_and_heal(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None) -> Any:
+    from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
+
+    assert inputs.to_heal is not None
+    fusion = dataclasses.replace(inputs, config=inputs.config.unhealed)
+    work = None
+    if folder is None:
+        model = _load_and_fuse(model_class, fusion)
+    else:
+        work, made_of = folder / WORK, fusion.identity()
+        reason = compute_once(lambda: any(work.glob("checkpoint-*")) and why_not_reused(work / _FUSED, made_of))
+        if reason:
+            advice = f"give its command again, or remove {str(work)!r} to begin anew"
+            raise ValueError(f"{reason} Its healing was cut short; {advice}.")
+        model = _load_or_fuse(model_class, fusion, work / _FUSED)
+    heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
     return model
 
 
@@ -253,8 +209,8 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
                     logger.warning(f"{reason} Fusing, to replace it.")
                 if inputs.calibration is None:
                     inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
-                inputs.check()
-                model = _load_and_fuse(model_class, inputs)
+                inputs.check(folder)
+                model = _load_and_fuse(model_class, inputs, folder)
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                 processes.broadcast_object(lambda: _keep(model, folder))
                 on_another_machine = not processes.is_main and local_rank() == 0
@@ -285,6 +241,7 @@ def _earlier_default(folder: Path) -> str | None:
 def _keep(model: FusedForCausalLM, folder: Path) -> None:
     with replaced_files(folder) as new:
         model.write_files(new, plain=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def fuse_checkpoint(
@@ -341,7 +298,7 @@ def fuse_checkpoint(
         if config.speed:
             logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
-    inputs.check()
+    inputs.check(target)
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -352,11 +309,12 @@ def fuse_checkpoint(
         if low_memory:
             report = _fuse_on_disk(inputs, folder, max_shard_bytes)
         else:
-            model = _load_and_fuse(fused_class(opened.config), inputs)
+            model = _load_and_fuse(fused_class(opened.config), inputs, target)
             report = model.fusion_report
             if processes.is_main:
                 model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
-    processes.all_gather_object(None)  # the others wait until the files are in their places
+    # The others wait until the files are in their places.
+    processes.broadcast_object(lambda: shutil.rmtree(target / WORK, ignore_errors=True))
     return report
 
 

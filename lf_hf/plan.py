@@ -17,8 +17,9 @@ import torch
 from lf_hf.checkpoint.base import SPREAD, Base
 from lf_hf.checkpoint.saving import check_replaceable, check_room
 from lf_hf.checkpoint.weights import stored_dtype
-from lf_hf.fuse import FusionInputs, low_memory_device
+from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
+from lf_hf.inputs import FusionInputs
 from lf_hf.measure.memory import fusion_memory, num_parameters
 from lf_hf.runtime.memory import free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
@@ -75,7 +76,7 @@ def plan_fusion(
     if low_memory:
         low_memory_device(config, opened.loading)
     inputs = FusionInputs.open(opened, config, calibration, None)
-    inputs.check()
+    healing = inputs.check(out)
     if out is not None:
         check_disk(opened, config, out)
     devices, dtype = _devices(opened.loading.get("device_map")), _dtype(opened)
@@ -102,11 +103,10 @@ def plan_fusion(
     if text is not None:
         lines.append(f"calibration: {text.full_source}")
     memory = fusion_memory(config, opened.config, dtype.itemsize, devices[0], low_memory=low_memory)
-    if inputs.to_heal is not None:
-        from lf_hf.healing.heal import check_can_heal  # imports the Trainer
-
+    if healing is not None:
         lines.append(f"healing: on {config.heal_tokens:,} tokens")
-        memory = max(memory, check_can_heal(opened, inputs.tokenizer, inputs.to_heal, config).memory)
+        lines.append(_states(healing.disk))
+        memory = max(memory, healing.memory)
     how_many = f"{removed} {plural(removed, 'fusion')}"
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
@@ -156,7 +156,7 @@ def plan_heal(
         f"training: {steps} of {settings.batch * settings.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
         f"the base's predictions: {placement.description}",
-        f"disk, until it is done, at most about: {in_gib(placement.disk)}",
+        _states(placement.disk),
     ]
     notes = []
     if inputs.replaces:
@@ -168,6 +168,10 @@ def plan_heal(
         notes.append(repeats)
     head = f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}"
     return Plan(head, lines, notes, placement.memory, [training.arguments.device])
+
+
+def _states(disk: int) -> str:
+    return f"disk, until healing is done, at most about: {in_gib(disk)}"
 
 
 def _parameters(base: Base, config: FusionConfig) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lf_hf.runtime.settings_base import Settings, documented, setting
@@ -191,6 +191,11 @@ class FusionConfig(Settings):
     def within_budget(self) -> bool:
         """Whether a budget says how many layers are fused."""
         return self.num_fusions is None
+
+    @property
+    def unhealed(self) -> FusionConfig:
+        """The same fusion without the healing that follows it."""
+        return replace(self, method="refit" if self.method == "healed" else self.method, heal_tokens=0)
 
     @property
     def is_random(self) -> bool:

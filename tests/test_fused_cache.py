@@ -62,6 +62,7 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     if "use_safetensors" in arguments:
         pickled(base)
     first = load(base, fused, **arguments)
+    (base / "consolidated.safetensors").write_bytes(b"in a format of its publisher's, which nothing here reads")
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
     assert len(fusions) == 1 and same(first, second) and not second.training
     assert first.fusion_report == second.fusion_report and second.tokenizer is not None

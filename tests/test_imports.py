@@ -17,7 +17,7 @@ import lf_hf
 
 # Each folder or module of lf_hf imports those before it alone.
 ORDER = "runtime settings families models text report checkpoint decoder refit stages measure choose pipeline".split()
-ORDER += "healing fuse __init__ evaluate plan cli".split()
+ORDER += "healing inputs fuse __init__ evaluate plan cli".split()
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
-from lf_hf.checkpoint.weights import CHECKPOINT_FILES, check_complete, local_folder, tensor_files, tensor_shapes
+from lf_hf.checkpoint.weights import CHECKPOINT_FILES, UNREAD, check_complete, local_folder, tensor_files, tensor_shapes
 from lf_hf.families import FAMILIES
 from lf_hf.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
 from lf_hf.report.report import MOST_LAYERS
@@ -132,7 +132,8 @@ class Base:
         if self.loading.get("use_safetensors") is False:
             patterns.append("*.bin")
         folder = local_folder(self.name, hub, patterns)
-        return sorted(file for pattern in patterns for file in folder.glob(pattern))
+        files = [file for pattern in patterns for file in folder.glob(pattern)]
+        return sorted(file for file in files if not file.match(UNREAD))
 
     def generation_config(self) -> GenerationConfig:
         """The settings for generation. Raises ValueError if they are not valid."""

@@ -82,9 +82,11 @@ def _commands(report: FusionReport) -> str:
             options[name] = value
     if report.dtype is not None:
         options["dtype"] = report.dtype.removeprefix("torch.")
-    commands = _command(["lf-hf", "fuse", report.base, "out"], options)
+    base, file = report.base_and_gguf_file
+    gguf_file = {"gguf_file": file} if file else {}
+    commands = _command(["lf-hf", "fuse", base, "out"], options | gguf_file)
     if report.healed is not None and "heal_tokens" not in report.settings:
-        options = {"base": report.base, **report.healed.settings}
+        options = {"base": base} | gguf_file | report.healed.settings
         commands += "\n" + _command(["lf-hf", "heal", "out", "healed"], options)
     return commands
 

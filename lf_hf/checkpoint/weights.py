@@ -21,6 +21,7 @@ from lf_hf.runtime.errors import explained
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
+UNREAD = "consolidated*"  # the same weights once more, which Mistral publishes beside those for transformers
 Shape = Sequence[int]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 BLOCK = 1 << 24  # bytes that are read at a time onto a device
@@ -38,7 +39,7 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     subfolder = where.pop("subfolder", "")
     if os.path.isdir(base):
         return Path(base, subfolder)
-    return Path(snapshot_download(base, allow_patterns=patterns, **where), subfolder)
+    return Path(snapshot_download(base, allow_patterns=patterns, ignore_patterns=UNREAD, **where), subfolder)
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:

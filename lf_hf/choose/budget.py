@@ -59,7 +59,7 @@ def search_budget(
 
     most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))
     (copy, fused), trials = search(name, allowed, most, attempt)
-    budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials, text.source.source)
+    budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials)
     return copy, fused, budget
 
 

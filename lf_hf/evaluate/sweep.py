@@ -134,18 +134,12 @@ def _configs(
         configs.append(config)
     tokens = max(config.calibration_tokens for config in configs)
     configs = [replace(config, calibration_tokens=tokens) for config in configs]
-    fused = [_unhealed(config).method for config in configs]
+    fused = [config.unhealed.method for config in configs]
 
     def order(config: FusionConfig) -> tuple[int, ...]:
-        return fused.index(_unhealed(config).method), config.num_fusions, config.heal_tokens
+        return fused.index(config.unhealed.method), config.num_fusions, config.heal_tokens
 
     return sorted(dict.fromkeys(configs), key=order)
-
-
-def _unhealed(config: FusionConfig) -> FusionConfig:
-    """The same without a healing."""
-    method = "refit" if config.method == "healed" else config.method
-    return replace(config, method=method, heal_tokens=0)
 
 
 class _Texts(NamedTuple):
@@ -245,7 +239,7 @@ class _Maker:
             if config is None:
                 results.add(self._dense_point(key))
             else:
-                results.add(self._fused_point(key, config, fuse(_unhealed(config))))
+                results.add(self._fused_point(key, config, fuse(config.unhealed)))
         processes.all_gather_object(None)
         if processes.is_main:
             results.complete()

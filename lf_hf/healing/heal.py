@@ -28,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.base import Base, checked_dtype
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.identity import differences
 from lf_hf.checkpoint.saving import check_room, only_writer
@@ -135,17 +135,22 @@ def heal_loaded(
     base: Base,
     corpus: Corpus,
     config: FusionConfig,
+    work: Path | None = None,
     *,
     cache: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows."""
+    """Heal a model in memory, in place, as `heal` does with its defaults; `fusion_report` follows.
+
+    The states of a run that is cut short stay in `work`, where the same call goes on; without it they go.
+    """
     report, tokenizer = model.fusion_report, model.tokenizer
     assert report is not None and tokenizer is not None
-    report = replace(report, config=report.config | {"heal_tokens": config.heal_tokens})
+    asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
+    report = replace(report, config=report.config | asked_for)
     inputs = HealingInputs(model, report, tokenizer, base, corpus, _settings(config))
     with ExitStack() as stack:
-        work = compute_once(lambda: stack.enter_context(TemporaryDirectory()))
-        model.fusion_report = _distill(inputs, Path(work), cache, {})
+        folder = work or Path(compute_once(lambda: stack.enter_context(TemporaryDirectory())))
+        model.fusion_report = _distill(inputs, folder, cache, {})
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
@@ -155,11 +160,13 @@ def check_can_heal(
     corpus: Corpus,
     config: FusionConfig,
     *,
+    folder: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Placement:
     """Raise ValueError, before a model is fused, if there is too little text or memory to heal it afterwards.
 
-    Returns what the healing will take.
+    Raises OSError if the disk of `folder`, where the result goes, has too little room. Returns what the healing will
+    take.
     """
     fused = base.new_config()
     num_fusions = config.num_fusions or 1  # one at least, where a budget says how many
@@ -167,8 +174,15 @@ def check_can_heal(
     set_config_layers(text, range(text.num_hidden_layers - num_fusions))
     with torch.device("meta"):
         model = model_class(fused)(fused)
-    work = Path(gettempdir(), "lf_hf-healing", WORK)
-    training = prepare(model, [], base.config, _settings(config), work, {}, cache)
+    work, settings = Path(folder or Path(gettempdir(), "lf_hf-healing"), WORK), _settings(config)
+    on_cpu = training_arguments(settings, work, {}).device.type == "cpu"
+    held = 0  # bytes of the fused model, of which the student will be a copy
+    if on_cpu or base.loading.get("device_map") not in (None, "cpu"):
+        model.to(base.dtype or checked_dtype(fused.dtype))
+        held = sum(p.nbytes for p in model.parameters())
+    advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
+    with explained("Where a fusion heals, it does so by the defaults", advice, ValueError):
+        training = prepare(model, [], base.config, settings, work, {}, cache, held=held)
     given_text(tokenizer, corpus, training.settings, base.text_config.vocab_size)
     return training.placement
 
@@ -199,11 +213,13 @@ def prepare(
     work: Path,
     training_args: Mapping[str, Any],
     cache: str | os.PathLike[str] | None,
+    *,
+    held: int = 0,
 ) -> Training:
     """Make a student of a model, which may be on the meta device, and see whether it can be trained in `work`.
 
-    Raises ValueError for training arguments that cannot be used, or too little memory, and OSError for too little room
-    on the disk.
+    Of free memory `held` bytes will be taken by then. Raises ValueError for training arguments that cannot be used, or
+    too little memory, and OSError for too little room on the disk.
     """
     length = min(settings.length, base.get_text_config().max_position_embeddings)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
@@ -217,7 +233,7 @@ def prepare(
     if arguments.report_to and (work.parent / _LOGS).is_file():
         raise ValueError(f"{str(work.parent)!r} holds a file {_LOGS!r}, where logs go; choose another folder.")
     student = make_student(model, settings, fused_layers)
-    placement = place_teacher(base, student, settings, arguments, cache)
+    placement = place_teacher(base, student, settings, arguments, cache, held=held)
 
     def check_disk() -> None:
         if not any(work.glob("checkpoint-*")):  # a run that goes on has its states there

@@ -147,12 +147,11 @@ def _base_name(
     base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
 ) -> tuple[str | os.PathLike[str], dict[str, Any]]:
     """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
-    folder, _, file = report.base.rpartition("/")
-    is_gguf = file.lower().endswith(".gguf")
+    folder, file = report.base_and_gguf_file
     if base is None:
-        base = folder if is_gguf else report.base
+        base = folder
         if "/" not in base:
             raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=.")
-    if is_gguf and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
+    if file and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
         return base, {**hub, "gguf_file": file}
     return base, dict(hub)

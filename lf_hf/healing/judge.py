@@ -18,7 +18,7 @@ from lf_hf.measure.predictions import Predictions, final_states, predictions
 from lf_hf.models import CausalLM
 from lf_hf.report.data import HealedText, HealingInfo, PerplexityInfo
 from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
-from lf_hf.report.report import FusionReport
+from lf_hf.report.report import CHANGED_NOTE, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FITTING
@@ -26,6 +26,9 @@ from lf_hf.text.judging import judging_texts, nearest, relation
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
+CHANGED_BEFORE = (
+    "The weights had been changed, as by training, before healing: to fuse and heal does not give them again."
+)
 
 
 def judge(model: CausalLM, teacher: Teacher, processes: Processes = ALONE) -> dict[str, Predictions]:
@@ -66,8 +69,10 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
         logger.warning(note)
     if repeats := repeats_note(healed.epochs):  # which was logged before the training
         notes.append(repeats)
+    if CHANGED_NOTE in report.notes:
+        notes.append(CHANGED_BEFORE)
     # What was said of the fused model, and of an earlier healing, is not true any more.
-    earlier = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, "Healing "))]
+    earlier = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, CHANGED_NOTE, "Healing "))]
     return replace(
         report,
         continuations=continuations,

@@ -85,8 +85,10 @@ def place_teacher(
     settings: HealSettings,
     arguments: TrainingArguments,
     cache: str | os.PathLike[str] | None,
+    *,
+    held: int = 0,
 ) -> Placement:
-    """Place the base by free memory, and split the steps of `arguments` into batches that fit.
+    """Place the base by free memory less `held` bytes, and split the steps of `arguments` into batches that fit.
 
     The student may be on the meta device. Raises ValueError, with what would help, if nothing fits.
     """
@@ -94,7 +96,7 @@ def place_teacher(
     size = 2 if arguments.bf16 or arguments.fp16 else 4
     folder = None if cache is None else checked_folder(cache)
     # So that all processes choose alike.
-    free = min(Processes.of_launch().all_gather_object(int(free_memory(device) * _SPARE)))
+    free = min(Processes.of_launch().all_gather_object(int(free_memory(device) * _SPARE) - held))
     loaded = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
     checkpoints = bool(arguments.gradient_checkpointing)
     fixed, sequence = training_memory(student, settings.length, size, checkpoints=checkpoints)
@@ -108,7 +110,8 @@ def place_teacher(
             "gradient_checkpointing=True, a device with more, or several of them with FSDP."
         )
     base_size = num_parameters(base)[1] * (2 if arguments.bf16 else 4)
-    in_memory = base_size <= free
+    student_size = sum(p.nbytes for p in student.parameters())
+    in_memory = student_size - loaded + base_size <= free
     if folder is None and needed + base_size <= free:
         files, beside = None, base_size
         description = "computed in memory, beside the student"
@@ -117,7 +120,6 @@ def place_teacher(
         reading = "in memory" if in_memory else "read layer by layer"
         description = f"written to disk, the {settings.top_k} most likely ones of each token, by the base {reading}"
     sequences = _split_steps(arguments, settings, (free - beside - fixed + loaded) // sequence)
-    student_size = sum(p.nbytes for p in student.parameters())
     fused_model = student_size if device.type == "cpu" else 0  # of which the student is a copy
     training = fixed + sequences * sequence + beside
     writing = student_size + base_size if in_memory else 0

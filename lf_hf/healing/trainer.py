@@ -89,12 +89,13 @@ def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence
     return student
 
 
-def default_learning_rate(model: nn.Module, train: str) -> float:
+def default_learning_rate(model: CausalLM, train: str) -> float:
     """A fixed part of the size of a model's weights, as one digit: the median over matrices of their root mean square.
 
     A step of Adam is as long as the rate, whatever the gradient, and so changes weights by that part of their size.
     """
-    size = typical_size(weight for name, weight in model.named_parameters() if ".layers." in name)
+    layers = f"{text_prefix(model)}layers."
+    size = typical_size(weight for name, weight in model.named_parameters() if name.startswith(layers))
     return float(f"{RELATIVE_RATES[train] * size:.0e}")
 
 

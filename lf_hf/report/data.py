@@ -245,19 +245,19 @@ class BudgetTrial:
 
 @dataclass(frozen=True)
 class BudgetInfo:
-    """The budget of a fusion, and what was tried for it, on `tokens` tokens of `text`."""
+    """The budget of a fusion, and what was tried for it, on `tokens` tokens of calibration text."""
 
     name: str
     allowed: float
     tokens: int
     tried: list[BudgetTrial]
-    text: str = "calibration text"
 
     def summary(self) -> str:
         """One sentence: what was allowed and measured."""
         tried = sorted(self.tried, key=lambda trial: trial.num_fusions)
         costs = ", ".join(f"{trial.costs(self.name):.4g} with {trial.num_fusions}" for trial in tried)
-        return f"{self.name}={self.allowed:g} on {self.tokens:,} tokens of {self.text}, kept aside: {costs} fused."
+        aside = f"{self.tokens:,} tokens of calibration text that were kept aside"
+        return f"{self.name}={self.allowed:g} on {aside}: {costs} fused."
 
 
 @dataclass(frozen=True)

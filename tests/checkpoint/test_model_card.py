@@ -62,6 +62,8 @@ def test_a_folder_is_no_repository(base: str) -> None:
     assert (metadata.get("base_model"), metadata.get("base_model_relation")) == (repository, relation)
     assert metadata["tags"] == ["llama", "layer-fusion", "depth-pruning"]
     assert "/home" not in card and "model" in card
+    if base.endswith(".gguf"):
+        assert "fuse owner/model out" in card and "--gguf-file file.gguf" in card
 
 
 @pytest.mark.parametrize(

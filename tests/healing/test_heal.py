@@ -28,7 +28,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
 from lf_hf.healing import trainer
 from lf_hf.healing.inputs import WORK
-from lf_hf.healing.judge import judge
+from lf_hf.healing.judge import CHANGED_BEFORE, judge
 from lf_hf.healing.teacher import STATES, Teacher
 from lf_hf.plan import plan_heal
 from lf_hf.report.notes import COLLAPSED
@@ -125,9 +125,10 @@ def test_nothing_to_gain_gives_back_the_fused_model(heal: Heal, fused: Path, tmp
     assert report.healed is not None and report.healed.kept == 0 and report.healed.epochs > 3
     for now, then in zip(report.perplexities, FusionReport.load(fused).perplexities, strict=True):
         assert (now.name, now.tokens, now.relation) == (then.name, then.tokens, "unseen") and now.ratio > 2
-    begins = ("Healing did not bring", "Healing goes", COLLAPSED, CHANGED_NOTE)
+    begins = ("Healing did not bring", "Healing goes", COLLAPSED, CHANGED_BEFORE)
     assert all(sum(note.startswith(begin) for note in report.notes) == 1 for begin in begins)
-    assert CHANGED_NOTE in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert CHANGED_BEFORE in card and CHANGED_NOTE not in card
 
 
 def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(heal: Heal, fused: Path, tmp_path: Path) -> None:
@@ -406,3 +407,31 @@ def test_it_heals_while_loading_with_a_tokenizer_that_is_given(tmp_path: Path) -
     report = lf_hf.from_pretrained_fused(tmp_path, **given).fusion_report
     assert report is not None and report.healed is not None and report.healed.steps == 2
     assert report.config["heal_tokens"] == 4096
+
+
+def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It fuses no second time, begins no other fusion there, and ends as one that nothing stopped."""
+    real = Trainer.training_step
+
+    def fuse(out: str, **changes: Any) -> FusionReport:
+        given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256, "calibration": TEXTS} | changes
+        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given)
+
+    def step(self: Any, *given: Any) -> torch.Tensor:
+        if self.state.global_step == 1:
+            raise Killed
+        return real(self, *given)
+
+    whole = fuse("whole")
+    monkeypatch.setattr(Trainer, "training_step", step)
+    with pytest.raises(Killed):
+        fuse("out")
+    monkeypatch.setattr(Trainer, "training_step", real)
+    with pytest.raises(ValueError, match=r"num_fusions=1 instead of 2.*cut short.*remove .* to begin anew"):
+        fuse("out", num_fusions=2)
+    monkeypatch.setattr("lf_hf.pipeline.fuse", None)
+    report = fuse("out")
+    assert "Going on from" in caplog.text and not changed(tmp_path / "out", tmp_path / "whole")
+    assert report.settings == whole.settings and not (tmp_path / "out" / WORK).exists()
