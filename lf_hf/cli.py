@@ -134,7 +134,7 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be 
 @app.command(
     epilog=_examples(
         "fuse path/to/model out --num-fusions 4 --method refit --dry-run",
-        "fuse meta-llama/Meta-Llama-3-8B out --target-layers 28 --method healed --calibration my_text.txt",
+        "fuse path/to/model out --target-layers 28 --method healed --calibration my_text.txt --device cuda",
         "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory --device cuda",
     )
 )

@@ -266,6 +266,21 @@ def test_too_little_room_is_said_before_the_base_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_before_a_fusion_the_fused_model_counts_as_memory(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does once it is there: else what was fused could not be healed, and would be lost."""
+
+    def refusal(free: float) -> str:
+        monkeypatch.setattr("lf_hf.healing.teacher.free_memory", lambda _: free)
+        with pytest.raises(ValueError, match="training takes") as refused:
+            lf_hf.from_pretrained_fused(base, **QUICK, heal_tokens=4096, calibration=TEXTS)
+        return str(refused.value)
+
+    monkeypatch.delattr(Base, "load")
+    [needed] = re.findall(r"training takes ([\d.]+) MiB", refusal(0))
+    weights = sum(tensor.nbytes for tensor in tensors(Path(base)).values())
+    refusal((float(needed) * 2**20 + weights / 2) / 0.9)
+
+
 def test_what_is_not_to_be_trained_stays(heal: Heal, fused: Path, healed: Path, tmp_path: Path) -> None:
     """Bfloat16 weights learn what is too small for them."""
     half = tmp_path / "half"
