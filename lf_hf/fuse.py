@@ -164,7 +164,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fo
     if not is_spread(inputs.base.loading.get("device_map")):
         decoder.processes = Processes.of_launch()
     report = inputs.fuse(decoder)
-    model = model_class.adopt(loaded, with_speed(report, loaded), inputs.tokenizer)
+    model = model_class.adopt(loaded, with_speed(report, loaded, inputs.base.config), inputs.tokenizer)
     model.processor_files = inputs.base.processor_files()
     return model
 

@@ -14,8 +14,8 @@ operations a second in bfloat16, 40 % of its peak, 40e12 in float32, and 3e9 byt
   checkpoint       16e9 bytes to write: 30 s. Reading them and importing takes 15 s in each case after it
   text             the model writes half of it, all sequences together, in 127 steps of some 30 ms: 5 s
   choosing         a rough fit of two layers takes 12e12 operations in float32, mostly the solution for 14336 channels,
-                   and the text behind it some 40e12 in bfloat16: .5 s. 57 pairs and triples are fitted, and 12 to 16
-                   sets of 3 to 6 groups: 50 to 75 s. From files each set reads 11e9 bytes more, so layers are chosen by
+                   and the text behind it some 40e12 in bfloat16: .5 s. 57 pairs and triples are fitted, and 8 sets of
+                   3 to 6 groups: 40 to 50 s. From files each set reads 11e9 bytes more, so layers are chosen by
                    influence there, in 5 s, unless --selection says otherwise
   making           a group's selection among 17920 channels and its solution take 30e12 in float32; its training, 8
                    passes over one layer, takes 170e12 in bfloat16 and 64 steps of AdamW: 3 s. 12 to 20 s

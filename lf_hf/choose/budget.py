@@ -83,7 +83,13 @@ def search(
     low, high = 0, most + 1  # what is allowed, and what is not
     while high - low > 1:
         count = _next_count(trials, name, allowed, low, high)
-        trial, result = attempt(count)
+        result = None
+        try:
+            trial, result = attempt(count)
+        except ValueError:
+            if count == 1:
+                raise
+            trial = BudgetTrial(count, math.inf, math.inf)  # so many cannot be made, as in this dtype
         trials.append(trial)
         if trial.costs(name) <= allowed:
             best, low = result, count

@@ -134,8 +134,7 @@ class GroupCosts:
             number = traced.number
             for group, states in judged.items():
                 judged[group] = self._run(traced.layer, states)
-            if traced.mid_states:
-                window[number] = traced
+            window[number] = traced
             for first in sorted(first for first, last in groups if last == number):
                 fused = self._fuse([window[n] for n in range(first, number + 1)], states=None)
                 if fused is None:

@@ -263,7 +263,8 @@ class _Maker:
         decoder = ModelDecoder(self._dense).copy()
         base, measured = self.base.full_name, self._measured
         report = pipeline.fuse(decoder, self.tokenizer, config, None, None, base=base, measurements=measured)
-        return fused_class(self.base.config).adopt(decoder.model, with_speed(report, decoder.model), self.tokenizer)
+        report = with_speed(report, decoder.model, self.base.config)
+        return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)
 
     def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusionReport:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""

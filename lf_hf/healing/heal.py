@@ -110,7 +110,7 @@ def heal(
     settings = HealSettings.taken_from(kwargs, settings)
     inputs, folder = open_inputs(fused, out, base, text, settings, kwargs)
     work = folder / WORK
-    report = with_speed(_distill(inputs, work, cache, training_args or {}), inputs.model)
+    report = with_speed(_distill(inputs, work, cache, training_args or {}), inputs.model, inputs.base.config)
     gc.collect()  # the Trainer, in which objects know each other, and which has files in `work` open
 
     def save() -> None:

@@ -1,8 +1,8 @@
 """How fast a fused model is beside its base: tokens a second, and bytes of weights and of cache.
 
-A layer's time depends on its shape and not on its weights, so the fused model stands in for the base, with as
-many layers as the base has: some occur twice, sharing their weights. Both models run in turns, so that other
-load on the machine affects both.
+A layer's time depends on its kind and shape and not on its weights, so the fused model stands in for the base, with as
+many layers of each kind as the base has: some occur twice, sharing their weights. Both models run in turns, so that
+other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
@@ -35,7 +35,7 @@ _LEAST_PREFILLED, _MOST_PREFILLED, _MOST_DECODED = 16, 512, 32  # tokens
 _PARTS = 12  # of the time: prefill and decoding by two models, in three rounds
 
 
-def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
+def with_speed(report: FusionReport, model: CausalLM, base: PreTrainedConfig) -> FusionReport:
     """A fused model's report with its speed, unless that is there or not wanted, or several processes work together.
 
     The model is in evaluation mode afterwards.
@@ -48,7 +48,7 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
             logger.warning_once("Speed is not measured where several processes work together.")
         return report
     try:
-        speed = measure_speed(model.eval(), report.layers_before)
+        speed = measure_speed(model.eval(), base)
     except Exception as error:  # of any kind, such as a device without room: what was made before must not be lost
         logger.warning(f"Speed was not measured ({reason(error)}).")
         return report
@@ -56,13 +56,13 @@ def with_speed(report: FusionReport, model: CausalLM) -> FusionReport:
 
 
 @torch.no_grad()
-def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
-    """Speed of a fused model and of its base of `num_base_layers` layers, for one sequence at a time.
+def measure_speed(model: CausalLM, base: PreTrainedConfig) -> SpeedInfo:
+    """Speed of a fused model and of its base, for one sequence at a time.
 
     After warming up, both run in turns as often as `SECONDS` allow: twice at least.
     """
     fused_body = text_model(model)
-    base_body = _with_layers(fused_body, num_base_layers)
+    base_body = _with_layers_of(base, fused_body)
     longest = max(1, min(_MOST_PREFILLED, fused_body.config.max_position_embeddings - _MOST_DECODED))
     prefilled, decoded = min(longest, _LEAST_PREFILLED), 1
     start = time.perf_counter()
@@ -72,11 +72,11 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
             break
     prefilled = min(longest, max(prefilled, int(SECONDS / _PARTS / run.prefill)))
     decoded = min(_MOST_DECODED, max(decoded, int(SECONDS / _PARTS / run.decoding)))
-    base: list[Run] = []
+    dense: list[Run] = []
     fused: list[Run] = []
     start = time.perf_counter()
-    while len(base) < _LEAST_ROUNDS or (len(base) < _MOST_ROUNDS and time.perf_counter() - start <= SECONDS):
-        base.append(_run(model, base_body, prefilled, decoded))
+    while len(dense) < _LEAST_ROUNDS or (len(dense) < _MOST_ROUNDS and time.perf_counter() - start <= SECONDS):
+        dense.append(_run(model, base_body, prefilled, decoded))
         fused.append(_run(model, fused_body, prefilled, decoded))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     removed = base_body.layers[len(fused_body.layers) :]
@@ -86,11 +86,11 @@ def measure_speed(model: CausalLM, num_base_layers: int) -> SpeedInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         prefill_tokens=prefilled,
         decoded_tokens=decoded,
-        prefill=_rate([run.prefill for run in base], [run.prefill for run in fused]),
-        decoding=_rate([run.decoding for run in base], [run.decoding for run in fused]),
+        prefill=_rate([run.prefill for run in dense], [run.prefill for run in fused]),
+        decoding=_rate([run.decoding for run in dense], [run.decoding for run in fused]),
         weight_bytes=[weights + more, weights],
-        cache_bytes=[base[0].cache_bytes, fused[0].cache_bytes],
-        runs=len(base),
+        cache_bytes=[dense[0].cache_bytes, fused[0].cache_bytes],
+        runs=len(dense),
     )
 
 
@@ -126,16 +126,24 @@ def _run(model: CausalLM, body: Any, prefilled: int, decoded: int) -> Run:
     return Run((between - start) / prefilled, (end - between) / decoded, cache_bytes // prefilled)
 
 
-def _with_layers(body: Any, count: int) -> Any:
-    """A model without its head that has `count` layers: the first ones come again at the end, with the same weights."""
-    longer = sharing_copy(body)
-    num_layers = len(longer.layers)
-    again = [number % num_layers for number in range(count - num_layers)]
-    for number in again:
-        layer = sharing_copy(longer.layers[number])
-        family_of(longer.config).mixer_module(layer).layer_idx = len(longer.layers)
+def _with_layers_of(base: PreTrainedConfig, body: Any) -> Any:
+    """A model without its head that has as many layers of each kind as its base.
+
+    Those that it lacks are its own first ones of that kind, which come again at the end with the same weights.
+    """
+    longer, family = sharing_copy(body), family_of(body.config)
+    kinds = family.config_kinds(body.config)
+    missing = family.config_kinds(base.get_text_config())
+    for kind in kinds:
+        missing.remove(kind)
+    again: list[int] = []
+    for kind in missing:
+        alike = [number for number, other in enumerate(kinds) if other == kind] or range(len(kinds))
+        again.append(alike[len(again) % len(alike)])
+        layer = sharing_copy(longer.layers[again[-1]])
+        family.mixer_module(layer).layer_idx = len(longer.layers)
         longer.layers.append(layer)
-    set_config_layers(longer.config, [*range(num_layers), *again])
+    set_config_layers(longer.config, [*range(len(kinds)), *again])
     return longer
 
 

@@ -117,6 +117,12 @@ def test_held_out_text_is_of_every_kind() -> None:
 def test_a_few_trials_find_the_last_number_that_is_allowed(growth: list[float], allowed: float) -> None:
     costs = list(itertools.accumulate(growth))  # of 1, 2, ... fusions
     assume(costs[0] <= allowed)
-    found, tried = search("max_divergence", allowed, len(costs), lambda n: (BudgetTrial(n, costs[n - 1], 1.0), n))
+
+    def attempt(count: int) -> tuple[BudgetTrial, int]:
+        if costs[count - 1] == math.inf:
+            raise ValueError("So many cannot be made.")
+        return BudgetTrial(count, costs[count - 1], 1.0), count
+
+    found, tried = search("max_divergence", allowed, len(costs), attempt)
     assert found == sum(cost <= allowed for cost in costs)
     assert len(tried) <= 4 + math.ceil(math.log2(len(costs) + 1))

@@ -18,6 +18,7 @@ from transformers.utils.logging import warning_once
 
 import lf_hf
 from lf_hf.cli import main
+from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.measure.speed import measure_speed
 from lf_hf.report.data import SpeedInfo
@@ -58,16 +59,21 @@ def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("timed")
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_5_text"])
 def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
-    model = tiny_model(kind)
+    """And knows what its base had, whose layers may be of kinds of different size."""
+    base = tiny_model(kind, num_hidden_layers=8)
+    model = copy.deepcopy(base)
+    for number in (5, 3):
+        ModelDecoder(model).remove(number)
     before = copy.deepcopy(model)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         logits = model(ids).logits
-        info = measure_speed(model, len(model.model.layers) + 3)
+        info = measure_speed(model, base.config)
         assert torch.equal(model(ids).logits, logits)
-    assert info.weight_bytes[0] > info.weight_bytes[1] and info.cache_bytes[0] > info.cache_bytes[1]
+    assert info.weight_bytes == [sum(p.nbytes for p in one.parameters()) for one in (base, model)]
+    assert info.cache_bytes[0] == measure_speed(base, base.config).cache_bytes[1] > info.cache_bytes[1]
     assert model.config.to_dict() == before.config.to_dict() and same(model, before)
 
 
@@ -75,7 +81,7 @@ def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lf_hf.measure.speed.SECONDS", 0.05)
     model, slow = tiny_model("llama"), Mock(side_effect=lambda *_: time.sleep(0.06))
     model.model.layers[0].register_forward_pre_hook(slow)
-    info = measure_speed(model, 8)
+    info = measure_speed(model, tiny_model("llama", num_hidden_layers=8).config)
     assert (info.runs, info.prefill_tokens, info.decoded_tokens) == (2, 16, 1)
     assert slow.call_count <= 2 + 3 * 2 + 2 * 2 * 3  # to warm up, and two rounds; the base has this layer twice
     assert "a prompt of 16 tokens and 1 decoded, 2 runs of each model" in info.source
