@@ -45,7 +45,7 @@ from lf_hf.families import FAMILIES
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.models import CausalLM, family_of
+from lf_hf.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.pipeline import fuse
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
@@ -271,6 +271,7 @@ class Judge:
 # What tiny models have of their own: a Llama unlike the base, a Gemma whose window is shorter than its text.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 16, "tie_word_embeddings": False},
+    "cwm": {"bos_token_id": 0},
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 6, "query_pre_attn_scalar": 32},
     "qwen3_5_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
@@ -347,7 +348,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="made of the base by any program")
     parser.add_argument("--heal-tokens", type=int, default=HEAL_TOKENS, help="tokens that healed rows are trained on")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
-    parser.add_argument("--family", default="llama", choices=FAMILIES, help="of the tiny model")
+    parser.add_argument("--family", default="llama", choices=sorted({*FAMILIES} & {*MODEL_TYPES}), help="of the tiny model")
     options = parser.parse_args()
     if options.questions < 2:
         parser.error("--questions must be 2 or more.")
