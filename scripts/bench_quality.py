@@ -348,7 +348,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="made of the base by any program")
     parser.add_argument("--heal-tokens", type=int, default=HEAL_TOKENS, help="tokens that healed rows are trained on")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
-    parser.add_argument("--family", default="llama", choices=sorted({*FAMILIES} & {*MODEL_TYPES}), help="of the tiny model")
+    families = sorted({*FAMILIES} & {*MODEL_TYPES})
+    parser.add_argument("--family", default="llama", choices=families, help="of the tiny model")
     options = parser.parse_args()
     if options.questions < 2:
         parser.error("--questions must be 2 or more.")
