@@ -241,7 +241,13 @@ def _earlier_default(folder: Path) -> str | None:
 def _keep(model: FusedForCausalLM, folder: Path) -> None:
     with replaced_files(folder) as new:
         model.write_files(new, plain=True)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    _remove_states(folder, model.fusion_report)
+
+
+def _remove_states(folder: Path, report: FusionReport | None) -> None:
+    """Remove what a healing that is done would have gone on from; that of another one stays."""
+    if report is not None and report.healed is not None:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def fuse_checkpoint(
@@ -314,7 +320,7 @@ def fuse_checkpoint(
             if processes.is_main:
                 model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
     # The others wait until the files are in their places.
-    processes.broadcast_object(lambda: shutil.rmtree(target / WORK, ignore_errors=True))
+    processes.broadcast_object(lambda: _remove_states(target, report))
     return report
 
 
