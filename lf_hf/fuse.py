@@ -263,7 +263,8 @@ def fuse_checkpoint(
 ) -> FusionReport:
     """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture.
 
-    Processes that a launcher started share the work, and the first one writes: all must call this.
+    Processes that a launcher started share the work, and the first one writes: all must call this. Where a healing was
+    cut short, the same call goes on with it.
 
     Parameters
     ----------
