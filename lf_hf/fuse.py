@@ -184,6 +184,8 @@ def _fuse_and_heal(model_class: type[FusedForCausalLM], inputs: FusionInputs, fo
             advice = f"give its command again, or remove {str(work)!r} to begin anew"
             raise ValueError(f"{reason} Its healing was cut short; {advice}.")
         model = _load_or_fuse(model_class, fusion, work / _FUSED)
+        model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
+        model._opened_in = None
     heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
     return model
 
@@ -321,7 +323,9 @@ def fuse_checkpoint(
             if processes.is_main:
                 model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
     # The others wait until the files are in their places.
-    processes.broadcast_object(lambda: _remove_states(target, report))
+    processes.all_gather_object(None)
+    if local_rank() == 0:
+        _remove_states(target, report)
     return report
 
 

@@ -28,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import Base, checked_dtype
+from lf_hf.checkpoint.base import Base, checked_dtype, is_spread
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.identity import differences
 from lf_hf.checkpoint.saving import check_room, only_writer
@@ -150,7 +150,7 @@ def heal_loaded(
     inputs = HealingInputs(model, report, tokenizer, base, corpus, _settings(config))
     with ExitStack() as stack:
         folder = work or Path(compute_once(lambda: stack.enter_context(TemporaryDirectory())))
-        model.fusion_report = _distill(inputs, folder, cache, {})
+        model.remember(_distill(inputs, folder, cache, {}))
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
 
 
@@ -175,16 +175,15 @@ def check_can_heal(
     with torch.device("meta"):
         model = model_class(fused)(fused)
     work, settings = Path(folder or Path(gettempdir(), "lf_hf-healing"), WORK), _settings(config)
-    on_cpu = training_arguments(settings, work, {}).device.type == "cpu"
-    held = 0  # bytes of the fused model, of which the student will be a copy
-    if on_cpu or base.loading.get("device_map") not in (None, "cpu"):
-        model.to(base.dtype or checked_dtype(fused.dtype))
-        held = sum(p.nbytes for p in model.parameters())
+    size = sum(p.nbytes for p in model.to(base.dtype or checked_dtype(fused.dtype)).parameters())
+    device, place = training_arguments(settings, work, {}).device, base.loading.get("device_map") or "cpu"
+    # The student will be a copy of the fused model, which stays where it was fused.
+    held = size if device.type == "cpu" or not (is_spread(place) or str(place) == "cpu") else 0
     advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
     with explained("Where a fusion heals, it does so by the defaults", advice, ValueError):
         training = prepare(model, [], base.config, settings, work, {}, cache, held=held)
     given_text(tokenizer, corpus, training.settings, base.text_config.vocab_size)
-    return training.placement
+    return replace(training.placement, disk=training.placement.disk + size)
 
 
 def _settings(config: FusionConfig) -> HealSettings:

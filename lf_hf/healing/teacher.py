@@ -101,7 +101,8 @@ def place_teacher(
     checkpoints = bool(arguments.gradient_checkpointing)
     fixed, sequence = training_memory(student, settings.length, size, checkpoints=checkpoints)
     logits = settings.batch_tokens // arguments.world_size * base.get_text_config().vocab_size
-    fixed = fixed // _num_shards(arguments) + logits_memory(device, logits, size)
+    num_shards = _num_shards(arguments)
+    fixed = fixed // num_shards + logits_memory(device, logits, size)
     needed = fixed - loaded + sequence
     if needed > free:
         raise ValueError(
@@ -111,7 +112,8 @@ def place_teacher(
         )
     base_size = num_parameters(base)[1] * (2 if arguments.bf16 else 4)
     student_size = sum(p.nbytes for p in student.parameters())
-    in_memory = student_size - loaded + base_size <= free
+    beside_base = student_size - loaded if num_shards == 1 else 0  # else it comes when the base has gone
+    in_memory = beside_base + base_size <= free
     if folder is None and needed + base_size <= free:
         files, beside = None, base_size
         description = "computed in memory, beside the student"
