@@ -174,7 +174,8 @@ def fuse(base: str, out: str, target_layers: int | None, low_memory: bool, dry_r
         show(_with_options(plan.summary()))
         return
     check_disk(opened, config, out)
-    with _without_warnings("lf_hf.pipeline", "lf_hf.healing.judge"):  # their notes stand below the table
+    # Their notes stand below the table.
+    with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.judge"):
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, calibration=calibration)
     if not speaks():
         return

@@ -198,7 +198,7 @@ class Family:
         return named
 
     def packed(self, weights: Weights) -> dict[str, Tensor]:
-        """The same as the layer has them, of all parameters or of some."""
+        """The inverse of `unpacked`, of all parameters or of some."""
         named = dict(weights)
         if self.gain_offset:
             dtype = next((tensor.dtype for name, tensor in named.items() if "_proj." in name), None)
@@ -234,11 +234,11 @@ class Family:
         return self.linear if self.linear and kind["layer_types"] == _LINEAR else self.attention
 
     def layer_mixer(self, layer: DecoderLayer) -> Half:
-        """The same of a layer."""
+        """The half of a layer that comes before its MLP."""
         return self.mixer(self.layer_kind(layer))
 
     def mixer_module(self, layer: DecoderLayer) -> Any:
-        """The same as a module."""
+        """That half's module in a layer."""
         return layer.get_submodule(self.layer_mixer(layer).module)
 
     def num_key_heads(self, config: PretrainedConfig, kind: Kind) -> int:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
@@ -32,9 +32,6 @@ from lf_hf.runtime.launch import Processes, compute_once, local_rank
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
@@ -145,19 +142,40 @@ def from_pretrained_fused(
         raise ValueError(f"{opened.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     if folder is not None:
-        return _load_or_fuse(model_class, inputs, folder)
+        return _kept_or_made(model_class, inputs, folder)
     inputs.check()
-    return _load_and_fuse(model_class, inputs)
+    return _make(model_class, inputs)
 
 
-def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None = None) -> Any:
-    """Load the base, fuse it in memory, and heal it where that is asked for.
+def _make(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None = None) -> Any:
+    """Fuse the base in memory, and heal the result where that is asked for.
 
     With `folder`, where the result goes, the fused model and the states of its healing are in a hidden folder there
     until the caller removes it: after an interruption the same call goes on from them.
     """
-    if inputs.to_heal is not None:
-        return _fuse_and_heal(model_class, inputs, folder)
+    if inputs.to_heal is None:
+        return _fuse_in_memory(model_class, inputs)
+    from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
+
+    fusion = dataclasses.replace(inputs, config=inputs.config.unhealed)
+    work = None
+    if folder is None:
+        model = _fuse_in_memory(model_class, fusion)
+    else:
+        work, made_of = folder / WORK, fusion.identity()
+        reason = compute_once(lambda: any(work.glob("checkpoint-*")) and why_not_reused(work / _FUSED, made_of))
+        if reason:
+            advice = f"give its command again, or remove {str(work)!r} to begin anew"
+            raise ValueError(f"{reason} Its healing was cut short; {advice}.")
+        model = _kept_or_made(model_class, fusion, work / _FUSED)
+        model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
+        model._opened_in = None
+    heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
+    return model
+
+
+def _fuse_in_memory(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
+    """Load the base, and fuse its layers."""
     loaded = inputs.base.load()
     decoder = ModelDecoder(loaded)
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
@@ -169,28 +187,7 @@ def _load_and_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fo
     return model
 
 
-def _fuse_and_heal(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None) -> Any:
-    from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
-
-    assert inputs.to_heal is not None
-    fusion = dataclasses.replace(inputs, config=inputs.config.unhealed)
-    work = None
-    if folder is None:
-        model = _load_and_fuse(model_class, fusion)
-    else:
-        work, made_of = folder / WORK, fusion.identity()
-        reason = compute_once(lambda: any(work.glob("checkpoint-*")) and why_not_reused(work / _FUSED, made_of))
-        if reason:
-            advice = f"give its command again, or remove {str(work)!r} to begin anew"
-            raise ValueError(f"{reason} Its healing was cut short; {advice}.")
-        model = _load_or_fuse(model_class, fusion, work / _FUSED)
-        model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
-        model._opened_in = None
-    heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
-    return model
-
-
-def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path) -> FusedForCausalLM:
+def _kept_or_made(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
 
     The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
@@ -212,7 +209,7 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
                 if inputs.calibration is None:
                     inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
                 inputs.check(folder)
-                model = _load_and_fuse(model_class, inputs, folder)
+                model = _make(model_class, inputs, folder)
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                 processes.broadcast_object(lambda: _keep(model, folder))
                 on_another_machine = not processes.is_main and local_rank() == 0
@@ -227,7 +224,7 @@ def _load_or_fuse(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
         logger.warning(f"Loaded from {str(folder)!r} what was fused before, on {sources}.")
     if reason_to_fuse():  # replaced while it was read, by a run with other settings
         del model
-        return _load_or_fuse(model_class, inputs, folder)
+        return _kept_or_made(model_class, inputs, folder)
     return model
 
 
@@ -318,7 +315,7 @@ def fuse_checkpoint(
         if low_memory:
             report = _fuse_on_disk(inputs, folder, max_shard_bytes)
         else:
-            model = _load_and_fuse(fused_class(opened.config), inputs, target)
+            model = _make(fused_class(opened.config), inputs, target)
             report = model.fusion_report
             if processes.is_main:
                 model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)

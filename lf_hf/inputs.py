@@ -89,9 +89,10 @@ class FusionInputs:
     def fuse(self, decoder: Decoder) -> FusionReport:
         """Fuse the base's layers, in place."""
         from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+        from lf_hf.measure.dense import measure
 
-        samples, text = self.samples_and_text
-        report = pipeline.fuse(decoder, self.tokenizer, self.config, samples, text, base=self.base.full_name)
+        measured = measure(decoder, self.tokenizer, self.config, *self.samples_and_text)
+        report = pipeline.fuse(decoder, self.tokenizer, self.config, measured, base=self.base.full_name)
         card = optional_file(self.base.name, CARD_NAME, self.base.hub)
         notes = [*report.notes, *self.base.notes()]
         return dataclasses.replace(report, license=base_license(card), notes=notes)

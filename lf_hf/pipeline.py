@@ -1,8 +1,8 @@
-"""The pipeline: measure the dense model, choose groups of its layers, make each group one layer, and report.
+"""The pipeline: choose groups of the dense model's layers, make each group one layer, judge the result, and report.
 
-`fuse` is the whole of it. What a group becomes depends on the method: `stages.fusion.average` is the published one,
-`refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the base wherever
-people read of it.
+`measure.dense.measure` comes before it, once for any number of fusions, and `fuse` is the rest. What a group becomes
+depends on the method: `stages.fusion.average` is the published one, `refit.bottom_up.fit_groups` is `refit`. The model
+before it is fused is `dense` in the code, and the base wherever people read of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +20,8 @@ from lf_hf.choose.choice import Choice, choose
 from lf_hf.choose.sets import Groups
 from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.families import Kind, Weights
-from lf_hf.measure.check import check_attends, check_model
-from lf_hf.measure.dense import Measurements, measure
+from lf_hf.measure.check import check_attends, check_layers
+from lf_hf.measure.dense import Measurements
 from lf_hf.measure.judge import compare_continuations, judge_fused
 from lf_hf.measure.memory import num_parameters
 from lf_hf.refit.bottom_up import fit_groups
@@ -34,7 +33,6 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.fusion import average
-from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.packing import interleave, split_held_out
 
 logger = logging.get_logger(__name__)
@@ -53,13 +51,11 @@ def fuse(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     config: FusionConfig,
-    samples: CalibrationSamples | None,
-    text: Corpus | None,
+    measured: Measurements,
     *,
     base: str,
-    measurements: Measurements | None = None,
 ) -> FusionReport:
-    """Measure the dense model, fuse groups of its layers in place, and measure what came out.
+    """Fuse groups of the dense model's layers in place, and judge what came out.
 
     Parameters
     ----------
@@ -67,25 +63,20 @@ def fuse(
         Changed: it has `config.num_fusions` fewer layers afterwards, or as many fewer as a budget allows.
     tokenizer : the model's tokenizer
     config : FusionConfig
-    samples : CalibrationSamples or None
-    text : Corpus or None
-        Samples for the layer similarity, and running text for influence, costs and fits. Each may be None only where
-        `config.averages` or `config.needs_text` is false, or there are measurements.
+    measured : Measurements
+        What `measure` found on the same dense model: the layer similarity if `config.averages`, and calibration text if
+        `config.needs_text`.
     base : str
         Name of the model, for the report.
-    measurements : Measurements, optional
-        What `measure` found on the same dense model; by default it is measured here.
 
     Raises
     ------
     ValueError
-        If the model has too few layers, there are too few calibration samples, or weights or activations are not
-        finite. The model is unchanged then.
+        If the model has too few layers, or activations are not finite. The model is unchanged then.
     """
-    parameters, described = check_model(decoder, config), num_parameters(decoder.model_config)[1]
-    samples = samples if config.averages else None
-    text = text if config.needs_text else None
-    measured = measurements or measure(decoder, tokenizer, config, samples, text)
+    check_layers(config, decoder.model_config)
+    measured = measured.used_by(config)
+    described = num_parameters(decoder.model_config)[1]
     clock = Clock(measured.seconds)
     num_layers = decoder.num_layers
     budget = None
@@ -98,16 +89,16 @@ def fuse(
         perplexities = judge_fused(decoder, measured.judged, config)
     with clock("continuations"):
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
-    similarity = measured.similarity if config.averages else None
+    similarity = measured.similarity
     return FusionReport(
         base=base,
         config=config.to_dict(),
         fused_layers=fusion.layers,
         layers_before=num_layers,
         layers_after=decoder.num_layers,
-        parameters_before=parameters,
-        parameters_after=parameters - described + num_parameters(decoder.model_config)[1],
-        calibration=measured.sources(config),
+        parameters_before=measured.parameters,
+        parameters_after=measured.parameters - described + num_parameters(decoder.model_config)[1],
+        calibration=measured.sources,
         perplexities=perplexities,
         similarity=similarity and similarity.matrix.tolist(),
         embeddings=similarity and similarity.embeddings.tolist(),
@@ -121,7 +112,7 @@ def fuse(
         dtype=str(decoder.layer(0).mlp.down_proj.weight.dtype).removeprefix("torch."),
         continuations=continuations,
         budget=budget,
-        group_costs=[GroupCost(*group, cost) for group, cost in sorted(fusion.choice.costs.items()) if isfinite(cost)],
+        group_costs=[GroupCost(*group, cost) for group, cost in sorted(fusion.choice.costs.items())],
     )
 
 
@@ -136,7 +127,7 @@ def fuse_layers(decoder: Decoder, config: FusionConfig, measured: Measurements, 
         for (first, last), weights, kind, entry in make_layers(dense, choice.groups, config, measured):
             decoder.join((first - num_removed, last - num_removed), weights, kind)
             num_removed += last - first
-            layers.append(replace(entry, cost=choice.finite_cost((first, last))))
+            layers.append(replace(entry, cost=choice.costs.get((first, last))))
     check_attends(decoder.config)
     return Fusion(choice, layers)
 
@@ -164,21 +155,20 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
     held_out_sequences, rest = split_held_out(measured.text.given, _HELD_OUT)
     sequences = interleave(rest, measured.text.written)
     judging = [*held_out_sequences, *measured.text.other]
-    for fitted in fit_groups(dense, groups, sequences, judging, ridge=config.ridge):
-        fit = fitted.fit
+    for group, fit in fit_groups(dense, groups, sequences, judging, ridge=config.ridge):
         entry = FusedLayer(
-            layers=_numbers(fitted.group),
+            layers=_numbers(group),
             shares=fit.shares,
             heads_kept=fit.heads_kept,
             channels_kept=fit.channels_kept,
             error_before=fit.error_before,
             error_after=fit.error_after,
             attention_error=fit.attention_error,
-            held_out_error=fitted.held_out_error,
-            first_token_error=fitted.first_token_error,
-            layer_instead=fitted.layer_instead,
+            held_out_error=fit.held_out_error,
+            first_token_error=fit.first_token_error,
+            layer_instead=fit.layer_instead,
         )
-        yield MadeLayer(fitted.group, fitted.weights, fitted.kind, entry)
+        yield MadeLayer(group, fit.weights, fit.kind, entry)
 
 
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
@@ -219,9 +209,9 @@ def _notes(
 ) -> list[str]:
     """What a user should know, one sentence each."""
     notes = list(measured.notes)
-    if config.averages and measured.similarity is not None:
+    if measured.similarity is not None:
         notes += measured.similarity.notes
-    if config.needs_text and measured.text is not None and measured.text.note:
+    if measured.text is not None and measured.text.note:
         notes.append(f"{measured.text.note}.")
     if config.fits and config.selection == "least_influence":
         notes.append(

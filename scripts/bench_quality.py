@@ -85,7 +85,7 @@ class Fuser:
     def fuse(self, model: CausalLM, count: int, **settings: Any) -> CausalLM:
         """Fuse in place, and heal where the settings ask for that."""
         config = FusionConfig(count, **self.settings | settings)
-        report = fuse(ModelDecoder(model), self.tokenizer, config, None, None, base="", measurements=self.measured)
+        report = fuse(ModelDecoder(model), self.tokenizer, config, self.measured, base="")
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)
         if not config.heal_tokens:
             return model

@@ -332,9 +332,7 @@ def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForC
     model = base.load()
     tokenizer = base.tokenizer()
     config = FusionConfig(num_fusions, "truncate", perplexity_tokens=0)
-    report = pipeline.fuse(
-        ModelDecoder(model), tokenizer, config, None, None, base=base.full_name, measurements=measured
-    )
+    report = pipeline.fuse(ModelDecoder(model), tokenizer, config, measured, base=base.full_name)
     return fused_class(base.config).adopt(model, report, tokenizer)
 
 
@@ -413,7 +411,7 @@ def one_by_one(
     for config in configs:
         model = opened.load()
         decoder = ModelDecoder(model)
-        report = pipeline.fuse(decoder, tokenizer, config, None, None, base=base, measurements=measured)
+        report = pipeline.fuse(decoder, tokenizer, config, measured, base=base)
         found.append(
             ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))
         )

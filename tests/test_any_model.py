@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from builders import no_warnings
-from conftest import make_llama, make_texts, make_tokenizer, same
+from conftest import make_llama, make_texts, same
+from tiny_models import measure_and_fuse
 from two_devices import TwoDevices, spread
 
 from lf_hf import FusionConfig
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.pipeline import fuse
 from lf_hf.report.report import FusionReport
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
@@ -28,13 +27,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(model: Any, kind: str, samples: list[str] | None = None) -> FusionReport:
     config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration_tokens": 1024}
-    return fuse(
-        ModelDecoder(model),
-        make_tokenizer(),
+    return measure_and_fuse(
+        model,
         FusionConfig(**config | {"calibration_length": 64} | SETTINGS[kind]),
         CalibrationSamples(samples or make_texts(), "random sentences"),
         Corpus({"random text": " ".join(make_texts(400))}),
-        base="tiny",
     )
 
 

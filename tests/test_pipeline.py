@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_texts, make_tokenizer, same
+from tiny_models import measure_and_fuse
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
@@ -25,7 +26,8 @@ TEXT = Corpus({"": " ".join(make_texts(200))})
 
 def run(num_fusions: int = 3, **settings: object) -> FusionReport:
     config = FusionConfig(num_fusions=num_fusions, **{"perplexity_tokens": 300} | settings)  # type: ignore[arg-type]
-    return fuse(ModelDecoder(make_llama()), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
+    samples, text = CALIBRATION if config.averages else None, TEXT if config.needs_text else None
+    return measure_and_fuse(make_llama(), config, samples, text)
 
 
 def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_what_was_measured() -> None:
@@ -65,8 +67,7 @@ def test_a_fusion_is_told_what_helps_and_what_it_was_fitted_to(selection: str, b
     config = FusionConfig(1, "refit", selection, calibration_tokens=1024, perplexity_tokens=100)
     note = "Text of your own domain is better" if by_default else ""
     text = Corpus({"mine": documentation_halves()[1]}, note=note)
-    decoder = ModelDecoder(make_llama())
-    report = fuse(decoder, make_tokenizer(), config, None, text, base="tiny")
+    report = measure_and_fuse(make_llama(), config, None, text)
     assert any("own domain" in note for note in report.notes) == by_default
     assert any("selection='groups' measures it" in note for note in report.notes) == (selection == "least_influence")
     assert [judged.relation for judged in report.perplexities] == ["seen", "unseen"]
@@ -80,7 +81,7 @@ def test_the_model_is_unchanged_when_calibration_fails(method: str) -> None:
     before = copy.deepcopy(model)
     config = FusionConfig(1, method, perplexity_tokens=0, calibration_tokens=1024, calibration_length=64)
     with pytest.raises(ValueError, match="activations of layer 2"):
-        fuse(ModelDecoder(model), make_tokenizer(), config, CALIBRATION, TEXT, base="tiny")
+        measure_and_fuse(model, config, CALIBRATION, TEXT)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
@@ -110,7 +111,7 @@ def test_each_level_of_a_sweep_is_what_it_would_be_alone(method: str, selection:
         models = []
         for measurements in (kept, measured):
             decoder = dense.copy()
-            fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measurements)
+            fuse(decoder, tokenizer, config, measurements, base="tiny")
             models.append(decoder.model)
         assert same(*models)
     assert kept.averages
@@ -133,5 +134,5 @@ def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], mo
 def test_similarities_of_samples_that_are_all_alike_are_called_noise_once() -> None:
     alike = CalibrationSamples(make_texts(1) * 57, "one sentence")
     config = FusionConfig(1, "mka", perplexity_tokens=0)
-    report = fuse(ModelDecoder(make_llama()), make_tokenizer(), config, alike, None, base="tiny")
+    report = measure_and_fuse(make_llama(), config, alike, None)
     assert [note.startswith("The layer similarities are noise: of 57") for note in report.notes] == [True]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY
+from conftest import TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.families import FAMILIES, DecoderLayer, Weights
-from lf_hf.measure.dense import CalibrationText, Measurements
+from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
+from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
 from lf_hf.report.data import CalibrationInfo
 from lf_hf.stages.alignment import MatchedRows, align_layer
 from lf_hf.stages.fusion import merge_weights
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -246,10 +249,23 @@ def averaged(
     return merge_weights(w_i, aligned, ratio), matches
 
 
+def measure_and_fuse(
+    model: Any, config: FusionConfig, samples: CalibrationSamples | None, corpus: Corpus | None
+) -> FusionReport:
+    """Fuse a model in place."""
+    decoder, tokenizer = ModelDecoder(model), make_tokenizer()
+    return fuse(decoder, tokenizer, config, measure(decoder, tokenizer, config, samples, corpus), base="tiny")
+
+
 def measured_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> Measurements:
     """Measurements of nothing but calibration text."""
     source = CalibrationInfo("", len(given), sum(map(len, given)))
-    return Measurements([], {}, text=CalibrationText([*given], [], [*other], source, ""))
+    return Measurements(0, [], {}, text=CalibrationText([*given], [], [*other], source, ""))
+
+
+def count_removed(groups: Iterable[Group]) -> int:
+    """How many layers fewer a model has where each group is one layer."""
+    return sum(last - first for first, last in groups)
 
 
 def divergence(dense: torch.Tensor, fused: torch.Tensor) -> float:

@@ -21,9 +21,8 @@ from lf_hf.runtime.errors import explained
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
-UNREAD = (
-    "consolidated*.safetensors"  # the same weights once more, which Mistral publishes beside those for transformers
-)
+UNREAD = "consolidated*.safetensors"
+"""Mistral publishes its weights a second time, for its own library. These files are skipped."""
 Shape = Sequence[int]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 BLOCK = 1 << 24  # bytes that are read at a time onto a device

@@ -18,9 +18,9 @@ from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.text.packing import split_held_out
 
 T = TypeVar("T")
-_SHARE = 1 / 8  # of the sequences: on these a budget is measured, and nothing is fitted to them
+_SHARE = 1 / 8  # of the sequences that a budget is measured on; nothing is fitted to these
 _GUESSES = 4  # trials that follow a power law
-_POWER = 1.3  # with which costs grow, until two trials say
+_POWER = 1.3  # exponent of that law, until two trials give one
 
 
 def search_budget(

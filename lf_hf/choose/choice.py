@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, run_boundaries, split_text
-from lf_hf.choose.sets import Groups, count_removed, estimate_costs, longest_group, propose_sets
+from lf_hf.choose.sets import Groups, estimate_costs, longest_group, propose_sets
 from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.families import Kind
 from lf_hf.measure.dense import Measurements
@@ -21,29 +21,25 @@ from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import influence
 from lf_hf.text.packing import take_first
 
-_INFLUENCE_TOKENS = 8192  # of the calibration text, on which influences are measured
+_INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
 _SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
 _TRIALS = 16  # sets of groups that are tried out whole, at most
 _LEAST_TRIALS = 6
-_TRIAL_TOKENS = 2048  # of calibration text for each of them, so that little text is not mostly chosen with
+_TRIAL_TOKENS = 2048  # calibration tokens for each trial: with little text, fewer sets are tried
 
 
 @dataclass(frozen=True)
 class Choice:
     """The groups that become one layer each, and what was measured to choose them.
 
-    `costs` are those of single groups in nats a token, and `influences` those of the dense model's layers.
+    `costs` are those of single groups in nats a token, where they are finite, and `influences` those of the dense
+    model's layers.
     """
 
     groups: Groups
     costs: dict[Group, float] = field(default_factory=dict)
     influences: list[float] = field(default_factory=list)
-
-    def finite_cost(self, group: Group) -> float | None:
-        """What a group costs by itself, where that was measured and can be computed."""
-        cost = self.costs.get(group, math.inf)
-        return cost if math.isfinite(cost) else None
 
 
 def choose(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
@@ -61,11 +57,11 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     """Join to the layer below those layers that change the residual stream least."""
     assert measured.text is not None
     sequences = take_first(measured.text.sequences, _INFLUENCE_TOKENS)
-    embedded = decoder.embed(decoder.make_batches(decoder.shard(sequences)))
+    embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
     with StateStore.with_room(decoder, 2 * sum(state.nbytes for state in embedded)) as store:
         boundaries = pairwise(run_boundaries(decoder, embedded, store))
         layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
-        influences = [influence(before, after, decoder.add_up) for before, after in layers]
+        influences = [influence(before, after, decoder.processes) for before, after in layers]
     kinds = decoder.family.config_kinds(decoder.config)
     alike = kinds if config.averages else None
     groups = least_influence_groups(influences, config.num_fusions, alike, decoder.inner_layers.start)
@@ -101,20 +97,21 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     assert measured.text is not None
     text = measured.text.given, measured.text.written, measured.text.other
     count = min(_TRIALS, max(_LEAST_TRIALS, measured.text.source.tokens // _TRIAL_TOKENS))
-    known = measured.group_costs.setdefault(config.ridge, {})
+    known = measured.group_costs
     with costs_on(decoder, split_text(*text), config.ridge) as costs:
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
-        influences = [influence(before, after, decoder.add_up) for before, after in pairwise(costs.boundaries)]
+        influences = [influence(before, after, decoder.processes) for before, after in pairwise(costs.boundaries)]
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
-    known |= {group: cost for group, cost in costs.by_group.items() if count_removed([group]) <= _SHORT}
+    known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= _SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())
     if not math.isfinite(trials.get(chosen, math.inf)):
         raise ValueError(
             f"No groups of layers that leave {config.num_fusions} fewer can be computed with in this dtype; use one of "
             "wider range, such as bfloat16, or fewer fusions."
         )
-    return Choice(chosen, costs.by_group, influences)
+    finite = {group: cost for group, cost in costs.by_group.items() if math.isfinite(cost)}
+    return Choice(chosen, finite, influences)
 
 
 def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, float]:
@@ -143,7 +140,7 @@ def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) 
         if missing:
             costs.measure(missing)
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
-        proposed = decoder.compute_once(propose)  # in case machines round differently
+        proposed = decoder.processes.broadcast_object(propose)  # in case machines round differently
         if not proposed:
             return None
         if costs.by_group.keys() >= set(proposed[0]):

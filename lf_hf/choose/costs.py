@@ -21,19 +21,16 @@ from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
-from lf_hf.refit.states import StateStore, Traces, on_device
+from lf_hf.refit.states import States, StateStore, Traces, on_device, run_states
 from lf_hf.runtime.progress import progress
 from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
 
-_OTHER_LISTS = 48  # of states that exist at a time beside those at the layers' boundaries, about
+_OTHER_LISTS = 48  # about how many lists of states exist at a time beside those at the layers' boundaries
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
-_FITTING_TOKENS = 4096  # of the calibration text that groups are fitted to
-_JUDGING_PIECES = 16  # of the calibration text that judge, beside other kinds of text
+FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to
+_JUDGING_PIECES = 16  # pieces of the calibration text that judge, beside other kinds of text
 _JUDGING_PART = 4  # one of so many pieces judges groups by themselves
-_VOCABULARY = 1 << 15  # of more, predictions of fewer tokens are compared
-
-States = Sequence[Tensor]
-"""Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
+_VOCABULARY = 1 << 15  # above this vocabulary size, predictions of fewer tokens are compared
 
 
 class GroupText(NamedTuple):
@@ -55,7 +52,7 @@ def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain
     followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
     """
     judges, rest = split_held_out(given, _JUDGING_PIECES, at_random=False)
-    text = GroupText(list(take_first(interleave(rest, written), _FITTING_TOKENS)), [], [])
+    text = GroupText(list(take_first(interleave(rest, written), FITTING_TOKENS)), [], [])
     for number, sequence in enumerate([*(judges or given), *out_of_domain]):
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
@@ -218,8 +215,7 @@ class GroupCosts:
         return build_layer(self.decoder, fit.weights, fit.kind)
 
     def _run(self, layer: DecoderLayer, states: States) -> States:
-        there = on_device(states, layer, self._store)
-        return self._store.keep(self.decoder.run_layer(layer, state) for state in there)
+        return run_states(self.decoder, layer, states, self._store)
 
     def _divergences(self, candidates: Sequence[States], text: slice) -> list[float]:
         """Divergences from the dense model's predictions, by final states of some text."""
@@ -231,7 +227,7 @@ class GroupCosts:
 @contextmanager
 def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupCosts]:
     """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
-    fitting, judging_groups, judging_sets = (decoder.make_batches(decoder.shard(part)) for part in text)
+    fitting, judging_groups, judging_sets = (decoder.make_batches(decoder.processes.shard(part)) for part in text)
     embedded = decoder.embed([*fitting, *judging_groups, *judging_sets])
     # States are stored at each boundary, inside groups that are fitted, and above groups that were.
     lists = decoder.num_layers + _OTHER_LISTS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from sklearn.linear_model import Ridge
@@ -23,11 +23,6 @@ _CANDIDATES = 256  # sets from which the next ones to try are taken
 _DIFFERENT = 8  # so many of the first sets that are tried differ, in one of `_SHARE` joined layers at least
 _SHARE = 5
 _TURNS = 3  # one of so many proposals supposes that groups beside the first cost more
-
-
-def count_removed(groups: Iterable[Group]) -> int:
-    """How many layers fewer a model has where each group is one layer."""
-    return sum(last - first for first, last in groups)
 
 
 def longest_group(inner: int, num_fusions: int) -> int:
@@ -114,8 +109,9 @@ def _joined(groups: Groups) -> set[int]:
 def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, float]) -> Mapping[Group, float]:
     """Costs of groups that agree better with those of the sets that were tried.
 
-    On some models each group beside the first adds a cost of its own, and few trials cannot tell whether this is such a
-    model. So every third proposal assumes it, without a constant, as a group by itself costs what was measured.
+    On some models every group after the first adds a cost, and a few trials cannot show whether this is one of them.
+    Every third proposal therefore assumes so. It is fitted without an intercept, because a single group's cost was
+    measured directly.
     """
     finite = [groups for groups, cost in trials.items() if math.isfinite(cost)]
     if not finite:

@@ -49,7 +49,7 @@ def generate(
     random = torch.Generator().manual_seed(seed)
     starts = _draw_starts(decoder.config, count, prefix, random)
     points = torch.rand(count, length - 1, generator=random)
-    mine = decoder.shard(range(count))
+    mine = decoder.processes.shard(range(count))
     chats = {}
     for number in range(count)[CHATS]:
         if chat and number in mine:
@@ -58,7 +58,7 @@ def generate(
     if mine:
         barred = _barred_ids(decoder.config, special)
         written = list(_sample_sequences(decoder, starts[mine], points[mine], chats, barred))
-    turns = zip_longest(*decoder.gather(written))
+    turns = zip_longest(*decoder.processes.all_gather_object(written))
     return [sequence for turn in turns for sequence in turn if sequence is not None]
 
 

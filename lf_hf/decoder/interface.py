@@ -24,7 +24,7 @@ from lf_hf.runtime.numerics import all_finite
 
 _CPU_BATCH = 1 << 26
 """Bytes that a batch may take inside a layer on the CPU."""
-_BATCH_SHARE = 1 / 8  # of what is free on any other device
+_BATCH_SHARE = 1 / 8  # of any other device's free memory that a batch may take
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 
 
@@ -46,26 +46,6 @@ class Decoder(ABC):
     states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
     _inputs_shape: Any = None
-
-    def shard(self, items: Sequence[T]) -> list[T]:
-        """This process's share of some items."""
-        return self.processes.shard(items)
-
-    def add_up(self, sums: Tensor) -> None:
-        """Complete sums, in place, over the shares of all processes."""
-        self.processes.all_reduce(sums)
-
-    def synchronize(self, tensor: Tensor) -> None:
-        """Make a tensor, in place, what it is in the first process, as machines may round differently."""
-        self.processes.broadcast(tensor)
-
-    def compute_once(self, compute: Callable[[], T]) -> T:
-        """A small value that the first process computes for all."""
-        return self.processes.broadcast_object(compute)
-
-    def gather(self, value: T) -> list[T]:
-        """A small value of each process."""
-        return self.processes.all_gather_object(value)
 
     @property
     def family(self) -> Family:

@@ -21,7 +21,7 @@ from lf_hf import tasks_path
 from lf_hf.evaluate.points import Score
 from lf_hf.runtime.words import unknown_name
 
-_RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # with which a user says so to the package `evaluate`
+_RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # the variable by which a user lets the package `evaluate` run code
 # The first that a task has stands for it.
 _METRICS = ("accuracy", "acc", "exact_match", "acc_norm", "f1", "word_perplexity")
 

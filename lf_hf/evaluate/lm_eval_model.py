@@ -36,7 +36,7 @@ _NOT_FUSED = (
 
 # HFLM's own arguments, and those of them that from_pretrained takes too, as it does all others.
 _HFLM_ARGUMENTS = inspect.signature(HFLM.__init__).parameters.keys()
-_PLACING = ("device_map", "max_memory", "offload_folder")  # which HFLM finds out
+_PLACING = ("device_map", "max_memory", "offload_folder")  # HFLM works these out by itself
 _ABOUT_LOADING = {"dtype", "gguf_file", "revision", "subfolder", "trust_remote_code"}
 # What a misspelt argument may mean; from_pretrained takes more.
 _KNOWN = (*FusionConfig.known, "attn_implementation", "calibration", "fused_dir", *_HFLM_ARGUMENTS)

@@ -13,9 +13,9 @@ from lf_hf.report.rows import shown
 from lf_hf.runtime.checked_json import from_json, parse_json
 
 DENSE = "dense"
-HEALED = ", healed"  # after a method
+HEALED = ", healed"  # added to the name of a method
 RESULTS = "results.jsonl"
-_ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # of figures that are no task's
+_ORDER = ("speed-up", "perplexity", "divergence", "agreement")  # in which figures that are no task's are shown
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
-from lf_hf.measure.check import check_layers, check_model
+from lf_hf.measure.check import check_layers
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.speed import with_speed
 from lf_hf.report.report import FusionReport, versions
@@ -252,7 +252,6 @@ class _Maker:
     def _measured(self) -> Measurements:
         """What is measured on the base. Averages are kept for higher levels to go on from."""
         decoder, config = ModelDecoder(self._dense), self.configs[0]
-        check_model(decoder, config)
         # What no point uses is not measured.
         samples = self.texts.samples if any(config.averages for config in self._wanted) else None
         text = self.texts.text if any(config.needs_text for config in self._wanted) else None
@@ -261,8 +260,7 @@ class _Maker:
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
         decoder = ModelDecoder(self._dense).copy()
-        base, measured = self.base.full_name, self._measured
-        report = pipeline.fuse(decoder, self.tokenizer, config, None, None, base=base, measurements=measured)
+        report = pipeline.fuse(decoder, self.tokenizer, config, self._measured, base=self.base.full_name)
         report = with_speed(report, decoder.model, self.base.config)
         return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)
 

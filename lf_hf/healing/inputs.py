@@ -31,7 +31,7 @@ _LOADING = (
 )
 WORK = ".lf_hf-healing"
 """In OUT: the state of a training that is not done."""
-_JUDGING_TOKENS = 4096  # of each judging text, where the report names none
+_JUDGING_TOKENS = 4096  # tokens of each judging text, where the report names none
 
 
 @dataclass(frozen=True)

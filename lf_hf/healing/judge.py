@@ -38,7 +38,7 @@ def judge(model: CausalLM, teacher: Teacher, processes: Processes = ALONE) -> di
     ids: dict[str, list[Tensor]] = {}
     expected: dict[str, list[Tensor]] = {}
     for name, items in teacher.judging.items():
-        share = [items[n] for n in decoder.shard(range(len(items)))]
+        share = [items[n] for n in decoder.processes.shard(range(len(items)))]
         ids[name] = decoder.make_batches([item["input_ids"] for item in share])
         states = iter(item[STATES] for item in share)
         expected[name] = [torch.stack([next(states) for _ in batch]) for batch in ids[name]]

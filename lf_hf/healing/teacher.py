@@ -49,11 +49,12 @@ from lf_hf.text.chats import bos_prefix, chat_form, special_tokens
 logger = logging.get_logger(__name__)
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden), after the norm."""
-_SPARE = 0.9  # of free memory: estimates leave something out
-_TOKENS_TOGETHER = 1 << 17  # that pass the base's layers when its predictions are written
-_LOGITS = 1 << 24  # of the base that exist at a time then
-_FORMAT = 9  # of the files: rises when they change
-_SETTINGS = ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")  # what they depend on
+_SPARE = 0.9  # of free memory that may be used, as estimates leave something out
+_TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time when its predictions are written
+_LOGITS = 1 << 24  # logits of the base that exist at a time then
+_FORMAT = 9  # version of the files' format
+# Settings that the files depend on.
+_SETTINGS = ("tokens", "length", "batch_tokens", "written_share", "temperature", "top_k", "seed")
 _PARTS = "training", "held_out", "judging"
 _INDEX, _HEAD = "text.json", "head.safetensors"
 

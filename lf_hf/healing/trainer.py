@@ -38,7 +38,7 @@ EVALUATIONS = 6
 
 DIVERGENCE = "eval_divergence"
 _FILES = "files.json"  # in a state of the training: its files and their sizes
-_LEAST_WARMED_UP = 10  # steps: of fewer, the first one, at a rate of 0, would be too many
+_LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
 
 class Student:

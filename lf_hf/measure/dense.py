@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder.generating import WRITTEN_LENGTH, generate
 from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.measure.check import check_model
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
 from lf_hf.settings import FusionConfig
-from lf_hf.stages.activations import sample_distances
+from lf_hf.stages.comparison import Similarity, compare_layers
 from lf_hf.stages.fusion import Average, AverageKey
-from lf_hf.stages.manifold import diffusion_embedding
-from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
-from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
+from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain
 
 logger = logging.get_logger(__name__)
 
 MOST_READ = 1 << 26  # most bytes to read from disk for each token of the sample continuations
-
-
-class Similarity(NamedTuple):
-    """What stages 1 to 3 of the published method found on calibration samples."""
-
-    matrix: NDArray[np.float64]  # of shape (layers L, layers L)
-    embeddings: NDArray[np.float64]  # of shape (L, samples N, d)
-    influences: list[float] | None  # how much each layer changes the residual stream
-    labels: list[str] | None  # MMLU subject of each sample
-    source: CalibrationInfo
-    notes: list[str]
 
 
 class CalibrationText(NamedTuple):
@@ -65,6 +51,7 @@ class Measurements:
     It serves all fusions whose settings differ only in how layers are chosen and fused.
     """
 
+    parameters: int
     judged: list[Judged]  # none where no tokens were asked for
     seconds: dict[str, float]
     similarity: Similarity | None = None
@@ -72,18 +59,18 @@ class Measurements:
     continuations: dict[str, str] = field(default_factory=dict)  # by prompt; none where it would take long
     base_digest: str | None = None  # `weights_digest` of the model
     notes: list[str] = field(default_factory=list)
-    # Costs of short groups of layers, by the ridge of their fits; what a fusion measures is added.
-    group_costs: dict[float, dict[Group, float]] = field(default_factory=dict)
+    group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups; what a fusion measures is added
     averages: dict[AverageKey, Average] | None = None  # kept where fusions to several levels follow each other
 
-    def sources(self, config: FusionConfig) -> list[CalibrationInfo]:
-        """Where the calibration text that a fusion with `config` uses came from."""
-        sources = []
-        if config.averages and self.similarity is not None:
-            sources.append(self.similarity.source)
-        if config.needs_text and self.text is not None:
-            sources.append(self.text.source)
-        return sources
+    def used_by(self, config: FusionConfig) -> Measurements:
+        """The same without what a fusion with `config` does not use."""
+        similarity = self.similarity if config.averages else None
+        return replace(self, similarity=similarity, text=self.text if config.needs_text else None)
+
+    @property
+    def sources(self) -> list[CalibrationInfo]:
+        """Where the calibration text came from."""
+        return [measured.source for measured in (self.similarity, self.text) if measured is not None]
 
 
 def measure(
@@ -95,25 +82,29 @@ def measure(
 ) -> Measurements:
     """Measure perplexity, and layer similarity where there are samples; tokenize calibration text where there is any.
 
+    Fusions with `config.averages` use samples, and those with `config.needs_text` a corpus.
+
     Raises
     ------
     ValueError
-        If there are too few samples or too little text, or activations are not finite.
+        If the model cannot be fused, there are too few samples or too little text, or weights or activations are not
+        finite.
     """
-    clock = Clock()
+    parameters = check_model(decoder)
+    clock, processes = Clock(), decoder.processes
     notes: list[str] = []
     continuations: dict[str, str] = {}
     with clock("perplexity"):
         judged = judge_dense(decoder, tokenizer, config, samples, corpus)
     if config.perplexity_tokens:
         with clock("continuations"):
-            if decoder.compute_once(lambda: decoder.bytes_read <= MOST_READ):  # machines differ in free memory
-                continuations = decoder.compute_once(lambda: write_continuations(decoder, tokenizer))
+            if processes.broadcast_object(lambda: decoder.bytes_read <= MOST_READ):  # machines differ in free memory
+                continuations = processes.broadcast_object(lambda: write_continuations(decoder, tokenizer))
         if not judged:
             notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     similarity = None
     if samples is not None:
-        similarity = decoder.compute_once(lambda: measure_similarity(decoder, tokenizer, config, samples, clock))
+        similarity = processes.broadcast_object(lambda: compare_layers(decoder, tokenizer, config, samples, clock))
     text = None
     if corpus is not None:
         with clock("calibration text"):
@@ -121,48 +112,7 @@ def measure(
     for note in [*notes, *(similarity.notes if similarity else [])]:
         logger.warning(note)
     digest = weights_digest(decoder.named_parameters())
-    return Measurements(judged, clock.seconds, similarity, text, continuations, digest, notes)
-
-
-def measure_similarity(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    config: FusionConfig,
-    samples: CalibrationSamples,
-    clock: Clock,
-) -> Similarity:
-    """Stages 1 to 3 of the published method, on calibration samples."""
-    config.check_num_samples(len(samples.texts))
-    ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
-    longest = max(map(len, ids))
-    different = len({tuple(sample.tolist()) for sample in ids})
-    notes = []
-    if longest == 1 or different < config.samples_needed:
-        notes.append(
-            f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
-            f"has {longest} {plural(longest, 'token')}; give {config.samples_needed} different samples of text or more."
-        )
-    with clock("activations"):  # stage 1
-        distances, influences = sample_distances(decoder, ids)
-    with clock("manifold"):  # stage 2
-        kernel = {name: getattr(config, name) for name in ("kernel_scale", "kernel_alpha", "embedding_dim")}
-        embeddings = np.stack([diffusion_embedding(layer, **kernel) for layer in distances])
-    with clock("similarity"):  # stage 3
-        matrix = layer_similarity(
-            embeddings,
-            mi_neighbors=config.mi_neighbors,
-            entropy_neighbors=config.entropy_neighbors,
-            rank_normalize=config.rank_normalize,
-            seed=config.seed,
-        )
-    return Similarity(
-        matrix,
-        embeddings,
-        influences if longest > 1 else None,  # each sample's first token is left out
-        samples.labels,
-        CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
-        notes,
-    )
+    return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest, notes)
 
 
 def tokenize_corpus(

@@ -56,7 +56,7 @@ def kl_divergence(expected: Tensor, log_probs: Tensor, probabilities: Tensor | N
 
 def shard_batches(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
     """This process's share of each text, sequences of token ids of shape (tokens T,), as batches."""
-    return {name: decoder.make_batches(decoder.shard(sequences)) for name, sequences in texts.items()}
+    return {name: decoder.make_batches(decoder.processes.shard(sequences)) for name, sequences in texts.items()}
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def predictions(
                 parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
             sums[number] = _sum_over_tokens(parts, 5)
     if ids:
-        decoder.add_up(sums)
+        decoder.processes.all_reduce(sums)
     rows = dict(zip(ids, sums.tolist(), strict=True))
     return {name: Predictions.from_sums(*row) for name, row in rows.items() if row[0]}
 
@@ -139,7 +139,7 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
             figures = [kl_divergence(expected, log_probs) for log_probs in compared]
             parts.append(torch.stack([torch.ones_like(expected[:, 0]), *figures]))
     sums = _sum_over_tokens(parts, len(models))
-    decoder.add_up(sums)
+    decoder.processes.all_reduce(sums)
     tokens, *totals = sums.tolist()
     return [total / tokens if math.isfinite(total) else math.inf for total in totals]
 

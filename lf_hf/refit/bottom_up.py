@@ -7,47 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder, Group
-from lf_hf.families import DecoderLayer, Kind
+from lf_hf.families import DecoderLayer
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore, on_device, trace
+from lf_hf.refit.states import States, StateStore, run_states, trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
-
-States = Sequence[Tensor]
-"""Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
-
-
-@dataclass(frozen=True)
-class FittedLayer:
-    """The layer that a group becomes: its weights and kind, and how it came about.
-
-    On held-out text it misses `held_out_error` of what the group does to the stream, and `first_token_error` of what it
-    does to each sequence's first token (None where there is no such text). `layer_instead` is the layer of the group
-    that misses less as it is, and was taken for that.
-    """
-
-    group: Group
-    weights: dict[str, Tensor]
-    kind: Kind
-    fit: GroupFit
-    held_out_error: float | None = None
-    first_token_error: float | None = None
-    layer_instead: int | None = None
 
 
 @torch.no_grad()
 def fit_groups(
     dense: Decoder, groups: Sequence[Group], sequences: Sequence[Tensor], held_out: Sequence[Tensor], *, ridge: float
-) -> Iterator[FittedLayer]:
+) -> Iterator[tuple[Group, GroupFit]]:
     """Fit one layer for each group, from the bottom up, to what the dense model computes at its place.
 
     After its fit a layer is trained by itself, unless that makes it worse on held-out text. Where a layer of the group,
@@ -62,7 +41,7 @@ def fit_groups(
         Calibration text, and text that nothing is fitted to; there may be none of the latter.
     ridge : float
     """
-    share = dense.shard(sequences)
+    share = dense.processes.shard(sequences)
     batch_numbers = dense.batch_indices(share)
     embedded = dense.embed([torch.stack([share[n] for n in numbers]).to(dense.device) for numbers in batch_numbers])
     judge = _HeldOutText(dense, held_out)
@@ -80,9 +59,9 @@ def fit_groups(
             judge.run_dense(layers)
             if first == last:
                 [layer] = layers
-                dense_states = _run(dense, layer, dense_states, store)
+                dense_states = run_states(dense, layer, dense_states, store)
                 if states is not None:
-                    states = _run(dense, layer, states, store)
+                    states = run_states(dense, layer, states, store)
                 judge.run(layer)
                 continue
             missed_by_layer = [judge.missed(layer) for layer in layers]
@@ -91,14 +70,14 @@ def fit_groups(
             before = dense_states if states is None else states
             dense_states = traces.output
             del layers, traces
-            fitted = _trained((first, last), dense, fit, before, dense_states, steps, judge)
-            if held_out:
-                fitted = _or_layer_instead(dense, fitted, missed_by_layer)
-            layer = build_layer(dense, fitted.weights, fitted.kind)
-            states = _run(dense, layer, before, store)
+            if steps is not None:
+                fit = _trained(dense, fit, before, dense_states, steps, judge)
+                fit = _or_layer_instead(dense, fit, first, missed_by_layer)
+            layer = build_layer(dense, fit.weights, fit.kind)
+            states = run_states(dense, layer, before, store)
             judge.run(layer)
             del layer
-            yield fitted
+            yield (first, last), fit
 
 
 def _cover(groups: Sequence[Group]) -> list[Group]:
@@ -112,52 +91,45 @@ def _cover(groups: Sequence[Group]) -> list[Group]:
     return covered
 
 
-def _run(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:
-    return store.keep(decoder.run_layer(layer, state) for state in on_device(states, layer, store))
-
-
 def _trained(
-    group: Group,
-    dense: Decoder,
-    fit: GroupFit,
-    states: States,
-    targets: States,
-    steps: Steps | None,
-    judge: _HeldOutText,
-) -> FittedLayer:
+    dense: Decoder, fit: GroupFit, states: States, targets: States, steps: Steps, judge: _HeldOutText
+) -> GroupFit:
     """A layer as fitted, or trained after that where it then misses less of held-out text."""
     layer = build_layer(dense, fit.weights, fit.kind)
-    if steps is None:
-        return FittedLayer(group, layer_weights(dense, layer), fit.kind, fit)
     missed = judge.missed(layer)
     trained = build_layer(dense, fit.weights, fit.kind)
     trained.load_state_dict(tune(dense, trained, states, targets, steps), assign=True)  # some are the dense model's
     missed_by_trained = judge.missed(trained)
     if missed_by_trained < missed:
         layer, missed = trained, missed_by_trained
-    return FittedLayer(group, layer_weights(dense, layer), fit.kind, fit, *missed)
+    held_out_error, first_token_error = missed
+    weights = layer_weights(dense, layer)
+    return replace(fit, weights=weights, held_out_error=held_out_error, first_token_error=first_token_error)
 
 
 def _or_layer_instead(
-    dense: Decoder, fitted: FittedLayer, missed_by_layer: Sequence[tuple[float, float]]
-) -> FittedLayer:
-    """The fitted layer, or that layer of the group which, as it is, misses less of held-out text."""
+    dense: Decoder, fit: GroupFit, first: int, missed_by_layer: Sequence[tuple[float, float]]
+) -> GroupFit:
+    """The fitted layer, or that layer of a group from `first` up which, as it is, misses less of held-out text."""
     finite = [missed for missed, _ in missed_by_layer if math.isfinite(missed)]  # what overflows is NaN
-    assert fitted.held_out_error is not None
-    if not finite or fitted.held_out_error <= min(finite):
-        return fitted
+    assert fit.held_out_error is not None and fit.heads_kept is not None and fit.channels_kept is not None
+    if not finite or fit.held_out_error <= min(finite):
+        return fit
     place = [missed for missed, _ in missed_by_layer].index(min(finite))
     held_out_error, first_token_error = missed_by_layer[place]
-    number = fitted.group[0] + place
-    layer = dense.layer(number)
-    return replace(
-        fitted,
+    layer = dense.layer(first + place)
+    is_taken = [n == place for n in range(len(missed_by_layer))]
+    return GroupFit(
         weights=layer_weights(dense, layer),
         kind=dense.family.layer_kind(layer),
-        fit=fitted.fit.from_one_layer(place),
+        heads_kept=[sum(fit.heads_kept) * taken for taken in is_taken],
+        channels_kept=[sum(fit.channels_kept) * taken for taken in is_taken],
+        error_before=None,
+        error_after=None,
+        attention_error=None,
         held_out_error=held_out_error,
         first_token_error=first_token_error,
-        layer_instead=number,
+        layer_instead=first + place,
     )
 
 
@@ -166,7 +138,7 @@ class _HeldOutText:
 
     def __init__(self, decoder: Decoder, sequences: Sequence[Tensor]) -> None:
         self._decoder = decoder
-        batches = decoder.make_batches(decoder.shard(sequences))
+        batches = decoder.make_batches(decoder.processes.shard(sequences))
         self._states = decoder.embed(batches)  # in front of the fused model's layer
         self._dense = self._target = self._states  # in front of the dense model's layers, and after them
 
@@ -197,8 +169,8 @@ class _HeldOutText:
             token_weight = token_weights(self._decoder, target)
             missed += _squares(output, target, token_weight)
             done += _squares(dense, target, token_weight)
-        self._decoder.add_up(missed)
-        self._decoder.add_up(done)
+        self._decoder.processes.all_reduce(missed)
+        self._decoder.processes.all_reduce(done)
         first_token_error = missed[1].sum()
         if done[1].any():
             first_token_error = first_token_error / done[1].sum()

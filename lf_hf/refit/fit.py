@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from lf_hf.runtime.numerics import all_finite, in_float64
 
 # Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
 # of them are in memory at a time: 2.6 GB for a width of 14336.
-_MAX_CANDIDATES = 6144
+MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 
 
@@ -64,6 +64,10 @@ class GroupFit:
 
     Errors are None where a layer of the group is taken as it is. They are what is left of what a half should write,
     squared and relative; where that goes through a norm, in front of it.
+
+    On held-out text the layer misses `held_out_error` of what the group does to the stream, and `first_token_error` of
+    what it does to each sequence's first token (None where there is no such text). `layer_instead` is the layer of the
+    group that misses less as it is, and was taken for that.
     """
 
     weights: dict[str, Tensor]
@@ -73,6 +77,9 @@ class GroupFit:
     error_before: float | None  # of the MLP, with down_proj as it was
     error_after: float | None
     attention_error: float | None
+    held_out_error: float | None = None
+    first_token_error: float | None = None
+    layer_instead: int | None = None
 
     @property
     def shares(self) -> list[float]:
@@ -80,12 +87,6 @@ class GroupFit:
         if self.channels_kept is None:
             return [1.0]
         return [count / sum(self.channels_kept) for count in self.channels_kept]
-
-    def from_one_layer(self, place: int) -> GroupFit:
-        """The same where the layer at a place in the group is taken as it is."""
-        no_errors: dict[str, Any] = dict.fromkeys(("error_before", "error_after", "attention_error"))
-        heads, channels = _all_from(place, self.heads_kept), _all_from(place, self.channels_kept)
-        return replace(self, heads_kept=heads, channels_kept=channels, **no_errors)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def fit_group(
     fitted |= gated.weights
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
-        decoder.synchronize(fitted[name])
+        decoder.processes.broadcast(fitted[name])
         if not all_finite(weight):
             raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     return GroupFit(
@@ -175,9 +176,8 @@ def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Seque
         return kinds[0], _refit_mixer(fit, group[0], kinds[0])
     if fit.decoder.family.linear:
         return _keep_one_mixer(fit, group, kinds)
-    if fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds):
-        return _keep_one_attention(fit, group, kinds)
-    return kinds[0], _select_heads(fit, group, kinds[0])
+    whole = fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
+    return _select_heads(fit, group, kinds, whole=whole)
 
 
 def _refit_mixer(fit: HalfFit, weights: dict[str, Tensor], kind: Kind) -> FittedHalf:
@@ -195,60 +195,44 @@ def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Seq
         alone = replace(fit, half=fit.decoder.family.mixer(kind), inputs=[inputs])
         fitted.append(_refit_mixer(alone, weights, kind))
     errors = [half.error_after for half in fitted]
-    number = fit.decoder.compute_once(lambda: errors.index(min(errors)))
+    number = fit.decoder.processes.broadcast_object(lambda: errors.index(min(errors)))
     num_kept = [0] * len(group)
     num_kept[number] = fit.decoder.family.num_key_heads(fit.decoder.config, kinds[number])
     return kinds[number], fitted[number]._replace(kept=num_kept)
 
 
-def _keep_one_attention(
-    fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]
+def _select_heads(
+    fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind], *, whole: bool
 ) -> tuple[Kind, FittedHalf]:
-    """All attention of the layer that serves the group best."""
-    half = fit.half
+    """The best key-value groups, each with its query heads, of all layers; those of one layer where `whole`."""
+    half, count, family = fit.half, len(group), fit.decoder.family
+    query_rows, key_rows = (len(group[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
+    num_groups = key_rows // head_dim(fit.decoder.config)
+    keep = 1 if whole else num_groups
     maps = fit.input_maps(group[0])
     wide = group[0] | stacked(half, group, maps, fit.measure_sizes(group, maps, kinds))
-    problem = fit.build_problem(wide, fit.joint_writer_inputs(group, maps, kinds))
-    queries, keys = _count_rows(group[0])
-    rounds = 1 if fit.rough else len(group) - 1
-    kept = problem.prune(wide["self_attn.o_proj.weight"], 1, block=queries, rounds=rounds)
-    weights = selected(half, wide, expanded(kept, queries), expanded(kept, keys), expanded(kept, keys))
-    number = int(kept)
-    weights |= {f"{norm}.weight": group[number][f"{norm}.weight"] for norm in fit.decoder.family.norms_of_heads}
-    errors = fit.fit_writer(weights, problem, kinds[number])
-    num_kept = [0] * len(group)
-    num_kept[number] = keys // head_dim(fit.decoder.config)
-    return kinds[number], FittedHalf(weights, num_kept, *errors)
-
-
-def _select_heads(fit: HalfFit, group: Sequence[dict[str, Tensor]], kind: Kind) -> FittedHalf:
-    """The best key-value groups, each with its query heads, of all layers."""
-    half, count, has_norms = fit.half, len(group), fit.decoder.family.head_norms is not None
-    kinds = [kind] * count
-    maps = fit.input_maps(group[0])
-    wide = group[0] | stacked(half, group, maps, fit.measure_sizes(group, maps, kinds))
-    x_of = fit.writer_inputs(wide, kind)
-    if has_norms:  # those of a layer are for its own heads, so each layer runs its own
+    if whole or family.head_norms:  # those of a layer are for its own heads, so each layer runs its own
         x_of = fit.joint_writer_inputs(group, maps, kinds)
+    else:
+        x_of = fit.writer_inputs(wide, kinds[0])
     problem = fit.build_problem(wide, x_of)
     del maps, x_of
-    query_rows, key_rows = _count_rows(group[0])
-    num_groups = key_rows // head_dim(fit.decoder.config)
-    rounds = 1 if fit.rough else (count - 1) * num_groups
-    block = query_rows // num_groups
-    kept = problem.prune(wide["self_attn.o_proj.weight"], num_groups, block=block, rounds=rounds)
-    rows = {"q_proj": expanded(kept, block), "k_proj": expanded(kept, key_rows // num_groups)}
+    block = query_rows // keep
+    rounds = 1 if fit.rough else (count - 1) * keep
+    kept = problem.prune(wide["self_attn.o_proj.weight"], keep, block=block, rounds=rounds)
+    rows = {"q_proj": expanded(kept, block), "k_proj": expanded(kept, key_rows // keep)}
     weights = selected(half, wide, rows["q_proj"], rows["k_proj"], rows["k_proj"])
-    if has_norms:  # one norm gives heads other sizes than their own ones did
+    kind = kinds[0]
+    if whole:
+        number = int(kept)
+        kind = kinds[number]
+        weights |= {f"{norm}.weight": group[number][f"{norm}.weight"] for norm in family.norms_of_heads}
+    elif family.head_norms:  # one norm gives heads other sizes than their own ones did
         weights |= with_one_norm(group, wide, rows)
         problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
     errors = fit.fit_writer(weights, problem, kind)
-    return FittedHalf(weights, _counts(kept, num_groups, count), *errors)
-
-
-def _count_rows(weights: Weights) -> tuple[int, int]:
-    """How many rows the queries and the keys of a layer have."""
-    return len(weights["self_attn.q_proj.weight"]), len(weights["self_attn.k_proj.weight"])
+    num_kept = [number * num_groups // keep for number in _counts(kept, keep, count)]
+    return kind, FittedHalf(weights, num_kept, *errors)
 
 
 def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]]) -> FittedHalf:
@@ -285,20 +269,13 @@ def _largest(fit: HalfFit, weights: Weights, limit: int) -> Tensor:
     for state in fit.states:
         written = mlp_channels(fit.decoder, weights, state).float() * norms
         size += token_weights(fit.decoder, state) @ written.square()
-    fit.decoder.add_up(size)
+    fit.decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values
 
 
 def num_candidates(channels: int, keep: int) -> int:
     """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
-    return min(channels, max(_MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
-
-
-def _all_from(place: int, counts: list[int] | None) -> list[int]:
-    """As many in all, from one layer alone."""
-    moved = [0] * len(counts or [])
-    moved[place] = sum(counts or [])
-    return moved
+    return min(channels, max(MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
 
 
 def _counts(kept: Tensor, each: int, layers: int) -> list[int]:

@@ -139,9 +139,8 @@ class HalfFit:
 class NormedHalfFit(HalfFit):
     """The fit of a half whose output goes through a norm before it is added to the stream.
 
-    The norm divides each token by its size, so before the norm only the direction can be fitted. Sizes are taken to be
-    those that the writer as it is gives: the writer is fitted, once more with the sizes that it then gives, and last
-    the gains of the norm are fitted to what it writes.
+    A norm discards each token's size, so only directions can be fitted. The writer is fitted twice: first for the sizes
+    that it writes before the fit, then for those that it writes after it. The norm's gains are fitted last.
     """
 
     def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +177,7 @@ class NormedHalfFit(HalfFit):
             totals.append(self._sum_of_log_sizes(alone, x_of, states))
         num_tokens = sum(state.shape[:2].numel() for state in states)
         sums = torch.stack([*totals, totals[0].new_tensor(num_tokens)])
-        self.decoder.add_up(sums)
+        self.decoder.processes.all_reduce(sums)
         *totals_of_all, tokens = sums.tolist()
         return [math.exp(total / tokens) for total in totals_of_all]
 
@@ -213,8 +212,8 @@ class NormedHalfFit(HalfFit):
             token_weight = token_weights(self.decoder, target).to(start)
             squares += token_weight @ x.square()
             products += token_weight @ (x * self.residual_update(target, state).to(start))
-        self.decoder.add_up(squares)
-        self.decoder.add_up(products)
+        self.decoder.processes.all_reduce(squares)
+        self.decoder.processes.all_reduce(products)
         pull = self.ridge * squares.mean()
         fitted = (products + pull * start) / (squares + pull)
         return torch.where(squares + pull > 0, fitted, start).to(gain.dtype)  # 0: nothing written

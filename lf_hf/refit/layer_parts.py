@@ -29,23 +29,22 @@ def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
 def stacked(
     half: Half,
     parameters: Sequence[Weights],
-    maps: Sequence[Tensor] | None = None,
+    maps: Sequence[Tensor],
     sizes: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """One half of a wide layer that has all heads or all channels of some layers, in order.
 
     The layers' norm gains are folded into what reads the norms, so that all of them read one norm without gains.
 
-    Where what a half writes goes through a norm, the sum of several has to go through one. Each writer's rows are
-    brought to the size that the norm would give them and take in its gains, but for those of the one norm: roots of the
-    sums of squares, as if what the layers write were unrelated. A layer whose gains are 0 leaves the others' as they
-    are.
+    If a norm follows the half, the layers' outputs must share one norm. Each writer is divided by its typical output
+    size and multiplied by its own gains. The shared norm's gain is the root of the sum of the squares of all gains, as
+    if the outputs were uncorrelated. A layer with zero gains contributes nothing.
 
     Parameters
     ----------
     half : Half
     parameters : the layers' weights
-    maps : a tensor of shape (hidden, hidden) for each layer, optional
+    maps : a tensor of shape (hidden, hidden) for each layer
         What the readers read the stream, or its norm, through.
     sizes : a float for each layer, optional
         Root mean square of what it writes in front of a norm: needed for several layers that have one there.
@@ -62,7 +61,7 @@ def stacked(
     if half.after:
         gains = torch.stack([layer[f"{half.after}.weight"] for layer in parameters])  # (layers, hidden)
         gain = gains[0]
-        if sizes is not None and len(parameters) > 1:
+        if sizes is not None:
             gain = gains.to(torch.promote_types(gains.dtype, torch.float32)).square().sum(0).sqrt()
             shares = gains / torch.where(gain == 0, 1, gain) / torch.tensor(sizes, device=gain.device)[:, None]
             writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
@@ -74,19 +73,15 @@ def stacked(
     return wide
 
 
-def _folded_readers(
-    half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor] | None
-) -> list[Tensor]:
+def _folded_readers(half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor]) -> list[Tensor]:
     """A reader's weight of each layer, with the norm's gains and the layer's map folded in."""
     folded = []
-    for n, layer in enumerate(parameters):
+    for layer, input_map in zip(parameters, maps, strict=True):
         weight = layer[f"{reader}.weight"]
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if half.before:
             wide = wide * layer[f"{half.before}.weight"]
-        if maps is not None:
-            wide = wide @ maps[n].to(wide)
-        folded.append(wide.to(weight.dtype))
+        folded.append((wide @ input_map.to(wide)).to(weight.dtype))
     return folded
 
 

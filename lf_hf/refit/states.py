@@ -24,6 +24,8 @@ from lf_hf.runtime.memory import free_memory
 SHARE = 1 / 2  # of what is free: lists may take it, fits need the rest
 Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
+States = Sequence[Tensor]
+"""Batches of states on their way through the layers, each of shape (sequences B, tokens T, hidden)."""
 
 
 class StateStore(ExitStack):
@@ -116,6 +118,11 @@ def trace(decoder: Decoder, layers: Sequence[DecoderLayer], states: Sequence[Ten
         mid_states.append(store.keep(mid_state(decoder, layer, state) for state in inputs[-1]))
         inputs.append(store.keep(after_half(decoder, decoder.family.mlp, layer, state) for state in mid_states[-1]))
     return Traces(inputs[:-1], mid_states, inputs[-1])
+
+
+def run_states(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:
+    """Run one layer, where its weights are."""
+    return store.keep(decoder.run_layer(layer, state) for state in on_device(states, layer, store))
 
 
 def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:

@@ -61,7 +61,7 @@ def tune(
     for state, target in zip(states, targets, strict=True):
         squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
         changes += in_float64(token_weights(decoder, target) @ squares).cpu()
-    decoder.add_up(changes)
+    decoder.processes.all_reduce(changes)
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -79,13 +79,13 @@ def tune(
                 loss.backward()
         for weight in weights.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            decoder.add_up(weight.grad)
+            decoder.processes.all_reduce(weight.grad)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     tuned = {name: weight.detach().to(dtype) for name, weight in weights.items()}
     for weight in tuned.values():
-        decoder.synchronize(weight)
+        decoder.processes.broadcast(weight)
     return tuned
 
 
@@ -99,11 +99,11 @@ class Steps(NamedTuple):
 def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers: Sequence[Sequence[int]]) -> Steps:
     """The steps of some passes over sequences, (tokens T,) each: all processes together take the same as one alone.
 
-    `batch_numbers` are the numbers of this process's sequences in each of its batches, as `Decoder.batch_indices` gave
-    them when the batches were made: asked again, it may answer otherwise, as other memory is free.
+    `batch_numbers` are the numbers of this process's sequences in each of the batches that the states were made in: a
+    second call of `Decoder.batch_indices` may return others, because the free memory has changed.
     """
     passes = max(1, min(_PASSES, round(_TRAINED_TOKENS / sum(map(len, sequences)))))
-    mine = decoder.shard(range(len(sequences)))
+    mine = decoder.processes.shard(range(len(sequences)))
     places: dict[int, Row] = {}
     for batch, numbers in enumerate(batch_numbers):
         for row, place in enumerate(numbers):

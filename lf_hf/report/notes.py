@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lf_hf.report.data import Continuation, PerplexityInfo
 
-COLLAPSED = "Perplexity went"  # begins the note about perplexities that more than doubled
-SILENT = "The fused model writes nothing"  # begins the note about that
+COLLAPSED = "Perplexity went"  # the note about perplexities that more than doubled begins so
+SILENT = "The fused model writes nothing"  # likewise the note about that
 _HARMFUL_RATIO = 2
 _TO_FIT = "The method refit fits the fused layers to the base and keeps far more of it."
 _TO_FIT_BETTER = "Fewer fusions, or calibration text of the kind that the model will be used for, keep more of it."

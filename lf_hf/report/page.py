@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARK = "made by lf-hf report"  # at the start of every file that is written here
-_START = 1024  # bytes
+_START = 1024  # bytes of a file in which the mark is looked for
 
 
 def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:

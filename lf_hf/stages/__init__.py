@@ -1,1 +1,4 @@
-"""The published method, one stage a module, in running order: activations, manifold, similarity, alignment, fusion."""
+"""The published method, one stage a module, in running order: activations, manifold, similarity, alignment, fusion.
+
+`comparison` runs the first three.
+"""

@@ -5,7 +5,7 @@ Only distances are kept: the activations themselves are those of one layer at an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from lf_hf.decoder.interface import Decoder, check_finite
+from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -53,9 +54,7 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     return squared.sqrt_().numpy()
 
 
-def influence(
-    before: Sequence[Tensor], after: Sequence[Tensor], add_up: Callable[[Tensor], None] | None = None
-) -> float:
+def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
     """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
 
     Parameters
@@ -63,8 +62,8 @@ def influence(
     before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
         The layer's input and output states. The first position is left out: its state is of another size than all
         others and hardly changes. NaN where there is no other.
-    add_up : callable, optional
-        Completes sums, in place, where several processes have a share of the states each.
+    processes : Processes
+        Those that have a share of the states each.
 
     Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
     """
@@ -74,8 +73,7 @@ def influence(
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
         sums = sums.to(cosines.device)
         sums += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
-    if add_up is not None:
-        add_up(sums)
+    processes.all_reduce(sums)
     total, count = sums.tolist()
     return 1 - total / count if count else float("nan")
 

@@ -16,16 +16,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
-from lf_hf.families import FAMILIES, PROJECTIONS, Axis, Weights, head_dim
+from lf_hf.families import PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
-SYMMETRY = FAMILIES["llama"].symmetry
-"""Of layers without norms over all heads of queries or keys, which have gains to be moved as well."""
-
 _ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in ("weight", "bias")]
 """Rows of each matrix that are permuted by themselves: no symmetry, as the layer then computes something else."""
-_ROWS = 256  # that are compared at a time, in float32
+_ROWS = 256  # rows that are compared at a time, in float32
 
 
 class MatchedRows(NamedTuple):
@@ -51,10 +48,10 @@ def align_layer(
         return permute_neurons(weights_j, permutations, symmetry), matches
     symmetric = {axis.parameter for axis in decoder.family.symmetry}
     names = [name for name in PROJECTIONS if f"{name}.weight" in symmetric]
-    share = decoder.shard(names)
+    share = decoder.processes.shard(names)
     pairs = {name: (weights_i[f"{name}.weight"], weights_j[f"{name}.weight"]) for name in share}
     matched: dict[str, tuple[Tensor, MatchedRows]] = {}
-    for part in decoder.gather(match_rows(pairs)):
+    for part in decoder.processes.all_gather_object(match_rows(pairs)):
         matched |= part
     permutations = {name: permutation for name, (permutation, _) in matched.items()}
     matches = {name: matched[name][1] for name in names}
@@ -95,7 +92,7 @@ def match_neurons(
     weights_i: Mapping[str, Tensor],
     weights_j: Mapping[str, Tensor],
     head_dim: int,
-    symmetry: Sequence[Axis] = SYMMETRY,
+    symmetry: Sequence[Axis],
 ) -> tuple[dict[str, Tensor], dict[str, MatchedRows]]:
     """The permutations in layer j's symmetry group that bring it closest to layer i.
 
@@ -161,7 +158,7 @@ def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArra
 
 
 def permute_neurons(
-    weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor], symmetry: Sequence[Axis] = SYMMETRY
+    weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor], symmetry: Sequence[Axis]
 ) -> dict[str, Tensor]:
     """The same layer with its neurons and heads in another order; what is outside the symmetry is passed through."""
     permuted = dict(weights)

@@ -20,7 +20,7 @@ from lf_hf.stages.alignment import MatchedRows, align_layer
 
 AverageKey = tuple[int, str, float]
 """Key of an average that is kept: the last layer, the alignment and ratio_beta."""
-_ROWS = 256  # of a matrix that are merged at a time, in a wider type
+_ROWS = 256  # rows of a matrix that are merged at a time, in a wider type
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def average(
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         merged = merge_weights(weights_i, aligned, ratio)
         for weight in merged.values():
-            decoder.synchronize(weight)
+            decoder.processes.broadcast(weight)
         folded = Average(i, merged, [*folded.ratios, ratio], [*folded.matches, matches])
     if known is not None:
         known[key] = folded

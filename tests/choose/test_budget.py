@@ -13,7 +13,7 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer, same, tensors
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import divergence, tiny_model
+from tiny_models import divergence, measure_and_fuse, tiny_model
 from torch.nn.functional import cross_entropy
 
 from lf_hf import FusionConfig, fuse_checkpoint
@@ -55,7 +55,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
 
     def fused(config: FusionConfig) -> tuple[Any, FusionReport]:
         decoder = ModelDecoder(dense).copy()
-        report = fuse(decoder, tokenizer, config, None, None, base="tiny", measurements=measured)
+        report = fuse(decoder, tokenizer, config, measured, base="tiny")
         return decoder.model, report
 
     smallest, everything = fused(config)
@@ -89,7 +89,7 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
     for texts, message in ((TEXTS, found), ([uneven], "A budget needs two sequences of calibration text")):
         corpus = Corpus({text: text for text in texts})
         with pytest.raises(ValueError, match=message):
-            fuse(ModelDecoder(model), tokenizer, config, None, corpus, base="tiny")
+            measure_and_fuse(model, config, None, corpus)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
 

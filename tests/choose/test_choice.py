@@ -15,12 +15,12 @@ from builders import SEED, examples
 from conftest import make_llama, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import divergence, fitted, measured_text
+from tiny_models import count_removed, divergence, fitted, measured_text
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
-from lf_hf.choose.sets import Groups, count_removed
+from lf_hf.choose.sets import Groups
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure.dense import Measurements
 from lf_hf.pipeline import fuse, fuse_layers
@@ -41,7 +41,7 @@ def fused(model: Any, num_fusions: int) -> FusionReport:
     config = FusionConfig(num_fusions, "refit", perplexity_tokens=0)
     text = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(32)]
     measured = measured_text(text)
-    return fuse(ModelDecoder(model), make_tokenizer(), config, None, None, base="", measurements=measured)
+    return fuse(ModelDecoder(model), make_tokenizer(), config, measured, base="")
 
 
 @given(SEED, st.integers(1, 7), st.sampled_from([1, 2, 3]))

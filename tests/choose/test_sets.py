@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from tiny_models import count_removed
 
-from lf_hf.choose.sets import Groups, cheapest_sets, count_removed, estimate_costs, propose_sets
+from lf_hf.choose.sets import Groups, cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.interface import Group
 
 

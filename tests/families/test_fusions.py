@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer, same, save_base
-from tiny_models import LAYOUTS, averaged, fitted, idle, logits, tiny_config, tiny_model
+from tiny_models import LAYOUTS, averaged, fitted, idle, logits, measure_and_fuse, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import lf_hf
-from lf_hf import FusionConfig, models, pipeline
+from lf_hf import FusionConfig, models
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.families import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
 from lf_hf.measure.check import check_computes
@@ -132,11 +132,11 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(
         if config.averages and not alike:
             refused += 1
             with monkeypatch.context() as patch:
-                patch.setattr(pipeline, "measure", lambda *_: pytest.fail("ran text"))
+                patch.setattr(ModelDecoder, "embed", lambda *_: pytest.fail("ran text"))
                 with pytest.raises(ValueError, match="Only layers of one kind are averaged"):
-                    fuse(decoder, make_tokenizer(), config, SAMPLES, TEXT, base="tiny")
+                    fuse(decoder, make_tokenizer(), config, measured, base="tiny")
             continue
-        report = fuse(decoder, make_tokenizer(), config, None, None, base="tiny", measurements=measured)
+        report = fuse(decoder, make_tokenizer(), config, measured, base="tiny")
         assert report.parameters_after == model.num_parameters()
         assert report.layers_after == model.config.num_hidden_layers == len(model.model.layers) == 5
         assert torch.isfinite(logits(decoder, IDS)).all()
@@ -161,7 +161,7 @@ def test_a_hybrid_does_not_lose_all_its_attention() -> None:
     """Caches of transformers count tokens by it."""
     model = tiny_model("qwen3_5_text", num_hidden_layers=4)
     with pytest.raises(ValueError, match="none of its layers would have attention"):
-        fuse(ModelDecoder(model), make_tokenizer(), FusionConfig(2, "truncate", **SETTINGS), None, TEXT, base="tiny")
+        measure_and_fuse(model, FusionConfig(2, "truncate", **SETTINGS), None, TEXT)
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Any, Any], Any]]] = {

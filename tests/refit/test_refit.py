@@ -17,7 +17,7 @@ from conftest import make_llama, same
 from tiny_models import fitted, tiny_model
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.refit.bottom_up import FittedLayer, fit_groups
+from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.half_fit import HalfFit, token_weights
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import Regression
@@ -55,7 +55,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
     reader: str, writer: str, power: int, rough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a share of the channels is compared by regression only."""
-    monkeypatch.setattr("lf_hf.refit.fit._MAX_CANDIDATES", 0)
+    monkeypatch.setattr("lf_hf.refit.fit.MAX_CANDIDATES", 0)
     outputs, writers = [], []
     for scale in (1.0, 2.0**power):
         decoder = ModelDecoder(make_llama())
@@ -121,7 +121,7 @@ def test_tokens_count_alike_whatever_their_size_but_the_first_counts_for_what_at
 
 @torch.no_grad()
 def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.refit.fit._MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
+    monkeypatch.setattr("lf_hf.refit.fit.MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
     decoder = ModelDecoder(make_llama())
     layer = decoder.model.model.layers[2]
     for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
@@ -151,8 +151,8 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
         decoder = ModelDecoder(model).copy()
         for start in range(0, 2, at_a_time):
             some = groups[start : start + at_a_time]
-            for fit in fit_groups(ModelDecoder(model), some, SEQUENCES, [], ridge=0.01):
-                decoder.join((fit.group[0] - fit.group[0] // 3, fit.group[1] - fit.group[0] // 3), fit.weights)
+            for (first, last), fit in fit_groups(ModelDecoder(model), some, SEQUENCES, [], ridge=0.01):
+                decoder.join((first - first // 3, last - first // 3), fit.weights)
         assert decoder.num_layers == 4
         missed.append(relative(decoder.model.model(ids, output_hidden_states=True).hidden_states[3], dense))
     assert missed[0] < 0.95 * missed[1]
@@ -161,21 +161,23 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
 class ShrinkingDecoder(ModelDecoder):
     """A decoder whose batches are as large as the memory that is free, which may shrink."""
 
-    memory, shrinks = 16, False  # in sequences
+    memory, shrinks, asked = 16, False, 0  # the memory is in sequences
 
-    def batched(self, sequences: Sequence[torch.Tensor]) -> list[list[int]]:
+    def batch_indices(self, sequences: Sequence[torch.Tensor]) -> list[list[int]]:
         most = self.memory
+        self.asked += 1
         self.memory = max(1, most // 4) if self.shrinks else most
         return [list(range(len(sequences)))[first : first + most] for first in range(0, len(sequences), most)]
 
 
 def test_memory_that_shrinks_during_a_fit_changes_nothing() -> None:
     """On a GPU batches are as large as what is free: layers are trained on the sequences that they were fitted to."""
-    fits: list[FittedLayer] = []
+    fits = []
     for shrinks in (False, True):
         decoder = ShrinkingDecoder(make_llama())
         decoder.shrinks = shrinks
-        fits += fit_groups(decoder, [(1, 2)], SEQUENCES[:20], SEQUENCES[20:], ridge=0.1)
+        fits += [fit for _, fit in fit_groups(decoder, [(1, 2)], SEQUENCES[:20], SEQUENCES[20:], ridge=0.1)]
+        assert decoder.asked
     constant, shrinking = fits
     assert shrinking.layer_instead is None and same(shrinking.weights, constant.weights)
     assert shrinking.held_out_error == pytest.approx(constant.held_out_error)

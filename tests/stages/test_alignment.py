@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from tiny_models import averaged
 
 from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import PROJECTIONS
+from lf_hf.families import FAMILIES, PROJECTIONS
 from lf_hf.stages import assignment
 from lf_hf.stages.alignment import match_neurons, match_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
@@ -122,7 +122,7 @@ def test_no_order_of_heads_is_cheaper() -> None:
             query = [2 * b + (n ^ flip) for b, flip in zip(kv, flips, strict=True) for n in range(2)]
             keys = distance("k_proj", list(kv)) + distance("v_proj", list(kv))
             costs[tuple(query)] = keys + distance("q_proj", query) + distance("o_proj", query, transposed=True)
-    found = match_neurons(w_i, w_j, 4)[0]["query"][::4] // 4
+    found = match_neurons(w_i, w_j, 4, FAMILIES["llama"].symmetry)[0]["query"][::4] // 4
     assert costs[tuple(found.tolist())] == pytest.approx(min(costs.values()), rel=1e-6)
 
 
