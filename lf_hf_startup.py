@@ -1,9 +1,9 @@
 """Make `lm_eval --model fused` and `fused_llama` work in lm-eval releases that do not look for plugins themselves.
 
-lf_hf_startup.start, and before Python 3.15 lf_hf_startup.pth, call `arm` whenever Python starts, so this module imports
-nothing but `sys` until lm_eval.models is imported: then it adds the names to lm-eval's model registry. It never raises.
-Releases that find plugins by entry point (their registry has `load_plugins`) are left alone. `python -m lf_hf.evaluate`
-does without it.
+lf_hf_startup.start, and before Python 3.15 lf_hf_startup.pth, call `arm` whenever Python starts, and lf_hf does when it
+is imported, as in a notebook that was running when it was installed. This module imports nothing but `sys` until
+lm_eval.models is imported: then it adds the names to lm-eval's model registry. It never raises. Releases that find
+plugins by entry point (their registry has `load_plugins`) are left alone.
 """
 
 import sys
@@ -62,6 +62,8 @@ def register() -> None:
 
 
 def arm() -> None:
-    """Wait for lm_eval.models to be imported; a second call changes nothing."""
-    if not any(isinstance(finder, LmEvalFinder) for finder in sys.meta_path):
+    """Wait for lm_eval.models to be imported, if it is not; a second call changes nothing."""
+    if "lm_eval.models" in sys.modules:
+        register()
+    elif not any(isinstance(finder, LmEvalFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, LmEvalFinder())

@@ -12,10 +12,12 @@ from lf_hf.fuse import FusedLlamaForCausalLM, FusedLlamaModel, from_pretrained_f
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import FusionConfig
+from lf_hf_startup import arm
 
 if TYPE_CHECKING:
     from lf_hf.healing.heal import heal
 
+arm()
 AutoConfig.register(FusedLlamaConfig.model_type, FusedLlamaConfig)
 AutoModel.register(FusedLlamaConfig, FusedLlamaModel)
 AutoModelForCausalLM.register(FusedLlamaConfig, FusedLlamaForCausalLM)

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quieten_libraries() -> None:
     # Base says in a sentence what transformers says in these and in a table.
     logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
-    for name in ("transformers.configuration_utils", "transformers.modeling_rope_utils", "lm_eval"):
+    for name in ("transformers.configuration_utils", "transformers.modeling_rope_utils", "datasets", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

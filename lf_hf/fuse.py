@@ -302,7 +302,7 @@ def fuse_checkpoint(
     if low_memory:
         low_memory_device(config, opened.loading)
         if config.speed:
-            logger.warning_once("Speed is not measured with low_memory=True, where layers are read from files.")
+            logger.warning_once("Speed is not measured where layers are read from files.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     inputs.check(target)
     with ExitStack() as stack:

@@ -95,4 +95,5 @@ class FusionInputs:
         report = pipeline.fuse(decoder, self.tokenizer, self.config, measured, base=self.base.full_name)
         card = optional_file(self.base.name, CARD_NAME, self.base.hub)
         notes = [*report.notes, *self.base.notes()]
-        return dataclasses.replace(report, license=base_license(card), notes=notes)
+        revision = self.base.hub.get("revision")
+        return dataclasses.replace(report, license=base_license(card), notes=notes, revision=revision)

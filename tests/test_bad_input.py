@@ -37,6 +37,10 @@ def remove(pattern: str) -> Edit:
     return lambda folder: list(map(Path.unlink, list(folder.glob(pattern))))
 
 
+def only(name: str, content: str) -> Edit:
+    return lambda folder: (remove("*")(folder), write(name, content)(folder))
+
+
 def write(name: str, content: str | bytes) -> Edit:
     return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -204,6 +208,7 @@ ROWS: dict[str, Row] = {
     "an unknown activation": (from_folder_to_folder, {}, "no Llama can be built .*'no'", config(hidden_act="no")),
     "nothing there": (python, {}, "No config of a model can be read for", remove("config.json")),
     "an adapter": (python, {}, "is an adapter", write("adapter_config.json", '{"base_model_name_or_path": "/etc"}')),
+    "an adapter alone": (python, {}, "is an adapter", only("adapter_config.json", "{}")),
     "fused already": (python, {}, "is fused already; fuse its base with a larger", config(model_type="fused_llama")),
     "no tokenizer": (python, {}, r"No tokenizer can be read for .*; put the base's own there", remove("token*")),
     "another tokenizer": (
@@ -290,7 +295,7 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     "an index that is wrong": (sharded(lm_head__weight="model-00002-of-00007.safetensors"), "no tensor 'lm_head.weig"),
     "shapes": (config(intermediate_size=64), r"down_proj.weight' in shape \[32, 48\], but by .* \[32, 64\]"),
     "more layers in the config": (config(num_hidden_layers=6), "has no tensor 'model.layers.5.*', which its config"),
-    "pickled": (pickled, "pickled weights can run code when they are read, convert them"),
+    "pickled": (pickled, "convert pickled weights, which can run code when they are read, to safetensors"),
     "elsewhere by ..": (sharded(lm_head__weight="../x.safetensors"), "names '../x.safetensors' as a file of weights"),
 }
 ROWS |= {

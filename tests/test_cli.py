@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_every_setting_is_an_option_with_its_default_and_help(run: Run, command:
     words = " ".join(out.split())
     for name, field in settings.known.items():
         assert f"--{name.replace('_', '-')} " in words
+        assert "_" not in name or not re.search(rf"\b{name}\b", words)
         assert field.default is None or f"[default: {field.default}]" in words
     general, *published = out.split("\nHyper-parameters of the published method:\n")
     assert "--kernel-scale" not in general and ["--ridge" in part for part in published] == [False] * len(published)

@@ -71,6 +71,14 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
             assert "ValueError: method without num_fusions has no effect" in done.stderr
 
 
+def test_importing_lf_hf_is_enough_where_lm_eval_is_imported_already(editable_python: Path) -> None:
+    """As in a notebook that was running when lf_hf was installed."""
+    code = "import sys\nsys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']\n"
+    code += "import lm_eval.models, lf_hf\nfrom lm_eval.api import registry\n"
+    code += "print(registry.get_model('fused').__name__)"
+    assert output(editable_python, "-c", code) == "FusedLM"
+
+
 def test_data_parallel_run(wheel_python: Path, base: str, tmp_path: Path) -> None:
     launch = [str(COMMANDS / "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
     model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"

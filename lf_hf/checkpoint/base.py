@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only",
 # Those, and others that hold for a base only, and not for what it is fused to.
 _BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_ADAPTER = "is an adapter, not a model; merge it into its base, and fuse that"
 _WEIGHTS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -142,9 +144,12 @@ class Base:
         older: dict[str, Any] = {}
         if not optional_file(self.name, GENERATION_CONFIG_NAME, self.hub):
             older = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
-        with explained(f"{GENERATION_CONFIG_NAME} of {self.name!r} cannot be used", "repair it"):
+        with (
+            explained(f"{GENERATION_CONFIG_NAME} of {self.name!r} cannot be used", "repair it"),
+            tempfile.TemporaryDirectory() as scratch,
+        ):
             config = GenerationConfig.from_pretrained(self.name, **self.hub, **older)
-            config.validate(strict=True)  # as saving does; not all that can be read can be saved
+            config.save_pretrained(scratch)  # as not all that can be read can be saved
         return config
 
     def processor_files(self) -> dict[str, bytes]:
@@ -239,10 +244,19 @@ def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         _check_format(name, hub)
+        if is_adapter(name, hub):
+            raise ValueError(f"{name!r} {_ADAPTER}.") from None
         why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
             why = "there is no such folder, and it cannot be a name on the hub"
         raise ValueError(f"No config of a model can be read for {name!r}, here or on the hub: {why}.") from None
+
+
+def is_adapter(name: str, hub: Mapping[str, Any]) -> bool:
+    """Whether an adapter is there, by itself or beside a model."""
+    with suppress(HFValidationError, OSError):  # no such repository
+        return not hub.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub) is not None
+    return False
 
 
 def _as_text(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -275,8 +289,8 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
             "is fused already; fuse its base with a larger num_fusions, or load it, save it with plain=True and fuse "
             "that plain checkpoint"
         )
-    if not loading.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub_arguments(loading)):
-        return "is an adapter, not a model; merge it into its base, and fuse that"
+    if is_adapter(name, hub_arguments(loading)):
+        return _ADAPTER
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
         kind = repr(config.model_type)

@@ -83,10 +83,11 @@ def _commands(report: FusionReport) -> str:
     if report.dtype is not None:
         options["dtype"] = report.dtype.removeprefix("torch.")
     base, file = report.base_and_gguf_file
-    gguf_file = {"gguf_file": file} if file else {}
-    commands = _command(["lf-hf", "fuse", base, "out"], options | gguf_file)
+    opening = {"gguf_file": file, "revision": report.revision}
+    opening = {name: value for name, value in opening.items() if value}
+    commands = _command(["lf-hf", "fuse", base, "out"], options | opening)
     if report.healed is not None and "heal_tokens" not in report.settings:
-        options = {"base": base} | gguf_file | report.healed.settings
+        options = {"base": base} | opening | report.healed.settings
         commands += "\n" + _command(["lf-hf", "heal", "out", "healed"], options)
     return commands
 

@@ -246,7 +246,7 @@ def _users_files(
     if own_tokenizer or not tokenizer:
         return kept
     if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
-        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; give tokenizer= to replace it.")
+        logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; remove it to get the base's.")
     kept |= tokenizer
     if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
         kept |= _TOKENIZER

@@ -40,7 +40,10 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
     subfolder = where.pop("subfolder", "")
     if os.path.isdir(base):
         return Path(base, subfolder)
-    return Path(snapshot_download(base, allow_patterns=patterns, ignore_patterns=UNREAD, **where), subfolder)
+    place = f"{subfolder.strip('/')}/" if subfolder else ""
+    wanted = [place + pattern for pattern in patterns]
+    unwanted = [f"{place}*/*", place + UNREAD]  # the hub's patterns match in folders, too, such as those of a training
+    return Path(snapshot_download(base, allow_patterns=wanted, ignore_patterns=unwanted, **where), subfolder)
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -58,9 +61,9 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
         files = sorted(folder / name for name in names)
     else:
         raise ValueError(
-            f"{str(folder)!r} holds neither {single.name} nor {index.name}; name another variant with variant=, and as "
-            "pickled weights can run code when they are read, convert them to safetensors, or if you trust them pass "
-            "use_safetensors=False (without low_memory)."
+            f"{str(folder)!r} holds neither {single.name} nor {index.name}; convert pickled weights, which can run "
+            "code when they are read, to safetensors, or if you trust them load them in Python, with "
+            "use_safetensors=False (variant=NAME for files of another variant)."
         )
     return {name: file for file in files for name in tensor_shapes(file)}
 

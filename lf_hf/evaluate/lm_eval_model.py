@@ -105,6 +105,8 @@ class FusedLM(HFLM):
             )
         elif not isinstance(pretrained, str) and not hasattr(pretrained, "fusion_report"):
             raise ValueError(_NOT_FUSED.format(name="`pretrained`", kind=pretrained.config.model_type))
+        elif tokenizer := getattr(pretrained, "tokenizer", None):
+            kwargs.setdefault("tokenizer", tokenizer)
         # HFLM calls _get_config, _create_tokenizer and _create_model, in this order. It would look up a model type that
         # stock transformers does not know, and warn, if `backend` were not given.
         super().__init__(pretrained, **{"backend": "causal"} | kwargs)

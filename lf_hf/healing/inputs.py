@@ -149,9 +149,9 @@ def _base_name(
     """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
     folder, file = report.base_and_gguf_file
     if base is None:
-        base = folder
+        base, hub = folder, {"revision": report.revision, **hub}
         if "/" not in base:
-            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=.")
+            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=FOLDER.")
     if file and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
         return base, {**hub, "gguf_file": file}
     return base, dict(hub)

@@ -36,6 +36,7 @@ def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
     template = environment.get_template("page.html")
     pictures = {name: base64.b64encode(draw(figure, "svg")).decode() for name, figure in figures.items()}
     text = template.render(report=report, pictures=pictures, figures=as_table(report.rows()), mark=_MARK)
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, text.encode())
 
 

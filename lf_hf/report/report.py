@@ -56,6 +56,8 @@ class FusionReport:
         What the model was made of, by content, and digests of the weights of both models; the base's in `dtype`.
     license : dict
         What the base's model card says of its licence.
+    revision : str or None
+        Branch, tag or commit of the base on the hub, where one was named.
     """
 
     base: str
@@ -84,6 +86,7 @@ class FusionReport:
     group_costs: list[GroupCost] = field(default_factory=list)
     speed: SpeedInfo | None = None
     license: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", published_name(self.base))

@@ -84,7 +84,7 @@ def as_options(text: str, parameters: Iterable[click.Parameter]) -> str:
             continue
         option = max(parameter.opts, key=len)
         argument = rf"(?<![\w'/.-]){parameter.name}"
-        end = r"(?![\w/.])" if "_" in str(parameter.name) else r"(?= must be\b)"
+        end = r"(?![\w/]|\.\w)" if "_" in str(parameter.name) else r"(?= must be\b)"
         text = re.sub(rf"{argument}=True\b", option, text)
         text = re.sub(rf"{argument}= ?", f"{option} ", text)
         text = re.sub(rf"{argument}{end}", option, text)

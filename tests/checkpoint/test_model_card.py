@@ -95,16 +95,17 @@ def test_the_licence_is_that_of_the_base(
             {"num_fusions": 1, "method": "mka", "rank_normalize": False},
             HEALED,
             "--num-fusions 1 --no-rank-normalize",
-            ["heal out healed --base owner/model --train fused"],
+            ["heal out healed --base owner/model --revision v2 --train fused"],
         ),
     ],
 )
 def test_a_command_makes_the_model_again(config: dict[str, Any], healed: Any, options: str, heals: list[str]) -> None:
     config = FusionConfig(**{"method": "refit"} | config).to_dict()
-    report = a_report(config=config, healed=healed, dtype="torch.bfloat16", base_digest="12ab", weights_digest="34cd")
+    digests = {"base_digest": "12ab", "weights_digest": "34cd"}
+    report = a_report(config=config, healed=healed, dtype="torch.bfloat16", revision="v2", **digests)
     card = card_of(report)
     [block] = re.findall(r"^```bash\n(.*?)\n```$", card, re.M | re.S)
-    commands = [f"fuse owner/model out --method {config['method']} {options} --dtype bfloat16", *heals]
+    commands = [f"fuse owner/model out --method {config['method']} {options} --dtype bfloat16 --revision v2", *heals]
     for line, command in zip(block.splitlines(), commands, strict=True):
         program, *words = shlex.split(line)
         assert program == "lf-hf" and sorted(words) == sorted(command.split())

@@ -18,6 +18,7 @@ import pytest
 import torch
 from builders import make_point, make_report
 from conftest import GGUF, QUICK, make_texts, pickled, same, tensors
+from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lf_hf import FusedLlamaForCausalLM, FusionReport, from_pretrained_fused, fuse_checkpoint, heal
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.card import model_card
-from lf_hf.checkpoint.weights import tensor_files
+from lf_hf.checkpoint.weights import local_folder, tensor_files
 from lf_hf.evaluate.points import read_points
 from lf_hf.text.calibration import load_calibration, load_corpus
 
@@ -87,7 +88,7 @@ def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, t
 def test_a_pickled_base_is_read_only_when_asked_for(copy: Path, fused: Path, tmp_path: Path) -> None:
     pickled(copy)
     for given in (None, True):
-        with pytest.raises(ValueError, match=r"pickled weights can run code .* pass use_safetensors=False"):
+        with pytest.raises(ValueError, match=r"pickled weights, which can run code .* use_safetensors=False"):
             in_memory(copy, tmp_path / "out", use_safetensors=given)
     in_memory(copy, tmp_path / "out", use_safetensors=False)
     assert same(tensors(tmp_path / "out"), tensors(fused))
@@ -346,3 +347,23 @@ def test_what_can_be_read_can_be_used(tmp_path: Path, name: str, data: st.DataOb
     elif isinstance(found, list):
         assert all(isinstance(text, str) and text.encode() for text in found)
     assert (tmp_path / file_name).read_bytes() == content
+
+
+@pytest.mark.parametrize("subfolder", ["", "half/"])
+def test_of_a_repository_only_the_files_of_the_model_itself_are_fetched(
+    subfolder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of checkpoints of its training, nor what Mistral publishes a second time."""
+    own = [f"{subfolder}{name}" for name in ("config.json", "model-00001-of-00002.safetensors")]
+    others = ["checkpoint-500/model.safetensors", "consolidated.safetensors", "optimizer.pt", "original/params.json"]
+    names = [*own, *(f"{subfolder}{name}" for name in others), "half/more/model.safetensors"]
+    fetched: list[str] = []
+
+    def download(base: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects(names, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("lf_hf.checkpoint.weights.snapshot_download", download)
+    hub = {"subfolder": subfolder} if subfolder else {}
+    assert local_folder("owner/model", hub, ["*.safetensors*", "*.json"]) == tmp_path / subfolder
+    assert fetched == own

@@ -121,6 +121,8 @@ def test_peft_adapter(saved: str, tmp_path: Path) -> None:
 def test_a_model_instead_of_a_name(saved: str) -> None:
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     lm = make_lm(model, tokenizer=AutoTokenizer.from_pretrained(saved))
+    model.tokenizer = lm.tokenizer  # as of one that was fused in this process
+    assert loglikelihoods(make_lm(model)) == loglikelihoods(lm)
     assert loglikelihoods(lm) == loglikelihoods(make_lm(saved))
     assert lm.get_model_info()["fusion"]["layers"] == [5, 3]
     with pytest.raises(ValueError, match="must be the folder or hub name of a checkpoint, got FusedLlamaForCausalLM"):
