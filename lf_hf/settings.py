@@ -57,6 +57,7 @@ class FusionConfig(Settings):
     """Settings of a fusion. Raises ValueError for a value that is not allowed, and for some that exclude each other."""
 
     one_of = LEVELS
+    given_beside = ("calibration", "fused_dir", "tokenizer", "low_memory")
 
     num_fusions: int = setting(
         None,

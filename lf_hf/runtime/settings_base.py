@@ -98,6 +98,8 @@ class Settings:
     known: ClassVar[Mapping[str, Setting]]
     one_of: ClassVar[tuple[str, ...]] = ()
     """Fields that replace each other: one of them is given."""
+    given_beside: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the functions that take these settings, which may be misspelt as well."""
 
     def __post_init__(self) -> None:
         for name, value in self._preset().items():
@@ -151,9 +153,10 @@ class Settings:
                 f"The settings must be a {cls.__name__}, got {settings!r:.80}; give its fields as keyword arguments."
             )
         given = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
+        names = (*cls.known, *cls.given_beside)
         for name in kwargs.keys() - {"token"}:  # the hub's, which is no misspelt `tokens`
-            if difflib.get_close_matches(name, cls.known, n=1, cutoff=0.75):
-                raise ValueError(unknown_name("argument", name, cls.known))
+            if difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+                raise ValueError(unknown_name("argument", name, names))
         if settings is None:
             return cls(**given)
         kept = settings.to_dict()
