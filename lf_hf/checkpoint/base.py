@@ -42,7 +42,6 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only",
 # Those, and others that hold for a base only, and not for what it is fused to.
 _BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
-_ADAPTER = "is an adapter, not a model; merge it into its base, and fuse that"
 _WEIGHTS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -78,7 +77,10 @@ class Base:
         if os.path.isfile(name):
             raise ValueError(f"{name!r} is a file; give the folder of the checkpoint (and gguf_file for a GGUF file).")
         check_device(loading.get("device_map"))
-        config = _as_text(read_config(name, hub_arguments(loading)))
+        hub = hub_arguments(loading)
+        if _is_adapter(name, hub):
+            raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
+        config = _as_text(read_config(name, hub))
         if problem := _problem(name, config, loading):
             raise ValueError(f"{name!r} {problem}.")
         return cls(name, config, loading)
@@ -244,15 +246,13 @@ def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
         _check_format(name, hub)
-        if is_adapter(name, hub):
-            raise ValueError(f"{name!r} {_ADAPTER}.") from None
         why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
             why = "there is no such folder, and it cannot be a name on the hub"
         raise ValueError(f"No config of a model can be read for {name!r}, here or on the hub: {why}.") from None
 
 
-def is_adapter(name: str, hub: Mapping[str, Any]) -> bool:
+def _is_adapter(name: str, hub: Mapping[str, Any]) -> bool:
     """Whether an adapter is there, by itself or beside a model."""
     with suppress(HFValidationError, OSError):  # no such repository
         return not hub.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub) is not None
@@ -289,8 +289,6 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
             "is fused already; fuse its base with a larger num_fusions, or load it, save it with plain=True and fuse "
             "that plain checkpoint"
         )
-    if is_adapter(name, hub_arguments(loading)):
-        return _ADAPTER
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
         kind = repr(config.model_type)
