@@ -154,7 +154,7 @@ class Settings:
             )
         given = {name: kwargs.pop(name) for name in cls.known if name in kwargs}
         names = (*cls.known, *cls.given_beside)
-        for name in kwargs.keys() - {"token"}:  # the hub's, which is no misspelt `tokens`
+        for name in kwargs.keys() - {"token", *cls.given_beside}:  # the hub's token is no misspelt `tokens`
             if difflib.get_close_matches(name, names, n=1, cutoff=0.75):
                 raise ValueError(unknown_name("argument", name, names))
         if settings is None:
