@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ Group = tuple[int, int]
 """The first and the last of some adjacent layers, by their numbers in the dense model."""
 Head = Callable[[Tensor], Tensor]
 """Makes logits (sequences B, tokens T, vocab) of final states (B, T, hidden)."""
-T = TypeVar("T")
 
 
 class Decoder(ABC):
