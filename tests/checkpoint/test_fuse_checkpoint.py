@@ -75,7 +75,7 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
     assert found[0] == found[1] and found[0]["temperature"] == 0.5
     published = {"temperature": 0.9, "top_p": 0.6}  # without do_sample, as of a Vicuna
     (copy / "generation_config.json").write_text(json.dumps(published))
-    fuse(copy, tmp_path / "out", method="truncate")
+    assert fuse(copy, tmp_path / "out", method="truncate", revision="v2").revision == "v2"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).items() >= published.items()
     (copy / "generation_config.json").write_text("[1]")
     for low_memory in (True, False):
