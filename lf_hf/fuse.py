@@ -170,6 +170,9 @@ def _make(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Pat
         model = _kept_or_made(model_class, fusion, work / _FUSED)
         model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
         model._opened_in = None
+        if inputs.calibration is None:  # an interrupted healing goes on with the default text that it began with
+            inputs = dataclasses.replace(inputs, calibration=_earlier_default(work / _FUSED))
+    assert inputs.to_heal is not None
     heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
     return model
 

@@ -146,15 +146,16 @@ def plan_heal(
     settings = HealSettings.taken_from(kwargs, settings)
     inputs, folder = open_inputs(fused, out, base, text, settings, kwargs, reads_weights=False)
     work, model = folder / WORK, inputs.model
-    training = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, training_args or {}, cache)
+    training = prepare(model, inputs.fused_layers, inputs.base, settings, work, training_args or {}, cache)
     settings, placement = training.settings, training.placement
+    corpus = placement.text(inputs.corpus, settings)
     parameters = list(training.student.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     steps = f"{settings.steps:,} {plural(settings.steps, 'step')}"
     lines = [
         f"trained: {trained:,} of {sum(p.numel() for p in parameters):,} parameters ({settings.train})",
         f"training: {steps} of {settings.batch * settings.length:,} tokens",
-        f"text: {inputs.corpus.full_source}",
+        f"text: {corpus.full_source}",
         f"the base's predictions: {placement.description}",
         _states(placement.disk),
     ]
@@ -163,8 +164,8 @@ def plan_heal(
         notes.append(_replaced(out))
     if work.is_dir():
         notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
-    given = given_text(inputs.tokenizer, inputs.corpus, settings, inputs.base.text_config.vocab_size)
-    if repeats := repeats_note(expected_epochs(given, inputs.corpus, settings)):
+    given = given_text(inputs.tokenizer, corpus, settings, inputs.base.text_config.vocab_size)
+    if repeats := repeats_note(expected_epochs(given, corpus, settings)):
         notes.append(repeats)
     head = f"{Path(fused).resolve().name}, healed by its base {inputs.base.name}"
     return Plan(head, lines, notes, placement.memory, [training.arguments.device])

@@ -139,7 +139,7 @@ def healing(base: str, device: str, num_fusions: int, steps: int) -> Figures:
     shorter.join((shorter.num_layers - num_fusions - 1, shorter.num_layers - 1), {})
     with tempfile.TemporaryDirectory() as folder:
         training_args = {"bf16": model.dtype == torch.bfloat16}
-        training = prepare(shorter.model, [], opened.config, settings, Path(folder, "work"), training_args, None)
+        training = prepare(shorter.model, [], opened, settings, Path(folder, "work"), training_args, None)
         settings = training.settings
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (settings.sequences, settings.length), generator=generator)

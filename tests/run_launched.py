@@ -127,7 +127,7 @@ def main(folder: Path, given: str = "") -> None:
     for name in SETTINGS:
         say(name, processes.all_gather_object(fuse(folder, name, folder / name)))
     if processes.rank == 1:
-        raise SystemExit(3)  # while the other one sums
+        return  # while the other one sums; the launcher, which sees no failure, does not end that
     fuse(folder, "refit", folder / "of one")
 
 

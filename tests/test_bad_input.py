@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_llama, pickled
@@ -220,6 +221,7 @@ ROWS: dict[str, Row] = {
     ),
     # Calibration text
     "calibrating on a number": (python, {"calibration": 3}, "Text must be a list of strings, a file or .*, got 3"),
+    "calibrating on an array": (python, {"calibration": np.array(["a"])}, "Text must be a list of strings, a file or"),
     "half a character": (python, {"calibration": ["\ud800"] * 60}, "Sample 1 of .* cannot be used .*surrogates"),
     "little text": (python, {"calibration": ["layer"], "method": "refit"}, "has only \\d tokens, .* of 256; give more"),
     "an unknown kind": (python, {"calibration": "a.docx"}, "'a.docx .train.' cannot be read .* give a .txt, .jsonl"),
@@ -234,6 +236,8 @@ ROWS: dict[str, Row] = {
         {"training_args": {"per_device_train_batch_size": 0}},
         "must be at least 1, got 0",
     ),
+    "looks at held-out text": (healed, {"training_args": {"eval_delay": 50}}, "'eval_delay' is set by heal itself"),
+    "a dtype of healing": (healed, {"dtype": "float64"}, "Unknown setting 'dtype'"),
     "steps of healing": (healed, {"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
     "FSDP of one process": (healed, {"training_args": {"fsdp": True}}, "only works in distributed training"),
     "no base": (healed, {"base": None}, "say where it is with base="),

@@ -107,6 +107,12 @@ class Base:
         return {name: value for name, value in self.hub.items() if name != "force_download"}
 
     @property
+    def only_whole(self) -> list[str]:
+        """Arguments that name files whose layers cannot be read one at a time."""
+        given = {**self.loading, "use_safetensors": self.loading.get("use_safetensors") is False}
+        return [name for name in ("gguf_file", "use_safetensors", "variant") if given.get(name)]
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that was asked for, None for the checkpoint's own."""
         return checked_dtype(self.loading["dtype"])

@@ -85,11 +85,17 @@ def _commands(report: FusionReport) -> str:
     base, file = report.base_and_gguf_file
     opening = {"gguf_file": file, "revision": report.revision}
     opening = {name: value for name, value in opening.items() if value}
-    commands = _command(["lf-hf", "fuse", base, "out"], options | opening)
-    if report.healed is not None and "heal_tokens" not in report.settings:
-        options = {"base": base} | opening | report.healed.settings
-        commands += "\n" + _command(["lf-hf", "heal", "out", "healed"], options)
-    return commands
+    commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]
+    healings = report.healed.all if report.healed else []
+    if "heal_tokens" in report.settings:
+        del healings[:1]  # which is a part of the first command
+    folder = "out"
+    for healed in healings:
+        words = ["lf-hf", "heal", folder, folder := f"{folder}-healed"]
+        for name, value in healed.training_args.items():
+            words += ["--arg", f"{name}={value}"]
+        commands.append(_command(words, {"base": base} | opening | healed.settings))
+    return "\n".join(commands)
 
 
 def _command(words: list[str], options: Mapping[str, Any]) -> str:

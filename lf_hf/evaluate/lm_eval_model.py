@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ _KNOWN = (*FusionConfig.known, "attn_implementation", "calibration", "fused_dir"
 
 # What results hold of the report, besides sizes and pairs.
 _REPORTED = (
-    *("config", "calibration", "perplexities", "speed", "notes"),
+    *("config", "revision", "calibration", "budget", "healed", "perplexities", "speed", "notes"),
     *("layers_removed_fraction", "parameters_removed_fraction"),
 )
 
@@ -58,7 +59,7 @@ class FusedLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel | None = None,
+        pretrained: str | os.PathLike[str] | PreTrainedModel | None = None,
         *,
         num_fusions: int | str | None = None,
         calibration: str | None = None,
@@ -88,6 +89,8 @@ class FusedLM(HFLM):
         """
         if pretrained is None:
             raise ValueError("pretrained is missing; give pretrained=NAME, a base to fuse or a fused checkpoint.")
+        if isinstance(pretrained, os.PathLike):
+            pretrained = os.fspath(pretrained)
         _check_arguments(kwargs)
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
             eval_logger.warning("parallelize=True has no effect: there is no GPU here.")

@@ -107,7 +107,7 @@ def sweep(
     texts = _Texts.load(configs, calibration, tokenizer)
     maker = _Maker(opened, tokenizer, configs, texts, evaluation, heal_cache)
     maker.check_healing()
-    asked["tasks"] = sorted(tasks)
+    asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
     results = Results(folder, opened.full_name, list(keys))
     if calibration is None:

@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import purge_accelerate_environment
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -177,11 +177,15 @@ def check_can_heal(
     work, settings = Path(folder or Path(gettempdir(), "lf_hf-healing"), WORK), _settings(config)
     size = sum(p.nbytes for p in model.to(base.dtype or checked_dtype(fused.dtype)).parameters())
     device, place = training_arguments(settings, work, {}).device, base.loading.get("device_map") or "cpu"
+    index = None if is_spread(place) or isinstance(place, dict) else torch.device(place).index
+    if device.index is not None and index not in (None, device.index):
+        raise ValueError(f"Healing trains on {device}, not on {place}; give cuda, and CUDA_VISIBLE_DEVICES={index}.")
     # The student will be a copy of the fused model, which stays where it was fused.
     held = size if device.type == "cpu" or not (is_spread(place) or str(place) == "cpu") else 0
     advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
     with explained("Where a fusion heals, it does so by the defaults", advice, ValueError):
-        training = prepare(model, [], base.config, settings, work, {}, cache, held=held)
+        training = prepare(model, [], base, settings, work, {}, cache, held=held)
+    corpus = training.placement.text(corpus, training.settings)
     given_text(tokenizer, corpus, training.settings, base.text_config.vocab_size)
     return replace(training.placement, disk=training.placement.disk + size)
 
@@ -207,7 +211,7 @@ class Training:
 def prepare(
     model: CausalLM,
     fused_layers: Sequence[int],
-    base: PreTrainedConfig,
+    base: Base,
     settings: HealSettings,
     work: Path,
     training_args: Mapping[str, Any],
@@ -220,7 +224,7 @@ def prepare(
     Of free memory `held` bytes will be taken by then. Raises ValueError for training arguments that cannot be used, or
     too little memory, and OSError for too little room on the disk.
     """
-    length = min(settings.length, base.get_text_config().max_position_embeddings)
+    length = min(settings.length, base.text_config.max_position_embeddings)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
     settings = replace(settings, length=length, batch_tokens=batch_tokens)
     world_size = training_arguments(settings, work, training_args).world_size
@@ -253,14 +257,15 @@ def _distill(
         settings = replace(settings, learning_rate=default_learning_rate(model, settings.train))
     with ExitStack() as stack:
         _keep_random_numbers(stack)
-        training = prepare(model, inputs.fused_layers, inputs.base.config, settings, work, training_args, cache)
+        training = prepare(model, inputs.fused_layers, inputs.base, settings, work, training_args, cache)
         settings, arguments, placement = training.settings, training.arguments, training.placement
-        inputs = replace(inputs, settings=settings)
+        given_arguments = {name: str(value) for name, value in training_args.items()}
+        inputs = replace(inputs, settings=settings, corpus=placement.text(inputs.corpus, settings))
         identity = inputs.identity(
             settings.in_effect(),
             fused=weights_digest(model.named_parameters()),
             processes=processes.world_size,
-            training_args={name: str(value) for name, value in training_args.items()},
+            training_args=given_arguments,
         )
         note = {"teacher": placement.description, "identity": identity}
 
@@ -298,6 +303,8 @@ def _distill(
             curve=trainer.curve(),
             judged=healed_texts(teacher, before, after),
             seconds=time.monotonic() - start,
+            training_args=given_arguments,
+            before=inputs.report.healed,
         )
         return healed_report(inputs, healed, after)
 
@@ -357,7 +364,7 @@ def _state_to_go_on_from(work: Path, note: Mapping[str, Any]) -> str | None:
         raise ValueError(
             f"{str(work.parent)!r} holds a run that was cut short, of another healing ({'; '.join(changes):.500}). "
             "To go on with it, give its command again, with the same lf_hf, Python and hub access "
-            f"(or text='bundled' if it had none), or {advice}."
+            f"(or the text 'bundled' if it had none), or {advice}."
         )
     best = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME))).best_model_checkpoint
     if best is not None and not Path(best).is_dir():

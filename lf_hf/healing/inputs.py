@@ -24,11 +24,9 @@ from lf_hf.runtime.words import unknown_name
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import TextSource
 
-# What is taken for loading the base, besides values of its config.
-_LOADING = (
-    *HUB_ARGUMENTS,
-    *("attn_implementation", "device_map", "dtype", "torch_dtype", "trust_remote_code", "use_safetensors", "variant"),
-)
+# What is taken for loading the base, besides values of its config. Its dtype is that of the fusion, and the training
+# arguments say where it is.
+_LOADING = (*HUB_ARGUMENTS, "attn_implementation", "trust_remote_code", "use_safetensors", "variant")
 WORK = ".lf_hf-healing"
 """In OUT: the state of a training that is not done."""
 _JUDGING_TOKENS = 4096  # tokens of each judging text, where the report names none
@@ -107,9 +105,9 @@ def open_inputs(
         raise ValueError(f"{os.fspath(out)!r} is the fused model itself; choose another folder for the result.")
     config = plain_config(read_config(str(folder), {}))
     report = FusionReport.load(folder)
-    opened = base if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
+    opened = Base.open(base, hub) if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
     for name in hub:
-        if name not in _LOADING and not hasattr(opened.config, name):
+        if name not in _LOADING and (name.endswith("dtype") or not hasattr(opened.config, name)):
             raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
     replaces = check_replaceable(out_folder, opened.name)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()

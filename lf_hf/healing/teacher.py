@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, StackDataset
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
+from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.identity import identity_key
 from lf_hf.checkpoint.saving import checked_folder, only_writer
 from lf_hf.decoder.generating import generate
@@ -44,6 +45,7 @@ from lf_hf.models import CausalLM, family_of, text_model
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.memory import free_memory, in_gib
 from lf_hf.runtime.numerics import all_finite
+from lf_hf.text.calibration import Corpus
 from lf_hf.text.chats import bos_prefix, chat_form, special_tokens
 
 logger = logging.get_logger(__name__)
@@ -79,9 +81,16 @@ class Placement:
     memory: int
     disk: int
 
+    def text(self, corpus: Corpus, settings: HealSettings) -> Corpus:
+        """What is healed on: a base that reads all of its weights for each token writes none, unless the settings say
+        so."""
+        if self.in_memory or settings.written_share is not None:
+            return corpus
+        return replace(corpus, generated_share=0.0)
+
 
 def place_teacher(
-    base: PreTrainedConfig,
+    base: Base,
     student: Any,
     settings: HealSettings,
     arguments: TrainingArguments,
@@ -91,7 +100,8 @@ def place_teacher(
 ) -> Placement:
     """Place the base by free memory less `held` bytes, and split the steps of `arguments` into batches that fit.
 
-    The student may be on the meta device. Raises ValueError, with what would help, if nothing fits.
+    The student may be on the meta device. Raises ValueError, with what would help, if nothing fits, or if the base has
+    to be read layer by layer and cannot be.
     """
     device = arguments.device
     size = 2 if arguments.bf16 or arguments.fp16 else 4
@@ -101,7 +111,7 @@ def place_teacher(
     loaded = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
     checkpoints = bool(arguments.gradient_checkpointing)
     fixed, sequence = training_memory(student, settings.length, size, checkpoints=checkpoints)
-    logits = settings.batch_tokens // arguments.world_size * base.get_text_config().vocab_size
+    logits = settings.batch_tokens // arguments.world_size * base.text_config.vocab_size
     num_shards = _num_shards(arguments)
     fixed = fixed // num_shards + logits_memory(device, logits, size)
     needed = fixed - loaded + sequence
@@ -111,10 +121,15 @@ def place_teacher(
             "base's predictions on disk; take train='lora', a shorter length, the training argument "
             "gradient_checkpointing=True, a device with more, or several of them with FSDP."
         )
-    base_size = num_parameters(base)[1] * (2 if arguments.bf16 else 4)
+    base_size = num_parameters(base.config)[1] * (2 if arguments.bf16 else 4)
     student_size = sum(p.nbytes for p in student.parameters())
     beside_base = student_size - loaded if num_shards == 1 else 0  # else it comes when the base has gone
     in_memory = beside_base + base_size <= free
+    if folder is None and not in_memory and (unread := base.only_whole):
+        raise ValueError(
+            f"{in_gib(free)} are free, the base takes {in_gib(base_size)}, and with {', '.join(unread)} it cannot be "
+            "read layer by layer; save it with save_pretrained, as safetensors files, and give that."
+        )
     if folder is None and needed + base_size <= free:
         files, beside = None, base_size
         description = "computed in memory, beside the student"
@@ -204,6 +219,10 @@ def open_teacher(inputs: HealingInputs, placement: Placement, arguments: Trainin
     key = identity_key(inputs.identity(settings, format=_FORMAT, dtype=dtype, beside=base is not None))
     folder = (placement.files or work) / f"targets-{key:.32}"
     compute_once(lambda: _write(folder, inputs, placement, arguments, base))
+    if not all(Processes.of_launch().all_gather_object((folder / _INDEX).is_file())):
+        raise ValueError(
+            f"Not all machines of the launch see {str(folder)!r}; heal in a folder on a disk that they share."
+        )
     teacher = Teacher(folder, inputs.base.text_config, base)
     for kind, part, files in json.loads((folder / _INDEX).read_text(encoding="utf-8")):
         # Files are mapped into memory, so that sequences are read when they are used.
@@ -246,7 +265,7 @@ def _write(
                 with decoder.norm_and_head() as (_, weight):
                     save_file({"weight": weight.detach().cpu().contiguous()}, folder / _HEAD)
             entries: list[tuple[str, str, list[str]]] = []
-            for kind in _text(inputs, placement, decoder):
+            for kind in _text(inputs, decoder):
                 for part in _PARTS:
                     files: list[str] = []
                     for ids in _split(getattr(kind, part)):
@@ -281,18 +300,13 @@ def _split(sequences: list[Tensor]) -> Iterable[Tensor]:
     return torch.stack(sequences).split(max(1, _TOKENS_TOGETHER // len(sequences[0])))
 
 
-def _text(inputs: HealingInputs, placement: Placement, decoder: Decoder) -> list[TextKind]:
-    """All kinds of text, those that judge among them.
-
-    A base that reads all of its weights for each token writes none, unless the settings say so.
-    """
-    tokenizer, settings, corpus = inputs.tokenizer, inputs.settings, inputs.corpus
+def _text(inputs: HealingInputs, decoder: Decoder) -> list[TextKind]:
+    """All kinds of text, those that judge among them."""
+    tokenizer, settings = inputs.tokenizer, inputs.settings
     vocab_size = decoder.config.vocab_size
-    if not placement.in_memory and settings.written_share is None:
-        corpus = replace(corpus, generated_share=0.0)
     form = chat_form(tokenizer, vocab_size)
     write = partial(generate, decoder, chat=form, prefix=bos_prefix(tokenizer), special=special_tokens(tokenizer))
-    kinds = healing_text(tokenizer, corpus, settings, vocab_size, write, chats=form is not None)
+    kinds = healing_text(tokenizer, inputs.corpus, settings, vocab_size, write, chats=form is not None)
     return kinds + judging_text(tokenizer, decoder.config.max_position_embeddings, inputs.judging_tokens)
 
 

@@ -265,6 +265,11 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         "load_best_model_at_end": True,
         "metric_for_best_model": DIVERGENCE,
         "greater_is_better": False,
+        # What would leave no state to keep, change the steps unseen, do nothing, or upload states of the training.
+        "eval_delay": 0,
+        "auto_find_batch_size": False,
+        "label_smoothing_factor": 0.0,
+        "push_to_hub": False,
     }
     defaults: dict[str, Any] = {
         "save_total_limit": 1,

@@ -167,7 +167,8 @@ class HealingInfo:
     """A healing: `trained` parameters were trained for `steps` steps, `epochs` times through `text`.
 
     The state after step `kept` was the best on held-out text; 0 is the model that came in. `teacher` says where the
-    base's predictions were computed.
+    base's predictions were computed, and `seconds` how long this took, from the last interruption on. The model that
+    came in may have been healed `before`.
     """
 
     settings: dict[str, Any]
@@ -180,6 +181,13 @@ class HealingInfo:
     curve: list[HealingPoint]
     judged: list[HealedText]
     seconds: float
+    training_args: dict[str, str] = field(default_factory=dict)
+    before: HealingInfo | None = None
+
+    @property
+    def all(self) -> list[HealingInfo]:
+        """The healings of a model in their order, of which this is the last."""
+        return [*(self.before.all if self.before else []), self]
 
     def summary(self) -> str:
         """One sentence: what was trained on what."""

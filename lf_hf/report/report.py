@@ -160,8 +160,10 @@ class FusionReport:
     def _healed_rows(self, healed: HealingInfo) -> list[Row]:
         dense = {text.name: text.dense for text in self.perplexities}
         rows = []
+        fused = {text.name: text for text in healed.all[0].judged}
         for text in healed.judged:
-            before = (text.perplexity_before, text.divergence_before, text.agreement_before)
+            first = fused.get(text.name, text)
+            before = (first.perplexity_before, first.divergence_before, first.agreement_before)
             after = (text.perplexity_after, text.divergence_after, text.agreement_after)
             rows += text_rows(text.name, dense.get(text.name), before, after)
         return rows

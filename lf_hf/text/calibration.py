@@ -155,7 +155,7 @@ def load_calibration(
     ValueError, OSError
         If the text cannot be read, is empty, or has a sample that is neither a string nor a chat.
     """
-    if calibration is None or calibration in (BUNDLED, HUB):
+    if calibration is None or (isinstance(calibration, str) and calibration in (BUNDLED, HUB)):
         return _mmlu_samples(calibration, samples_per_subject)
     samples, source = read_samples(calibration, MAX_SAMPLES * sample_length, tokenizer)
     cut = (sample[: sample_length * TOKEN_CHARACTERS] for sample in samples)
@@ -229,7 +229,7 @@ def load_corpus(
         Whether a model is to be trained on the text, and not fitted to it.
     """
     source, note = GENERAL.name, f"Calibrated on general text; {_OWN_TEXT} a better model"
-    if calibration is None or calibration in (BUNDLED, HUB):
+    if calibration is None or (isinstance(calibration, str) and calibration in (BUNDLED, HUB)):
         rows, failure = _hub_rows(GENERAL, calibration)
         if not rows:
             return _mix_bundled(max_tokens, to_train, failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from builders import HEALED, Page, make_report
+from conftest import make_texts
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig
 
+import lf_hf
 from lf_hf import FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
+from lf_hf.cli import main
 from lf_hf.evaluate.tables import markdown
 from lf_hf.report.data import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.report.page import write_page
@@ -95,7 +99,7 @@ def test_the_licence_is_that_of_the_base(
             {"num_fusions": 1, "method": "mka", "rank_normalize": False},
             HEALED,
             "--num-fusions 1 --no-rank-normalize",
-            ["heal out healed --base owner/model --revision v2 --train fused"],
+            ["heal out out-healed --base owner/model --revision v2 --train fused"],
         ),
     ],
 )
@@ -111,6 +115,32 @@ def test_a_command_makes_the_model_again(config: dict[str, Any], healed: Any, op
         assert program == "lf-hf" and sorted(words) == sorted(command.split())
     for row in ("| `torch` | `2` |", "| `weights of the base` | `12ab` |", "| `weights` | `34cd` |"):
         assert row in card
+
+
+def test_its_commands_make_a_model_again_that_was_healed_twice(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what a healing was told beside its settings. The fused model's figures are those before both."""
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
+    text, out = str(tmp_path / "text.txt"), tmp_path / "first"
+    fuse_checkpoint(
+        base, out, num_fusions=2, method="truncate", heal_tokens=2048, calibration=text, perplexity_tokens=256
+    )
+    twice: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
+    twice["training_args"] = {"optim": "adafactor", "bf16": False}
+    report = lf_hf.heal(out, tmp_path / "second", base=base, text=text, **twice)
+    shutil.copytree(base, tmp_path / report.base)
+    [block] = re.findall(r"^```bash\n(.*?)\n```$", (tmp_path / "second" / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        _, command, *words = shlex.split(line)
+        assert main([command, *words, "--calibration" if command == "fuse" else "--text", text]) == 0
+    again = FusionReport.load("out-healed")
+    assert again.weights_digest == report.weights_digest != FusionReport.load(out).weights_digest
+    fused, healed = FusionReport.load(out), {row.name: row.values for row in report.rows()}
+    for row in fused.rows():
+        if row.kind == "perplexity":
+            assert healed[row.name][1] == pytest.approx(row.values[1]) and healed[row.name][2] != row.values[2]
 
 
 @pytest.fixture

@@ -73,6 +73,8 @@ def test_a_budget_and_a_healing_after_it(base: str, text: Path) -> None:
     report = lm.model.fusion_report
     assert report.budget is not None and report.budget.allowed == 1e9 and report.layers_after == 1
     assert report.healed is not None and report.healed.steps == 1
+    said = lm.get_model_info()["fusion"]
+    assert said["healed"]["steps"] == 1 and said["budget"]["allowed"] == 1e9
 
 
 @pytest.mark.parametrize("fusing", [True, False])
@@ -87,7 +89,7 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
     assert len(loglikelihoods(lm)) == len(PAIRS)
     # Placed by accelerate, on the one device that there is.
     placed = make_lm(base, **QUICK, parallelize=True, max_cpu_memory="4GiB")
-    assert loglikelihoods(placed) == loglikelihoods(make_lm(str(fused)))
+    assert loglikelihoods(placed) == loglikelihoods(make_lm(fused)) == loglikelihoods(make_lm(Path(base), **QUICK))
 
 
 def test_a_start_token_in_the_evaluation_changes_nothing_in_the_model(base: str, text: Path, tmp_path: Path) -> None:

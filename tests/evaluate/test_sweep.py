@@ -168,7 +168,11 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     content[len(content) // 2] ^= 1
     (base / "model.safetensors").write_bytes(content)
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
-    others += [point.key for point in sweep(base, tmp_path / "out", **settings, limit=1)]  # another question
+    asked_another, again = (
+        [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)] for limit in (1, 1.0)
+    )
+    assert asked_another == again  # a command line gives 1.0
+    others += asked_another
     assert len({*keys, *others}) == 6
 
 

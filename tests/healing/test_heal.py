@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import QUICK, make_llama, make_texts, make_tokenizer, tensors
+from huggingface_hub import cached_assets_path
 from test_saving import Killed, file_size_limit
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -34,6 +37,7 @@ from lf_hf.plan import plan_heal
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.text.calibration import DOCUMENTATION
+from lf_hf.text.hub import GENERAL
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens
 
@@ -240,12 +244,25 @@ def test_predictions_on_disk_teach_what_a_base_in_memory_does(
     assert not any(changed(tmp_path / name, tmp_path / "out") for name in ("killed", "again"))
 
 
-def test_a_base_that_does_not_fit_is_read_from_disk(heal: Heal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.healing.teacher.num_parameters", lambda _: (1, 1 << 58))
-    monkeypatch.delattr(Base, "load")
-    report = heal()
-    assert report.healed is not None and report.healed.kept > 0 and "layer by layer" in report.healed.teacher
-    assert not any("written by the base" in info.source for info in report.healed.text)
+def test_a_base_that_does_not_fit_is_read_from_disk(
+    heal: Heal, base: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it writes no text, and what is kept of its predictions is not taken for that of one that does."""
+
+    def written(report: FusionReport) -> bool:
+        assert report.healed is not None and report.healed.kept > 0
+        return any("written by the base" in info.source for info in report.healed.text)
+
+    with monkeypatch.context() as patches:
+        patches.setattr("lf_hf.healing.teacher.num_parameters", lambda _: (1, 1 << 58))
+        patches.delattr(Base, "load")
+        plan = plan_heal(fused, tmp_path / "else", base=base, **settings())
+        report = heal(cache=tmp_path / "cache")
+        with pytest.raises(ValueError, match=r"with use_safetensors it cannot be read layer by layer; save it with"):
+            heal(out=tmp_path / "pickled", use_safetensors=False)
+    assert "by the model itself" not in plan.summary() and not written(report)
+    assert report.healed is not None and "layer by layer" in report.healed.teacher
+    assert written(heal(out=tmp_path / "fits", cache=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +281,14 @@ def test_too_little_room_is_said_before_the_base_is_read(
         with pytest.raises((OSError, ValueError), match=message):
             start()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fusion_on_a_device_where_nothing_is_trained_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lf_hf.checkpoint.base.check_device", lambda _: None)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda:0"))
+    monkeypatch.delattr(Base, "load")
+    with pytest.raises(ValueError, match=r"trains on cuda:0, not on cuda:1; give cuda, and CUDA_VISIBLE_DEVICES=1"):
+        lf_hf.from_pretrained_fused(base, **QUICK, heal_tokens=4096, calibration=TEXTS, device_map="cuda:1")
 
 
 def test_before_a_fusion_the_fused_model_counts_as_memory(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,26 +449,32 @@ def test_it_heals_while_loading_with_a_tokenizer_that_is_given(tmp_path: Path) -
     assert report.config["heal_tokens"] == 4096
 
 
-def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It fuses no second time, whatever was fused there since, and ends as one that nothing stopped."""
+@contextmanager
+def cut_short() -> Iterator[None]:
+    """Kill the healing inside the block before its second step."""
     real = Trainer.training_step
-
-    def fuse(out: str, **changes: Any) -> FusionReport:
-        given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256, "calibration": TEXTS} | changes
-        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given)
 
     def step(self: Any, *given: Any) -> torch.Tensor:
         if self.state.global_step == 1:
             raise Killed
         return real(self, *given)
 
+    with patch.object(Trainer, "training_step", step), pytest.raises(Killed):
+        yield
+
+
+def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It fuses no second time, whatever was fused there since, and ends as one that nothing stopped."""
+
+    def fuse(out: str, **changes: Any) -> FusionReport:
+        given = QUICK | {"heal_tokens": 4096, "perplexity_tokens": 256, "calibration": TEXTS} | changes
+        return lf_hf.fuse_checkpoint(base, tmp_path / out, **given)
+
     whole = fuse("whole")
-    monkeypatch.setattr(Trainer, "training_step", step)
-    with pytest.raises(Killed):
+    with cut_short():
         fuse("out")
-    monkeypatch.setattr(Trainer, "training_step", real)
     with pytest.raises(ValueError, match=r"num_fusions=1 instead of 2.*cut short.*remove .* to begin anew"):
         fuse("out", num_fusions=2)
     fuse("out", heal_tokens=0)
@@ -451,3 +482,23 @@ def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
     report = fuse("out")
     assert "Going on from" in caplog.text and not changed(tmp_path / "out", tmp_path / "whole")
     assert report.settings == whole.settings and not (tmp_path / "out" / WORK).exists()
+
+
+def test_a_healing_that_is_cut_short_goes_on_with_its_default_text(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although the hub, which did not answer then, does so now."""
+    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
+    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
+    given = QUICK | {"method": "refit", "selection": "last", "calibration_tokens": 1024, "calibration_length": 64}
+
+    def fuse(*, answers: bool) -> FusionReport:
+        place = tmp_path if answers else os.devnull
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
+        return lf_hf.fuse_checkpoint(base, tmp_path / "out", **given, heal_tokens=4096)
+
+    with cut_short():
+        fuse(answers=False)
+    report = fuse(answers=True)
+    assert "Going on from" in caplog.text and report.healed is not None
+    assert not any(GENERAL.name in info.source for info in report.healed.text)
