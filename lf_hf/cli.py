@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
@@ -19,7 +18,6 @@ import lf_hf
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.healing.settings import HealSettings
-from lf_hf.models import first_free_layer
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
@@ -140,40 +138,30 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be 
 )
 @_BASE
 @click.argument("out")
-@setting_options(FusionConfig, "num_fusions")
-@click.option("--target-layers", type=int, help="How many layers to leave, in place of --num-fusions.")
-@setting_options(FusionConfig, *LEVELS[1:], "method")
+@setting_options(FusionConfig, *LEVELS, "method")
 @_CALIBRATION
 @_LOADING
 @click.option("--low-memory", is_flag=True, help="Hold a few layers at a time, on --device, in place of the model.")
 @_DRY_RUN
 @setting_options(FusionConfig, *_MECHANICS)
-def fuse(base: str, out: str, target_layers: int | None, low_memory: bool, dry_run: bool, **given: Any) -> None:
+def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
     Ends with a table: layers, parameters, size on disk, and perplexity before and after; and on the same texts how far
     predictions of the next token are from the base's: KL divergence in nats a token, and how often the most likely
     token is the same.
     """
-    from lf_hf.plan import check_disk, plan_fusion
-
     settings, others = _split(FusionConfig, given)
     calibration = others.pop("calibration", None)
-    levels = [name for name in LEVELS if name in settings]
-    if len(levels) + (target_layers is not None) != 1:
-        raise click.UsageError(f"give one of {', '.join(LEVELS)} and --target-layers.")
-    if target_layers is not None:
-        settings["num_fusions"] = 1  # until the base says how many
     with _usage_errors():
         config = FusionConfig(**settings)
     opened = Base.open(base, others)
-    if target_layers is not None:
-        config = _leaving(target_layers, config, opened)
     if dry_run:
+        from lf_hf.plan import plan_fusion
+
         plan = plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration)
         show(_with_options(plan.summary()))
         return
-    check_disk(opened, config, out)
     # Their notes stand below the table.
     with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.judge"):
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, calibration=calibration)
@@ -184,19 +172,6 @@ def fuse(base: str, out: str, target_layers: int | None, low_memory: bool, dry_r
     if report.budget:
         show(_with_options(report.budget.summary()))
     show(*map(_with_options, report.notes))
-
-
-def _leaving(target_layers: int, config: FusionConfig, base: Base) -> FusionConfig:
-    """The settings with as many fusions as leave `target_layers` layers."""
-    layers = base.text_config.num_hidden_layers
-    first_free = first_free_layer(base.config)
-    config.check_num_layers(layers, first_free)
-    least = layers - config.most_fusions(layers, first_free)
-    if not least <= target_layers < layers:
-        raise click.UsageError(
-            f"--target-layers must be {least} to {layers - 1} for a base of {layers} layers, got {target_layers}."
-        )
-    return dataclasses.replace(config, num_fusions=layers - target_layers)
 
 
 @app.command(

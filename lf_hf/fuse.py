@@ -307,7 +307,7 @@ def fuse_checkpoint(
         if config.speed:
             logger.warning_once("Speed is not measured where layers are read from files.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
-    inputs.check(target)
+    inputs.check(target, low_memory=low_memory)
     with ExitStack() as stack:
 
         def begin() -> Path:

@@ -6,17 +6,24 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base, optional_file
 from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.classes import checked_tokenizer
 from lf_hf.checkpoint.identity import base_digest, identity, text_digest
+from lf_hf.checkpoint.saving import check_room
+from lf_hf.checkpoint.weights import stored_dtype
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.check import check_layers
+from lf_hf.measure.memory import num_parameters
+from lf_hf.models import first_free_layer
 from lf_hf.report.report import FusionReport
+from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_needed, load_training_text
 from lf_hf.text.packing import check_enough
@@ -24,6 +31,8 @@ from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:
     from lf_hf.healing.teacher import Placement
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class FusionInputs:
         cls, base: Base, config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> FusionInputs:
         """Check that the settings suit the base, and read its tokenizer."""
+        config = config.for_layers(base.text_config.num_hidden_layers, first_free_layer(base.config))
         check_layers(config, base.config)
+        if ignored := config.without_effect(calibration):
+            logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")
         base.generation_config()  # which is saved with the result
         return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer())
 
@@ -58,12 +70,30 @@ class FusionInputs:
         tokens = self.config.heal_tokens
         return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
 
-    def check(self, folder: str | os.PathLike[str] | None = None) -> Placement | None:
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """Of the base, and of what it is fused to; by one fusion where a budget says how many."""
+        layer, model = num_parameters(self.base.config)
+        return model, model - (self.config.num_fusions or 1) * layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base's weights are in when they are loaded."""
+        files = self.base.files()
+        stored = torch.float32 if self.base.hub.get("gguf_file") or not files else stored_dtype(files[0])
+        return self.base.dtype or cast("torch.dtype | None", self.base.config.dtype) or stored
+
+    def check(self, folder: str | os.PathLike[str] | None = None, *, low_memory: bool = False) -> Placement | None:
         """Raise ValueError, before weights are read, if there is too little text, or too little memory to heal.
 
-        Raises OSError if the disk of `folder`, where the result goes, has no room for a healing's states. Returns what
-        the healing will take, if one follows.
+        Raises OSError if the disk of `folder`, where the result goes, has no room for it or for a healing's states. A
+        fused model that is there keeps its room until the new one is whole. Returns what the healing will take, if one
+        follows.
         """
+        if folder is not None:
+            before, after = self.parameters
+            processes = Processes.of_launch().world_size if low_memory else 0  # each writes its new layers there first
+            check_room(folder, (after + processes * (before - after)) * self.dtype.itemsize, "the fused model takes")
         _, text = self.samples_and_text
         if text is not None:
             length = min(self.config.calibration_length, self.base.text_config.max_position_embeddings)

@@ -10,17 +10,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lf_hf.checkpoint.base import SPREAD, Base
-from lf_hf.checkpoint.saving import check_replaceable, check_room
-from lf_hf.checkpoint.weights import stored_dtype
+from lf_hf.checkpoint.saving import check_replaceable
 from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
 from lf_hf.inputs import FusionInputs
-from lf_hf.measure.memory import fusion_memory, num_parameters
+from lf_hf.measure.memory import fusion_memory
 from lf_hf.runtime.memory import free_memory, in_gib
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.runtime.words import plural
@@ -76,11 +75,10 @@ def plan_fusion(
     if low_memory:
         low_memory_device(config, opened.loading)
     inputs = FusionInputs.open(opened, config, calibration, None)
-    healing = inputs.check(out)
-    if out is not None:
-        check_disk(opened, config, out)
-    devices, dtype = _devices(opened.loading.get("device_map")), _dtype(opened)
-    before, after = _parameters(opened, config)
+    config = inputs.config
+    healing = inputs.check(out, low_memory=low_memory)
+    devices, dtype = _devices(opened.loading.get("device_map")), inputs.dtype
+    before, after = inputs.parameters
     stored = sum(file.stat().st_size for file in opened.files())
     if not stored:
         stored = before * dtype.itemsize
@@ -111,15 +109,6 @@ def plan_fusion(
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     return Plan(f"{opened.full_name} with {config.method}, {how_many}", lines, notes, memory, devices)
-
-
-def check_disk(base: Base, config: FusionConfig, out: FilePath) -> None:
-    """Raise OSError if the disk of `out` has no room for the weights of `base` fused as `config` says.
-
-    A fused model that is there keeps its room until the new one is whole.
-    """
-    _, after = _parameters(base, config)
-    check_room(out, after * _dtype(base).itemsize, "the fused model takes")
 
 
 def plan_heal(
@@ -175,21 +164,10 @@ def _states(disk: int) -> str:
     return f"disk, until healing is done, at most about: {in_gib(disk)}"
 
 
-def _parameters(base: Base, config: FusionConfig) -> tuple[int, int]:
-    """Of the base, and of what it is fused to; by one fusion where a budget says how many."""
-    layer, model = num_parameters(base.config)
-    return model, model - (config.num_fusions or 1) * layer
-
-
-def _dtype(base: Base) -> torch.dtype:
-    """What the base's weights are in when they are loaded."""
-    files = base.files()
-    stored = torch.float32 if base.hub.get("gguf_file") or not files else stored_dtype(files[0])
-    return base.dtype or cast("torch.dtype | None", base.config.dtype) or stored
-
-
 def _devices(device_map: Any) -> list[torch.device]:
     """Where layers run, as from_pretrained's `device_map` says."""
+    if isinstance(device_map, dict):
+        return [torch.device(device) for device in dict.fromkeys(device_map.values()) if device != "disk"]
     if device_map in SPREAD and torch.cuda.is_available():
         return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     return [torch.device("cpu" if device_map in (None, *SPREAD) else device_map)]

@@ -26,7 +26,7 @@ LARGEST_SEED = 2**32 - 1
 LONGEST_GROUP = 6
 """Most layers that selection="groups" makes one; more only where so many are to go that they have to be."""
 
-LEVELS = ("num_fusions", "max_divergence", "max_perplexity_ratio")
+LEVELS = ("num_fusions", "target_layers", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
 _DEFAULTS = {"selection": "last", "alignment": "none", "calibration_tokens": CALIBRATION_TOKENS, "heal_tokens": 0}
@@ -62,7 +62,7 @@ class FusionConfig(Settings):
     num_fusions: int = setting(
         None,
         "How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless "
-        'selection="last". Give one of this, max_divergence and max_perplexity_ratio.',
+        'selection="last". Give one of this, target_layers, max_divergence and max_perplexity_ratio.',
         at_least=1,
     )
     method: str = setting(
@@ -116,6 +116,7 @@ class FusionConfig(Settings):
         unset="from method",
         needs="heal_tokens",
     )
+    target_layers: int | None = setting(None, "How many layers to leave, in place of num_fusions.", at_least=1)
     max_divergence: float | None = setting(
         None,
         "Fuse as many layers as keep the divergence of the fused model's predictions from the dense one's within this, "
@@ -191,7 +192,19 @@ class FusionConfig(Settings):
     @property
     def within_budget(self) -> bool:
         """Whether a budget says how many layers are fused."""
-        return self.num_fusions is None
+        return self.max_divergence is not None or self.max_perplexity_ratio is not None
+
+    def without_effect(self, calibration: object) -> list[str]:
+        """Names of what was set to no use, with this calibration text or None."""
+        set_by_method = METHODS[self.method]
+        names = []
+        for name, known in self.known.items():
+            has_effect = known.needs in ("", name) or getattr(self, known.needs)  # heal_tokens=0 has one
+            if not has_effect and getattr(self, name) != set_by_method.get(name, known.default):
+                names.append(name)
+        if calibration is not None and not (self.averages or self.needs_text or self.heal_tokens):
+            names.append("calibration")
+        return names
 
     @property
     def unhealed(self) -> FusionConfig:
@@ -214,6 +227,19 @@ class FusionConfig(Settings):
             return num_hidden_layers - first_free - 1
         return num_hidden_layers - max(1, first_free) - 2  # the first and the last layer stay
 
+    def for_layers(self, num_hidden_layers: int, first_free: int = 0) -> FusionConfig:
+        """The settings with `num_fusions` in place of `target_layers`; ValueError if a model cannot have so many."""
+        if self.target_layers is None:
+            return self
+        self.check_num_layers(num_hidden_layers, first_free)
+        least = num_hidden_layers - self.most_fusions(num_hidden_layers, first_free)
+        if not least <= self.target_layers < num_hidden_layers:
+            raise ValueError(
+                f"target_layers must be {least} to {num_hidden_layers - 1} for a base of {num_hidden_layers} layers, "
+                f"got {self.target_layers}."
+            )
+        return replace(self, num_fusions=num_hidden_layers - self.target_layers, target_layers=None)
+
     def check_num_layers(self, num_hidden_layers: int, first_free: int = 0) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""
         most = self.most_fusions(num_hidden_layers, first_free)
@@ -223,7 +249,7 @@ class FusionConfig(Settings):
         if most < 1:
             least = num_hidden_layers - most + 1
             raise ValueError(f"The model has {layers}; selection={self.selection!r} needs at least {least}.")
-        if not self.within_budget and self.num_fusions > most:
+        if self.num_fusions is not None and self.num_fusions > most:
             raise ValueError(
                 f"num_fusions must be 1 to {most} for a model of {layers} and selection={self.selection!r}, got "
                 f"{self.num_fusions}."

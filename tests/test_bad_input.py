@@ -164,7 +164,7 @@ Row = tuple[Call, Any, str, Edit] | tuple[Call, Any, str]
 # How the product is called, with what, words of the message, and what is wrong with the checkpoint, if it is that.
 ROWS: dict[str, Row] = {
     # Settings: types, ranges, choices, and what excludes what
-    "none": (settings, {"num_fusions": None}, "Give one of num_fusions, max_divergence, max_perplexity_ratio, .* none"),
+    "none": (settings, {"num_fusions": None}, "Give one of num_fusions, target_layers, max_divergence, .* none"),
     "two levels": (settings, {"max_divergence": 0.1}, "got num_fusions=1 and max_divergence=0.1"),
     "a seed that numpy refuses": (settings, {"seed": 2**32}, "must be an integer >= 0 and <= 4294967295, got 429496"),
     "not a number": (settings, {"ridge": NAN}, "ridge must be a number > 0, got nan"),
@@ -264,10 +264,11 @@ ROWS: dict[str, Row] = {
     # Saved fusions, edited by hand
     "a report cut off": (read_report, {}, "fusion_report.json' is not JSON", cut("fusion_report.json", 300)),
     # Commands: a wrong command line, and failures
-    "layers for this model": (mistyped, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
+    "layers for this model": (failed, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
+    "layers in Python": (python, {"num_fusions": None, "target_layers": 5}, "target_layers must be 1 to 4 for a base"),
     "a layer to leave": (failed, (*FUSE, "--target-layers", 1), "has 1 layer; ", config(num_hidden_layers=1)),
     "arguments as options": (mistyped, (*ONE, "--selection", "groups"), "--selection 'groups' .* --method 'neural_al"),
-    "no level": (mistyped, FUSE, "give one of --num-fusions, .* and --target-layers"),
+    "no level": (mistyped, FUSE, "Give one of --num-fusions, --target-layers, "),
     "a base not looked at": (mistyped, ("fuse", "/no", "x", "--target-layers", 3, "--method", "foo"), "method 'foo'"),
     "in words": (mistyped, (*FUSE, "--num-fusions", "four"), "integer >= 1, got 'four'"),
     "a misspelt option": (mistyped, (*FUSE, "--num-fusion", 1), "--num-fusions"),

@@ -66,9 +66,15 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     assert report.budget.allowed == 9 and report.layers_after < report.layers_before
 
 
+def test_what_has_no_effect_is_said(run: Run, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = "--num-fusions 1 --method truncate --perplexity-tokens 0 --ridge 9 --calibration nowhere.txt".split()
+    code, *_ = run("fuse", base, tmp_path / "out", *options)
+    assert code == 0 and "Without effect on method='truncate': ridge, calibration." in caplog.text
+
+
 def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    monkeypatch.delattr("lf_hf.fuse_checkpoint")
+    monkeypatch.delattr("lf_hf.checkpoint.base.Base.load")
     for dry in ([], ["--dry-run"]):
         code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, *dry)
         assert code == 1 and out == "" and "has 0.0 MiB free" in err and err.count("\n") == 0

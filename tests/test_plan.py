@@ -129,11 +129,25 @@ def test_what_a_user_should_know_is_noted(
     assert "note: 1.0 MiB of memory are free now, which is less than that." in said
 
 
-def test_a_container_has_what_is_left_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, device = tmp_path / "memory.max", torch.device("cpu")
-    monkeypatch.setattr(memory, "LIMIT", limit)
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/\n", "memory.max"),
+        ("0::/system.slice/job_7/step_0\n", "system.slice/job_7/memory.max"),
+        ("5:devices:/\n4:memory:/slurm/job_7\n", "memory/slurm/memory.limit_in_bytes"),
+    ],
+)
+def test_a_container_or_job_has_what_is_left_of_its_limit(
+    groups: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, own = torch.device("cpu"), tmp_path / "cgroup"
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", own)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 << 40))
     assert memory.free_memory(device) == 2 << 40
+    own.write_text(groups)
+    limit = tmp_path / file
+    limit.parent.mkdir(parents=True, exist_ok=True)
     for said, least, most in (("max", 2 << 40, 2 << 40), (str(1 << 40), 1 << 39, 1 << 40), ("4096", 0, 0)):
         limit.write_text(f"{said}\n")
         assert least <= memory.free_memory(device) <= most

@@ -36,6 +36,7 @@ from lf_hf.families import FAMILIES
 from lf_hf.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
+from lf_hf.runtime.launch import own_device
 
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -239,7 +240,7 @@ def check_device(device_map: Any) -> None:
         if device in (None, *SPREAD) or (by_module and device == "disk"):
             continue
         with explained(f"The device {str(device)!r} cannot be used", "take one that this machine has, or cpu"):
-            torch.empty(0, device=device).cpu()  # of "meta" there is nothing to copy
+            torch.empty(0, device=own_device(device)).cpu()  # of "meta" there is nothing to copy
 
 
 def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:

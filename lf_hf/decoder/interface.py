@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Decoder(ABC):
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it
     states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
+    scratch: Path | None = None  # folder for files; None: that for temporary ones
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
     _inputs_shape: Any = None
 

@@ -51,6 +51,8 @@ class CheckpointDecoder(Decoder):
     layers. `dtype` is by default the config's, else that of the first tensor. All is computed on `device`.
     """
 
+    scratch: Path
+
     def __init__(
         self,
         folder: Path,
@@ -88,7 +90,7 @@ class CheckpointDecoder(Decoder):
             if name.startswith(self._layers_prefix) and "rotary_emb" not in name:
                 number, _, inner_name = name.removeprefix(self._layers_prefix).partition(".")
                 self._layers[int(number)][inner_name] = place
-        self._scratch, self._numbers = scratch, itertools.count()  # of the files there
+        self.scratch, self._numbers = scratch, itertools.count()  # of the files there
         self._folders: list[TemporaryDirectory[str]] = []  # a copy's, and of those that it was made from
         self._own_head = self._has_own_head()
         if not self._own_head:
@@ -152,14 +154,14 @@ class CheckpointDecoder(Decoder):
         other.model_config = copy.deepcopy(self.model_config)
         other.config = other.model_config.get_text_config()
         other._layers = list(self._layers)
-        other._folders = [*self._folders, TemporaryDirectory(dir=self._scratch)]
-        other._scratch = Path(other._folders[-1].name)
-        self._scratch = Path(mkdtemp(dir=self._scratch))  # files outside of it belong to both models now
+        other._folders = [*self._folders, TemporaryDirectory(dir=self.scratch)]
+        other.scratch = Path(other._folders[-1].name)
+        self.scratch = Path(mkdtemp(dir=self.scratch))  # files outside of it belong to both models now
         return other
 
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         before = self._layers[index]
-        file = self._scratch / f"{next(self._numbers)}.safetensors"
+        file = self.scratch / f"{next(self._numbers)}.safetensors"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.family.packed(weights).items()}
         save_file(tensors, file)
         after = before | {name: (file, name) for name in tensors}
@@ -178,7 +180,7 @@ class CheckpointDecoder(Decoder):
         """Delete files of changed tensors that a layer no longer has."""
         used = {file for file, _ in after.values()}
         for file in {file for file, _ in before.values()} - used:
-            if file.parent == self._scratch:
+            if file.parent == self.scratch:
                 file.unlink()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -104,7 +104,7 @@ class FusedLM(HFLM):
         elif fusing:
             raise ValueError(
                 f"{', '.join(fusing)} without num_fusions has no effect; add num_fusions=N, or a budget "
-                f"({' or '.join(LEVELS[1:])}), to fuse while loading."
+                f"({' or '.join(LEVELS[2:])}), to fuse while loading."
             )
         elif not isinstance(pretrained, str) and not hasattr(pretrained, "fusion_report"):
             raise ValueError(_NOT_FUSED.format(name="`pretrained`", kind=pretrained.config.model_type))

@@ -16,7 +16,6 @@ from lf_hf.runtime.memory import PROCESS
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.text.judging import PERPLEXITY_LENGTH
 
-_GROUP_STATES = 11  # copies of all text's states while fusing three layers
 _TUNING_BYTES = 18  # of a parameter: itself, its gradient and two moments in float32, and a copy to compute in
 
 
@@ -41,8 +40,11 @@ def fusion_memory(
     layer, weights = num_parameters(base)
     text = base.get_text_config()
     hidden, mlp = text.hidden_size, text.intermediate_size
+    longest = (config.num_fusions or 1) + 1  # layers that may become one
+    if config.selection == "groups":
+        longest = min(longest, LONGEST_GROUP)
     if low_memory:
-        layers = LONGEST_GROUP + 2 if config.fits else 3  # and one that is read meanwhile
+        layers = longest + 2 if config.fits else 3  # and one that is read meanwhile
         weights = layers * layer + text.vocab_size * hidden
     elif config.fits:  # the new layers, beside those that they are fitted to
         weights += (config.num_fusions or 1) * layer
@@ -55,7 +57,8 @@ def fusion_memory(
         # Gram matrices of all candidates for a group's channels, in float32, twice, and their weights.
         candidates = num_candidates(2 * mlp, mlp)
         regression = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
-        states = _GROUP_STATES * config.calibration_tokens * hidden * size
+        # Lists of all text's states: before and inside each layer of a group, and around it in both models.
+        states = (2 * longest + 5) * config.calibration_tokens * hidden * size
         if low_memory and device.type == "cpu":
             states = min(states, STATES_IN_MEMORY)
         fit = max(regression, _TUNING_BYTES * layer) + states

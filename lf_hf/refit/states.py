@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,12 +36,14 @@ class StateStore(ExitStack):
     ----------
     place : {"device", "host", "disk"}
         Where states are kept; "device" is where they are made.
+    scratch : Path, optional
+        Folder for "disk". Default: that for temporary files.
     """
 
-    def __init__(self, place: Place = "device") -> None:
+    def __init__(self, place: Place = "device", scratch: Path | None = None) -> None:
         super().__init__()
         self.place = place
-        self._folder = self.enter_context(tempfile.TemporaryDirectory()) if place == "disk" else None
+        self._folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch)) if place == "disk" else None
 
     @classmethod
     def with_room(cls, decoder: Decoder, expected_bytes: int) -> StateStore:
@@ -51,7 +54,7 @@ class StateStore(ExitStack):
         room = int(free_memory(torch.device("cpu")) * SHARE)
         if expected_bytes < (room if decoder.states_in_memory is None else decoder.states_in_memory):
             return cls("host" if on_device else "device")
-        return cls("disk")
+        return cls("disk", decoder.scratch)
 
     def keep(self, states: Iterable[Tensor] = ()) -> Sequence[Tensor]:
         """A list of these states; only one of them need be on its device at a time."""

@@ -82,7 +82,7 @@ class FusedLayer:
         if self.cost is not None:
             parts.append(f"costs {self.cost:.4f} nats a token by itself")
         if self.error_before is not None and self.error_after is not None:
-            parts.append(f"error {self.error_before:.3f} -> {self.error_after:.3f}")
+            parts.append(f"error of the MLP {self.error_before:.3f} -> {self.error_after:.3f}")
         cosines = [match.cosine_after for matches in self.matches for match in matches.values()]
         if cosines:
             parts.append(f"mean matched cosine {statistics.mean(cosines):.4f}")

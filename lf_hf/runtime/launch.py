@@ -139,7 +139,7 @@ def speaks() -> bool:
 def own_device(device: Any) -> Any:
     """This process's device of a kind, such as "cuda", in a launch; any other device as it is."""
     kind = torch.accelerator.current_accelerator()
-    if local_processes() == 1 or kind is None or device != kind.type:
+    if local_processes() == 1 or kind is None or str(device) != kind.type:
         return device
     return f"{device}:{local_rank() % torch.accelerator.device_count()}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from lf_hf.runtime.launch import local_processes
 PROCESS = 11 << 26
 """Bytes that Python takes with torch and transformers."""
 
-LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""Holds what a Linux container allows all its processes together, as psutil knows only of the machine."""
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+"""Of Linux: what containers and jobs allow all their processes together, as psutil knows only of the machine."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -23,10 +25,24 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available // local_processes()
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which says "max"
-        allowed = int(LIMIT.read_text()) // local_processes()
-        free = min(free, allowed - psutil.Process().memory_info().rss)
-    return max(0, free)
+    used = psutil.Process().memory_info().rss
+    return max(0, min([free, *(limit // local_processes() - used for limit in _limits())]))
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that this process's control groups, one inside the other, allow; of either version of these groups."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        folder, file = CONTROL_GROUPS, "memory.max"
+        if controllers:
+            folder, file = CONTROL_GROUPS / controllers, "memory.limit_in_bytes"
+        group = Path(path)
+        for parent in (group, *group.parents):  # inside a container the outer ones are not there
+            with suppress(OSError, ValueError):  # "max" is no limit
+                yield int((folder / parent.relative_to("/") / file).read_text())
 
 
 def in_gib(size: float) -> str:

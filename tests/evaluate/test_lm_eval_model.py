@@ -79,7 +79,9 @@ def test_a_budget_and_a_healing_after_it(base: str, text: Path) -> None:
 
 @pytest.mark.parametrize("fusing", [True, False])
 def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fused: Path) -> None:
-    given = f"pretrained={base},num_fusions=1,method=truncate,perplexity_tokens=0" if fusing else f"pretrained={fused}"
+    given = (
+        f"pretrained={base},target_layers=4,method=truncate,perplexity_tokens=0" if fusing else f"pretrained={fused}"
+    )
     given += ",dtype=bfloat16,attn_implementation=eager,low_cpu_mem_usage=True,use_cache=False,weights_only=True"
     given += ",max_length=64,logits_cache=0,add_bos_token=True"
     options = {"device": "cpu", "batch_size": "auto:2", "max_batch_size": 2}

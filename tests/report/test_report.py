@@ -126,7 +126,7 @@ def small_report(fused: FusedLayer = AVERAGED, **values: Any) -> FusionReport:
         (
             FITTED,
             "key-value groups 1 of layer 1 + 0 of layer 2 + 1 of layer 3, MLP channels 8 of layer 1 + 8 of layer 2 + "
-            "16 of layer 3, costs 0.1250 nats a token by itself, error 0.500 -> 0.250",
+            "16 of layer 3, costs 0.1250 nats a token by itself, error of the MLP 0.500 -> 0.250",
         ),
         (TRUNCATED, ""),
         (dataclasses.replace(TRUNCATED, layer_instead=3), "layer 3 taken as it is"),
