@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from torch import Tensor
-
 from lf_hf.decoder.interface import Decoder
-from lf_hf.measure.dense import CalibrationText, Measurements
+from lf_hf.measure.dense import Measurements
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.models import first_free_layer
 from lf_hf.report.data import BudgetInfo, BudgetTrial
@@ -42,7 +40,9 @@ def search_budget(
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    measured = replace(measured, text=_replace_given(text, rest), group_costs={})
+    sequences = [*rest, *text.written]
+    source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
+    measured = replace(measured, text=text._replace(given=rest, source=source), group_costs={})
     ids = shard_batches(decoder, {"": aside})
     dense_states = final_states(decoder, ids, "Held-out text")
     name = next(name for name in LEVELS if getattr(config, name) is not None)
@@ -61,13 +61,6 @@ def search_budget(
     (copy, fused), trials = search(name, allowed, most, attempt)
     budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials)
     return copy, fused, budget
-
-
-def _replace_given(text: CalibrationText, given: list[Tensor]) -> CalibrationText:
-    """Calibration text of which less is given."""
-    sequences = [*given, *text.written]
-    source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
-    return text._replace(given=given, source=source)
 
 
 def search(

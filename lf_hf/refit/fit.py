@@ -228,7 +228,7 @@ def _select_heads(
         kind = kinds[number]
         weights |= {f"{norm}.weight": group[number][f"{norm}.weight"] for norm in family.norms_of_heads}
     elif family.head_norms:  # one norm gives heads other sizes than their own ones did
-        weights |= with_one_norm(group, wide, rows)
+        weights |= with_one_norm(group, wide, rows, family.norms_of_heads)
         problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
     errors = fit.fit_writer(weights, problem, kind)
     num_kept = [number * num_groups // keep for number in _counts(kept, keep, count)]

@@ -16,9 +16,7 @@ from transformers.activations import ACT2FN
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
 
-_NORMS = {"q_proj": "self_attn.q_norm.weight", "k_proj": "self_attn.k_norm.weight"}
-"""The norm of what each of these gives, where heads of several layers have one."""
-_LEAST_GAIN = 1e-4  # of such a norm; none that was learned is near it
+_LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
 
 def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
@@ -165,17 +163,19 @@ def selected(half: Half, weights: Weights, *rows: Tensor) -> dict[str, Tensor]:
     return selection
 
 
-def with_one_norm(parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_one_norm(
+    parameters: Sequence[Weights], wide: Weights, chosen: Mapping[str, Tensor], norms: Sequence[str]
+) -> dict[str, Tensor]:
     """Queries and keys of heads of several layers for one norm of each, in place of those that the layers had.
 
     Its gains are a geometric mean of the layers', weighted by their heads, and the rest is folded into the heads' rows.
     Each head comes out as it was, but for its size, which the norm sets: that is off by as much as the gains differ.
     This leaves less error than attention from one layer as a whole. `wide` has the layers side by side, and `chosen`,
-    for "q_proj" and "k_proj", the rows that are kept.
+    for "q_proj" and "k_proj", the rows that are kept; `norms` are those of the two.
     """
     merged: dict[str, Tensor] = {}
-    for name, rows in chosen.items():
-        norm = _NORMS[name]
+    for (name, rows), module in zip(chosen.items(), norms, strict=True):
+        norm = f"{module}.weight"
         layer_numbers = rows // len(parameters[0][f"self_attn.{name}.weight"])
         gains = torch.stack([layer[norm] for layer in parameters])  # (layers, head_dim)
         shares = torch.bincount(layer_numbers, minlength=len(parameters)) / len(rows)
