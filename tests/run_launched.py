@@ -106,6 +106,14 @@ def heal(folder: Path, given: dict[str, Any]) -> str:
     return str(AcceleratorState().distributed_type.value)
 
 
+def fuse_and_heal(folder: Path) -> str | None:
+    """What this process has of a model that is healed while it is loaded: a digest of its weights."""
+    given: dict[str, Any] = {"num_fusions": 2, "method": "truncate", "heal_tokens": 2048, "perplexity_tokens": 0}
+    model = lf_hf.from_pretrained_fused(folder / "base", **given, calibration=make_texts(1200, seed=5))
+    assert model.fusion_report is not None and model.fusion_report.healed is not None
+    return weights_digest(model.named_parameters())
+
+
 def main(folder: Path, given: str = "") -> None:
     torch.set_num_threads(1)
     words = "--method refit --num-fusions 2 --low-memory --calibration-tokens 1984 --calibration-length 64".split()
@@ -122,6 +130,7 @@ def main(folder: Path, given: str = "") -> None:
         return
     say("codes", processes.all_gather_object([command(words), refused]))
     say("healed", heal(folder, {"fsdp": True}))
+    say("healed while loading", processes.all_gather_object(fuse_and_heal(folder)))
     say("saves", saves(folder / "saves"))
     say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
     for name in SETTINGS:

@@ -99,6 +99,11 @@ def test_models_spread_over_processes_are_saved_whole(launch: Launch) -> None:
         pytest.skip("this transformers takes no tp_size; FSDP2 alone was tried")
 
 
+def test_a_fusion_that_heals_gives_all_processes_one_model(launch: Launch) -> None:
+    one, other = launch.results["healed while loading"]
+    assert one is not None and one == other
+
+
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "DEEPSPEED"])
 def test_two_processes_heal_as_one_does(kind: str, launch: Launch, tmp_path: Path) -> None:
     """With the same sequences in each step; to rounding, which training amplifies. What was split loads whole."""
