@@ -79,8 +79,8 @@ class FusionInputs:
     @property
     def dtype(self) -> torch.dtype:
         """What the base's weights are in when they are loaded."""
-        files = self.base.files()
-        stored = torch.float32 if self.base.hub.get("gguf_file") or not files else stored_dtype(files[0])
+        files = [file for file in self.base.files() if file.suffix == ".safetensors"]
+        stored = stored_dtype(files[0]) if files else torch.float32
         return self.base.dtype or cast("torch.dtype | None", self.base.config.dtype) or stored
 
     def check(self, folder: str | os.PathLike[str] | None = None, *, low_memory: bool = False) -> Placement | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer
+from conftest import make_texts, make_tokenizer, pickled
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
@@ -98,6 +98,13 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
     assert plan(dtype="float32").memory > 1.8 * four.memory
     squares = 2 * 4 * 17920**2  # Gram matrices of the channels that a fit chooses from, in float32
     assert plan("refit", low_memory=True).memory > low + squares
+
+
+def test_a_pickled_base_is_planned(make_base: Callable[..., str]) -> None:
+    base = make_base()
+    pickled(Path(base))
+    config = FusionConfig(1, "truncate", perplexity_tokens=0)
+    assert plan_fusion(base, config, use_safetensors=False, device_map={"": "cpu"}).notes == []
 
 
 def test_a_large_vocabulary_takes_its_memory(make_base: Callable[..., str]) -> None:

@@ -128,6 +128,8 @@ class Base:
         try:
             if gguf_file := hub.pop("gguf_file", None):
                 return [Path(str(cached_file(self.name, gguf_file, **hub)))]
+            if self.loading.get("use_safetensors") is False:
+                return sorted(local_folder(self.name, hub, ["*.bin"]).glob("*.bin"))
             return sorted(set(tensor_files(local_folder(self.name, hub, [_WEIGHTS]), variant).values()))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
