@@ -81,7 +81,8 @@ def fuse(
     num_layers = decoder.num_layers
     budget = None
     if config.within_budget:
-        fused, fusion, budget = search_budget(decoder, config, measured, partial(fuse_layers, clock=clock))
+        fuse_copy = partial(fuse_layers, clock=clock)
+        fused, fusion, budget, measured = search_budget(decoder, config, measured, fuse_copy)
         decoder.become(fused, fusion.choice.groups)
     else:
         fusion = fuse_layers(decoder, config, measured, clock=clock)

@@ -26,11 +26,11 @@ def search_budget(
     config: FusionConfig,
     measured: Measurements,
     fuse_layers: Callable[[Decoder, FusionConfig, Measurements], T],
-) -> tuple[Decoder, T, BudgetInfo]:
+) -> tuple[Decoder, T, BudgetInfo, Measurements]:
     """Fuse copies of the dense model, with `fuse_layers`, to the most fusions that a budget allows.
 
-    Returns the copy with these fusions, what `fuse_layers` gave for it, and what was tried. Raises ValueError if there
-    is too little text, or the budget allows no fusion.
+    Returns the copy with these fusions, what `fuse_layers` gave for it, what was tried, and the measurements without
+    the text that it was tried on. Raises ValueError if there is too little text, or the budget allows no fusion.
     """
     text = measured.text
     assert text is not None
@@ -60,7 +60,7 @@ def search_budget(
     most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))
     (copy, fused), trials = search(name, allowed, most, attempt)
     budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials)
-    return copy, fused, budget
+    return copy, fused, budget, measured
 
 
 def search(

@@ -71,6 +71,7 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     at = {trial.num_fusions: trial for trial in report.budget.tried}
     number = report.layers_before - report.layers_after
     assert report.budget.tokens == sum(map(len, aside))
+    assert report.calibration[-1].tokens + report.budget.tokens == text.source.tokens  # nothing is fitted to the latter
     assert at[number].divergence == pytest.approx(divergence(expected, found), rel=1e-3)
     assert at[number].perplexity_ratio == pytest.approx(math.exp(after - before), rel=1e-4)
     assert at[number].costs(level) <= allowed < at[number + 1].costs(level)
