@@ -25,7 +25,7 @@ from lf_hf.measure.dense import Measurements
 from lf_hf.measure.judge import compare_continuations, judge_fused
 from lf_hf.measure.memory import num_parameters
 from lf_hf.refit.bottom_up import fit_groups
-from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo, RowMatch
+from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import FusionReport, versions
 from lf_hf.runtime.clock import Clock
@@ -72,7 +72,8 @@ def fuse(
     Raises
     ------
     ValueError
-        If the model has too few layers, or activations are not finite. The model is unchanged then.
+        If the model has too few layers, or activations are not finite; the model is unchanged then. Or if a hybrid has
+        lost all its attention.
     """
     check_layers(config, decoder.model_config)
     measured = measured.used_by(config)
@@ -183,10 +184,7 @@ def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Mea
             ratio_beta=config.ratio_beta,
             known=measured.averages,
         )
-        matches = []
-        for matched in averaged.matches:
-            if matched:
-                matches.append({name: RowMatch(*match) for name, match in matched.items()})
+        matches = [match for match in averaged.matches if match]
         entry = FusedLayer(_numbers(group), averaged.shares, averaged.ratios, matches)
         yield MadeLayer(group, averaged.weights, None, entry)
 

@@ -21,8 +21,8 @@ from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
-from lf_hf.report.data import CalibrationInfo
-from lf_hf.stages.alignment import MatchedRows, align_layer
+from lf_hf.report.data import CalibrationInfo, RowMatch
+from lf_hf.stages.alignment import align_layer
 from lf_hf.stages.fusion import merge_weights
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
@@ -243,7 +243,7 @@ def fitted(
 
 def averaged(
     decoder: Decoder, w_i: Weights, w_j: Weights, alignment: str, ratio: float = 0.61
-) -> tuple[dict[str, torch.Tensor], dict[str, MatchedRows]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, RowMatch]]:
     """The average of two layers, and how their rows were matched."""
     aligned, matches = align_layer(decoder, w_i, w_j, alignment)
     return merge_weights(w_i, aligned, ratio), matches

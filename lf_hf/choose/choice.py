@@ -120,6 +120,10 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
     where they are in one of the cheapest sets.
     """
+    inner = costs.decoder.inner_layers
+    short = {(n, n + more) for more in range(1, min(num_fusions, _SHORT) + 1) for n in inner[:-more]}
+    if missing := short - costs.by_group.keys():
+        costs.measure(missing)
     trials: dict[Groups, float] = {}
     for _ in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
         groups = _next_set(costs, trials, num_fusions)
@@ -132,17 +136,12 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
     """The set to try next, with the costs of its groups measured; None where no set is left."""
     decoder = costs.decoder
-    inner = decoder.inner_layers
-    longest = longest_group(len(inner), num_fusions)
-    short = {(n, n + more) for more in range(1, min(num_fusions, _SHORT) + 1) for n in inner[:-more]}
-    missing = short - costs.by_group.keys()
+    longest = longest_group(len(decoder.inner_layers), num_fusions)
     while True:
-        if missing:
-            costs.measure(missing)
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
         proposed = decoder.processes.broadcast_object(propose)  # in case machines round differently
         if not proposed:
             return None
         if costs.by_group.keys() >= set(proposed[0]):
             return proposed[0]
-        missing = {group for groups in proposed for group in groups} - costs.by_group.keys()
+        costs.measure({group for groups in proposed for group in groups} - costs.by_group.keys())

@@ -112,7 +112,7 @@ def _or_layer_instead(
 ) -> GroupFit:
     """The fitted layer, or that layer of a group from `first` up which, as it is, misses less of held-out text."""
     finite = [missed for missed, _ in missed_by_layer if math.isfinite(missed)]  # what overflows is NaN
-    assert fit.held_out_error is not None and fit.heads_kept is not None and fit.channels_kept is not None
+    assert fit.held_out_error is not None
     if not finite or fit.held_out_error <= min(finite):
         return fit
     place = [missed for missed, _ in missed_by_layer].index(min(finite))

@@ -48,12 +48,12 @@ _CANDIDATES_PER_KEPT = 1.25
 class FittedHalf(NamedTuple):
     """One half for those of a group of layers.
 
-    `kept` counts the key-value groups or channels from each layer; None for a single layer. Errors are those of what is
-    written, with the writer as it was and as it was fitted.
+    `kept` counts the key-value groups or channels from each layer. Errors are those of what is written, with the writer
+    as it was and as it was fitted.
     """
 
     weights: dict[str, Tensor]
-    kept: list[int] | None
+    kept: list[int]
     error_before: float
     error_after: float
 
@@ -72,8 +72,8 @@ class GroupFit:
 
     weights: dict[str, Tensor]
     kind: Kind
-    heads_kept: list[int] | None  # key-value groups from each layer of the group; None for a single layer
-    channels_kept: list[int] | None  # likewise of the MLP
+    heads_kept: list[int]  # key-value groups from each layer of the group
+    channels_kept: list[int]  # likewise of the MLP
     error_before: float | None  # of the MLP, with down_proj as it was
     error_after: float | None
     attention_error: float | None
@@ -84,8 +84,6 @@ class GroupFit:
     @property
     def shares(self) -> list[float]:
         """Each layer's part of the MLP's channels."""
-        if self.channels_kept is None:
-            return [1.0]
         return [count / sum(self.channels_kept) for count in self.channels_kept]
 
 
@@ -152,7 +150,7 @@ def fit_group(
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
         decoder.processes.broadcast(fitted[name])
-        if not all_finite(weight):
+        if not all_finite(fitted[name]):
             raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     return GroupFit(
         weights=fitted,
@@ -172,33 +170,24 @@ def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Seque
     each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
     of one layer is kept. So is a hybrid's, or what is in its place.
     """
-    if len(group) == 1:
-        return kinds[0], _refit_mixer(fit, group[0], kinds[0])
     if fit.decoder.family.linear:
         return _keep_one_mixer(fit, group, kinds)
     whole = fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
     return _select_heads(fit, group, kinds, whole=whole)
 
 
-def _refit_mixer(fit: HalfFit, weights: dict[str, Tensor], kind: Kind) -> FittedHalf:
-    """What one layer has before its MLP, by itself."""
-    weights = weights | stacked(fit.half, [weights], fit.input_maps(weights))
-    problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
-    errors = fit.fit_writer(weights, problem, kind)
-    return FittedHalf(weights, None, *errors)
-
-
 def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
     """All that one layer has before its MLP: each layer's is fitted by itself, and the best fit is taken."""
     fitted = []
-    for weights, inputs, kind in zip(group, fit.inputs, kinds, strict=True):
+    for layer, inputs, kind in zip(group, fit.inputs, kinds, strict=True):
         alone = replace(fit, half=fit.decoder.family.mixer(kind), inputs=[inputs])
-        fitted.append(_refit_mixer(alone, weights, kind))
+        weights = layer | stacked(alone.half, [layer], alone.input_maps(layer))
+        problem = alone.build_problem(weights, alone.writer_inputs(weights, kind))
+        num_kept = [fit.decoder.family.num_key_heads(fit.decoder.config, kind) * (other is layer) for other in group]
+        fitted.append(FittedHalf(weights, num_kept, *alone.fit_writer(weights, problem, kind)))
     errors = [half.error_after for half in fitted]
     number = fit.decoder.processes.broadcast_object(lambda: errors.index(min(errors)))
-    num_kept = [0] * len(group)
-    num_kept[number] = fit.decoder.family.num_key_heads(fit.decoder.config, kinds[number])
-    return kinds[number], fitted[number]._replace(kept=num_kept)
+    return kinds[number], fitted[number]
 
 
 def _select_heads(
@@ -255,7 +244,7 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]]) -> FittedHalf:
         channels = channels[chosen]
         weights = selected(half, weights, chosen, chosen)
     errors = fit.fit_writer(weights, problem, kind=None)
-    return FittedHalf(weights, _counts(channels, keep, count) if count > 1 else None, *errors)
+    return FittedHalf(weights, _counts(channels, keep, count), *errors)
 
 
 def _largest(fit: HalfFit, weights: Weights, limit: int) -> Tensor:

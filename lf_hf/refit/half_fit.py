@@ -75,7 +75,7 @@ class HalfFit:
                 x, y = (normalized(self.decoder, self.half, part).flatten(0, 1) for part in (state, target))
                 problem.add(x, y, token_weight)
             problem.complete()
-            maps.append(problem.ridge(identity, self.ridge).to(weight.device))
+            maps.append(problem.ridge(identity, self.ridge).weight.to(weight.device))
         return maps
 
     def writer_inputs(self, weights: Weights, kind: Kind | None) -> WriterInputs:
@@ -126,14 +126,12 @@ class HalfFit:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
         return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> tuple[float, float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> list[float]:
         """Fit the half's writer in `weights`; the errors before and after. `kind` is as in `writer_inputs`."""
         name = f"{self.half.writer}.weight"
-        start = weights[name]
-        before = problem.relative_error(start)
-        fitted = problem.ridge(start, self.ridge)
-        weights[name] = fitted.to(start)
-        return before, problem.relative_error(fitted)
+        fitted, *errors = problem.ridge(weights[name], self.ridge)
+        weights[name] = fitted.to(weights[name])
+        return errors
 
 
 class NormedHalfFit(HalfFit):
@@ -190,13 +188,13 @@ class NormedHalfFit(HalfFit):
             total = total.to(logs.device) + logs
         return total
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> tuple[float, float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> list[float]:
         """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
         x_of = self.writer_inputs(weights, kind)
         errors = super().fit_writer(weights, problem, kind)
         if not self.rough:  # again, as sizes in front of the norm are known better now
             name = f"{self.half.writer}.weight"
-            fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge)
+            fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
             weights[name] = fitted.to(weights[name])
         weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
         return errors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 
 class FitOverflow(ValueError):
     """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
+
+
+class Solution(NamedTuple):
+    """A weight W, and relative errors of the weight that it was pulled to and of W.
+
+    An error is the weighted sum of |y - W x|^2 over that of |y|^2.
+    """
+
+    weight: Tensor
+    error_before: float
+    error_after: float
 
 
 class Regression:
@@ -112,28 +124,23 @@ class Regression:
         for sums in (self.gram, self.cross, self.energy):
             self._processes.all_reduce(sums)
 
-    def relative_error(self, weight: Tensor) -> float:
-        """Weighted sum of |y - W x|^2 over that of |y|^2, for W of shape (outputs d, inputs m)."""
-        squares = self.energy.clone()
-        for rows, cross in zip(weight.split(_ROWS), self.cross.split(_ROWS), strict=True):
-            rows = self._in_units(rows)
-            products = (rows @ self.gram).double() - 2 * cross.double()
-            squares += products.mul_(rows).sum()
-        error, energy = torch.stack([squares, self.energy]).tolist()
-        if energy == 0:
-            return math.inf if error else 0.0
-        return error / energy
+    def ridge(self, start: Tensor, strength: float) -> Solution:
+        """The W that minimises sum |y - W x|^2 + pull * |W - start|^2, where pull = strength * mean(diag(gram)).
 
-    def ridge(self, start: Tensor, strength: float) -> Tensor:
-        """The W that minimises sum |y - W x|^2 + strength * mean(diag(gram)) * |W - start|^2.
-
-        `start`, of shape (outputs d, inputs m), is where the penalty pulls to.
+        `start`, of shape (outputs d, inputs m), is where the penalty pulls to. The squared errors need no product with
+        the gram matrix but that of the solution: with R = cross - start gram, and W gram = cross - pull (W - start),
+        they are energy - <cross + R, start> and energy - <cross + pull (W - start), W>.
         """
-        start = self._in_units(start)
-        factor = self._factor(strength)
-        residual = torch.addmm(self.cross, start, self.gram, alpha=-1).to(factor.dtype)  # (d, m)
-        start += solve(factor, residual.T).T.to(start.dtype)
-        return start.div_(self.unit)
+        weight = self._in_units(start)
+        pull = strength * self.gram.diagonal().mean()
+        factor = self._factor(pull)
+        residual = torch.addmm(self.cross, weight, self.gram, alpha=-1)  # (d, m)
+        before = self.energy - _dot(self.cross, weight) - _dot(residual, weight)
+        change = solve(factor, residual.to(factor.dtype).T).T.to(weight.dtype)
+        weight += change
+        after = self.energy - _dot(self.cross, weight) - pull * _dot(change, weight)
+        before, after, energy = torch.stack([before, after, self.energy]).tolist()
+        return Solution(weight.div_(self.unit), _relative(before, energy), _relative(after, energy))
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -156,8 +163,8 @@ class Regression:
         """
         total = self.gram.shape[0] // block
         blocks = torch.arange(total, device=self.gram.device)
-        factor = self._factor(_SELECTION_RIDGE)
         pull = _SELECTION_RIDGE * self.gram.diagonal().mean()
+        factor = self._factor(pull)
         target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
         weight = solve(factor, target.T)  # W^T (m, d)
         inverse = torch.cholesky_inverse(factor, out=factor)  # (m, m)
@@ -186,11 +193,11 @@ class Regression:
         """A weight that is for x, as one for x in units of `unit`."""
         return weight.to(self.gram, copy=True).mul_(self.unit)
 
-    def _factor(self, strength: float) -> Tensor:
-        """Cholesky factor of the gram matrix plus the ridge."""
+    def _factor(self, pull: Tensor) -> Tensor:
+        """Cholesky factor of the gram matrix with the ridge on its diagonal."""
         dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
         matrix = self.gram.to(dtype, copy=True)
-        matrix.diagonal().add_(strength * self.gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        matrix.diagonal().add_(pull + torch.finfo(torch.float32).tiny)
         # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
@@ -199,6 +206,18 @@ class Regression:
                 raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
             raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
         return factor
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of the products of all numbers of two matrices, in float64."""
+    parts = zip(left.split(_ROWS), right.split(_ROWS), strict=True)
+    return torch.stack([rows.double().mul_(others).sum() for rows, others in parts]).sum()
+
+
+def _relative(error: float, energy: float) -> float:
+    if energy == 0:
+        return math.inf if error else 0.0
+    return error / energy
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ moves whole neurons and attention heads, with all that belongs to them, so that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder
 from lf_hf.families import PROJECTIONS, Axis, Weights, head_dim
+from lf_hf.report.data import RowMatch
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
@@ -25,17 +25,9 @@ _ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in
 _ROWS = 256  # rows that are compared at a time, in float32
 
 
-class MatchedRows(NamedTuple):
-    """Mean cosines of rows side by side before and after a matching, and the share of rows that changed place."""
-
-    cosine_before: float
-    cosine_after: float
-    rows_moved: float
-
-
 def align_layer(
     decoder: Decoder, weights_i: Weights, weights_j: Weights, alignment: str
-) -> tuple[Weights, dict[str, MatchedRows]]:
+) -> tuple[Weights, dict[str, RowMatch]]:
     """Layer j with its neurons in the order that lies closest to layer i's, and how each matrix was matched.
 
     `alignment` is as in FusionConfig. Of several processes each matches the rows of some matrices.
@@ -50,7 +42,7 @@ def align_layer(
     names = [name for name in PROJECTIONS if f"{name}.weight" in symmetric]
     share = decoder.processes.shard(names)
     pairs = {name: (weights_i[f"{name}.weight"], weights_j[f"{name}.weight"]) for name in share}
-    matched: dict[str, tuple[Tensor, MatchedRows]] = {}
+    matched: dict[str, tuple[Tensor, RowMatch]] = {}
     for part in decoder.processes.all_gather_object(match_rows(pairs)):
         matched |= part
     permutations = {name: permutation for name, (permutation, _) in matched.items()}
@@ -64,7 +56,7 @@ def normalized_rows(weight: Tensor) -> Tensor:
     return rows * factors[:, None]
 
 
-def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, MatchedRows]]:
+def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
     """For each pair of matrices the permutation of layer j's rows that lies closest to layer i's, row by row.
 
     Minimises the sum over p of || w_i[p] - w_j[permutation[p]] || with rows normalised.
@@ -78,7 +70,7 @@ def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, MatchedRows
     dict from the same names to
         permutation : int64 tensor of shape (rows n,), on the CPU
             Row p of the aligned matrix is row permutation[p] of layer j's.
-        match : MatchedRows
+        match : RowMatch
     """
     matched = {}
     for name, permutation in assign({name: [pair] for name, pair in pairs.items()}).items():
@@ -93,7 +85,7 @@ def match_neurons(
     weights_j: Mapping[str, Tensor],
     head_dim: int,
     symmetry: Sequence[Axis],
-) -> tuple[dict[str, Tensor], dict[str, MatchedRows]]:
+) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
     """The permutations in layer j's symmetry group that bring it closest to layer i.
 
     Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
@@ -112,7 +104,7 @@ def match_neurons(
     -------
     permutations : dict from the symmetry's permutation names to int64 tensors
         Channel p of the aligned layer is channel permutation[p] of layer j.
-    matches : dict from projection names to MatchedRows
+    matches : dict from projection names to RowMatch
     """
     matrices = [axis for axis in symmetry if axis.parameter.endswith("_proj.weight")]
 
@@ -169,7 +161,7 @@ def permute_neurons(
     return permuted
 
 
-def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> MatchedRows:
+def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> RowMatch:
     permutation = permutation.to(weight_j.device)
     place = torch.arange(len(permutation), device=permutation.device)
     before = after = 0.0
@@ -178,4 +170,4 @@ def _row_match(weight_i: Tensor, weight_j: Tensor, permutation: Tensor) -> Match
         before += float((unit * normalized_rows(weight_j[here]).to(unit.device)).sum())
         after += float((unit * normalized_rows(weight_j[there]).to(unit.device)).sum())
     count = len(permutation)
-    return MatchedRows(before / count, after / count, float(in_float64(permutation != place).mean()))
+    return RowMatch(before / count, after / count, float(in_float64(permutation != place).mean()))

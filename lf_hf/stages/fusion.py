@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.families import Weights
-from lf_hf.stages.alignment import MatchedRows, align_layer
+from lf_hf.report.data import RowMatch
+from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
 """Key of an average that is kept: the last layer, the alignment and ratio_beta."""
@@ -34,7 +35,7 @@ class Average:
     first: int
     weights: Weights
     ratios: list[float] = field(default_factory=list)
-    matches: list[dict[str, MatchedRows]] = field(default_factory=list)
+    matches: list[dict[str, RowMatch]] = field(default_factory=list)
 
     @property
     def shares(self) -> list[float]:
