@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MODELS = {
     "fused": "lf_hf.evaluate.lm_eval_model:FusedLM",
-    "fused_llama": "lf_hf.evaluate.lm_eval_model:FusedLlamaLM",
+    "fused_llama": "lf_hf.evaluate.lm_eval_model:FusedLM",
 }
 
 

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OtherProcessError) or (local_rank() and rank() is None):
             return 1  # another process says it, or found the same before this one met it
-        print(f"lf-hf: {_message(error)}", file=sys.stderr)
+        command = next(filter(None, map(app.commands.get, words)), app)
+        print(f"lf-hf: {as_options(_message(error), command.params)}", file=sys.stderr)
         return 2 if isinstance(error, click.ClickException) else 1
 
 
@@ -79,20 +80,19 @@ def _message(error: Exception) -> str:
         message = error.format_message()
     elif not isinstance(error, (ValueError, OSError)):
         message = f"{type(error).__name__}: {error} (run it again with {_TRACEBACK} to see where)"
-    return _with_options(" ".join(message.split()))
+    return " ".join(message.split())
 
 
 def _with_options(text: str) -> str:
-    """A text of the library, which names arguments, in the words of the command line."""
-    parameters = [parameter for command in app.commands.values() for parameter in command.params]
-    return as_options(text, parameters)
+    """A text of the library, which names arguments, in the words of the command that runs."""
+    return as_options(text, click.get_current_context().command.params)
 
 
 @click.group(epilog=_GUIDE, context_settings=_CONTEXT)
 @click.version_option(lf_hf.__version__, message="lf-hf %(version)s")
 @click.option(_TRACEBACK, is_flag=True, help="Show where an error came from; works after a command, too.")
 def app(traceback: bool) -> None:  # which `main` takes out, wherever it is
-    """Make a language model smaller by fusing decoder layers that follow each other."""
+    """Make a language model smaller by fusing adjacent decoder layers."""
 
 
 app.command_class = Command
@@ -105,6 +105,13 @@ def _examples(*commands: str) -> str:
 
 def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",")]
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
 
 
 _LIST: dict[str, Any] = {"metavar": "A,B,...", "type": _names}
@@ -235,7 +242,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @click.option("--limit", type=float, help="Questions of each task; below 1, what share of them.  [default: all]")
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
 @click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")
-@click.option("--metadata", metavar="JSON", type=json.loads, help='For the tasks, such as {"mmlu_dir": "DIR"}.')
+@click.option("--metadata", metavar="JSON", type=_json_object, help='For the tasks, such as {"mmlu_dir": "DIR"}.')
 @_CALIBRATION
 @click.option("--heal-cache", metavar="DIR", help="With --heal-tokens: keep BASE's predictions here, as heal --cache.")
 @_LOADING

@@ -157,17 +157,16 @@ def _make(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Pat
         return _fuse_in_memory(model_class, inputs)
     from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
 
-    fusion = dataclasses.replace(inputs, config=inputs.config.unhealed)
     work = None
     if folder is None:
-        model = _fuse_in_memory(model_class, fusion)
+        model = _fuse_in_memory(model_class, inputs.unhealed)
     else:
-        work, made_of = folder / WORK, fusion.identity()
+        work, made_of = folder / WORK, inputs.unhealed.identity()
         reason = compute_once(lambda: any(work.glob("checkpoint-*")) and why_not_reused(work / _FUSED, made_of))
         if reason:
             advice = f"give its command again, or remove {str(work)!r} to begin anew"
             raise ValueError(f"{reason} Its healing was cut short; {advice}.")
-        model = _kept_or_made(model_class, fusion, work / _FUSED)
+        model = _kept_or_made(model_class, inputs.unhealed, work / _FUSED)
         model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
         model._opened_in = None
         if inputs.calibration is None:  # an interrupted healing goes on with the default text that it began with
@@ -215,6 +214,7 @@ def _kept_or_made(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
                 model = _make(model_class, inputs, folder)
                 model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
                 processes.broadcast_object(lambda: _keep(model, folder))
+                model.is_found_at(str(folder))
                 on_another_machine = not processes.is_main and local_rank() == 0
                 if on_another_machine and why_not_reused(folder, made_of):
                     with only_writer(folder, wait=True):

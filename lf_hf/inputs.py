@@ -15,13 +15,12 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base, optional_file
 from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.classes import checked_tokenizer
-from lf_hf.checkpoint.identity import base_digest, identity, text_digest
+from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.checkpoint.saving import check_room
 from lf_hf.checkpoint.weights import stored_dtype
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.check import check_layers
-from lf_hf.measure.memory import num_parameters
-from lf_hf.models import first_free_layer
+from lf_hf.models import first_free_layer, num_parameters
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig
@@ -71,6 +70,13 @@ class FusionInputs:
         return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
 
     @cached_property
+    def unhealed(self) -> FusionInputs:
+        """The same without the healing; text that was read is not read again."""
+        fusion = dataclasses.replace(self, config=self.config.unhealed)
+        vars(fusion)["samples_and_text"] = self.samples_and_text
+        return fusion
+
+    @cached_property
     def parameters(self) -> tuple[int, int]:
         """Of the base, and of what it is fused to; by one fusion where a budget says how many."""
         layer, model = num_parameters(self.base.config)
@@ -114,7 +120,7 @@ class FusionInputs:
                     texts += source.texts
         read = text_digest(texts, self.tokenizer)
         dtype = self.base.dtype or self.base.config.dtype
-        return identity(base_digest(self.base), self.config.in_effect(), read, dtype=dtype)
+        return identity(files_digest(self.base), self.config.in_effect(), read, dtype=dtype)
 
     def fuse(self, decoder: Decoder) -> FusionReport:
         """Fuse the base's layers, in place."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+import torch
+from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,7 +23,7 @@ _REFUSED = {
 }
 """What to do instead, by how a `model_type` begins."""
 WRAPPERS = ("gemma3", "mistral3", "qwen3_vl")
-"""Types of models of images and text whose decoder, of any of the families, is given features of images as tokens."""
+"""Types of vision-language models whose decoder, of any of the families, is given features of images as tokens."""
 MODEL_TYPES = (*(name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *WRAPPERS)
 """Types of models that can be fused."""
 
@@ -54,7 +56,7 @@ def why_refused(config: PretrainedConfig) -> str:
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:
-    """Whether a model has a tower of images beside its decoder of text."""
+    """Whether a model has a vision tower beside its decoder of text."""
     return config.model_type in WRAPPERS
 
 
@@ -75,7 +77,7 @@ def first_free_layer(config: PretrainedConfig) -> int:
 
 
 def text_model(model: CausalLM) -> Any:
-    """The part of a model that has embeddings, decoder layers and the final norm: all but head and tower of images."""
+    """The part of a model that has embeddings, decoder layers and the final norm: all but head and vision tower."""
     return model.get_decoder()
 
 
@@ -83,6 +85,18 @@ def text_prefix(model: CausalLM) -> str:
     """What the names of the parameters of `text_model` begin with in the model."""
     decoder = text_model(model)
     return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+
+def num_parameters(config: PretrainedConfig) -> tuple[int, int]:
+    """Parameters of one decoder layer, on average, and of the whole model, tied ones once; by the config alone."""
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    layers = text_model(model).layers
+    return _count(layers) // len(layers), _count(model)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def is_tied(model: CausalLM) -> bool:

@@ -1,8 +1,9 @@
 """The pipeline: choose groups of the dense model's layers, make each group one layer, judge the result, and report.
 
-`measure.dense.measure` comes before it, once for any number of fusions, and `fuse` is the rest. What a group becomes
-depends on the method: `stages.fusion.average` is the published one, `refit.bottom_up.fit_groups` is `refit`. The model
-before it is fused is `dense` in the code, and the base wherever people read of it.
+`measure.dense.measure` comes before it, once for any number of fusions, and `fuse` is the rest;
+`inputs.FusionInputs.fuse` calls both. What a group becomes depends on the method: `stages.fusion.average` is the
+published one, `refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the
+base wherever people read of it.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from transformers.utils import logging
 
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
-from lf_hf.choose.sets import Groups
-from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.decoder.interface import Decoder, Group, Groups
 from lf_hf.families import Kind, Weights
 from lf_hf.measure.check import check_attends, check_layers
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.judge import compare_continuations, judge_fused
-from lf_hf.measure.memory import num_parameters
+from lf_hf.models import num_parameters
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
 from lf_hf.report.notes import damage_notes
-from lf_hf.report.report import FusionReport, versions
+from lf_hf.report.report import FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
@@ -93,7 +93,7 @@ def fuse(
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
     similarity = measured.similarity
     return FusionReport(
-        base=base,
+        base=published_name(base),
         config=config.to_dict(),
         fused_layers=fusion.layers,
         layers_before=num_layers,

@@ -13,19 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from lf_hf.checkpoint.base import SPREAD, Base
 from lf_hf.checkpoint.saving import check_replaceable
+from lf_hf.decoder.on_disk import STATES_IN_MEMORY
 from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
 from lf_hf.inputs import FusionInputs
-from lf_hf.measure.memory import fusion_memory
-from lf_hf.runtime.memory import free_memory, in_gib
+from lf_hf.measure.predictions import LOGITS as JUDGING_LOGITS
+from lf_hf.models import num_parameters
+from lf_hf.refit.fit import num_candidates
+from lf_hf.runtime.memory import free_memory, in_gib, peak_memory
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.runtime.words import plural
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import LONGEST_GROUP, FusionConfig
+from lf_hf.text.judging import PERPLEXITY_LENGTH
 from lf_hf.text.sources import TextSource
 
+_TUNING_BYTES = 18  # of a parameter: itself, its gradient and two moments in float32, and a copy to compute in
 FilePath = str | os.PathLike[str]
 
 
@@ -100,7 +106,7 @@ def plan_fusion(
         lines.append(f"calibration: {samples.source}")
     if text is not None:
         lines.append(f"calibration: {text.full_source}")
-    memory = fusion_memory(config, opened.config, dtype.itemsize, devices[0], low_memory=low_memory)
+    memory = _fusion_memory(config, opened.config, dtype.itemsize, devices[0], low_memory=low_memory)
     if healing is not None:
         lines.append(f"healing: on {config.heal_tokens:,} tokens")
         lines.append(_states(healing.disk))
@@ -109,6 +115,38 @@ def plan_fusion(
     if config.within_budget:
         how_many = "as many fusions as the budget allows, figures for one"
     return Plan(f"{opened.full_name} with {config.method}, {how_many}", lines, notes, memory, devices)
+
+
+def _fusion_memory(
+    config: FusionConfig, base: PreTrainedConfig, size: int, device: torch.device, *, low_memory: bool
+) -> int:
+    """Bytes at the peak of a fusion in numbers of `size` bytes, from its few largest terms."""
+    layer, weights = num_parameters(base)
+    text = base.get_text_config()
+    hidden, mlp = text.hidden_size, text.intermediate_size
+    longest = (config.num_fusions or 1) + 1  # layers that may become one
+    if config.selection == "groups":
+        longest = min(longest, LONGEST_GROUP)
+    if low_memory:
+        layers = longest + 2 if config.fits else 3  # and one that is read meanwhile
+        weights = layers * layer + text.vocab_size * hidden
+    elif config.fits:  # the new layers, beside those that they are fitted to
+        weights += (config.num_fusions or 1) * layer
+    judging = alignment = fit = 0
+    if config.perplexity_tokens:
+        judging = 6 * 4 * min(JUDGING_LOGITS, PERPLEXITY_LENGTH * text.vocab_size)  # logits of two models
+    if config.alignment != "none" and device.type == "cpu":
+        alignment = 12 * mlp**2 + 8 * hidden * mlp  # cost matrices, and the rows that they compare
+    if config.fits:
+        # Gram matrices of all candidates for a group's channels, in float32, twice, and their weights.
+        candidates = num_candidates(2 * mlp, mlp)
+        regression = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
+        # Lists of all text's states: before and inside each layer of a group, and around it in both models.
+        states = (2 * longest + 5) * config.calibration_tokens * hidden * size
+        if low_memory and device.type == "cpu":
+            states = min(states, STATES_IN_MEMORY)
+        fit = max(regression, _TUNING_BYTES * layer) + states
+    return peak_memory(device, weights * size, judging, alignment, fit)
 
 
 def plan_heal(

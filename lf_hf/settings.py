@@ -11,9 +11,6 @@ from lf_hf.runtime.words import plural
 ALGORITHM = 21
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
-LEAST_HEAL_TOKENS = 1024
-"""Fewest tokens of a healing; fewer teach nothing."""
-
 HEAL_TOKENS = 131072
 """Default number of tokens of a healing."""
 
@@ -111,21 +108,20 @@ class FusionConfig(Settings):
         None,
         "Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it "
         f'out, {HEAL_TOKENS} for method="healed".',
-        at_least=LEAST_HEAL_TOKENS,
-        or_zero=True,
+        at_least=0,
         unset="from method",
         needs="heal_tokens",
     )
     target_layers: int | None = setting(None, "How many layers to leave, in place of num_fusions.", at_least=1)
     max_divergence: float | None = setting(
         None,
-        "Fuse as many layers as keep the divergence of the fused model's predictions from the dense one's within this, "
+        "Fuse as many layers as keep the divergence of the fused model's predictions from the base's within this, "
         "in nats a token. It is measured on an eighth of the given calibration sequences, none of which the model "
         "wrote, and nothing is fitted to that eighth.",
         above=0,
     )
     max_perplexity_ratio: float | None = setting(
-        None, "Like max_divergence, for perplexity: at most this many times the dense model's.", above=1
+        None, "Like max_divergence, for perplexity: at most this many times the base's.", above=1
     )
     perplexity_tokens: int = setting(
         4000,
@@ -221,13 +217,13 @@ class FusionConfig(Settings):
         """Fewest samples that stages 2 and 3 can use."""
         return max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
 
-    def most_fusions(self, num_hidden_layers: int, first_free: int = 0) -> int:
+    def most_fusions(self, num_hidden_layers: int, first_free: int) -> int:
         """Most fusions of a model whose layers below `first_free` stay as they are; below 1 where it allows none."""
         if self.selection == "last":
             return num_hidden_layers - first_free - 1
         return num_hidden_layers - max(1, first_free) - 2  # the first and the last layer stay
 
-    def for_layers(self, num_hidden_layers: int, first_free: int = 0) -> FusionConfig:
+    def for_layers(self, num_hidden_layers: int, first_free: int) -> FusionConfig:
         """The settings with `num_fusions` in place of `target_layers`; ValueError if a model cannot have so many."""
         if self.target_layers is None:
             return self
@@ -240,7 +236,7 @@ class FusionConfig(Settings):
             )
         return replace(self, num_fusions=num_hidden_layers - self.target_layers, target_layers=None)
 
-    def check_num_layers(self, num_hidden_layers: int, first_free: int = 0) -> None:
+    def check_num_layers(self, num_hidden_layers: int, first_free: int) -> None:
         """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""
         most = self.most_fusions(num_hidden_layers, first_free)
         layers = f"{num_hidden_layers} {plural(num_hidden_layers, 'layer')}"

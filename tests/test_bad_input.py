@@ -87,7 +87,6 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
 
 
 INDEX = "model.safetensors.index.json"
-OTHER_FILES = report(base_digest=None, fingerprints={"base": "another"})
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -243,7 +242,6 @@ ROWS: dict[str, Row] = {
     "no base": (healed, {"base": None}, "say where it is with base="),
     "another vocabulary": (healed, {}, "has 320 embeddings, and the fused model 330", config(vocab_size=330)),
     "another base": (healed, {"reads_base": True}, "not the base that this model was", report(base_digest="a")),
-    "another base by its files": (healed, {"reads_base": True}, "is not the base that this model was", OTHER_FILES),
     "another report": (healed, {}, "has 4 layers, but its report says 5", report(layers_before=6, layers_after=5)),
     "nothing fused": (healed, {}, "holds no fusion_report.json", remove("fusion_report.json")),
     "no folder to heal": (healed, {"fused": 5}, "fused must be the folder of a fused checkpoint, got 5; save"),

@@ -11,7 +11,7 @@ from conftest import GGUF, ROOT
 from lm_eval.api.instance import Instance
 
 import lf_hf
-from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLM
 
 TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
 
@@ -40,7 +40,7 @@ def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path
     assert all(info["dense"] < info["fused"] for info in fusion["perplexities"])
 
     # What it kept is no GGUF any more; opened by itself it answers alike.
-    lm = FusedLlamaLM(str(tmp_path / "fused"), device="cpu")
+    lm = FusedLM(str(tmp_path / "fused"), device="cpu")
     assert lm.config.model_type == "llama" and not hasattr(lm.config, "quantization_config")
     assert len(lm.model.model.layers) == 26 and lm.model.num_parameters() == after
     [samples] = tmp_path.glob(f"results/*/samples_{TASK}_*.jsonl")

@@ -66,6 +66,7 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
     assert len(fusions) == 1 and same(first, second) and not second.training
     assert first.fusion_report == second.fusion_report and second.tokenizer is not None
+    assert first.name_or_path == second.name_or_path == str(fused)  # which adapters trained on either name
     assert first.config.to_diff_dict() == second.config.to_diff_dict()
     assert same(first, FusedLlamaForCausalLM.from_pretrained(fused))
 
@@ -173,7 +174,7 @@ def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusion
     settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
     lf_hf.heal(tmp_path / "fused", tmp_path / "healed", base=base, text=make_texts(1200), **settings)
     before = files(tmp_path / "healed")
-    with pytest.raises(ValueError, match="holds a healed model that does not say by content what it was made of"):
+    with pytest.raises(ValueError, match="holds a healed model; choose another"):
         load(base, tmp_path / "healed")
     assert fusions == [base] and files(tmp_path / "healed") == before
 

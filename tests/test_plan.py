@@ -117,7 +117,7 @@ def test_a_large_vocabulary_takes_its_memory(make_base: Callable[..., str]) -> N
 
     fused = memory(perplexity_tokens=0)
     assert fused + 0.2 < memory() < fused + 1
-    assert fused + 1 < memory(heal_tokens=4096) < fused + 1.5
+    assert fused + 0.5 < memory(heal_tokens=4096) < fused + 1.5  # the less in bfloat16, where it is fast
 
 
 def test_what_a_user_should_know_is_noted(

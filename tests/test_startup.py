@@ -59,7 +59,7 @@ def editable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path, tmp_path: Path) -> None:
     """A third way, `-m lm_eval`, is launched below."""
-    # What FusedLlamaLM says at once to these arguments; no other model class does.
+    # What FusedLM says at once to these arguments; no other model class does.
     words = ["--model", "fused_llama", "--model_args", "pretrained=base,method=mka", "--tasks", "mmlu_sample_anatomy"]
     words += ["--include_path", str(TASKS)]
     # Takes away what the start-up file has done, as where none is run.
@@ -108,7 +108,7 @@ import inspect, lm_eval.models
 from lm_eval.api.registry import model_registry
 names = dict(model_registry.items())
 assert names["fused"] == "lf_hf.evaluate.lm_eval_model:FusedLM"
-assert names["fused_llama"] == "lf_hf.evaluate.lm_eval_model:FusedLlamaLM"
+assert names["fused_llama"] == "lf_hf.evaluate.lm_eval_model:FusedLM"
 assert "MODEL_MAPPING" in inspect.getsource(lm_eval.models)
 assert not {"lf_hf", "torch"} & set(sys.modules)
 assert not [f for f in sys.meta_path if type(f).__module__ == "lf_hf_startup"]

@@ -127,7 +127,7 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""For models of images the type of their decoder, and the rest of their tiny config."""
+"""For vision-language models the type of their decoder, and the rest of their tiny config."""
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{model_type: (model_type, {}) for model_type in MODEL_TYPES},
@@ -144,7 +144,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     if model_type in WRAPPED:
         decoder, others = WRAPPED[model_type]
         own = {name: overrides.pop(name) for name in ("attn_implementation", "auto_map") if name in overrides}
-        if "final_logit_softcapping" in SETTINGS[decoder]:  # which models of images leave out
+        if "final_logit_softcapping" in SETTINGS[decoder]:  # which vision-language models leave out
             overrides = {"final_logit_softcapping": None} | overrides
         return AutoConfig.for_model(model_type, text_config=tiny_config(decoder, **overrides), **others, **own)
     values = TINY | {"num_hidden_layers": 6} | SETTINGS.get(model_type, {}) | overrides
@@ -197,7 +197,7 @@ def decoders(model: Any, folder: Path) -> list[Decoder]:
 
 
 def picture(model_type: str) -> dict[str, torch.Tensor]:
-    """What a model of images takes: a picture of a square and a disc, and a question of ten tokens around it."""
+    """What a vision-language model takes: a picture of a square and a disc, and a question of ten tokens around it."""
     rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     square = ((rows > 3) & (rows < 12) & (columns > 4) & (columns < 15)).float()
     disc = ((rows - 19).square() + (columns - 18).square() < 36).float()

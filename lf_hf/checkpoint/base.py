@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
@@ -88,7 +87,7 @@ class Base:
 
     @property
     def text_config(self) -> PreTrainedConfig:
-        """The config of the decoder, which is a part of that of a model of images."""
+        """The config of the decoder, which is a part of that of a vision-language model."""
         return self.config.get_text_config()
 
     @property
@@ -99,13 +98,8 @@ class Base:
 
     @property
     def hub(self) -> dict[str, Any]:
-        """The arguments that say where files are."""
-        return hub_arguments(self.loading)
-
-    @property
-    def _hub_once(self) -> dict[str, Any]:
-        """`hub` without `force_download`, which is for loading alone."""
-        return {name: value for name, value in self.hub.items() if name != "force_download"}
+        """The arguments that say where files are; without `force_download`, which is for weights alone."""
+        return {name: value for name, value in hub_arguments(self.loading).items() if name != "force_download"}
 
     @property
     def only_whole(self) -> list[str]:
@@ -124,7 +118,7 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        hub, variant = self._hub_once | {"local_files_only": True}, self.loading.get("variant")
+        hub, variant = self.hub | {"local_files_only": True}, self.loading.get("variant")
         try:
             if gguf_file := hub.pop("gguf_file", None):
                 return [Path(str(cached_file(self.name, gguf_file, **hub)))]
@@ -138,7 +132,7 @@ class Base:
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
-        hub = self._hub_once
+        hub = self.hub
         patterns = list(CHECKPOINT_FILES)
         if gguf_file := hub.pop("gguf_file", None):
             patterns = [str(gguf_file)]
@@ -165,11 +159,11 @@ class Base:
 
     def processor_files(self) -> dict[str, bytes]:
         """The files that say how images are read, where the model reads any."""
-        return read_processor_files(self.name, self.config, self._hub_once)
+        return read_processor_files(self.name, self.config, self.hub)
 
     def weights_folder(self) -> Path:
         """The folder of the safetensors files; those of the hub are downloaded."""
-        return local_folder(self.name, self.hub, [_WEIGHTS])
+        return local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])
 
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
@@ -254,7 +248,6 @@ def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
         with _gguf_file_read_once(hub):
             return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # only stock classes can be fused
     except Exception as error:  # of any kind, where a config holds what it should not
-        _check_format(name, hub)
         why = reason(error)
         if isinstance(error.__cause__ or error, HFValidationError):
             why = "there is no such folder, and it cannot be a name on the hub"
@@ -269,24 +262,11 @@ def _is_adapter(name: str, hub: Mapping[str, Any]) -> bool:
 
 
 def _as_text(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text alone, where AutoModelForCausalLM opens a model of images as a model of text."""
+    """The config of the text alone, where AutoModelForCausalLM opens a vision-language model as a model of text."""
     text = config.get_text_config()
     opened = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     is_text = text.model_type in FAMILIES and getattr(opened, "config_class", None) is type(text)
     return text if is_text else config
-
-
-def _check_format(name: str, hub: Mapping[str, Any]) -> None:
-    """Raise ValueError for a checkpoint in a format of its own that earlier versions wrote for every family."""
-    model_type = None
-    with suppress(Exception):
-        model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
-    family = FAMILIES.get(str(model_type).removeprefix("fused_"))
-    if family is not None and model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{name!r} was written by an earlier version of lf_hf; to open it, write "
-            f'"model_type": "{family.model_type}" in place of "{model_type}" into its config.json.'
-        )
 
 
 def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) -> str | None:

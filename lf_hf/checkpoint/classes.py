@@ -57,7 +57,7 @@ class FusedForCausalLM(PreTrainedModel):
     fusion_report: FusionReport | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     processor_files: Mapping[str, bytes] = MappingProxyType({})
-    """Of a model of images: the base's files beside the tokenizer that say how images are read, by their names."""
+    """Of a vision-language model: its base's files that say how images are read, by their names."""
     _opened_in: Path | None = None  # the folder
     _trusts_code: bool | None = None  # as it was loaded with
 
@@ -69,7 +69,7 @@ class FusedForCausalLM(PreTrainedModel):
         """
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which the loader of a GGUF file leaves
             vars(model).pop(name, None)
-        if not is_wrapper(model.config):  # whose names in files those of the base's are; a model of text has its own
+        if not is_wrapper(model.config):  # a vision-language model is saved under the names that its base's files have
             model._weight_conversions = []
         config = converted_config(model.config, cls.config_class)
         vars(config).pop("quantization_config", None)
@@ -202,10 +202,14 @@ class FusedForCausalLM(PreTrainedModel):
 
         processes = Processes.of_launch() if sharded else ALONE
         processes.broadcast_object(save)
-        if not self.name_or_path:  # of a model that was fused here; adapters trained on it name it
-            self.name_or_path = self.config._name_or_path = os.fspath(save_directory)
+        self.is_found_at(os.fspath(save_directory))
         if push_to_hub and writes:
             self._upload(folder, before, **uploading)
+
+    def is_found_at(self, name: str) -> None:
+        """Take a folder or hub name as the model's, if it has none: adapters that are trained on it name their base."""
+        if not self.name_or_path:
+            self.name_or_path = self.config._name_or_path = name
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """What transformers asks before it writes weights; who calls it has decided before."""
@@ -247,20 +251,20 @@ class FusedForCausalLM(PreTrainedModel):
             logger.warning(f"{str(error).rstrip('.')}; the model is saved without a tokenizer.")
             return None
 
-    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, *, tags: str | list[str] | None = None, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload what `save_pretrained(**kwargs)` writes, model card included; returns the commit's address.
 
         `private`, `commit_message`, `commit_description`, `create_pr` and `revision` are as for any transformers model.
         """
         uploading = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            name = self.name_or_path or repo_id
+            name = str(self.name_or_path)
             self.save_pretrained(folder, **kwargs)
             self.name_or_path = self.config._name_or_path = name
             if tags:
                 file = Path(folder, CARD_NAME)  # none of a model without a report
                 card = ModelCard.load(file) if file.is_file() else ModelCard("---\n{}\n---\n")
-                card.data["tags"] = [*(card.data.get("tags") or []), *tags]
+                card.data["tags"] = [*(card.data.get("tags") or []), *([tags] if isinstance(tags, str) else tags)]
                 card.save(file)
             return self._upload(folder, {}, repo_id, **uploading)
 
@@ -269,6 +273,7 @@ class FusedForCausalLM(PreTrainedModel):
     ) -> str:
         """Upload the files of a folder that changed after times that were noted `before`."""
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        self.is_found_at(repo_id)
         return str(self._upload_modified_files(folder, repo_id, before, token=token, **commit))
 
 
@@ -309,7 +314,10 @@ def write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
 
 def with_buffers(model: Any, like: Any) -> None:
-    """Give a model without buffers, which no checkpoint has, those that one of the same layers has, on its device."""
+    """Make the buffers of a model that are on the meta device, as checkpoints have none, like those of another one.
+
+    `like` has the same layers, and is on the device where the buffers are to be.
+    """
     text = text_model(model)
     rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
     text.rotary_emb = rotary_embedding.to(like.device)

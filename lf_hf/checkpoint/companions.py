@@ -48,7 +48,7 @@ def write_companions(
         _write_older_names(folder)
         if lists := _unusual_lists(config):
             notes.append(_BY_PLACE.format(", ".join(lists)))
-            logger.warning(notes[0])
+            logger.warning(notes[-1])
     if report is not None:
         report.save(folder)
         shown = dataclasses.replace(report, notes=[*report.notes, *notes])

@@ -35,7 +35,7 @@ def identity(base: str, settings: Mapping[str, Any], text: str, **others: object
     Parameters
     ----------
     base, text : str
-        `base_digest` and `text_digest`.
+        `files_digest` and `text_digest`.
     settings : dict
         The settings in effect: `FusionConfig.in_effect()`, `HealSettings.in_effect()` or some of them.
     **others
@@ -67,7 +67,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return found
 
 
-def base_digest(base: Base) -> str:
+def files_digest(base: Base) -> str:
     """SHA-256 over the names and contents of a base's weights, configs and tokenizer files.
 
     The arguments of loading that choose among files or change the config belong to it, where there are any.
@@ -99,10 +99,7 @@ def text_digest(texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase)
 
 
 def why_not_reused(folder: Path, made_of: Mapping[str, str]) -> str | None:
-    """One sentence that says what keeps the fusion in a folder from being used for this identity; None if nothing does.
-
-    Raises ValueError for a healed one that does not say what it was made of: training is not to be lost.
-    """
+    """One sentence that says why the fusion in a folder is not one of this identity; None if it is."""
     try:
         report = FusionReport.load(folder)
     except ValueError as error:
@@ -111,11 +108,6 @@ def why_not_reused(folder: Path, made_of: Mapping[str, str]) -> str | None:
         return f"{str(folder)!r} holds no complete checkpoint."
     if changed := changed_files(folder):
         return f"{', '.join(changed)} in {str(folder)!r} changed since it was fused."
-    if report.fingerprints is None and report.healed is not None:
-        raise ValueError(
-            f"{str(folder)!r} holds a healed model that does not say by content what it was made of; load it with "
-            "from_pretrained, or choose another folder."
-        )
     if report.fingerprints is None:
         return f"{str(folder)!r} was saved without saying by content what it was made of."
     differing = differences(report.fingerprints, made_of)

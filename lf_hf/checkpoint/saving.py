@@ -45,7 +45,7 @@ _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, "chat_template.json")
-"""Beside the tokenizer of a model of images: what says how it reads them."""
+"""Beside the tokenizer of a vision-language model: what says how it reads them."""
 _TOKENIZER |= {*_WHOLE_TOKENIZER, *PROCESSOR_FILES}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
@@ -178,7 +178,7 @@ def _explained(folder: Path, state: str = "what was there before is unchanged") 
 def _finish(folder: Path) -> None:
     """Move what a save has completed to its place; whatever else is in the hidden folder goes."""
     saving = folder / _SAVING
-    with _explained(folder, "the new files are complete, so solve that, and load or save there again to move them"):
+    with _explained(folder, "the new files are complete, so fix the cause, and load or save there again to move them"):
         if saving.is_symlink():  # lf_hf never makes one
             saving.unlink()
         if (saving / _COMPLETE).is_file() and not (saving / "new").is_symlink():

@@ -141,7 +141,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def names_in_memory(stored: Iterable[str], model: Any) -> dict[str, str]:
-    """For each tensor of a checkpoint its name in the model: checkpoints of many models of images have other ones."""
+    """For each tensor of a checkpoint its name in the model, which differs in many vision-language models."""
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [])[0] for name in stored}

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from transformers.utils import logging
+
 from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.models import first_free_layer
 from lf_hf.report.data import BudgetInfo, BudgetTrial
+from lf_hf.runtime.errors import reason
 from lf_hf.settings import LEVELS, FusionConfig
 from lf_hf.text.packing import split_held_out
 
+logger = logging.get_logger(__name__)
 T = TypeVar("T")
 _SHARE = 1 / 8  # of the sequences that a budget is measured on; nothing is fitted to these
 _GUESSES = 4  # trials that follow a power law
@@ -79,10 +83,11 @@ def search(
         result = None
         try:
             trial, result = attempt(count)
-        except ValueError:
+        except ValueError as error:
             if count == 1:
                 raise
-            trial = BudgetTrial(count, math.inf, math.inf)  # so many cannot be made, as in this dtype
+            logger.warning(f"{count} fusions cannot be made ({reason(error)}); fewer are tried.")
+            trial = BudgetTrial(count, math.inf, math.inf)
         trials.append(trial)
         if trial.costs(name) <= allowed:
             best, low = result, count

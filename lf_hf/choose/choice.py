@@ -10,12 +10,12 @@ from itertools import pairwise
 
 import torch
 
-from lf_hf.choose.costs import GroupCosts, costs_on, run_boundaries, split_text
-from lf_hf.choose.sets import Groups, estimate_costs, longest_group, propose_sets
-from lf_hf.decoder.interface import Decoder, Group
+from lf_hf.choose.costs import GroupCosts, costs_on, split_text
+from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
+from lf_hf.decoder.interface import Decoder, Group, Groups
 from lf_hf.families import Kind
 from lf_hf.measure.dense import Measurements
-from lf_hf.refit.states import StateStore
+from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import influence

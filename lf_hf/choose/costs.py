@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.choose.sets import Groups
-from lf_hf.decoder.interface import Decoder, Group, check_finite
+from lf_hf.decoder.interface import Decoder, Group, Groups
 from lf_hf.families import DecoderLayer
 from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
-from lf_hf.refit.states import States, StateStore, Traces, on_device, run_states
+from lf_hf.refit.states import States, StateStore, Traces, on_device, run_boundaries, run_states
 from lf_hf.runtime.progress import progress
 from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
 
@@ -234,18 +233,3 @@ def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupC
     with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
         boundaries = list(run_boundaries(decoder, embedded, store))
         yield GroupCosts(decoder, boundaries, len(fitting), len(judging_groups), ridge, store)
-
-
-@torch.no_grad()
-def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
-    """States before each layer of the model, and after the last one.
-
-    Raises ValueError if a layer's output contains NaN or inf; the layer is named.
-    """
-    states = store.keep(embedded)
-    yield states
-    numbers = range(decoder.num_layers)
-    for number, layer in zip(numbers, decoder.layers(numbers), strict=True):
-        states = store.keep(decoder.run_layer(layer, state) for state in states)
-        check_finite(states, number)
-        yield states

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from lf_hf.decoder.interface import Group
+from lf_hf.decoder.interface import Group, Groups
 from lf_hf.settings import LONGEST_GROUP
 
-Groups = tuple[Group, ...]
-"""Groups that share no layer, in ascending order."""
 _SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few
 _LOWERED = 0.94  # estimated costs of groups, for each layer after the third
 _CANDIDATES = 256  # sets from which the next ones to try are taken

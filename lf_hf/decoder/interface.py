@@ -31,6 +31,8 @@ _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of s
 
 Group = tuple[int, int]
 """The first and the last of some adjacent layers, by their numbers in the dense model."""
+Groups = tuple[Group, ...]
+"""Groups that share no layer, in ascending order."""
 Head = Callable[[Tensor], Tensor]
 """Makes logits (sequences B, tokens T, vocab) of final states (B, T, hidden)."""
 
@@ -39,7 +41,7 @@ class Decoder(ABC):
     """A model whose layers are used one after another and may be changed."""
 
     config: Any  # of the layers; follows when some are removed, or become layers of another kind
-    model_config: Any  # of the whole model, which is the same, or has that in it beside one of a tower of images
+    model_config: Any  # of the whole model, which is the same, or has that in it beside one of a vision tower
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin
     processes: Processes = ALONE  # those that hold the same model and share the work on it

@@ -50,7 +50,7 @@ _REPORTED = (
 )
 
 
-@register_model("fused")
+@register_model("fused", "fused_llama")
 class FusedLM(HFLM):
     """A fused model: a base that is fused while it is loaded, or a checkpoint that was saved fused.
 
@@ -72,7 +72,8 @@ class FusedLM(HFLM):
             pretrained: With ``num_fusions``, the base to fuse: hub name or local path of a checkpoint.
                 Without, a fused checkpoint that ``save_pretrained`` or ``lf-hf fuse`` wrote, or such a model itself.
             num_fusions: How many times two layers become one, 1 to L - 1 for a base of L layers. Instead of it,
-                ``max_divergence`` or ``max_perplexity_ratio`` may say what the fusions may cost.
+                ``target_layers`` may say how many are to stay, or ``max_divergence`` or ``max_perplexity_ratio`` what
+                the fusions may cost.
             calibration: Path of calibration text (.txt, .jsonl, .csv or .parquet), or a data set on the hub
                 (``NAME[:CONFIG[:SPLIT[:COLUMN]]]``). Default: MMLU questions that are not in its test split; for
                 ``refit`` general text from the hub or, without one or with ``bundled``, what is installed.
@@ -103,8 +104,8 @@ class FusedLM(HFLM):
             self._prepare_fusion(pretrained, fusing, kwargs)
         elif fusing:
             raise ValueError(
-                f"{', '.join(fusing)} without num_fusions has no effect; add num_fusions=N, or a budget "
-                f"({' or '.join(LEVELS[2:])}), to fuse while loading."
+                f"{', '.join(fusing)} without num_fusions has no effect; add num_fusions=N, or instead "
+                f"{' or '.join(LEVELS[1:])}, to fuse while loading."
             )
         elif not isinstance(pretrained, str) and not hasattr(pretrained, "fusion_report"):
             raise ValueError(_NOT_FUSED.format(name="`pretrained`", kind=pretrained.config.model_type))
@@ -197,8 +198,3 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         from peft import PeftConfig
 
         PeftConfig.from_pretrained(arguments["peft"], revision=arguments.get("revision"))
-
-
-@register_model("fused_llama")
-class FusedLlamaLM(FusedLM):
-    """FusedLM under another name."""

@@ -91,12 +91,8 @@ def figure_names(points: Sequence[Point]) -> list[str]:
 
 
 def result_lines(path: Path) -> list[bytes]:
-    """Lines of a results file without a last one that was cut off, as by a full disk."""
-    content = path.read_bytes() if path.is_file() else b""
-    lines = content.splitlines()
-    if len(lines) > 1 and not content.endswith(b"\n"):
-        lines.pop()
-    return lines
+    """Lines of a results file, none if there is no file."""
+    return path.read_bytes().splitlines() if path.is_file() else []
 
 
 def read_points(path: Path) -> dict[str, Point]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lf_hf.checkpoint.saving import only_writer
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, read_points, result_lines
+from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
 from lf_hf.runtime.checked_json import json_ready
@@ -58,15 +58,14 @@ class Results:
             self._write_tables()
 
     def complete(self) -> None:
-        """Write the tables and, with matplotlib, the picture; of the dense model alone there is none."""
+        """Write the tables and, with matplotlib, the picture."""
         with self._alone():
             self._write_tables()
-            points = self.points()
-            if missing_plot_packages() or all(point.method == DENSE for point in points):
+            if missing_plot_packages():
                 return
             from lf_hf.evaluate.curve import sweep_curve
 
-            figure = sweep_curve(points)
+            figure = sweep_curve(self.points())
             for kind in ("png", "svg"):
                 write_whole(self._folder / f"curve.{kind}", draw(figure, kind))
 
@@ -83,6 +82,6 @@ class Results:
                 yield
         except OSError as error:
             raise OSError(
-                f"The results in {str(self._folder)!r} cannot be written ({error}); solve that and run the sweep "
-                "again, which goes on where it stopped."
+                f"The results in {str(self._folder)!r} cannot be written ({error}); fix the cause and run "
+                "the sweep again, which goes on where it stopped."
             ) from error

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
-from lf_hf.checkpoint.identity import base_digest, identity, identity_key, text_digest
+from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
@@ -212,7 +212,7 @@ class _Maker:
 
     def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
         """What identifies the results of each model; default texts count as the same wherever they come from."""
-        base = base_digest(self.base)
+        base = files_digest(self.base)
         others = {"dtype": self.base.dtype, "evaluation": evaluation}
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
         keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}

@@ -18,7 +18,7 @@ from lf_hf.report.rows import NOT_MEASURED
 
 STABILITY_HEAD = ["method", "quantity", "standard deviation", "range", "largest change for the worse"]
 STABILITY_NOTE = (
-    "Over the levels above without the dense model: standard deviation (n - 1), largest minus smallest, and the "
+    "Over the levels above, without the base: standard deviation (n - 1), largest minus smallest, and the "
     "largest change for the worse from one level to the next."
 )
 _SIZES = ("method", "num_fusions", "layers", "parameters", "layers_removed_fraction", "parameters_removed_fraction")
@@ -63,7 +63,7 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
     """A head and one row a point, for people."""
     names = figure_names(points)
     base = next((point for point in points if point.method == DENSE), None)
-    rows = [["method", "layers fused", "layers", "layers removed", "parameters removed", *names]]
+    rows = [["method", "fusions", "layers", "layers removed", "parameters removed", *names]]
     for point in points:
         sizes = [point.method, str(point.num_fusions), str(point.layers)]
         removed = [f"{point.layers_removed_fraction:.1%}", f"{point.parameters_removed_fraction:.1%}"]

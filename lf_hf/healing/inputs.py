@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer, read_config
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
-from lf_hf.checkpoint.identity import base_digest, identity, text_digest
+from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder
 from lf_hf.decoder.interface import Decoder
 from lf_hf.healing.settings import HealSettings
@@ -65,22 +65,16 @@ class HealingInputs:
 
     def identity(self, settings: Mapping[str, Any], **others: object) -> dict[str, str]:
         """Identity of what these settings make of the base and the text: a healing, or the base's predictions."""
-        base = self.report.base_digest or base_digest(self.base)
         text = text_digest(self.corpus.parts.values(), self.tokenizer)
         others |= {"written_share": self.corpus.generated_share, "judging_tokens": self.judging_tokens}
-        return identity(base, settings, text, **others)
+        return identity(str(self.report.base_digest), settings, text, **others)
 
     def check_base(self, decoder: Decoder) -> None:
-        """Raise ValueError if the base is not the one that was fused, as far as the report can tell."""
-        report = self.report
-        if report.base_digest is not None:
-            is_other = weights_digest(decoder.named_parameters()) not in (None, report.base_digest)
-        else:
-            is_other = report.fingerprints is not None and base_digest(self.base) != report.fingerprints["base"]
-        if is_other:
+        """Raise ValueError if the base is not the one that was fused."""
+        if weights_digest(decoder.named_parameters()) not in (None, self.report.base_digest):
             raise ValueError(
                 f"{self.base.full_name!r} is not the base that this model was fused from, which was "
-                f"{report.base!r}: its weights are others; give that one."
+                f"{self.report.base!r}: its weights are others; give that one."
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lf_hf.runtime.settings_base import Settings, documented, setting
-from lf_hf.settings import HEAL_TOKENS, LARGEST_SEED, LEAST_HEAL_TOKENS
+from lf_hf.settings import HEAL_TOKENS, LARGEST_SEED
 
 RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
 """The default learning rate by what is trained, in units of the size of the model's weights."""
@@ -16,7 +16,7 @@ RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75
 class HealSettings(Settings):
     """Settings of a healing. Raises ValueError for a value that is not allowed."""
 
-    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", at_least=LEAST_HEAL_TOKENS)
+    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", at_least=1)
     train: str = setting(
         "layers",
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '
@@ -26,8 +26,8 @@ class HealSettings(Settings):
     )
     learning_rate: float | None = setting(
         None,
-        'The highest learning rate, after the warm-up. It follows from the size of the weights and, for "lora", is '
-        "five times as high: 1e-4 for SmolLM2-135M, 2e-5 for Gemma 3 270M.",
+        "The highest learning rate, after the warm-up. It follows from the size of the weights: 1e-4 for SmolLM2-135M, "
+        '2e-5 for Gemma 3 270M, and five times that for "lora".',
         above=0,
         at_most=1,
         unset="from the model's weights",
@@ -49,7 +49,7 @@ class HealSettings(Settings):
     lora_rank: int = setting(32, 'Rank of the adapters of train="lora".', at_least=1, needs="with_adapters")
     top_k: int = setting(
         64,
-        "How many of the base's predictions of a token are kept where they are written to disk; the rest is one.",
+        "How many of the base's predictions for a token are written to disk; all others are counted as one.",
         at_least=1,
     )
     seed: int = setting(

@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import parse_flag_from_env, patch_environment
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import ConcatDataset, StackDataset
 from transformers import TrainingArguments
@@ -39,11 +39,10 @@ from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.loss import FullTargets, Targets, TopTargets, logits_memory, row_slices
 from lf_hf.healing.settings import HealSettings
 from lf_hf.healing.text import TextKind, healing_text, judging_text
-from lf_hf.measure.memory import num_parameters, peak_memory, training_memory
 from lf_hf.measure.predictions import final_states
-from lf_hf.models import CausalLM, family_of, text_model
+from lf_hf.models import CausalLM, family_of, num_parameters, text_model
 from lf_hf.runtime.launch import Processes, compute_once
-from lf_hf.runtime.memory import free_memory, in_gib
+from lf_hf.runtime.memory import free_memory, in_gib, peak_memory
 from lf_hf.runtime.numerics import all_finite
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.chats import bos_prefix, chat_form, special_tokens
@@ -82,8 +81,9 @@ class Placement:
     disk: int
 
     def text(self, corpus: Corpus, settings: HealSettings) -> Corpus:
-        """What is healed on: a base that reads all of its weights for each token writes none, unless the settings say
-        so."""
+        """The text to heal on. A base that is read layer by layer writes none of it, unless the settings say so: each
+        token would take all of its weights.
+        """
         if self.in_memory or settings.written_share is not None:
             return corpus
         return replace(corpus, generated_share=0.0)
@@ -110,7 +110,7 @@ def place_teacher(
     free = min(Processes.of_launch().all_gather_object(int(free_memory(device) * _SPARE) - held))
     loaded = sum(p.nbytes for p in student.parameters() if p.device.type == device.type)
     checkpoints = bool(arguments.gradient_checkpointing)
-    fixed, sequence = training_memory(student, settings.length, size, checkpoints=checkpoints)
+    fixed, sequence = _training_memory(student, settings.length, size, checkpoints=checkpoints)
     logits = settings.batch_tokens // arguments.world_size * base.text_config.vocab_size
     num_shards = _num_shards(arguments)
     fixed = fixed // num_shards + logits_memory(device, logits, size)
@@ -143,6 +143,29 @@ def place_teacher(
     writing = student_size + base_size if in_memory else 0
     memory = peak_memory(device, fused_model, training, writing)
     return Placement(description, files, in_memory, memory, _disk(student, settings))
+
+
+def _training_memory(student: nn.Module, length: int, size: int, *, checkpoints: bool) -> tuple[int, int]:
+    """Bytes of a training for weights, gradients and AdamW, and for each sequence of `length` tokens at a time.
+
+    It computes in numbers of `size` bytes. With `checkpoints` activations are computed again for the gradient.
+    """
+    config: Any = student.config.get_text_config()  # type: ignore[union-attr, operator]
+    fixed = 0
+    for parameter in student.parameters():
+        fixed += parameter.nbytes
+        if parameter.requires_grad:
+            fixed += 12 * parameter.numel()
+        if parameter.element_size() > size:  # a copy in what autocast computes in
+            fixed += size * parameter.numel()
+    # Of each layer: its input, two norms, queries, keys, values, what attention and the MLP give, and the MLP's inside.
+    layers = config.num_hidden_layers
+    values = 10 * config.hidden_size + 4 * config.intermediate_size
+    if checkpoints:
+        values += layers * config.hidden_size
+    else:
+        values *= layers
+    return fixed, length * values * size
 
 
 def _num_shards(arguments: TrainingArguments) -> int:

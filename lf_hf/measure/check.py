@@ -115,7 +115,7 @@ def check_computes(config: PretrainedConfig) -> None:
 
 
 def _tiny_model(config: PretrainedConfig) -> Any:
-    """A model with a decoder of tiny widths, and a layer of each kind; a tower of images is without memory."""
+    """A model with a decoder of tiny widths, and a layer of each kind; a vision tower is without memory."""
     tiny = copy.deepcopy(config)
     text: Any = tiny.get_text_config()
     _shrink(text)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.interface import Decoder, check_finite
 from lf_hf.families import DecoderLayer
 from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.runtime.memory import free_memory
@@ -56,7 +56,7 @@ class StateStore(ExitStack):
             return cls("host" if on_device else "device")
         return cls("disk", decoder.scratch)
 
-    def keep(self, states: Iterable[Tensor] = ()) -> Sequence[Tensor]:
+    def keep(self, states: Iterable[Tensor]) -> Sequence[Tensor]:
         """A list of these states; only one of them need be on its device at a time."""
         if self.place == "device":
             return list(states)
@@ -126,6 +126,21 @@ def trace(decoder: Decoder, layers: Sequence[DecoderLayer], states: Sequence[Ten
 def run_states(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:
     """Run one layer, where its weights are."""
     return store.keep(decoder.run_layer(layer, state) for state in on_device(states, layer, store))
+
+
+@torch.no_grad()
+def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
+    """States before each layer of the model, and after the last one.
+
+    Raises ValueError if a layer's output contains NaN or inf; the layer is named.
+    """
+    states = store.keep(embedded)
+    yield states
+    numbers = range(decoder.num_layers)
+    for number, layer in zip(numbers, decoder.layers(numbers), strict=True):
+        states = store.keep(decoder.run_layer(layer, state) for state in states)
+        check_finite(states, number)
+        yield states
 
 
 def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:

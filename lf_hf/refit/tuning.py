@@ -67,9 +67,9 @@ def tune(
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
     for rows in steps.rows:
-        for same_length in _by_length(states, rows):
-            state = torch.stack([states[n][row] for n, row in same_length]).to(device, computed)
-            target = torch.stack([targets[n][row] for n, row in same_length]).to(device)
+        for same_length in _by_length((states[n][row], targets[n][row]) for n, row in rows):
+            state, target = (torch.stack(parts).to(device) for parts in zip(*same_length, strict=True))
+            state = state.to(computed)
             with torch.enable_grad():
                 cast = {name: weight.to(computed) for name, weight in weights.items()}
                 output = functional_call(layer, cast, (state,), decoder.layer_inputs(state, layer))
@@ -122,11 +122,11 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers:
     return Steps(steps, len(steps) / passes)
 
 
-def _by_length(states: Sequence[Tensor], rows: Sequence[Row]) -> Iterable[list[Row]]:
-    """The rows of a step, those of one length together."""
-    grouped: dict[int, list[Row]] = {}
-    for n, row in rows:
-        grouped.setdefault(states[n].shape[1], []).append((n, row))
+def _by_length(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """States (tokens T, hidden) and their targets, those of one length together."""
+    grouped: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for state, target in pairs:
+        grouped.setdefault(len(state), []).append((state, target))
     return grouped.values()
 
 

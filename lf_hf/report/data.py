@@ -10,7 +10,7 @@ from typing import Any
 
 from lf_hf.runtime.words import plural
 
-_FITTED_ON = {"unseen": "it was not", "kin": "text of its kind was", "seen": "part of it was"}
+_USED = {"unseen": "not used", "kin": "similar text was used", "seen": "partly used"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PerplexityInfo:
     @property
     def label(self) -> str:
         """The text, and its relation to what was fitted on."""
-        return f"{self.text}; {_FITTED_ON[self.relation]} fitted on"
+        return f"{self.text}; {_USED[self.relation]} for fitting"
 
     @property
     def source(self) -> str:

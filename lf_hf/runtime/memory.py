@@ -45,6 +45,12 @@ def _limits() -> Iterator[int]:
                 yield int((folder / parent.relative_to("/") / file).read_text())
 
 
+def peak_memory(device: torch.device, weights: int, *phases: int) -> int:
+    """Bytes that a process takes at its peak: `weights` throughout, and beside them each of `phases` by turns."""
+    process = 0 if device.type == "cuda" else PROCESS
+    return process + weights + max(phases)
+
+
 def in_gib(size: float) -> str:
     """A number of bytes, for people."""
     if size > 2**50:

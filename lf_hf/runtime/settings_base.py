@@ -33,7 +33,6 @@ class Setting:
     at_least: float = -inf
     above: float = -inf
     at_most: float = inf
-    or_zero: bool = False  # which is allowed although it lies below the bounds
     unset: str = ""  # says where the value comes from if the default is None
     needs: str = ""  # an attribute of the settings: where it is false, the value has no effect
     heading: str = ""  # stands above it, and others like it, in help
@@ -47,8 +46,6 @@ class Setting:
             return " or ".join(f'"{choice}"' for choice in self.choices)
         limits = {">=": self.at_least, ">": self.above, "<=": self.at_most}
         bounds = " and ".join(f"{sign} {limit}" for sign, limit in limits.items() if abs(limit) < inf)
-        if self.or_zero:
-            bounds = f"0 or {bounds}"
         return f"{_KINDS[self.kind]} {bounds}".strip()
 
     def checked(self, value: Any) -> Any:
@@ -79,8 +76,6 @@ class Setting:
         return value if type(value) is self.kind else None
 
     def _within_bounds(self, number: float) -> bool:
-        if self.or_zero and number == 0:
-            return True
         return self.above < number < inf and self.at_least <= number <= self.at_most
 
 

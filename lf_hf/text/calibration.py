@@ -183,8 +183,8 @@ def _hub_rows(file: HubFile, calibration: TextSource | None) -> tuple[list[dict[
         if calibration != HUB:
             return [], str(error)
         raise OSError(
-            f"The hub does not give the default text ({error}), and no other is to be used; try again later, or give "
-            f"your own text or {BUNDLED!r} as calibration text."
+            f"The hub does not give the default text ({error}), and you asked for no other; try again later, or "
+            f"give your own text or {BUNDLED!r} as calibration text."
         ) from None
 
 

@@ -282,7 +282,7 @@ def test_what_is_pushed_is_explained(saved: Path, push: str, tmp_path: Path, mon
     (tmp_path / "out" / "mine").write_text("mine")
     (tmp_path / "out" / "gone").symlink_to("nowhere")
     if plain:
-        address = model.push_to_hub("small", plain=True, private=True, tags=["small"], **asked)
+        address = model.push_to_hub("small", plain=True, private=True, tags="small", **asked)
         assert address.startswith("https://huggingface.co/me/small")
     else:
         model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="small", private=True, **asked)

@@ -24,6 +24,7 @@ from lf_hf.cli import main
 from lf_hf.evaluate.tables import markdown
 from lf_hf.report.data import CalibrationInfo, Continuation, PerplexityInfo
 from lf_hf.report.page import write_page
+from lf_hf.report.report import published_name
 
 HOSTILE = (
     "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""
@@ -45,7 +46,7 @@ def test_figures_say_what_they_are_of() -> None:
     card = card_of(a_report(continuations=[Continuation("def f():", "\n    a | b", "")]))
     for words in (
         "\n| perplexity, docs | 10 | 12.5 | x 1.25 |\n| divergence, docs | 0 | 0.25 |  |\n",
-        "\n- docs: 4,000 tokens of some documentation; part of it was fitted on.\n",
+        "\n- docs: 4,000 tokens of some documentation; partly used for fitting.\n",
         "\n- calibration: some text (20 samples, 4096 tokens)\n",
         "| `def f():` | ` `<br>`\xa0\xa0\xa0\xa0a \\| b` | - |",
     ):
@@ -60,7 +61,7 @@ def metadata_of(card: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("base", ["owner/model", "owner/model/file.gguf", "/home/me/model", "model"])
 def test_a_folder_is_no_repository(base: str) -> None:
-    card = card_of(a_report(base=base))
+    card = card_of(a_report(base=published_name(base)))
     repository, relation = ("owner/model", "finetune") if base.startswith("owner/") else (None, None)
     metadata = metadata_of(card)
     assert (metadata.get("base_model"), metadata.get("base_model_relation")) == (repository, relation)

@@ -20,8 +20,8 @@ from tiny_models import count_removed, divergence, fitted, measured_text
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
-from lf_hf.choose.sets import Groups
 from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.interface import Groups
 from lf_hf.measure.dense import Measurements
 from lf_hf.pipeline import fuse, fuse_layers
 from lf_hf.runtime.clock import Clock

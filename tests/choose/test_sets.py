@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import count_removed
 
-from lf_hf.choose.sets import Groups, cheapest_sets, estimate_costs, propose_sets
-from lf_hf.decoder.interface import Group
+from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
+from lf_hf.decoder.interface import Group, Groups
 
 
 def random_costs(layers: int, seed: int) -> dict[Group, float]:

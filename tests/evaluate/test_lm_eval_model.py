@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
-from lf_hf.evaluate.lm_eval_model import FusedLlamaLM
+from lf_hf.evaluate.lm_eval_model import FusedLM
 
 PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
 
@@ -35,8 +35,8 @@ def saved(base: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     return folder
 
 
-def make_lm(pretrained: Any, **kwargs: Any) -> FusedLlamaLM:
-    return FusedLlamaLM(pretrained, device="cpu", **kwargs)
+def make_lm(pretrained: Any, **kwargs: Any) -> FusedLM:
+    return FusedLM(pretrained, device="cpu", **kwargs)
 
 
 def loglikelihoods(lm: HFLM) -> list[float]:
@@ -47,7 +47,7 @@ def loglikelihoods(lm: HFLM) -> list[float]:
 def test_settings_have_names_of_their_own() -> None:
     theirs = inspect.signature(HFLM.__init__).parameters.keys()
     assert not theirs & {*FusionConfig.known, "calibration", "fused_dir"}
-    assert get_model("fused_llama") is FusedLlamaLM
+    assert get_model("fused_llama") is FusedLM
 
 
 def test_fusing_while_loading_equals_fusing_saving_and_loading(base: str, text: Path, saved: str) -> None:
@@ -85,7 +85,7 @@ def test_arguments_of_transformers_and_lm_eval_pass(fusing: bool, base: str, fus
     given += ",dtype=bfloat16,attn_implementation=eager,low_cpu_mem_usage=True,use_cache=False,weights_only=True"
     given += ",max_length=64,logits_cache=0,add_bos_token=True"
     options = {"device": "cpu", "batch_size": "auto:2", "max_batch_size": 2}
-    lm = FusedLlamaLM.create_from_arg_string(given, options)
+    lm = FusedLM.create_from_arg_string(given, options)
     assert lm.model.config._attn_implementation == "eager" and lm.model.config.use_cache is False
     assert (lm.model.dtype, lm.max_length, lm.add_bos_token) == (torch.bfloat16, 64, True)
     assert len(loglikelihoods(lm)) == len(PAIRS)

@@ -290,19 +290,15 @@ def files_of(points: list[Point], folder: Path) -> set[str]:
 
 
 def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
-    """As of a task that a newer lm-eval renamed, or of a model that has collapsed; a base alone has no curve."""
+    """As of a task that a newer lm-eval renamed, or of a model that has collapsed."""
     points = [
         make_point(DENSE, 0, math.inf),
         make_point("mka", 1, math.nan, math.inf),
         with_scores(make_point("mka", 4, 0.5, 11.0), Score("acc", 0.5, None), "another"),
         make_point("refit", 8, math.nan, 12.0),
     ]
-    tables = {RESULTS, "results.csv", "results.md"}
-    for name in ("all", "dense"):
-        (tmp_path / name).mkdir()
     with no_warnings():
-        assert files_of(points, tmp_path / "all") == tables | {"curve.png", "curve.svg"}
-        assert files_of(points[:1], tmp_path / "dense") == tables
+        assert files_of(points, tmp_path) == {RESULTS, "results.csv", "results.md", "curve.png", "curve.svg"}
         figure = sweep_curve(points)
     head, *rows = results_rows(points)
     assert head[5:8] == ["mmlu_5shot", "another", "perplexity, docs"]

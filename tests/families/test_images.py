@@ -1,4 +1,4 @@
-"""Fused models of images and text: pictures are read as before, by files that stay as they are."""
+"""Fused vision-language models: pictures are read as before, by files that stay as they are."""
 
 from __future__ import annotations
 

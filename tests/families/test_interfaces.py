@@ -120,7 +120,7 @@ def test_a_base_of_another_family_gets_one_sentence_that_says_what_fuses_or_help
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"is a '{model_type}' model; {OTHERS[model_type]}"):
         lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
-    if model_type not in FAMILIES:  # but a part of a model of images
+    if model_type not in FAMILIES:  # but a part of a vision-language model
         with pytest.raises(ValueError, match=f"type '{model_type}' cannot be fused: {OTHERS[model_type]}"):
             family_of(config)
 
