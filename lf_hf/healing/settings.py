@@ -16,7 +16,7 @@ RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75
 class HealSettings(Settings):
     """Settings of a healing. Raises ValueError for a value that is not allowed."""
 
-    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", at_least=1)
+    tokens: int = setting(HEAL_TOKENS, "Tokens to train on, repeats counted.", at_least=1024)
     train: str = setting(
         "layers",
         'What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these '
