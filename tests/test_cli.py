@@ -72,6 +72,12 @@ def test_what_has_no_effect_is_said(run: Run, base: str, tmp_path: Path, caplog:
     assert code == 0 and "Without effect on method='truncate': ridge, calibration." in caplog.text
 
 
+def test_errors_are_in_the_words_of_the_command_that_ran(run: Run, tmp_path: Path) -> None:
+    """`heal` has an option --base, `fuse` an argument."""
+    _, _, err = run("fuse", "", tmp_path / "out", "--num-fusions", 1)
+    assert err.startswith("lf-hf: base must be the folder or hub name of a checkpoint")
+
+
 def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     monkeypatch.delattr("lf_hf.checkpoint.base.Base.load")

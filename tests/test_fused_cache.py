@@ -27,6 +27,7 @@ from tokenizers import normalizers
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.checkpoint.saving import only_writer
+from lf_hf.text.calibration import load_needed
 from lf_hf.text.hub import GENERAL
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
@@ -66,9 +67,24 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
     assert len(fusions) == 1 and same(first, second) and not second.training
     assert first.fusion_report == second.fusion_report and second.tokenizer is not None
-    assert first.name_or_path == second.name_or_path == str(fused)  # which adapters trained on either name
+    assert first.name_or_path == second.name_or_path == str(fused)  # which adapters name as their base
     assert first.config.to_diff_dict() == second.config.to_diff_dict()
     assert same(first, FusedLlamaForCausalLM.from_pretrained(fused))
+
+
+def test_a_fusion_that_heals_reads_its_calibration_text_once(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+
+    def counted(*arguments: Any) -> Any:
+        loads.append(arguments)
+        return load_needed(*arguments)
+
+    monkeypatch.setattr("lf_hf.inputs.load_needed", counted)
+    settings: dict[str, Any] = {"method": "truncate", "heal_tokens": 1024, "calibration": make_texts(3000)}
+    model = load(base, tmp_path / "fused", **settings)
+    assert len(loads) == 1 and model.fusion_report is not None and model.fusion_report.healed is not None
 
 
 def test_a_setting_without_effect_does_not_fuse_anew(base: str, tmp_path: Path, fusions: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,16 @@ def test_a_few_trials_find_the_last_number_that_is_allowed(growth: list[float], 
     found, tried = search("max_divergence", allowed, len(costs), attempt)
     assert found == sum(cost <= allowed for cost in costs)
     assert len(tried) <= 4 + math.ceil(math.log2(len(costs) + 1))
+
+
+def test_why_more_layers_cannot_be_fused_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(count: int) -> tuple[BudgetTrial, str]:
+        if count > 1:
+            raise ValueError("The fit is not stable.")
+        return BudgetTrial(count, 0.1, 1.1), "fused"
+
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    assert search("max_divergence", 1.0, 4, attempt)[0] == "fused"
+    assert "fusions cannot be made (The fit is not stable); fewer are tried." in caplog.text

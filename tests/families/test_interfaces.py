@@ -297,6 +297,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
     ("model_type", "lists", "usual"),
     [
         ("gemma3_text", "layer_types", {"sliding_window_pattern": 6}),
+        ("gemma3", "layer_types", {"sliding_window_pattern": 6}),
         ("qwen3_5_text", "layer_types", {"full_attention_interval": 4}),
         ("smollm3", "layer_types, no_rope_layers", {}),
     ],
@@ -311,7 +312,7 @@ def test_layers_in_an_order_of_their_own_are_pointed_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """llama.cpp knows where such families have which kind of layer, and does not read it from the config."""
-    moved = {name: getattr(tiny_config(model_type), name)[::-1] for name in lists.split(", ")}
+    moved = {name: getattr(tiny_config(model_type).get_text_config(), name)[::-1] for name in lists.split(", ")}
     said = f"The kinds of this model's layers ({lists}) are in an order of their own"
     monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
     for base, told in ((family_base(model_type, **moved), True), (family_base(model_type, **usual), False)):
