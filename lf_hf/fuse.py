@@ -15,20 +15,18 @@ import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread
-from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class, write_config
-from lf_hf.checkpoint.companions import write_companions
+from lf_hf.checkpoint.base import SPREAD, Base, is_spread
+from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import why_not_reused
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.inputs import WORK
 from lf_hf.inputs import FusionInputs
 from lf_hf.measure.speed import with_speed
 from lf_hf.models import model_class as stock_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.launch import Processes, compute_once, local_rank
+from lf_hf.runtime.launch import Processes, compute_once, local_rank, own_device
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
@@ -179,7 +177,10 @@ def _make(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Pat
 def _fuse_in_memory(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
     """Load the base, and fuse its layers."""
     loaded = inputs.base.load()
-    decoder = ModelDecoder(loaded)
+    decoder = Decoder(loaded)
+    if decoder.on_disk:
+        decoder.states = "disk"
+        decoder.scratch = inputs.base.loading.get("offload_folder")
     # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
     if not is_spread(inputs.base.loading.get("device_map")):
         decoder.processes = Processes.of_launch()
@@ -277,10 +278,9 @@ def fuse_checkpoint(
     config, calibration, tokenizer
         As for `from_pretrained_fused`.
     low_memory : bool
-        Hold two layers at a time instead of the model, or for a refit the layers of one group. The base's weights have
-        to be safetensors files. On the CPU the tensors written are the same, bit for bit. Where `device_map` is
-        another device, layers are read onto it one at a time, each while the one before it is used, and all is
-        computed there.
+        Leave all weights on disk, and hold two layers at a time instead of the model, or for a refit the layers of one
+        group. On the CPU the tensors written are the same, bit for bit. Where `device_map` is another device, layers
+        are read onto it one at a time, each while the one before it is used, and all is computed there.
     max_shard_bytes : int
         Size of an output file, about; with `low_memory` also what is held in memory while writing.
     **kwargs
@@ -302,10 +302,7 @@ def fuse_checkpoint(
     config = FusionConfig.taken_from(kwargs, config)
     opened = Base.open(base, kwargs)
     check_replaceable(out, opened.name)
-    if low_memory:
-        low_memory_device(config, opened.loading)
-        if config.speed:
-            logger.warning_once("Speed is not measured where layers are read from files.")
+    device = low_memory_device(config, opened.loading) if low_memory else None
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     inputs.check(target, low_memory=low_memory)
     with ExitStack() as stack:
@@ -315,37 +312,19 @@ def fuse_checkpoint(
             return stack.enter_context(replaced_files(target, own_tokenizer=tokenizer is not None))
 
         folder = processes.broadcast_object(begin)
-        if low_memory:
-            report = _fuse_on_disk(inputs, folder, max_shard_bytes)
-        else:
-            model = _make(fused_class(opened.config), inputs, target)
-            report = model.fusion_report
-            if processes.is_main:
-                model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
+        if device is not None:
+            place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=place))
+            inputs = inputs.of(opened.on_disk(device, Path(scratch)))
+        model = _make(fused_class(opened.config), inputs, target)
+        report = model.fusion_report
+        processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
+        if processes.is_main:
+            model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
     # The others wait until the files are in their places.
     processes.all_gather_object(None)
     if local_rank() == 0:
         _remove_states(target, report)
-    return report
-
-
-def _fuse_on_disk(inputs: FusionInputs, folder: Path, max_shard_bytes: int) -> FusionReport:
-    """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
-    base, processes = inputs.base, Processes.of_launch()
-    device = low_memory_device(inputs.config, base.loading)
-    place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
-        weights, config = base.weights_folder(), base.new_config()
-        decoder = CheckpointDecoder(weights, config, Path(scratch), dtype=base.dtype, device=device)
-        decoder.processes = processes
-        report = inputs.fuse(decoder)
-        processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
-        if processes.is_main:
-            decoder.write(folder, max_shard_bytes)
-            whole, files = decoder.model_config, base.processor_files()
-            write_config(folder, whole, decoder.dtype)
-            base.generation_config().save_pretrained(folder)
-            write_companions(folder, whole, report, inputs.tokenizer, files, plain=True)
     return report
 
 
@@ -356,14 +335,13 @@ def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch
             f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True, as healing trains the whole model; "
             "give heal_tokens=0 and heal the result with lf_hf.heal."
         )
-    usable = {*HUB_ARGUMENTS, "dtype", "trust_remote_code", "device_map"} - {"gguf_file"}
-    refused = [name for name, value in loading.items() if value is not None and name not in usable]
     device_map = loading.get("device_map")
+    refused = [name for name in ("max_memory", "offload_folder") if loading.get(name) is not None]
     if isinstance(device_map, dict) or device_map in SPREAD:
         refused.append(f"device_map={device_map!r:.80}")
     if refused:
         raise ValueError(
-            f"{', '.join(refused)} cannot be used with low_memory=True, which reads safetensors files onto one device "
-            "such as cuda:1; leave that out."
+            f"{', '.join(refused)} cannot be used with low_memory=True, which leaves all weights on disk, for one "
+            "device such as cuda:1; leave that out, or low_memory."
         )
-    return torch.device("cpu" if device_map is None else device_map)
+    return torch.device("cpu" if device_map is None else own_device(device_map))

@@ -18,7 +18,7 @@ from lf_hf.checkpoint.classes import checked_tokenizer
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.checkpoint.saving import check_room
 from lf_hf.checkpoint.weights import stored_dtype
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.check import check_layers
 from lf_hf.models import first_free_layer, num_parameters
 from lf_hf.report.report import FusionReport
@@ -68,6 +68,12 @@ class FusionInputs:
         """The text of the healing that follows, if one does."""
         tokens = self.config.heal_tokens
         return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
+
+    def of(self, base: Base) -> FusionInputs:
+        """The same for a base that is loaded otherwise; text that was read is not read again."""
+        moved = dataclasses.replace(self, base=base)
+        vars(moved)["samples_and_text"] = self.samples_and_text
+        return moved
 
     @cached_property
     def unhealed(self) -> FusionInputs:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
-from lf_hf.decoder.interface import Decoder, Group, Groups
+from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families import Kind, Weights
 from lf_hf.measure.check import check_attends, check_layers
 from lf_hf.measure.dense import Measurements

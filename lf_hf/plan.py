@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from lf_hf.checkpoint.base import SPREAD, Base
 from lf_hf.checkpoint.saving import check_replaceable
-from lf_hf.decoder.on_disk import STATES_IN_MEMORY
 from lf_hf.fuse import low_memory_device
 from lf_hf.healing.settings import HealSettings
 from lf_hf.inputs import FusionInputs
@@ -143,8 +142,8 @@ def _fusion_memory(
         regression = 8 * candidates**2 + 2 * layer * size + (3 * size + 8) * candidates * hidden
         # Lists of all text's states: before and inside each layer of a group, and around it in both models.
         states = (2 * longest + 5) * config.calibration_tokens * hidden * size
-        if low_memory and device.type == "cpu":
-            states = min(states, STATES_IN_MEMORY)
+        if low_memory:  # they rest on disk
+            states = 0
         fit = max(regression, _TUNING_BYTES * layer) + states
     return peak_memory(device, weights * size, judging, alignment, fit)
 

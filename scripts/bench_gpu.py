@@ -54,7 +54,7 @@ from transformers import LlamaConfig, TrainerCallback
 
 from lf_hf import HealSettings, from_pretrained_fused, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.heal import prepare
 from lf_hf.healing.loss import Loss
 from lf_hf.healing.teacher import Teacher
@@ -135,7 +135,7 @@ def healing(base: str, device: str, num_fusions: int, steps: int) -> Figures:
     settings = HealSettings(tokens=steps * HealSettings().batch_tokens, train="lora", learning_rate=1e-4)
     opened = Base.open(base, {"device_map": device})
     model: Any = opened.load().requires_grad_(False)
-    shorter = ModelDecoder(model).copy()
+    shorter = Decoder(model).copy()
     shorter.join((shorter.num_layers - num_fusions - 1, shorter.num_layers - 1), {})
     with tempfile.TemporaryDirectory() as folder:
         training_args = {"bf16": model.dtype == torch.bfloat16}

@@ -40,7 +40,7 @@ from transformers.utils import logging
 from lf_hf import FusionConfig
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import fused_class
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import FAMILIES
 from lf_hf.healing.heal import heal_loaded
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
@@ -85,7 +85,7 @@ class Fuser:
     def fuse(self, model: CausalLM, count: int, **settings: Any) -> CausalLM:
         """Fuse in place, and heal where the settings ask for that."""
         config = FusionConfig(count, **self.settings | settings)
-        report = fuse(ModelDecoder(model), self.tokenizer, config, self.measured, base="")
+        report = fuse(Decoder(model), self.tokenizer, config, self.measured, base="")
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)
         if not config.heal_tokens:
             return model
@@ -106,7 +106,7 @@ class Rivals:
 
         It is judged on some sequences of full length, spread evenly over the text.
         """
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         longest = max(map(len, self.text.sequences))
         full = [sequence for sequence in self.text.sequences if len(sequence) == longest]
         stride = max(1, len(full) // _DROP_SEQUENCES)
@@ -118,7 +118,7 @@ class Rivals:
         return model
 
     @staticmethod
-    def _least_missed(decoder: ModelDecoder, ids: dict[str, list[Tensor]]) -> int:
+    def _least_missed(decoder: Decoder, ids: dict[str, list[Tensor]]) -> int:
         layers = decoder.model.model.layers
         perplexities = []
         for index in range(decoder.num_layers):
@@ -131,7 +131,7 @@ class Rivals:
     @torch.inference_mode()
     def cut_and_map(self, model: CausalLM, count: int) -> CausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         if decoder.family.mlp.after:
             raise ValueError("A linear map cannot be folded into an MLP whose output goes through a norm.")
         batches = decoder.make_batches(self.text.sequences)
@@ -244,7 +244,7 @@ class Judge:
 
     def __init__(self, base: CausalLM, texts: dict[str, list[Tensor]], questions: Sequence[Cloze]) -> None:
         self.questions = questions
-        self._base = ModelDecoder(base)
+        self._base = Decoder(base)
         self._ids = shard_batches(self._base, texts)
         self._states = final_states(self._base, self._ids, "Judging")
         self.dense = predictions(self._base, self._ids, self._states)
@@ -252,7 +252,7 @@ class Judge:
 
     def figures(self, model: CausalLM) -> list[str]:
         """Perplexity ratios, divergences and agreements, of all texts each."""
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         states = final_states(decoder, self._ids, "Judging")
         fused = predictions(decoder, self._ids, states, self._states, self._base.head())
         cells = [f"{fused[text].perplexity / dense.perplexity:.4g}" for text, dense in self.dense.items()]
@@ -383,7 +383,7 @@ def open_ways(
     settings = {"perplexity_tokens": 0, "calibration_tokens": options.tokens}
     corpus = load_corpus(calibration, max_tokens=options.tokens)
     samples = load_calibration(BUNDLED)
-    measured = measure(ModelDecoder(base), tokenizer, FusionConfig(1, **settings), samples, corpus)
+    measured = measure(Decoder(base), tokenizer, FusionConfig(1, **settings), samples, corpus)
     assert measured.text is not None
     print(f"Calibrated on {measured.text.source.tokens} tokens: {corpus.full_source}.")
     training_text = load_training_text(calibration, options.heal_tokens)

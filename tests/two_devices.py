@@ -94,6 +94,8 @@ class TwoDevices(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def place(self, tensor: torch.Tensor) -> torch.device:
+        if tensor.is_meta:
+            return torch.device("meta")
         return self._places.get(_storage(tensor), CPU)
 
     def put(self, tensor: torch.Tensor, device: torch.device) -> None:

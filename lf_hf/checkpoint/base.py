@@ -10,12 +10,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,6 +32,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
 from lf_hf.checkpoint.weights import CHECKPOINT_FILES, UNREAD, check_complete, local_folder, tensor_files, tensor_shapes
+from lf_hf.decoder.placement import mend_offloading
 from lf_hf.families import FAMILIES
 from lf_hf.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
 from lf_hf.report.report import MOST_LAYERS
@@ -71,6 +73,8 @@ class Base:
         if "torch_dtype" in loading:  # transformers takes either name
             loading.setdefault("dtype", loading.pop("torch_dtype"))
         loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
+        if loading.get("max_memory") is not None and loading.get("device_map") is None:
+            loading["device_map"] = "auto"  # without which transformers would not look at it
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise ValueError(f"base must be the folder or hub name of a checkpoint, got {name!r:.80}.")
         name = os.fspath(name)
@@ -161,9 +165,18 @@ class Base:
         """The files that say how images are read, where the model reads any."""
         return read_processor_files(self.name, self.config, self.hub)
 
-    def weights_folder(self) -> Path:
-        """The folder of the safetensors files; those of the hub are downloaded."""
-        return local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])
+    def on_disk(self, device: torch.device, folder: Path) -> Base:
+        """The same base, all weights of which stay on disk when it is loaded; they go to `device` when they are used.
+
+        Those that are not in safetensors files, and what a layer becomes, are written into `folder`.
+        """
+        places: dict[str, Any] = {"": "disk"}
+        if device.type != "cpu":  # accelerate computes where it has put something
+            with torch.device("meta"):
+                model = model_class(self.config)(self.config)
+            norm = f"{text_prefix(model)}norm"
+            places = dict.fromkeys(_names_around(model, norm), "disk") | {norm: device}
+        return replace(self, loading={**self.loading, "device_map": places, "offload_folder": str(folder)})
 
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
@@ -178,7 +191,8 @@ class Base:
                 loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
         elif loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
-            tensor_files(self.weights_folder(), loading.get("variant"))
+            weights = local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])  # which downloads them
+            tensor_files(weights, loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
         with (  # a TypeError is for an argument that nobody takes, before weights are read
             explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
@@ -190,6 +204,7 @@ class Base:
         mismatched = {name: (stored, described) for name, stored, described in info["mismatched_keys"]}
         layers = f"{text_prefix(model)}layers."
         check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"], layers=layers)
+        mend_offloading(model)
         return model.eval()
 
     def notes(self) -> list[str]:
@@ -213,10 +228,20 @@ class Base:
         return {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
 
 
+def _names_around(model: nn.Module, name: str) -> list[str]:
+    """Names of the modules of a model that, with the one that is named, are all of it."""
+    around, place = [], ""
+    for own_name in name.split("."):
+        beside = [child for child, _ in model.get_submodule(place).named_children() if child != own_name]
+        around += [f"{place}.{child}".removeprefix(".") for child in beside]
+        place = f"{place}.{own_name}".removeprefix(".")
+    return around
+
+
 def is_spread(device_map: object) -> bool:
     """Whether from_pretrained's `device_map` puts a model on several devices, or may do so."""
     if isinstance(device_map, dict):
-        return len(set(map(str, device_map.values()))) > 1
+        return len(set(map(str, device_map.values())) - {"disk"}) > 1
     return isinstance(device_map, str) and device_map in SPREAD
 
 

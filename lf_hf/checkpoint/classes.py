@@ -35,6 +35,7 @@ from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import converted_config, plain_config
 from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
+from lf_hf.decoder.placement import named_values
 from lf_hf.models import auto_class, family_of, is_wrapper, model_class, text_model
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
@@ -234,10 +235,10 @@ class FusedForCausalLM(PreTrainedModel):
                 self.config.distributed_config = spread
         if plain and self.native:
             write_config(folder, self.config, self.dtype)
-        written = dict(self.named_parameters())
+        written = named_values(self)
         if state_dict is not None:  # what is saved in place of them
-            written = {name: state_dict[name] for name in written if name in state_dict}
-        report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written.items()))
+            written = ((name, state_dict[name]) for name, _ in self.named_parameters() if name in state_dict)
+        report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written))
         plain = plain or not self.native
         write_companions(folder, self.config, report, tokenizer, self.processor_files, plain=plain)
 

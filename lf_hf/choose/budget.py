@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from transformers.utils import logging
 
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.models import first_free_layer

@@ -12,7 +12,7 @@ import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
 from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
-from lf_hf.decoder.interface import Decoder, Group, Groups
+from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.refit.states import StateStore, run_boundaries
@@ -58,7 +58,7 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     assert measured.text is not None
     sequences = take_first(measured.text.sequences, _INFLUENCE_TOKENS)
     embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
-    with StateStore.with_room(decoder, 2 * sum(state.nbytes for state in embedded)) as store:
+    with StateStore(decoder.states, decoder.scratch) as store:
         boundaries = pairwise(run_boundaries(decoder, embedded, store))
         layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
         influences = [influence(before, after, decoder.processes) for before, after in layers]

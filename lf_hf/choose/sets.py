@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from lf_hf.decoder.interface import Group, Groups
+from lf_hf.decoder.decoder import Group, Groups
 from lf_hf.settings import LONGEST_GROUP
 
 _SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few

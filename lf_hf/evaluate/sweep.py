@@ -19,7 +19,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
 from lf_hf.checkpoint.saving import checked_folder
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.measure.check import check_layers
@@ -251,7 +251,7 @@ class _Maker:
     @cached_property
     def _measured(self) -> Measurements:
         """What is measured on the base. Averages are kept for higher levels to go on from."""
-        decoder, config = ModelDecoder(self._dense), self.configs[0]
+        decoder, config = Decoder(self._dense), self.configs[0]
         # What no point uses is not measured.
         samples = self.texts.samples if any(config.averages for config in self._wanted) else None
         text = self.texts.text if any(config.needs_text for config in self._wanted) else None
@@ -259,7 +259,7 @@ class _Maker:
 
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
-        decoder = ModelDecoder(self._dense).copy()
+        decoder = Decoder(self._dense).copy()
         report = pipeline.fuse(decoder, self.tokenizer, config, self._measured, base=self.base.full_name)
         report = with_speed(report, decoder.model, self.base.config)
         return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)

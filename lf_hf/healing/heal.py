@@ -32,7 +32,7 @@ from lf_hf.checkpoint.base import Base, checked_dtype, is_spread
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.identity import differences
 from lf_hf.checkpoint.saving import check_room, only_writer
-from lf_hf.decoder.interface import set_config_layers
+from lf_hf.decoder.layer_lists import set_config_layers
 from lf_hf.healing.inputs import WORK, HealingInputs, open_inputs
 from lf_hf.healing.judge import healed_report, healed_texts, judge, repeats_note
 from lf_hf.healing.loss import Loss

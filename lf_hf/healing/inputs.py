@@ -16,7 +16,7 @@ from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import check_replaceable, checked_folder
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.numerics import weights_digest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.teacher import STATES, Teacher
 from lf_hf.measure.judge import write_continuations
@@ -33,7 +33,7 @@ CHANGED_BEFORE = (
 
 def judge(model: CausalLM, teacher: Teacher, processes: Processes = ALONE) -> dict[str, Predictions]:
     """Compare a model in memory with the teacher on each judging text, of which each process reads a share."""
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     decoder.processes = processes
     ids: dict[str, list[Tensor]] = {}
     expected: dict[str, list[Tensor]] = {}
@@ -61,7 +61,7 @@ def healed_report(inputs: HealingInputs, healed: HealingInfo, after: Mapping[str
     perplexities = _perplexities(inputs, healed, after)
     continuations = report.continuations
     if continuations:
-        written = write_continuations(ModelDecoder(inputs.model), inputs.tokenizer)
+        written = write_continuations(Decoder(inputs.model), inputs.tokenizer)
         continuations = [replace(text, fused=written.get(text.prompt, text.fused)) for text in continuations]
     notes = _outcome_notes(healed)
     notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)

@@ -31,10 +31,8 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.identity import identity_key
 from lf_hf.checkpoint.saving import checked_folder, only_writer
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import generate
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
-from lf_hf.decoder.on_disk import CheckpointDecoder
 from lf_hf.healing.inputs import HealingInputs
 from lf_hf.healing.loss import FullTargets, Targets, TopTargets, logits_memory, row_slices
 from lf_hf.healing.settings import HealSettings
@@ -259,7 +257,7 @@ def _load_base(inputs: HealingInputs, arguments: TrainingArguments) -> CausalLM:
     # Where FSDP is to split the student, older transformers would give other processes than the first one zeros.
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
         model = replace(inputs.base, loading=loading).load().requires_grad_(False)
-    inputs.check_base(ModelDecoder(model))
+    inputs.check_base(Decoder(model))
     # Where training is not in bfloat16, the machine is faster without it, or the user wants none.
     dtype = torch.bfloat16 if arguments.bf16 else torch.promote_types(model.dtype, torch.float32)
     for parameter in model.parameters():  # not the buffers: angles of positions need float32
@@ -309,9 +307,9 @@ def _open_base(
 ) -> Decoder:
     """The base in memory, or as it is on disk, of which few layers are in memory at a time."""
     if placement.in_memory:
-        return ModelDecoder(base or _load_base(inputs, arguments))
-    weights, config = inputs.base.weights_folder(), inputs.base.new_config()
-    decoder = CheckpointDecoder(weights, config, scratch, dtype=inputs.base_dtype, device=arguments.device)
+        return Decoder(base or _load_base(inputs, arguments))
+    base_on_disk = inputs.base.on_disk(arguments.device, scratch)
+    decoder = Decoder(replace(base_on_disk, loading={**base_on_disk.loading, "dtype": inputs.base_dtype}).load())
     inputs.check_base(decoder)
     return decoder
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder, layer_lists
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.layer_lists import layer_lists
 from lf_hf.families import head_dim
 from lf_hf.models import family_of, first_free_layer, is_wrapper, model_class, text_model
 from lf_hf.refit.fit import fit_group
@@ -37,12 +37,6 @@ def check_model(decoder: Decoder) -> int:
     check_computes(decoder.model_config)
     num_parameters = 0
     for name, parameter in decoder.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(
-                f"{name} is offloaded, so it cannot be fused in place; load the base without offloading (a "
-                "device_map that fits its devices, or none), or use fuse_checkpoint with low_memory=True, which holds "
-                "two layers at a time."
-            )
         if not all_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         num_parameters += parameter.numel()
@@ -104,7 +98,7 @@ def check_computes(config: PretrainedConfig) -> None:
             parameter.normal_(std=0.1 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(family.gain_offset)
-        for what, ours, theirs in _compared(ModelDecoder(model)):
+        for what, ours, theirs in _compared(Decoder(model)):
             if not (ours - theirs).norm() <= _TOLERANCE * theirs.norm():
                 raise ValueError(
                     f"The config makes transformers {transformers.__version__} compute {what} of a {family.title} "
@@ -141,12 +135,12 @@ def _shrink(config: PretrainedConfig) -> None:
         setattr(config, name, value)
 
 
-def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What is compared, what we compute, and what the model does."""
     ids = torch.randint(decoder.config.vocab_size, (1, _TOKENS))
     states = torch.randn(1, _TOKENS, decoder.config.hidden_size, dtype=torch.float64)
-    rows = text_model(decoder.model).embed_tokens.weight[ids]
-    yield "the embeddings", decoder.family.first_states(decoder.config, rows, rows=True), decoder.embed([ids])[0]
+    embedded = text_model(decoder.model).embed_tokens(ids)
+    yield "the embeddings", decoder.embed([ids])[0], decoder.family.first_states(decoder.config, embedded)
     for layer in text_model(decoder.model).layers:
         if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)

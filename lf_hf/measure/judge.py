@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import continue_prompts
-from lf_hf.decoder.interface import Decoder
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.models import special_id
 from lf_hf.report.data import Continuation, PerplexityInfo

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder, Head
+from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 

@@ -16,7 +16,6 @@ from transformers import LlamaConfig
 from two_devices import OTHER, TwoDevices
 
 from lf_hf.checkpoint.weights import read_onto
-from lf_hf.decoder.on_disk import CheckpointDecoder
 
 UP = "mlp.up_proj.weight"
 

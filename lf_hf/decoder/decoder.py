@@ -1,31 +1,40 @@
 """A model as the pipeline sees it: embeddings, a list of decoder layers that can change, and a head.
 
-The pipeline asks for one layer at a time, so that the layers may also lie on disk: see `on_disk.py`.
+Its weights lie wherever accelerate put them: on a card, in memory or on disk. The pipeline asks for one layer at a
+time, so that one that is offloaded need not be in memory longer than it is used.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from transformers import PretrainedConfig
+from torch.nn.functional import embedding, linear
 from transformers.utils.generic import is_flash_attention_requested
 
+from lf_hf.decoder.layer_lists import set_config_kind, set_config_layers
+from lf_hf.decoder.placement import (
+    bring_in,
+    execution_device,
+    is_offloaded,
+    named_values,
+    offload,
+    sharing_copy,
+    value,
+)
 from lf_hf.families import DecoderLayer, Family, Kind
-from lf_hf.models import family_of, first_free_layer
+from lf_hf.models import CausalLM, family_of, first_free_layer, text_model, text_prefix
 from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import all_finite
 
-_CPU_BATCH = 1 << 26
-"""Bytes that a batch may take inside a layer on the CPU."""
-_BATCH_SHARE = 1 / 8  # of any other device's free memory that a batch may take
+_BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 
 
@@ -37,27 +46,46 @@ Head = Callable[[Tensor], Tensor]
 """Makes logits (sequences B, tokens T, vocab) of final states (B, T, hidden)."""
 
 
-class Decoder(ABC):
-    """A model whose layers are used one after another and may be changed."""
+class Decoder:
+    """A model whose layers are used one after another and may be changed.
+
+    It is changed by giving layers new tensors; no tensor is written to.
+    """
 
     config: Any  # of the layers; follows when some are removed, or become layers of another kind
     model_config: Any  # of the whole model, which is the same, or has that in it beside one of a vision tower
     rotary_emb: Any  # the family's own
-    device: torch.device  # where hidden states begin
+    device: torch.device  # where hidden states begin, and where offloaded layers compute
     processes: Processes = ALONE  # those that hold the same model and share the work on it
-    states_in_memory: int | None = None  # bytes of hidden states in the machine's memory; None: all that fit
-    scratch: Path | None = None  # folder for files; None: that for temporary ones
+    batch_bytes: int = _BATCH_BYTES  # that a batch may take inside a layer
+    states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
+    scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
     _inputs_shape: Any = None
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.device = execution_device(self._text.embed_tokens)
+        # A stream of their own, so that copies need not wait for what is computed.
+        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._take_config()
+
+    @property
+    def _text(self) -> Any:
+        return text_model(self.model)
+
+    def _take_config(self) -> None:
+        self.model_config, self.config = self.model.config, self._text.config
+        self.rotary_emb = self._text.rotary_emb
 
     @property
     def family(self) -> Family:
         return family_of(self.config)
 
     @property
-    @abstractmethod
     def num_layers(self) -> int:
         """Decoder layers that are there now."""
+        return len(self._text.layers)
 
     @property
     def inner_layers(self) -> range:
@@ -65,29 +93,119 @@ class Decoder(ABC):
         return range(max(1, first_free_layer(self.model_config)), self.num_layers - 1)
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes that running all layers again reads from a disk, inside `keep_layers`."""
-        return 0
+    def on_disk(self) -> bool:
+        """Whether some weights lie on a disk, so that running all layers reads it."""
+        return "disk" in getattr(self.model, "hf_device_map", {}).values()
 
-    @abstractmethod
     def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
-        """Layers with their weights, each read when it is asked for; the model may not change meanwhile."""
+        """Layers with their weights, each read when it is asked for; the model may not change meanwhile.
+
+        An offloaded layer is held by the caller alone, so that its memory can be freed. On other devices than the CPU
+        the next one is read while one is used; on the CPU that would take scarce memory.
+        """
+        if self.device.type == "cpu":
+            yield from map(self._with_weights, indices)
+            return
+        with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
+            reads = (reader.submit(self._read_ahead, index) for index in indices)
+            ahead = next(reads, None)
+            while ahead is not None:
+                layer = [self._received(ahead.result())]
+                ahead = next(reads, None)
+                yield layer.pop()
 
     def layer(self, index: int) -> DecoderLayer:
         """One layer with its weights."""
-        return next(self.layers([index]))
+        return self._with_weights(index)
 
-    @abstractmethod
+    def _with_weights(self, index: int) -> DecoderLayer:
+        """A layer as it is in the model or, where that is offloaded, made anew."""
+        layer = self._text.layers[index]
+        if not is_offloaded(layer):
+            return layer
+        new = self.family.new_layer(self.config, self.family.layer_kind(layer))
+        self.family.mixer_module(new).layer_idx = index
+        new.load_state_dict(dict(named_values(layer)), assign=True)
+        return new.eval().requires_grad_(False)
+
+    def _read_ahead(self, index: int) -> DecoderLayer:
+        """A layer whose weights are complete when this returns. For any thread."""
+        if self._copy_stream is None:
+            return self._with_weights(index)
+        with torch.cuda.stream(self._copy_stream):
+            layer = self._with_weights(index)
+        self._copy_stream.synchronize()
+        return layer
+
+    def _received(self, layer: DecoderLayer) -> DecoderLayer:
+        """A layer for this thread: the memory of what was copied is not reused before all work on it is done."""
+        if self._copy_stream is not None:
+            for weight in layer.parameters():
+                if weight.device == self.device:
+                    weight.record_stream(torch.cuda.current_stream(self.device))
+        return layer
+
     def copy(self) -> Decoder:
         """The model as it is now, with the same tensors: either may then change without the other."""
+        other = copy.copy(self)
+        other.model = sharing_copy(self.model)
+        other._take_config()
+        return other
 
-    @abstractmethod
+    @torch.no_grad()
     def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
-        """Give a layer new values for some parameters, by the names that all families share, and another kind."""
+        """Give a layer new values for some parameters, by the names that all families share, and another kind.
 
-    @abstractmethod
+        An offloaded layer is offloaded again: to a disk where it lay on one and there is a `scratch` folder, else to
+        memory.
+        """
+        layer = self._text.layers[index]
+        device, was_offloaded, lay_on_disk = execution_device(layer), is_offloaded(layer), self._lies_on_disk(index)
+        if was_offloaded:
+            bring_in(layer)
+        if kind and kind != self.family.layer_kind(layer):
+            set_config_kind(self.config, index, kind)
+            self._change_kind(layer, kind)
+        for name, tensor in self.family.packed(weights).items():
+            module, _, parameter = name.rpartition(".")
+            before = layer.get_parameter(name)
+            like = layer.mlp.down_proj.weight if before.is_meta else before
+            after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
+            setattr(layer.get_submodule(module), parameter, nn.Parameter(after, requires_grad=like.requires_grad))
+        scratch = self.scratch if lay_on_disk else None
+        if was_offloaded and (scratch or device.type != "cpu"):
+            offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
+
+    def _lies_on_disk(self, index: int) -> bool:
+        """Whether the device map puts a layer on a disk, by itself or with what it is in."""
+        device_map, name = getattr(self.model, "hf_device_map", {}), f"{text_prefix(self.model)}layers.{index}"
+        while name and name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map.get(name) == "disk"
+
+    def _change_kind(self, layer: DecoderLayer, kind: Kind) -> None:
+        """Make a layer one of another kind; where that has other parameters, they have no values yet."""
+        family = self.family
+        new, before = family.new_layer(self.config, kind), family.mixer_module(layer)
+        after = family.mixer_module(new)
+        if type(after) is type(before):
+            for name in ("layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"):
+                if hasattr(after, name):
+                    setattr(before, name, getattr(after, name))
+            return
+        layer.block_type = new.block_type
+        delattr(layer, family.layer_mixer(layer).module)
+        after.config, after.layer_idx = self.config, before.layer_idx
+        layer.add_module(family.layer_mixer(new).module, after.train(layer.training))
+
     def remove(self, index: int) -> None:
         """Take a layer out; later ones move up by one, and `config` follows."""
+        set_config_layers(self.config, [n for n in range(self.num_layers) if n != index])
+        del self._text.layers[index]
+        for position, layer in enumerate(self._text.layers):
+            self.family.mixer_module(layer).layer_idx = position  # where the cache keeps what is of this layer
+        if device_map := getattr(self.model, "hf_device_map", None):
+            self.model.hf_device_map = _without_layer(device_map, text_prefix(self.model) + "layers.", index)
 
     def join(self, group: Group, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
         """Let the first of some adjacent layers stand for all: it gets new values, and the others are removed."""
@@ -107,17 +225,28 @@ class Decoder(ABC):
             self.join((index, last - num_removed), weights, self.family.layer_kind(layer))
             num_removed += last - first
 
-    @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters by their names in the checkpoint, tied ones once."""
+        """The values of all parameters by their names in the model, tied ones once; offloaded ones are read."""
+        return named_values(self.model)
 
-    @abstractmethod
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
+        table = value(self._text.embed_tokens, "weight")
+        states = []
+        for batch in batches:
+            rows = embedding(batch.to(table.device), table)
+            states.append(self.family.first_states(self.config, rows, rows=True))
+        return states
 
-    @abstractmethod
-    def norm_and_head(self) -> AbstractContextManager[tuple[nn.Module, Tensor]]:
+    @contextmanager
+    def norm_and_head(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """The final norm, and the head's weight (vocab, hidden), inside a `with` block."""
+        norm = self._text.norm
+        if is_offloaded(norm):
+            gain = value(norm, "weight")
+            norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+            norm.weight = nn.Parameter(gain, requires_grad=False)
+        yield norm, value(self.model.lm_head, "weight")
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -126,14 +255,8 @@ class Decoder(ABC):
             yield lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
 
     def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
-        """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than fit.
-
-        On the CPU larger batches would gain nothing. On other devices the result depends on the memory that is free.
-        """
-        room = _CPU_BATCH
-        if self.device.type != "cpu":
-            room = int(free_memory(self.device) * _BATCH_SHARE)
-        max_tokens = room // (_COPIES * self.config.intermediate_size)
+        """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than `batch_bytes` hold."""
+        max_tokens = self.batch_bytes // (_COPIES * self.config.intermediate_size)
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
             by_length.setdefault(len(sequence), []).append(number)
@@ -150,10 +273,6 @@ class Decoder(ABC):
             batch = torch.stack([sequences[number] for number in numbers])
             batches.append(batch.to(self.device))
         return batches
-
-    def keep_layers(self) -> AbstractContextManager[None]:
-        """Inside a `with` block, layers that are read stay on their device if they fit; none may be changed there."""
-        return nullcontext()
 
     def layer_inputs(
         self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0, padding: tuple[int, ...] = ()
@@ -231,31 +350,20 @@ class Decoder(ABC):
             yield states
 
 
-def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:
-    """Let a config describe these of its layers, in this order; lists with one entry a layer follow."""
-    for name, values in layer_lists(config).items():
-        setattr(config, name, [values[number] for number in numbers])
-    config.num_hidden_layers = len(numbers)
-
-
-def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
-    """All lists of a config that have an entry a layer, whether its family's entry names them or not."""
-    named, lists = family_of(config).layer_lists, {}
-    for name, value in vars(config).items():
-        is_list = "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers
-        if name in named or is_list:
-            lists[name] = value
-    return lists
-
-
-def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:
-    """Let one layer be of another kind."""
-    for name, value in kind.items():
-        values = getattr(config, name)
-        setattr(config, name, [*values[:index], value, *values[index + 1 :]])
-
-
 def check_finite(states: Sequence[Tensor], layer: int) -> None:
     """Raise ValueError if the output states of a layer contain NaN or inf."""
     if not all(map(all_finite, states)):
         raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")
+
+
+def _without_layer(device_map: Mapping[str, Any], layers: str, index: int) -> dict[str, Any]:
+    """A device map without one layer, in which later layers are renumbered; their names begin with `layers`."""
+    renumbered = {}
+    for name, device in device_map.items():
+        found = re.match(rf"{re.escape(layers)}(\d+)", name)
+        number = int(found[1]) if found else -1
+        if number > index:
+            name = name.replace(f"{layers}{number}", f"{layers}{number - 1}", 1)
+        if number != index:
+            renumbered[name] = device
+    return renumbered
