@@ -94,8 +94,10 @@ class FusedLM(HFLM):
             pretrained = os.fspath(pretrained)
         _check_arguments(kwargs)
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
-            eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
-            kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
+            kwargs["device"] = "cpu"
+            if kwargs.get("max_cpu_memory") is None:
+                eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
+                kwargs["parallelize"] = False  # HFLM would put all layers on disk
         fusing = {"num_fusions": num_fusions, "calibration": calibration, "fused_dir": fused_dir}
         fusing = {name: value for name, value in fusing.items() if value is not None}
         fusing |= {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}

@@ -5,7 +5,6 @@ That a layer and an idle one fuse to the layer is in families/test_fusions.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -13,14 +12,14 @@ import psutil
 import pytest
 import torch
 from builders import normal
-from conftest import make_llama, same
+from conftest import make_llama
 from tiny_models import fitted, tiny_model
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import Regression, Solution
-from lf_hf.refit.states import Place, StateStore
+from lf_hf.refit.states import StateStore
 
 SEQUENCES = [torch.randint(1, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 
@@ -139,31 +138,6 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
     assert missed[0] < 0.95 * missed[1]
 
 
-class ShrinkingDecoder(Decoder):
-    """A decoder whose batches are as large as the memory that is free, which may shrink."""
-
-    memory, shrinks, asked = 16, False, 0  # the memory is in sequences
-
-    def batch_indices(self, sequences: Sequence[torch.Tensor]) -> list[list[int]]:
-        most = self.memory
-        self.asked += 1
-        self.memory = max(1, most // 4) if self.shrinks else most
-        return [list(range(len(sequences)))[first : first + most] for first in range(0, len(sequences), most)]
-
-
-def test_memory_that_shrinks_during_a_fit_changes_nothing() -> None:
-    """On a GPU batches are as large as what is free: layers are trained on the sequences that they were fitted to."""
-    fits = []
-    for shrinks in (False, True):
-        decoder = ShrinkingDecoder(make_llama())
-        decoder.shrinks = shrinks
-        fits += [fit for _, fit in fit_groups(decoder, [(1, 2)], SEQUENCES[:20], SEQUENCES[20:], ridge=0.1)]
-        assert decoder.asked
-    constant, shrinking = fits
-    assert shrinking.layer_instead is None and same(shrinking.weights, constant.weights)
-    assert shrinking.held_out_error == pytest.approx(constant.held_out_error)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
 def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: str) -> None:
@@ -173,22 +147,6 @@ def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: st
     gain = layer_weights(decoder, layer)[name]
     fit, _, _ = fitted(decoder, (1,), [normal(1, 16, 32, seed=n) for n in range(3)])
     assert torch.equal(fit.weights[name], gain)
-
-
-@pytest.mark.parametrize(
-    ("device", "spared", "place"),
-    [("cpu", 1000, "device"), ("cpu", 10, "disk"), ("cuda:1", 1000, "device"), ("cuda:1", 10, "host")],
-)
-def test_states_go_where_there_is_room(device: str, spared: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {torch.device("cpu"): 400, torch.device(device): 2 * spared}
-    monkeypatch.setattr("lf_hf.refit.states.free_memory", free.__getitem__)
-    decoder = Decoder(make_llama())
-    decoder.device = torch.device(device)
-    with StateStore.with_room(decoder, 100) as store:
-        assert store.place == place
-    decoder.states_in_memory = 0
-    with StateStore.with_room(decoder, 100) as store:
-        assert store.place == ("device" if device != "cpu" and spared > 100 else "disk")
 
 
 def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
