@@ -112,7 +112,7 @@ class TwoDevices(TorchFunctionMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = (resolve_name(func) or getattr(func, "__name__", "")).removeprefix("torch.")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if func is torch.device or name == "_parse_to":  # the arguments of Module.to
+        if name == "_parse_to":  # the arguments of Module.to
             return func(*args, **kwargs)
         if name == "Tensor.device.__get__":
             return self.place(args[0])

@@ -52,7 +52,8 @@ def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes."""
     for part in module.modules():
         if (hook := _offloading(part)) is not None:
-            return torch.device(hook.execution_device)
+            device = hook.execution_device  # also a number, or a name
+            return device if isinstance(device, torch.device) else torch.device(device)
     return next(module.parameters()).device
 
 
