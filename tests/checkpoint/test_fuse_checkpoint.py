@@ -59,7 +59,8 @@ def test_every_path_writes_the_same_tensors(
     for out, report in reports.items():
         assert same(tensors(low), tensors(out))
         assert (low / "config.json").read_text() == (out / "config.json").read_text()
-        found: dict[str, Any] = {"seconds": None, "continuations": []}  # a model on disk would be read for each token of these
+        # A model on disk would be read for each token of the continuations.
+        found: dict[str, Any] = {"seconds": None, "continuations": []}
         assert report.to_dict() | found == reports[low].to_dict() | found
         assert settings["method"] != "refit" or report.calibration[0].source.endswith("text by the model itself")
 
