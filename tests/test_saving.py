@@ -495,6 +495,6 @@ def test_a_sweep_into_a_read_only_folder_does_no_work(name: str, base: str, argu
 @pytest.mark.parametrize("content", [b"years of work", b'{"accuracy": 1}\n', b"\xff\n"])
 def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(content)
-    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep \(.*\); choose another"):
         sweep(base, tmp_path, **arguments)
     assert (tmp_path / RESULTS).read_bytes() == content

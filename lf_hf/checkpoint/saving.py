@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from transformers.utils import (
     CONFIG_NAME,
@@ -33,7 +34,6 @@ from transformers.utils import (
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
-from lf_hf.runtime.checked_json import parse_json
 from lf_hf.runtime.memory import in_gib
 
 logger = logging.get_logger(__name__)
@@ -258,7 +258,7 @@ def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     """The report of the last save into a folder, digests of the files that it wrote, and names of those still so."""
     report: Any = None
     with suppress(OSError, ValueError):
-        report = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
+        report = from_json((folder / REPORT_NAME).read_bytes())
     if not isinstance(report, dict):
         report = {}
     noted = report.get("files")

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic_core import from_json
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lf_hf.runtime.checked_json import parse_json
 from lf_hf.runtime.errors import explained
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
@@ -70,7 +70,8 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
 def shard_names(index: Path) -> dict[str, str]:
     """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
-    content = parse_json(index.read_bytes(), index.name)
+    with explained(f"{index.name} is not JSON", "repair the index", ValueError):
+        content = from_json(index.read_bytes())
     if not isinstance(content, dict):
         content = {}
     names = content.get("weight_map")

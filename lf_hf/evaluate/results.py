@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic_core import to_json
 
 from lf_hf.checkpoint.saving import only_writer
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
-from lf_hf.runtime.checked_json import json_ready
 
 _MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
 
@@ -51,7 +50,7 @@ class Results:
 
     def add(self, point: Point) -> None:
         """Keep a point at once, and write the tables of all points."""
-        line = json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False).encode()
+        line = to_json(point, inf_nan_mode="strings")
         with self._alone():
             lines = [*result_lines(self._file), line]
             write_whole(self._file, b"".join(line + b"\n" for line in lines))

@@ -111,7 +111,7 @@ OF_SEVERAL_KINDS = ["gemma3_text", "qwen3_5_text"]  # in the same order
 WAYS = [
     {"method": method, "selection": selection}
     for method in METHODS
-    for selection in FusionConfig.known["selection"].choices
+    for selection in ("last", "least_influence", "groups")
     if method != "healed" and (selection != "groups" or method in FITTING)
 ]
 
