@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked, needs
@@ -57,7 +57,7 @@ class FusionConfig(Settings):
     one_of = LEVELS
     given_beside = ("calibration", "fused_dir", "tokenizer", "low_memory")
 
-    num_fusions: Annotated[int, Ge(1)] = NOT_GIVEN
+    num_fusions: Annotated[int, Field(ge=1)] = NOT_GIVEN
     """How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless selection="last". Give
     one of this, target_layers, max_divergence and max_perplexity_ratio."""
 
@@ -77,56 +77,56 @@ class FusionConfig(Settings):
     optimal assignment of the rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as
     wholes, so that the aligned layer j computes what it did."""
 
-    ridge: Annotated[float, Gt(0), Needs("fits")] = 0.1
+    ridge: Annotated[float, Field(gt=0), Needs("fits")] = 0.1
     """Strength of a fit's pull towards the weights as they were, in units of the mean diagonal of the activations' Gram
     matrix."""
 
-    calibration_tokens: Annotated[int, Ge(1024), Needs("needs_text")] = NOT_GIVEN
+    calibration_tokens: Annotated[int, Field(ge=1024), Needs("needs_text")] = NOT_GIVEN
     """Most tokens of calibration text that influence and fits use: by default 49152, and 131072 for method="healed".
     The model writes a third of them itself and answered questions are a fifth, some ten thousand at most; of the
     bundled mixture it writes half."""
 
-    calibration_length: Annotated[int, Ge(16), Needs("needs_text")] = 512
+    calibration_length: Annotated[int, Field(ge=16), Needs("needs_text")] = 512
     """Tokens of a sequence of calibration text."""
 
-    heal_tokens: Annotated[int, Ge(0), Needs("heal_tokens")] = NOT_GIVEN
+    heal_tokens: Annotated[int, Field(ge=0), Needs("heal_tokens")] = NOT_GIVEN
     """Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it out. By
     default 131072 for method="healed", and 0 for the others."""
 
-    target_layers: Annotated[int | None, Ge(1)] = None
+    target_layers: Annotated[int | None, Field(ge=1)] = None
     """How many layers to leave, in place of num_fusions."""
 
-    max_divergence: Annotated[float | None, Gt(0)] = None
+    max_divergence: Annotated[float | None, Field(gt=0)] = None
     """Fuse as many layers as keep the divergence of the fused model's predictions from the base's within this, in nats
     a token. It is measured on an eighth of the given calibration sequences, none of which the model wrote, and nothing
     is fitted to that eighth."""
 
-    max_perplexity_ratio: Annotated[float | None, Gt(1)] = None
+    max_perplexity_ratio: Annotated[float | None, Field(gt=1)] = None
     """Like max_divergence, for perplexity: at most this many times the base's."""
 
-    perplexity_tokens: Annotated[int, Ge(0)] = 4000
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 4000
     """Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
     moved; 0 skips this and both models' sample texts."""
 
     speed: bool = True
     """Measure how fast the fused model is beside its base, in some seconds; only in memory and in one process."""
 
-    seed: Annotated[int, Ge(0), Le(LARGEST_SEED), Needs("is_random")] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), Needs("is_random")] = 0
     """Seed of the mutual information estimate, of the calibration text that the model writes, and of healing."""
 
-    kernel_scale: Annotated[float, Gt(0), _PUBLISHED] = 8.0
+    kernel_scale: Annotated[float, Field(gt=0), _PUBLISHED] = 8.0
     """sigma_K of the diffusion kernel."""
 
     kernel_alpha: Annotated[float, _PUBLISHED] = 0.5
     """alpha of the diffusion kernel's density normalisation."""
 
-    embedding_dim: Annotated[int, Ge(1), _PUBLISHED] = 2
+    embedding_dim: Annotated[int, Field(ge=1), _PUBLISHED] = 2
     """d, the number of manifold coordinates of each sample."""
 
-    mi_neighbors: Annotated[int, Ge(1), _PUBLISHED] = 5
+    mi_neighbors: Annotated[int, Field(ge=1), _PUBLISHED] = 5
     """k of the mutual information estimate."""
 
-    entropy_neighbors: Annotated[int, Ge(1), _PUBLISHED] = 50
+    entropy_neighbors: Annotated[int, Field(ge=1), _PUBLISHED] = 50
     """k of the entropy estimate, of k + 1 samples or more."""
 
     rank_normalize: Annotated[bool, _PUBLISHED] = True
@@ -135,10 +135,10 @@ class FusionConfig(Settings):
     ratio_beta: Annotated[float, _PUBLISHED] = 1.0
     """beta, slope of the sigmoid that makes fusion ratios of similarities."""
 
-    sample_length: Annotated[int, Ge(1), _PUBLISHED] = 512
+    sample_length: Annotated[int, Field(ge=1), _PUBLISHED] = 512
     """T_max, the most tokens of a calibration sample."""
 
-    samples_per_subject: Annotated[int, Ge(1), _PUBLISHED] = 1
+    samples_per_subject: Annotated[int, Field(ge=1), _PUBLISHED] = 1
     """Questions of each MMLU subject to calibrate on."""
 
     def _preset(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lf_hf.runtime.settings_base import RULES, Needs, OneOf, Settings, checked
@@ -19,39 +19,39 @@ RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75
 class HealSettings(Settings):
     """Settings of a healing. Raises ValueError for a value that is not allowed."""
 
-    tokens: Annotated[int, Ge(1024)] = HEAL_TOKENS
+    tokens: Annotated[int, Field(ge=1024)] = HEAL_TOKENS
     """Tokens to train on, repeats counted."""
 
     train: Annotated[str, OneOf(RELATIVE_RATES)] = "layers"
     """What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.
     "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the end."""
 
-    learning_rate: Annotated[float | None, Gt(0), Le(1)] = None
+    learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None
     """The highest learning rate, after the warm-up. By default it follows from the size of the weights: 1e-4 for
     SmolLM2-135M, 2e-5 for Gemma 3 270M, and five times that for "lora"."""
 
-    temperature: Annotated[float, Gt(0), Le(100)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """What both models' logits are divided by before they are compared."""
 
-    next_token_share: Annotated[float, Ge(0), Le(1)] = 0.2
+    next_token_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Share of the loss that is for the text's own next token; the rest is for the base's predictions."""
 
-    written_share: Annotated[float | None, Ge(0), Le(0.9)] = None
+    written_share: Annotated[float | None, Field(ge=0, le=0.9)] = None
     """Share of the tokens that the base writes itself; a third by default."""
 
-    length: Annotated[int, Ge(16)] = 512
+    length: Annotated[int, Field(ge=16)] = 512
     """Tokens of a sequence that is trained on."""
 
-    batch_tokens: Annotated[int, Ge(16)] = 2048
+    batch_tokens: Annotated[int, Field(ge=16)] = 2048
     """Tokens of a training step, over all processes."""
 
-    lora_rank: Annotated[int, Ge(1), Needs("with_adapters")] = 32
+    lora_rank: Annotated[int, Field(ge=1), Needs("with_adapters")] = 32
     """Rank of the adapters of train="lora"."""
 
-    top_k: Annotated[int, Ge(1)] = 64
+    top_k: Annotated[int, Field(ge=1)] = 64
     """How many of the base's predictions for a token are written to disk; all others are counted as one."""
 
-    seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     """Seed of the text that the base writes and of the order of sequences."""
 
     def _check_together(self) -> None:
