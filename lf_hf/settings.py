@@ -45,7 +45,6 @@ AVERAGING = ("neural_alignment", "mka")
 FITTING = ("refit", "healed")
 """Methods that fit a layer to what a group of layers computes."""
 
-
 _PUBLISHED = Needs("averages", heading="Hyper-parameters of the published method")
 
 

@@ -1,4 +1,4 @@
-"""Settings that pydantic checks: of a field's annotation, default and docstring follow its checks, option and docs."""
+"""Settings that pydantic checks. A field is written once: its option and its documentation follow from it, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OTHER = "Other Parameters"  # of a docstring
 class OneOf:
     """Marks a field of words: those that it takes."""
 
-    words: Iterable[str] = ()
+    words: Iterable[str]
 
     def __get_pydantic_core_schema__(self, *_: object) -> LiteralSchema:
         return literal_schema(list(self.words))
@@ -135,7 +135,7 @@ class Settings:
 
 
 def checked(cls: Class) -> Class:
-    """Class decorator for pydantic dataclasses of settings: one sentence for what they refuse, and a full docstring."""
+    """Class decorator for pydantic dataclasses of settings: a sentence for what they refuse, and all fields in help."""
     validate = cls.__init__
 
     def __init__(self: Settings, *args: Any, **kwargs: Any) -> None:

@@ -213,7 +213,7 @@ def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_p
 
     whole = read_points(tmp_path / "out" / RESULTS)
     lines = (tmp_path / "out" / RESULTS).read_bytes().splitlines(keepends=True)
-    kept = b"".join(line for line in lines if b'"method": "refit"' not in line)
+    kept = b"".join(line for line in lines if b'"method":"refit"' not in line)
     (tmp_path / "out" / RESULTS).write_bytes(kept)
     assert main(words) == main(words) == 0 and len(judged) == 2
     assert (tmp_path / "out" / RESULTS).read_bytes().startswith(kept)
