@@ -155,16 +155,29 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
         parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
         given = tmp_path / "chats.parquet"
     expected += ["plain text\n"] * (kind == "jsonl")
-    assert load_calibration(given, tokenizer=tokenizer).texts == expected
+    assert load_calibration([*given, []] if kind == "list" else given, tokenizer=tokenizer).texts == expected
     for corpus in (load_corpus(given, tokenizer=tokenizer), load_training_text(given, 4096, tokenizer)):
         assert next(iter(corpus.parts.values())) == "\n".join(expected)
+
+
+def test_a_part_of_a_message_has_no_fields_of_others(tmp_path: Path) -> None:
+    """As templates ask for them by name; a row of Parquet has those of all."""
+    parts = [{"type": "text", "text": "Hello"}, {"type": "image", "image": "a.png"}]
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "add", "arguments": {"b": 1}}}
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call, other]}]
+    parquet.write_table(pyarrow.table({"messages": [chat]}), tmp_path / "parts.parquet")
+    tokenizer = with_template("{% for m in messages %}{{ m | tojson }}{% endfor %}")
+    for given in ([chat], tmp_path / "parts.parquet"):
+        [written] = load_calibration(given, tokenizer=tokenizer).texts
+        assert [json.loads(message) for message in written.replace("}{", "}\n{").splitlines()] == chat
 
 
 def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
     neither = "neither a string nor a list of messages that have a role and a content"
     given: list[tuple[Any, str]] = [
         (["text", CHAT], r"^Sample 2 of strings .* cannot be used \(the model's tokenizer has no chat template\)"),
-        *(([sample], neither) for sample in ([], [{"content": "no role"}], [{"role": "no content"}], ["a", "b"])),
+        *(([sample], neither) for sample in ([{"content": "no role"}], [{"role": "no content"}], ["a", "b"])),
     ]
     for samples, message in given:
         with pytest.raises(ValueError, match=message):
