@@ -132,7 +132,7 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
+def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, base: str, tmp_path: Path, link: bool) -> None:
     folder, templates = tmp_path / "model", tmp_path / "templates"
     place = templates if link else folder / "additional_chat_templates"
     place.mkdir(parents=True)
@@ -140,13 +140,14 @@ def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path
     if link:
         (folder / "additional_chat_templates").symlink_to(templates)
     users = {place / "rag.jinja": "mine", folder / "chat_template.jinja": "mine", folder / "vocab.json": "{}"}
+    users[folder / "tokenizer.json"] = Path(base, "tokenizer.json").read_text()
     for file, content in users.items():
         file.write_text(content)
     ours: Any = copy.deepcopy(model)
     ours.tokenizer.chat_template = "ours"
     ours.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab() and tokenizer.eos_token == make_tokenizer().eos_token
     assert "mine" in (tokenizer.chat_template, tokenizer.get_chat_template("default"))
     assert all(file.read_text() == content for file, content in users.items())
     tokenizer.chat_template = {"default": "base", "rag": "base", "tool": "base"}

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -42,11 +43,11 @@ _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LARGE = 1 << 24  # bytes
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-_WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
+_WHOLE_TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG_FILE, "tokenizer.model"}  # what may be one, with its config
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
+_TOKENIZER |= _WHOLE_TOKENIZER
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, "chat_template.json")
 """Beside the tokenizer of a vision-language model: what says how it reads them."""
-_TOKENIZER |= {*_WHOLE_TOKENIZER, *PROCESSOR_FILES}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
@@ -83,7 +84,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     finish_save(folder)
     report, _, ours = _last_save(folder)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
-    names = sorted({*_TOKENIZER, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
+    names = sorted({*_TOKENIZER, *PROCESSOR_FILES, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -242,13 +243,13 @@ def _users_files(
 ) -> set[str]:
     """Names of the files that stay as the user has them: model card, templates and, as a whole, the tokenizer."""
     kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
-    tokenizer = users & _TOKENIZER
-    if own_tokenizer or not tokenizer:
+    if own_tokenizer:
         return kept
+    tokenizer = users & {*_TOKENIZER, *PROCESSOR_FILES}
     if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
         logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; remove it to get the base's.")
     kept |= tokenizer
-    if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
+    if tokenizer & _WHOLE_TOKENIZER and TOKENIZER_CONFIG_FILE in there:  # else the new one goes beside what is there
         kept |= _TOKENIZER
         kept |= {name for name in there | written if name.startswith(_TEMPLATES)}
     return kept
