@@ -415,6 +415,21 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that wrote nothing, between the making and the locking of this one."""
+    out = tmp_path / "new" / "out"
+
+    def removed_meanwhile(lock: Any, **_: Any) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(out.parent)
+        raise FileNotFoundError(lock.lock_file)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", removed_meanwhile)
+    with only_writer(out):
+        (out / "file").touch()
+    assert (out / "file").exists()
+
+
 def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
     """Whatever line of the lock's own code it meets."""
 

@@ -43,6 +43,7 @@ _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LARGE = 1 << 24  # bytes
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
+_ATTEMPTS = 20  # to lock a folder that others remove; two are rare
 _WHOLE_TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG_FILE, "tokenizer.model"}  # what may be one, with its config
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
 _TOKENIZER |= _WHOLE_TOKENIZER
@@ -113,14 +114,13 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=_LOCK_SECONDS)
+                _acquire(lock, folder, _LOCK_SECONDS)
             except Timeout:
                 if not wait:
                     raise
                 logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                lock.acquire()
+                _acquire(lock, folder, -1)
         yield
     finally:
         with suppress(Timeout, OSError):
@@ -131,6 +131,18 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
+    """Make a folder and lock it, waiting so long, or without end for -1."""
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=seconds)
+            return
+        except FileNotFoundError:  # another process, which wrote nothing, has just removed the folder
+            if not attempts_left:
+                raise
 
 
 @contextmanager
