@@ -292,7 +292,7 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     page = Path(html) if html else place / "fusion_report.html"
     pictures = write_pictures(loaded, png) if png else []
     write_page(loaded, page)
-    print(page, *pictures, sep="\n")
+    show(*map(str, (page, *pictures)))
 
 
 @app.command()

@@ -275,6 +275,12 @@ ROWS: dict[str, Row] = {
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
     "a share": (mistyped, (*HEAL, "--written-share", "all"), "must be a number >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
+    "a missing folder": (
+        failed,
+        ("fuse", "{base}", "{out}/../x", "--num-fusions", 1),
+        "x' leads through a folder that",
+    ),
+    "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "give a path in UTF-8"),
     "low memory of all": (failed, (*ONE, "--low-memory", "--device", "auto"), "onto one device"),
     "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
     "low memory and healing": (

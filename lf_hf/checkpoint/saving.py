@@ -35,6 +35,7 @@ from transformers.utils import (
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
 from lf_hf.runtime.checked_json import parse_json
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.memory import in_gib
 
 logger = logging.get_logger(__name__)
@@ -54,10 +55,15 @@ _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.i
 
 
 def checked_folder(path: object) -> Path:
-    """The folder that a user means, links followed. Raises ValueError for no path, an empty one or a file."""
+    """The folder that a user means, links followed. Raises ValueError for what is no path of a folder, or not UTF-8."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"The folder to write into must be a path, got {path!r:.80}; '.' is the current folder.")
-    folder = Path(path).resolve()
+    given = Path(path)
+    if any(place.name == ".." and not place.is_dir() for place in (given, *given.parents)):
+        raise ValueError(f"{str(path)!r} leads through a folder that does not exist; make that, or leave it out.")
+    folder = given.resolve()
+    with explained(f"{str(path)!r} cannot be written", "give a path in UTF-8", UnicodeEncodeError):
+        str(folder).encode()  # as safetensors does
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(path)!r} is a file; give a folder to save into.")
     return folder

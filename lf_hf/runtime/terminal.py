@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import speaks
 from lf_hf.runtime.settings_base import Setting, Settings
 
@@ -107,7 +108,12 @@ def show(*parts: Table | str) -> None:
     """Print tables and lines, in the process that speaks for all of a launch. A table is never cut."""
     if not speaks():
         return
-    console = Console(highlight=False)
+    with explained("What was done cannot be printed", "all files are written", OSError):
+        _print(*parts)
+
+
+def _print(*parts: Table | str) -> None:
+    console = Console(highlight=False, emoji=False)
     width = console.width if console.is_terminal else _WIDEST
     for part in parts:
         console.width = _WIDEST
