@@ -102,9 +102,8 @@ def read_points(path: Path) -> dict[str, Point]:
         try:
             point = from_json(Point, parse_json(line, "it"), "point")
         except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {str(path)!r} is no result of a sweep, so choose another folder: {error}"
-            ) from None
+            advice = "remove it, and its point is made again" if points else "choose another folder"
+            raise ValueError(f"Line {number} of {str(path)!r} is no result of a sweep, so {advice}: {error}") from None
         points[point.key] = point
     return points
 

@@ -8,12 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import logging
+
 from lf_hf.checkpoint.saving import only_writer
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
 from lf_hf.runtime.checked_json import json_ready
+from lf_hf.runtime.launch import speaks
+from lf_hf.runtime.words import plural
 
+logger = logging.get_logger(__name__)
 _MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
 
 
@@ -30,11 +35,16 @@ class Results:
         self._base = base
         self._keys = keys
         with self._alone():
-            read_points(self._file)
-            others = [name for name in _MADE if (folder / name).exists()]
-            if others and not self._file.exists():
+            others = read_points(self._file).keys() - set(keys)
+            if others and speaks():
+                logger.warning(
+                    f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
+                    "base or other arguments; they stay there, and tables and pictures hold only what this sweep asks for."
+                )
+            tables = [name for name in _MADE if (folder / name).exists()]
+            if tables and not self._file.exists():
                 raise ValueError(
-                    f"{str(folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; choose "
+                    f"{str(folder)!r} holds {', '.join(tables)}, but no {RESULTS}, so they may be yours; choose "
                     "another folder, or move them."
                 )
 

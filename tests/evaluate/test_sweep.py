@@ -155,7 +155,9 @@ def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("judged")
-def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path: Path) -> None:
+def test_a_base_is_known_by_its_content(
+    make_base: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """In a folder and in a hub's cache, and where it differs in its middle."""
     (tmp_path / "models--you--model" / "refs").mkdir(parents=True)
     (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
@@ -167,7 +169,9 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     content = bytearray((base / "model.safetensors").read_bytes())  # some megabytes
     content[len(content) // 2] ^= 1
     (base / "model.safetensors").write_bytes(content)
+    assert "also holds" not in caplog.text
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
+    assert "also holds 2 points of another base or other arguments; they stay there, and tables" in caplog.text
     asked_another, again = (
         [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)] for limit in (1, 1.0)
     )
@@ -230,6 +234,13 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
         run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
     assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_a_line_that_is_cut_off_is_named(run: Run, whole: Whole, tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_bytes(cut := (whole[0] / RESULTS).read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"Line 5 of .* is no result of a sweep, so remove it, and its point is made"):
+        run(tmp_path)
+    assert (tmp_path / RESULTS).read_bytes() == cut
 
 
 def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
