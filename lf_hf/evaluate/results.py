@@ -39,7 +39,7 @@ class Results:
             if others and speaks():
                 logger.warning(
                     f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
-                    "base or other arguments; they stay there, and tables and pictures hold only what this sweep asks for."
+                    "base or other arguments; they stay, and tables and pictures show only what this sweep asks for."
                 )
             tables = [name for name in _MADE if (folder / name).exists()]
             if tables and not self._file.exists():

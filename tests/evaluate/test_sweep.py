@@ -171,7 +171,7 @@ def test_a_base_is_known_by_its_content(
     (base / "model.safetensors").write_bytes(content)
     assert "also holds" not in caplog.text
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
-    assert "also holds 2 points of another base or other arguments; they stay there, and tables" in caplog.text
+    assert "also holds 2 points of another base or other arguments; they stay, and tables" in caplog.text
     asked_another, again = (
         [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)] for limit in (1, 1.0)
     )
