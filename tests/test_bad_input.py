@@ -187,12 +187,6 @@ ROWS: dict[str, Row] = {
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
-    "mixtral": (
-        from_folder_to_folder,
-        {},
-        "is a 'mixtral' model; it is a mixture of experts",
-        config(model_type="mixtral"),
-    ),
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
     "quantised": (python, {}, "is quantised; fuse the original", config(quantization_config={"quant_method": "gptq"})),
     "weights of another name": (python, {}, "='other' in its config; remove", config(transformers_weights="other")),

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
@@ -91,7 +90,6 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     finish_save(folder)
     report, _, ours = _last_save(folder)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
-    names = sorted({*_TOKENIZER, *PROCESSOR_FILES, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -100,8 +98,6 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
-    elif folders := [name for name in names if (folder / name).is_dir()]:
-        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
     if problem:
