@@ -192,12 +192,7 @@ ROWS: dict[str, Row] = {
     "weights of another name": (python, {}, "='other' in its config; remove", config(transformers_weights="other")),
     "endless layers": (python, {}, "layers=1000000000, but a model has 1 to 10000", config(num_hidden_layers=10**9)),
     "a start beyond the vocabulary": (python, {}, "has bos_token_id=5000, but a voc", config(bos_token_id=5000)),
-    "a context of no tokens": (
-        python,
-        {},
-        "max_position_embeddings=0, but must read",
-        config(max_position_embeddings=0),
-    ),
+    "a context of no tokens": (python, {}, "embeddings=0, but must read", config(max_position_embeddings=0)),
     "one layer": (python, {}, "has 1 layer; .* needs at least 2", config(num_hidden_layers=1)),
     "no heads": (python, {}, "has a config from which no Llama can be built", config(num_key_value_heads=0)),
     "an unknown activation": (from_folder_to_folder, {}, "no Llama can be built .*'no'", config(hidden_act="no")),

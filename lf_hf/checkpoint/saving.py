@@ -116,13 +116,7 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _explained(folder):
-            try:
-                _acquire(lock, folder, _LOCK_SECONDS)
-            except Timeout:
-                if not wait:
-                    raise
-                logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                _acquire(lock, folder, -1)
+            _acquire(lock, folder, -1 if wait else _LOCK_SECONDS)
         yield
     finally:
         with suppress(Timeout, OSError):
