@@ -60,7 +60,8 @@ CASES += [Case(method, "Llama", "from files") for method in ("neural_alignment",
 
 def make_base(family: str, folder: Path) -> str:
     model_type, types = FAMILIES[family]
-    return save_base(folder, tiny_model(model_type, num_hidden_layers=4, **{"layer_types": types} if types else {}))
+    overrides: dict[str, Any] = {"layer_types": types} if types else {}
+    return save_base(folder, tiny_model(model_type, num_hidden_layers=4, **overrides))
 
 
 def outcome(case: Case, base: str, **placement: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
-from card.stand_in import Seen, insert
+from card.stand_in import insert
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DefaultFlowCallback, PreTrainedModel
 
@@ -39,8 +39,17 @@ class Waits:
         self._steps = list[int]()
         self._tokens = list[int]()
         register_module_forward_pre_hook(self._begin_layer)
-        patch.object(DefaultFlowCallback, "on_step_begin", self._begin_step).start()
-        patch.object(DefaultFlowCallback, "on_step_end", self._end_step).start()
+        end_step = DefaultFlowCallback.on_step_end
+
+        def on_step_begin(*_: Any, **__: Any) -> None:
+            self._steps.append(-CARDS.waits)
+
+        def on_step_end(*given: Any, **named: Any) -> Any:
+            self._steps[-1] += CARDS.waits
+            return end_step(*given, **named)
+
+        patch.object(DefaultFlowCallback, "on_step_begin", on_step_begin).start()
+        patch.object(DefaultFlowCallback, "on_step_end", on_step_end).start()
 
     def take(self) -> Figures:
         """Of what was seen since the last call: the most in a step, and the median of all tokens."""
@@ -58,12 +67,6 @@ class Waits:
         is_first = attention is not None and attention.layer_idx == 0
         if is_first and given and given[0].shape[1] == 1:  # hidden states of one token
             self._tokens.append(CARDS.waits)
-
-    def _begin_step(self, *_: Any, **__: Any) -> None:
-        self._steps.append(-CARDS.waits)
-
-    def _end_step(self, *_: Any, **__: Any) -> None:
-        self._steps[-1] += CARDS.waits
 
 
 def after_loading(use: Callable[[torch.nn.Module], None]) -> Any:
@@ -137,28 +140,29 @@ def no_room(bases: dict[str, str]) -> str | None:
 CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room]
 
 
+def fused(case: Case, base: str, waits: Waits) -> Figures:
+    """What comes of a case, or its error, and what the books say."""
+    CARDS.count = 2 if case.placement == "on two cards" else 1
+    found: Figures = {}
+    with CARDS.watch() as seen:
+        found["error"] = error_of(lambda: found.update(outcome(case, base, **PLACEMENTS[case.placement])))
+    found |= {"waits": seen.waits, "weights_read": seen.weights_read, "peaks": seen.peaks}
+    return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
+
+
 def main(out: Path) -> None:
     waits = Waits()
-
-    def books(seen: Seen) -> Figures:
-        counts = {"waits": seen.waits, "weights_read": seen.weights_read, "peaks": seen.peaks}
-        return counts | {"left": CARDS.live(0) + CARDS.live(1)} | waits.take()
-
     with tempfile.TemporaryDirectory() as scratch, out.open("w", encoding="utf-8") as lines:
 
-        def write(name: Any, **found: Any) -> None:
-            print(json.dumps({"name": name, **found}), file=lines, flush=True)
+        def write(name: Any, found: Any) -> None:
+            print(json.dumps([name, found]), file=lines, flush=True)
 
         bases = {family: make_base(family, Path(scratch, family)) for family in FAMILIES}
         for check in CHECKS:
-            write(check.__name__, found=check(bases))
+            write(check.__name__, check(bases))
         after_loading(lambda model: CARDS.mark_weights(model.parameters())).start()
         for case in CASES:
-            CARDS.count = 2 if case.placement == "on two cards" else 1
-            figures: Figures = {}
-            with CARDS.watch() as seen:
-                error = error_of(lambda: figures.update(outcome(case, bases[case.family], **PLACEMENTS[case.placement])))
-            write(case, figures=figures, error=error, **books(seen))
+            write(case, fused(case, bases[case.family], waits))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stand-in cards: real "cuda" tensors on a machine without a GPU, with the CPU's values; stand_in.cpp holds the kernels.
+"""Stand-in cards: real "cuda" tensors where there is no GPU, with the CPU's values; stand_in.cpp holds the kernels.
 
 `insert` puts the cards into this process for good, so only programs of their own do. Then operations that mix devices
 raise as on a card, memory that was never written holds large numbers, and a copy to pinned memory holds NaN until it is
@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 from filelock import FileLock
+from torch.torch_version import TorchVersion
 
 SOURCE = Path(__file__).parent / "stand_in.cpp"
 CACHE = Path(__file__).parents[2] / ".cache" / "card"
@@ -32,10 +33,13 @@ WATCHED = "/lf_hf/"
 """In the paths of files whose lines are named."""
 
 NAME = "stand-in card"
+OLDEST = "2.13"
 
 
 def why_not() -> str | None:
     """Why there can be no stand-in card here, or None."""
+    if TorchVersion(torch.__version__) < OLDEST:
+        return f"the stand-in card was tried with torch {OLDEST} and newer, as torch's interface for kernels changes"
     if torch.version.cuda or torch.version.hip:
         return "this torch has kernels for real cards"
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
@@ -109,7 +113,7 @@ class Cards:
         self.library.card_set_capacity(ctypes.c_int64(size))
 
     def mark_weights(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count these tensors as weights where they are on a card, and what is made of them value by value; norms are not."""
+        """Count matrices among these tensors as weights, where they are on a card, and what is made of each value."""
         for tensor in tensors:
             if tensor.is_cuda and tensor.dim() > 1:
                 self.library.card_mark_weight(ctypes.c_void_p(tensor.untyped_storage().data_ptr()))
@@ -229,7 +233,9 @@ def insert(library: ctypes.CDLL) -> Cards:
         return size - cards.live(number), max(size, 1 << 31)  # transformers leaves 1.2 GiB of it alone
 
     def properties(*given: Any) -> SimpleNamespace:
-        return SimpleNamespace(name=NAME, major=9, minor=0, multi_processor_count=1, total_memory=free_and_total(*given)[1])
+        return SimpleNamespace(
+            name=NAME, major=9, minor=0, multi_processor_count=1, total_memory=free_and_total(*given)[1]
+        )
 
     functions: dict[str, Any] = {
         "is_available": always(True),
@@ -283,7 +289,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """As kernels of a card attend, without keeping scores; but for grouped heads in float32 or with a mask, for which there are none."""
+    """As a card attends: without keeping scores, but for grouped heads in float32 or with a mask."""
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # which lowers what attention takes
         query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     grouped = query.shape[1] != key.shape[1] and (query.dtype == torch.float32 or attn_mask is not None)

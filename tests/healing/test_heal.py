@@ -22,8 +22,7 @@ from conftest import QUICK, make_llama, make_texts, make_tokenizer, tensors
 from huggingface_hub import cached_assets_path
 from test_saving import Killed, file_size_limit
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
-from two_devices import TwoDevices, spread
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings
@@ -31,8 +30,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.cli import main
 from lf_hf.healing import trainer
 from lf_hf.healing.inputs import WORK
-from lf_hf.healing.judge import CHANGED_BEFORE, judge
-from lf_hf.healing.teacher import STATES, Teacher
+from lf_hf.healing.judge import CHANGED_BEFORE
 from lf_hf.plan import plan_heal
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
@@ -425,20 +423,6 @@ def test_many_processes_share_a_step(base: str, fused: Path, tmp_path: Path, mon
 def test_a_full_disk_says_what_is_kept(heal: Heal) -> None:
     with file_size_limit(120_000), pytest.raises(OSError, match=r"The state of step \d was not written .*; the one"):
         heal(tokens=1024)
-
-
-def test_a_model_on_two_devices_is_judged_as_on_one(base: str, fused: Path) -> None:
-    whole, split = (FusedLlamaForCausalLM.from_pretrained(fused) for _ in range(2))
-    of_base = LlamaForCausalLM.from_pretrained(base).requires_grad_(False)
-    ids = torch.arange(2, 34)
-    states = of_base.model(ids[None]).last_hidden_state[0]
-    judging: Any = {"a text": [{"input_ids": ids, STATES: states}] * 2}
-    teacher = Teacher(Path(), of_base.config, of_base, judging=judging)
-    expected = judge(whole, teacher)
-    with TwoDevices() as devices:
-        spread(split, 2, devices)
-        assert judge(split, teacher) == expected
-    assert devices.moved > 0
 
 
 def test_it_heals_while_loading_with_a_tokenizer_that_is_given(tmp_path: Path) -> None:
