@@ -7,13 +7,14 @@ Pure arithmetic on a config, settings and a machine, which need not be this one:
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,7 +29,7 @@ from lf_hf.decoder.generating import WRITTEN_LENGTH
 from lf_hf.decoder.interface import set_config_layers
 from lf_hf.families import head_dim
 from lf_hf.models import family_of, model_class, text_model
-from lf_hf.runtime.memory import PROCESS, free_memory, in_gib
+from lf_hf.runtime.memory import free_memory, in_gib
 from lf_hf.runtime.numerics import bfloat16_products, computes_bfloat16
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.text.judging import PERPLEXITY_LENGTH
@@ -38,6 +39,7 @@ CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
 """Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card."""
 _BATCH_SHARE = 16  # of another card, one part in so many
 _BATCH_COPIES = 64  # bytes for each token and channel of an MLP, see `Decoder.batch_indices`
+_PYTHON, _OF_TOKENIZER = 13 << 26, 512  # bytes that Python takes with all libraries, and a token of the vocabulary
 CONTEXT = 1 << 30
 """Bytes of a card for its kernels and the workspaces of its libraries."""
 _LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
@@ -99,6 +101,10 @@ class Machine:
     @property
     def has_card(self) -> bool:
         return self.device != "cpu"
+
+    def own_bytes(self, vocab: int) -> int:
+        """Bytes that are taken before there are weights, where layers compute."""
+        return CONTEXT if self.has_card else _PYTHON + _OF_TOKENIZER * vocab
 
     @classmethod
     def here(
@@ -211,8 +217,8 @@ class _Fusion:
     config: FusionConfig
     batch_bytes: int
     on_card: bool
+    heal_tokens: int
     few_reads: bool  # whether weights lie on a disk, so that the model writes nothing
-    heal_tokens: int = 0
 
     @property
     def fusions(self) -> int:
@@ -226,14 +232,31 @@ class _Fusion:
     @property
     def groups(self) -> int:
         """About how many groups there are."""
-        return 1 if self.config.selection == "last" else math.ceil(self.fusions * 2 / 3)
+        return 1 if self.config.selection == "last" else math.ceil(self.fusions / 2)
 
     @property
     def judged(self) -> int:
         """Tokens of both judging texts."""
         return 2 * self.config.perplexity_tokens
 
+    @property
+    def passing(self) -> int:
+        """Bytes of layers that come and go, and of embeddings, where weights lie elsewhere."""
+        layers = _OFFLOADED + self.longest * self.config.fits
+        return layers * self.shape.layer_bytes + self.shape.head * self.shape.size
+
+    @property
+    def lists(self) -> int:
+        """The most bytes of lists of states."""
+        return max(need.lists for need in self.needs.values())
+
+    def most(self, states: str) -> int:
+        """The most bytes of a phase, with lists of states where these are on the "device"."""
+        return max(need.inside + need.lists * (states == "device") for need in self.needs.values())
+
+    @cached_property
     def needs(self) -> dict[str, Need]:
+        """The phases by name, in their order."""
         phases = {"measure": self._measure()}
         if self.config.needs_text:
             phases["choose"] = self._choose()
@@ -267,13 +290,12 @@ class _Fusion:
     def _written(self, rows: int, steps: int) -> tuple[int, Work]:
         """Bytes and work of text that a model writes, `rows` sequences together."""
         shape = self.shape
-        cache = rows * steps * shape.layers * 2 * shape.keys * shape.size
-        one_layer = rows * steps * (2 * shape.keys + 2 * shape.queries) * shape.size  # grown, and keys for all queries
+        of_layer = rows * steps * 2 * shape.keys * shape.size
+        cache = of_layer * (shape.layers + 1)  # one of them beside what it grows to
         logits = rows * shape.vocab * (shape.size + 12 * self.on_card)  # float32, softmax and its sums
         work = self._forward(rows * steps, shape.layers) + self._head(rows * steps)
-        moved = rows * steps * steps // 2 * shape.layers * (3 * shape.keys + 2 * shape.queries) * shape.size
-        work += Work(calls=steps * shape.layers, bytes=moved)
-        return cache + one_layer + logits, work
+        work += Work(calls=steps * shape.layers, bytes=of_layer * shape.layers * steps // 2)  # written anew each step
+        return cache + logits, work
 
     def _measure(self) -> Need:
         """Judging, what the model writes, and samples or the final states of what is healed on."""
@@ -345,7 +367,9 @@ class _Fusion:
         inside, _ = self._fit(tokens, self.longest, rough=False)
         tuned = _TRAINED_BYTES * shape.layer + max(_STEP_TOKENS, length) * activation_bytes(shape)
         passes = max(1, min(_TUNED_PASSES, round(_TUNED_TOKENS / tokens)))
-        work = self._forward(2 * tokens, shape.layers)  # both streams on their way up
+        work = self._forward(
+            tokens, shape.layers
+        )  # the dense stream up to the last group, and the other one from the first
         _, of_fit = self._fit(tokens, joined, rough=False)
         trained = Work(layer=6 * shape.layer * passes * tokens)
         trained += Work(bytes=passes * tokens // _STEP_TOKENS * _STEP_BYTES * shape.layer)
@@ -361,7 +385,7 @@ class _Fusion:
         work = Work(bytes=self.fusions * shape.layer * 40)
         if self.config.alignment != "none":
             for rows in (shape.mlp, shape.mlp, shape.hidden, shape.queries, shape.keys, shape.keys, shape.hidden):
-                work += Work(product=2 * rows * rows * shape.hidden, bytes=int(40 * rows**2.5))
+                work += Work(product=2 * rows * rows * shape.hidden, bytes=int(12 * rows**2.5))
         return _times(work, self.fusions)
 
     def _fit(self, tokens: int, joined: int, *, rough: bool) -> tuple[int, Work]:
@@ -495,7 +519,8 @@ class Plan:
         if self.healing is not None:
             lines.append(f"training: {self.healing.why}")
         peak = ", ".join(
-            f"{in_gib(size)} of {in_gib(self.machine.free[place])} on {place}" for place, size in self.peak.items()
+            f"{in_gib(size)} of {in_gib(self.machine.free.get(place, 0))} on {place}"
+            for place, size in self.peak.items()
         )
         lines += [f"peak memory, about: {peak}", f"disk, while it runs, at most about: {in_gib(self.disk)}"]
         if self.minutes is None:
@@ -541,52 +566,43 @@ def plan(
     """
     with torch.device("meta"):
         model = model_class(config)(config)
-    shape, device, on_card = Shape.of(model, dtype.itemsize), machine.device, machine.has_card
-    free = machine.free[device]
-    batch_bytes = min(max(CPU_BATCH, free // _BATCH_SHARE), LARGEST_BATCH) if on_card else CPU_BATCH
+    shape, device = Shape.of(model, dtype.itemsize), machine.device
+    batch_bytes = CPU_BATCH
+    if machine.has_card:
+        batch_bytes = min(max(CPU_BATCH, machine.free[device] // _BATCH_SHARE), LARGEST_BATCH)
     heal_tokens = healing.tokens if healing else 0
-    on_disk = low_memory or (device_map is not None and "disk" in device_map.values())
-    of = partial(_Fusion, shape, fusion, batch_bytes, on_card, heal_tokens=heal_tokens)
-    needs = of(few_reads=on_disk).needs()
-    own = CONTEXT if on_card else PROCESS
-    passing = (_OFFLOADED + of(few_reads=False).longest * fusion.fits) * shape.layer_bytes + shape.head * shape.size
-    states = _place_of_states(shape, needs, machine, own, passing, low_memory=low_memory)
-    room = own + max(need.inside + need.lists * (states == "device") for need in needs.values())
+    phases_of = partial(_Fusion, shape, fusion, batch_bytes, machine.has_card, heal_tokens)
+    phases = phases_of(few_reads=low_memory)
+    own = machine.own_bytes(shape.vocab)
+    states = _place_of_states(shape, phases, machine, low_memory=low_memory)
+    room = own + phases.most(states)
+    passing = 0  # bytes of layers that come and go
     if low_memory:
         device_map = {"": "disk"}
-    elif device_map is None and shape.bytes + room > free:
-        device_map = _placed(model, dtype, machine, room)
-        if "disk" in device_map.values():
-            needs = of(few_reads=True).needs()
+    if device_map is not None or shape.bytes + room > machine.free[device]:
+        passing = phases.passing
+        device_map = device_map or _placed(model, dtype, machine, room + passing)
+        phases = phases_of(few_reads="disk" in device_map.values())
     weights = _weights_by_place(model, dtype, device_map or {"": device})
-    offloaded = passing if sum(weights.values()) > weights.get(device, 0) else 0
-    beside = own + weights.get(device, 0) + offloaded
-    phases = {name: beside + need.inside + need.lists * (states == "device") for name, need in needs.items()}
-    if max(phases.values()) > free:
-        least = max(phases.values()) - weights.get(device, 0) + (0 if offloaded else passing)
-        raise NoRoom(
-            f"{in_gib(free)} are free on {device}, and {in_gib(min(least, max(phases.values())))} are the least that "
-            f"method={fusion.method!r} of this model takes; give a device with more, or fewer calibration_tokens."
-        )
+    beside = own + weights.get(device, 0) + passing
+    by_phase = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
     steps = None
     if healing is not None:
         steps = plan_healing(shape, fusion, machine, healing)
-        phases["heal"] = steps.bytes
-    peak = {device: max(phases.values())}
-    lists = max(need.lists for need in needs.values())
-    if on_card:
-        peak["cpu"] = PROCESS + CONTEXT + weights.get("cpu", 0) + lists * (states == "host")
-    out = (shape.total - fused_layers(fusion) * shape.layer) * shape.size
-    training = shape.hidden * 2 * heal_tokens + (steps.disk if steps else 0)
-    disk = out + max(lists * (states == "disk"), training) + weights.get("disk", 0)
-    work = {name: need.work for name, need in needs.items()}
-    if steps is not None:
-        judge = work.pop("judge")
-        work |= {"heal": steps.work, "judge": _times(judge, 2)}
+        by_phase["heal"] = steps.bytes
+    peak = {device: max(by_phase.values())}
+    if machine.has_card:
+        peak["cpu"] = _PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
+    made = (shape.total - fused_layers(fusion) * shape.layer) * shape.size
+    training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
+    disk = made + max(phases.lists * (states == "disk"), training) + weights.get("disk", 0)
     minutes = None
     if rates is not None:
+        work = {name: need.work for name, need in phases.needs.items()}
+        if steps is not None:
+            work |= {"heal": steps.work, "judge": _times(work.pop("judge"), 2)}
         minutes = {name: sum(amount / rates[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
-    return Plan(machine, device_map, batch_bytes, states, steps, weights, phases, peak, disk, minutes)
+    return Plan(machine, device_map, batch_bytes, states, steps, weights, by_phase, peak, disk, minutes)
 
 
 def fused_layers(fusion: FusionConfig) -> int:
@@ -595,29 +611,35 @@ def fused_layers(fusion: FusionConfig) -> int:
 
 
 def _place_of_states(
-    shape: Shape, needs: Mapping[str, Need], machine: Machine, own: int, passing: int, *, low_memory: bool
+    shape: Shape, phases: _Fusion, machine: Machine, *, low_memory: bool
 ) -> Literal["device", "host", "disk"]:
     """Where lists of states rest: where layers compute, if they fit beside all weights, else as near as they fit."""
-    lists = max(need.lists for need in needs.values())
     if low_memory and not machine.has_card:
-        return "device" if lists <= _LOW_MEMORY_STATES else "disk"
-    together = max(need.inside + need.lists for need in needs.values())
-    if own + together + (passing if low_memory else shape.bytes) <= machine.free[machine.device]:
+        return "device" if phases.lists <= _LOW_MEMORY_STATES else "disk"
+    weights = phases.passing if low_memory else shape.bytes
+    if machine.own_bytes(shape.vocab) + phases.most("device") + weights <= machine.free[machine.device]:
         return "device"
-    if machine.has_card and lists <= machine.free.get("cpu", 0) // 2:  # the rest is for layers
+    if machine.has_card and phases.lists <= machine.free.get("cpu", 0) // 2:  # the rest is for layers
         return "host"
     return "disk"
 
 
 def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int) -> dict[str, str | int]:
-    """Where accelerate puts the layers, if `room` stays free on each card, or in memory where that computes."""
+    """Where accelerate puts layers, if `room` stays free where they compute. Raises NoRoom if that is too much."""
+    device = machine.device
+    if room > machine.free[device]:
+        raise NoRoom(
+            f"{in_gib(machine.free[device])} are free on {device}, and fusing this model takes {in_gib(room)} there at "
+            "least, with all weights elsewhere; give a device with so much, or fewer calibration_tokens."
+        )
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
-        if place == "disk":
-            continue
-        index = torch.device(place).index
-        kept = room if place == machine.device or index is not None else PROCESS + CONTEXT
-        most[place if index is None else index] = max(0, size - kept)
+        if place != "disk":
+            index = torch.device(place).index
+            kept = _PYTHON + CONTEXT if place == "cpu" != device else room
+            most[place if index is None else index] = max(0, size - kept)
+    if not machine.is_here:  # accelerate warns of devices that it does not find
+        logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
     layer = family_of(model.config).decoder_layer.__name__
     return dict(infer_auto_device_map(model, most, no_split_module_classes=[layer], dtype=dtype))
 
@@ -639,8 +661,7 @@ def plan_healing(shape: Shape, fusion: FusionConfig, machine: Machine, healing: 
     it trains, and what is not trained is its own. Raises NoRoom where no rung fits.
     """
     layers = shape.layers - fused_layers(fusion)
-    own = CONTEXT if machine.has_card else PROCESS
-    free = machine.free[machine.device]
+    own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
     trained_by: dict[Train, int] = {
         "layers": layers * shape.layer,
         "fused": fused_layers(fusion) * shape.layer,
