@@ -79,7 +79,15 @@ _TRAINED: dict[Train, str] = {
 
 
 class NoRoom(ValueError):
-    """No way to run fits the machine; the message names the smallest one that would do."""
+    """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
+
+    def __init__(self, what: str, machine: Machine, needed: int, advice: str) -> None:
+        device = machine.device
+        super().__init__(
+            f"{in_gib(machine.free[device])} are free on {device}, and {what} takes {in_gib(needed)} there at least; "
+            f"give a device with so much, or {advice}."
+        )
+        self.needed = needed
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ class _Fusion:
     batch_bytes: int
     on_card: bool
     heal_tokens: int
+    longest: int  # layers that may become one
     few_reads: bool  # whether weights lie on a disk, so that the model writes nothing
 
     @property
@@ -225,14 +234,10 @@ class _Fusion:
         return self.config.num_fusions or 1
 
     @property
-    def longest(self) -> int:
-        """Layers that may become one."""
-        return min(self.fusions + 1, LONGEST_GROUP) if self.config.selection == "groups" else self.fusions + 1
-
-    @property
     def groups(self) -> int:
         """About how many groups there are."""
-        return 1 if self.config.selection == "last" else math.ceil(self.fusions / 2)
+        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 2}  # layers that go in it
+        return math.ceil(self.fusions / a_group[self.config.selection])
 
     @property
     def judged(self) -> int:
@@ -371,7 +376,7 @@ class _Fusion:
             tokens, shape.layers
         )  # the dense stream up to the last group, and the other one from the first
         _, of_fit = self._fit(tokens, joined, rough=False)
-        trained = Work(layer=6 * shape.layer * passes * tokens)
+        trained = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
         trained += Work(bytes=passes * tokens // _STEP_TOKENS * _STEP_BYTES * shape.layer)
         # Lists: before and between the halves of each layer, after them, and of the model as it becomes, twice.
         lists = self._states((2 * self.longest + 4) * tokens)
@@ -500,6 +505,7 @@ class Plan:
     device_map: dict[str, str | int] | None  # for from_pretrained; None: whole on one device
     batch_bytes: int
     states: Literal["device", "host", "disk"]
+    longest: int  # layers that may become one, where that is a choice
     healing: HealingPlan | None
     weights: dict[str, int]
     phases: dict[str, int]
@@ -515,7 +521,7 @@ class Plan:
         """All of it, for people."""
         where = ", ".join(f"{in_gib(size)} on {place}" for place, size in self.weights.items() if size)
         states = {"device": f"on {self.device}", "host": "in memory", "disk": "on disk"}[self.states]
-        lines = [f"weights: {where}; hidden states {states}"]
+        lines = [f"weights: {where}; hidden states {states}; at most {self.longest} layers become one"]
         if self.healing is not None:
             lines.append(f"training: {self.healing.why}")
         peak = ", ".join(
@@ -572,18 +578,18 @@ def plan(
         batch_bytes = min(max(CPU_BATCH, machine.free[device] // _BATCH_SHARE), LARGEST_BATCH)
     heal_tokens = healing.tokens if healing else 0
     phases_of = partial(_Fusion, shape, fusion, batch_bytes, machine.has_card, heal_tokens)
-    phases = phases_of(few_reads=low_memory)
-    own = machine.own_bytes(shape.vocab)
-    states = _place_of_states(shape, phases, machine, low_memory=low_memory)
+    own, free = machine.own_bytes(shape.vocab), machine.free[device]
+    longest, phases = _longest_that_fits(phases_of, fusion, free - own)
+    states = _place_of_states(phases, machine, free - own, low_memory=low_memory)
     room = own + phases.most(states)
-    passing = 0  # bytes of layers that come and go
     if low_memory:
         device_map = {"": "disk"}
-    if device_map is not None or shape.bytes + room > machine.free[device]:
-        passing = phases.passing
-        device_map = device_map or _placed(model, dtype, machine, room + passing)
-        phases = phases_of(few_reads="disk" in device_map.values())
+    elif device_map is None and shape.bytes + room > free:
+        in_memory = phases.lists * (states == "host")
+        device_map = _placed(model, dtype, machine, room + phases.passing, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device})
+    phases = phases_of(longest, few_reads="disk" in weights)
+    passing = phases.passing * (weights.keys() != {device})
     beside = own + weights.get(device, 0) + passing
     by_phase = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
     steps = None
@@ -602,7 +608,7 @@ def plan(
         if steps is not None:
             work |= {"heal": steps.work, "judge": _times(work.pop("judge"), 2)}
         minutes = {name: sum(amount / rates[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
-    return Plan(machine, device_map, batch_bytes, states, steps, weights, by_phase, peak, disk, minutes)
+    return Plan(machine, device_map, batch_bytes, states, longest, steps, weights, by_phase, peak, disk, minutes)
 
 
 def fused_layers(fusion: FusionConfig) -> int:
@@ -610,33 +616,45 @@ def fused_layers(fusion: FusionConfig) -> int:
     return fusion.num_fusions or 1
 
 
+def _longest_that_fits(phases_of: Callable[..., _Fusion], fusion: FusionConfig, free: int) -> tuple[int, _Fusion]:
+    """How many layers may become one, where long groups are a choice: as many as fit, with what else lies elsewhere."""
+    longest = fused_layers(fusion) + 1
+    if fusion.selection == "groups":
+        longest = min(longest, LONGEST_GROUP)
+    phases = phases_of(longest, few_reads=False)
+    least = 2 if fusion.selection == "groups" else longest
+    while longest > least and phases.most("elsewhere") + min(phases.passing, phases.shape.bytes) > free:
+        longest -= 1
+        phases = phases_of(longest, few_reads=False)
+    return longest, phases
+
+
 def _place_of_states(
-    shape: Shape, phases: _Fusion, machine: Machine, *, low_memory: bool
+    phases: _Fusion, machine: Machine, free: int, *, low_memory: bool
 ) -> Literal["device", "host", "disk"]:
     """Where lists of states rest: where layers compute, if they fit beside all weights, else as near as they fit."""
     if low_memory and not machine.has_card:
         return "device" if phases.lists <= _LOW_MEMORY_STATES else "disk"
-    weights = phases.passing if low_memory else shape.bytes
-    if machine.own_bytes(shape.vocab) + phases.most("device") + weights <= machine.free[machine.device]:
+    if phases.most("device") + (phases.passing if low_memory else phases.shape.bytes) <= free:
         return "device"
     if machine.has_card and phases.lists <= machine.free.get("cpu", 0) // 2:  # the rest is for layers
         return "host"
     return "disk"
 
 
-def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int) -> dict[str, str | int]:
-    """Where accelerate puts layers, if `room` stays free where they compute. Raises NoRoom if that is too much."""
+def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memory: int) -> dict[str, str | int]:
+    """Where accelerate puts layers, if `room` stays free where they compute, and beside a card so much `in_memory`.
+
+    Raises NoRoom if there is no such room.
+    """
     device = machine.device
     if room > machine.free[device]:
-        raise NoRoom(
-            f"{in_gib(machine.free[device])} are free on {device}, and fusing this model takes {in_gib(room)} there at "
-            "least, with all weights elsewhere; give a device with so much, or fewer calibration_tokens."
-        )
+        raise NoRoom("fusing, with all weights elsewhere,", machine, room, "fewer calibration_tokens")
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
         if place != "disk":
             index = torch.device(place).index
-            kept = _PYTHON + CONTEXT if place == "cpu" != device else room
+            kept = _PYTHON + CONTEXT + in_memory if place == "cpu" != device else room
             most[place if index is None else index] = max(0, size - kept)
     if not machine.is_here:  # accelerate warns of devices that it does not find
         logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
@@ -685,10 +703,8 @@ def plan_healing(shape: Shape, fusion: FusionConfig, machine: Machine, healing: 
         work = _healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
         disk = _STATES * _ADAMW_STATE * trained
         return HealingPlan(train, checkpoints, sequences, why, trained, takes, disk, work)
-    raise NoRoom(
-        f"{in_gib(free)} are free on {machine.device}, and healing takes {in_gib(least[ladder[-1]])} at least, with "
-        f"train={ladder[-1]!r} and gradient checkpointing; give a device with so much, or method='refit'."
-    )
+    what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
+    raise NoRoom(what, machine, least[ladder[-1]], "method='refit'")
 
 
 def _healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tokens: int, *, checkpoints: bool) -> int:
