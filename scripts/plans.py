@@ -13,7 +13,8 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from lf_hf import FusionConfig
 from lf_hf.runtime.memory import in_gib
-from lf_hf.space import Machine, NoRoom, plan
+from lf_hf.space.machine import Machine, NoRoom
+from lf_hf.space.plan import plan
 
 GIB, GB = 1 << 30, 10**9
 WIDE: dict[str, Any] = {"num_key_value_heads": 8, "tie_word_embeddings": False, "dtype": torch.bfloat16}

@@ -16,7 +16,9 @@ from conftest import ROOT
 import lf_hf
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "runtime settings families models text report checkpoint decoder refit stages measure choose pipeline".split()
+ORDER = (
+    "runtime settings families models text report checkpoint decoder space refit stages measure choose pipeline".split()
+)
 ORDER += "healing inputs fuse __init__ evaluate plan cli".split()
 
 

@@ -12,7 +12,9 @@ from conftest import TINY
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig
-from lf_hf.space import Machine, NoRoom, Plan, plan, probe, read_max_memory
+from lf_hf.space.machine import Machine, NoRoom, read_max_memory
+from lf_hf.space.plan import Plan, plan
+from lf_hf.space.probe import probe
 
 GIB = 1 << 30
 SHAPE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
