@@ -130,9 +130,14 @@ class Phases:
 
     @property
     def groups(self) -> int:
-        """About how many groups there are."""
-        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 2}  # layers that go in it
-        return math.ceil(self.fusions / a_group[self.config.selection])
+        """About how many groups there are: by cost few long ones are chosen, and by influence mostly pairs."""
+        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 3}  # layers that go in it
+        return max(1, round(self.fusions / a_group[self.config.selection]))
+
+    @property
+    def joined(self) -> int:
+        """About how many layers a group has."""
+        return 1 + math.ceil(self.fusions / self.groups)
 
     @property
     def passing(self) -> int:
@@ -239,20 +244,20 @@ class Phases:
         # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
         lists = self._states((shape.layers + 1) * (fitted + judging) + self.longest * fitted)
         lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
-        fitting, work_of_fit = self._fit(fitted, 2, rough=True)
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)
+        _, of_short = self._fit(fitted, 2, rough=True)
+        _, of_sets = self._fit(fitted, self.joined, rough=True)
         judged_at_once = self._batch(JUDGING_LENGTH) // stride
-        inside = self._running(length) + max(fitting, longest_fit, self._logits(judged_at_once, _JUDGED_AT_ONCE))
+        inside = self._running(length) + max(longest_fit, self._logits(judged_at_once, _JUDGED_AT_ONCE))
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)
         work += self._forward(trials * (fitted + judging), shape.layers * 2 // 3)
         work += self._head((measured * judging_groups + trials * judging) // stride)
-        return Need(inside, lists, work + times(work_of_fit, measured + trials * self.groups))
+        return Need(inside, lists, work + times(of_short, measured) + times(of_sets, trials * self.groups))
 
     def _make(self) -> Need:
         shape, config = self.shape, self.config
-        joined = 1 + math.ceil(self.fusions / self.groups)  # layers of a group, on average
         made = self.groups * shape.layer_bytes
         if config.averages:
             rows = shape.mlp if config.alignment != "none" else 0
@@ -265,7 +270,7 @@ class Phases:
         passes = max(1, min(_TUNED_PASSES, round(_TUNED_TOKENS / tokens)))
         # One stream from the first to the last group, and the dense one up to that: as long as all layers together.
         work = self._forward(tokens, shape.layers)
-        _, of_fit = self._fit(tokens, joined, rough=False)
+        _, of_fit = self._fit(tokens, self.joined, rough=False)
         trained = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
         trained += Work(bytes=passes * tokens // _STEP_TOKENS * STEP_BYTES * shape.layer)
         # Lists: before and between the halves of each layer, after them, and of the model as it becomes, twice.
