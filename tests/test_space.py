@@ -109,7 +109,7 @@ def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
 )
 def test_more_takes_no_less(more: dict[str, Any]) -> None:
     rates = dict.fromkeys(("layer", "head", "product", "solve", "logits", "calls", "bytes"), 1e12)
-    one = {"num_fusions": 4, "method": "refit"}
+    one: dict[str, Any] = {"num_fusions": 4, "method": "refit"}
     less, much = (
         plan(WIDE, torch.bfloat16, FusionConfig(**arguments), machine(80), rates=rates)
         for arguments in (one, one | more)

@@ -258,7 +258,7 @@ class Phases:
 
     def _make(self) -> Need:
         shape, config = self.shape, self.config
-        made = self.groups * shape.layer_bytes
+        made = self.fusions * shape.layer_bytes  # at most
         if config.averages:
             rows = shape.mlp if config.alignment != "none" else 0
             return Need(made + 12 * rows**2 + 12 * shape.hidden * rows, 0, self._average())
