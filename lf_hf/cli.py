@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ import click
 import lf_hf
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
-from lf_hf.healing.settings import HealSettings
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.runtime.launch import OtherProcessError, local_rank, rank, speaks
 from lf_hf.runtime.settings_base import Settings
 from lf_hf.runtime.terminal import Command, as_options, options, setting_options, show, table
-from lf_hf.settings import LEVELS, METHODS, FusionConfig
+from lf_hf.settings import LEVELS, METHODS, FusionConfig, HealSettings
 
 _GUIDE = """\b
 Examples:
@@ -114,6 +113,16 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _gone(name: str, why: str) -> Callable[[Any], Any]:
+    """An option of an earlier version, which says why it is not there any more."""
+
+    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(f"{name} is gone, as {why}; leave it out.")
+
+    return click.option(name, hidden=True, expose_value=False, callback=refuse)
+
+
 _LIST: dict[str, Any] = {"metavar": "A,B,...", "type": _names}
 _BASE = click.argument("base")
 _CALIBRATION = click.option(
@@ -126,12 +135,16 @@ _HUB = options(
     click.option("--gguf-file", metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read."),
     click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub."),
 )
+_MAX_MEMORY = click.option(
+    "--max-memory", metavar="PLACES", help="What may be used of each place, such as cuda:0=20GiB,cpu=30GiB."
+)
 _LOADING = options(
     _HUB,
     click.option(
         "--dtype", type=click.Choice(_DTYPES), help="What weights are computed in.  [default: as BASE has it]"
     ),
-    click.option("--device", "device_map", help="cpu, cuda, cuda:1, or auto for all GPUs.  [default: cpu]"),
+    click.option("--device", "device_map", help="cpu, cuda, cuda:1, or auto for all.  [default: a GPU if any]"),
+    _MAX_MEMORY,
 )
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
 
@@ -164,13 +177,13 @@ def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> 
         config = FusionConfig(**settings)
     opened = Base.open(base, others)
     if dry_run:
-        from lf_hf.plan import plan_fusion
+        from lf_hf.inputs.dry_run import plan_fusion
 
         plan = plan_fusion(opened, config, out=out, low_memory=low_memory, calibration=calibration)
         show(_with_options(plan.summary()))
         return
     # Their notes stand below the table.
-    with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.judge"):
+    with _without_warnings("lf_hf.measure.dense", "lf_hf.pipeline", "lf_hf.healing.result"):
         report = lf_hf.fuse_checkpoint(opened, out, config, low_memory=low_memory, calibration=calibration)
     if not speaks():
         return
@@ -191,9 +204,11 @@ def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> 
 @click.argument("out")
 @click.option("--base", metavar="BASE", help="What was fused.  [default: what FUSED names, if that is on the hub]")
 @click.option("--text", metavar="FILE", help="Text to heal on, as fuse --calibration.  [default: general or bundled]")
-@click.option("--cache", metavar="DIR", help="Keep BASE's predictions in this folder, for all healings of its models.")
+@_gone("--cache", "the base's states lie in OUT until the healing is done")
+@_gone("--top-k", "healing compares all predictions")
 @click.option("--arg", metavar="NAME=VALUE", multiple=True, help="A field of TrainingArguments; may be repeated.")
 @_HUB
+@_MAX_MEMORY
 @_DRY_RUN
 @setting_options(HealSettings)
 def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any) -> None:
@@ -210,15 +225,14 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
         others["settings"] = HealSettings(**settings)
         others["training_args"] = parse_training_arguments(arg)
     if dry_run:
-        from lf_hf.plan import plan_heal
+        from lf_hf.inputs.dry_run import plan_heal
 
         show(_with_options(plan_heal(fused, out, **others).summary()))
         return
-    with _without_warnings("lf_hf.healing.judge"):  # its notes stand below the table
+    with _without_warnings("lf_hf.healing.result"):  # its notes stand below the table
         report = lf_hf.heal(fused, out, **others)
     assert report.healed is not None
-    teacher = f"The base's predictions were {report.healed.teacher}."
-    show(table(out, *as_table(report.rows())), report.healed.summary(), teacher)
+    show(table(out, *as_table(report.rows())), report.healed.summary())
     show(*map(_with_options, report.notes))
 
 
@@ -244,7 +258,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 @click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")
 @click.option("--metadata", metavar="JSON", type=_json_object, help='For the tasks, such as {"mmlu_dir": "DIR"}.')
 @_CALIBRATION
-@click.option("--heal-cache", metavar="DIR", help="With --heal-tokens: keep BASE's predictions here, as heal --cache.")
+@_gone("--heal-cache", "a sweep measures BASE once for all points")
 @_LOADING
 @setting_options(FusionConfig, *_MECHANICS)
 def sweep(base: str, out: str, **given: Any) -> None:
@@ -292,7 +306,7 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     page = Path(html) if html else place / "fusion_report.html"
     pictures = write_pictures(loaded, png) if png else []
     write_page(loaded, page)
-    print(page, *pictures, sep="\n")
+    show(*map(str, (page, *pictures)))
 
 
 @app.command()

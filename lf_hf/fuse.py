@@ -5,38 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import HUB_ARGUMENTS, SPREAD, Base, is_spread
-from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class, write_config
-from lf_hf.checkpoint.companions import write_companions
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import why_not_reused
-from lf_hf.checkpoint.saving import check_replaceable, checked_folder, only_writer, replaced_files
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.healing.inputs import WORK
-from lf_hf.inputs import FusionInputs
-from lf_hf.measure.speed import with_speed
-from lf_hf.models import model_class as stock_class
+from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, only_writer, replaced_files
+from lf_hf.families.models import model_class as stock_class
+from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import Processes, compute_once, local_rank
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES = 500_000_000
 """Size of an output file, about."""
-_FUSED = "fused"  # in the hidden folder of a healing: the model that it starts from
+_SCRATCH = ".lf_hf-scratch"
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
@@ -142,54 +136,13 @@ def from_pretrained_fused(
         raise ValueError(f"{opened.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     if folder is not None:
-        return _kept_or_made(model_class, inputs, folder)
-    inputs.check()
-    return _make(model_class, inputs)
+        return _kept_in(folder, model_class, inputs)
+    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+
+    return pipeline.run(inputs, model_class, inputs.check())
 
 
-def _make(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path | None = None) -> Any:
-    """Fuse the base in memory, and heal the result where that is asked for.
-
-    With `folder`, where the result goes, the fused model and the states of its healing are in a hidden folder there
-    until the caller removes it: after an interruption the same call goes on from them.
-    """
-    if inputs.to_heal is None:
-        return _fuse_in_memory(model_class, inputs)
-    from lf_hf.healing.heal import heal_loaded  # imports the Trainer, which takes seconds
-
-    work = None
-    if folder is None:
-        model = _fuse_in_memory(model_class, inputs.unhealed)
-    else:
-        work, made_of = folder / WORK, inputs.unhealed.identity()
-        reason = compute_once(lambda: any(work.glob("checkpoint-*")) and why_not_reused(work / _FUSED, made_of))
-        if reason:
-            advice = f"give its command again, or remove {str(work)!r} to begin anew"
-            raise ValueError(f"{reason} Its healing was cut short; {advice}.")
-        model = _kept_or_made(model_class, inputs.unhealed, work / _FUSED)
-        model.name_or_path = model.config._name_or_path = ""  # it is not to be found there for long
-        model._opened_in = None
-        if inputs.calibration is None:  # an interrupted healing goes on with the default text that it began with
-            inputs = dataclasses.replace(inputs, calibration=_earlier_default(work / _FUSED))
-    assert inputs.to_heal is not None
-    heal_loaded(model, inputs.base, inputs.to_heal, inputs.config, work)
-    return model
-
-
-def _fuse_in_memory(model_class: type[FusedForCausalLM], inputs: FusionInputs) -> Any:
-    """Load the base, and fuse its layers."""
-    loaded = inputs.base.load()
-    decoder = ModelDecoder(loaded)
-    # Where each process spreads its model, and with it its states, over devices, each fuses by itself.
-    if not is_spread(inputs.base.loading.get("device_map")):
-        decoder.processes = Processes.of_launch()
-    report = inputs.fuse(decoder)
-    model = model_class.adopt(loaded, with_speed(report, loaded, inputs.base.config), inputs.tokenizer)
-    model.processor_files = inputs.base.processor_files()
-    return model
-
-
-def _kept_or_made(model_class: type[FusedForCausalLM], inputs: FusionInputs, folder: Path) -> FusedForCausalLM:
+def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
 
     The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
@@ -201,34 +154,91 @@ def _kept_or_made(model_class: type[FusedForCausalLM], inputs: FusionInputs, fol
         reasons = processes.all_gather_object(why_not_reused(folder, made_of))  # of each machine's folder
         return next(filter(None, reasons), None)
 
-    with ExitStack() as stack:
-        if reason_to_fuse():
-            check_replaceable(folder, inputs.base.name, remade=True)
-            processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
-            if reason := reason_to_fuse():  # checked again under the lock
-                if (folder / REPORT_NAME).is_file():
-                    logger.warning(f"{reason} Fusing, to replace it.")
-                if inputs.calibration is None:
-                    inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
-                inputs.check(folder)
-                model = _make(model_class, inputs, folder)
-                model.fusion_report = dataclasses.replace(model.fusion_report, fingerprints=made_of)
-                processes.broadcast_object(lambda: _keep(model, folder))
-                model.is_found_at(str(folder))
-                on_another_machine = not processes.is_main and local_rank() == 0
-                if on_another_machine and why_not_reused(folder, made_of):
-                    with only_writer(folder, wait=True):
-                        _keep(model, folder)
-                return model
-    model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
+    while True:
+        with ExitStack() as stack:
+            if reason_to_fuse():
+                check_replaceable(folder, inputs.base.name, remade=True)
+                processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
+                if reason := reason_to_fuse():  # checked again under the lock
+                    return _fuse_and_keep(folder, model_class, inputs, made_of, reason)
+        model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
+        if not reason_to_fuse():  # else it was replaced while it was read, by a run with other settings
+            break
+        del model
     model.tokenizer = inputs.tokenizer
     if inputs.calibration is None and model.fusion_report.calibration:  # others, where the hub answers otherwise now
         sources = ", ".join(info.source for info in model.fusion_report.calibration)
         logger.warning(f"Loaded from {str(folder)!r} what was fused before, on {sources}.")
-    if reason_to_fuse():  # replaced while it was read, by a run with other settings
-        del model
-        return _kept_or_made(model_class, inputs, folder)
     return model
+
+
+def _fuse_and_keep(
+    folder: Path,
+    model_class: type[FusedForCausalLM],
+    inputs: FusionInputs,
+    made_of: dict[str, str],
+    reason: str,
+) -> FusedForCausalLM:
+    """Fuse the base into a folder that is locked, of each machine."""
+    processes = Processes.of_launch()
+    if (folder / REPORT_NAME).is_file():
+        logger.warning(f"{reason} Fusing, to replace it.")
+    if inputs.calibration is None:
+        inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
+    model = _fuse_into(folder, model_class, inputs, fingerprints=made_of)
+    model.is_found_at(str(folder))
+    on_another_machine = not processes.is_main and local_rank() == 0
+    if on_another_machine and why_not_reused(folder, made_of):
+        with only_writer(folder, wait=True):
+            _save(model, folder)
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+    return model
+
+
+def _fuse_into(
+    folder: Path,
+    model_class: type[FusedForCausalLM],
+    inputs: FusionInputs,
+    *,
+    fingerprints: dict[str, str] | None = None,
+    scratch: Path | None = None,
+    **saving: Any,
+) -> FusedForCausalLM:
+    """Fuse the base into a folder that is locked; the first process of a launch writes."""
+    from lf_hf import pipeline
+
+    def keep(model: FusedForCausalLM) -> None:
+        compute_once(lambda: _save(model, folder, **saving))
+
+    model = pipeline.run(inputs, model_class, inputs.check(folder), folder / WORK, keep, scratch)
+    model.fusion_report = dataclasses.replace(model.report, fingerprints=fingerprints)
+    keep(model)
+    if inputs.config.heal_tokens:
+        compute_once(lambda: shutil.rmtree(folder / WORK, ignore_errors=True))
+    return model
+
+
+@contextmanager
+def _scratch_in(folder: Path) -> Iterator[Path]:
+    """A hidden folder for what a run puts on the disk of a folder that is locked; one of a killed run goes."""
+    processes, scratch = Processes.of_launch(), folder / _SCRATCH
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+
+    processes.broadcast_object(begin)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)  # on another machine
+        yield scratch
+        processes.all_gather_object(None)  # until all are done with it
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _save(model: FusedForCausalLM, folder: Path, *, own_tokenizer: bool = False, **saving: Any) -> None:
+    with replaced_files(folder, own_tokenizer=own_tokenizer) as new:
+        model.write_files(new, plain=True, **saving)
 
 
 def _earlier_default(folder: Path) -> str | None:
@@ -238,18 +248,6 @@ def _earlier_default(folder: Path) -> str | None:
     except ValueError:  # none is there, or none that can be read
         return None
     return default_source(info.source for info in report.calibration)
-
-
-def _keep(model: FusedForCausalLM, folder: Path) -> None:
-    with replaced_files(folder) as new:
-        model.write_files(new, plain=True)
-    _remove_states(folder, model.fusion_report)
-
-
-def _remove_states(folder: Path, report: FusionReport | None) -> None:
-    """Remove what a healing that is done would have gone on from; that of another one stays."""
-    if report is not None and report.healed is not None:
-        shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def fuse_checkpoint(
@@ -302,68 +300,84 @@ def fuse_checkpoint(
     config = FusionConfig.taken_from(kwargs, config)
     opened = Base.open(base, kwargs)
     check_replaceable(out, opened.name)
-    if low_memory:
-        low_memory_device(config, opened.loading)
-        if config.speed:
-            logger.warning_once("Speed is not measured where layers are read from files.")
-    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
-    inputs.check(target, low_memory=low_memory)
+    inputs = FusionInputs.open(opened, config, calibration, tokenizer, low_memory=low_memory)
     with ExitStack() as stack:
-
-        def begin() -> Path:
-            stack.enter_context(only_writer(target))
-            return stack.enter_context(replaced_files(target, own_tokenizer=tokenizer is not None))
-
-        folder = processes.broadcast_object(begin)
-        if low_memory:
-            report = _fuse_on_disk(inputs, folder, max_shard_bytes)
-        else:
-            model = _make(fused_class(opened.config), inputs, target)
-            report = model.fusion_report
-            if processes.is_main:
-                model.write_files(folder, plain=True, max_shard_size=max_shard_bytes)
-    # The others wait until the files are in their places.
-    processes.all_gather_object(None)
-    if local_rank() == 0:
-        _remove_states(target, report)
-    return report
+        processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(target))))
+        scratch = stack.enter_context(_scratch_in(target))
+        saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": max_shard_bytes}
+        return _fuse_into(target, fused_class(opened.config), inputs, scratch=scratch, **saving).report
 
 
-def _fuse_on_disk(inputs: FusionInputs, folder: Path, max_shard_bytes: int) -> FusionReport:
-    """Fuse layer by layer, and write all files of the fused checkpoint into a folder."""
-    base, processes = inputs.base, Processes.of_launch()
-    device = low_memory_device(inputs.config, base.loading)
-    place = folder.parent if folder.parent.is_dir() else None  # not where machines share no disk
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
-        weights, config = base.weights_folder(), base.new_config()
-        decoder = CheckpointDecoder(weights, config, Path(scratch), dtype=base.dtype, device=device)
-        decoder.processes = processes
-        report = inputs.fuse(decoder)
-        processes.all_gather_object(None)  # the scratch folders are in the first one's folder, which goes at the end
-        if processes.is_main:
-            decoder.write(folder, max_shard_bytes)
-            whole, files = decoder.model_config, base.processor_files()
-            write_config(folder, whole, decoder.dtype)
-            base.generation_config().save_pretrained(folder)
-            write_companions(folder, whole, report, inputs.tokenizer, files, plain=True)
-    return report
+def heal(
+    fused: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | Base | None = None,
+    text: TextSource | None = None,
+    settings: HealSettings | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> FusionReport:
+    """Train a fused model, for a short time, to predict what its base predicts, and save it into another folder.
+
+    The base is read first, for its final states of the text, and is gone when the training begins. It is transformers'
+    `Trainer` that trains, so `accelerate launch` spreads it over devices. The state that is nearest to the base on
+    held-out text is saved, or the fused model if none is nearer. The states of a run that was killed are in OUT: the
+    same call again goes on there.
+
+    Parameters
+    ----------
+    fused : path
+        Folder of a fused checkpoint.
+    out : path
+        Where to write a plain checkpoint. A fused one in that folder is replaced, but none that was trained.
+    base : str or Base, optional
+        Folder or hub name of the model that was fused. Default: what the report names, if that is on the hub.
+    text : list of str or chats, or path, optional
+        Text to heal on, as `lf_hf.text.calibration.load_training_text` takes it: best what the model will be used
+        for. Default: general text from the hub or, without one or with "bundled", what is installed.
+    settings : HealSettings, optional
+        HealSettings fields in `kwargs` override it.
+    training_args : dict, optional
+        Fields of transformers' TrainingArguments: bf16, gradient_checkpointing, report_to, fsdp, deepspeed, ...
+    **kwargs
+        HealSettings fields. All others are for loading the base (revision, token, gguf_file, device_map, ...).
+
+    Returns
+    -------
+    FusionReport
+        The fused model's, with `healed` in it.
+
+    Raises
+    ------
+    ValueError
+        Before any long work, for settings, models or text that cannot be used, a base that is not the one that was
+        fused, or too little memory.
+    OSError
+        If another process is at work in that folder, or if files cannot be written.
+    """
+    from lf_hf import pipeline
+
+    settings = HealSettings.taken_from(kwargs, settings)
+    inputs, folder = HealInputs.open(fused, base, text, settings, training_args or {}, kwargs), checked_folder(out)
+    plan = inputs.check(folder)
+    work = folder / WORK
+    with ExitStack() as stack:
+        compute_once(lambda: bool(stack.enter_context(only_writer(folder))))
+        scratch = stack.enter_context(_scratch_in(folder))
+        model = pipeline.heal_folder(inputs, plan, work, scratch)
+
+        def finish() -> None:
+            _save(model, folder)
+            if (work / LOGS).is_dir():
+                shutil.copytree(work / LOGS, folder / LOGS, copy_function=_copy_new, dirs_exist_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+
+        compute_once(finish)
+    return model.report
 
 
-def low_memory_device(config: FusionConfig, loading: Mapping[str, Any]) -> torch.device:
-    """The device for layers that are read one at a time. Raises ValueError where only fusing in memory can be done."""
-    if config.heal_tokens:
-        raise ValueError(
-            f"heal_tokens={config.heal_tokens} cannot be used with low_memory=True, as healing trains the whole model; "
-            "give heal_tokens=0 and heal the result with lf_hf.heal."
-        )
-    usable = {*HUB_ARGUMENTS, "dtype", "trust_remote_code", "device_map"} - {"gguf_file"}
-    refused = [name for name, value in loading.items() if value is not None and name not in usable]
-    device_map = loading.get("device_map")
-    if isinstance(device_map, dict) or device_map in SPREAD:
-        refused.append(f"device_map={device_map!r:.80}")
-    if refused:
-        raise ValueError(
-            f"{', '.join(refused)} cannot be used with low_memory=True, which reads safetensors files onto one device "
-            "such as cuda:1; leave that out."
-        )
-    return torch.device("cpu" if device_map is None else device_map)
+def _copy_new(source: str, target: str) -> None:
+    """Copy a file unless there is one of that name: it is the user's."""
+    if not os.path.exists(target):
+        shutil.copy2(source, target)

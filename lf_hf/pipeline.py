@@ -1,38 +1,58 @@
-"""The pipeline: choose groups of the dense model's layers, make each group one layer, judge the result, and report.
+"""The pipeline, from a base to the model that a user gets: start reading here.
 
-`measure.dense.measure` comes before it, once for any number of fusions, and `fuse` is the rest;
-`inputs.FusionInputs.fuse` calls both. What a group becomes depends on the method: `stages.fusion.average` is the
-published one, `refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the
-base wherever people read of it.
+`run` is all of it, and `fuse` its middle: choose groups of the dense model's layers, make each group one layer, judge
+and report. What a group becomes depends on the method: `stages.fusion.average` is the published one,
+`refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the base wherever
+people read of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.checkpoint.base import optional_file
+from lf_hf.checkpoint.card import CARD_NAME, base_license
+from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
-from lf_hf.decoder.interface import Decoder, Group, Groups
-from lf_hf.families import Kind, Weights
+from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.families.models import num_parameters
+from lf_hf.families.table import Kind, Weights
+from lf_hf.healing.result import healed_report
+from lf_hf.healing.resuming import note_healing, noted_healing
+from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
+from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.healing import HealInputs
+from lf_hf.inputs.planning import announce
 from lf_hf.measure.check import check_attends, check_layers
-from lf_hf.measure.dense import Measurements
-from lf_hf.measure.judge import compare_continuations, judge_fused
-from lf_hf.models import num_parameters
+from lf_hf.measure.dense import Measurements, measure
+from lf_hf.measure.judge import compare_continuations, judge, judge_dense
+from lf_hf.measure.speed import with_speed
+from lf_hf.plan.healing import HealingPlan
+from lf_hf.plan.plan import Plan
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
 from lf_hf.report.notes import damage_notes
-from lf_hf.report.report import FusionReport, published_name, versions
+from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
+from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.stages.fusion import average
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.judging import nearest
 from lf_hf.text.packing import interleave, split_held_out
 
 logger = logging.get_logger(__name__)
@@ -40,11 +60,142 @@ logger = logging.get_logger(__name__)
 _HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
-class Fusion(NamedTuple):
-    """The groups that were chosen, and a report entry of each layer that was made of one."""
+def run(
+    inputs: FusionInputs,
+    model_class: type[FusedForCausalLM],
+    plan: Plan,
+    work: Path | None = None,
+    keep: Callable[[FusedForCausalLM], None] = lambda _: None,
+    scratch: Path | None = None,
+) -> FusedForCausalLM:
+    """Measure the base, fuse it, and heal the result where that is asked for.
 
-    choice: Choice
-    layers: list[FusedLayer]
+    Parameters
+    ----------
+    inputs : FusionInputs
+    model_class : class of the result
+    plan : Plan
+        What `inputs.check` gave.
+    work : path, optional
+        Folder for what that healing goes on from after an interruption. Without one nothing of it is kept.
+    keep : callable
+        Saves the fused model before it is healed, into the folder that `work` lies in.
+    scratch : path, optional
+        Folder for what the plan puts on a disk, as long as the result is needed.
+    """
+    announce(plan)
+    healing, training = plan.healing, inputs.training
+    if healing is None or inputs.to_heal is None or training is None:
+        return _fuse_base(inputs, model_class, plan, scratch)
+    with ExitStack() as stack:
+        folder = work or Path(compute_once(lambda: stack.enter_context(TemporaryDirectory())))
+        made_of = inputs.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}
+        note = compute_once(lambda: noted_healing(folder, made_of))
+        healing = replace(healing, train=note.get("train", healing.train))
+        model = _fused_before(inputs, model_class, folder.parent, note)
+        if model is None:
+            model = _fuse_base(inputs, model_class, plan, scratch, folder)
+            train, digest = healing.train, model.report.weights_digest
+            compute_once(lambda: note_healing(folder, made_of, train, digest))
+            keep(model)
+        asked_for = {"method": inputs.config.method, "heal_tokens": inputs.config.heal_tokens}
+        model.remember(replace(model.report, config=model.report.config | asked_for))
+        heal_fused(model, open_teacher(folder), inputs.to_heal, training, healing, folder)
+    return model
+
+
+def _fused_before(
+    inputs: FusionInputs, model_class: type[FusedForCausalLM], folder: Path, note: Mapping[str, Any]
+) -> FusedForCausalLM | None:
+    """The fused model in a folder, if it is the one that a healing which was cut short began with."""
+    if not note:
+        return None
+    found = compute_once(lambda: (folder / REPORT_NAME).is_file() and FusionReport.load(folder).weights_digest)
+    if found != note["fused"]:
+        return None
+    model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
+    model.tokenizer = inputs.tokenizer
+    return model
+
+
+def _fuse_base(
+    inputs: FusionInputs,
+    model_class: type[FusedForCausalLM],
+    plan: Plan,
+    scratch: Path | None,
+    teacher: Path | None = None,
+) -> FusedForCausalLM:
+    """Load the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `teacher`."""
+    base, config = inputs.base, inputs.config
+    decoder = base.open_decoder(plan, scratch)
+    measured = measure(decoder, inputs.tokenizer, config, *inputs.samples_and_text)
+    if teacher is not None:
+        assert inputs.to_heal is not None and inputs.training is not None
+        write_teacher(teacher, decoder, inputs.tokenizer, inputs.to_heal, inputs.training, measured.judged)
+    report = fuse(decoder, inputs.tokenizer, config.unhealed, measured, base=base.full_name)
+    card = optional_file(base.name, CARD_NAME, base.hub)
+    notes = [*report.notes, *base.notes()]
+    report = replace(report, license=base_license(card), notes=notes, revision=base.hub.get("revision"))
+    report = with_speed(report, decoder.model, base.config)
+    model = model_class.adopt(decoder.model, report, inputs.tokenizer)
+    model.processor_files = base.processor_files()
+    return model
+
+
+def heal_fused(
+    model: FusedForCausalLM,
+    teacher: Teacher,
+    corpus: Corpus,
+    settings: HealSettings,
+    plan: HealingPlan,
+    work: Path,
+    training_args: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Heal a fused model in place; its report follows. States of the training are in the folder `work`."""
+    from lf_hf.healing.heal import heal  # imports the Trainer, which takes seconds
+
+    decoder, report = Decoder(model), model.report
+    assert model.tokenizer is not None
+    decoder.processes = Processes.of_launch()
+    fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
+    healed = heal(decoder, fused_layers, teacher, settings, plan, work, training_args)
+    healed = replace(healed, judged=report.perplexities, before=report.healed)
+    model.remember(healed_report(report, healed, decoder, teacher, corpus, model.tokenizer))
+
+
+def heal_folder(inputs: HealInputs, plan: Plan, work: Path, scratch: Path) -> FusedForCausalLM:
+    """Heal the fused model in a folder: the base is opened, measured and closed before that model is read."""
+    announce(plan)
+    made_of, healing = inputs.identity(), plan.healing
+    assert healing is not None
+    note = compute_once(lambda: noted_healing(work, made_of))
+    healing = replace(healing, train=note.get("train", healing.train))
+    if not note:
+        base = inputs.base.open_decoder(plan, scratch)
+        _check_base(base, inputs)
+        judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
+        write_teacher(work, base, inputs.tokenizer, inputs.corpus, inputs.training, judged, with_head=True)
+        del base
+        train = healing.train
+        compute_once(lambda: note_healing(work, made_of, train))
+    model, teacher = inputs.load_fused(), open_teacher(work)
+    if teacher.head is not None and torch.equal(teacher.head, model.lm_head.weight.cpu()):
+        teacher = replace(teacher, head=None)
+    decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
+    decoder.processes = Processes.of_launch()
+    relations = {text.name: text.relation for text in report.perplexities}
+    model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
+    heal_fused(model, teacher, inputs.corpus, inputs.training, healing, work, inputs.training_args)
+    return model
+
+
+def _check_base(decoder: Decoder, inputs: HealInputs) -> None:
+    """Raise ValueError if a base is not the one that was fused."""
+    if weights_digest(decoder.named_parameters()) not in (None, inputs.report.base_digest):
+        raise ValueError(
+            f"{inputs.base.full_name!r} is not the base that this model was fused from, which was "
+            f"{inputs.report.base!r}: its weights are others; give that one."
+        )
 
 
 def fuse(
@@ -83,19 +234,19 @@ def fuse(
     budget = None
     if config.within_budget:
         fuse_copy = partial(fuse_layers, clock=clock)
-        fused, fusion, budget, measured = search_budget(decoder, config, measured, fuse_copy)
-        decoder.become(fused, fusion.choice.groups)
+        fused, (choice, layers), budget, measured = search_budget(decoder, config, measured, fuse_copy)
+        decoder.become(fused, choice.groups)
     else:
-        fusion = fuse_layers(decoder, config, measured, clock=clock)
+        choice, layers = fuse_layers(decoder, config, measured, clock=clock)
     with clock("perplexity"):
-        perplexities = judge_fused(decoder, measured.judged, config)
+        perplexities = judge(decoder, measured.judged, _relations(measured, config))
     with clock("continuations"):
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
     similarity = measured.similarity
     return FusionReport(
         base=published_name(base),
         config=config.to_dict(),
-        fused_layers=fusion.layers,
+        fused_layers=layers,
         layers_before=num_layers,
         layers_after=decoder.num_layers,
         parameters_before=measured.parameters,
@@ -105,21 +256,36 @@ def fuse(
         similarity=similarity and similarity.matrix.tolist(),
         embeddings=similarity and similarity.embeddings.tolist(),
         sample_labels=similarity and similarity.labels,
-        influences=fusion.choice.influences or (similarity and similarity.influences),
+        influences=choice.influences or (similarity and similarity.influences),
         seconds=clock.seconds,
         versions=versions(),
-        notes=_notes(config, measured, fusion.layers, perplexities, continuations),
+        notes=_notes(config, measured, layers, perplexities, continuations),
         weights_digest=weights_digest(decoder.named_parameters()),
         base_digest=measured.base_digest,
         dtype=str(decoder.layer(0).mlp.down_proj.weight.dtype).removeprefix("torch."),
         continuations=continuations,
         budget=budget,
-        group_costs=[GroupCost(*group, cost) for group, cost in sorted(fusion.choice.costs.items())],
+        group_costs=[GroupCost(*group, cost) for group, cost in sorted(choice.costs.items())],
     )
 
 
-def fuse_layers(decoder: Decoder, config: FusionConfig, measured: Measurements, *, clock: Clock) -> Fusion:
-    """Choose groups of layers of the dense model, and make each one layer, in place, from the bottom up."""
+def _relations(measured: Measurements, config: FusionConfig) -> dict[str, str]:
+    """How each judging text relates to the text that a fusion used."""
+    relations = {}
+    for text in measured.judged:
+        to_samples = text.to_samples if config.averages else "unseen"
+        to_text = text.to_text if config.needs_text else "unseen"
+        relations[text.name] = nearest(to_samples, to_text)
+    return relations
+
+
+def fuse_layers(
+    decoder: Decoder, config: FusionConfig, measured: Measurements, *, clock: Clock
+) -> tuple[Choice, list[FusedLayer]]:
+    """Choose groups of layers of the dense model, and make each one layer, in place, from the bottom up.
+
+    Returns the groups, and a report entry of each layer that was made of one.
+    """
     with clock("choosing"):
         choice = choose(decoder, config, measured)
     with clock("making"):
@@ -131,16 +297,11 @@ def fuse_layers(decoder: Decoder, config: FusionConfig, measured: Measurements, 
             num_removed += last - first
             layers.append(replace(entry, cost=choice.costs.get((first, last))))
     check_attends(decoder.config)
-    return Fusion(choice, layers)
+    return choice, layers
 
 
-class MadeLayer(NamedTuple):
-    """What a group becomes: values for its first layer, that layer's kind where it changes, and a report entry."""
-
-    group: Group
-    weights: Weights
-    kind: Kind | None
-    entry: FusedLayer
+MadeLayer = tuple[Group, Weights, Kind | None, FusedLayer]
+"""What a group becomes: values for its first layer, that layer's kind where it changes, and a report entry."""
 
 
 def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
@@ -170,7 +331,7 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
             first_token_error=fit.first_token_error,
             layer_instead=fit.layer_instead,
         )
-        yield MadeLayer(group, fit.weights, fit.kind, entry)
+        yield group, fit.weights, fit.kind, entry
 
 
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
@@ -186,13 +347,13 @@ def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Mea
         )
         matches = [match for match in averaged.matches if match]
         entry = FusedLayer(_numbers(group), averaged.shares, averaged.ratios, matches)
-        yield MadeLayer(group, averaged.weights, None, entry)
+        yield group, averaged.weights, None, entry
 
 
 def _keep_first(groups: Groups) -> Iterator[MadeLayer]:
     for first, last in groups:
         entry = FusedLayer(_numbers((first, last)), shares=[1.0, *[0.0] * (last - first)])
-        yield MadeLayer((first, last), {}, None, entry)
+        yield (first, last), {}, None, entry
 
 
 def _numbers(group: Group) -> list[int]:

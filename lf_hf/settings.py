@@ -1,11 +1,14 @@
-"""FusionConfig: every setting of a fusion, validated, in one frozen object."""
+"""Every setting of a fusion (FusionConfig) and of a healing (HealSettings), validated, in one frozen object each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
-from lf_hf.runtime.settings_base import Settings, documented, setting
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked, needs
 from lf_hf.runtime.words import plural
 
 ALGORITHM = 21
@@ -13,6 +16,9 @@ ALGORITHM = 21
 
 HEAL_TOKENS = 131072
 """Default number of tokens of a healing."""
+
+LEAST_HEAL_TOKENS = 1024
+"""Fewest tokens of a healing."""
 
 CALIBRATION_TOKENS = 49152
 """Default number of tokens that layers are fitted to where nothing is healed."""
@@ -42,118 +48,105 @@ AVERAGING = ("neural_alignment", "mka")
 FITTING = ("refit", "healed")
 """Methods that fit a layer to what a group of layers computes."""
 
+TRAINED = ("layers", "all", "fused", "lora")
+"""What a healing may train."""
 
-def _hyper_parameter(default: Any, help: str, **bounds: Any) -> Any:
-    heading = "Hyper-parameters of the published method"
-    return setting(default, help, needs="averages", heading=heading, **bounds)
+_PUBLISHED = Needs("averages", heading="Hyper-parameters of the published method")
 
 
-@documented
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, config=RULES)
 class FusionConfig(Settings):
     """Settings of a fusion. Raises ValueError for a value that is not allowed, and for some that exclude each other."""
 
     one_of = LEVELS
     given_beside = ("calibration", "fused_dir", "tokenizer", "low_memory")
 
-    num_fusions: int = setting(
-        None,
-        "How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless "
-        'selection="last". Give one of this, target_layers, max_divergence and max_perplexity_ratio.',
-        at_least=1,
-    )
-    method: str = setting(
-        "neural_alignment",
-        'How layers are fused. "refit" and "healed" are for models that are to be used: one layer is fitted to what a '
-        'group of layers computes, and "healed" trains the whole model afterwards. The others are for research, and '
-        'ruin most models: "neural_alignment" (the published method) and "mka" average layers, "truncate" keeps the '
-        "first one.",
-        choices=tuple(METHODS),
-    )
-    selection: str = setting(
-        None,
-        'Which layers are fused. "last": the last ones of the model. "least_influence": those that change the '
-        'residual stream least, each with the one before it. "groups", for "refit" and "healed": those groups of two '
-        "layers or more whose fusion, tried as a set on several kinds of text, changes the model's predictions "
-        "least. In the latter two the first and the last layer stay.",
-        choices=("last", "least_influence", "groups"),
-        unset="from method",
-    )
-    alignment: str = setting(
-        None,
-        "How layer j's neurons are matched to layer i's before both are averaged. \"rows\": an optimal assignment of "
-        'the rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as wholes, so '
-        "that the aligned layer j computes what it did.",
-        choices=("none", "rows", "neurons"),
-        unset="from method",
-    )
-    ridge: float = setting(
-        0.1,
-        "Strength of a fit's pull towards the weights as they were, in units of the mean diagonal of the activations' "
-        "Gram matrix.",
-        above=0,
-        needs="fits",
-    )
-    calibration_tokens: int = setting(
-        None,
-        "Most tokens of calibration text that influence and fits use: "
-        f'{CALIBRATION_TOKENS}, and {HEAL_TOKENS} for method="healed". The model writes a third of them itself and '
-        "answered questions are a fifth, some ten thousand at most; of the bundled mixture it writes half.",
-        at_least=1024,
-        unset="from method",
-        needs="needs_text",
-    )
-    calibration_length: int = setting(512, "Tokens of a sequence of calibration text.", at_least=16, needs="needs_text")
-    heal_tokens: int = setting(
-        None,
-        "Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it "
-        f'out, {HEAL_TOKENS} for method="healed".',
-        at_least=0,
-        unset="from method",
-        needs="heal_tokens",
-    )
-    target_layers: int | None = setting(None, "How many layers to leave, in place of num_fusions.", at_least=1)
-    max_divergence: float | None = setting(
-        None,
-        "Fuse as many layers as keep the divergence of the fused model's predictions from the base's within this, "
-        "in nats a token. It is measured on an eighth of the given calibration sequences, none of which the model "
-        "wrote, and nothing is fitted to that eighth.",
-        above=0,
-    )
-    max_perplexity_ratio: float | None = setting(
-        None, "Like max_divergence, for perplexity: at most this many times the base's.", above=1
-    )
-    perplexity_tokens: int = setting(
-        4000,
-        "Tokens of each judging text, on which perplexity is measured before and after fusing, and how far "
-        "predictions moved; 0 skips this and both models' sample texts.",
-        at_least=0,
-    )
-    speed: bool = setting(
-        True, "Measure how fast the fused model is beside its base, in some seconds; only in memory and in one process."
-    )
-    seed: int = setting(
-        0,
-        "Seed of the mutual information estimate, of the calibration text that the model writes, and of healing.",
-        at_least=0,
-        at_most=LARGEST_SEED,
-        needs="is_random",
-    )
+    num_fusions: Annotated[int, Field(ge=1)] = NOT_GIVEN
+    """How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless selection="last". Give
+    one of this, target_layers, max_divergence and max_perplexity_ratio."""
 
-    kernel_scale: float = _hyper_parameter(8.0, "sigma_K of the diffusion kernel.", above=0)
-    kernel_alpha: float = _hyper_parameter(0.5, "alpha of the diffusion kernel's density normalisation.")
-    embedding_dim: int = _hyper_parameter(2, "d, the number of manifold coordinates of each sample.", at_least=1)
-    mi_neighbors: int = _hyper_parameter(5, "k of the mutual information estimate.", at_least=1)
-    entropy_neighbors: int = _hyper_parameter(50, "k of the entropy estimate, of k + 1 samples or more.", at_least=1)
-    rank_normalize: bool = _hyper_parameter(
-        True, "Replace each embedding coordinate by its rank / N; without it entropies may differ in sign."
-    )
-    ratio_beta: float = _hyper_parameter(1.0, "beta, slope of the sigmoid that makes fusion ratios of similarities.")
-    sample_length: int = _hyper_parameter(512, "T_max, the most tokens of a calibration sample.", at_least=1)
-    samples_per_subject: int = _hyper_parameter(1, "Questions of each MMLU subject to calibrate on.", at_least=1)
+    method: Annotated[str, OneOf(METHODS)] = "neural_alignment"
+    """How layers are fused. "refit" and "healed" are for models that are to be used: one layer is fitted to what a
+    group of layers computes, and "healed" trains the whole model afterwards. The others are for research, and ruin most
+    models: "neural_alignment" (the published method) and "mka" average layers, "truncate" keeps the first one."""
+
+    selection: Annotated[str, OneOf(["last", "least_influence", "groups"])] = NOT_GIVEN
+    """Which layers are fused, by default as method has it. "last": the last ones of the model. "least_influence": those
+    that change the residual stream least, each with the one before it. "groups", for "refit" and "healed": those groups
+    of two layers or more whose fusion, tried as a set on several kinds of text, changes the model's predictions least.
+    In the latter two the first and the last layer stay."""
+
+    alignment: Annotated[str, OneOf(["none", "rows", "neurons"])] = NOT_GIVEN
+    """How layer j's neurons are matched to layer i's before both are averaged, by default as method has it. "rows": an
+    optimal assignment of the rows of each weight matrix on its own. "neurons": MLP neurons and attention heads move as
+    wholes, so that the aligned layer j computes what it did."""
+
+    ridge: Annotated[float, Field(gt=0), Needs("fits")] = 0.1
+    """Strength of a fit's pull towards the weights as they were, in units of the mean diagonal of the activations' Gram
+    matrix."""
+
+    calibration_tokens: Annotated[int, Field(ge=1024), Needs("needs_text")] = NOT_GIVEN
+    """Most tokens of calibration text that influence and fits use: by default 49152, and 131072 for method="healed".
+    The model writes a third of them itself and answered questions are a fifth, some ten thousand at most; of the
+    bundled mixture it writes half."""
+
+    calibration_length: Annotated[int, Field(ge=16), Needs("needs_text")] = 512
+    """Tokens of a sequence of calibration text."""
+
+    heal_tokens: Annotated[int, Field(ge=0), Needs("heal_tokens")] = NOT_GIVEN
+    """Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it out. By
+    default 131072 for method="healed", and 0 for the others."""
+
+    target_layers: Annotated[int | None, Field(ge=1)] = None
+    """How many layers to leave, in place of num_fusions."""
+
+    max_divergence: Annotated[float | None, Field(gt=0)] = None
+    """Fuse as many layers as keep the divergence of the fused model's predictions from the base's within this, in nats
+    a token. It is measured on an eighth of the given calibration sequences, none of which the model wrote, and nothing
+    is fitted to that eighth."""
+
+    max_perplexity_ratio: Annotated[float | None, Field(gt=1)] = None
+    """Like max_divergence, for perplexity: at most this many times the base's."""
+
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 4000
+    """Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
+    moved; 0 skips this and both models' sample texts."""
+
+    speed: bool = True
+    """Measure how fast the fused model is beside its base, in some seconds; only in memory and in one process."""
+
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), Needs("is_random")] = 0
+    """Seed of the mutual information estimate, of the calibration text that the model writes, and of healing."""
+
+    kernel_scale: Annotated[float, Field(gt=0), _PUBLISHED] = 8.0
+    """sigma_K of the diffusion kernel."""
+
+    kernel_alpha: Annotated[float, _PUBLISHED] = 0.5
+    """alpha of the diffusion kernel's density normalisation."""
+
+    embedding_dim: Annotated[int, Field(ge=1), _PUBLISHED] = 2
+    """d, the number of manifold coordinates of each sample."""
+
+    mi_neighbors: Annotated[int, Field(ge=1), _PUBLISHED] = 5
+    """k of the mutual information estimate."""
+
+    entropy_neighbors: Annotated[int, Field(ge=1), _PUBLISHED] = 50
+    """k of the entropy estimate, of k + 1 samples or more."""
+
+    rank_normalize: Annotated[bool, _PUBLISHED] = True
+    """Replace each embedding coordinate by its rank / N; without it entropies may differ in sign."""
+
+    ratio_beta: Annotated[float, _PUBLISHED] = 1.0
+    """beta, slope of the sigmoid that makes fusion ratios of similarities."""
+
+    sample_length: Annotated[int, Field(ge=1), _PUBLISHED] = 512
+    """T_max, the most tokens of a calibration sample."""
+
+    samples_per_subject: Annotated[int, Field(ge=1), _PUBLISHED] = 1
+    """Questions of each MMLU subject to calibrate on."""
 
     def _preset(self) -> dict[str, Any]:
-        self._check("method")
         return METHODS[self.method]
 
     def _check_together(self) -> None:
@@ -169,6 +162,8 @@ class FusionConfig(Settings):
         if self.alignment != "none" and not self.averages:
             problem = f"alignment={self.alignment!r} is for the methods {' and '.join(AVERAGING)}"
             raise ValueError(f"{problem}, got method={self.method!r}; give 'none'.")
+        if 0 < self.heal_tokens < LEAST_HEAL_TOKENS:
+            raise ValueError(f"heal_tokens must be 0 or an integer >= {LEAST_HEAL_TOKENS}, got {self.heal_tokens}.")
 
     @property
     def averages(self) -> bool:
@@ -194,9 +189,10 @@ class FusionConfig(Settings):
         """Names of what was set to no use, with this calibration text or None."""
         set_by_method = METHODS[self.method]
         names = []
-        for name, known in self.known.items():
-            has_effect = known.needs in ("", name) or getattr(self, known.needs)  # heal_tokens=0 has one
-            if not has_effect and getattr(self, name) != set_by_method.get(name, known.default):
+        for name, field in self.known.items():
+            needed = needs(field).attribute
+            has_effect = needed in ("", name) or getattr(self, needed)  # heal_tokens=0 has one
+            if not has_effect and getattr(self, name) != set_by_method.get(name, field.default):
                 names.append(name)
         if calibration is not None and not (self.averages or self.needs_text or self.heal_tokens):
             names.append("calibration")
@@ -206,6 +202,11 @@ class FusionConfig(Settings):
     def unhealed(self) -> FusionConfig:
         """The same fusion without the healing that follows it."""
         return replace(self, method="refit" if self.method == "healed" else self.method, heal_tokens=0)
+
+    @property
+    def healing(self) -> HealSettings:
+        """Settings of the healing that follows, which are the defaults."""
+        return HealSettings(tokens=self.heal_tokens, seed=self.seed)
 
     @property
     def is_random(self) -> bool:
@@ -259,3 +260,66 @@ class FusionConfig(Settings):
                 f"embedding_dim={self.embedding_dim} need at least {self.samples_needed} calibration samples, got "
                 f"{num_samples}; give more samples or lower the largest of the three."
             )
+
+
+@checked
+@dataclass(frozen=True, config=RULES)
+class HealSettings(Settings):
+    """Settings of a healing. Raises ValueError for a value that is not allowed."""
+
+    tokens: Annotated[int, Field(ge=LEAST_HEAL_TOKENS)] = HEAL_TOKENS
+    """Tokens to train on, repeats counted."""
+
+    train: Annotated[str | None, OneOf(TRAINED)] = None
+    """What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.
+    "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the end. By
+    default it is the first of layers, fused and lora that the memory has room for."""
+
+    learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None
+    """The highest learning rate, after the warm-up. By default it follows from the size of the weights: 1e-4 for
+    SmolLM2-135M, 2e-5 for Gemma 3 270M, and five times that for "lora"."""
+
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """What both models' logits are divided by before they are compared."""
+
+    next_token_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the loss that is for the text's own next token; the rest is for the base's predictions."""
+
+    written_share: Annotated[float | None, Field(ge=0, le=0.9)] = None
+    """Share of the tokens that the base writes itself; a third by default."""
+
+    length: Annotated[int, Field(ge=16)] = 512
+    """Tokens of a sequence that is trained on."""
+
+    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    """Tokens of a training step, over all processes."""
+
+    lora_rank: Annotated[int, Field(ge=1), Needs("with_adapters")] = 32
+    """Rank of the adapters of train="lora"."""
+
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
+    """Seed of the text that the base writes and of the order of sequences."""
+
+    def _check_together(self) -> None:
+        if self.batch_tokens < self.length:
+            raise ValueError(f"batch_tokens={self.batch_tokens} holds no sequence of length={self.length}; raise it.")
+
+    @property
+    def with_adapters(self) -> bool:
+        """Whether adapters are trained and not the weights themselves."""
+        return self.train == "lora"
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step, over all processes."""
+        return self.batch_tokens // self.length
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return max(1, self.tokens // (self.batch * self.length))
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the whole training, repeats counted."""
+        return self.steps * self.batch

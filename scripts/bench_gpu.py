@@ -54,11 +54,9 @@ from transformers import LlamaConfig, TrainerCallback
 
 from lf_hf import HealSettings, from_pretrained_fused, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.healing.heal import prepare
-from lf_hf.healing.loss import Loss
-from lf_hf.healing.teacher import Teacher
-from lf_hf.healing.trainer import make_trainer
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.healing.teacher import STATES, Teacher
+from lf_hf.healing.trainer import make_student, make_trainer, training_arguments
 from lf_hf.measure import speed
 from lf_hf.text.calibration import BUNDLED
 
@@ -135,24 +133,24 @@ def healing(base: str, device: str, num_fusions: int, steps: int) -> Figures:
     settings = HealSettings(tokens=steps * HealSettings().batch_tokens, train="lora", learning_rate=1e-4)
     opened = Base.open(base, {"device_map": device})
     model: Any = opened.load().requires_grad_(False)
-    shorter = ModelDecoder(model).copy()
+    shorter = Decoder(model).copy()
     shorter.join((shorter.num_layers - num_fusions - 1, shorter.num_layers - 1), {})
     with tempfile.TemporaryDirectory() as folder:
         training_args = {"bf16": model.dtype == torch.bfloat16}
-        training = prepare(shorter.model, [], opened, settings, Path(folder, "work"), training_args, None)
-        settings = training.settings
+        arguments = training_arguments(settings, Path(folder, "work"), training_args)
+        student = make_student(shorter, settings, [], arguments)
+        trainer, watch = make_trainer(student, Teacher(), settings, arguments), StepSeconds()
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (settings.sequences, settings.length), generator=generator)
-        items = [{"input_ids": sequence} for sequence in ids]
-        trainer, watch = make_trainer(training.student, training.arguments), StepSeconds()
-        trainer.targets = Teacher(Path(folder), opened.config, model).targets
-        trainer.loss = Loss(settings.temperature, settings.next_token_share)
+        shape = settings.sequences, settings.length
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+        states = torch.zeros(settings.length, model.config.hidden_size, dtype=torch.bfloat16)
+        items = [{"input_ids": sequence, STATES: states} for sequence in ids]
         trainer.train_dataset, trainer.eval_dataset = items, {"held out": items[:1]}
         trainer.add_callback(watch)
         trainer.train()
     seconds = statistics.median(watch.seconds[1:])  # the first step prepares kernels and memory
     # Adapters need no gradient of the weights beside them: 2 operations forward and 2 back for each weight and token.
-    operations = (4 * weights_used(shorter.model) + 2 * weights_used(model)) * settings.batch * settings.length
+    operations = (4 * weights_used(shorter.model) + 2 * model.lm_head.weight.numel()) * settings.batch * settings.length
     rate, tokens = operations / seconds, settings.batch * settings.length / seconds
     found = f"{tokens:,.0f} tokens a second, {rate / 1e12:.3g} TFLOP/s"
     peak = peak_rate(device)

@@ -27,7 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,15 @@ from transformers.utils import logging
 
 from lf_hf import FusionConfig
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.classes import fused_class
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES
-from lf_hf.healing.heal import heal_loaded
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
+from lf_hf.families.table import FAMILIES
+from lf_hf.healing.teacher import open_teacher, write_teacher
+from lf_hf.inputs.planning import plan_run, training_on_launch
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.models import MODEL_TYPES, CausalLM, family_of
-from lf_hf.pipeline import fuse
+from lf_hf.pipeline import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
@@ -76,6 +77,7 @@ class Fuser:
     """Fuses copies of a base by the package's methods, with what was measured on it once."""
 
     base: Base
+    dense: Decoder
     tokenizer: PreTrainedTokenizerBase
     settings: dict[str, Any]
     measured: Measurements
@@ -85,13 +87,28 @@ class Fuser:
     def fuse(self, model: CausalLM, count: int, **settings: Any) -> CausalLM:
         """Fuse in place, and heal where the settings ask for that."""
         config = FusionConfig(count, **self.settings | settings)
-        report = fuse(ModelDecoder(model), self.tokenizer, config, self.measured, base="")
+        report = fuse(Decoder(model), self.tokenizer, config, self.measured, base="")
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)
         if not config.heal_tokens:
             return model
         fused = fused_class(model.config).adopt(model, report, self.tokenizer)
-        heal_loaded(fused, self.base, self.training_text, replace(config, heal_tokens=self.heal_tokens))
+        heal(fused, self.base, self.dense, self.measured, self.training_text, self.heal_tokens)
         return fused
+
+
+def heal(
+    fused: FusedForCausalLM, base: Base, dense: Decoder, measured: Measurements, text: Corpus, tokens: int
+) -> None:
+    """Heal a fused model in place, as a fusion with `heal_tokens` does; `dense` is its base."""
+    assert fused.tokenizer is not None
+    config = FusionConfig(base.text_config.num_hidden_layers - fused.config.num_hidden_layers, heal_tokens=tokens)
+    settings = training_on_launch(config.healing, base, {})
+    plan = plan_run(base, config, settings, None)
+    assert plan.healing is not None
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_teacher(work, dense, fused.tokenizer, text, settings, measured.judged)
+        heal_fused(fused, open_teacher(work), text, settings, plan.healing, work)
 
 
 @dataclass
@@ -106,7 +123,7 @@ class Rivals:
 
         It is judged on some sequences of full length, spread evenly over the text.
         """
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         longest = max(map(len, self.text.sequences))
         full = [sequence for sequence in self.text.sequences if len(sequence) == longest]
         stride = max(1, len(full) // _DROP_SEQUENCES)
@@ -118,7 +135,7 @@ class Rivals:
         return model
 
     @staticmethod
-    def _least_missed(decoder: ModelDecoder, ids: dict[str, list[Tensor]]) -> int:
+    def _least_missed(decoder: Decoder, ids: dict[str, list[Tensor]]) -> int:
         layers = decoder.model.model.layers
         perplexities = []
         for index in range(decoder.num_layers):
@@ -131,7 +148,7 @@ class Rivals:
     @torch.inference_mode()
     def cut_and_map(self, model: CausalLM, count: int) -> CausalLM:
         """Cut a run of layers; a map of the MLP output before it makes good (ReplaceMe, arXiv:2505.02819)."""
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         if decoder.family.mlp.after:
             raise ValueError("A linear map cannot be folded into an MLP whose output goes through a norm.")
         batches = decoder.make_batches(self.text.sequences)
@@ -244,17 +261,18 @@ class Judge:
 
     def __init__(self, base: CausalLM, texts: dict[str, list[Tensor]], questions: Sequence[Cloze]) -> None:
         self.questions = questions
-        self._base = ModelDecoder(base)
+        self._base = Decoder(base)
         self._ids = shard_batches(self._base, texts)
         self._states = final_states(self._base, self._ids, "Judging")
+        self._head = base.lm_head.weight
         self.dense = predictions(self._base, self._ids, self._states)
         self.dense_correct = [question.is_answered(base) for question in questions]
 
     def figures(self, model: CausalLM) -> list[str]:
         """Perplexity ratios, divergences and agreements, of all texts each."""
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         states = final_states(decoder, self._ids, "Judging")
-        fused = predictions(decoder, self._ids, states, self._states, self._base.head())
+        fused = predictions(decoder, self._ids, states, self._states, self._head)
         cells = [f"{fused[text].perplexity / dense.perplexity:.4g}" for text, dense in self.dense.items()]
         cells += [f"{predicted.divergence:.4f}" for predicted in fused.values()]
         cells += [f"{predicted.agreement:.1%}" for predicted in fused.values()]
@@ -383,11 +401,12 @@ def open_ways(
     settings = {"perplexity_tokens": 0, "calibration_tokens": options.tokens}
     corpus = load_corpus(calibration, max_tokens=options.tokens)
     samples = load_calibration(BUNDLED)
-    measured = measure(ModelDecoder(base), tokenizer, FusionConfig(1, **settings), samples, corpus)
+    dense = Decoder(base)
+    measured = measure(dense, tokenizer, FusionConfig(1, **settings), samples, corpus)
     assert measured.text is not None
     print(f"Calibrated on {measured.text.source.tokens} tokens: {corpus.full_source}.")
     training_text = load_training_text(calibration, options.heal_tokens)
-    fuser = Fuser(opened, tokenizer, settings, measured, training_text, options.heal_tokens)
+    fuser = Fuser(opened, dense, tokenizer, settings, measured, training_text, options.heal_tokens)
     return fuser, Rivals(measured.text)
 
 

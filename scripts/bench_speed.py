@@ -41,6 +41,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from bench_quality import heal
 from numpy.typing import NDArray
 from random_checkpoint import add_shape, llama_config, write_checkpoint
 from scipy.optimize import linear_sum_assignment
@@ -52,9 +53,7 @@ from lf_hf import FusionConfig, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder
-from lf_hf.healing.heal import heal_loaded
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.report.report import FusionReport
@@ -165,7 +164,7 @@ def load(base: str) -> Loaded:
 def one_pass(loaded: Loaded) -> Array:
     """The package's stages 1 to 3."""
     model, samples = loaded
-    distances, _ = sample_distances(ModelDecoder(model), samples)
+    distances, _ = sample_distances(Decoder(model), samples)
     return layer_similarity(np.stack([diffusion_embedding(layer) for layer in distances]))
 
 
@@ -299,7 +298,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     """What each part of a refit costs, in the order of the pipeline, and a healing if one is asked for."""
     opened = Base.open(base, gguf_loading(base))
     tokenizer = opened.tokenizer()
-    decoder = ModelDecoder(opened.load())
+    decoder = Decoder(opened.load())
     samples, corpus = load_needed(config, calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result
@@ -312,7 +311,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     if config.heal_tokens:
         training_text = load_training_text(calibration, config.heal_tokens, tokenizer)
         fused = cut_short(opened, config.num_fusions, measured)
-        parts["healing"] = timed(partial(heal_loaded, fused, opened, training_text, config))
+        parts["healing"] = timed(partial(heal, fused, opened, decoder, measured, training_text, config.heal_tokens))
     tokens = measured.text.source.tokens
     title = f"{config.method}, {config.num_fusions} layers fused, {tokens} tokens, selection {config.selection}"
     table(title, "", "CPU seconds", "over forward passes", "seconds", "GiB above the weights")
@@ -332,7 +331,7 @@ def cut_short(base: Base, num_fusions: int, measured: Measurements) -> FusedForC
     model = base.load()
     tokenizer = base.tokenizer()
     config = FusionConfig(num_fusions, "truncate", perplexity_tokens=0)
-    report = pipeline.fuse(ModelDecoder(model), tokenizer, config, measured, base=base.full_name)
+    report = pipeline.fuse(Decoder(model), tokenizer, config, measured, base=base.full_name)
     return fused_class(base.config).adopt(model, report, tokenizer)
 
 
@@ -404,13 +403,13 @@ def one_by_one(
     loaded = [load_needed(config, f"{folder}/text.txt", tokenizer) for config in configs]
     samples = next((samples for samples, _ in loaded if samples), None)
     text = next((text for _, text in loaded if text), None)
-    measured = measure(ModelDecoder(dense), tokenizer, configs[0], samples, text)
+    measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)
     evaluation.scores(dense, tokenizer)
     del dense
     found = []
     for config in configs:
         model = opened.load()
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         report = pipeline.fuse(decoder, tokenizer, config, measured, base=base)
         found.append(
             ({judged.name: judged.fused for judged in report.perplexities}, evaluation.scores(model, tokenizer))

@@ -17,7 +17,6 @@ from lf_hf.evaluate.points import Point, Score
 from lf_hf.report.data import (
     CalibrationInfo,
     FusedLayer,
-    HealedText,
     HealingInfo,
     HealingPoint,
     PerplexityInfo,
@@ -33,9 +32,9 @@ HEALED = HealingInfo(
     10,
     1,
     1,
-    "read from disk",
+    "the fused layers",
     [HealingPoint(0, {"a": 2.0}), HealingPoint(1, {"a": 1.0})],
-    [HealedText("docs", 4000, 30.0, 12.0, 1.25, 0.5, 0.5, 0.75)],
+    [PerplexityInfo("docs", "prose", 4000, 6.1, 40.0, "kin", 2.5, 0.5)],
     60.0,
 )
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lf_hf import FusedLlamaForCausalLM
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure import speed
 
 ROOT = Path(__file__).parent.parent

@@ -18,13 +18,15 @@ from accelerate.state import AcceleratorState
 from conftest import make_llama, make_texts, tensors
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, HealSettings
 from lf_hf.cli import main as command
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing import trainer
-from lf_hf.healing.loss import FullTargets, Loss
+from lf_hf.healing.loss import Loss, Targets
 from lf_hf.runtime.launch import OtherProcessError, Processes
 from lf_hf.runtime.numerics import weights_digest
 
@@ -60,14 +62,15 @@ def fuse(folder: Path, name: str, out: Path) -> str | None:
 def student_figures(*, sharded: bool) -> list[float]:
     """The loss of a student, and the norm of each of its gradients."""
     model = make_llama()
-    student: Any = trainer.make_student(model, HealSettings(train="all"), [])
+    arguments = TrainingArguments(use_cpu=True, bf16=False)
+    student: Any = trainer.make_student(Decoder(model), HealSettings(train="all"), [], arguments)
     if sharded:
         for layer in student.model.layers:
             fully_shard(layer)
         fully_shard(student)
     ids = torch.arange(2, 66).view(2, 32)
     states = torch.randn(2, 32, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    loss = student(ids, targets=FullTargets(states, model.lm_head.weight.detach()), loss=Loss(2.0, 0.2))["loss"]
+    loss = student(ids, targets=Targets(states, model.lm_head.weight.detach()), loss=Loss(2.0, 0.2))["loss"]
     loss.backward()
     gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in student.parameters()]
     return [loss.item(), *(gradient.norm().item() for gradient in gradients)]

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from builders import no_warnings
-from conftest import make_llama, make_texts, same
+from conftest import make_llama, make_texts
 from tiny_models import measure_and_fuse
-from two_devices import TwoDevices, spread
 
 from lf_hf import FusionConfig
 from lf_hf.report.report import FusionReport
@@ -102,16 +101,3 @@ def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[
     assert len(messages) <= 3
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     json.dumps(report.to_dict(), allow_nan=False)
-
-
-@pytest.mark.parametrize(("kind", "first"), [("neural_alignment", 3), ("refit", 2)])
-def test_a_model_on_two_devices_fuses_as_on_one(kind: str, first: int) -> None:
-    whole, parts, ids = make_llama(), make_llama(), torch.arange(2, 9)[None]
-    run(whole, kind)
-    with TwoDevices() as devices, torch.no_grad():
-        spread(parts, first, devices)
-        run(parts, kind)
-        logits = parts(ids).logits
-    assert devices.moved > 0 and same(parts, whole)
-    with torch.no_grad():
-        assert torch.equal(whole(ids).logits, logits)

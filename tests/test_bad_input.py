@@ -167,7 +167,8 @@ ROWS: dict[str, Row] = {
     "two levels": (settings, {"max_divergence": 0.1}, "got num_fusions=1 and max_divergence=0.1"),
     "a seed that numpy refuses": (settings, {"seed": 2**32}, "must be an integer >= 0 and <= 4294967295, got 429496"),
     "not a number": (settings, {"ridge": NAN}, "ridge must be a number > 0, got nan"),
-    "no truth": (settings, {"rank_normalize": 1}, "rank_normalize must be true or false, got 1"),
+    "a number as a switch": (settings, {"heal_tokens": True}, "heal_tokens must be an integer >= 0, got 'True'"),
+    "no truth": (settings, {"rank_normalize": 2}, "rank_normalize must be true or false, got 2"),
     "a misspelt choice": (settings, {"method": "mkaa"}, "Unknown method 'mkaa'; did you mean 'mka'"),
     "groups of averages": (settings, {"selection": "groups"}, "selection='groups' is for the methods refit and healed"),
     "a fit that aligns": (settings, {"method": "refit", "alignment": "rows"}, "alignment='rows' is for the methods ne"),
@@ -187,23 +188,12 @@ ROWS: dict[str, Row] = {
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
-    "mixtral": (
-        from_folder_to_folder,
-        {},
-        "is a 'mixtral' model; it is a mixture of experts",
-        config(model_type="mixtral"),
-    ),
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),
     "quantised": (python, {}, "is quantised; fuse the original", config(quantization_config={"quant_method": "gptq"})),
     "weights of another name": (python, {}, "='other' in its config; remove", config(transformers_weights="other")),
     "endless layers": (python, {}, "layers=1000000000, but a model has 1 to 10000", config(num_hidden_layers=10**9)),
     "a start beyond the vocabulary": (python, {}, "has bos_token_id=5000, but a voc", config(bos_token_id=5000)),
-    "a context of no tokens": (
-        python,
-        {},
-        "max_position_embeddings=0, but must read",
-        config(max_position_embeddings=0),
-    ),
+    "a context of no tokens": (python, {}, "embeddings=0, but must read", config(max_position_embeddings=0)),
     "one layer": (python, {}, "has 1 layer; .* needs at least 2", config(num_hidden_layers=1)),
     "no heads": (python, {}, "has a config from which no Llama can be built", config(num_key_value_heads=0)),
     "an unknown activation": (from_folder_to_folder, {}, "no Llama can be built .*'no'", config(hidden_act="no")),
@@ -227,7 +217,6 @@ ROWS: dict[str, Row] = {
     "few samples": (python, {"calibration": ["layer"] * 50}, "=50.* need at least 51 calibration samples, got 50"),
     "little text to heal on": (healed, {"text": ["short"], "written_share": 0}, "do not fill two sequences of length"),
     # Healing: its arguments, and models that do not belong together
-    "no cache": (healed, {"cache": ""}, "must be a path, got ''"),
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
     "training arguments as a list": (healed, {"training_args": ["bf16"]}, "training_args must be a dict"),
     "a batch of no sequences": (
@@ -275,12 +264,19 @@ ROWS: dict[str, Row] = {
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
     "a share": (mistyped, (*HEAL, "--written-share", "all"), "must be a number >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
-    "low memory of all": (failed, (*ONE, "--low-memory", "--device", "auto"), "onto one device"),
-    "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
-    "low memory and healing": (
+    "a missing folder": (
         failed,
-        (*ONE, "--low-memory", "--heal-tokens", 2048),
-        "2048 cannot be .* --low-memory,",
+        ("fuse", "{base}", "{out}/../x", "--num-fusions", 1),
+        "x' leads through a folder that",
+    ),
+    "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "give a path in UTF-8"),
+    "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
+    "memory of a place that is none": (failed, (*ONE, "--max-memory", "20GiB"), "--max-memory must be places and siz"),
+    "a card that is not here": (failed, (*ONE, "--max-memory", "cuda:7=20GiB,cpu=4GiB"), "does not have; a dry run"),
+    "too few tokens to heal on": (
+        mistyped,
+        (*ONE, "--heal-tokens", 100),
+        "--heal-tokens must be 0 or an integer >= 1024",
     ),
     "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
 }

@@ -55,17 +55,6 @@ def test_a_refit_comes_out_as_on_the_cpu(
 
 
 @pytest.mark.card
-def test_states_that_do_not_fit_the_card_come_back_to_it(
-    card: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = outcome(fuse_checkpoint(base, tmp_path, device_map=card, **SETTINGS))
-    for free_on_host in (1 << 40, 0):  # they rest in the machine's memory, and on disk
-        free = {"cpu": free_on_host, CARD.type: 0}
-        monkeypatch.setattr("lf_hf.refit.states.free_memory", lambda device, free=free: free[device.type])
-        assert figures(fuse_checkpoint(base, tmp_path, device_map=card, **SETTINGS)) == expected, free_on_host
-
-
-@pytest.mark.card
 def test_memory_that_the_process_keeps_for_itself_is_free(card: str) -> None:
     before = free_memory(CARD)
     taken = torch.empty(1 << 28, dtype=torch.uint8, device=card)

@@ -78,6 +78,15 @@ def test_errors_are_in_the_words_of_the_command_that_ran(run: Run, tmp_path: Pat
     assert err.startswith("lf-hf: base must be the folder or hub name of a checkpoint")
 
 
+def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.write", Mock(side_effect=OSError("No space left on device")))
+    code, _, err = run("report", fused, "--html", tmp_path / "page.html")
+    assert (
+        code == 1 and err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
+    )
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     monkeypatch.delattr("lf_hf.checkpoint.base.Base.load")

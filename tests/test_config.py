@@ -26,6 +26,8 @@ def test_a_method_sets_fields_and_what_is_given_overrides_it(method: str) -> Non
     config = FusionConfig(1, method)
     assert METHODS[method].items() <= config.to_dict().items()
     assert config.heal_tokens == (HealSettings().tokens if method == "healed" else 0)
+    for name in ("calibration_tokens", "heal_tokens"):  # whose help says what they are by default
+        assert str(getattr(config, name)) in str(FusionConfig.known[name].description).split("default")[1]
     assert (config.averages, config.fits) == (method in ("neural_alignment", "mka"), method in ("refit", "healed"))
     given = FusionConfig(1, method, heal_tokens=0, selection="least_influence")
     assert (given.heal_tokens, given.selection) == (0, "least_influence")

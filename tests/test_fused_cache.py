@@ -81,7 +81,7 @@ def test_a_fusion_that_heals_reads_its_calibration_text_once(
         loads.append(arguments)
         return load_needed(*arguments)
 
-    monkeypatch.setattr("lf_hf.inputs.load_needed", counted)
+    monkeypatch.setattr("lf_hf.inputs.fusion.load_needed", counted)
     settings: dict[str, Any] = {"method": "truncate", "heal_tokens": 1024, "calibration": make_texts(3000)}
     model = load(base, tmp_path / "fused", **settings)
     assert len(loads) == 1 and model.fusion_report is not None and model.fusion_report.healed is not None

@@ -16,8 +16,8 @@ from conftest import ROOT
 import lf_hf
 
 # Each folder or module of lf_hf imports those before it alone.
-ORDER = "runtime settings families models text report checkpoint decoder refit stages measure choose pipeline".split()
-ORDER += "healing inputs fuse __init__ evaluate plan cli".split()
+ORDER = "runtime settings families text decoder plan report checkpoint refit stages measure choose".split()
+ORDER += "healing inputs pipeline fuse __init__ evaluate cli".split()
 
 
 @functools.cache

@@ -114,13 +114,15 @@ def test_two_processes_heal_as_one_does(kind: str, launch: Launch, tmp_path: Pat
     assert ("FSDP is ignored" in launch.err) == (kind == "MULTI_CPU")
     fused, base, one = launch.folder / "fused", launch.folder / "base", tmp_path / "one"
     lf_hf.heal(fused, one, base=base, text=make_texts(1200, seed=5), training_args={"bf16": False}, **HEALING)
-    result, expected = (FusionReport.load(folder).healed for folder in (launch.folder / "healed", one))
+    report, of_one_process = (FusionReport.load(folder) for folder in (launch.folder / "healed", one))
+    result, expected = report.healed, of_one_process.healed
     assert result is not None and expected is not None
     for point, of_one in zip(result.curve, expected.curve, strict=True):
         assert point.step == of_one.step and point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
     for text, of_text in zip(result.judged, expected.judged, strict=True):
-        assert text.divergence_before == pytest.approx(of_text.divergence_before, rel=1e-5)
-        assert text.perplexity_after == pytest.approx(of_text.perplexity_after, rel=2e-3)
+        assert text.divergence == pytest.approx(of_text.divergence, rel=1e-5)
+    for text, of_text in zip(report.perplexities, of_one_process.perplexities, strict=True):
+        assert text.fused == pytest.approx(of_text.fused, rel=2e-3)
     loaded = FusedLlamaForCausalLM.from_pretrained(launch.folder / "healed").state_dict()
     for name, tensor in FusedLlamaForCausalLM.from_pretrained(one).state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)

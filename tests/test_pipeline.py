@@ -13,9 +13,9 @@ from tiny_models import measure_and_fuse
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import WRITTEN_LENGTH
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import PROJECTIONS
+from lf_hf.families.table import PROJECTIONS
 from lf_hf.measure.dense import measure, tokenize_corpus
 from lf_hf.pipeline import fuse
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
@@ -92,7 +92,7 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
     short = min(WRITTEN_LENGTH, length)
     brief = "deep layer " * 75
     for text, size in ((TEXT.parts[""], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
-        made = tokenize_corpus(ModelDecoder(model), tokenizer, Corpus({"": text}, 0.5), config)
+        made = tokenize_corpus(Decoder(model), tokenizer, Corpus({"": text}, 0.5), config)
         known = " ".join(map(str, tokenizer(text)["input_ids"]))
         assert all(" ".join(map(str, sequence.tolist())) in known for sequence in made.given)
         assert {len(sequence) for sequence in made.written} == {short}
@@ -103,7 +103,7 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
 @pytest.mark.parametrize(("method", "selection"), [("neural_alignment", "last"), ("mka", "least_influence")])
 def test_each_level_of_a_sweep_is_what_it_would_be_alone(method: str, selection: str) -> None:
     """Though averages of the layers that end a model are kept for higher levels to go on from."""
-    dense, tokenizer = ModelDecoder(make_llama(num_hidden_layers=7)), make_tokenizer()
+    dense, tokenizer = Decoder(make_llama(num_hidden_layers=7)), make_tokenizer()
     configs = [FusionConfig(level, method, selection, perplexity_tokens=0) for level in (1, 3, 2)]
     measured = measure(dense, tokenizer, configs[0], CALIBRATION, TEXT)
     kept = replace(measured, averages={})
@@ -119,7 +119,7 @@ def test_each_level_of_a_sweep_is_what_it_would_be_alone(method: str, selection:
 
 def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
-    parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Perplexity after")
+    parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Judging")
     run(1)
     shown = capsys.readouterr().err
     assert all(part in shown for part in parts) and "\r" not in shown

@@ -132,7 +132,7 @@ def test_a_users_tokenizer_and_card_stay(model: FusedLlamaForCausalLM, base: str
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path: Path, link: bool) -> None:
+def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, base: str, tmp_path: Path, link: bool) -> None:
     folder, templates = tmp_path / "model", tmp_path / "templates"
     place = templates if link else folder / "additional_chat_templates"
     place.mkdir(parents=True)
@@ -140,13 +140,14 @@ def test_a_users_templates_and_words_stay(model: FusedLlamaForCausalLM, tmp_path
     if link:
         (folder / "additional_chat_templates").symlink_to(templates)
     users = {place / "rag.jinja": "mine", folder / "chat_template.jinja": "mine", folder / "vocab.json": "{}"}
+    users[folder / "tokenizer.json"] = Path(base, "tokenizer.json").read_text()
     for file, content in users.items():
         file.write_text(content)
     ours: Any = copy.deepcopy(model)
     ours.tokenizer.chat_template = "ours"
     ours.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab() and tokenizer.eos_token == make_tokenizer().eos_token
     assert "mine" in (tokenizer.chat_template, tokenizer.get_chat_template("default"))
     assert all(file.read_text() == content for file, content in users.items())
     tokenizer.chat_template = {"default": "base", "rag": "base", "tool": "base"}
@@ -267,9 +268,6 @@ def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str
     before = files(tmp_path / "out")
     with pytest.raises(OSError, match=r"was not written \(tokenizer\.json has the name .* before is unchanged"):
         model.save_pretrained(tmp_path / "out")
-    for fuse in ways_of_fusing(base, tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"holds a folder 'tokenizer\.json', where a file is to go"):
-            fuse()
     assert files(tmp_path / "out") == before
     adapted = copy.deepcopy(model)
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)  # as add_adapter does
@@ -414,6 +412,21 @@ def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that wrote nothing, between the making and the locking of this one."""
+    out = tmp_path / "new" / "out"
+
+    def removed_meanwhile(lock: Any, **_: Any) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(out.parent)
+        raise FileNotFoundError(lock.lock_file)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", removed_meanwhile)
+    with only_writer(out):
+        (out / "file").touch()
+    assert (out / "file").exists()
+
+
 def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
     """Whatever line of the lock's own code it meets."""
 
@@ -495,6 +508,6 @@ def test_a_sweep_into_a_read_only_folder_does_no_work(name: str, base: str, argu
 @pytest.mark.parametrize("content", [b"years of work", b'{"accuracy": 1}\n', b"\xff\n"])
 def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(content)
-    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep, so choose another"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep \(.*\); choose another"):
         sweep(base, tmp_path, **arguments)
     assert (tmp_path / RESULTS).read_bytes() == content

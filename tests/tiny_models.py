@@ -11,12 +11,10 @@ from conftest import TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lf_hf import FusionConfig, FusionReport
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder, Group
-from lf_hf.decoder.on_disk import CheckpointDecoder
-from lf_hf.families import FAMILIES, DecoderLayer, Weights
+from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
+from lf_hf.families.table import FAMILIES, DecoderLayer, Weights
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
-from lf_hf.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
 from lf_hf.pipeline import fuse
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.layer_parts import build_layer
@@ -190,10 +188,11 @@ def idle(model: Any, index: int) -> None:
 def decoders(model: Any, folder: Path) -> list[Decoder]:
     """The same model in memory and on disk."""
     model.save_pretrained(folder / "base")
-    (folder / "scratch").mkdir()
     attention = text_model(model).config._attn_implementation
-    config = type(model.config).from_pretrained(folder / "base", attn_implementation=attention)
-    return [ModelDecoder(model), CheckpointDecoder(folder / "base", config, folder / "scratch")]
+    loading = {"device_map": {"": "disk"}, "offload_folder": folder / "scratch", "attn_implementation": attention}
+    on_disk = Decoder(type(model).from_pretrained(folder / "base", **loading).eval())
+    on_disk.scratch = folder / "scratch"
+    return [Decoder(model), on_disk]
 
 
 def picture(model_type: str) -> dict[str, torch.Tensor]:
@@ -224,7 +223,7 @@ def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fitted(
-    decoder: ModelDecoder,
+    decoder: Decoder,
     numbers: Sequence[int],
     states: Sequence[torch.Tensor],
     ridge: float = 0.1,
@@ -253,7 +252,7 @@ def measure_and_fuse(
     model: Any, config: FusionConfig, samples: CalibrationSamples | None, corpus: Corpus | None
 ) -> FusionReport:
     """Fuse a model in place."""
-    decoder, tokenizer = ModelDecoder(model), make_tokenizer()
+    decoder, tokenizer = Decoder(model), make_tokenizer()
     return fuse(decoder, tokenizer, config, measure(decoder, tokenizer, config, samples, corpus), base="tiny")
 
 

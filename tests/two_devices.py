@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -61,8 +60,6 @@ class TwoDevices(TorchFunctionMode):
         self._places: dict[int, torch.device] = {}
         self._foreign: set[int] = set()  # storages that a stream copied to, and no other stream may use yet
         self._patches = ExitStack()
-        self.moved = 0  # tensors that went to another device
-        self.computed: set[torch.device] = set()  # where products were
 
     def __enter__(self) -> TwoDevices:
         run = threading.Thread.run
@@ -94,6 +91,8 @@ class TwoDevices(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def place(self, tensor: torch.Tensor) -> torch.device:
+        if tensor.is_meta:
+            return torch.device("meta")
         return self._places.get(_storage(tensor), CPU)
 
     def put(self, tensor: torch.Tensor, device: torch.device) -> None:
@@ -142,34 +141,13 @@ class TwoDevices(TorchFunctionMode):
         if len(places) > 1:
             raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got two.")
         source = places.pop() if places else CPU
-        if "addmm" in name or name.endswith(("matmul", "linear", "attention")):
-            self.computed.add(source)
         to_cpu = lambda leaf: CPU if isinstance(leaf, torch.device) and leaf.type == "cuda" else leaf  # noqa: E731
         result = func(*tree_map(to_cpu, args), **tree_map(to_cpu, kwargs))
         place = source if target is None or target.type == "meta" else target
         if name in ("Tensor.to", "Tensor.cpu") and place != source:
-            self.moved += 1
             result = result.clone()
         made = name.endswith("__") or not name.endswith("_")
         for leaf in tree_leaves(result):
             if made and isinstance(leaf, torch.Tensor) and leaf.numel() and leaf.device.type == "cpu":
                 self.put(leaf, place)
         return result
-
-
-def spread(model: nn.Module, first: int, devices: TwoDevices) -> None:
-    """Put layers from `first` on, norm, rotary embedding and head on the second device; hooks move what each reads."""
-    for name, module in model.named_modules():
-        number = name.removeprefix("model.layers.").split(".")[0]
-        other = int(number) >= first if number.isdigit() else name in ("model.norm", "model.rotary_emb", "lm_head")
-        device = OTHER if other else CPU
-        tensors = [*module.parameters(), *module.buffers()]
-        if name in ("", "model") or name == "model.layers" or not tensors:
-            continue
-        for tensor in tensors:
-            devices.put(tensor, device)
-
-        def move(_: nn.Module, args: Any, kwargs: Any, device: torch.device = device) -> Any:
-            return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-
-        module.register_forward_pre_hook(move, with_kwargs=True)

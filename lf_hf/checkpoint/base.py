@@ -7,15 +7,18 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -25,18 +28,30 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, quantization_config
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging, quantization_config
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
-from lf_hf.checkpoint.weights import CHECKPOINT_FILES, UNREAD, check_complete, local_folder, tensor_files, tensor_shapes
-from lf_hf.families import FAMILIES
-from lf_hf.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
+from lf_hf.checkpoint.weights import (
+    CHECKPOINT_FILES,
+    UNREAD,
+    check_complete,
+    local_folder,
+    stored_dtype,
+    tensor_files,
+    tensor_shapes,
+)
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.placement import mend_offloading
+from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
+from lf_hf.families.table import FAMILIES
+from lf_hf.plan.plan import Plan
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
-from lf_hf.runtime.launch import own_device
+from lf_hf.runtime.launch import Processes, own_device
 
+logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and others that hold for a base only, and not for what it is fused to.
@@ -77,6 +92,8 @@ class Base:
         if os.path.isfile(name):
             raise ValueError(f"{name!r} is a file; give the folder of the checkpoint (and gguf_file for a GGUF file).")
         check_device(loading.get("device_map"))
+        if loading.get("revision") and os.path.isdir(name):
+            logger.warning(f"revision={loading['revision']!r} has no effect on a folder, which is taken as it is.")
         hub = hub_arguments(loading)
         if _is_adapter(name, hub):
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
@@ -112,6 +129,13 @@ class Base:
         """The dtype that was asked for, None for the checkpoint's own."""
         return checked_dtype(self.loading["dtype"])
 
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """What the weights are in when they are loaded."""
+        files = [file for file in self.files() if file.suffix == ".safetensors"]
+        stored = stored_dtype(files[0]) if files else torch.float32
+        return self.dtype or checked_dtype(self.config.dtype) or stored
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ValueError if there is none that can be read."""
         return load_tokenizer(self.name, self.loading)
@@ -139,7 +163,7 @@ class Base:
         if self.loading.get("use_safetensors") is False:
             patterns.append("*.bin")
         folder = local_folder(self.name, hub, patterns)
-        files = [file for pattern in patterns for file in folder.glob(pattern)]
+        files = {file for pattern in patterns for file in folder.glob(pattern)}
         return sorted(file for file in files if not file.match(UNREAD))
 
     def generation_config(self) -> GenerationConfig:
@@ -161,9 +185,43 @@ class Base:
         """The files that say how images are read, where the model reads any."""
         return read_processor_files(self.name, self.config, self.hub)
 
-    def weights_folder(self) -> Path:
-        """The folder of the safetensors files; those of the hub are downloaded."""
-        return local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])
+    def placed(self, plan: Plan, folder: Path | None) -> Base:
+        """The same base, whose weights lie where a plan puts them when it is loaded.
+
+        Those that are to lie on a disk, and are not in safetensors files, are written into `folder`.
+        """
+        if not plan.machine.is_here:
+            raise ValueError(
+                f"max_memory names {plan.device}, which this machine does not have; a dry run plans for other machines."
+            )
+        loading = {name: value for name, value in self.loading.items() if name != "max_memory"}
+        loading["device_map"] = plan.device_map or (None if plan.device == "cpu" else plan.device)
+        if plan.device_map == {"": "disk"} and plan.device != "cpu":
+            # accelerate computes where it has put something.
+            with torch.device("meta"):
+                model = model_class(self.config)(self.config)
+            norm = f"{text_prefix(model)}norm"
+            loading["device_map"] = dict.fromkeys(_names_around(model, norm), "disk") | {norm: plan.device}
+        if folder is not None:
+            loading.setdefault("offload_folder", str(folder))
+        return replace(self, loading=loading)
+
+    def open_decoder(self, plan: Plan, scratch: Path | None = None) -> Decoder:
+        """The model by a plan, layer by layer; `scratch` is a folder for what the plan puts on a disk.
+
+        Without one that is in a folder for temporary files, which goes with the model.
+        """
+        temporary = Path(tempfile.mkdtemp()) if scratch is None and plan.uses_disk else None
+        folder = temporary or scratch
+        decoder = Decoder(self.placed(plan, folder).load())
+        if temporary is not None:
+            weakref.finalize(decoder.model, shutil.rmtree, temporary, ignore_errors=True)
+        decoder.batch_bytes, decoder.states, decoder.scratch = plan.batch_bytes, plan.states, folder
+        decoder.longest_group = plan.longest
+        # Where each process spreads its model, and with it its states, over devices, each works by itself.
+        if not is_spread(plan.device_map):
+            decoder.processes = Processes.of_launch()
+        return decoder
 
     def load(self) -> PreTrainedModel:
         """The model, checked to be whole.
@@ -178,7 +236,8 @@ class Base:
                 loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
         elif loading.get("use_safetensors") is not False:
             loading["use_safetensors"] = True
-            tensor_files(self.weights_folder(), loading.get("variant"))
+            weights = local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])  # which downloads them
+            tensor_files(weights, loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
         with (  # a TypeError is for an argument that nobody takes, before weights are read
             explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
@@ -190,6 +249,7 @@ class Base:
         mismatched = {name: (stored, described) for name, stored, described in info["mismatched_keys"]}
         layers = f"{text_prefix(model)}layers."
         check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"], layers=layers)
+        mend_offloading(model)
         return model.eval()
 
     def notes(self) -> list[str]:
@@ -213,10 +273,20 @@ class Base:
         return {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
 
 
+def _names_around(model: nn.Module, name: str) -> list[str]:
+    """Names of the modules of a model that, with the one that is named, are all of it."""
+    around, place = [], ""
+    for own_name in name.split("."):
+        beside = [child for child, _ in model.get_submodule(place).named_children() if child != own_name]
+        around += [f"{place}.{child}".removeprefix(".") for child in beside]
+        place = f"{place}.{own_name}".removeprefix(".")
+    return around
+
+
 def is_spread(device_map: object) -> bool:
     """Whether from_pretrained's `device_map` puts a model on several devices, or may do so."""
     if isinstance(device_map, dict):
-        return len(set(map(str, device_map.values()))) > 1
+        return len(set(map(str, device_map.values())) - {"disk"}) > 1
     return isinstance(device_map, str) and device_map in SPREAD
 
 

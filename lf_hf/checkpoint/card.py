@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader
 from transformers import PretrainedConfig
 from yaml import YAMLError
 
-from lf_hf.models import auto_class, is_wrapper, model_class
+from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
 from lf_hf.settings import FusionConfig
@@ -83,6 +83,8 @@ def _commands(report: FusionReport) -> str:
     if report.dtype is not None:
         options["dtype"] = report.dtype.removeprefix("torch.")
     base, file = report.base_and_gguf_file
+    if base.startswith("-"):  # no option, but a folder of that name
+        base = f"./{base}"
     opening = {"gguf_file": file, "revision": report.revision}
     opening = {name: value for name, value in opening.items() if value}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]

@@ -35,7 +35,8 @@ from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import converted_config, plain_config
 from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
-from lf_hf.models import auto_class, family_of, is_wrapper, model_class, text_model
+from lf_hf.decoder.placement import named_values
+from lf_hf.families.models import auto_class, family_of, is_wrapper, model_class, text_model
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
@@ -83,6 +84,12 @@ class FusedForCausalLM(PreTrainedModel):
         model.tokenizer = tokenizer
         model.remember(report)
         return model
+
+    @property
+    def report(self) -> FusionReport:
+        """The report of a model that was made in this process, which has one."""
+        assert self.fusion_report is not None
+        return self.fusion_report
 
     def remember(self, report: FusionReport) -> None:
         """Take a report as this model's."""
@@ -234,10 +241,10 @@ class FusedForCausalLM(PreTrainedModel):
                 self.config.distributed_config = spread
         if plain and self.native:
             write_config(folder, self.config, self.dtype)
-        written = dict(self.named_parameters())
+        written = named_values(self)
         if state_dict is not None:  # what is saved in place of them
-            written = {name: state_dict[name] for name in written if name in state_dict}
-        report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written.items()))
+            written = ((name, state_dict[name]) for name, _ in self.named_parameters() if name in state_dict)
+        report = self.fusion_report and self.fusion_report.for_weights(weights_digest(written))
         plain = plain or not self.native
         write_companions(folder, self.config, report, tokenizer, self.processor_files, plain=plain)
 
@@ -313,18 +320,19 @@ def write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> 
     config.save_pretrained(folder)
 
 
-def with_buffers(model: Any, like: Any) -> None:
+def with_buffers(model: Any, like: Any, device: torch.device) -> None:
     """Make the buffers of a model that are on the meta device, as checkpoints have none, like those of another one.
 
-    `like` has the same layers, and is on the device where the buffers are to be.
+    `like` has the same layers; the buffers are made on `device`.
     """
     text = text_model(model)
     rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
-    text.rotary_emb = rotary_embedding.to(like.device)
+    text.rotary_emb = rotary_embedding.to(device)
     for name, buffer in [*model.named_buffers()]:
         if buffer.device.type == "meta":
             place, _, short = name.rpartition(".")
-            model.get_submodule(place).register_buffer(short, like.get_buffer(name).clone(), persistent=False)
+            values = like.get_buffer(name).to(device, copy=True)
+            model.get_submodule(place).register_buffer(short, values, persistent=False)
 
 
 def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:

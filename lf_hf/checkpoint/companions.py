@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME, model_card
-from lf_hf.models import family_of, is_wrapper
+from lf_hf.families.models import family_of, is_wrapper
 from lf_hf.report.report import FusionReport
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from lf_hf.models import model_class
+from lf_hf.families.models import model_class
 
 # `auto_map` names code that came with the base, in whose place transformers' own is used.
 _NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")

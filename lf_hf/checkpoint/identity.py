@@ -67,20 +67,26 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return found
 
 
-def files_digest(base: Base) -> str:
+def files_digest(base: Base, *, by_content: bool = True) -> str:
     """SHA-256 over the names and contents of a base's weights, configs and tokenizer files.
 
-    The arguments of loading that choose among files or change the config belong to it, where there are any.
+    The arguments of loading that choose among files or change the config belong to it, where there are any. Not
+    `by_content` it is over sizes and times in place of contents, and nothing is read.
     """
     files = base.content_files()
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_sha, files))
+        digests = list(pool.map(file_sha if by_content else _size_and_time, files))
     content = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
     chosen = {}
     for name in sorted(base.loading):
         if name == "variant" or (name != "dtype" and hasattr(base.config, name)):
             chosen[name] = repr(base.loading[name])
     return hashlib.sha256(json.dumps([content, chosen]).encode()).hexdigest()
+
+
+def _size_and_time(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def text_digest(texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,10 +21,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
+from pydantic_core import from_json
 from safetensors import SafetensorError
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
@@ -33,39 +34,52 @@ from transformers.utils import (
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
-from lf_hf.runtime.checked_json import parse_json
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.memory import in_gib
 
 logger = logging.get_logger(__name__)
+WORK = ".lf_hf-healing"
+"""In the folder of the result: what a healing that is not done goes on from."""
+LOGS = "runs"
+"""In that folder, and in the result's: where the Trainer's loggers write."""
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LARGE = 1 << 24  # bytes
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
-_WHOLE_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}  # what alone may be one
+_ATTEMPTS = 20  # to lock a folder that others remove; two are rare
+_WHOLE_TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG_FILE, "tokenizer.model"}  # what may be one, with its config
 _TOKENIZER = {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}
+_TOKENIZER |= _WHOLE_TOKENIZER
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, "chat_template.json")
 """Beside the tokenizer of a vision-language model: what says how it reads them."""
-_TOKENIZER |= {*_WHOLE_TOKENIZER, *PROCESSOR_FILES}
 # All forms in which transformers writes a model's weights; the groups are the variant.
 _WEIGHTS = re.compile(r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
 
 def checked_folder(path: object) -> Path:
-    """The folder that a user means, links followed. Raises ValueError for no path, an empty one or a file."""
+    """The folder that a user means, links followed. Raises ValueError for what is no path of a folder, or not UTF-8."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"The folder to write into must be a path, got {path!r:.80}; '.' is the current folder.")
-    folder = Path(path).resolve()
+    given = Path(path)
+    if any(place.name == ".." and not place.is_dir() for place in (given, *given.parents)):
+        raise ValueError(f"{str(path)!r} leads through a folder that does not exist; make that, or leave it out.")
+    folder = given.resolve()
+    with explained(f"{str(path)!r} cannot be written", "give a path in UTF-8", UnicodeEncodeError):
+        str(folder).encode()  # as safetensors does
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(path)!r} is a file; give a folder to save into.")
     return folder
 
 
+def existing(folder: Path) -> Path:
+    """A folder, or the one that is there of those that it is to be made in."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
 def check_room(path: object, needed: int, what: str) -> None:
     """Raise OSError if the disk of a folder, which need not be there yet, has no room for what takes `needed` bytes."""
-    place = checked_folder(path)
-    existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(checked_folder(path))).free
     if free < needed:
         raise OSError(
             f"The disk of {str(path)!r} has {in_gib(free)} free, and {what} {in_gib(needed)}; make room, or give a "
@@ -83,7 +97,6 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
     finish_save(folder)
     report, _, ours = _last_save(folder)
     patterns = (CONFIG_NAME, "*.safetensors", "*.safetensors.index*.json", "pytorch_model*.bin*", "*.gguf")
-    names = sorted({*_TOKENIZER, GENERATION_CONFIG_NAME, REPORT_NAME, CARD_NAME})
     foreign = sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - ours)
     problem = None
     if folder.is_dir() and Path(base).resolve() == folder:
@@ -92,8 +105,6 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
         problem = "holds a fused model that was changed since"
     elif report.get("healed") and not (remade and report.get("fingerprints")):
         problem = "holds a healed model"
-    elif folders := [name for name in names if (folder / name).is_dir()]:
-        problem = f"holds a folder {folders[0]!r}, where a file is to go"
     elif foreign:
         problem = f"holds {', '.join(foreign[:3]):.200}, which lf_hf did not write or which changed since"
     if problem:
@@ -112,14 +123,7 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=_LOCK_SECONDS)
-            except Timeout:
-                if not wait:
-                    raise
-                logger.info(f"Waiting for another process that is at work on {str(folder)!r}.")
-                lock.acquire()
+            _acquire(lock, folder, -1 if wait else _LOCK_SECONDS)
         yield
     finally:
         with suppress(Timeout, OSError):
@@ -130,6 +134,18 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
+    """Make a folder and lock it, waiting so long, or without end for -1."""
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=seconds)
+            return
+        except FileNotFoundError:  # another process, which wrote nothing, has just removed the folder
+            if not attempts_left:
+                raise
 
 
 @contextmanager
@@ -242,13 +258,13 @@ def _users_files(
 ) -> set[str]:
     """Names of the files that stay as the user has them: model card, templates and, as a whole, the tokenizer."""
     kept = {name for name in users if name == CARD_NAME or name.startswith(_TEMPLATES)}
-    tokenizer = users & _TOKENIZER
-    if own_tokenizer or not tokenizer:
+    if own_tokenizer:
         return kept
+    tokenizer = users & {*_TOKENIZER, *PROCESSOR_FILES}
     if any(_digest(written[name]) != _digest(there[name]) for name in tokenizer & written.keys()):
         logger.warning(f"The tokenizer in {str(folder)!r} is not lf_hf's and stays; remove it to get the base's.")
     kept |= tokenizer
-    if tokenizer & _WHOLE_TOKENIZER:  # not a template or a list of words, which the new one goes beside
+    if tokenizer & _WHOLE_TOKENIZER and TOKENIZER_CONFIG_FILE in there:  # else the new one goes beside what is there
         kept |= _TOKENIZER
         kept |= {name for name in there | written if name.startswith(_TEMPLATES)}
     return kept
@@ -258,7 +274,7 @@ def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     """The report of the last save into a folder, digests of the files that it wrote, and names of those still so."""
     report: Any = None
     with suppress(OSError, ValueError):
-        report = parse_json((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
+        report = from_json((folder / REPORT_NAME).read_bytes())
     if not isinstance(report, dict):
         report = {}
     noted = report.get("files")

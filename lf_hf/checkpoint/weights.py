@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic_core import from_json
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lf_hf.runtime.checked_json import parse_json
 from lf_hf.runtime.errors import explained
 
 # Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja")
+CHECKPOINT_FILES = "*.safetensors", "*.index*.json", "*config.json", "*token*.json", "vocab.json", "*.model", "*.jinja"
 UNREAD = "consolidated*.safetensors"
 """Mistral publishes its weights a second time, for its own library. These files are skipped."""
 Shape = Sequence[int]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-BLOCK = 1 << 24  # bytes that are read at a time onto a device
 
 
 def weights_size(folder: Path) -> int:
@@ -70,7 +66,8 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
 def shard_names(index: Path) -> dict[str, str]:
     """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
-    content = parse_json(index.read_bytes(), index.name)
+    with explained(f"{index.name} is not JSON", "repair the index", ValueError):
+        content = from_json(index.read_bytes())
     if not isinstance(content, dict):
         content = {}
     names = content.get("weight_map")
@@ -90,26 +87,6 @@ def shard_names(index: Path) -> dict[str, str]:
 def open_tensors(file: Path) -> safe_open:
     """A safetensors file, to be read tensor by tensor; it may be larger than memory, where it could not be mapped."""
     return safe_open(file, "pt", backend="pread")
-
-
-def read_onto(device: torch.device, file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of a safetensors file on a device, as `dtype`; on CUDA in its current stream.
-
-    safetensors would stop all threads of Python while it reads, and for a device with memory of its own hold the whole
-    tensor in the machine's memory, too.
-    """
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        entry = json.loads(opened.read(size))[name]
-        opened.seek(8 + size + entry["data_offsets"][0])
-        tensor = torch.empty(entry["shape"], dtype=dtype, device=device)
-        stored = str_to_torch_dtype[entry["dtype"]]
-        for part in tensor.view(-1).split(BLOCK // stored.itemsize):
-            block = torch.empty(len(part), dtype=stored, pin_memory=device.type == "cuda")
-            if opened.readinto(block.view(torch.uint8).numpy().data) < block.nbytes:
-                raise OSError(f"{file.name!r} ends inside {name!r}; download it again.")
-            part.copy_(block, non_blocking=True)
-    return tensor
 
 
 def stored_dtype(file: Path) -> torch.dtype:
@@ -138,13 +115,6 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 "bfloat16 or float32, or use the checkpoint that they were quantised from."
             )
     return shapes
-
-
-def names_in_memory(stored: Iterable[str], model: Any) -> dict[str, str]:
-    """For each tensor of a checkpoint its name in the model, which differs in many vision-language models."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    return {name: rename_source_key(name, renamings, [])[0] for name in stored}
 
 
 def check_complete(

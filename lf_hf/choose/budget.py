@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from transformers.utils import logging
 
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.models import first_free_layer
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.models import first_free_layer
 from lf_hf.report.data import BudgetInfo, BudgetTrial
 from lf_hf.runtime.errors import reason
 from lf_hf.settings import LEVELS, FusionConfig

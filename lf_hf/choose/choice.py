@@ -12,8 +12,8 @@ import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
 from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
-from lf_hf.decoder.interface import Decoder, Group, Groups
-from lf_hf.families import Kind
+from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.progress import progress
@@ -58,7 +58,7 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     assert measured.text is not None
     sequences = take_first(measured.text.sequences, _INFLUENCE_TOKENS)
     embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
-    with StateStore.with_room(decoder, 2 * sum(state.nbytes for state in embedded)) as store:
+    with StateStore(decoder.states, decoder.scratch) as store:
         boundaries = pairwise(run_boundaries(decoder, embedded, store))
         layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
         influences = [influence(before, after, decoder.processes) for before, after in layers]
@@ -121,7 +121,8 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     where they are in one of the cheapest sets.
     """
     inner = costs.decoder.inner_layers
-    short = {(n, n + more) for more in range(1, min(num_fusions, _SHORT) + 1) for n in inner[:-more]}
+    most = min(num_fusions, _SHORT, costs.decoder.longest_group - 1)
+    short = {(n, n + more) for more in range(1, most + 1) for n in inner[:-more]}
     if missing := short - costs.by_group.keys():
         costs.measure(missing)
     trials: dict[Groups, float] = {}
@@ -136,7 +137,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
     """The set to try next, with the costs of its groups measured; None where no set is left."""
     decoder = costs.decoder
-    longest = longest_group(len(decoder.inner_layers), num_fusions)
+    longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group)
     while True:
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
         proposed = decoder.processes.broadcast_object(propose)  # in case machines round differently

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder, Group, Groups
-from lf_hf.families import DecoderLayer
+from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.families.table import DecoderLayer
 from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
@@ -24,7 +24,6 @@ from lf_hf.refit.states import States, StateStore, Traces, on_device, run_bounda
 from lf_hf.runtime.progress import progress
 from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
 
-_OTHER_LISTS = 48  # about how many lists of states exist at a time beside those at the layers' boundaries
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
 FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to
 _JUDGING_PIECES = 16  # pieces of the calibration text that judge, beside other kinds of text
@@ -228,8 +227,6 @@ def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupC
     """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
     fitting, judging_groups, judging_sets = (decoder.make_batches(decoder.processes.shard(part)) for part in text)
     embedded = decoder.embed([*fitting, *judging_groups, *judging_sets])
-    # States are stored at each boundary, inside groups that are fitted, and above groups that were.
-    lists = decoder.num_layers + _OTHER_LISTS
-    with StateStore.with_room(decoder, lists * sum(state.nbytes for state in embedded)) as store:
+    with StateStore(decoder.states, decoder.scratch) as store:
         boundaries = list(run_boundaries(decoder, embedded, store))
         yield GroupCosts(decoder, boundaries, len(fitting), len(judging_groups), ridge, store)

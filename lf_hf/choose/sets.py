@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from lf_hf.decoder.interface import Group, Groups
+from lf_hf.decoder.decoder import Group, Groups
 from lf_hf.settings import LONGEST_GROUP
 
 _SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few
@@ -23,9 +23,12 @@ _SHARE = 5
 _TURNS = 3  # one of so many proposals supposes that groups beside the first cost more
 
 
-def longest_group(inner: int, num_fusions: int) -> int:
-    """How many layers may become one where a model is to lose `num_fusions`, and `inner` ones may be in groups."""
-    return max(LONGEST_GROUP, math.ceil(inner / (inner - num_fusions)))
+def longest_group(inner: int, num_fusions: int, most: int = LONGEST_GROUP) -> int:
+    """How many layers may become one where a model is to lose `num_fusions`, and `inner` ones may be in groups.
+
+    That is `most`, and more only where so many are to go that they have to be.
+    """
+    return max(most, math.ceil(inner / (inner - num_fusions)))
 
 
 def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group, float]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from lf_hf.decoder.interface import Decoder, Head
-from lf_hf.models import special_id
+from lf_hf.decoder.decoder import Decoder, Head
+from lf_hf.families.models import special_id
 from lf_hf.runtime.progress import progress
 from lf_hf.text.chats import CHATS, Chat, ChatForm
 
@@ -92,7 +92,7 @@ def _sample_sequences(
     for row, chat in chats.items():
         tokens[row] = chat.next()
     written, cache = [tokens], _new_cache(decoder)
-    with decoder.keep_layers(), decoder.head() as head:
+    with decoder.head() as head:
         for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
             logits = _next_logits(decoder, head, cache, tokens[:, None])
             _bar_tokens(logits, barred, chats)
@@ -142,7 +142,7 @@ def continue_prompts(decoder: Decoder, prompts: Sequence[Tensor], count: int) ->
     tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left")  # (B, T), then (B, 1)
     padding = tuple(tokens.shape[1] - len(prompt) for prompt in prompts)
     written, cache = list[Tensor](), _new_cache(decoder)
-    with decoder.keep_layers(), decoder.head() as head:
+    with decoder.head() as head:
         for _ in range(count):
             logits = _next_logits(decoder, head, cache, tokens, padding)
             tokens = logits.argmax(-1, keepdim=True)

@@ -17,8 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lf_hf import tasks_path
 from lf_hf.evaluate.points import Score
+from lf_hf.runtime.tasks import tasks_path
 from lf_hf.runtime.words import unknown_name
 
 _RUNS_CODE = "HF_ALLOW_CODE_EVAL"  # the variable by which a user lets the package `evaluate` run code

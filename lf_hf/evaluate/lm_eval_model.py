@@ -6,7 +6,9 @@ import difflib
 import inspect
 import logging
 import os
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +17,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from lf_hf import FusedLlamaConfig, FusionConfig, from_pretrained_fused
 from lf_hf.checkpoint import base as bases
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import fused_class
+from lf_hf.checkpoint.configuration import FusedLlamaConfig
 from lf_hf.evaluate.points import check_evaluation
-from lf_hf.report.report import REPORT_NAME
+from lf_hf.fuse import from_pretrained_fused
+from lf_hf.report.report import REPORT_NAME, FusionReport, published_name
 from lf_hf.runtime.launch import local_rank
 from lf_hf.runtime.words import unknown_name
-from lf_hf.settings import LEVELS
+from lf_hf.settings import LEVELS, FusionConfig
 
 # Below lm-eval's own logger, so that its level and format hold here too.
 eval_logger = logging.getLogger("lm_eval.models.fused")
@@ -93,9 +96,12 @@ class FusedLM(HFLM):
         if isinstance(pretrained, os.PathLike):
             pretrained = os.fspath(pretrained)
         _check_arguments(kwargs)
+        self._adapter, self._revision = kwargs.get("peft"), kwargs.get("revision")
         if kwargs.get("parallelize") and not torch.accelerator.is_available():
-            eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
-            kwargs |= {"parallelize": False, "device": "cpu"}  # HFLM would put all layers on disk
+            kwargs["device"] = "cpu"
+            if kwargs.get("max_cpu_memory") is None:
+                eval_logger.warning("parallelize=True has no effect: there is no GPU here.")
+                kwargs["parallelize"] = False  # HFLM would put all layers on disk
         fusing = {"num_fusions": num_fusions, "calibration": calibration, "fused_dir": fused_dir}
         fusing = {name: value for name, value in fusing.items() if value is not None}
         fusing |= {name: kwargs.pop(name) for name in FusionConfig.known if name in kwargs}
@@ -132,12 +138,32 @@ class FusedLM(HFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         if self.fusion_config is not None:
             self._config = self._base.config
+            self._check_adapter(self._base.name)
             return
         hub = bases.hub_arguments(kwargs)
         config = bases.read_config(pretrained, hub)
-        if not isinstance(config, FusedLlamaConfig) and not bases.optional_file(pretrained, REPORT_NAME, hub):
+        report = bases.optional_file(pretrained, REPORT_NAME, hub)
+        if not isinstance(config, FusedLlamaConfig) and not report:
             raise ValueError(_NOT_FUSED.format(name=repr(pretrained), kind=config.model_type))
+        base = ""
+        with suppress(ValueError):  # damaged, of which loading warns
+            base = FusionReport.load(report).base if report else ""
+        self._check_adapter(base)
         super()._get_config(pretrained, **kwargs)
+
+    def _check_adapter(self, base: str) -> None:
+        """Raise ValueError, in PEFT's own words, if the adapter cannot be read, and if it was trained on the base."""
+        if not self._adapter:
+            return
+        from peft import PeftConfig
+
+        trained_on = PeftConfig.from_pretrained(self._adapter, revision=self._revision).base_model_name_or_path or ""
+        is_fused = Path(trained_on, REPORT_NAME).is_file()
+        if base and published_name(trained_on) == published_name(base) and not is_fused:
+            raise ValueError(
+                f"peft={self._adapter!r} was trained on {trained_on!r}, the base, whose layers have other numbers; "
+                "merge it into the base and fuse that, or train one on the fused model."
+            )
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         with bases.reading_tokenizer(str(tokenizer or pretrained)):
@@ -194,7 +220,3 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(unknown_name("argument", name, _KNOWN))
     bases.checked_dtype(arguments.get("dtype"))
     check_evaluation(None, arguments.get("batch_size", 1))
-    if arguments.get("peft"):  # PEFT's own sentence about an adapter that cannot be read
-        from peft import PeftConfig
-
-        PeftConfig.from_pretrained(arguments["peft"], revision=arguments.get("revision"))

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lf_hf.report.rows import shown
-from lf_hf.runtime.checked_json import from_json, parse_json
+from lf_hf.runtime.errors import explained
 
 DENSE = "dense"
 HEALED = ", healed"  # added to the name of a method
@@ -97,14 +99,12 @@ def result_lines(path: Path) -> list[bytes]:
 
 def read_points(path: Path) -> dict[str, Point]:
     """The points of a results file by their keys. Raises ValueError if it holds anything else."""
+    reader = TypeAdapter(Point)
     points: dict[str, Point] = {}
     for number, line in enumerate(result_lines(path), 1):
-        try:
-            point = from_json(Point, parse_json(line, "it"), "point")
-        except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {str(path)!r} is no result of a sweep, so choose another folder: {error}"
-            ) from None
+        advice = "remove it, and its point is made again" if points else "choose another folder"
+        with explained(f"Line {number} of {str(path)!r} is no result of a sweep", advice, ValueError):
+            point = reader.validate_json(line)
         points[point.key] = point
     return points
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic_core import to_json
+from transformers.utils import logging
 
 from lf_hf.checkpoint.saving import only_writer
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
-from lf_hf.runtime.checked_json import json_ready
+from lf_hf.runtime.launch import speaks
+from lf_hf.runtime.words import plural
 
+logger = logging.get_logger(__name__)
 _MADE = ("results.csv", "results.md", "curve.png", "curve.svg")
 
 
@@ -30,11 +33,16 @@ class Results:
         self._base = base
         self._keys = keys
         with self._alone():
-            read_points(self._file)
-            others = [name for name in _MADE if (folder / name).exists()]
-            if others and not self._file.exists():
+            others = read_points(self._file).keys() - set(keys)
+            if others and speaks():
+                logger.warning(
+                    f"{RESULTS} in {str(folder)!r} also holds {len(others)} {plural(len(others), 'point')} of another "
+                    "base or other arguments; they stay, and tables and pictures show only what this sweep asks for."
+                )
+            tables = [name for name in _MADE if (folder / name).exists()]
+            if tables and not self._file.exists():
                 raise ValueError(
-                    f"{str(folder)!r} holds {', '.join(others)}, but no {RESULTS}, so they may be yours; choose "
+                    f"{str(folder)!r} holds {', '.join(tables)}, but no {RESULTS}, so they may be yours; choose "
                     "another folder, or move them."
                 )
 
@@ -51,7 +59,7 @@ class Results:
 
     def add(self, point: Point) -> None:
         """Keep a point at once, and write the tables of all points."""
-        line = json.dumps(json_ready(dataclasses.asdict(point)), allow_nan=False).encode()
+        line = to_json(point, inf_nan_mode="strings")
         with self._alone():
             lines = [*result_lines(self._file), line]
             write_whole(self._file, b"".join(line + b"\n" for line in lines))

@@ -6,10 +6,12 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import chain, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,14 +21,17 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
 from lf_hf.checkpoint.saving import checked_folder
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
+from lf_hf.healing.teacher import open_teacher, write_teacher
+from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
 from lf_hf.measure.check import check_layers
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.speed import with_speed
+from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport, versions
-from lf_hf.runtime.launch import Processes, own_device
+from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_needed, load_training_text
@@ -51,7 +56,6 @@ def sweep(
     batch_size: int | str = 1,
     metadata: dict[str, Any] | None = None,
     calibration: TextSource | None = None,
-    heal_cache: str | os.PathLike[str] | None = None,
     settings: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> list[Point]:
@@ -74,8 +78,6 @@ def sweep(
         Tasks are lm-eval's tasks, groups or tags; this project's own are known.
     limit, num_fewshot, batch_size, metadata
         As for lm-eval.
-    heal_cache : path, optional
-        Where the base's predictions are kept for all healed points, as `cache` of `lf_hf.heal`.
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
@@ -105,7 +107,7 @@ def sweep(
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
     texts = _Texts.load(configs, calibration, tokenizer)
-    maker = _Maker(opened, tokenizer, configs, texts, evaluation, heal_cache)
+    maker = _Maker(opened, tokenizer, configs, texts, evaluation)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
@@ -193,22 +195,23 @@ class _Maker:
     configs: list[FusionConfig]
     texts: _Texts
     evaluation: Evaluation
-    heal_cache: str | os.PathLike[str] | None
+    _work: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory)  # for what healings need of the base
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
         if self.texts.to_heal is None:
-            if self.heal_cache is not None:
-                raise ValueError("heal_cache is for healed points, and there are none; give heal_tokens too.")
             return
         if Processes.of_launch().world_size > 1:
             raise ValueError(
                 "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
             )
-        from lf_hf.healing.heal import check_can_heal  # imports the Trainer, which takes seconds
+        self._training = training_on_launch(self._largest.healing, self.base, {})
+        check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)
 
-        largest = next(config for config in self.configs if config.heal_tokens)
-        check_can_heal(self.base, self.tokenizer, self.texts.to_heal, largest, cache=self.heal_cache)
+    @property
+    def _largest(self) -> FusionConfig:
+        """The fusion that takes most."""
+        return max(self.configs, key=lambda config: (config.heal_tokens, config.num_fusions))
 
     def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
         """What identifies the results of each model; default texts count as the same wherever they come from."""
@@ -220,8 +223,6 @@ class _Maker:
             texts = chain(*(text.texts for text in self.texts.used_by(config)))
             text = text_digest(None if by_default else texts, self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
-            if config.heal_tokens and self.heal_cache:  # which is not quite as learning from the base beside it
-                made_of["teacher"] = "cache"
             keys[identity_key(made_of)[:_KEY]] = config
         return keys
 
@@ -245,21 +246,37 @@ class _Maker:
             results.complete()
 
     @cached_property
+    def _plan(self) -> Plan:
+        training = self._training if self.texts.to_heal else None
+        return plan_run(self.base, self._largest, training, None)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """The base. Points are made by one process each."""
+        decoder = self.base.open_decoder(self._plan)
+        decoder.processes = ALONE
+        return decoder
+
+    @property
     def _dense(self) -> PreTrainedModel:
-        return self.base.load()
+        return cast(PreTrainedModel, self._decoder.model)
 
     @cached_property
     def _measured(self) -> Measurements:
         """What is measured on the base. Averages are kept for higher levels to go on from."""
-        decoder, config = ModelDecoder(self._dense), self.configs[0]
+        decoder, config = self._decoder, self.configs[0]
         # What no point uses is not measured.
         samples = self.texts.samples if any(config.averages for config in self._wanted) else None
         text = self.texts.text if any(config.needs_text for config in self._wanted) else None
-        return replace(measure(decoder, self.tokenizer, config, samples, text), averages={})
+        measured = replace(measure(decoder, self.tokenizer, config, samples, text), averages={})
+        if self.texts.to_heal is not None and any(config.heal_tokens for config in self._wanted):
+            folder, text = Path(self._work.name), self.texts.to_heal
+            write_teacher(folder, decoder, self.tokenizer, text, self._training, measured.judged)
+        return measured
 
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
-        decoder = ModelDecoder(self._dense).copy()
+        decoder = self._decoder.copy()
         report = pipeline.fuse(decoder, self.tokenizer, config, self._measured, base=self.base.full_name)
         report = with_speed(report, decoder.model, self.base.config)
         return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)
@@ -269,9 +286,10 @@ class _Maker:
         report: Any = model.fusion_report
         model.fusion_report = replace(report, config=report.config | {"method": config.method})
         if self.texts.to_heal and config.heal_tokens and not report.healed:
-            from lf_hf.healing.heal import heal_loaded
-
-            heal_loaded(model, self.base, self.texts.to_heal, config, cache=self.heal_cache)
+            healing, teacher = self._plan.healing, open_teacher(Path(self._work.name))
+            assert healing is not None
+            with TemporaryDirectory() as work:
+                pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, healing, Path(work))
         return cast(FusionReport, model.fusion_report)
 
     def _dense_point(self, key: str) -> Point:

@@ -24,17 +24,14 @@ FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 17
 ToLogits = Callable[[Tensor], Tensor]
 """What a family does to the output of its head, entry by entry."""
 
-LogProbs = Callable[[slice, Tensor], Tensor]
-"""The teacher's log-probabilities of a slice of tokens, given the student's, which have the same shape."""
-
 
 def unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
 @dataclass(frozen=True)
-class FullTargets:
-    """All of the teacher's predictions.
+class Targets:
+    """The teacher's predictions of a batch.
 
     `states` (sequences B, tokens T, hidden of the teacher) are its final states after the norm, and `weight` (vocab,
     hidden of the teacher) is its head's.
@@ -44,51 +41,14 @@ class FullTargets:
     weight: Tensor
     to_logits: ToLogits = unchanged
 
-    def log_probs(self, rows: slice, temperature: float) -> LogProbs:
-        """Those of the batch's tokens `rows`, which are numbered through its sequences."""
-        states = self.states.flatten(0, 1)[rows].to(self.weight.dtype)
-        logits = linear(states, self.weight)
-        return lambda part, _: log_softmax(self.to_logits(logits[part].float()) / temperature, -1)
+    def head_outputs(self, rows: slice) -> Tensor:
+        """Of the batch's tokens `rows`, which are numbered through its sequences: (rows, vocab)."""
+        states = self.states.flatten(0, 1)[rows]
+        return linear(states.to(self.weight.dtype), self.weight)
 
-
-@dataclass(frozen=True)
-class TopTargets:
-    """The most likely of the teacher's predictions of each token.
-
-    `ids` and `log_probs` are (sequences B, tokens T, k). What they leave of probability 1 belongs to all other tokens
-    together. `norms` (B, T) is what to subtract from log-probabilities divided by the training's temperature to make
-    them log-probabilities at that temperature.
-    """
-
-    ids: Tensor
-    top_log_probs: Tensor
-    norms: Tensor
-
-    def log_probs(self, rows: slice, temperature: float) -> LogProbs:
-        """Those of the batch's tokens `rows`, which are numbered through its sequences."""
-        ids = self.ids.flatten(0, 1)[rows].long()
-        top = self.top_log_probs.flatten(0, 1)[rows].float()
-        if temperature != 1:
-            top = top / temperature - self.norms.flatten()[rows, None]
-        return lambda part, student: _completed(ids[part], top[part], student)
-
-
-Targets = FullTargets | TopTargets
-"""The teacher's predictions of a batch."""
-
-
-def _completed(ids: Tensor, top: Tensor, student: Tensor) -> Tensor:
-    """Log-probabilities of all tokens from those of the top (rows, k): the rest is spread as the student spreads it.
-
-    KL and its gradient are then those between two distributions in which all other tokens count as one.
-    """
-    tiny = torch.finfo(torch.float32).tiny
-    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp(min=tiny)
-    # Summed up without the top, as 1 minus the sum of the top loses what is small.
-    others = student.exp().scatter_(1, ids, 0)
-    student_rest = others.sum(-1, keepdim=True).clamp(min=tiny)
-    spread = student + (rest.log() - student_rest.log())
-    return spread.scatter_(1, ids, top)
+    def log_probs(self, head_outputs: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities at a temperature, in float32."""
+        return log_softmax(self.to_logits(head_outputs.float()) / temperature, -1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +77,7 @@ def distillation_loss(
         The student's head.
     ids : int64 tensor of shape (B, T)
         The text, for the next-token loss, which leaves each sequence's last position out.
-    targets : FullTargets or TopTargets
+    targets : Targets
     loss : Loss
     to_logits : callable
         The student's.
@@ -152,10 +112,10 @@ class _Distillation(torch.autograd.Function):
             head = weight.to(dtype)
             for rows in row_slices(len(flat), vocab_size, LOGITS):
                 logits = linear(flat[rows], head)
-                teacher = targets.log_probs(rows, loss.temperature)
+                teacher = targets.head_outputs(rows)
                 following = next_ids[rows]
                 for part in row_slices(len(logits), vocab_size, float_logits):
-                    expected = partial(teacher, part)
+                    expected = targets.log_probs(teacher[part], loss.temperature)
                     value, gradient = per_token(logits[part], to_logits, expected, following[part])
                     total += value
                     logits[part] = gradient  # which takes the place of the logits
@@ -204,12 +164,13 @@ def _loss_and_gradient(
     next_token: float,
     head_output: Tensor,
     to_logits: ToLogits,
-    teacher: Callable[[Tensor], Tensor],
+    expected: Tensor,
     next_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What some tokens add to the loss, and its gradient at the output of the head, (tokens, vocab).
 
-    `divergence` and `next_token` are weights of a token as `Loss.weights` gives them.
+    `divergence` and `next_token` are weights of a token as `Loss.weights` gives them, and `expected` are the teacher's
+    log-probabilities.
     """
     output = head_output.float().requires_grad_()
     with torch.enable_grad():
@@ -218,7 +179,6 @@ def _loss_and_gradient(
     student = plain = log_softmax(logits, -1)
     if temperature != 1:
         student = log_softmax(logits / temperature, -1)
-    expected = teacher(student)
     probabilities = expected.exp()
     index = next_ids.clamp(min=0)[:, None]
     next_tokens = (next_ids >= 0)[:, None] * next_token

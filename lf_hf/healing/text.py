@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.generating import WRITTEN_LENGTH
-from lf_hf.healing.settings import HealSettings
+from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import judging_sequences

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -22,22 +25,31 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from lf_hf.checkpoint.classes import with_buffers
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
-from lf_hf.healing.settings import RELATIVE_RATES, HealSettings
-from lf_hf.models import CausalLM, family_of, is_tied, model_class, text_model, text_prefix
+from lf_hf.healing.teacher import STATES, Teacher
+from lf_hf.plan.healing import HealingPlan
 from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16, typical_size
 from lf_hf.runtime.progress import progress
+from lf_hf.settings import HealSettings
 
 logger = logging.get_logger(__name__)
 
-EVALUATIONS = 6
+RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
+"""The default learning rate by what is trained, in units of the size of the model's weights."""
+
+EVALUATIONS = 3
 """How many times a training looks at held-out text, and keeps its state."""
+LORA_SCALE = 2
+"""What adapters add is multiplied by this."""
 
 DIVERGENCE = "eval_divergence"
 _FILES = "files.json"  # in a state of the training: its files and their sizes
+_OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
 
@@ -54,48 +66,91 @@ class Student:
     ) -> dict[str, Tensor]:
         """{"loss": ...} of a batch: ids of shape (sequences B, tokens T). By `return_loss` the Trainer expects it."""
         decoder = text_model(self)
-        states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        embedded = decoder.embed_tokens(input_ids).float()  # so that the residual stream is in float32
+        states = decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         to_logits = partial(family_of(decoder.config).logits, decoder.config)
         return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss, to_logits)}
 
 
-def make_student(model: CausalLM, settings: HealSettings, fused_layers: Sequence[int]) -> nn.Module:
-    """A copy of a model to be trained as the settings say.
+def make_student(
+    decoder: Decoder, settings: HealSettings, fused_layers: Sequence[int], arguments: TrainingArguments
+) -> nn.Module:
+    """A module that computes what a fused model does, to be trained on the device of the training.
 
-    What is trained is in float32, as bfloat16 loses small steps. Raises ValueError if adapters are asked for, and peft
-    is not installed.
+    What is trained is there in float32, as bfloat16 loses small steps. All else is shared with the model where the
+    training computes in its dtype, on its device. Raises ValueError if adapters are asked for, and peft is not
+    installed.
     """
-    config = copy.deepcopy(model.config)  # which the Trainer changes
-    config.tie_word_embeddings = is_tied(model)
+    config = copy.deepcopy(decoder.model_config)  # which the Trainer changes
+    own_head = {name for name, _ in decoder.named_parameters()} >= {"lm_head.weight"}
+    config.tie_word_embeddings = not own_head
+    config.get_text_config().attention_dropout = 0.0  # which few steps would only suffer from
     stock = model_class(config)
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
-    # What adapters leave as it is may be in bfloat16; gradients through float16 would need scaling.
-    dtype = model.dtype if settings.train == "lora" and model.dtype != torch.float16 else torch.float32
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
-    student.load_state_dict(weights, assign=True)
+    student._weight_conversions = []  # so that states have the names that they are loaded by
+    is_trained = _what_trains(student, settings.train, fused_layers)
+    frozen = _frozen_dtype(decoder, arguments)
+    weights = {}
+    for name, weight in decoder.named_parameters():
+        if is_trained(name):
+            weights[name] = weight.detach().to(arguments.device, torch.float32, copy=True)
+        else:
+            weights[name] = weight.detach().to(arguments.device, frozen)
+    student.load_state_dict(weights, assign=True, strict=False)
     student.tie_weights()
-    if config.tie_word_embeddings:
-        student._keys_to_ignore_on_save = {"lm_head.weight"}  # so that the Trainer does not miss it in its checkpoints
-    with_buffers(student, model)
+    with_buffers(student, decoder.model, arguments.device)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(is_trained(name))
     if settings.train == "lora":
         return _with_adapters(student, settings)
-    text = text_prefix(student)
-    fused = tuple(f"{text}layers.{number}." for number in fused_layers)
-    trained = {"all": "", "layers": f"{text}layers.", "fused": fused}[settings.train]
-    for name, parameter in student.named_parameters():
-        is_text = name.startswith((text, "lm_head."))
-        parameter.requires_grad_(is_text and (name.startswith(trained) or "norm" in name))
+    # States of the training hold what is trained; the Trainer is not to miss the rest.
+    student._keys_to_ignore_on_save = {name for name in student.state_dict() if not is_trained(name)}
+    if config.tie_word_embeddings:
+        student._keys_to_ignore_on_save.add("lm_head.weight")
     return student
 
 
-def default_learning_rate(model: CausalLM, train: str) -> float:
+def _what_trains(student: CausalLM, train: str | None, fused_layers: Sequence[int]) -> Callable[[str], bool]:
+    """Whether a parameter is trained, by its name: in the decoder what the settings say, in a vision tower none."""
+    text = text_prefix(student)
+    layers = f"{text}layers."
+    fused = tuple(f"{layers}{number}." for number in fused_layers)
+    begins = {"all": (text, "lm_head."), "layers": (layers,), "fused": fused, "lora": ()}[train or "layers"]
+
+    def is_trained(name: str) -> bool:
+        is_norm = train != "lora" and name.startswith(text) and "norm" in name
+        return is_norm or name.startswith(begins)
+
+    return is_trained
+
+
+def _frozen_dtype(decoder: Decoder, arguments: TrainingArguments) -> torch.dtype:
+    """What weights that are not trained are in: bfloat16 where products are, but one dtype for all that are sharded."""
+    if num_shards(arguments) == 1 and arguments.bf16:
+        return torch.bfloat16
+    return torch.float32
+
+
+def num_shards(arguments: TrainingArguments) -> int:
+    """How many processes share the student's weights."""
+    if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return arguments.world_size
+    if not arguments.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return 1
+    if arguments.device.type == "cpu":
+        logger.warning("FSDP is ignored, as accelerate splits no model on a CPU: each process trains a whole copy.")
+        return 1
+    return arguments.world_size
+
+
+def default_learning_rate(decoder: Decoder, train: str) -> float:
     """A fixed part of the size of a model's weights, as one digit: the median over matrices of their root mean square.
 
     A step of Adam is as long as the rate, whatever the gradient, and so changes weights by that part of their size.
     """
-    layers = f"{text_prefix(model)}layers."
-    size = typical_size(weight for name, weight in model.named_parameters() if name.startswith(layers))
+    layers = f"{text_prefix(decoder.model)}layers."
+    size = typical_size(weight for name, weight in decoder.named_parameters() if name.startswith(layers))
     return float(f"{RELATIVE_RATES[train] * size:.0e}")
 
 
@@ -111,25 +166,27 @@ def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     targets = [
         name for name, module in student.named_modules() if isinstance(module, nn.Linear) and name.startswith(layers)
     ]
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    adapters = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)
     return get_peft_model(student, adapters)
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer that asks a teacher for targets, and whose measure of a state is its mean divergence on held-out text.
+    """A Trainer whose targets are a teacher's predictions, and whose measure of a state is how far it is from them.
 
-    `targets` gives the teacher's predictions of a batch, and `loss` says what is minimised.
+    That is its mean divergence on held-out text; `loss` says what is minimised.
     """
 
-    targets: Callable[[Mapping[str, Tensor]], Targets]
+    to_targets: Callable[[Tensor], Targets]  # of the teacher's final states of a batch
     loss: Loss
+    trained: AbstractSet[str]  # names of what is trained
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = self.loss if model.training else Loss()  # held-out text is judged by the divergence itself
-        outputs = model(input_ids=inputs["input_ids"], targets=self.targets(inputs), loss=loss)
+        targets = self.to_targets(inputs[STATES])
+        outputs = model(input_ids=inputs["input_ids"], targets=targets, loss=loss)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
@@ -173,16 +230,26 @@ class DistillationTrainer(Trainer):
             return self.state.best_global_step or 0
         return 0
 
-    def trained_state(self, model: CausalLM, settings: HealSettings) -> dict[str, Tensor]:
-        """The student's weights in one piece, adapters merged; in rank 0's memory, and empty elsewhere."""
+    def trained_state(self) -> dict[str, Tensor]:
+        """What was trained, in one piece and float32, adapters merged; in rank 0's memory, and empty elsewhere."""
         state = self.accelerator.get_state_dict(self.deepspeed or self.model)
         if not self.is_world_process_zero():
             return {}
-        if settings.train == "lora":
-            student: Any = make_student(model, settings, [])
-            student.load_state_dict(state)
-            state = student.merge_and_unload().state_dict()
-        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+        if any(name.startswith(_OF_ADAPTERS) for name in self.trained):
+            return _merged(state)
+        return {name: state[name].detach().float() for name in self.trained}
+
+
+def _merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with what their adapters add to them, by the names that they have without adapters."""
+    merged = {}
+    for name, down in state.items():
+        if ".lora_A." not in name:
+            continue
+        place, up = name.partition(".lora_A.")[0], state[name.replace(".lora_A.", ".lora_B.")]
+        weight = state[f"{place}.base_layer.weight"].float()
+        merged[f"{place.removeprefix(_OF_ADAPTERS)}.weight"] = weight + LORA_SCALE * (up.float() @ down.float())
+    return merged
 
 
 def _file_sizes(state: Path) -> dict[str, int]:
@@ -213,16 +280,34 @@ class _Progress(TrainerCallback):
         self._shown.__exit__(None, None, None)
 
 
-def make_trainer(student: nn.Module, arguments: TrainingArguments) -> DistillationTrainer:
-    """The Trainer, before there is text and a teacher. Raises ValueError for arguments with which it cannot train."""
+def make_trainer(
+    student: nn.Module, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
+) -> DistillationTrainer:
+    """The Trainer, before it is given text. Raises ValueError for arguments with which it cannot train."""
+    model: Any = student
+    config, weight = text_model(model).config, model.get_output_embeddings().weight
+    if teacher.head is not None:
+        head = teacher.head.to(weight.device, weight.dtype)
+    else:
+        head = weight.detach().clone() if weight.requires_grad else weight.detach()
     with _accepted():
         trainer = DistillationTrainer(
             student, arguments, data_collator=default_collate, eval_dataset={}, callbacks=[_Progress()]
         )
-        trainer.get_optimizer_cls_and_kwargs(arguments, student)  # type: ignore[arg-type]
+    trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
+    trainer.loss = Loss(settings.temperature, settings.next_token_share)
+    trainer.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     trainer.remove_callback(PrinterCallback)
-    unset_hf_deepspeed_config()  # so that the base loads whole; DeepSpeed splits the student when training begins
+    unset_hf_deepspeed_config()  # DeepSpeed splits the student when training begins
     return trainer
+
+
+def check_trains(arguments: TrainingArguments) -> None:
+    """Raise ValueError for arguments with which the Trainer cannot train."""
+    model: Any = nn.Linear(1, 1)
+    with _accepted():
+        Trainer(model, arguments, eval_dataset={}).get_optimizer_cls_and_kwargs(arguments, model)
+    unset_hf_deepspeed_config()
 
 
 def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -239,8 +324,10 @@ def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str, Any]) -> TrainingArguments:
-    """TrainingArguments for a healing whose state is kept in `folder`; those `given` count.
+def training_arguments(
+    settings: HealSettings, folder: Path, given: Mapping[str, Any], plan: HealingPlan | None = None
+) -> TrainingArguments:
+    """TrainingArguments for a healing whose state is kept in `folder`; those `given` and of the plan count.
 
     Making them joins the processes of a launcher. Raises ValueError for a name or a value that cannot be used.
     """
@@ -290,6 +377,10 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
+        for entry in dataclasses.fields(arguments):
+            value = given.get(entry.name)
+            if isinstance(value, str) and isinstance(entry.default, int | float):
+                raise ValueError(f"{entry.name} must be a {type(entry.default).__name__}, got {value!r:.80}")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
@@ -297,6 +388,13 @@ def training_arguments(settings: HealSettings, folder: Path, given: Mapping[str,
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if plan is not None:
+        part = settings.batch // arguments.world_size
+        most = min(plan.sequences, arguments.per_device_train_batch_size)
+        size = max(number for number in range(1, part + 1) if part % number == 0 and number <= most)
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, part // size
+        if plan.gradient_checkpointing:
+            arguments.gradient_checkpointing = True
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Decoder, layer_lists
-from lf_hf.families import head_dim
-from lf_hf.models import family_of, first_free_layer, is_wrapper, model_class, text_model
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.layer_lists import layer_lists
+from lf_hf.families.models import family_of, first_free_layer, is_wrapper, model_class, text_model
+from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore, trace
-from lf_hf.runtime.numerics import all_finite, slow_bfloat16_note
+from lf_hf.runtime.numerics import all_finite
 from lf_hf.settings import FusionConfig
 
 logger = logging.get_logger(__name__)
@@ -37,17 +37,9 @@ def check_model(decoder: Decoder) -> int:
     check_computes(decoder.model_config)
     num_parameters = 0
     for name, parameter in decoder.named_parameters():
-        if parameter.device.type == "meta":
-            raise ValueError(
-                f"{name} is offloaded, so it cannot be fused in place; load the base without offloading (a "
-                "device_map that fits its devices, or none), or use fuse_checkpoint with low_memory=True, which holds "
-                "two layers at a time."
-            )
         if not all_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         num_parameters += parameter.numel()
-    if note := slow_bfloat16_note(parameter.dtype, decoder.device):
-        logger.warning(note)
     return num_parameters
 
 
@@ -67,10 +59,11 @@ def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
     else:
         most = sum(above == below for below, above in pairwise(kinds[1:-1]))
     if config.within_budget or config.num_fusions > most:
+        limit = f"num_fusions can be {most} at most" if most > 0 else "no two of them can be averaged"
         raise ValueError(
             f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
-            f"selection={config.selection!r} num_fusions can be {most} at most; or give method='refit', which takes "
-            "attention from one layer where kinds differ."
+            f"selection={config.selection!r} {limit}; or give method='refit', which takes attention from one layer "
+            "where kinds differ."
         )
 
 
@@ -104,7 +97,7 @@ def check_computes(config: PretrainedConfig) -> None:
             parameter.normal_(std=0.1 if name.endswith("bias") else parameter.shape[-1] ** -0.5)
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(family.gain_offset)
-        for what, ours, theirs in _compared(ModelDecoder(model)):
+        for what, ours, theirs in _compared(Decoder(model)):
             if not (ours - theirs).norm() <= _TOLERANCE * theirs.norm():
                 raise ValueError(
                     f"The config makes transformers {transformers.__version__} compute {what} of a {family.title} "
@@ -141,12 +134,12 @@ def _shrink(config: PretrainedConfig) -> None:
         setattr(config, name, value)
 
 
-def _compared(decoder: ModelDecoder) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What is compared, what we compute, and what the model does."""
     ids = torch.randint(decoder.config.vocab_size, (1, _TOKENS))
     states = torch.randn(1, _TOKENS, decoder.config.hidden_size, dtype=torch.float64)
-    rows = text_model(decoder.model).embed_tokens.weight[ids]
-    yield "the embeddings", decoder.family.first_states(decoder.config, rows, rows=True), decoder.embed([ids])[0]
+    embedded = text_model(decoder.model).embed_tokens(ids)
+    yield "the embeddings", decoder.embed([ids])[0], decoder.family.first_states(decoder.config, embedded)
     for layer in text_model(decoder.model).layers:
         if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.decoder.generating import WRITTEN_LENGTH, generate
-from lf_hf.decoder.interface import Decoder, Group
 from lf_hf.measure.check import check_model
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo
@@ -25,8 +25,6 @@ from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain
 
 logger = logging.get_logger(__name__)
-
-MOST_READ = 1 << 26  # most bytes to read from disk for each token of the sample continuations
 
 
 class CalibrationText(NamedTuple):
@@ -95,10 +93,10 @@ def measure(
     notes: list[str] = []
     continuations: dict[str, str] = {}
     with clock("perplexity"):
-        judged = judge_dense(decoder, tokenizer, config, samples, corpus)
+        judged = judge_dense(decoder, tokenizer, config.perplexity_tokens, samples, corpus)
     if config.perplexity_tokens:
         with clock("continuations"):
-            if processes.broadcast_object(lambda: decoder.bytes_read <= MOST_READ):  # machines differ in free memory
+            if not decoder.on_disk:  # else each token would take reading all of it
                 continuations = processes.broadcast_object(lambda: write_continuations(decoder, tokenizer))
         if not judged:
             notes.append("No perplexity: this Python comes without the texts that it is measured on.")

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import continue_prompts
-from lf_hf.decoder.interface import Decoder
+from lf_hf.families.models import special_id
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.models import special_id
 from lf_hf.report.data import Continuation, PerplexityInfo
-from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import chat_form, chat_text
-from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_sequences, judging_texts, nearest, relation
+from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_sequences, judging_texts, relation
 from lf_hf.text.packing import check_ids
 
 CONTINUED_LENGTH = 24  # tokens that are added to a prompt
@@ -34,7 +33,7 @@ class Judged:
     source: str
     ids: list[Tensor]  # batches of token ids of shape (sequences B, tokens T): this process's share
     tokens: int  # of all processes
-    states: list[Tensor]  # the dense model's final ones of each batch, (B, T, hidden), in the machine's memory
+    states: list[Tensor]  # the dense model's `final_states` of each batch, (B, T, hidden), in the machine's memory
     dense: float  # its perplexity
     to_samples: Relation  # how the text relates to the calibration samples
     to_text: Relation  # and to the calibration text
@@ -43,15 +42,15 @@ class Judged:
 def judge_dense(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    config: FusionConfig,
-    samples: CalibrationSamples | None,
-    text: Corpus | None,
+    tokens: int,
+    samples: CalibrationSamples | None = None,
+    text: Corpus | None = None,
 ) -> list[Judged]:
-    """The judging texts as sequences, with the dense model's perplexity on each."""
-    if config.perplexity_tokens == 0:
+    """The judging texts as sequences, some `tokens` tokens of each, with the dense model's perplexity on them."""
+    if tokens == 0:
         return []
     texts = judging_texts()
-    sequences = judging_sequences(tokenizer, config.perplexity_tokens, decoder.config.max_position_embeddings)
+    sequences = judging_sequences(tokenizer, tokens, decoder.config.max_position_embeddings)
     check_ids(itertools.chain(*sequences.values()), decoder.config.vocab_size)
     ids = shard_batches(decoder, sequences)
     states = final_states(decoder, ids, "Perplexity before fusing")
@@ -101,29 +100,29 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
     return texts
 
 
-def judge_fused(decoder: Decoder, judged: Sequence[Judged], config: FusionConfig) -> list[PerplexityInfo]:
-    """Perplexity of the fused model beside that of the dense one, and how far apart they are, on each judging text."""
+def judge(
+    decoder: Decoder, judged: Sequence[Judged], relations: Mapping[str, str], dense_head: Tensor | None = None
+) -> list[PerplexityInfo]:
+    """Figures of a model beside the dense one, whose head (vocab, hidden) may be another, on each judging text.
+
+    `relations` say how each text, by its name, relates to what the model was made of; "unseen" where they do not.
+    """
     ids = {text.name: text.ids for text in judged}
-    states = final_states(decoder, ids, "Perplexity after fusing")
-    fused = predictions(decoder, ids, states, {text.name: text.states for text in judged})
-    infos = []
-    for text in judged:
-        to_samples = text.to_samples if config.averages else "unseen"
-        to_text = text.to_text if config.needs_text else "unseen"
-        figures = fused[text.name]
-        infos.append(
-            PerplexityInfo(
-                name=text.name,
-                text=text.source,
-                tokens=text.tokens,
-                dense=text.dense,
-                fused=figures.perplexity,
-                relation=nearest(to_samples, to_text),
-                divergence=figures.divergence,
-                agreement=figures.agreement,
-            )
+    states = final_states(decoder, ids, "Judging")
+    found = predictions(decoder, ids, states, {text.name: text.states for text in judged}, dense_head)
+    return [
+        PerplexityInfo(
+            name=text.name,
+            text=text.source,
+            tokens=text.tokens,
+            dense=text.dense,
+            fused=found[text.name].perplexity,
+            relation=relations.get(text.name, "unseen"),
+            divergence=found[text.name].divergence,
+            agreement=found[text.name].agreement,
         )
-    return infos
+        for text in judged
+    ]
 
 
 def compare_continuations(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from lf_hf.decoder.interface import Decoder, Head
+from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -61,14 +62,15 @@ def shard_batches(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> di
 
 @torch.no_grad()
 def final_states(decoder: Decoder, ids: Batches, desc: str) -> dict[str, list[Tensor]]:
-    """States before the final norm; all texts go through the layers together."""
+    """States after the final norm, of which the head makes predictions; all texts go through the layers together."""
     batches = [batch for text in ids.values() for batch in text]
     last: list[Tensor] = []
     if batches:
         for states in progress(decoder.walk(batches), total=decoder.num_layers, desc=desc, unit="layer"):
             last = states
-    remaining = iter(last)
-    return {name: [next(remaining) for _ in text] for name, text in ids.items()}
+    with decoder.norm_and_head() as (norm, _):
+        remaining = (norm(states) for states in last)
+        return {name: [next(remaining) for _ in text] for name, text in ids.items()}
 
 
 @torch.no_grad()
@@ -77,16 +79,19 @@ def predictions(
     ids: Batches,
     states: Batches,
     dense: Batches | None = None,
-    dense_head: AbstractContextManager[Head] | None = None,
+    dense_head: Tensor | None = None,
 ) -> dict[str, Predictions]:
     """Compare a model's predictions of each text with the dense model's.
 
     `states` and `dense` are the final states of both, as `final_states` gives them; the model is the dense one by
-    default. `dense_head` is the dense model's `Decoder.head`, by default the decoder's: fusing does not change it.
-    Each process gives its share of the texts, and all get the means over everything. Texts without tokens are left out.
+    default. `dense_head` is the weight of the dense model's head (vocab, hidden), by default the decoder's: fusing does
+    not change it. Each process gives its share of the texts, and all get the means over everything. Texts without
+    tokens are left out.
     """
     sums = torch.zeros(len(ids), 5, dtype=torch.float64)
-    with decoder.head() as head, dense_head or nullcontext(head) as other_head:
+    with decoder.norm_and_head() as (_, weight):
+        head = partial(_head_logits, decoder, weight)
+        other_head = partial(_head_logits, decoder, weight if dense_head is None else dense_head)
         for number, (name, batches) in enumerate(ids.items()):
             if not batches:
                 continue
@@ -103,6 +108,11 @@ def predictions(
         decoder.processes.all_reduce(sums)
     rows = dict(zip(ids, sums.tolist(), strict=True))
     return {name: Predictions.from_sums(*row) for name, row in rows.items() if row[0]}
+
+
+def _head_logits(decoder: Decoder, weight: Tensor, states: Tensor) -> Tensor:
+    """Logits (..., vocab) of states (..., hidden) after the final norm."""
+    return decoder.family.logits(decoder.config, linear(states.to(weight.device, weight.dtype), weight))
 
 
 def _without_last(states: Sequence[Tensor]) -> list[Tensor]:

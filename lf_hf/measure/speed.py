@@ -18,9 +18,9 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from lf_hf.decoder.in_memory import sharing_copy
-from lf_hf.decoder.interface import set_config_layers
-from lf_hf.models import CausalLM, family_of, text_model
+from lf_hf.decoder.layer_lists import set_config_layers
+from lf_hf.decoder.placement import is_offloaded, sharing_copy
+from lf_hf.families.models import CausalLM, family_of, text_model
 from lf_hf.report.data import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import reason
@@ -36,7 +36,8 @@ _PARTS = 12  # of the time: prefill and decoding by two models, in three rounds
 
 
 def with_speed(report: FusionReport, model: CausalLM, base: PreTrainedConfig) -> FusionReport:
-    """A fused model's report with its speed, unless that is there or not wanted, or several processes work together.
+    """A fused model's report with its speed, unless that is there or not wanted, weights are offloaded, or several
+    processes work together.
 
     The model is in evaluation mode afterwards.
     """
@@ -46,6 +47,9 @@ def with_speed(report: FusionReport, model: CausalLM, base: PreTrainedConfig) ->
     if processes.world_size > 1:
         if processes.is_main:
             logger.warning_once("Speed is not measured where several processes work together.")
+        return report
+    if is_offloaded(model):
+        logger.warning_once("Speed is not measured where weights are offloaded.")
         return report
     try:
         speed = measure_speed(model.eval(), base)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder, Group
-from lf_hf.families import DecoderLayer
+from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.fit import GroupFit, fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
@@ -46,10 +46,7 @@ def fit_groups(
     embedded = dense.embed([torch.stack([share[n] for n in numbers]).to(dense.device) for numbers in batch_numbers])
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences, batch_numbers) if held_out else None
-    longest = max(last - first + 1 for first, last in groups)
-    # At a time: the group's traces, and the states before and after it of the dense and of the fused model.
-    expected_bytes = sum(state.nbytes for state in embedded) * (2 * longest + 5)
-    with StateStore.with_room(dense, expected_bytes) as store:
+    with StateStore(dense.states, dense.scratch) as store:
         dense_states: States = store.keep(embedded)
         states: States | None = None  # of the fused model; None as long as no layer below is fused
         del embedded

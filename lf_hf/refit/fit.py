@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer, Kind, Weights, head_dim
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.refit.half_fit import HalfFit, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,

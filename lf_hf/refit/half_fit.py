@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import Half, Kind, Weights
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import Half, Kind, Weights
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
 from lf_hf.refit.regression import Regression
 from lf_hf.runtime.numerics import in_float64

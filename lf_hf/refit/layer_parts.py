@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer, Half, Kind, Weights, head_dim
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import DecoderLayer, Half, Kind, Weights, head_dim
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 

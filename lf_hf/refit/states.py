@@ -1,6 +1,6 @@
 """Hidden states of calibration text: on their way through layers, and where lists of them rest.
 
-They rest on their device, in the machine's memory or on disk, as there is room.
+They rest on their device, in the machine's memory or on disk, as the decoder says.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder, check_finite
-from lf_hf.families import DecoderLayer
+from lf_hf.decoder.decoder import Decoder, check_finite
+from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.layer_parts import after_half, mid_state
-from lf_hf.runtime.memory import free_memory
 
-SHARE = 1 / 2  # of what is free: lists may take it, fits need the rest
 Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
 States = Sequence[Tensor]
@@ -44,17 +42,6 @@ class StateStore(ExitStack):
         super().__init__()
         self.place = place
         self._folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch)) if place == "disk" else None
-
-    @classmethod
-    def with_room(cls, decoder: Decoder, expected_bytes: int) -> StateStore:
-        """A store for lists that hold `expected_bytes` together at a time, where these fit."""
-        on_device = decoder.device.type != "cpu"
-        if on_device and expected_bytes < free_memory(decoder.device) * SHARE:
-            return cls("device")
-        room = int(free_memory(torch.device("cpu")) * SHARE)
-        if expected_bytes < (room if decoder.states_in_memory is None else decoder.states_in_memory):
-            return cls("host" if on_device else "device")
-        return cls("disk", decoder.scratch)
 
     def keep(self, states: Iterable[Tensor]) -> Sequence[Tensor]:
         """A list of these states; only one of them need be on its device at a time."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import get_cosine_schedule_with_warmup
 
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import DecoderLayer
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.runtime.numerics import in_float64, typical_size
 

@@ -130,6 +130,11 @@ class PerplexityInfo:
         return self.fused / self.dense
 
     @property
+    def figures(self) -> tuple[float, float, float]:
+        """The fused model's perplexity, divergence and agreement."""
+        return self.fused, self.divergence, self.agreement
+
+    @property
     def label(self) -> str:
         """The text, and its relation to what was fitted on."""
         return f"{self.text}; {_USED[self.relation]} for fitting"
@@ -138,20 +143,6 @@ class PerplexityInfo:
     def source(self) -> str:
         """Name, size and label."""
         return f"{self.name}: {self.tokens:,} tokens of {self.label}"
-
-
-@dataclass(frozen=True)
-class HealedText:
-    """Figures of a text, as in PerplexityInfo, before and after healing."""
-
-    name: str
-    tokens: int
-    perplexity_before: float
-    perplexity_after: float
-    divergence_before: float
-    divergence_after: float
-    agreement_before: float
-    agreement_after: float
 
 
 @dataclass(frozen=True)
@@ -166,9 +157,9 @@ class HealingPoint:
 class HealingInfo:
     """A healing: `trained` parameters were trained for `steps` steps, `epochs` times through `text`.
 
-    The state after step `kept` was the best on held-out text; 0 is the model that came in. `teacher` says where the
-    base's predictions were computed, and `seconds` how long this took, from the last interruption on. The model that
-    came in may have been healed `before`.
+    `why` says why these were trained. The state after step `kept` was the best on held-out text; 0 is the model that
+    came in, of which `judged` has the figures. `seconds` is how long this took, from the last interruption on. The
+    model that came in may have been healed `before`.
     """
 
     settings: dict[str, Any]
@@ -177,9 +168,9 @@ class HealingInfo:
     trained: int
     steps: int
     kept: int
-    teacher: str
+    why: str
     curve: list[HealingPoint]
-    judged: list[HealedText]
+    judged: list[PerplexityInfo]
     seconds: float
     training_args: dict[str, str] = field(default_factory=dict)
     before: HealingInfo | None = None

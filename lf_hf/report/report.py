@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
+
 from lf_hf.report.data import (
     BudgetInfo,
     CalibrationInfo,
@@ -24,7 +27,7 @@ from lf_hf.report.data import (
     SpeedInfo,
 )
 from lf_hf.report.rows import Row, speed_rows, text_rows
-from lf_hf.runtime.checked_json import from_json, json_ready, parse_json
+from lf_hf.runtime.errors import explained
 from lf_hf.settings import FusionConfig
 
 REPORT_NAME = "fusion_report.json"
@@ -150,18 +153,15 @@ class FusionReport:
         if self.healed is not None:
             return [row.with_healed() for row in rows] + self._healed_rows(self.healed)
         for text in self.perplexities:
-            rows += text_rows(text.name, text.dense, (text.fused, text.divergence, text.agreement))
+            rows += text_rows(text.name, text.dense, text.figures)
         return rows
 
     def _healed_rows(self, healed: HealingInfo) -> list[Row]:
-        dense = {text.name: text.dense for text in self.perplexities}
-        rows = []
         fused = {text.name: text for text in healed.all[0].judged}
-        for text in healed.judged:
+        rows = []
+        for text in self.perplexities:
             first = fused.get(text.name, text)
-            before = (first.perplexity_before, first.divergence_before, first.agreement_before)
-            after = (text.perplexity_after, text.divergence_after, text.agreement_after)
-            rows += text_rows(text.name, dense.get(text.name), before, after)
+            rows += text_rows(text.name, text.dense, first.figures, text.figures)
         return rows
 
     @property
@@ -198,7 +198,7 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plus both compression figures, as strict JSON has it."""
-        values: dict[str, Any] = json_ready(dataclasses.asdict(self))
+        values: dict[str, Any] = from_json(to_json(self, inf_nan_mode="strings"))
         values["layers_removed_fraction"] = self.layers_removed_fraction
         values["parameters_removed_fraction"] = self.parameters_removed_fraction
         return values
@@ -208,24 +208,22 @@ class FusionReport:
         """The report that `to_dict` wrote. Raises ValueError, with `name`, for anything else."""
         if isinstance(values, dict) and "steps" in values and "fused_layers" not in values:
             raise ValueError(f"{name} was written by an earlier version of lf_hf; fuse the base again.")
-        try:
-            report = from_json(cls, values, "fusion_report")
+        with explained(f"{name} is no fusion report", "save the model again", ValueError):
+            report = TypeAdapter(cls).validate_python(values)
             report._check()
-        except ValueError as error:
-            raise ValueError(f"{name} is no fusion report: {error}") from None
         return report
 
     def _check(self) -> None:
         """Raise ValueError for a report whose parts do not fit together, as after editing it by hand."""
         if not 2 <= self.layers_before <= MOST_LAYERS:
-            raise ValueError(f"layers_before={self.layers_before!r:.80} is not 2 to {MOST_LAYERS}.")
+            raise ValueError(f"layers_before={self.layers_before!r:.80} is not 2 to {MOST_LAYERS}")
         try:
             remaining = len(self.groups)
             self.summary()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"its parts do not fit together ({error!r:.200}); save the model again.") from None
+            raise ValueError(f"its parts do not fit together: {error!r:.200}") from None
         if remaining != self.layers_after:
-            raise ValueError(f"layers_after={self.layers_after} does not fit its fused layers; save the model again.")
+            raise ValueError(f"layers_after={self.layers_after} does not fit its fused layers")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `fusion_report.json` into a folder."""
@@ -241,7 +239,9 @@ class FusionReport:
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
         name = repr(str(file))
-        return cls.from_dict(parse_json(file.read_bytes(), name), name)
+        with explained(f"{name} is not JSON", "save the model again", ValueError):
+            values = from_json(file.read_bytes())
+        return cls.from_dict(values, name)
 
 
 def published_name(base: str) -> str:

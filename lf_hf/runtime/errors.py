@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 def reason(error: Exception) -> str:
-    """The message of an error on one line, to be put in brackets."""
-    message = " ".join(str(error).split())
-    return message.rstrip(".")[:300]
+    """The message of an error on one line, to be put in brackets; of pydantic's the first, as it names them all."""
+    message = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        message = f"{place}{first['msg']}, got {first['input']!r:.80}"
+    return " ".join(message.split()).rstrip(".")[:300]
 
 
 @contextmanager

@@ -21,9 +21,10 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the machine's memory, this process's share among those of a launch."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+    module = torch.get_device_module(device)
+    if device.type != "cpu" and hasattr(module, "mem_get_info"):
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + unused)
     free = psutil.virtual_memory().available // local_processes()
     used = psutil.Process().memory_info().rss
     return max(0, min([free, *(limit // local_processes() - used for limit in _limits())]))

@@ -1,111 +1,86 @@
-"""Settings of which each is written once: its help, bounds and choices stand beside its name, type and default.
-
-Checks, reading from strings, docstrings, command-line options and hints about misspelt names follow from them.
-"""
+"""Settings that pydantic checks. A field is written once: its option and its documentation follow from it, too."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import inspect
 import textwrap
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import inf
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args
 
-import numpy as np
+from pydantic import ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core.core_schema import LiteralSchema, literal_schema
 
 from lf_hf.runtime.words import unknown_name
 
+RULES = ConfigDict(allow_inf_nan=False, extra="forbid", use_attribute_docstrings=True)
+"""The `config` of pydantic dataclasses of settings."""
+
+NOT_GIVEN: Any = None
+"""The default of a field that other fields decide."""
+
 _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
-_TRUTHS = {"true": True, "false": False}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<="}
 _OTHER = "Other Parameters"  # of a docstring
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A field of settings."""
+class OneOf:
+    """Marks a field of words: those that it takes."""
 
-    help: str
-    default: Any
-    choices: tuple[str, ...] = ()
-    at_least: float = -inf
-    above: float = -inf
-    at_most: float = inf
-    unset: str = ""  # says where the value comes from if the default is None
-    needs: str = ""  # an attribute of the settings: where it is false, the value has no effect
-    heading: str = ""  # stands above it, and others like it, in help
-    name: str = ""
-    kind: type = str
+    words: Iterable[str]
 
-    @property
-    def allowed(self) -> str:
-        """The values that are allowed, such as "a number > 0 and <= 1"."""
-        if self.choices:
-            return " or ".join(f'"{choice}"' for choice in self.choices)
-        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most}
-        bounds = " and ".join(f"{sign} {limit}" for sign, limit in limits.items() if abs(limit) < inf)
-        return f"{_KINDS[self.kind]} {bounds}".strip()
-
-    def checked(self, value: Any) -> Any:
-        """The value in the field's type; strings and numpy's numbers are converted.
-
-        Raises ValueError for a value that is not allowed.
-        """
-        if value is None and self.default is None:
-            return None
-        if self.choices:
-            if value not in self.choices:
-                raise ValueError(unknown_name(self.name, str(value), self.choices))
-            return value
-        number = self._converted(value)
-        if number is None or not self._within_bounds(number):
-            raise ValueError(f"{self.name} must be {self.allowed}, got {value!r:.80}.")
-        return number
-
-    def _converted(self, value: Any) -> Any:
-        """The value in the field's type, None if it has none there."""
-        if self.kind is bool:
-            return _TRUTHS.get(str(value).strip().lower())
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, str) or (self.kind is float and type(value) is int):
-            with suppress(ValueError, OverflowError):
-                value = self.kind(value)
-        return value if type(value) is self.kind else None
-
-    def _within_bounds(self, number: float) -> bool:
-        return self.above < number < inf and self.at_least <= number <= self.at_most
+    def __get_pydantic_core_schema__(self, *_: object) -> LiteralSchema:
+        return literal_schema(list(self.words))
 
 
-def setting(default: Any, help: str, **attributes: Any) -> Any:
-    """A field of a dataclass of settings, with the attributes of a Setting."""
-    return dataclasses.field(default=default, metadata={"setting": Setting(help, default, **attributes)})
+@dataclass(frozen=True)
+class Needs:
+    """Marks a field that has no effect where this attribute of the settings is false; help shows it below `heading`."""
+
+    attribute: str = ""
+    heading: str = ""
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """The words that a field takes, none if it takes a number or a truth."""
+    return [word for mark in field.metadata if isinstance(mark, OneOf) for word in mark.words]
+
+
+def needs(field: FieldInfo) -> Needs:
+    """What a field needs to have an effect."""
+    return next((mark for mark in field.metadata if isinstance(mark, Needs)), Needs())
+
+
+def kind(field: FieldInfo) -> Any:
+    """The type of a field: of `float | None`, float."""
+    return (get_args(field.annotation) or (field.annotation,))[0]
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values that a field takes, such as "a number > 0 and <= 1"."""
+    if choices(field):
+        return " or ".join(f'"{choice}"' for choice in choices(field))
+    bounds = []
+    for mark in field.metadata:
+        bounds += [f"{sign} {getattr(mark, name)}" for name, sign in _SIGNS.items() if hasattr(mark, name)]
+    return f"{_KINDS[kind(field)]} {' and '.join(bounds)}".strip()
 
 
 SettingsType = TypeVar("SettingsType", bound="Settings")
+Class = TypeVar("Class", bound=Any)
 
 
 class Settings:
-    """What frozen dataclasses of settings share; the decorator `documented` completes them."""
+    """What dataclasses of settings share. A field that is given as None is as not given."""
 
-    known: ClassVar[Mapping[str, Setting]]
+    known: ClassVar[Mapping[str, FieldInfo]]
     one_of: ClassVar[tuple[str, ...]] = ()
     """Fields that replace each other: one of them is given."""
     given_beside: ClassVar[tuple[str, ...]] = ()
     """Arguments of the functions that take these settings, which may be misspelt as well."""
-
-    def __post_init__(self) -> None:
-        for name, value in self._preset().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name in self.known:
-            self._check(name)
-        self._check_together()
-
-    def _check(self, name: str) -> None:
-        object.__setattr__(self, name, self.known[name].checked(getattr(self, name)))
 
     def _preset(self) -> Mapping[str, Any]:
         """Values of fields that were not given, where another field decides them."""
@@ -121,19 +96,15 @@ class Settings:
     def in_effect(self) -> dict[str, Any]:
         """The fields that a result depends on, JSON-ready."""
         values = {}
-        for name, setting in self.known.items():
-            value = getattr(self, name)
-            has_effect = not setting.needs or getattr(self, setting.needs)
-            if value is not None and has_effect:
+        for name, field in self.known.items():
+            value, needed = getattr(self, name), needs(field).attribute
+            if value is not None and (not needed or getattr(self, needed)):
                 values[name] = value
         return values
 
     @classmethod
     def from_kwargs(cls: type[SettingsType], **kwargs: Any) -> SettingsType:
         """The settings; raises ValueError for an unknown name, too, and names the nearest known one."""
-        for name in kwargs:
-            if name not in cls.known:
-                raise ValueError(unknown_name("setting", name, cls.known))
         return cls(**kwargs)
 
     @classmethod
@@ -163,19 +134,49 @@ class Settings:
         return cls(**kept | given)
 
 
-def documented(cls: type[SettingsType]) -> type[SettingsType]:
-    """Class decorator for dataclasses of settings: gives them `known`, and a docstring with all fields."""
-    types = get_type_hints(cls)
-    known = {}
-    lines = [str(cls.__doc__).rstrip(), "", "Parameters", "----------"]
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        kind, *_ = get_args(types[field.name]) or (types[field.name],)  # of `float | None`: float
-        setting = dataclasses.replace(field.metadata["setting"], name=field.name, kind=kind)
-        known[field.name] = setting
-        if setting.heading and _OTHER not in lines:
-            lines += ["", _OTHER, "-" * len(_OTHER)]
-        lines.append(f"{setting.name} : {setting.allowed}, default {setting.unset or setting.default}")
-        lines.append(textwrap.indent(textwrap.fill(setting.help, 116), "    "))
-    cls.known = known
-    cls.__doc__ = "\n".join(lines)
+def checked(cls: Class) -> Class:
+    """Class decorator for pydantic dataclasses of settings: a sentence for what they refuse, and all fields in help."""
+    validate = cls.__init__
+
+    def __init__(self: Settings, *args: Any, **kwargs: Any) -> None:
+        given = {}
+        for name, value in [*zip(self.known, args, strict=False), *kwargs.items()]:
+            if value is not None:
+                given[name] = str(value) if isinstance(value, bool) else value  # pydantic would read True as 1
+        try:
+            validate(self, **given)
+        except ValidationError as error:
+            raise ValueError(_sentence(error, self.known)) from None
+        for name, value in self._preset().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check_together()
+
+    __init__.__module__ = cls.__module__
+    __init__.__signature__ = inspect.signature(cls)  # type: ignore[attr-defined]
+    cls.__init__ = __init__
+    cls.known = cls.__pydantic_fields__
+    cls.__doc__ = _docstring(cls)
     return cls
+
+
+def _sentence(error: ValidationError, known: Mapping[str, FieldInfo]) -> str:
+    """What is wrong with the first of the values that were refused."""
+    first = error.errors()[0]
+    name, value = str(first["loc"][0]), first["input"]
+    if name not in known:
+        return unknown_name("setting", name, known)
+    if first["type"] == "literal_error":
+        return unknown_name(name, str(value), choices(known[name]))
+    return f"{name} must be {allowed(known[name])}, got {value!r:.80}."
+
+
+def _docstring(cls: type[Settings]) -> str:
+    """A class's docstring with all fields."""
+    lines = [str(cls.__doc__).rstrip(), "", "Parameters", "----------"]
+    for name, field in cls.known.items():
+        if needs(field).heading and _OTHER not in lines:
+            lines += ["", _OTHER, "-" * len(_OTHER)]
+        lines.append(f"{name} : {allowed(field)}, default {field.default}")
+        lines.append(textwrap.indent(textwrap.fill(field.description or "", 116), "    "))
+    return "\n".join(lines)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
+from pydantic.fields import FieldInfo
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import speaks
-from lf_hf.runtime.settings_base import Setting, Settings
+from lf_hf.runtime.settings_base import Settings, choices, kind, needs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,18 +62,19 @@ def options(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
 
 def setting_options(settings: type[Settings], *names: str) -> Callable[[Function], Function]:
     """An option for each of these fields of settings, or for all. It is None where it is not used."""
-    return options(*(_setting_option(settings.known[name]) for name in names or settings.known))
+    return options(*(_setting_option(name, settings.known[name]) for name in names or settings.known))
 
 
-def _setting_option(setting: Setting) -> Callable[[Function], Function]:
-    name = "--" + setting.name.replace("_", "-")
-    if setting.kind is bool:
-        name += f"/--no-{name[2:]}"
-    metavar = "|".join(setting.choices) or _METAVARS.get(setting.kind)
-    help, default = setting.help, setting.unset or setting.default
-    if default is not None:
-        help += f"  [default: {default}]"
-    return click.option(name, cls=SettingOption, default=None, help=help, metavar=metavar, heading=setting.heading)
+def _setting_option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
+    option = "--" + name.replace("_", "-")
+    if kind(field) is bool:
+        option += f"/--no-{option[2:]}"
+    metavar = "|".join(choices(field)) or _METAVARS.get(kind(field))
+    help = field.description or ""
+    if field.default is not None:
+        help += f"  [default: {field.default}]"
+    heading = needs(field).heading
+    return click.option(option, cls=SettingOption, default=None, help=help, metavar=metavar, heading=heading)
 
 
 def as_options(text: str, parameters: Iterable[click.Parameter]) -> str:
@@ -107,7 +110,12 @@ def show(*parts: Table | str) -> None:
     """Print tables and lines, in the process that speaks for all of a launch. A table is never cut."""
     if not speaks():
         return
-    console = Console(highlight=False)
+    with explained("What was done cannot be printed", "all files are written", OSError):
+        _print(*parts)
+
+
+def _print(*parts: Table | str) -> None:
+    console = Console(highlight=False, emoji=False)
     width = console.width if console.is_terminal else _WIDEST
     for part in parts:
         console.width = _WIDEST

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
-from lf_hf.decoder.interface import Decoder, check_finite
+from lf_hf.decoder.decoder import Decoder, check_finite
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder
-from lf_hf.families import PROJECTIONS, Axis, Weights, head_dim
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.report.data import RowMatch
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.decoder.interface import Decoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.report.data import CalibrationInfo
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.words import plural

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import Tensor
 
-from lf_hf.decoder.interface import Decoder, Group
-from lf_hf.families import Weights
+from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.families.table import Weights
 from lf_hf.report.data import RowMatch
 from lf_hf.stages.alignment import align_layer
 

@@ -93,8 +93,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
     """
     if not tokenizer.chat_template:
         raise ValueError("the model's tokenizer has no chat template")
-    # Rows of a table have all fields of all messages.
-    filled = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    filled = [_without_nulls(message) for message in messages]
     try:
         template = _FIXED_DATE + tokenizer.get_chat_template()
         text = tokenizer.apply_chat_template(
@@ -103,6 +102,15 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
     except Exception as error:  # of any kind, as a template is a program
         raise ValueError(f"the model's chat template does not take it ({reason(error)})") from None
     return str(text)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without dictionaries' entries that are None: in a row of a table each has the fields of all others."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import glob
+import csv
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.runtime.errors import explained
@@ -19,15 +19,10 @@ TextSource = Sequence[str | Messages] | str | Path
 """Strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
 data set on the hub or in a folder."""
 
-# How `datasets` calls a kind of file, and options that spare memory and keep text from becoming numbers.
-_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"usecols": ["text"], "converters": {"text": str}, "keep_default_na": False, "chunksize": 256}),
-    ".parquet": ("parquet", {"batch_size": 16}),
-}
 _COLUMNS = ("text", "messages")  # the first one that is there is read
 _CHARACTERS_PER_TOKEN = 8  # more than usual text has, so that so much from the hub is enough
 _MAX_LINE = 1 << 24  # characters that are read at once
+_MAX_FIELD = (1 << 31) - 1  # characters of a field in CSV; the largest limit that its reader takes everywhere
 
 
 def read_samples(
@@ -52,8 +47,12 @@ def _open_rows(given: str, characters: int) -> tuple[Iterator[Any], str]:
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return _read_paragraphs(path), path.name
-    if suffix in _TABLES:
-        return _read_table(path, suffix), path.name
+    if suffix == ".csv":
+        return _read_column(_read_csv(path), _COLUMNS[:1]), path.name
+    if suffix == ".jsonl":
+        return _read_column(_read_jsonl(path), _COLUMNS), path.name
+    if suffix == ".parquet":
+        return _read_column(_read_parquet(path), _COLUMNS), path.name
     if given and path.is_file():
         return _refuse("files of its kind are not read"), path.name
     name, config, split, column = (given.split(":", 3) + [""] * 3)[:4]
@@ -93,28 +92,55 @@ def _read_paragraphs(path: Path) -> Iterator[str]:
     yield paragraph
 
 
-def _read_table(path: Path, suffix: str) -> Iterator[Any]:
-    if path.is_file() and not path.stat().st_size:  # the readers find no columns in it
-        return
-    kind, options = _TABLES[suffix]
-    files = glob.escape(str(path.absolute()))
-    with TemporaryDirectory() as cache:
-        yield from _load_column(_COLUMNS, kind, split="train", data_files=files, cache_dir=cache, **options)
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_MAX_FIELD)  # of the whole process; by default 131072
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                if None in row:  # under it are the fields that have no name
+                    raise csv.Error("it has more fields than the header, so put text with commas in quotes")
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"line {rows.reader.line_num}: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = from_json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object: {row!r:.80}")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        present = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(16, columns=present or None):
+            yield from batch.to_pylist()
 
 
 def _read_data_set(name: str, config: str, split: str, columns: Sequence[str], characters: int) -> Iterator[Any]:
-    for sample in _load_column(columns, name, config or None, split=split):
+    from datasets import load_dataset
+
+    for sample in _read_column(load_dataset(name, config or None, split=split, streaming=True), columns):
         yield sample
         characters -= len(str(sample))
         if characters <= 0:
             return
 
 
-def _load_column(columns: Sequence[str], *data_set: str | None, **options: Any) -> Iterator[Any]:
-    """What each row of a data set has in the first of some columns that is there."""
-    from datasets import load_dataset
-
-    for row in load_dataset(*data_set, streaming=True, **options):
+def _read_column(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[Any]:
+    """What each row has in the first of some columns that is there."""
+    for row in rows:
         present = [name for name in columns if name in row]
         if not present:
             raise ValueError(f"it has no column {' or '.join(columns)}, but {', '.join(row)}")
@@ -132,6 +158,8 @@ def _checked_samples(samples: Iterable[Any], source: str, tokenizer: PreTrainedT
 
 
 def _as_text(sample: Any, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if isinstance(sample, list) and not sample:  # a chat in which nothing is said
+        return ""
     if is_chat(sample):
         assert tokenizer is not None, "chats need a tokenizer"
         sample = chat_text(tokenizer, sample)

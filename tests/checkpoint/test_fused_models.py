@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.text.calibration import documentation_halves
 from lf_hf.text.packing import pack_tokens
@@ -97,7 +97,7 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool,
     assert opened.fusion_report == FusionReport.load(out) == report
 
     sequences = pack_tokens(make_tokenizer(), documentation_halves()[1], config["max_position_embeddings"], 300)
-    stock = ModelDecoder(LlamaForCausalLM.from_pretrained(out))
+    stock = Decoder(LlamaForCausalLM.from_pretrained(out))
     ids = shard_batches(stock, {"docs": sequences})
     assert predictions(stock, ids, final_states(stock, ids, ""))["docs"].perplexity == report.perplexities[0].fused
 

@@ -123,13 +123,13 @@ def test_its_commands_make_a_model_again_that_was_healed_twice(
     """Also what a healing was told beside its settings. The fused model's figures are those before both."""
     (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
     text, out = str(tmp_path / "text.txt"), tmp_path / "first"
+    base = str(shutil.copytree(base, tmp_path / "-rf"))
     fuse_checkpoint(
         base, out, num_fusions=2, method="truncate", heal_tokens=2048, calibration=text, perplexity_tokens=256
     )
     twice: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
     twice["training_args"] = {"optim": "adafactor", "bf16": False}
     report = lf_hf.heal(out, tmp_path / "second", base=base, text=text, **twice)
-    shutil.copytree(base, tmp_path / report.base)
     [block] = re.findall(r"^```bash\n(.*?)\n```$", (tmp_path / "second" / "README.md").read_text(), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     for line in block.splitlines():

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.choose.budget import search
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
 from lf_hf.report.data import BudgetTrial
@@ -52,10 +52,10 @@ def test_a_budget_is_kept_by_the_result_and_used_up(model_type: str, level: str,
     dense = tiny_model(model_type, num_hidden_layers=6)
     given: dict[str, Any] = {**SETTINGS, **settings, level: 1e9}
     config = FusionConfig(**given)
-    measured = measure(ModelDecoder(dense), tokenizer, config, None, corpus)
+    measured = measure(Decoder(dense), tokenizer, config, None, corpus)
 
     def fused(config: FusionConfig) -> tuple[Any, FusionReport]:
-        decoder = ModelDecoder(dense).copy()
+        decoder = Decoder(dense).copy()
         report = fuse(decoder, tokenizer, config, measured, base="tiny")
         return decoder.model, report
 

@@ -20,8 +20,7 @@ from tiny_models import count_removed, divergence, fitted, measured_text
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.decoder.interface import Groups
+from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.measure.dense import Measurements
 from lf_hf.pipeline import fuse, fuse_layers
 from lf_hf.runtime.clock import Clock
@@ -41,7 +40,7 @@ def fused(model: Any, num_fusions: int) -> FusionReport:
     config = FusionConfig(num_fusions, "refit", perplexity_tokens=0)
     text = [torch.randint(0, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(32)]
     measured = measured_text(text)
-    return fuse(ModelDecoder(model), make_tokenizer(), config, measured, base="")
+    return fuse(Decoder(model), make_tokenizer(), config, measured, base="")
 
 
 @given(SEED, st.integers(1, 7), st.sampled_from([1, 2, 3]))
@@ -83,7 +82,7 @@ def test_a_layer_stands_in_place_of_a_fit_that_is_worse_than_it() -> None:
 
 
 def choice(model: Any, num_fusions: int, measured: Measurements) -> Choice:
-    return choose(ModelDecoder(model), FusionConfig(num_fusions, "refit"), measured)
+    return choose(Decoder(model), FusionConfig(num_fusions, "refit"), measured)
 
 
 @torch.no_grad()
@@ -126,12 +125,12 @@ def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
 
 def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> Any:
     """A copy in which each group is one layer, fitted roughly, from the bottom up, to the dense model."""
-    copied = ModelDecoder(model).copy()
+    copied = Decoder(model).copy()
     ids, num_removed = torch.stack(list(text)), 0
     for first, last in groups:
         dense, states = (m.model(ids, output_hidden_states=True).hidden_states for m in (model, copied.model))
         inputs = None if num_removed == 0 else [states[first - num_removed]]
-        _, layer, _ = fitted(ModelDecoder(model), range(first, last + 1), [dense[first]], rough=True, streams=inputs)
+        _, layer, _ = fitted(Decoder(model), range(first, last + 1), [dense[first]], rough=True, streams=inputs)
         weights = copied.family.unpacked(layer.named_parameters())
         copied.join((first - num_removed, last - num_removed), weights)
         num_removed += last - first
@@ -143,7 +142,7 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     """Costs are those of rough fits, on half of the tokens of the text that judges; of that groups take a part."""
     model = make_llama(num_hidden_layers=7)
     text = split_text(TEXT[:8], [], TEXT[8:])
-    with costs_on(ModelDecoder(model), text, 0.1) as costs:
+    with costs_on(Decoder(model), text, 0.1) as costs:
         tried = try_sets(costs, 2, count=16)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
     assert costs.by_group.keys() == {*pairs, *threes} and len(tried) == 6
@@ -227,9 +226,9 @@ def test_layers_that_work_together_are_not_fused_by_the_preset() -> None:
     measured, ids = measured_text(list(text[:64])), text[64:]
     costs, chosen = {}, {}
     for selection in ("least_influence", None):
-        decoder, config = ModelDecoder(model).copy(), FusionConfig(1, "refit", selection)  # type: ignore[arg-type]
-        fusion = fuse_layers(decoder, config, measured, clock=Clock())
-        [chosen[config.selection]] = fusion.choice.groups
+        decoder, config = Decoder(model).copy(), FusionConfig(1, "refit", selection)  # type: ignore[arg-type]
+        choice, _ = fuse_layers(decoder, config, measured, clock=Clock())
+        [chosen[config.selection]] = choice.groups
         costs[config.selection] = divergence(model(ids).logits, decoder.model(ids, use_cache=False).logits)
     assert chosen["least_influence"] == (3, 4) != chosen["groups"]
     assert costs["groups"] < 0.1 < 0.5 < costs["least_influence"]

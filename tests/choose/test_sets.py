@@ -10,7 +10,7 @@ import torch
 from tiny_models import count_removed
 
 from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
-from lf_hf.decoder.interface import Group, Groups
+from lf_hf.decoder.decoder import Group, Groups
 
 
 def random_costs(layers: int, seed: int) -> dict[Group, float]:

@@ -7,8 +7,8 @@ import torch
 from accelerate import dispatch_model
 from conftest import make_llama
 
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import generate
-from lf_hf.decoder.in_memory import ModelDecoder
 
 IDS = torch.tensor([[9, 31, 5]])
 
@@ -18,7 +18,7 @@ def test_predictions_that_overflow_are_named() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = torch.inf
     with pytest.raises(ValueError, match=r"predictions contain NaN or inf.*use a dtype of wider range"):
-        generate(ModelDecoder(model), 2, 3, seed=0)
+        generate(Decoder(model), 2, 3, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_predictions_that_overflow_are_named() -> None:
 def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str, mask: bool) -> None:
     model = make_llama()
     model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     [hidden_states] = decoder.embed([IDS])
     assert (decoder.layer_inputs(hidden_states, model.model.layers[0])["attention_mask"] is not None) == mask
 
@@ -37,7 +37,7 @@ def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed(hooked: boo
     model = make_llama()
     if hooked:  # as a device map of several devices leaves it
         dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     copy = decoder.copy()
     with torch.no_grad():
         expected = model(IDS).logits
@@ -59,7 +59,7 @@ def test_removing_a_layer_renumbers_what_the_cache_and_the_device_map_need() -> 
     model = make_llama(eos_token_id=[1, 2, 3, 4, 5])  # as long as a list of layers, but none
     kept = [model.model.layers[n] for n in (0, 1, 3, 4)]
     vars(model)["hf_device_map"] = {"lm_head": 0} | {f"model.layers.{n}": n for n in range(5)}
-    ModelDecoder(model).remove(2)
+    Decoder(model).remove(2)
     assert list(model.model.layers) == kept
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
     assert model.config.eos_token_id == [1, 2, 3, 4, 5]

@@ -1,22 +1,24 @@
-"""Layers of a checkpoint on disk, on a device that has memory of its own: read ahead, and kept."""
+"""Layers that lie on disk, for a device that has memory of its own: read ahead, changed and copied."""
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from conftest import make_llama
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
 from two_devices import OTHER, TwoDevices
 
-from lf_hf.checkpoint.weights import read_onto
-from lf_hf.decoder.on_disk import CheckpointDecoder
+from lf_hf.checkpoint.base import Base
+from lf_hf.decoder.decoder import Decoder
 
 UP = "mlp.up_proj.weight"
 
@@ -28,31 +30,37 @@ def devices() -> Iterator[TwoDevices]:
 
 
 @pytest.fixture
-def make_decoder(tmp_path: Path) -> Callable[..., CheckpointDecoder]:
-    def make(**overrides: Any) -> CheckpointDecoder:
+def make_decoder(tmp_path: Path) -> Callable[..., Decoder]:
+    def make(**overrides: Any) -> Decoder:
         folder, scratch = tmp_path / "base", tmp_path / "scratch"
         make_llama(**overrides).save_pretrained(folder)
         scratch.mkdir()
-        return CheckpointDecoder(folder, LlamaConfig.from_pretrained(folder), scratch, device=OTHER)
+        device_map = {"model.embed_tokens": "disk", "model.layers": "disk", "lm_head": "disk", "model.norm": OTHER}
+        base = Base.open(folder, {})
+        loading = {**base.loading, "device_map": device_map, "offload_folder": str(scratch)}
+        decoder = Decoder(replace(base, loading=loading).load())
+        decoder.scratch = scratch
+        return decoder
 
     return make
 
 
 class Reads:
-    """Numbers of the layers that were read onto the device; `wait_for` one that another thread reads."""
+    """Numbers of the layers that were read; `wait_for` one that another thread reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.layers: list[int] = []
         self._new = threading.Condition()
+        read = OffloadedWeightsLoader.__getitem__
 
-        def noted(device: torch.device, file: Path, name: str, dtype: torch.dtype) -> Tensor:
+        def noted(loader: OffloadedWeightsLoader, name: str) -> Tensor:
             if name.endswith(UP):
                 with self._new:
                     self.layers.append(int(name.split(".")[2]))
                     self._new.notify_all()
-            return read_onto(device, file, name, dtype)
+            return read(loader, name)
 
-        monkeypatch.setattr("lf_hf.decoder.on_disk.read_onto", noted)
+        monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", noted)
 
     def wait_for(self, number: int) -> bool:
         with self._new:
@@ -60,7 +68,7 @@ class Reads:
 
 
 def test_the_next_layer_is_read_while_one_is_used(
-    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], monkeypatch: pytest.MonkeyPatch
+    devices: TwoDevices, make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, reads = make_decoder(), Reads(monkeypatch)
     for number, layer in enumerate(decoder.layers(range(5))):
@@ -70,9 +78,8 @@ def test_the_next_layer_is_read_while_one_is_used(
 
 
 def test_what_is_read_is_what_the_files_hold(
-    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    devices: TwoDevices, make_decoder: Callable[..., Decoder], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lf_hf.checkpoint.weights.BLOCK", 1000)  # so that no tensor is a whole number of blocks
     decoder = make_decoder(dtype=torch.bfloat16, attention_bias=True)
     held = load_file(tmp_path / "base" / "model.safetensors")
     for number, layer in enumerate(decoder.layers(range(5))):
@@ -83,7 +90,7 @@ def test_what_is_read_is_what_the_files_hold(
 
 
 def test_changes_reach_the_layers_and_no_copies(
-    devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]
+    devices: TwoDevices, make_decoder: Callable[..., Decoder], tmp_path: Path
 ) -> None:
     decoder = make_decoder()
     dense = decoder.copy()
@@ -97,13 +104,14 @@ def test_changes_reach_the_layers_and_no_copies(
         model.remove(2)
     assert torch.equal(next(dense_layers).mlp.up_proj.weight.cpu(), first)
     for number, model in enumerate([*copies, decoder]):
-        with model.keep_layers():
-            for _ in "12":
-                read = [layer.mlp.up_proj.weight.cpu() for layer in model.layers(range(4))]
-                assert torch.equal(read[1], (2 + number) * ones) and torch.equal(read[2], third)
+        read = [layer.mlp.up_proj.weight.cpu() for layer in model.layers(range(4))]
+        assert torch.equal(read[1], (2 + number) * ones) and torch.equal(read[2], third)
+    del copies, model
+    gc.collect()
+    assert len(list((tmp_path / "scratch").iterdir())) == 1  # a layer's files go with the last model that has it
 
 
-def test_stopped_streams_leave_no_thread(devices: TwoDevices, make_decoder: Callable[..., CheckpointDecoder]) -> None:
+def test_stopped_streams_leave_no_thread(devices: TwoDevices, make_decoder: Callable[..., Decoder]) -> None:
     before = threading.enumerate()
     decoder = make_decoder()
     for _ in decoder.layers(range(5)):

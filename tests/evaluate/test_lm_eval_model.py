@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig
@@ -111,7 +111,8 @@ def test_tokenizer_from_elsewhere(base: str, make_base: Callable[..., str]) -> N
     assert loglikelihoods(make_lm(bare, **QUICK | {"perplexity_tokens": 50}, tokenizer=base))
 
 
-def test_peft_adapter(saved: str, tmp_path: Path) -> None:
+def test_peft_adapter(saved: str, base: str, tmp_path: Path) -> None:
+    """Of the fused model; one that was trained on the base would be put onto other layers."""
     peft = pytest.importorskip("peft")
     model = FusedLlamaForCausalLM.from_pretrained(saved)
     adapter = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -120,6 +121,10 @@ def test_peft_adapter(saved: str, tmp_path: Path) -> None:
     assert loglikelihoods(plain) != loglikelihoods(adapted)
     assert adapted.get_model_info()["fusion"] == plain.get_model_info()["fusion"]
     assert adapted.config.num_hidden_layers == 3
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter).save_pretrained(tmp_path / "base's")
+    for pretrained, settings in ((saved, {}), (base, QUICK)):
+        with pytest.raises(ValueError, match=r"peft=.* was trained on .*, the base, whose layers have other numbers"):
+            make_lm(pretrained, peft=str(tmp_path / "base's"), **settings)
 
 
 def test_a_model_instead_of_a_name(saved: str) -> None:

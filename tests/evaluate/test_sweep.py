@@ -124,12 +124,6 @@ def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -
     lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
     fused, healed = lines["truncate"], lines["truncate, healed"]
     assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]
-    others = run(tmp_path / "healed", **levels, **heal, heal_cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*/text.json"))) == 1
-    assert others[:2] == points[:2] and others[2].key != points[2].key
-    assert others[2].perplexities == pytest.approx(points[2].perplexities, rel=0.05)
-    with pytest.raises(ValueError, match="heal_cache is for healed points"):
-        run(tmp_path, **levels, heal_cache=tmp_path / "cache")
 
 
 def test_what_differs_in_healing_alone_is_fused_once(run: Run, judged: list[Any], tmp_path: Path) -> None:
@@ -155,7 +149,9 @@ def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("judged")
-def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path: Path) -> None:
+def test_a_base_is_known_by_its_content(
+    make_base: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """In a folder and in a hub's cache, and where it differs in its middle."""
     (tmp_path / "models--you--model" / "refs").mkdir(parents=True)
     (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
@@ -167,7 +163,9 @@ def test_a_base_is_known_by_its_content(make_base: Callable[..., str], tmp_path:
     content = bytearray((base / "model.safetensors").read_bytes())  # some megabytes
     content[len(content) // 2] ^= 1
     (base / "model.safetensors").write_bytes(content)
+    assert "also holds" not in caplog.text
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
+    assert "also holds 2 points of another base or other arguments; they stay, and tables" in caplog.text
     asked_another, again = (
         [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)] for limit in (1, 1.0)
     )
@@ -213,7 +211,7 @@ def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_p
 
     whole = read_points(tmp_path / "out" / RESULTS)
     lines = (tmp_path / "out" / RESULTS).read_bytes().splitlines(keepends=True)
-    kept = b"".join(line for line in lines if b'"method": "refit"' not in line)
+    kept = b"".join(line for line in lines if b'"method":"refit"' not in line)
     (tmp_path / "out" / RESULTS).write_bytes(kept)
     assert main(words) == main(words) == 0 and len(judged) == 2
     assert (tmp_path / "out" / RESULTS).read_bytes().startswith(kept)
@@ -230,6 +228,13 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
         run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
     assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_a_line_that_is_cut_off_is_named(run: Run, whole: Whole, tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_bytes(cut := (whole[0] / RESULTS).read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"Line 5 of .* is no result of a sweep \(.*\); remove it, and its point is"):
+        run(tmp_path)
+    assert (tmp_path / RESULTS).read_bytes() == cut
 
 
 def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,10 @@ from tiny_models import LAYOUTS, averaged, fitted, idle, logits, measure_and_fus
 from transformers import AutoModelForCausalLM
 
 import lf_hf
-from lf_hf import FusionConfig, models
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
+from lf_hf import FusionConfig
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families import models
+from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
 from lf_hf.measure.check import check_computes
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
@@ -60,7 +61,7 @@ def in_another_order(weights: dict[str, torch.Tensor], config: Any) -> dict[str,
 def test_a_layer_and_its_own_copy_in_another_order_average_to_the_layer(layout: str) -> None:
     model_type, overrides = LAYOUTS[layout]
     model = tiny_model(model_type, **overrides)
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     layer = decoder.layer(0)
     weights, kind = layer_weights(decoder, layer), decoder.family.layer_kind(layer)
     shuffled = in_another_order(weights, decoder.config)
@@ -86,7 +87,7 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     model = tiny_model(model_type, **overrides)
     first = 2  # the pair is of two kinds where there are some
     idle(model, first + 1 - active)
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     kind, key_values = decoder.family.layer_kind(decoder.layer(first + active)), decoder.config.num_key_value_heads
     states = decoder.embed(decoder.make_batches(list(LONGER)))
     fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
@@ -103,7 +104,7 @@ def test_a_fit_leaves_the_dense_model_as_it_is(model_type: str) -> None:
     """Though a layer that is made has some of its tensors, and is trained."""
     model = tiny_model(model_type)
     before = copy.deepcopy(model)
-    for _ in fit_groups(ModelDecoder(model), [(3, 4)], list(LONGER), list(IDS), ridge=0.1):
+    for _ in fit_groups(Decoder(model), [(3, 4)], list(LONGER), list(IDS), ridge=0.1):
         assert same(model, before)
 
 
@@ -111,7 +112,7 @@ OF_SEVERAL_KINDS = ["gemma3_text", "qwen3_5_text"]  # in the same order
 WAYS = [
     {"method": method, "selection": selection}
     for method in METHODS
-    for selection in FusionConfig.known["selection"].choices
+    for selection in ("last", "least_influence", "groups")
     if method != "healed" and (selection != "groups" or method in FITTING)
 ]
 
@@ -123,16 +124,16 @@ def test_every_way_of_fusing_layers_of_several_kinds_runs_or_is_refused_first(
     dense, refused = tiny_model(model_type), 0
     kinds = FAMILIES[model_type].config_kinds(dense.config)
     idle(dense, 2)  # so that it has the least influence; it has no neighbour of its kind
-    measured = measure(ModelDecoder(dense), make_tokenizer(), FusionConfig(1, **SETTINGS), SAMPLES, TEXT)
+    measured = measure(Decoder(dense), make_tokenizer(), FusionConfig(1, **SETTINGS), SAMPLES, TEXT)
     for way in WAYS:
         model, config = copy.deepcopy(dense), FusionConfig(1, **SETTINGS | way)
-        decoder = ModelDecoder(model)
+        decoder = Decoder(model)
         pairs = itertools.pairwise(kinds[-2:] if config.selection == "last" else kinds[1:-1])
         alike = any(above == below for above, below in pairs)
         if config.averages and not alike:
             refused += 1
             with monkeypatch.context() as patch:
-                patch.setattr(ModelDecoder, "embed", lambda *_: pytest.fail("ran text"))
+                patch.setattr(Decoder, "embed", lambda *_: pytest.fail("ran text"))
                 with pytest.raises(ValueError, match="Only layers of one kind are averaged"):
                     fuse(decoder, make_tokenizer(), config, measured, base="tiny")
             continue

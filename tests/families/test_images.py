@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma3Proce
 
 import lf_hf
 from lf_hf.checkpoint.base import Base
-from lf_hf.models import WRAPPERS
+from lf_hf.families.models import WRAPPERS
 
 QUICK: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "calibration": ["\n".join(make_texts(200, seed=3))]}
 QUICK |= {"calibration_tokens": 1024, "calibration_length": 32}
@@ -85,6 +85,7 @@ def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path:
     base = save_base(tmp_path / "base", tiny_model("gemma3"), words)
     Gemma3Processor(pixels, words, image_seq_length=4).save_pretrained(base)
     file = Path(base, "processor_config.json").read_bytes()
+    words.save_pretrained(tmp_path / "low memory")  # a user's tokenizer keeps no processor away
     lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **LAST)
     lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)
     again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)

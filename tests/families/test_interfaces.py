@@ -27,9 +27,9 @@ from lf_hf import FusionReport
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.families import FAMILIES
-from lf_hf.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model, text_prefix
-from lf_hf.plan import plan_fusion
+from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model, text_prefix
+from lf_hf.families.table import FAMILIES
+from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
@@ -100,13 +100,13 @@ def test_a_fused_llama_has_a_format_of_its_own(fused: Callable[[str], FusedForCa
 
 
 OTHERS = {
-    **dict.fromkeys(
-        ("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only dense decoders of text fuse, which are those of type ll"
-    ),
+    **dict.fromkeys(("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only models of these types fuse: llama, mistral, "),
     **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "ernie4_5_moe"), "it is a mixture .* REAP in llm-"),
     "gemma4": "its layers share keys and values",
     "granitemoehybrid": "its layers are Mamba's",
+    "nemotron_h": "its layers are Mamba's",
     "lfm2": "its layers are convolutions",
+    "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, mistral3, qwen3_vl fuse as a whole",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import make_llama
 from torch import Tensor
 
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.predictions import Predictions, divergences, final_states, predictions, shard_batches
 
 SEQUENCES = [
@@ -26,7 +26,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
-    decoder = ModelDecoder(make_llama(dtype=dtype))
+    decoder = Decoder(make_llama(dtype=dtype))
     ids = shard_batches(decoder, {"text": SEQUENCES, "empty": []})
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
@@ -36,9 +36,9 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_figures_are_those_of_whole_forward_passes() -> None:
     model = make_llama()
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     ids = shard_batches(decoder, {"text": SEQUENCES})
-    dense_states = final_states(decoder, ids, "")
+    dense_states, before_removal = final_states(decoder, ids, ""), [*decoder.walk(ids["text"])][-1]
     dense = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
     decoder.remove(3)
     fused = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
@@ -48,7 +48,8 @@ def test_figures_are_those_of_whole_forward_passes() -> None:
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     broken = [torch.full_like(state, math.nan) for state in states["text"]]
-    found_divergences = divergences(decoder, dense_states["text"], [states["text"], broken, dense_states["text"]])
+    before_norm = [list(walked) for walked in (before_removal, [*decoder.walk(ids["text"])][-1])]
+    found_divergences = divergences(decoder, before_norm[0], [before_norm[1], broken, before_norm[0]])
     expected = divergence(torch.cat(dense), torch.cat(fused))
     assert found_divergences == [pytest.approx(expected, rel=1e-4), math.inf, pytest.approx(0, abs=1e-6)]
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import warning_once
 
 import lf_hf
 from lf_hf.cli import main
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.measure.speed import measure_speed
 from lf_hf.report.data import SpeedInfo
@@ -65,7 +65,7 @@ def test_measuring_leaves_the_model_as_it_is(kind: str) -> None:
     base = tiny_model(kind, num_hidden_layers=8)
     model = copy.deepcopy(base)
     for number in (5, 3):
-        ModelDecoder(model).remove(number)
+        Decoder(model).remove(number)
     before = copy.deepcopy(model)
     ids = torch.arange(8)[None]
     with torch.no_grad():
@@ -109,4 +109,4 @@ def test_it_can_be_left_out(
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     warning_once.cache_clear()
     assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK, low_memory=True).speed is None
-    assert "Speed is not measured where layers are read" in caplog.text
+    assert "Speed is not measured where weights are offloaded" in caplog.text

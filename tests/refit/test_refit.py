@@ -5,7 +5,6 @@ That a layer and an idle one fuse to the layer is in families/test_fusions.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -13,14 +12,14 @@ import psutil
 import pytest
 import torch
 from builders import normal
-from conftest import make_llama, same
+from conftest import make_llama
 from tiny_models import fitted, tiny_model
 
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import Regression, Solution
-from lf_hf.refit.states import Place, StateStore
+from lf_hf.refit.states import StateStore
 
 SEQUENCES = [torch.randint(1, 320, (64,), generator=torch.Generator().manual_seed(n)) for n in range(24)]
 
@@ -32,7 +31,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("rough", [False, True])
 def test_a_fit_comes_closer_to_its_group_than_a_layer_of_it_on_text_that_it_has_not_seen(rough: bool) -> None:
-    decoder = ModelDecoder(make_llama())
+    decoder = Decoder(make_llama())
     states = decoder.embed(decoder.make_batches(SEQUENCES[:20]))
     [unseen] = decoder.embed(decoder.make_batches(SEQUENCES[20:]))
     first, second = decoder.model.model.layers[1:3]
@@ -57,7 +56,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
     monkeypatch.setattr("lf_hf.refit.fit.MAX_CANDIDATES", 0)
     outputs, writers = [], []
     for scale in (1.0, 2.0**power):
-        decoder = ModelDecoder(make_llama())
+        decoder = Decoder(make_llama())
         for layer in decoder.model.model.layers:
             layer.get_submodule(reader).weight.mul_(scale)
             layer.get_submodule(writer).weight.div_(scale)
@@ -72,7 +71,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
 @torch.no_grad()
 def test_a_token_without_an_embedding_does_not_spoil_the_fit() -> None:
     """As reserved tokens have none, which text that the model writes may start with."""
-    decoder = ModelDecoder(make_llama())
+    decoder = Decoder(make_llama())
     decoder.model.model.embed_tokens.weight[SEQUENCES[0][0]] = 0
     states = decoder.embed(decoder.make_batches(SEQUENCES[:12]))
     fit, fused, _ = fitted(decoder, (1, 2), states)
@@ -81,7 +80,7 @@ def test_a_token_without_an_embedding_does_not_spoil_the_fit() -> None:
 
 @torch.no_grad()
 def test_a_fit_that_overflows_its_dtype_is_named() -> None:
-    decoder = ModelDecoder(make_llama(dtype=torch.float16))
+    decoder = Decoder(make_llama(dtype=torch.float16))
     states = decoder.embed(decoder.make_batches(SEQUENCES[:12]))
     ridge = Regression.ridge
 
@@ -103,7 +102,7 @@ def test_a_fit_that_overflows_its_dtype_is_named() -> None:
 @torch.no_grad()
 def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.refit.fit.MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
-    decoder = ModelDecoder(make_llama())
+    decoder = Decoder(make_llama())
     layer = decoder.model.model.layers[2]
     for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
         weight[7] = 0
@@ -129,66 +128,25 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
     dense = model.model(ids, output_hidden_states=True).hidden_states[5]
     groups, missed = [(1, 2), (3, 4)], []
     for at_a_time in (2, 1):
-        decoder = ModelDecoder(model).copy()
+        decoder = Decoder(model).copy()
         for start in range(0, 2, at_a_time):
             some = groups[start : start + at_a_time]
-            for (first, last), fit in fit_groups(ModelDecoder(model), some, SEQUENCES, [], ridge=0.01):
+            for (first, last), fit in fit_groups(Decoder(model), some, SEQUENCES, [], ridge=0.01):
                 decoder.join((first - first // 3, last - first // 3), fit.weights)
         assert decoder.num_layers == 4
         missed.append(relative(decoder.model.model(ids, output_hidden_states=True).hidden_states[3], dense))
     assert missed[0] < 0.95 * missed[1]
 
 
-class ShrinkingDecoder(ModelDecoder):
-    """A decoder whose batches are as large as the memory that is free, which may shrink."""
-
-    memory, shrinks, asked = 16, False, 0  # the memory is in sequences
-
-    def batch_indices(self, sequences: Sequence[torch.Tensor]) -> list[list[int]]:
-        most = self.memory
-        self.asked += 1
-        self.memory = max(1, most // 4) if self.shrinks else most
-        return [list(range(len(sequences)))[first : first + most] for first in range(0, len(sequences), most)]
-
-
-def test_memory_that_shrinks_during_a_fit_changes_nothing() -> None:
-    """On a GPU batches are as large as what is free: layers are trained on the sequences that they were fitted to."""
-    fits = []
-    for shrinks in (False, True):
-        decoder = ShrinkingDecoder(make_llama())
-        decoder.shrinks = shrinks
-        fits += [fit for _, fit in fit_groups(decoder, [(1, 2)], SEQUENCES[:20], SEQUENCES[20:], ridge=0.1)]
-        assert decoder.asked
-    constant, shrinking = fits
-    assert shrinking.layer_instead is None and same(shrinking.weights, constant.weights)
-    assert shrinking.held_out_error == pytest.approx(constant.held_out_error)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2"])
 def test_attention_that_writes_nothing_keeps_the_gain_of_its_norm(model_type: str) -> None:
-    decoder = ModelDecoder(tiny_model(model_type))
+    decoder = Decoder(tiny_model(model_type))
     layer, name = decoder.model.model.layers[1], f"{decoder.family.attention.after}.weight"
     layer.self_attn.o_proj.weight.zero_()
     gain = layer_weights(decoder, layer)[name]
     fit, _, _ = fitted(decoder, (1,), [normal(1, 16, 32, seed=n) for n in range(3)])
     assert torch.equal(fit.weights[name], gain)
-
-
-@pytest.mark.parametrize(
-    ("device", "spared", "place"),
-    [("cpu", 1000, "device"), ("cpu", 10, "disk"), ("cuda:1", 1000, "device"), ("cuda:1", 10, "host")],
-)
-def test_states_go_where_there_is_room(device: str, spared: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {torch.device("cpu"): 400, torch.device(device): 2 * spared}
-    monkeypatch.setattr("lf_hf.refit.states.free_memory", free.__getitem__)
-    decoder = ModelDecoder(make_llama())
-    decoder.device = torch.device(device)
-    with StateStore.with_room(decoder, 100) as store:
-        assert store.place == place
-    decoder.states_in_memory = 0
-    with StateStore.with_room(decoder, 100) as store:
-        assert store.place == ("device" if device != "cpu" and spared > 100 else "disk")
 
 
 def test_states_on_disk_are_the_same_and_leave_it_when_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

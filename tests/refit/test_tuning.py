@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import fitted, tiny_model
 
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.states import StateStore, trace
 from lf_hf.refit.tuning import training_steps, tune
 
@@ -21,7 +21,7 @@ SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator().ma
 )
 def test_it_brings_the_layer_nearer_to_its_group_on_unseen_text(model_type: str, dtype: torch.dtype) -> None:
     model: Any = tiny_model(model_type).to(dtype)
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     text, unseen_text = SEQUENCES[:300], SEQUENCES[300:]
     states, unseen = (decoder.embed(decoder.make_batches(sequences)) for sequences in (text, unseen_text))
     wanted = trace(decoder, model.model.layers[1:3], unseen, StateStore()).output

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from tiny_models import averaged
 
-from lf_hf.decoder.in_memory import ModelDecoder
-from lf_hf.families import FAMILIES, PROJECTIONS
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import FAMILIES, PROJECTIONS
 from lf_hf.stages import assignment
 from lf_hf.stages.alignment import match_neurons, match_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
@@ -161,7 +161,7 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
     alignment: str, beta: float, dtype: torch.dtype
 ) -> None:
     """Each sum is rounded once."""
-    decoder = ModelDecoder(make_llama(attention_bias=True, dtype=dtype))
+    decoder = Decoder(make_llama(attention_bias=True, dtype=dtype))
     similarity = np.random.default_rng(0).uniform(0.1, 2, size=(5, 5))
     make = partial(average, decoder, similarity=similarity, alignment=alignment, ratio_beta=beta)
     known: dict[AverageKey, Average] = {}
@@ -183,7 +183,7 @@ def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power:
     model = make_llama(num_hidden_layers=2, attention_bias=True, mlp_bias=True)
     layers = [{n: p.detach() + seed * 1e-3 for n, p in layer.named_parameters()} for layer in model.model.layers]
     scaled = [{name: tensor * 2.0**power for name, tensor in weights.items()} for weights in layers]
-    decoder = ModelDecoder(model)
+    decoder = Decoder(model)
     fused, matches = averaged(decoder, layers[0], layers[1], alignment)
     other, other_matches = averaged(decoder, scaled[0], scaled[1], alignment)
     assert all(torch.equal(other[name], fused[name] * 2.0**power) for name in fused)

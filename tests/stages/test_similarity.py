@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.feature_selection import mutual_info_regression
 
-from lf_hf.decoder.in_memory import ModelDecoder
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.stages.activations import influence, pairwise_distances, sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
@@ -42,7 +42,7 @@ def test_equal_samples_are_exactly_zero_apart() -> None:
 @torch.no_grad()
 def test_samples_are_compared_at_the_output_of_each_layer() -> None:
     model, samples = make_llama(), [torch.arange(2, 2 + length) for length in (3, 9, 6, 9)]
-    found, _ = sample_distances(ModelDecoder(model), samples)
+    found, _ = sample_distances(Decoder(model), samples)
     of_samples = [model.model(ids[None], output_hidden_states=True).hidden_states for ids in samples]
     assert found.shape == (5, 4, 4) and found.dtype == np.float64
     for index in range(4):  # transformers gives the states of the last layer after the final norm

@@ -15,8 +15,8 @@ from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.generating import generate
-from lf_hf.decoder.in_memory import ModelDecoder
 from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.measure.judge import write_continuations
 from lf_hf.report.data import Continuation
@@ -116,7 +116,7 @@ def test_a_model_writes_both_sides_of_a_chat() -> None:
         for name, parameter in model.named_parameters():
             parameter.fill_(float(name.startswith(("model.embed_tokens", "model.norm"))))
         model.lm_head.weight[end] = 6 / model.config.hidden_size  # so that all tokens are alike, but half are this one
-    written = torch.stack(generate(ModelDecoder(model), 8, 160, seed=0, chat=form))
+    written = torch.stack(generate(Decoder(model), 8, 160, seed=0, chat=form))
     chats = written[CHATS]
     assert len(chats) == 2 and (written == end).sum() == (chats == end).sum()
     turns = 0
@@ -129,13 +129,13 @@ def test_a_model_writes_both_sides_of_a_chat() -> None:
             assert token != expected or may_end or place < len(form.opening)  # no turn is empty
         turns += sequence[len(form.opening) :].count(end)
     assert turns > 10
-    assert torch.equal(written, torch.stack(generate(ModelDecoder(model), 8, 160, seed=0, chat=form)))
+    assert torch.equal(written, torch.stack(generate(Decoder(model), 8, 160, seed=0, chat=form)))
 
 
 def test_nothing_is_written_that_only_the_tokenizer_calls_special_but_the_token_for_unknown_text() -> None:
     tokenizer = with_template(None)
     tokenizer.unk_token = "[/INST]"
-    decoder = ModelDecoder(make_llama(vocab_size=len(tokenizer)))
+    decoder = Decoder(make_llama(vocab_size=len(tokenizer)))
     corpus, config = Corpus({"x": "layer " * 2000}, 0.5), FusionConfig(1, calibration_tokens=4096)
     sequences = tokenize_corpus(decoder, tokenizer, corpus, config).sequences
     written = {token for sequence in sequences for token in sequence[1:].tolist()}
@@ -155,16 +155,29 @@ def test_chats_of_a_user_are_written_out_by_the_template(kind: str, tmp_path: Pa
         parquet.write_table(pyarrow.table({"messages": given}), tmp_path / "chats.parquet")
         given = tmp_path / "chats.parquet"
     expected += ["plain text\n"] * (kind == "jsonl")
-    assert load_calibration(given, tokenizer=tokenizer).texts == expected
+    assert load_calibration([*given, []] if kind == "list" else given, tokenizer=tokenizer).texts == expected
     for corpus in (load_corpus(given, tokenizer=tokenizer), load_training_text(given, 4096, tokenizer)):
         assert next(iter(corpus.parts.values())) == "\n".join(expected)
+
+
+def test_a_part_of_a_message_has_no_fields_of_others(tmp_path: Path) -> None:
+    """As templates ask for them by name; a row of Parquet has those of all."""
+    parts = [{"type": "text", "text": "Hello"}, {"type": "image", "image": "a.png"}]
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "add", "arguments": {"b": 1}}}
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call, other]}]
+    parquet.write_table(pyarrow.table({"messages": [chat]}), tmp_path / "parts.parquet")
+    tokenizer = with_template("{% for m in messages %}{{ m | tojson }}{% endfor %}")
+    for given in ([chat], tmp_path / "parts.parquet"):
+        [written] = load_calibration(given, tokenizer=tokenizer).texts
+        assert [json.loads(message) for message in written.replace("}{", "}\n{").splitlines()] == chat
 
 
 def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
     neither = "neither a string nor a list of messages that have a role and a content"
     given: list[tuple[Any, str]] = [
         (["text", CHAT], r"^Sample 2 of strings .* cannot be used \(the model's tokenizer has no chat template\)"),
-        *(([sample], neither) for sample in ([], [{"content": "no role"}], [{"role": "no content"}], ["a", "b"])),
+        *(([sample], neither) for sample in ([{"content": "no role"}], [{"role": "no content"}], ["a", "b"])),
     ]
     for samples, message in given:
         with pytest.raises(ValueError, match=message):
@@ -177,7 +190,7 @@ def test_chats_that_cannot_be_written_out_are_refused_in_one_sentence() -> None:
 def test_a_model_is_asked_a_question_in_its_template() -> None:
     tokenizer = with_template(TEMPLATES["chatml"])
     model = make_llama(vocab_size=len(tokenizer))
-    *_, (prompt, answer) = write_continuations(ModelDecoder(model), tokenizer).items()
+    *_, (prompt, answer) = write_continuations(Decoder(model), tokenizer).items()
     assert prompt == f"In the chat template: {QUESTION}"
     chat = [{"role": "user", "content": QUESTION}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -185,7 +198,7 @@ def test_a_model_is_asked_a_question_in_its_template() -> None:
     generated = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert answer.strip() == str(tokenizer.decode(generated)).strip()
     tokenizer.chat_template = TEMPLATES["chatml"].replace("Be kind.", "Be kind. " * 1000)  # which would take all memory
-    assert QUESTION not in "".join(write_continuations(ModelDecoder(model), tokenizer))
+    assert QUESTION not in "".join(write_continuations(Decoder(model), tokenizer))
 
 
 def test_a_model_that_writes_nothing_gets_a_note() -> None:

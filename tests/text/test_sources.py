@@ -56,6 +56,17 @@ def test_a_text_gives_the_same_tokens_in_any_form(kind: str, tmp_path: Path, mon
     assert (tmp_path / "cache").exists() == (kind == "data set")
 
 
+def test_no_field_of_a_table_is_too_long(tmp_path: Path) -> None:
+    """Nor any line, wherever the first chat is: readers that go by blocks would have taken the columns of the first."""
+    long = "layer " * 2_000_000
+    assert load_calibration(given([long, "short"], "csv", tmp_path)).texts[1:] == ["short\n"]
+    path, chat = tmp_path / "mixed.jsonl", [{"role": "user", "content": "Hello"}]
+    path.write_text("\n".join(map(json.dumps, [{"text": long}, {"messages": []}, {"messages": chat}])))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert load_calibration(path, tokenizer=tokenizer).texts[1:] == ["Hello\n"]
+
+
 @pytest.mark.parametrize("kind", ["list", "jsonl", "csv", "parquet"])
 def test_rows_without_text_are_passed_over(kind: str, tmp_path: Path) -> None:
     blank = " " if kind in ("list", "csv") else None
@@ -128,11 +139,17 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         (["a", 1], None, r"Sample 2 of strings given by the caller cannot be used \(neither a string nor .*\): 1"),
         ("blank.txt", b"\n \n\n", r"The text \(blank.txt\) is empty; give a file with text"),
         ("empty.CSV", b"", r"The text \(empty.CSV\) is empty; give a file with text"),
-        ("missing.jsonl", None, "'missing.jsonl' cannot be read .Unable to find .*; give a .txt, .jsonl"),
+        ("missing.jsonl", None, r"'missing.jsonl' cannot be read \(.*No such file or directory.*\); give a .txt"),
         ("missing.txt", None, r"'missing.txt' cannot be read \(.*No such file or directory.*\); give a .txt, .jsonl"),
         ("binary.txt", bytes(range(256)), "'binary.txt' cannot be read .*0x80"),
         ("number.jsonl", b'{"text": 3}', r"Sample 1 of number.jsonl cannot be used \(neither a string nor .*\): 3"),
         ("other.jsonl", b'{"a": 1}', "'other.jsonl' cannot be read .it has no column text or messages, but a"),
+        ("list.jsonl", b'{"text": "a"}\n\n["abc"]\n', r"'list.jsonl' .*line 3 is not a JSON object: \['abc'\]"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text', "'cut.jsonl' cannot be read .line 2 is not JSON"),
+        ("comma.csv", b"text,label\nHi,neg\nHello,pos,\n", "'comma.csv' .*line 3: it has more fields than the header"),
+        ("plain.csv", b"id,text\n1,Hello, world\n", "'plain.csv' .*line 2: it has more fields than the header, so put"),
+        ("open.csv", b'id,text\n1,"Hello\n', "'open.csv' .*line 2: unexpected end of data"),
+        ("other.csv", b"id\n1\n", "'other.csv' cannot be read .it has no column text, but id"),
         ("nested.jsonl", b"[" * 10**6, "'nested.jsonl' cannot be read"),
         ("broken.parquet", b"PAR1 PAR1", "'broken.parquet' cannot be read .Parquet"),
         ("name.docx", None, "'name.docx .train.' cannot be read .* on the Hub .OfflineModeIsEnabled.*, or a data set"),

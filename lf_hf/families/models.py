@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.families import FAMILIES, Family
+from lf_hf.families.table import FAMILIES, Family
 
 CausalLM: TypeAlias = Any
 """A model of one of the families, with its head."""
@@ -19,6 +19,7 @@ _REFUSED = {
     "gemma3n": "its layers share keys and values and have own embeddings; fuse a Gemma 3",
     "gemma4": "its layers share keys and values and have own embeddings; take a smaller one, or fuse a Gemma 3",
     "granitemoehybrid": "its layers are Mamba's and attention's; fuse a Granite whose config.model_type is granite",
+    "nemotron_h": "its layers are Mamba's, attention's, MLPs and experts; fuse a model whose layers all have attention",
     "lfm2": "its layers are convolutions and attention; take one of the smaller LFM2 models",
 }
 """What to do instead, by how a `model_type` begins."""
@@ -46,13 +47,17 @@ def family_of(config: PretrainedConfig) -> Family:
 
 def why_refused(config: PretrainedConfig) -> str:
     """Why a model that is of no family is not fused, and what to do instead."""
-    text = config.get_text_config()
-    if any(getattr(text, key, None) for key in _EXPERTS):
-        return _MIXTURE
     for begins, why in _REFUSED.items():
         if config.model_type.startswith(begins):
             return why
-    return f"only dense decoders of text fuse, which are those of type {', '.join(MODEL_TYPES)}"
+    text = config.get_text_config()
+    if any(getattr(text, key, None) for key in _EXPERTS):
+        return _MIXTURE
+    if text is not config and text.model_type in FAMILIES:
+        return (
+            f"save its decoder, a {text.model_type!r}, by itself and fuse that; {', '.join(WRAPPERS)} fuse as a whole"
+        )
+    return f"only models of these types fuse: {', '.join(MODEL_TYPES)}"
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:

@@ -1,0 +1,393 @@
+"""A model as the pipeline sees it: embeddings, a list of decoder layers that can change, and a head.
+
+Its weights lie wherever accelerate put them: on a card, in memory or on disk. The pipeline asks for one layer at a
+time, so that one that is offloaded need not be in memory longer than it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers.utils.generic import is_flash_attention_requested
+
+from lf_hf.decoder.layer_lists import set_config_kind, set_config_layers
+from lf_hf.decoder.placement import (
+    bring_in,
+    execution_device,
+    is_offloaded,
+    named_values,
+    offload,
+    sharing_copy,
+    value,
+)
+from lf_hf.families.models import CausalLM, family_of, first_free_layer, is_tied, text_model, text_prefix
+from lf_hf.families.table import DecoderLayer, Family, Kind
+from lf_hf.runtime.launch import ALONE, Processes
+from lf_hf.runtime.numerics import all_finite
+from lf_hf.settings import LONGEST_GROUP
+
+_BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
+_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
+
+
+Group = tuple[int, int]
+"""The first and the last of some adjacent layers, by their numbers in the dense model."""
+Groups = tuple[Group, ...]
+"""Groups that share no layer, in ascending order."""
+Head = Callable[[Tensor], Tensor]
+"""Makes logits (sequences B, tokens T, vocab) of final states (B, T, hidden)."""
+
+
+class Decoder:
+    """A model whose layers are used one after another and may be changed.
+
+    It is changed by giving layers new tensors; no tensor is written to.
+    """
+
+    config: Any  # of the layers; follows when some are removed, or become layers of another kind
+    model_config: Any  # of the whole model, which is the same, or has that in it beside one of a vision tower
+    rotary_emb: Any  # the family's own
+    device: torch.device  # where hidden states begin, and where offloaded layers compute
+    processes: Processes = ALONE  # those that hold the same model and share the work on it
+    batch_bytes: int = _BATCH_BYTES  # that a batch may take inside a layer
+    longest_group: int = LONGEST_GROUP  # layers that may become one
+    states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
+    scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk
+    _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape
+    _inputs_shape: Any = None
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.device = execution_device(self._text.embed_tokens)
+        # A stream of their own, so that copies need not wait for what is computed.
+        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._take_config()
+
+    @property
+    def _text(self) -> Any:
+        return text_model(self.model)
+
+    def _take_config(self) -> None:
+        self.model_config, self.config = self.model.config, self._text.config
+        self.rotary_emb = self._text.rotary_emb
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers that are there now."""
+        return len(self._text.layers)
+
+    @property
+    def inner_layers(self) -> range:
+        """Numbers of layers that may be in groups: not the first and the last one, nor any that must stay in place."""
+        return range(max(1, first_free_layer(self.model_config)), self.num_layers - 1)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether some weights lie on a disk, so that running all layers reads it."""
+        return "disk" in getattr(self.model, "hf_device_map", {}).values()
+
+    def layers(self, indices: Iterable[int]) -> Iterator[DecoderLayer]:
+        """Layers with their weights, each read when it is asked for; the model may not change meanwhile.
+
+        An offloaded layer is held by the caller alone, so that its memory can be freed. On other devices than the CPU
+        the next one is read while one is used; on the CPU that would take scarce memory.
+        """
+        indices = list(indices)
+        if self.device.type == "cpu" or not any(is_offloaded(self._text.layers[index]) for index in indices):
+            yield from map(self._with_weights, indices)
+            return
+        with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
+            reads = (reader.submit(self._read_ahead, index) for index in indices)
+            ahead = next(reads, None)
+            while ahead is not None:
+                layer = [self._received(ahead.result())]
+                ahead = next(reads, None)
+                yield layer.pop()
+
+    def layer(self, index: int) -> DecoderLayer:
+        """One layer with its weights."""
+        return self._with_weights(index)
+
+    def _with_weights(self, index: int) -> DecoderLayer:
+        """A layer as it is in the model or, where that is offloaded, made anew."""
+        layer = self._text.layers[index]
+        if not is_offloaded(layer):
+            return layer
+        new = self.family.new_layer(self.config, self.family.layer_kind(layer))
+        self.family.mixer_module(new).layer_idx = index
+        new.load_state_dict(dict(named_values(layer)), assign=True)
+        return new.eval().requires_grad_(False)
+
+    def _read_ahead(self, index: int) -> DecoderLayer:
+        """A layer whose weights are complete when this returns. For any thread."""
+        if self._copy_stream is None:
+            return self._with_weights(index)
+        with torch.cuda.stream(self._copy_stream):
+            layer = self._with_weights(index)
+        self._copy_stream.synchronize()
+        return layer
+
+    def _received(self, layer: DecoderLayer) -> DecoderLayer:
+        """A layer for this thread: the memory of what was copied is not reused before all work on it is done."""
+        if self._copy_stream is not None:
+            for weight in layer.parameters():
+                if weight.device == self.device:
+                    weight.record_stream(torch.cuda.current_stream(self.device))
+        return layer
+
+    def copy(self) -> Decoder:
+        """The model as it is now, with the same tensors: either may then change without the other."""
+        other = copy.copy(self)
+        other.model = sharing_copy(self.model)
+        other._take_config()
+        return other
+
+    @torch.no_grad()
+    def replace(self, index: int, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+        """Give a layer new values for some parameters, by the names that all families share, and another kind.
+
+        An offloaded layer is offloaded again: to a disk where it lay on one and there is a `scratch` folder, else to
+        memory.
+        """
+        layer = self._text.layers[index]
+        device, was_offloaded, lay_on_disk = execution_device(layer), is_offloaded(layer), self._lies_on_disk(index)
+        if was_offloaded:
+            bring_in(layer)
+        if kind and kind != self.family.layer_kind(layer):
+            set_config_kind(self.config, index, kind)
+            self._change_kind(layer, kind)
+        for name, tensor in self.family.packed(weights).items():
+            module, _, parameter = name.rpartition(".")
+            before = layer.get_parameter(name)
+            like = layer.mlp.down_proj.weight if before.is_meta else before
+            after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
+            setattr(layer.get_submodule(module), parameter, nn.Parameter(after, requires_grad=like.requires_grad))
+        scratch = self.scratch if lay_on_disk else None
+        if was_offloaded and (scratch or device.type != "cpu"):
+            offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
+
+    @torch.no_grad()
+    def assign(self, weights: Mapping[str, Tensor], processes: Processes = ALONE) -> None:
+        """Give parameters new values, by their names in the model: those that the first of some processes has.
+
+        Modules of which some were offloaded are in the model then.
+        """
+        tied = is_tied(self.model)
+        for name in processes.broadcast_object(lambda: list(weights)):
+            place, _, own_name = name.rpartition(".")
+            module = self.model.get_submodule(place)
+            if is_offloaded(module):
+                bring_in(module)
+            before = module.get_parameter(own_name)
+            after = torch.empty_like(before)
+            if processes.is_main:
+                after.copy_(weights[name])
+            processes.broadcast(after)
+            setattr(module, own_name, nn.Parameter(after, requires_grad=before.requires_grad))
+        if tied:
+            self.model.tie_weights()
+
+    def _lies_on_disk(self, index: int) -> bool:
+        """Whether the device map puts a layer on a disk, by itself or with what it is in."""
+        device_map, name = getattr(self.model, "hf_device_map", {}), f"{text_prefix(self.model)}layers.{index}"
+        while name and name not in device_map:
+            name = name.rpartition(".")[0]
+        return device_map.get(name) == "disk"
+
+    def _change_kind(self, layer: DecoderLayer, kind: Kind) -> None:
+        """Make a layer one of another kind; where that has other parameters, they have no values yet."""
+        family = self.family
+        new, before = family.new_layer(self.config, kind), family.mixer_module(layer)
+        after = family.mixer_module(new)
+        if type(after) is type(before):
+            for name in ("layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"):
+                if hasattr(after, name):
+                    setattr(before, name, getattr(after, name))
+            return
+        layer.block_type = new.block_type
+        delattr(layer, family.layer_mixer(layer).module)
+        after.config, after.layer_idx = self.config, before.layer_idx
+        layer.add_module(family.layer_mixer(new).module, after.train(layer.training))
+
+    def remove(self, index: int) -> None:
+        """Take a layer out; later ones move up by one, and `config` follows."""
+        set_config_layers(self.config, [n for n in range(self.num_layers) if n != index])
+        del self._text.layers[index]
+        for position, layer in enumerate(self._text.layers):
+            self.family.mixer_module(layer).layer_idx = position  # where the cache keeps what is of this layer
+        if device_map := getattr(self.model, "hf_device_map", None):
+            self.model.hf_device_map = _without_layer(device_map, text_prefix(self.model) + "layers.", index)
+
+    def join(self, group: Group, weights: Mapping[str, Tensor], kind: Kind | None = None) -> None:
+        """Let the first of some adjacent layers stand for all: it gets new values, and the others are removed."""
+        first, last = group
+        if weights:
+            self.replace(first, weights, kind)
+        for _ in range(first, last):
+            self.remove(first + 1)
+
+    def become(self, fused: Decoder, groups: Sequence[Group]) -> None:
+        """Apply to this model what was fused in a copy of it: groups of layers, from the bottom up."""
+        num_removed = 0
+        for first, last in groups:
+            index = first - num_removed
+            layer = fused.layer(index)
+            weights = self.family.unpacked(layer.named_parameters())
+            self.join((index, last - num_removed), weights, self.family.layer_kind(layer))
+            num_removed += last - first
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The values of all parameters by their names in the model, tied ones once; offloaded ones are read."""
+        return named_values(self.model)
+
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Token embeddings of each batch: ids of shape (sequences B, tokens T) -> (B, T, hidden)."""
+        table = value(self._text.embed_tokens, "weight")
+        states = []
+        for batch in batches:
+            rows = embedding(batch.to(table.device), table)
+            states.append(self.family.first_states(self.config, rows, rows=True))
+        return states
+
+    @contextmanager
+    def norm_and_head(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The final norm, and the head's weight (vocab, hidden), inside a `with` block."""
+        norm = self._text.norm
+        if is_offloaded(norm):
+            gain = value(norm, "weight")
+            norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+            norm.weight = nn.Parameter(gain, requires_grad=False)
+        yield norm, value(self.model.lm_head, "weight")
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """Final norm and head, inside a `with` block."""
+        with self.norm_and_head() as (norm, weight):
+            yield lambda states: self.family.logits(self.config, linear(norm(states).to(weight.device), weight))
+
+    def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than `batch_bytes` hold."""
+        max_tokens = self.batch_bytes // (_COPIES * self.config.intermediate_size)
+        by_length: dict[int, list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            by_length.setdefault(len(sequence), []).append(number)
+        batches = []
+        for length, numbers in by_length.items():
+            size = max(1, max_tokens // length)
+            batches += [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        return batches
+
+    def make_batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """The same batches as tensors of shape (sequences B, tokens T), on the device."""
+        batches = []
+        for numbers in self.batch_indices(sequences):
+            batch = torch.stack([sequences[number] for number in numbers])
+            batches.append(batch.to(self.device))
+        return batches
+
+    def layer_inputs(
+        self, hidden_states: Tensor, layer: DecoderLayer, past: int = 0, padding: tuple[int, ...] = ()
+    ) -> dict[str, Any]:
+        """What a layer takes besides hidden states (sequences B, tokens T, hidden): mask, positions, rotary embeddings.
+
+        The tokens come after `past` others, which are in a cache. `padding` is how many tokens of each sequence come
+        before its text.
+        """
+        num_tokens, device = hidden_states.shape[1], hidden_states.device
+        shape = num_tokens, past, padding, device, hidden_states.dtype
+        if shape != self._inputs_shape:
+            self._inputs_shape, self._inputs = shape, {}
+        layer_kind = self.family.layer_kind(layer)
+        kind = tuple(layer_kind.values())
+        if kind not in self._inputs:
+            starts = torch.tensor(padding or (0,), device=device)[:, None]
+            position_ids = (torch.arange(past, past + num_tokens, device=device) - starts).clamp(min=0)  # (1 or B, T)
+            layer_types = [layer_kind["layer_types"]] if self.family.rotary_of_type else []
+            cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
+            self._inputs[kind] = {
+                "attention_mask": self._mask(hidden_states, layer, past, starts if padding else None),
+                "position_ids": position_ids,
+                # A model that is spread over devices makes them on one.
+                "position_embeddings": (cos.to(device), sin.to(device)),
+            }
+        return self._inputs[kind]
+
+    def _mask(self, states: Tensor, layer: DecoderLayer, past: int, starts: Tensor | None) -> Tensor | None:
+        """What attention adds to its scores, (B, 1, T, keys), or None; for flash attention, which keys are text.
+
+        Where a layer has something else in the place of attention, which tokens are text, (B, T). `starts` (B, 1) are
+        the places where the sequences' text begins, if there is padding.
+        """
+        num_tokens, end = states.shape[1], past + states.shape[1]
+        window = self.family.layer_window(self.config, layer)
+        if window is not None and window >= end:
+            window = None
+        # These are causal by themselves; the second one does not know windows.
+        is_flash = is_flash_attention_requested(self.config)
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        sees_all = num_tokens == 1 or (is_sdpa and past == 0)
+        is_linear = self.family.layer_mixer(layer) is self.family.linear
+        if starts is None and (is_linear or is_flash or (window is None and sees_all)):
+            return None
+        keys = torch.arange(end, device=states.device)
+        is_text = keys[None] >= (0 if starts is None else starts)  # (1 or B, keys)
+        if is_linear:
+            return is_text[:, past:]
+        if is_flash:
+            return is_text
+        queries = keys[past:, None]
+        seen = keys <= queries
+        if window is not None:
+            seen &= keys > queries - window
+        mask = is_text[:, None, None] & seen  # (1 or B, 1, T, keys)
+        lowest = torch.finfo(states.dtype).min
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
+
+    def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
+        """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""
+        return layer(hidden_states, **self.layer_inputs(hidden_states, layer))
+
+    @torch.no_grad()
+    def walk(self, batches: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield, for each layer in turn, the output states of all batches.
+
+        Token ids (sequences B, tokens T) give states (B, T, hidden) before the final norm. The list is overwritten by
+        the next layer's states: use it before advancing. Memory is that of one layer's states.
+        """
+        states = self.embed(batches)
+        for layer in self.layers(range(self.num_layers)):
+            for n, state in enumerate(states):
+                states[n] = self.run_layer(layer, state)
+            yield states
+
+
+def check_finite(states: Sequence[Tensor], layer: int) -> None:
+    """Raise ValueError if the output states of a layer contain NaN or inf."""
+    if not all(map(all_finite, states)):
+        raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")
+
+
+def _without_layer(device_map: Mapping[str, Any], layers: str, index: int) -> dict[str, Any]:
+    """A device map without one layer, in which later layers are renumbered; their names begin with `layers`."""
+    renumbered = {}
+    for name, device in device_map.items():
+        found = re.match(rf"{re.escape(layers)}(\d+)", name)
+        number = int(found[1]) if found else -1
+        if number > index:
+            name = name.replace(f"{layers}{number}", f"{layers}{number - 1}", 1)
+        if number != index:
+            renumbered[name] = device
+    return renumbered

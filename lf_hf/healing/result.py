@@ -1,0 +1,99 @@
+"""What a healing did: the report with its figures, and what a user should know of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.healing.teacher import Teacher
+from lf_hf.measure.judge import judge, write_continuations
+from lf_hf.report.data import HealingInfo, PerplexityInfo
+from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
+from lf_hf.report.report import CHANGED_NOTE, FusionReport
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.numerics import weights_digest
+from lf_hf.settings import FITTING
+from lf_hf.text.calibration import Corpus
+from lf_hf.text.judging import judging_texts, nearest, relation
+
+logger = logging.get_logger(__name__)
+_MOST_EPOCHS = 3  # more times through the same text are worth a warning
+CHANGED_BEFORE = (
+    "The weights had been changed, as by training, before healing: to fuse and heal does not give them again."
+)
+
+
+def repeats_note(epochs: float) -> str | None:
+    """What to say of a training that goes `epochs` times through its text, if that is often."""
+    if epochs <= _MOST_EPOCHS:
+        return None
+    return (
+        f"Healing goes {epochs:.1f} times through its text: more text, or fewer tokens, gives a better model for the "
+        "same time."
+    )
+
+
+def healed_report(
+    report: FusionReport,
+    healed: HealingInfo,
+    decoder: Decoder,
+    teacher: Teacher,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+) -> FusionReport:
+    """The report of what a fused model has become by training on a corpus."""
+    perplexities = healed.judged
+    if healed.kept:
+        relations = {text.name: _relation(text, healed, corpus) for text in healed.judged}
+        perplexities = judge(decoder, teacher.judged, relations, teacher.head)
+    continuations = report.continuations
+    if continuations:
+        written = Processes.of_launch().broadcast_object(lambda: write_continuations(decoder, tokenizer))
+        continuations = [replace(text, fused=written.get(text.prompt, text.fused)) for text in continuations]
+    notes = _outcome_notes(healed)
+    notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)
+    for note in notes:
+        logger.warning(note)
+    if repeats := repeats_note(healed.epochs):  # which was logged before the training
+        notes.append(repeats)
+    if CHANGED_NOTE in report.notes:
+        notes.append(CHANGED_BEFORE)
+    # What was said of the fused model, and of an earlier healing, is not true any more.
+    earlier = [note for note in report.notes if not note.startswith((COLLAPSED, SILENT, CHANGED_NOTE, "Healing "))]
+    return replace(
+        report,
+        continuations=continuations,
+        perplexities=perplexities,
+        notes=earlier + notes,
+        seconds=report.seconds | {"healing": healed.seconds},
+        weights_digest=weights_digest(decoder.named_parameters()),
+        fingerprints=None,
+        healed=healed,
+    )
+
+
+def _relation(text: PerplexityInfo, healed: HealingInfo, corpus: Corpus) -> str:
+    """How a judging text relates to what the model was fitted or trained on."""
+    [judging] = [judging for judging in judging_texts() if judging.name == text.name]
+    trained_on = [kind.source for kind in healed.text]
+    return nearest(text.relation, relation(judging, corpus.parts.values(), trained_on))
+
+
+def _outcome_notes(healed: HealingInfo) -> list[str]:
+    notes = []
+    last = healed.curve[-1]
+    if not all(map(math.isfinite, last.divergences.values())):
+        notes.append(
+            f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
+            "goes further."
+        )
+    if not healed.kept:
+        notes.append(
+            "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
+            "before; take more tokens or a lower learning_rate."
+        )
+    return notes

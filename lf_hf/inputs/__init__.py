@@ -1,0 +1,1 @@
+"""What a run is made of, checked and planned before any long work."""

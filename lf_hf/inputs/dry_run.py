@@ -1,0 +1,124 @@
+"""What a fusion or a healing will do, and about what it takes, for people; nothing is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder
+from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.healing import HealInputs
+from lf_hf.plan.plan import Plan
+from lf_hf.runtime.memory import in_gib
+from lf_hf.runtime.words import plural
+from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.text.sources import TextSource
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What will be done, `lines`, by which plan, and what a user should know of it, `notes`."""
+
+    head: str
+    lines: list[str]
+    plan: Plan
+    notes: list[str]
+
+    def summary(self) -> str:
+        """All of it, for people."""
+        lines = [f"Plan: {self.head}. Nothing was done.", *self.lines, *self.plan.lines()]
+        return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def plan_fusion(
+    base: FilePath | Base,
+    config: FusionConfig,
+    *,
+    out: FilePath | None = None,
+    low_memory: bool = False,
+    calibration: TextSource | None = None,
+    **kwargs: Any,
+) -> DryRun:
+    """Say what `fuse_checkpoint` with these arguments would do and take.
+
+    Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
+    room for the result.
+    """
+    opened = Base.open(base, kwargs)
+    notes = []
+    if out is not None and check_replaceable(out, opened.name):
+        notes.append(_replaced(out))
+    inputs = FusionInputs.open(opened, config, calibration, None, low_memory=low_memory)
+    config = inputs.config
+    plan = inputs.check(None if out is None else checked_folder(out))
+    before, after = inputs.parameters
+    stored = sum(file.stat().st_size for file in opened.files())
+    if not stored:
+        stored = before * opened.loaded_dtype.itemsize
+        notes.append(f"The base is not on this machine yet; {in_gib(stored)} will be downloaded.")
+    layers, removed = opened.text_config.num_hidden_layers, config.num_fusions or 1
+    fused = f"chosen while fusing, by selection={config.selection!r}"
+    if config.selection == "last":
+        fused = f"{layers - 1 - removed} to {layers - 1}, numbered from 0"
+    lines = [
+        f"layers: {_change(layers, layers - removed)}",
+        f"layers that become one: {fused}",
+        f"parameters: {_change(before, after)}",
+        f"bytes on disk: {_change(stored, after * opened.loaded_dtype.itemsize)}, as {str(opened.loaded_dtype)[6:]}",
+    ]
+    samples, text = inputs.samples_and_text
+    if samples is not None:
+        lines.append(f"calibration: {samples.source}")
+    if text is not None:
+        lines.append(f"calibration: {text.full_source}")
+    if plan.healing is not None:
+        lines.append(f"healing: on {config.heal_tokens:,} tokens")
+    how_many = f"{removed} {plural(removed, 'fusion')}"
+    if config.within_budget:
+        how_many = "as many fusions as the budget allows, figures for one"
+    return DryRun(f"{opened.full_name} with {config.method}, {how_many}", lines, plan, notes)
+
+
+def plan_heal(
+    fused: FilePath,
+    out: FilePath,
+    *,
+    base: FilePath | Base | None = None,
+    text: TextSource | None = None,
+    settings: HealSettings | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> DryRun:
+    """Say what `heal` with these arguments would do and take. Neither model's weights are read.
+
+    Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
+    fused, nor for an earlier run in `out` that cannot go on.
+    """
+    settings = HealSettings.taken_from(kwargs, settings)
+    inputs = HealInputs.open(fused, base, text, settings, training_args or {}, kwargs)
+    folder = checked_folder(out)
+    plan, settings = inputs.check(folder), inputs.training
+    steps = f"{settings.steps:,} {plural(settings.steps, 'step')}"
+    lines = [
+        f"training: {steps} of {settings.batch * settings.length:,} tokens",
+        f"text: {inputs.corpus.full_source}",
+    ]
+    notes = []
+    if check_replaceable(out, inputs.base.name):
+        notes.append(_replaced(out))
+    if (folder / WORK).is_dir():
+        notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
+    return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)
+
+
+def _replaced(out: object) -> str:
+    return f"{str(out)!r} holds a fused model, which would be replaced."
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"

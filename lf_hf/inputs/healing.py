@@ -1,0 +1,165 @@
+"""What the healing of a fused checkpoint is made of: that model, its base, the text and the settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import logging
+
+from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_tokenizer, read_config
+from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
+from lf_hf.checkpoint.configuration import plain_config
+from lf_hf.checkpoint.identity import identity, text_digest
+from lf_hf.checkpoint.saving import LOGS, check_replaceable, checked_folder, file_sha
+from lf_hf.checkpoint.weights import tensor_files
+from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
+from lf_hf.plan.plan import Plan
+from lf_hf.report.report import FusionReport
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.words import unknown_name
+from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.text.calibration import Corpus, load_training_text
+from lf_hf.text.sources import TextSource
+
+logger = logging.get_logger(__name__)
+# What is taken for loading the base of a healing, besides values of its config. Its dtype is that of the fusion.
+_LOADING = (
+    *HUB_ARGUMENTS,
+    "attn_implementation",
+    "device_map",
+    "max_memory",
+    "trust_remote_code",
+    "use_safetensors",
+    "variant",
+)
+_JUDGING_TOKENS = 4096  # tokens of each judging text of a healing, where the report names none
+
+
+@dataclass(frozen=True)
+class HealInputs:
+    """All that the healing of a fused checkpoint is made of; no weights yet.
+
+    `tokenizer` is the fused model's own, or its base's.
+    """
+
+    folder: Path  # of the fused model
+    config: PreTrainedConfig  # likewise
+    report: FusionReport
+    tokenizer: PreTrainedTokenizerBase
+    base: Base
+    corpus: Corpus
+    settings: HealSettings
+    training_args: Mapping[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        fused: str | os.PathLike[str],
+        base: str | os.PathLike[str] | Base | None,
+        text: TextSource | None,
+        settings: HealSettings,
+        training_args: Mapping[str, Any],
+        hub: Mapping[str, Any],
+    ) -> HealInputs:
+        """Check what `lf_hf.heal` takes, and read the text.
+
+        Raises ValueError if the base has no such fused model, or the report does not describe the one that is there.
+        """
+        if not isinstance(fused, str | os.PathLike):
+            raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
+        folder = checked_folder(fused)
+        config = plain_config(read_config(str(folder), {}))
+        report = FusionReport.load(folder)
+        opened = Base.open(base, hub) if isinstance(base, Base) else Base.open(*_base_name(base, report, hub))
+        for name in hub:
+            if name not in _LOADING and (name.endswith("dtype") or not hasattr(opened.config, name)):
+                raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
+        if settings.train not in (None, "lora") and settings.lora_rank != HealSettings().lora_rank:
+            logger.warning(f"Without effect on train={settings.train!r}: lora_rank.")
+        layers, vocab_size = config.get_text_config().num_hidden_layers, config.get_text_config().vocab_size
+        if opened.text_config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{opened.full_name!r} has {opened.text_config.vocab_size} embeddings, and the fused model "
+                f"{vocab_size}; give the base that it was fused from."
+            )
+        if layers != report.layers_after:
+            raise ValueError(
+                f"{str(folder)!r} has {layers} layers, but its report says {report.layers_after}; give the folder of a "
+                "fused checkpoint."
+            )
+        dtype = checked_dtype(report.dtype) or "auto"
+        opened = replace(opened, loading={**opened.loading, "dtype": dtype})
+        has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
+        tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
+        corpus = load_training_text(text, settings.tokens, tokenizer)
+        if settings.written_share is not None:
+            corpus = replace(corpus, generated_share=settings.written_share)
+        return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args)
+
+    @cached_property
+    def training(self) -> HealSettings:
+        """The settings on this launch. Raises ValueError for training arguments that cannot be used."""
+        return training_on_launch(self.settings, self.base, self.training_args)
+
+    @property
+    def judging_tokens(self) -> int:
+        """Tokens of each judging text: as many as the fusion was judged by."""
+        return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
+
+    def check(self, out: Path) -> Plan:
+        """The plan of this healing.
+
+        Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
+        `out`, where the result goes, has too little room for it and for the states of the training.
+        """
+        if self.folder == out:
+            raise ValueError(f"{str(out)!r} is the fused model itself; choose another folder for the result.")
+        check_replaceable(out, self.base.name)
+        if "report_to" in self.training_args and (out / LOGS).is_file():
+            raise ValueError(f"{str(out)!r} holds a file {LOGS!r}, where logs go; choose another folder.")
+        check_text_to_heal(self.tokenizer, self.corpus, self.training, self.base)
+        fewer = self.report.layers_before - self.report.layers_after
+        config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
+        return plan_run(self.base, config, self.training, out)
+
+    def identity(self) -> dict[str, str]:
+        """Identity of the healing."""
+        text = text_digest(self.corpus.parts.values(), self.tokenizer)
+        weights = sorted(set(tensor_files(self.folder).values()))
+        return identity(
+            str(self.report.base_digest),
+            self.settings.in_effect(),
+            text,
+            fused=" ".join(map(file_sha, weights)),
+            processes=Processes.of_launch().world_size,
+            training_args={name: str(value) for name, value in self.training_args.items()},
+            written_share=self.corpus.generated_share,
+            judging_tokens=self.judging_tokens,
+        )
+
+    def load_fused(self) -> FusedForCausalLM:
+        """The fused model in memory."""
+        model: Any = fused_class(self.config).from_pretrained(self.folder, config=self.config, dtype="auto")
+        model.tokenizer = self.tokenizer
+        return model
+
+
+def _base_name(
+    base: str | os.PathLike[str] | None, report: FusionReport, hub: Mapping[str, Any]
+) -> tuple[str | os.PathLike[str], dict[str, Any]]:
+    """The base's folder or hub name, and the arguments to open it with: the report knows its GGUF file."""
+    folder, file = report.base_and_gguf_file
+    if base is None:
+        base, hub = folder, {"revision": report.revision, **hub}
+        if "/" not in base:
+            raise ValueError(f"The report names the base {report.base!r} only; say where it is with base=FOLDER.")
+    if file and not hub.get("gguf_file") and (os.fspath(base) == folder or Path(base, file).is_file()):
+        return base, {**hub, "gguf_file": file}
+    return base, dict(hub)

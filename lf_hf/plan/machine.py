@@ -1,0 +1,101 @@
+"""A machine, this one or another: how much is free at each place, and what is taken before there is a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.memory import free_memory, in_gib
+from lf_hf.runtime.numerics import computes_bfloat16
+
+PYTHON, _OF_TOKENIZER = 13 << 26, 512  # bytes that Python takes with all libraries, and a token of the vocabulary
+CONTEXT = 1 << 30
+"""Bytes of a card for its kernels and the workspaces of its libraries."""
+
+
+class NoRoom(ValueError):
+    """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
+
+    def __init__(self, what: str, machine: Machine, needed: int, advice: str) -> None:
+        device = machine.device
+        super().__init__(
+            f"{in_gib(machine.free[device])} are free on {device}, and {what} takes {in_gib(needed)} there at least; "
+            f"give a device with so much, or {advice}."
+        )
+        self.needed = needed
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use: bytes by place, and what computes, which is the first place.
+
+    Places are "cuda:0" and the like, "cpu" and "disk". `bfloat16`: whether training computes in it. `is_here`: whether
+    it is this machine, whose rates can be measured.
+    """
+
+    free: Mapping[str, int]
+    bfloat16: bool
+    is_here: bool = True
+    processes: int = 1  # that share a step of a training
+
+    @property
+    def device(self) -> str:
+        return next(iter(self.free))
+
+    @property
+    def has_card(self) -> bool:
+        return self.device != "cpu"
+
+    def own_bytes(self, vocab: int) -> int:
+        """Bytes that are taken before there are weights, where layers compute."""
+        return CONTEXT if self.has_card else PYTHON + _OF_TOKENIZER * vocab
+
+    @classmethod
+    def here(
+        cls,
+        devices: Sequence[torch.device],
+        max_memory: str | Mapping[int | str, int | str] | None = None,
+        folder: Path | None = None,
+    ) -> Machine:
+        """What is free now on some devices, in memory and on the disk of `folder`; with `max_memory` no more than that.
+
+        A place that `max_memory` does not name is not used, but for the disk. Raises ValueError for one that cannot be
+        read. Where it names a device that is not here, the machine is another one, and all that it names is free.
+        """
+        given = read_max_memory(max_memory) if max_memory else {}
+        free = {str(device): free_memory(device) for device in [*devices, torch.device("cpu")]}
+        is_here = given.keys() <= free.keys() | {"disk"}
+        for place, size in given.items():
+            given[place] = min(size, free.get(place, size)) if is_here else size
+        cards = sorted(place for place in given or free if place not in ("cpu", "disk"))
+        free = {place: (given or free)[place] for place in [*cards, "cpu"] if place in (given or free)}
+        free["disk"] = given.get("disk", shutil.disk_usage(folder or Path.cwd()).free)
+        bfloat16 = computes_bfloat16() if is_here else bool(cards)
+        return cls(free, bfloat16, is_here, Processes.of_launch().world_size)
+
+
+def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:
+    """Bytes by place, of "cuda:0=20GiB,cpu=30GiB" or of accelerate's dictionary, in which a number is a card.
+
+    Raises ValueError for what cannot be read.
+    """
+    pairs: Iterable[Any] = (
+        (part.strip().partition("=")[::2] for part in given.split(",")) if isinstance(given, str) else given.items()
+    )
+    sizes = {}
+    for key, size in pairs:
+        try:
+            place = str(key) if key in ("cpu", "disk") else str(torch.device(key))
+            sizes[place] = convert_file_size_to_int(size)
+        except (RuntimeError, ValueError, TypeError):
+            raise ValueError(
+                f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {f'{key}={size}'!r:.80}."
+            ) from None
+    return sizes

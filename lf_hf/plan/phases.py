@@ -1,0 +1,361 @@
+"""The phases of a fusion in numbers: what is alive at once in each, and how many operations it takes.
+
+Counted from the modules that do the work, by the symbols of a model's shape: each figure here is of what one of them
+holds or computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from lf_hf.decoder.generating import WRITTEN_LENGTH
+from lf_hf.families.models import family_of, text_model
+from lf_hf.families.table import head_dim
+from lf_hf.settings import FusionConfig
+from lf_hf.text.judging import PERPLEXITY_LENGTH
+from lf_hf.text.packing import JUDGING_LENGTH
+
+_BATCH_COPIES = 64  # bytes for each token and channel of an MLP, see `Decoder.batch_indices`
+_OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made
+_LOGITS = 1 << 25  # of a model at a time, where texts are judged
+_JUDGED_AT_ONCE = 9  # models whose predictions are compared in choosing
+_VOCABULARY, _MOST_SKIPPED = 1 << 15, 6  # choosing judges one token in so many, by the vocabulary
+_CANDIDATES, _CANDIDATES_PER_KEPT = 6144, 1.25  # channels that are compared by regression
+_EXACT = 4096  # unknowns up to which a system is solved in float64
+_FITTING_TOKENS = 4096  # of choosing
+_PIECES, _OTHER_PIECES, _GROUP_PIECES = 16, 16, 4  # that judge: of the text, of other kinds, and one in so many of both
+_SHORT_GROUPS = 2  # layers that go in groups which are all measured
+_TRIALS, _LEAST_TRIALS, _TRIAL_TOKENS = 16, 6, 2048
+_TUNED_PASSES, _TUNED_TOKENS, _STEP_TOKENS = 8, 8 * 49152, 2048
+_SAMPLES, _SAMPLE_LENGTH = 57, 128  # of the published method's default, about
+_WRITTEN_SHARE, _HEALED_SHARE = 1 / 2, 1 / 3  # of texts to calibrate and to heal on that the model writes, at most
+_TOGETHER = 256  # sequences of the latter that it writes together
+TRAINED_BYTES = 18  # of a trained parameter: master, gradient, two moments in float32, and a copy to compute in
+STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
+
+Work = Counter[str]
+"""Operations by the rate that bounds them. Flops: of whole layers, the `head`, each `product` in float32, and what is
+`solve`d in float64. `logits` are numbers of a softmax, `calls` of a layer with a token each, and `bytes` what is moved.
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model that its space and time follow from; `size` is of a stored number, in bytes."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    queries: int  # rows of q_proj
+    keys: int  # of k_proj, and of v_proj
+    vocab: int
+    layer: int  # parameters of a layer
+    total: int  # of the model, tied ones once
+    size: int
+    has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
+    has_head_norms: bool
+
+    @classmethod
+    def of(cls, model: Any, size: int) -> Shape:
+        """Of a model, which may be on the meta device."""
+        text, family = model.config.get_text_config(), family_of(model.config)
+        layers = text_model(model).layers
+        return cls(
+            layers=len(layers),
+            hidden=text.hidden_size,
+            mlp=text.intermediate_size,
+            queries=text.num_attention_heads * head_dim(text),
+            keys=text.num_key_value_heads * head_dim(text),
+            vocab=text.vocab_size,
+            layer=_count(layers) // len(layers),
+            total=_count(model),
+            size=size,
+            has_norm_after=family.mlp.after is not None,
+            has_head_norms=family.head_norms is not None,
+        )
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.layer * self.size
+
+    @property
+    def bytes(self) -> int:
+        return self.total * self.size
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head, or of the embeddings."""
+        return self.vocab * self.hidden
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of a LoRA of rank 1 on all projections of a layer."""
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * (self.hidden + self.mlp)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a phase takes beside the model's weights: bytes where layers compute, bytes of lists of states, and work."""
+
+    inside: int
+    lists: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of a fusion of a model, but for healing."""
+
+    shape: Shape
+    config: FusionConfig
+    batch_bytes: int
+    on_card: bool
+    heal_tokens: int
+    longest: int  # layers that may become one
+    few_reads: bool  # whether weights lie on a disk, so that the model writes nothing
+
+    @property
+    def fusions(self) -> int:
+        return fused_layers(self.config)
+
+    @property
+    def groups(self) -> int:
+        """About how many groups there are: by cost few long ones are chosen, and by influence mostly pairs."""
+        a_group = {"last": self.fusions, "least_influence": 4 / 3, "groups": 3}  # layers that go in it
+        return max(1, round(self.fusions / a_group[self.config.selection]))
+
+    @property
+    def joined(self) -> int:
+        """About how many layers a group has."""
+        return 1 + math.ceil(self.fusions / self.groups)
+
+    @property
+    def passing(self) -> int:
+        """Bytes of layers that come and go, and of embeddings, where weights lie elsewhere."""
+        layers = _OFFLOADED + self.longest * self.config.fits
+        return layers * self.shape.layer_bytes + self.shape.head * self.shape.size
+
+    @property
+    def lists(self) -> int:
+        """The most bytes of lists of states."""
+        return max(need.lists for need in self.needs.values())
+
+    def most(self, states: str) -> int:
+        """The most bytes of a phase, with lists of states where these are on the "device"."""
+        return max(need.inside + need.lists * (states == "device") for need in self.needs.values())
+
+    @cached_property
+    def needs(self) -> dict[str, Need]:
+        """The phases by name, in their order."""
+        phases = {"measure": self._measure()}
+        if self.config.needs_text:
+            phases["choose"] = self._choose()
+        phases["make"] = self._make()
+        phases["judge"] = self._judge()
+        return phases
+
+    def _batch(self, length: int) -> int:
+        """Tokens that pass a layer together, of sequences of `length` tokens."""
+        return max(1, self.batch_bytes // (_BATCH_COPIES * self.shape.mlp) // length) * length
+
+    def _running(self, length: int) -> int:
+        """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention."""
+        return self._batch(length) * (4 * self.shape.mlp + 10 * self.shape.hidden) * self.shape.size
+
+    def _states(self, tokens: int) -> int:
+        """Bytes of a list of the states of so many tokens."""
+        return tokens * self.shape.hidden * self.shape.size
+
+    def _forward(self, tokens: int, layers: int) -> Work:
+        return Work(layer=2 * self.shape.layer * tokens * layers)
+
+    def _head(self, tokens: int, models: int = 1) -> Work:
+        logits = tokens * self.shape.vocab * models
+        return Work(head=2 * self.shape.hidden * logits, logits=logits)
+
+    def _logits(self, tokens: int, models: int) -> int:
+        """Bytes of logits of some models of at most so many tokens; a card has them in float32, and their softmax."""
+        return models * min(_LOGITS, tokens * self.shape.vocab) * (self.shape.size + 8 * self.on_card)
+
+    def _written(self, rows: int, steps: int) -> tuple[int, Work]:
+        """Bytes and work of text that a model writes, `rows` sequences together."""
+        shape = self.shape
+        of_layer = rows * steps * 2 * shape.keys * shape.size
+        cache = of_layer * (shape.layers + 1)  # one of them beside what it grows to
+        logits = rows * shape.vocab * (shape.size + 12 * self.on_card)  # float32, softmax and its sums
+        work = self._forward(rows * steps, shape.layers) + self._head(rows * steps)
+        work += Work(calls=steps * shape.layers, bytes=of_layer * shape.layers * steps // 2)  # written anew each step
+        return cache + logits, work
+
+    def _measure(self) -> Need:
+        """Judging, what the model writes, and samples or the final states of what is healed on."""
+        shape, config = self.shape, self.config
+        judged = 2 * config.perplexity_tokens
+        inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 1)
+        lists = self._states(judged)
+        work = self._forward(judged, shape.layers) + self._head(judged)
+        if config.perplexity_tokens and not self.few_reads:
+            work += self._written(4, 24)[1]
+        if config.averages:
+            samples = _SAMPLES * _SAMPLE_LENGTH
+            lists += 2 * self._states(samples)
+            work += self._forward(samples, shape.layers)
+        if config.needs_text and not self.few_reads:
+            rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
+            written, of_text = self._written(rows, WRITTEN_LENGTH)
+            inside, work = max(inside, written), work + of_text
+        if self.heal_tokens and not self.few_reads:
+            rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
+            work += times(self._written(_TOGETHER, WRITTEN_LENGTH)[1], rows / _TOGETHER)
+        return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
+
+    def _judge(self) -> Need:
+        """Both models on the judging texts, and what the fused one writes."""
+        judged = 2 * self.config.perplexity_tokens
+        inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 2)
+        work = self._forward(judged, self.shape.layers - self.fusions) + self._head(judged, 2)
+        if self.config.perplexity_tokens and not self.few_reads:
+            work += self._written(4, 24)[1]
+        return Need(inside, 2 * self._states(judged), work)
+
+    def _choose(self) -> Need:
+        shape, length = self.shape, self.config.calibration_length
+        if self.config.selection != "groups":  # by influence, on some text
+            tokens = min(8192, self.config.calibration_tokens) * (self.config.selection == "least_influence")
+            return Need(self._running(length), 2 * self._states(tokens), self._forward(tokens, shape.layers))
+        fitted = min(_FITTING_TOKENS, self.config.calibration_tokens)
+        of_text = min(_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
+        judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
+        judging_groups = judging // _GROUP_PIECES
+        trials = min(_TRIALS, max(_LEAST_TRIALS, self.config.calibration_tokens // _TRIAL_TOKENS))
+        short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, _SHORT_GROUPS) + 1))
+        measured = short + trials  # and those of the sets, of which about one is new in each
+        stride = min(max(2, shape.vocab // _VOCABULARY), _MOST_SKIPPED)
+        # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
+        lists = self._states((shape.layers + 1) * (fitted + judging) + self.longest * fitted)
+        lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
+        longest_fit, _ = self._fit(fitted, self.longest, rough=True)
+        _, of_short = self._fit(fitted, 2, rough=True)
+        _, of_sets = self._fit(fitted, self.joined, rough=True)
+        judged_at_once = self._batch(JUDGING_LENGTH) // stride
+        inside = self._running(length) + max(longest_fit, self._logits(judged_at_once, _JUDGED_AT_ONCE))
+        work = self._forward(fitted * 2 + judging, shape.layers)
+        # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
+        work += self._forward(measured * judging_groups, shape.layers // 2)
+        work += self._forward(trials * (fitted + judging), shape.layers * 2 // 3)
+        work += self._head((measured * judging_groups + trials * judging) // stride)
+        return Need(inside, lists, work + times(of_short, measured) + times(of_sets, trials * self.groups))
+
+    def _make(self) -> Need:
+        shape, config = self.shape, self.config
+        made = self.fusions * shape.layer_bytes  # at most
+        if config.averages:
+            rows = shape.mlp if config.alignment != "none" else 0
+            return Need(made + 12 * rows**2 + 12 * shape.hidden * rows, 0, self._average())
+        if not config.fits:
+            return Need(made, 0, Work())
+        tokens, length = config.calibration_tokens, config.calibration_length
+        inside, _ = self._fit(tokens, self.longest, rough=False)
+        tuned = TRAINED_BYTES * shape.layer + max(_STEP_TOKENS, length) * activation_bytes(shape)
+        passes = max(1, min(_TUNED_PASSES, round(_TUNED_TOKENS / tokens)))
+        # One stream from the first to the last group, and the dense one up to that: as long as all layers together.
+        work = self._forward(tokens, shape.layers)
+        _, of_fit = self._fit(tokens, self.joined, rough=False)
+        trained = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
+        trained += Work(bytes=passes * tokens // _STEP_TOKENS * STEP_BYTES * shape.layer)
+        # Lists: before and between the halves of each layer, after them, and of the model as it becomes, twice.
+        lists = self._states((2 * self.longest + 4) * tokens)
+        inside = self._running(length) + made + max(inside, tuned)
+        return Need(inside, lists, work + times(of_fit + trained, self.groups))
+
+    def _average(self) -> Work:
+        """Rows of all projections compared, and assigned: the solver's steps grow about as rows to the power 2.5."""
+        shape = self.shape
+        work = Work(bytes=self.fusions * shape.layer * 40)
+        if self.config.alignment != "none":
+            for rows in (shape.mlp, shape.mlp, shape.hidden, shape.queries, shape.keys, shape.keys, shape.hidden):
+                work += Work(product=2 * rows * rows * shape.hidden, bytes=int(12 * rows**2.5))
+        return times(work, self.fusions)
+
+    def _fit(self, tokens: int, joined: int, *, rough: bool) -> tuple[int, Work]:
+        """Bytes, but for lists of states, and work of the fit of `joined` layers as one."""
+        shape, batch = self.shape, self._batch(self.config.calibration_length)
+        hidden, mlp, size = shape.hidden, shape.mlp, shape.size
+        wide, heads = joined * mlp, joined * shape.queries
+        compared = mlp if rough else min(wide, max(_CANDIDATES, int(_CANDIDATES_PER_KEPT * mlp)))
+        # The maps, the wide half in its own numbers and a reader in float32; then the channels that are compared.
+        widened = joined * (4 * hidden**2 + 3 * hidden * mlp * size) + 8 * hidden * mlp
+        chosen = 3 * hidden * (wide + compared) * size
+        solving = self._solving(compared, mlp)
+        if shape.has_norm_after:  # the second problem beside the first one
+            solving += 4 * (mlp**2 + hidden * mlp)
+        channels = batch * wide * (3 * size + 4)  # gate, up, their product, and it in float32
+        inside = channels + max(widened, chosen + solving, self._solving(heads, shape.queries) + chosen)
+        readers = 2 * mlp + shape.queries + 2 * shape.keys
+        work = self._forward(tokens, joined)
+        of_map = self._summed(tokens, hidden) + self._solved(hidden, hidden)
+        work += times(of_map + Work(product=2 * hidden**2 * readers // 2), 2 * joined)
+        twice = 1 + shape.has_head_norms
+        attention = Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
+        attention += self._summed(tokens, heads) + self._solved(heads, shape.queries)
+        if compared < wide:
+            work += Work(layer=4 * tokens * hidden * wide)
+        work += Work(layer=4 * tokens * hidden * compared)
+        work += attention + self._summed(tokens, compared) + self._solved(compared, mlp)
+        if shape.has_norm_after:
+            work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))
+            if not rough:
+                work += self._summed(tokens, mlp) + self._solved(mlp, mlp)
+        return inside, work
+
+    def _solving(self, unknowns: int, kept: int) -> int:
+        """Bytes of a least-squares problem: its sums, and what it is pruned and solved in."""
+        exact = 8 if unknowns <= _EXACT else 4
+        squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
+        return (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * self.shape.hidden
+
+    def _summed(self, tokens: int, unknowns: int) -> Work:
+        """Half of a gram matrix, and what it is solved for."""
+        return Work(product=tokens * unknowns * (unknowns + 2 * self.shape.hidden))
+
+    def _solved(self, unknowns: int, kept: int) -> Work:
+        """Pruning by an inverse, where there is any, and the solution of what is left."""
+        work = Work()
+        for size, steps in ((unknowns, kept < unknowns), (kept, 1)):
+            rate = "solve" if size <= _EXACT else "product"
+            flops = size**3 // 3 + 2 * size**2 * self.shape.hidden
+            if size > kept:  # the inverse, and its updates
+                flops += 2 * size**3 // 3 + 2 * (size**3 - kept**3) // 3
+            work += Work({rate: flops * steps, "product": 2 * size**2 * self.shape.hidden * steps})
+        return work
+
+
+def times(work: Work, count: float) -> Work:
+    return Work({name: int(amount * count) for name, amount in work.items()})
+
+
+def activation_bytes(shape: Shape) -> int:
+    """Bytes that a layer keeps of a token for its gradient under autocast, by what torch saves.
+
+    Each norm: what it reads and what it gives in float32, and a bfloat16 copy. Attention: queries, keys and values in
+    front of rotary embeddings and behind them, keys for all queries, and their norms. The MLP: gate, up, the activation
+    and their product.
+    """
+    norms = 4 if shape.has_norm_after else 2
+    of_heads = 8 * (shape.queries + shape.keys) * shape.has_head_norms
+    return 10 * norms * shape.hidden + 8 * (shape.queries + 2 * shape.keys) + of_heads + 8 * shape.mlp
+
+
+def fused_layers(fusion: FusionConfig) -> int:
+    """How many layers go, and at most so many are fused; where a budget says how many, one at least."""
+    return fusion.num_fusions or 1

@@ -1,0 +1,101 @@
+"""How fast a device is at what fusing does, measured in two seconds."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from lf_hf.decoder.layer_lists import set_config_layers
+from lf_hf.families.models import family_of, text_model
+from lf_hf.runtime.numerics import bfloat16_products
+from lf_hf.text.judging import PERPLEXITY_LENGTH
+
+Rates = Mapping[str, float]
+"""Operations a second, by the names of `Work`."""
+
+_PROBED_SECONDS = 0.15  # of each rate, about: in all two seconds at most, with what is too short to count
+
+
+def probe(
+    device: torch.device, dtype: torch.dtype, config: PreTrainedConfig, clock: Callable[[], float] = time.perf_counter
+) -> Rates:
+    """Operations a second on a device, by the names of `Work`, in two seconds at most.
+
+    `clock` gives seconds; those of the process, where others share the machine.
+    """
+    layer, run_layer = _one_layer(config, device, dtype)
+
+    def seconds(run: Callable[[int], Any], size: int) -> float:
+        start = clock()
+        result = run(size)
+        torch.as_tensor(result).flatten()[:1].float().cpu()  # waits for the device
+        return clock() - start
+
+    def rate(run: Callable[[int], Any], operations: Callable[[int], float], size: int, most: int) -> float:
+        seconds(run, size)  # what a first run prepares
+        while (taken := seconds(run, size)) < _PROBED_SECONDS / 2 and size < most:
+            size *= 2
+        return operations(size) / min(taken, seconds(run, size))
+
+    def square(size: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.eye(size, dtype=kind, device=device).add_(1 / size)
+
+    def multiply(size: int) -> torch.Tensor:
+        with bfloat16_products(dtype == torch.bfloat16):
+            return square(size, torch.float32) @ square(size, torch.float32)
+
+    def solve(size: int) -> torch.Tensor:
+        factor = torch.linalg.cholesky(square(size, torch.float64))
+        return torch.linalg.solve_triangular(factor, factor, upper=False)
+
+    text = config.get_text_config()
+    weight = torch.full((text.vocab_size, text.hidden_size), 0.01, dtype=dtype, device=device)
+
+    def head(rows: int) -> torch.Tensor:
+        return torch.ones(rows, text.hidden_size, dtype=dtype, device=device) @ weight.T
+
+    def logits(rows: int) -> torch.Tensor:
+        return torch.ones(rows, text.vocab_size, device=device).log_softmax(-1)
+
+    def copied(size: int) -> torch.Tensor:
+        return torch.ones(size, device=device).clone()
+
+    return {
+        "layer": rate(run_layer, lambda tokens: 2 * layer * tokens, 16, 4096),
+        "calls": 1 / min(seconds(run_layer, 1) for _ in range(3)),
+        "head": rate(head, lambda rows: 2 * rows * weight.numel(), 8, 1024),
+        "product": rate(multiply, lambda size: 2 * size**3, 256, 8192),
+        "solve": rate(solve, lambda size: 4 / 3 * size**3, 256, 4096),
+        "logits": rate(logits, lambda rows: rows * text.vocab_size, 1, 1024),
+        "bytes": rate(copied, lambda size: 12 * size, 1 << 18, 1 << 28),
+    }
+
+
+def _one_layer(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[int, Callable[[int], torch.Tensor]]:
+    """Parameters of a layer, and what runs it on so many tokens."""
+    small: Any = copy.deepcopy(config.get_text_config())
+    family = family_of(small)
+    set_config_layers(small, [0])
+    small.vocab_size, small.pad_token_id = 16, None
+    with torch.device("meta"):
+        body = text_model(family.causal_lm(small))
+    body = body.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter.fill_(1 / small.hidden_size)
+    body.rotary_emb = family.rotary_embedding(config=small).to(device)
+
+    @torch.no_grad()
+    def run(tokens: int) -> torch.Tensor:
+        ids = torch.ones(max(1, tokens // PERPLEXITY_LENGTH), min(tokens, PERPLEXITY_LENGTH), dtype=torch.long)
+        states: torch.Tensor = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        return states
+
+    return sum(parameter.numel() for parameter in body.layers.parameters()), run

@@ -1,0 +1,87 @@
+"""What is fused on stand-in cards, and what comes of it: run_cases.py asks on a card, the tests ask on the CPU."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from conftest import make_texts, save_base
+from tiny_models import auto_class, tiny_model
+
+from lf_hf import FusionReport, from_pretrained_fused, fuse_checkpoint
+
+SETTINGS: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "speed": False}
+AVERAGED: dict[str, Any] = {"calibration": make_texts()}
+FITTED: dict[str, Any] = {"calibration": make_texts(150), "calibration_tokens": 1024, "calibration_length": 32}
+METHODS: dict[str, dict[str, Any]] = {
+    "neural_alignment": AVERAGED,
+    "mka": AVERAGED,
+    "truncate": {"perplexity_tokens": 128},
+    "refit": FITTED,
+    "healed": FITTED | {"heal_tokens": 6144},
+}
+
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+LINEAR = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+FAMILIES: dict[str, tuple[str, list[str]]] = {
+    "Llama": ("llama", []),
+    "Qwen3": ("qwen3", SLIDING),
+    "Gemma 3": ("gemma3_text", SLIDING),
+    "a hybrid": ("qwen3_5_text", LINEAR),
+    "a wrapper": ("gemma3", SLIDING),
+}
+"""Types of tiny models, and of their four layers; averages take the last two, which are of one type."""
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "in memory": {"device_map": "cuda"},
+    "on two cards": {
+        "device_map": {
+            **dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.1"), 0),
+            **dict.fromkeys(("model.layers.2", "model.layers.3", "model.norm", "model.rotary_emb", "lm_head"), 1),
+        }
+    },
+    "from files": {"device_map": "cuda", "low_memory": True},
+}
+
+
+class Case(NamedTuple):
+    method: str
+    family: str
+    placement: str = "in memory"
+
+
+CASES = [Case(method, family) for family, method in product(FAMILIES, METHODS)]
+CASES += [Case(method, "Llama", "on two cards") for method in ("neural_alignment", "refit", "healed")]
+CASES += [Case(method, "Llama", "from files") for method in ("neural_alignment", "refit")]
+
+
+def make_base(family: str, folder: Path) -> str:
+    model_type, types = FAMILIES[family]
+    overrides: dict[str, Any] = {"layer_types": types} if types else {}
+    return save_base(folder, tiny_model(model_type, num_hidden_layers=4, **overrides))
+
+
+def outcome(case: Case, base: str, **placement: Any) -> dict[str, Any]:
+    """Which layers were fused, what the report says of it, and what the model predicts where it then lies."""
+    given = SETTINGS | METHODS[case.method] | {"method": case.method} | placement
+    model: Any
+    if "low_memory" in given:
+        with TemporaryDirectory() as out:
+            report: FusionReport | None = fuse_checkpoint(base, out, **given)
+            model = auto_class(FAMILIES[case.family][0]).from_pretrained(out, device_map=given["device_map"])
+    else:
+        model = from_pretrained_fused(base, **given)
+        report = model.fusion_report
+    assert report is not None
+    ids = torch.arange(8, 24, device=model.device)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1]
+    return {
+        "layers": [layer.layers for layer in report.fused_layers],
+        "judged": [[figure.dense, figure.fused, figure.divergence] for figure in report.perplexities],
+        "logits": logits.tolist(),
+        "device": model.device.type,
+    }

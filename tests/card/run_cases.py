@@ -1,0 +1,169 @@
+"""Fuses on stand-in cards, and writes a line of JSON for each case and check: run_cases.py LIBRARY OUT.
+
+A new placement, method or family is an entry in cases.py; what is no fusion of that table is a function in `CHECKS`.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import ctypes
+import sys
+
+LIBRARY = ctypes.CDLL(sys.argv[1])  # before torch
+
+import gc
+import json
+import tempfile
+import traceback
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
+from card.stand_in import insert
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import DefaultFlowCallback, PreTrainedModel
+
+CARDS = insert(LIBRARY)
+Figures = dict[str, Any]
+
+
+class Waits:
+    """How often the host waits for a card in a step of healing, and for a token that is written."""
+
+    def __init__(self) -> None:
+        self._steps = list[int]()
+        self._tokens = list[int]()
+        register_module_forward_pre_hook(self._begin_layer)
+        end_step = DefaultFlowCallback.on_step_end
+
+        def on_step_begin(*_: Any, **__: Any) -> None:
+            self._steps.append(-CARDS.waits)
+
+        def on_step_end(*given: Any, **named: Any) -> Any:
+            self._steps[-1] += CARDS.waits
+            return end_step(*given, **named)
+
+        patch.object(DefaultFlowCallback, "on_step_begin", on_step_begin).start()
+        patch.object(DefaultFlowCallback, "on_step_end", on_step_end).start()
+
+    def take(self) -> Figures:
+        """Of what was seen since the last call: the most in a step, and the median of all tokens."""
+        found: Figures = {}
+        if self._steps:
+            found["step"] = max(self._steps)
+        if len(self._tokens) > 1:
+            found["token"] = median(after - before for before, after in pairwise(self._tokens))
+        self._steps.clear()
+        self._tokens.clear()
+        return found
+
+    def _begin_layer(self, module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        attention: Any = getattr(module, "self_attn", None)
+        is_first = attention is not None and attention.layer_idx == 0
+        if is_first and given and given[0].shape[1] == 1:  # hidden states of one token
+            self._tokens.append(CARDS.waits)
+
+
+def after_loading(use: Callable[[torch.nn.Module], None]) -> Any:
+    """A patch that shows `use` every model that transformers loads."""
+    load: Any = PreTrainedModel.from_pretrained
+
+    def from_pretrained(cls: Any, *given: Any, **named: Any) -> Any:
+        loaded = load.__func__(cls, *given, **named)
+        use(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    return patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+
+
+def error_of(work: Callable[[], Any]) -> str | None:
+    """What `work` raises, and what that comes from."""
+    try:
+        work()
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        gc.collect()
+    return None
+
+
+def errors(_: dict[str, str]) -> list[str | None]:
+    """What operations raise that a card refuses."""
+    on_card, other, on_host = (torch.ones(2, 2, device=device) for device in ("cuda", "cuda:1", "cpu"))
+    works: list[Callable[[], Any]] = [
+        lambda: on_card + on_host,
+        lambda: on_card @ other,
+        lambda: on_host.add_(on_card),
+        lambda: on_card.long() @ on_card.long(),
+        on_card.numpy,
+    ]
+    return [error_of(work) for work in works]
+
+
+def memory(_: dict[str, str]) -> Figures:
+    """What memory holds that was not written, and what a copy holds before and after it is waited for."""
+    host = torch.empty(2, pin_memory=True)
+    host.copy_(torch.ones(2, device="cuda"), non_blocking=True)
+    early = host.isnan().tolist()
+    torch.cuda.synchronize()
+    unwritten = torch.empty(2, dtype=torch.long, device="cuda").min().item()
+    return {"unwritten": unwritten, "early": early, "late": host.tolist()}
+
+
+def ledger(_: dict[str, str]) -> Figures:
+    """What the books say of a weight that is read back, of a number, and of what else is computed."""
+    weight = torch.ones(64, 64, device="cuda")
+    CARDS.mark_weights([weight])
+    with CARDS.watch() as read:
+        weight.half().T.cpu()
+    with CARDS.watch() as used:
+        (weight @ weight).cpu()
+        weight.sum().item()
+    found = {name: [seen.weights_read.total(), seen.waits.total()] for name, seen in (("read", read), ("used", used))}
+    return {**found, "peak": used.peak}
+
+
+def no_room(bases: dict[str, str]) -> str | None:
+    """What a fusion raises where another process takes the card's memory once the model is there."""
+    before = CARDS.capacity()
+    with after_loading(lambda _: CARDS.set_capacity(CARDS.live() + (1 << 16))):
+        error = error_of(lambda: outcome(Case("refit", "Llama"), bases["Llama"], **PLACEMENTS["in memory"]))
+    CARDS.set_capacity(before)
+    return error
+
+
+CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room]
+
+
+def fused(case: Case, base: str, waits: Waits) -> Figures:
+    """What comes of a case, or its error, and what the books say."""
+    CARDS.count = 2 if case.placement == "on two cards" else 1
+    found: Figures = {}
+    with CARDS.watch() as seen:
+        found["error"] = error_of(lambda: found.update(outcome(case, base, **PLACEMENTS[case.placement])))
+    found |= {"waits": seen.waits, "weights_read": seen.weights_read, "peaks": seen.peaks}
+    return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
+
+
+def main(out: Path) -> None:
+    waits = Waits()
+    with tempfile.TemporaryDirectory() as scratch, out.open("w", encoding="utf-8") as lines:
+
+        def write(name: Any, found: Any) -> None:
+            print(json.dumps([name, found]), file=lines, flush=True)
+
+        bases = {family: make_base(family, Path(scratch, family)) for family in FAMILIES}
+        for check in CHECKS:
+            write(check.__name__, check(bases))
+        after_loading(lambda model: CARDS.mark_weights(model.parameters())).start()
+        for case in CASES:
+            write(case, fused(case, bases[case.family], waits))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2]))
