@@ -119,12 +119,6 @@ class Base:
         return {name: value for name, value in hub_arguments(self.loading).items() if name != "force_download"}
 
     @property
-    def only_whole(self) -> list[str]:
-        """Arguments that name files whose layers cannot be read one at a time."""
-        given = {**self.loading, "use_safetensors": self.loading.get("use_safetensors") is False}
-        return [name for name in ("gguf_file", "use_safetensors", "variant") if given.get(name)]
-
-    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype that was asked for, None for the checkpoint's own."""
         return checked_dtype(self.loading["dtype"])
@@ -263,10 +257,6 @@ class Base:
         if not left_out:
             return []
         return [f"The base's {', '.join(left_out)} are left out, as transformers reads none in a {stock.__name__}."]
-
-    def new_config(self) -> PreTrainedConfig:
-        """A copy of the config, to be changed."""
-        return copy.deepcopy(self.config)
 
     def loading_fused(self) -> dict[str, Any]:
         """The arguments that hold for a fused model in another folder, too."""

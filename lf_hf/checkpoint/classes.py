@@ -36,7 +36,7 @@ from lf_hf.checkpoint.configuration import converted_config, plain_config
 from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
 from lf_hf.decoder.placement import named_values
-from lf_hf.families.models import auto_class, family_of, is_wrapper, model_class, text_model
+from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
 from lf_hf.runtime.launch import ALONE, Processes, rank
 from lf_hf.runtime.numerics import weights_digest
@@ -318,21 +318,6 @@ def write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> 
         part.dtype = dtype
     config.architectures = [model_class(config).__name__]
     config.save_pretrained(folder)
-
-
-def with_buffers(model: Any, like: Any, device: torch.device) -> None:
-    """Make the buffers of a model that are on the meta device, as checkpoints have none, like those of another one.
-
-    `like` has the same layers; the buffers are made on `device`.
-    """
-    text = text_model(model)
-    rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
-    text.rotary_emb = rotary_embedding.to(device)
-    for name, buffer in [*model.named_buffers()]:
-        if buffer.device.type == "meta":
-            place, _, short = name.rpartition(".")
-            values = like.get_buffer(name).to(device, copy=True)
-            model.get_submodule(place).register_buffer(short, values, persistent=False)
 
 
 def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:

@@ -33,7 +33,6 @@ from lf_hf.families.models import CausalLM, family_of, first_free_layer, is_tied
 from lf_hf.families.table import DecoderLayer, Family, Kind
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import all_finite
-from lf_hf.settings import LONGEST_GROUP
 
 _BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
@@ -59,7 +58,7 @@ class Decoder:
     device: torch.device  # where hidden states begin, and where offloaded layers compute
     processes: Processes = ALONE  # those that hold the same model and share the work on it
     batch_bytes: int = _BATCH_BYTES  # that a batch may take inside a layer
-    longest_group: int = LONGEST_GROUP  # layers that may become one
+    longest_group: int | None = None  # layers that may become one, where memory allows no more
     states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
     scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape

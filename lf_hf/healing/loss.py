@@ -144,12 +144,6 @@ def row_slices(count: int, vocab_size: int, logits: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def logits_memory(device: torch.device, logits: int, size: int) -> int:
-    """Bytes of both models' logits that exist at a time, of `logits` in all; a number has `size` bytes."""
-    float_logits = FLOAT_LOGITS_ON_CPU if device.type == "cpu" else FLOAT_LOGITS
-    return 2 * size * min(logits, LOGITS) + 6 * 4 * min(logits, float_logits)
-
-
 def _computation_dtype(states: Tensor) -> torch.dtype:
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype

@@ -17,7 +17,6 @@ from lf_hf.decoder.generating import WRITTEN_LENGTH
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
-from lf_hf.text.judging import judging_sequences
 from lf_hf.text.packing import check_ids, pack_parts
 
 HELD_OUT = 4
@@ -32,12 +31,11 @@ Write = Callable[[int, int, int], list[Tensor]]
 
 @dataclass(frozen=True)
 class TextKind:
-    """A kind of text. All its sequences are int64 tensors of one length; those of `judging` judge the result."""
+    """A kind of text. All its sequences are int64 tensors of one length."""
 
     name: str
     training: list[Tensor] = field(default_factory=list)
     held_out: list[Tensor] = field(default_factory=list)
-    judging: list[Tensor] = field(default_factory=list)
 
 
 def given_text(
@@ -102,12 +100,6 @@ def healing_text(
                 kind.training.extend(kind.held_out)
                 kind.held_out.clear()
     return [kind for kind in kinds if kind.training or kind.held_out]
-
-
-def judging_text(tokenizer: PreTrainedTokenizerBase, longest: int, tokens: int) -> list[TextKind]:
-    """The judging texts as the fusion was judged on them: `tokens` of each, in sequences that the model takes."""
-    sequences = judging_sequences(tokenizer, tokens, longest)
-    return [TextKind(name, judging=judging) for name, judging in sequences.items()]
 
 
 def training_order(count: int, settings: HealSettings) -> list[int]:

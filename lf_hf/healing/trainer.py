@@ -24,7 +24,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from lf_hf.checkpoint.classes import with_buffers
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
@@ -99,7 +98,7 @@ def make_student(
             weights[name] = weight.detach().to(arguments.device, frozen)
     student.load_state_dict(weights, assign=True, strict=False)
     student.tie_weights()
-    with_buffers(student, decoder.model, arguments.device)
+    _with_buffers(student, decoder.model, arguments.device)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(is_trained(name))
     if settings.train == "lora":
@@ -109,6 +108,21 @@ def make_student(
     if config.tie_word_embeddings:
         student._keys_to_ignore_on_save.add("lm_head.weight")
     return student
+
+
+def _with_buffers(model: Any, like: Any, device: torch.device) -> None:
+    """Make the buffers of a model that are on the meta device, as checkpoints have none, like those of another one.
+
+    `like` has the same layers; the buffers are made on `device`.
+    """
+    text = text_model(model)
+    rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
+    text.rotary_emb = rotary_embedding.to(device)
+    for name, buffer in [*model.named_buffers()]:
+        if buffer.device.type == "meta":
+            place, _, short = name.rpartition(".")
+            values = like.get_buffer(name).to(device, copy=True)
+            model.get_submodule(place).register_buffer(short, values, persistent=False)
 
 
 def _what_trains(student: CausalLM, train: str | None, fused_layers: Sequence[int]) -> Callable[[str], bool]:

@@ -11,9 +11,6 @@ import torch
 
 from lf_hf.runtime.launch import local_processes
 
-PROCESS = 11 << 26
-"""Bytes that Python takes with torch and transformers."""
-
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Of Linux: what containers and jobs allow all their processes together, as psutil knows only of the machine."""
@@ -44,12 +41,6 @@ def _limits() -> Iterator[int]:
         for parent in (group, *group.parents):  # inside a container the outer ones are not there
             with suppress(OSError, ValueError):  # "max" is no limit
                 yield int((folder / parent.relative_to("/") / file).read_text())
-
-
-def peak_memory(device: torch.device, weights: int, *phases: int) -> int:
-    """Bytes that a process takes at its peak: `weights` throughout, and beside them each of `phases` by turns."""
-    process = 0 if device.type == "cuda" else PROCESS
-    return process + weights + max(phases)
 
 
 def in_gib(size: float) -> str:
