@@ -17,7 +17,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import why_not_reused
-from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, only_writer, replaced_files
+from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, locked_folder, replaced_files
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
@@ -158,7 +158,7 @@ def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionIn
         with ExitStack() as stack:
             if reason_to_fuse():
                 check_replaceable(folder, inputs.base.name, remade=True)
-                processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(folder, wait=True))))
+                processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
                 if reason := reason_to_fuse():  # checked again under the lock
                     return _fuse_and_keep(folder, model_class, inputs, made_of, reason)
         model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
@@ -189,7 +189,7 @@ def _fuse_and_keep(
     model.is_found_at(str(folder))
     on_another_machine = not processes.is_main and local_rank() == 0
     if on_another_machine and why_not_reused(folder, made_of):
-        with only_writer(folder, wait=True):
+        with locked_folder(folder, wait=True):
             _save(model, folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
     return model
@@ -227,7 +227,7 @@ def _scratch_in(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
 
-    processes.broadcast_object(begin)
+    processes.compute_once(begin)
     try:
         scratch.mkdir(parents=True, exist_ok=True)  # on another machine
         yield scratch
@@ -302,7 +302,7 @@ def fuse_checkpoint(
     check_replaceable(out, opened.name)
     inputs = FusionInputs.open(opened, config, calibration, tokenizer, low_memory=low_memory)
     with ExitStack() as stack:
-        processes.broadcast_object(lambda: bool(stack.enter_context(only_writer(target))))
+        processes.compute_once(lambda: bool(stack.enter_context(locked_folder(target))))
         scratch = stack.enter_context(_scratch_in(target))
         saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": max_shard_bytes}
         return _fuse_into(target, fused_class(opened.config), inputs, scratch=scratch, **saving).report
@@ -363,7 +363,7 @@ def heal(
     plan = inputs.check(folder)
     work = folder / WORK
     with ExitStack() as stack:
-        compute_once(lambda: bool(stack.enter_context(only_writer(folder))))
+        compute_once(lambda: bool(stack.enter_context(locked_folder(folder))))
         scratch = stack.enter_context(_scratch_in(folder))
         model = pipeline.heal_folder(inputs, plan, work, scratch)
 

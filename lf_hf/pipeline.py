@@ -1,7 +1,7 @@
 """The pipeline, from a base to the model that a user gets: start reading here.
 
 `run` is all of it, and `fuse` its middle: choose groups of the dense model's layers, make each group one layer, judge
-and report. What a group becomes depends on the method: `stages.fusion.average` is the published one,
+and report. What a group becomes depends on the method: `stages.averaging.average` is the published one,
 `refit.bottom_up.fit_groups` is `refit`. The model before it is fused is `dense` in the code, and the base wherever
 people read of it.
 """
@@ -50,7 +50,7 @@ from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.stages.fusion import average
+from lf_hf.stages.averaging import average
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.judging import nearest
 from lf_hf.text.packing import interleave, split_held_out

@@ -26,7 +26,7 @@ from tokenizers import normalizers
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
-from lf_hf.checkpoint.saving import only_writer
+from lf_hf.checkpoint.saving import locked_folder
 from lf_hf.text.calibration import load_needed
 from lf_hf.text.hub import GENERAL
 
@@ -201,7 +201,7 @@ def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:
         folder = Path(name)
         copy, fused = shutil.copytree(base, folder / "base"), folder / "fused"
         first = load(copy, fused)
-        with only_writer(fused):
+        with locked_folder(fused):
             assert same(first, load(copy, fused))
         for path in (*folder.rglob("*"), folder):
             path.chmod(0o555 if path.is_dir() else 0o444)

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
-from lf_hf.checkpoint.saving import only_writer, replaced_files
+from lf_hf.checkpoint.saving import locked_folder, replaced_files
 from lf_hf.evaluate.points import RESULTS
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.report.report import CHANGED_NOTE
@@ -401,7 +401,7 @@ def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
 
 def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
     message = f"Another process is saving into '{tmp_path / 'out'}'; wait until it is done, or choose another folder"
-    with only_writer(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
+    with locked_folder(tmp_path / "out"), replaced_files(tmp_path / "out") as folder:
         model.write_files(folder)
         with pytest.raises(BlockingIOError, match=message):
             model.save_pretrained(tmp_path / "out")
@@ -422,7 +422,7 @@ def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, mon
         raise FileNotFoundError(lock.lock_file)
 
     monkeypatch.setattr(filelock.FileLock, "acquire", removed_meanwhile)
-    with only_writer(out):
+    with locked_folder(out):
         (out / "file").touch()
     assert (out / "file").exists()
 
@@ -442,7 +442,7 @@ def test_ctrl_c_while_a_folder_is_locked_leaves_nothing(tmp_path: Path) -> None:
         meets, lines = meets + 1, list[int]()
         sys.settrace(interrupt)
         try:
-            with only_writer(tmp_path / "out"):
+            with locked_folder(tmp_path / "out"):
                 sys.settrace(None)
                 inside = True
         except KeyboardInterrupt:

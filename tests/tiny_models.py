@@ -21,7 +21,7 @@ from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
 from lf_hf.report.data import CalibrationInfo, RowMatch
 from lf_hf.stages.alignment import align_layer
-from lf_hf.stages.fusion import merge_weights
+from lf_hf.stages.averaging import merge_weights
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}

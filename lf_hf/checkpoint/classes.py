@@ -33,7 +33,7 @@ from lf_hf.checkpoint.base import (
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import converted_config, plain_config
-from lf_hf.checkpoint.saving import checked_folder, only_writer, replaced_files
+from lf_hf.checkpoint.saving import checked_folder, locked_folder, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
 from lf_hf.decoder.placement import named_values
 from lf_hf.families.models import auto_class, is_wrapper, model_class
@@ -202,13 +202,13 @@ class FusedForCausalLM(PreTrainedModel):
         def save() -> None:
             if not writes:
                 return
-            with only_writer(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
+            with locked_folder(folder), replaced_files(folder, own_tokenizer=tokenizer is not None) as new:
                 if push_to_hub:
                     before.update((file.name, file.stat().st_mtime) for file in folder.iterdir() if file.exists())
                 self.write_files(new, state_dict, *args, plain=plain, tokenizer=tokenizer, **kwargs)
 
         processes = Processes.of_launch() if sharded else ALONE
-        processes.broadcast_object(save)
+        processes.compute_once(save)
         self.is_found_at(os.fspath(save_directory))
         if push_to_hub and writes:
             self._upload(folder, before, **uploading)

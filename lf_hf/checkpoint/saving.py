@@ -113,7 +113,7 @@ def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:
 
 
 @contextmanager
-def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep others from writing into `folder`, which is made, and goes again if nothing was written.
 
     The lock is a file in it that exists while it is held; a killed process keeps nobody out. Raises BlockingIOError
@@ -152,7 +152,7 @@ def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
 def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Path]:
     """A new hidden folder, whose files go into `folder` when the block ends well and vanish when it does not.
 
-    To be used within `only_writer`. A tokenizer in `folder` that lf_hf has not written stays, and the new one vanishes,
+    To be used in `locked_folder`. A tokenizer in `folder` that lf_hf has not written stays, and the new one vanishes,
     unless `own_tokenizer` says that the user chose it; so does a model card. Raises OSError for what cannot be written.
     """
     new = folder / _SAVING / "new"
@@ -175,7 +175,7 @@ def replaced_files(folder: Path, *, own_tokenizer: bool = False) -> Iterator[Pat
 def finish_save(folder: Path) -> None:
     """Finish the move that a killed save left, or remove what it left incomplete; where that can be done now."""
     if (folder / _SAVING).is_dir():
-        with suppress(OSError), only_writer(folder):
+        with suppress(OSError), locked_folder(folder):
             _finish(folder)
 
 

@@ -140,7 +140,7 @@ def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) 
     longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group or LONGEST_GROUP)
     while True:
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
-        proposed = decoder.processes.broadcast_object(propose)  # in case machines round differently
+        proposed = decoder.processes.compute_once(propose)  # in case machines round differently
         if not proposed:
             return None
         if costs.by_group.keys() >= set(proposed[0]):

@@ -185,7 +185,7 @@ class Decoder:
         Modules of which some were offloaded are in the model then.
         """
         tied = is_tied(self.model)
-        for name in processes.broadcast_object(lambda: list(weights)):
+        for name in processes.compute_once(lambda: list(weights)):
             place, _, own_name = name.rpartition(".")
             module = self.model.get_submodule(place)
             if is_offloaded(module):

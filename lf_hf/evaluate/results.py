@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic_core import to_json
 from transformers.utils import logging
 
-from lf_hf.checkpoint.saving import only_writer
+from lf_hf.checkpoint.saving import locked_folder
 from lf_hf.evaluate.points import RESULTS, Point, read_points, result_lines
 from lf_hf.evaluate.tables import as_csv, markdown
 from lf_hf.report.page import draw, missing_plot_packages, write_whole
@@ -86,7 +86,7 @@ class Results:
     def _alone(self) -> Iterator[None]:
         """Keep other processes from writing meanwhile; an OSError names the folder and says what to do."""
         try:
-            with only_writer(self._folder, wait=True):
+            with locked_folder(self._folder, wait=True):
                 yield
         except OSError as error:
             raise OSError(

@@ -229,7 +229,7 @@ class _Maker:
     def make(self, keys: _Keys, results: Results) -> None:
         """Make this process's part of the points that are missing; ends when all processes have made theirs."""
         processes = Processes.of_launch()
-        missing = processes.broadcast_object(results.missing)
+        missing = processes.compute_once(results.missing)
         first = len(missing) * processes.rank // processes.world_size
         last = len(missing) * (processes.rank + 1) // processes.world_size
         mine = missing[first:last]

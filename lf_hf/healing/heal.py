@@ -96,7 +96,7 @@ def heal(
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=default_learning_rate(decoder, plan.train))
     with _undisturbed():
-        state = processes.broadcast_object(lambda: _state_to_go_on_from(work))
+        state = processes.compute_once(lambda: _state_to_go_on_from(work))
         arguments = training_arguments(settings, work, training_args, plan)
         arguments.eval_on_start = state is None
         student = make_student(decoder, settings, fused_layers, arguments)

@@ -52,7 +52,7 @@ def healed_report(
         perplexities = judge(decoder, teacher.judged, relations, teacher.head)
     continuations = report.continuations
     if continuations:
-        written = Processes.of_launch().broadcast_object(lambda: write_continuations(decoder, tokenizer))
+        written = Processes.of_launch().compute_once(lambda: write_continuations(decoder, tokenizer))
         continuations = [replace(text, fused=written.get(text.prompt, text.fused)) for text in continuations]
     notes = _outcome_notes(healed)
     notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)

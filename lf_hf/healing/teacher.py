@@ -80,7 +80,7 @@ def write_teacher(
         (folder / _INDEX).unlink(missing_ok=True)
         (folder / _STATES).write_bytes(b"")
 
-    processes.broadcast_object(begin)
+    processes.compute_once(begin)
     if not all(processes.all_gather_object((folder / _STATES).is_file())):
         raise ValueError(
             f"Not all machines of the launch see {str(folder)!r}; heal in a folder on a disk that they share."
@@ -107,7 +107,7 @@ def write_teacher(
         new.replace(folder / _INDEX)
 
     processes.all_gather_object(None)  # until all states are there
-    processes.broadcast_object(finish)
+    processes.compute_once(finish)
 
 
 def is_written(folder: Path) -> bool:

@@ -34,7 +34,7 @@ _TINY |= {"_attn_implementation": "eager", **dict.fromkeys(_SPECIAL_TOKENS, 0)}
 
 def check_model(decoder: Decoder) -> int:
     """Raise ValueError if the model cannot be fused; else return its number of parameters."""
-    check_computes(decoder.model_config)
+    check_family_entry(decoder.model_config)
     num_parameters = 0
     for name, parameter in decoder.named_parameters():
         if not all_finite(parameter):
@@ -77,7 +77,7 @@ def check_attends(config: PretrainedConfig) -> None:
         )
 
 
-def check_computes(config: PretrainedConfig) -> None:
+def check_family_entry(config: PretrainedConfig) -> None:
     """Compare a tiny model of the same config with what fusing takes its layers to compute; some milliseconds.
 
     Each layer is fitted to what it does itself, which has to give the same layer. The model is in float64, so that no

@@ -18,8 +18,8 @@ from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
 from lf_hf.settings import FusionConfig
+from lf_hf.stages.averaging import Average, AverageKey
 from lf_hf.stages.comparison import Similarity, compare_layers
-from lf_hf.stages.fusion import Average, AverageKey
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain
@@ -97,12 +97,12 @@ def measure(
     if config.perplexity_tokens:
         with clock("continuations"):
             if not decoder.on_disk:  # else each token would take reading all of it
-                continuations = processes.broadcast_object(lambda: write_continuations(decoder, tokenizer))
+                continuations = processes.compute_once(lambda: write_continuations(decoder, tokenizer))
         if not judged:
             notes.append("No perplexity: this Python comes without the texts that it is measured on.")
     similarity = None
     if samples is not None:
-        similarity = processes.broadcast_object(lambda: compare_layers(decoder, tokenizer, config, samples, clock))
+        similarity = processes.compute_once(lambda: compare_layers(decoder, tokenizer, config, samples, clock))
     text = None
     if corpus is not None:
         with clock("calibration text"):

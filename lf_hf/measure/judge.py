@@ -131,5 +131,5 @@ def compare_continuations(
     """How the fused model goes on from each prompt, beside the dense one, where that is known."""
     if not dense:
         return []
-    fused = decoder.processes.broadcast_object(lambda: write_continuations(decoder, tokenizer))
+    fused = decoder.processes.compute_once(lambda: write_continuations(decoder, tokenizer))
     return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items()]

@@ -186,7 +186,7 @@ def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Seq
         num_kept = [fit.decoder.family.num_key_heads(fit.decoder.config, kind) * (other is layer) for other in group]
         fitted.append(FittedHalf(weights, num_kept, *alone.fit_writer(weights, problem, kind)))
     errors = [half.error_after for half in fitted]
-    number = fit.decoder.processes.broadcast_object(lambda: errors.index(min(errors)))
+    number = fit.decoder.processes.compute_once(lambda: errors.index(min(errors)))
     return kinds[number], fitted[number]
 
 

@@ -82,7 +82,7 @@ class Processes:
             _communicate(distributed.all_gather_object, values, value)
         return values
 
-    def broadcast_object(self, compute: Callable[[], T]) -> T:
+    def compute_once(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes. Its error is an OtherProcessError in the others."""
         if self.world_size == 1:
             return compute()
@@ -106,7 +106,7 @@ ALONE = Processes()
 
 def compute_once(compute: Callable[[], T]) -> T:
     """A small value that the first process of this launch computes, in all of them; each has to call this."""
-    return Processes.of_launch().broadcast_object(compute)
+    return Processes.of_launch().compute_once(compute)
 
 
 def rank() -> int | None:

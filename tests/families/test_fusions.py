@@ -20,7 +20,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
-from lf_hf.measure.check import check_computes
+from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
 from lf_hf.refit.bottom_up import fit_groups
@@ -181,7 +181,7 @@ def test_a_family_that_computes_something_else_is_refused(what: str, monkeypatch
         method = getattr(of, name)
         monkeypatch.setattr(of, name, lambda self, *args, **kwargs: changed(self, method(self, *args, **kwargs)))
     with pytest.raises(ValueError, match=r"makes transformers \d+\.\d+\.\d+.* compute .* of a (Llama|Gemma3) model"):
-        check_computes(config)
+        check_family_entry(config)
 
 
 BEFORE = {"attention": attention_half(before="post_attention_layernorm"), "mlp": mlp_half(before="input_layernorm")}
@@ -212,8 +212,8 @@ def test_a_family_with_a_wrong_entry_is_refused(
     model_type: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model_type)
-    check_computes(config)
+    check_family_entry(config)
     wrong = dataclasses.replace(FAMILIES[model_type], **changes)
     monkeypatch.setattr(models, "FAMILIES", {model_type: wrong})
     with pytest.raises(ValueError, match=f"of a {wrong.title} model in another way"):
-        check_computes(config)
+        check_family_entry(config)

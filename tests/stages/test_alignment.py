@@ -26,7 +26,7 @@ from lf_hf.families.table import FAMILIES, PROJECTIONS
 from lf_hf.stages import assignment
 from lf_hf.stages.alignment import match_neurons, match_rows
 from lf_hf.stages.assignment import Pair, assign, row_costs
-from lf_hf.stages.fusion import Average, AverageKey, average, fusion_ratio
+from lf_hf.stages.averaging import Average, AverageKey, average, fusion_ratio
 
 Weights = dict[str, torch.Tensor]
 
