@@ -8,6 +8,7 @@ people read of it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -159,6 +160,7 @@ def heal_fused(
     decoder.processes = Processes.of_launch()
     fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
     healed = heal(decoder, fused_layers, teacher, settings, plan, work, training_args)
+    gc.collect()  # the Trainer, in which objects know each other, and all that it holds
     healed = replace(healed, judged=report.perplexities, before=report.healed)
     model.remember(healed_report(report, healed, decoder, teacher, corpus, model.tokenizer))
 
