@@ -381,7 +381,7 @@ def training_arguments(
         # One by one, as the mean of a batch that is filled up for the last of several processes is another.
         "per_device_eval_batch_size": 1,
         "adam_beta2": 0.95,  # some tens of steps only
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available() if plan is None else plan.device == "cpu",
         "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),

@@ -19,7 +19,7 @@ from lf_hf.healing.text import expected_epochs, given_text
 from lf_hf.plan.machine import Machine
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
-from lf_hf.runtime.launch import own_device
+from lf_hf.runtime.launch import local_processes, own_device
 from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
@@ -54,6 +54,9 @@ def plan_run(
     dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
     max_memory = base.loading.get("max_memory")
     devices = _devices("auto" if device_map is None and max_memory else device_map)
+    if training is not None and devices[0].index and local_processes() == 1:
+        kind, number = devices[0].type, devices[0].index
+        raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
     place = existing(Path(tempfile.gettempdir()) if folder is None else folder)
     machine = Machine.here(devices, max_memory, place)
     given = device_map if isinstance(device_map, dict) else None
@@ -61,7 +64,7 @@ def plan_run(
     planned = plan(
         base.config, dtype, config, machine, healing=training, device_map=given, low_memory=low_memory, rates=rates
     )
-    if folder is not None or planned.healing is not None:
+    if machine.is_here and (folder is not None or planned.healing is not None):
         check_room(place, planned.disk, "the fused model takes, with what lies there meanwhile,")
     if note := slow_bfloat16_note(dtype, devices[0]):
         logger.warning(note)

@@ -28,9 +28,10 @@ _TRAINED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class HealingPlan:
-    """What trains and why, how many sequences at a time, and bytes: where it computes, and of states on the disk."""
+    """What trains and why, how many sequences at a time, and bytes: on its `device`, and of states on the disk."""
 
     train: str
+    device: str
     gradient_checkpointing: bool
     sequences: int
     why: str
@@ -70,7 +71,7 @@ def plan_healing(shape: Shape, fusion: FusionConfig, machine: Machine, healing: 
             why += f", as {_TRAINED[ladder[0]]} would take {in_gib(least[ladder[0]])}"
         work = _healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
         disk = _STATES * _ADAMW_STATE * trained
-        return HealingPlan(train, checkpoints, sequences, why, trained, takes, disk, work)
+        return HealingPlan(train, machine.device, checkpoints, sequences, why, trained, takes, disk, work)
     what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
     raise NoRoom(what, machine, least[ladder[-1]], "method='refit'")
 
