@@ -61,13 +61,9 @@ def options(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
 
 
 def setting_options(settings: type[Settings], *names: str, **defaults: str) -> Callable[[Function], Function]:
-    """An option for each of these fields of settings, or for all.
-
-    Where it is not used it is what `defaults` has for it, or None, and the settings' own default counts.
-    """
-    return options(
-        *(_setting_option(name, settings.known[name], defaults.get(name)) for name in names or settings.known)
-    )
+    """An option for each of these fields of settings, or for all. Not used, it is its default here, or else None."""
+    known = settings.known
+    return options(*(_setting_option(name, known[name], defaults.get(name)) for name in names or known))
 
 
 def _setting_option(name: str, field: FieldInfo, default: str | None) -> Callable[[Function], Function]:
