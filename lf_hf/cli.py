@@ -26,15 +26,15 @@ from lf_hf.settings import LEVELS, METHODS, FusionConfig, HealSettings
 
 _GUIDE = """\b
 Examples:
-  lf-hf fuse path/to/model out --num-fusions 4 --method refit
+  lf-hf fuse path/to/model out --num-fusions 4
   lf-hf heal out healed --base path/to/model --text my_text.txt
-  lf-hf sweep path/to/model results --num-fusions 1,4 --methods neural_alignment,refit
+  lf-hf sweep path/to/model results --num-fusions 1,4
   lf-hf report out
   lf-hf tasks
 
 \b
 Start with a dry run, which says what a fusion does and takes, and writes nothing:
-  lf-hf fuse path/to/model out --num-fusions 4 --method refit --dry-run
+  lf-hf fuse path/to/model out --num-fusions 4 --dry-run
 """
 _MECHANICS = [name for name in FusionConfig.known if name not in (*LEVELS, "method")]  # all but the level and method
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -151,14 +151,14 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be 
 
 @app.command(
     epilog=_examples(
-        "fuse path/to/model out --num-fusions 4 --method refit --dry-run",
-        "fuse path/to/model out --target-layers 28 --method healed --calibration my_text.txt --device cuda",
-        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory --device cuda",
+        "fuse path/to/model out --num-fusions 4 --dry-run",
+        "fuse path/to/model out --target-layers 28 --calibration my_text.txt",
+        "fuse path/to/Meta-Llama-3-70B out --target-layers 70 --method refit --low-memory",
     )
 )
 @_BASE
 @click.argument("out")
-@setting_options(FusionConfig, *LEVELS, "method")
+@setting_options(FusionConfig, *LEVELS, "method", method="healed")
 @_CALIBRATION
 @_LOADING
 @click.option("--low-memory", is_flag=True, help="Hold a few layers at a time, on --device, in place of the model.")
@@ -240,13 +240,13 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     epilog=_examples(
         "sweep meta-llama/Meta-Llama-3-8B results --num-fusions 1,4,11,13 --methods neural_alignment,mka,refit \\\n"
         "      --tasks mmlu_5shot --dtype bfloat16 --device cuda",
-        "sweep path/to/model results --num-fusions 1,4 --methods refit --tasks mmlu_sample --limit 1",
+        "sweep path/to/model results --num-fusions 1,4 --tasks mmlu_sample --limit 1",
     )
 )
 @_BASE
 @click.argument("out", metavar="OUTDIR")
 @click.option("--num-fusions", **_LIST, required=True, help="How many times two layers become one, for each fusion.")
-@click.option("--methods", **_LIST, default="neural_alignment,mka", help=f"Some of {', '.join(METHODS)}.")
+@click.option("--methods", **_LIST, default="refit,healed", help=f"Some of {', '.join(METHODS)}.")
 @click.option(
     "--tasks",
     **_LIST,

@@ -275,15 +275,14 @@ def fuse_checkpoint(
     config, calibration, tokenizer
         As for `from_pretrained_fused`.
     low_memory : bool
-        Hold two layers at a time instead of the model, or for a refit the layers of one group. The base's weights have
-        to be safetensors files. On the CPU the tensors written are the same, bit for bit. Where `device_map` is
-        another device, layers are read onto it one at a time, each while the one before it is used, and all is
-        computed there.
+        Leave all weights on disk, and hold a few layers at a time, or for a refit those of one group. On the CPU the
+        tensors written are the same, bit for bit. On another device each layer is read while the one before it is used.
+        A healing takes the memory of its training.
     max_shard_bytes : int
         Size of an output file, about; with `low_memory` also what is held in memory while writing.
     **kwargs
-        FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, ...). With
-        `low_memory` device_map is one device, such as "cuda" or "cuda:1"; default: the CPU.
+        FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, max_memory,
+        ...); with `low_memory` device_map is one device.
 
     Returns
     -------

@@ -31,11 +31,11 @@ A method says what a group of layers becomes, and sets these defaults; `FusionCo
 
 """
 _METHODS_FOR = {
-    "neural_alignment": "MKA with matched neurons; the default",
+    "neural_alignment": "MKA with matched neurons; the default in Python",
     "mka": "[Pruning via Merging](https://arxiv.org/abs/2406.16330)",
     "truncate": "the plainest baseline",
     "refit": "a model that is to be used",
-    "healed": "the same, with a short training after it",
+    "healed": "the same, with a short training after it; the default of `lf-hf fuse`",
 }
 
 # Methods shown with their class; all that a class inherits is as in transformers.

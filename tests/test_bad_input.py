@@ -153,7 +153,7 @@ def mistyped(at: Places, *words: Any) -> Any:
     failed(at, *words, code=2)
 
 
-FUSE = ("fuse", "{base}", "{out}", "--calibration", "{text}", "--perplexity-tokens", 0)
+FUSE = ("fuse", "{base}", "{out}", "--method", "mka", "--calibration", "{text}", "--perplexity-tokens", 0)
 ONE = (*FUSE, "--num-fusions", 1)
 SWEEP = ("sweep", "{base}", "{out}", "--calibration", "{text}", "--methods", "mka", "--tasks", "mmlu_sample_anatomy")
 HEAL = ("heal", "{fused}", "{out}", "--base", "{base}", "--text", "{text}")
@@ -255,7 +255,7 @@ ROWS: dict[str, Row] = {
     "layers for this model": (failed, (*FUSE, "--target-layers", 5), "must be 1 to 4 for a base of 5 layers, got 5"),
     "layers in Python": (python, {"num_fusions": None, "target_layers": 5}, "target_layers must be 1 to 4 for a base"),
     "a layer to leave": (failed, (*FUSE, "--target-layers", 1), "has 1 layer; ", config(num_hidden_layers=1)),
-    "arguments as options": (mistyped, (*ONE, "--selection", "groups"), "--selection 'groups' .* --method 'neural_al"),
+    "arguments as options": (mistyped, (*ONE, "--selection", "groups"), "--selection 'groups' .* --method 'mka'"),
     "no level": (mistyped, FUSE, "Give one of --num-fusions, --target-layers, "),
     "a base not looked at": (mistyped, ("fuse", "/no", "x", "--target-layers", 3, "--method", "foo"), "method 'foo'"),
     "in words": (mistyped, (*FUSE, "--num-fusions", "four"), "integer >= 1, got 'four'"),

@@ -57,7 +57,7 @@ def test_fuse_writes_what_the_library_writes_and_a_table(run: Run, base: str, te
 
 
 def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: Path, tmp_path: Path) -> None:
-    options = ("--method", "healed", "--heal-tokens", 1024, "--max-divergence", 9, "--calibration", text)
+    options = ("--heal-tokens", 1024, "--max-divergence", 9, "--calibration", text)
     short = ("--calibration-tokens", 1024, "--calibration-length", 64, "--perplexity-tokens", 300)
     code, out, _ = run("fuse", base, tmp_path / "out", *options, *short)
     report = FusionReport.load(tmp_path / "out")
@@ -91,7 +91,7 @@ def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
     monkeypatch.delattr("lf_hf.checkpoint.base.Base.load")
     for dry in ([], ["--dry-run"]):
-        code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, *dry)
+        code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, "--method", "mka", *dry)
         assert code == 1 and out == "" and "has 0.0 MiB free" in err and err.count("\n") == 0
 
 
@@ -104,15 +104,27 @@ def test_without_a_command_it_says_what_there_is(run: Run) -> None:
     assert run("tasks") == (0, f"{lf_hf.tasks_path()}\n", "")
 
 
+def test_commands_heal_unless_told_otherwise(run: Run, base: str, text: Path, tmp_path: Path) -> None:
+    """The published method, which ruins most models, stays the default in Python and for lm-eval."""
+    words = ["fuse", base, tmp_path / "out", "--num-fusions", 1, "--calibration", text, "--dry-run"]
+    code, out, _ = run(*words)
+    assert code == 0 and f"Plan: {base} with healed, 1 fusion." in out
+    assert f"Plan: {base} with mka, 1 fusion." in run(*words, "--method", "mka")[1]
+    assert "[default: refit,healed]" in " ".join(run("sweep", "--help")[1].split())
+    assert FusionConfig(1).method == "neural_alignment"
+
+
 @pytest.mark.parametrize(("command", "settings"), [("fuse", FusionConfig), ("heal", HealSettings)])
 def test_every_setting_is_an_option_with_its_default_and_help(run: Run, command: str, settings: Any) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Examples:\n    lf-hf {command} " in out
     words = " ".join(out.split())
+    of_commands = {"method": "healed"}
     for name, field in settings.known.items():
+        default = of_commands.get(name, field.default)
         assert f"--{name.replace('_', '-')} " in words
         assert "_" not in name or not re.search(rf"\b{name}\b", words)
-        assert field.default is None or f"[default: {field.default}]" in words
+        assert default is None or f"[default: {default}]" in words
     general, *published = out.split("\nHyper-parameters of the published method:\n")
     assert "--kernel-scale" not in general and ["--ridge" in part for part in published] == [False] * len(published)
 
@@ -129,7 +141,7 @@ def test_an_unexpected_error_is_named(run: Run, base: str, tmp_path: Path, monke
 
 def test_ctrl_c_gets_one_line_in_a_log_and_leaves_nothing(make_base: Callable[..., str], tmp_path: Path) -> None:
     base, out = make_base(num_hidden_layers=40), tmp_path / "out"  # so many that it takes some seconds
-    arguments = ["fuse", base, str(out), "--num-fusions", "1", "--perplexity-tokens", "10000000"]
+    arguments = ["fuse", base, str(out), "--num-fusions", "1", "--method", "mka", "--perplexity-tokens", "10000000"]
     process = installed_command(*arguments)
     while not out.exists():
         assert process.poll() is None

@@ -203,7 +203,8 @@ class _Maker:
             return
         if Processes.of_launch().world_size > 1:
             raise ValueError(
-                "heal_tokens cannot be used where processes share a sweep's points; start it as one process."
+                "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
+                "and no heal_tokens."
             )
         self._training = training_on_launch(self._largest.healing, self.base, {})
         check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)

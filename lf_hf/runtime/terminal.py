@@ -60,21 +60,25 @@ def options(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
     return decorate
 
 
-def setting_options(settings: type[Settings], *names: str) -> Callable[[Function], Function]:
-    """An option for each of these fields of settings, or for all. It is None where it is not used."""
-    return options(*(_setting_option(name, settings.known[name]) for name in names or settings.known))
+def setting_options(settings: type[Settings], *names: str, **defaults: str) -> Callable[[Function], Function]:
+    """An option for each of these fields of settings, or for all. Not used, it is its default here, or else None."""
+    known = settings.known
+    return options(*(_setting_option(name, known[name], defaults.get(name)) for name in names or known))
 
 
-def _setting_option(name: str, field: FieldInfo) -> Callable[[Function], Function]:
+def _setting_option(name: str, field: FieldInfo, default: str | None) -> Callable[[Function], Function]:
     option = "--" + name.replace("_", "-")
     if kind(field) is bool:
         option += f"/--no-{option[2:]}"
     metavar = "|".join(choices(field)) or _METAVARS.get(kind(field))
     help = field.description or ""
-    if field.default is not None:
-        help += f"  [default: {field.default}]"
+    shown = field.default if default is None else default
+    if shown is not None:
+        help += f"  [default: {shown}]"
     heading = needs(field).heading
-    return click.option(option, cls=SettingOption, default=None, help=help, metavar=metavar, heading=heading)
+    return click.option(
+        option, cls=SettingOption, default=default, show_default=False, help=help, metavar=metavar, heading=heading
+    )
 
 
 def as_options(text: str, parameters: Iterable[click.Parameter]) -> str:
