@@ -102,7 +102,7 @@ def heal(
     """Heal a fused model in place, as a fusion with `heal_tokens` does; `dense` is its base."""
     assert fused.tokenizer is not None
     config = FusionConfig(base.text_config.num_hidden_layers - fused.config.num_hidden_layers, heal_tokens=tokens)
-    settings = training_on_launch(config.healing, base, {})
+    settings, _ = training_on_launch(config.healing, base, {})
     plan = plan_run(base, config, settings, None)
     assert plan.healing is not None
     with tempfile.TemporaryDirectory() as folder:

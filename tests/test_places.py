@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -77,6 +77,8 @@ def test_the_first_rung_that_fits_trains_and_the_reason_names_the_first_that_did
     assert [rung and rung.train for rung in rungs] == ["layers", "fused", "lora"]
     assert rungs[0] and " as " not in rungs[0].why
     assert rungs[2] and "as all layers would take 117" in rungs[2].why
+    sharded = planned(replace(machine(80), processes=4, shards=4), "healed").healing
+    assert sharded and sharded.train == "layers" and sharded.sequences == 1
     given = planned(machine(80), "healed", healing=Healing(train="lora")).healing
     assert given and given.train == "lora" and not given.gradient_checkpointing and given.sequences == 4
 

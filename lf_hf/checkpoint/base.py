@@ -276,7 +276,8 @@ def _names_around(model: nn.Module, name: str) -> list[str]:
 def is_spread(device_map: object) -> bool:
     """Whether from_pretrained's `device_map` puts a model on several devices, or may do so."""
     if isinstance(device_map, dict):
-        return len(set(map(str, device_map.values())) - {"disk"}) > 1
+        places = set(map(str, device_map.values())) - {"disk"}
+        return len(places - {"cpu"}) > 1  # what is offloaded to memory computes on a card
     return isinstance(device_map, str) and device_map in SPREAD
 
 

@@ -206,7 +206,7 @@ class _Maker:
                 "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
                 "and no heal_tokens."
             )
-        self._training = training_on_launch(self._largest.healing, self.base, {})
+        self._training, _ = training_on_launch(self._largest.healing, self.base, {})
         check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)
 
     @property

@@ -32,6 +32,7 @@ from lf_hf.healing.trainer import (
     default_learning_rate,
     make_student,
     make_trainer,
+    num_shards,
     training_arguments,
 )
 from lf_hf.plan.healing import HealingPlan
@@ -43,8 +44,8 @@ logger = logging.get_logger(__name__)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
-def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, Any]) -> HealSettings:
-    """The settings for a model that takes `longest` tokens, and for this launch.
+def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, Any]) -> tuple[HealSettings, int]:
+    """The settings for a model that takes `longest` tokens and for this launch, and how many processes share weights.
 
     Sequences are no longer than the model takes, a step is no longer than the whole training, and all processes have as
     many sequences of it. Raises ValueError for training arguments that cannot be used.
@@ -57,10 +58,11 @@ def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, An
     if batch != settings.batch:
         logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that processes share it evenly.")
         settings = replace(settings, batch_tokens=batch * length)
+    arguments = training_arguments(settings, Path(), training_args)
     if training_args:  # of which the Trainer refuses some when it is made
         with _undisturbed():
-            check_trains(training_arguments(settings, Path(), training_args))
-    return settings
+            check_trains(arguments)
+    return settings, num_shards(arguments)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]

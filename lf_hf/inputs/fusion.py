@@ -69,9 +69,13 @@ class FusionInputs:
         tokens = self.config.heal_tokens
         return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
 
-    @cached_property
+    @property
     def training(self) -> HealSettings | None:
         """Settings of that healing on this launch. Raises ValueError if the defaults cannot be used."""
+        return self._launch[0] if self._launch else None
+
+    @cached_property
+    def _launch(self) -> tuple[HealSettings, int] | None:
         if not self.config.heal_tokens:
             return None
         advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
@@ -97,7 +101,8 @@ class FusionInputs:
             check_enough(self.tokenizer, text, length, self.base.text_config.vocab_size)
         if self.to_heal is not None and self.training is not None:
             check_text_to_heal(self.tokenizer, self.to_heal, self.training, self.base)
-        return plan_run(self.base, self.config, self.training, folder, low_memory=self.low_memory)
+        shards = self._launch[1] if self._launch else 1
+        return plan_run(self.base, self.config, self.training, folder, low_memory=self.low_memory, shards=shards)
 
     def identity(self, *, by_content: bool = True) -> dict[str, str]:
         """Identity of this fusion and of the healing that may follow it.

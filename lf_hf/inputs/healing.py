@@ -105,9 +105,13 @@ class HealInputs:
             corpus = replace(corpus, generated_share=settings.written_share)
         return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args)
 
-    @cached_property
+    @property
     def training(self) -> HealSettings:
         """The settings on this launch. Raises ValueError for training arguments that cannot be used."""
+        return self._launch[0]
+
+    @cached_property
+    def _launch(self) -> tuple[HealSettings, int]:
         return training_on_launch(self.settings, self.base, self.training_args)
 
     @property
@@ -129,7 +133,7 @@ class HealInputs:
         check_text_to_heal(self.tokenizer, self.corpus, self.training, self.base)
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        return plan_run(self.base, config, self.training, out)
+        return plan_run(self.base, config, self.training, out, shards=self._launch[1])
 
     def identity(self) -> dict[str, str]:
         """Identity of the healing."""

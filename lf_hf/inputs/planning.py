@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ logger = logging.get_logger(__name__)
 _LONG = 1  # minutes of a run that are worth a line
 
 
-def training_on_launch(settings: HealSettings, base: Base, training_args: Mapping[str, Any]) -> HealSettings:
-    """The settings that a healing has on this launch. Raises ValueError for arguments that cannot be used."""
+def training_on_launch(
+    settings: HealSettings, base: Base, training_args: Mapping[str, Any]
+) -> tuple[HealSettings, int]:
+    """The settings that a healing has on this launch, and how many processes share its weights.
+
+    Raises ValueError for arguments that cannot be used.
+    """
     from lf_hf.healing.heal import prepare  # imports the Trainer, which takes seconds
 
     return prepare(settings, base.text_config.max_position_embeddings, training_args)
@@ -49,6 +55,7 @@ def plan_run(
     folder: Path | None,
     *,
     low_memory: bool = False,
+    shards: int = 1,
 ) -> Plan:
     """The plan on this machine, with room on the disk of `folder`, which has to be there."""
     dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
@@ -58,7 +65,7 @@ def plan_run(
         kind, number = devices[0].type, devices[0].index
         raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
     place = existing(Path(tempfile.gettempdir()) if folder is None else folder)
-    machine = Machine.here(devices, max_memory, place)
+    machine = replace(Machine.here(devices, max_memory, place), shards=shards)
     given = device_map if isinstance(device_map, dict) else None
     rates = partial(probe, devices[0], dtype, base.config) if machine.is_here else None
     planned = plan(

@@ -83,6 +83,8 @@ def _healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, to
     fixed = model * shape.size + (TRAINED_BYTES if machine.bfloat16 else 16) * trained
     if size != shape.size:  # copies of what is not trained, in the type that training computes in
         fixed += max(0, model - trained) * size
+    if machine.shards > 1:  # all of it in float32, as shards are of one type
+        fixed = (4 * model + (TRAINED_BYTES - 4) * trained) // machine.shards
     # What a layer keeps; with checkpoints that of one layer, and the stream in front of each.
     a_token = activation_bytes(shape) * size // 2 * (1 if checkpoints else layers)
     a_token += 4 * shape.hidden * layers * checkpoints

@@ -44,6 +44,7 @@ class Machine:
     bfloat16: bool
     is_here: bool = True
     processes: int = 1  # that share a step of a training
+    shards: int = 1  # of these, how many share the weights of what trains
 
     @property
     def device(self) -> str:

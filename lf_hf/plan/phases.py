@@ -122,7 +122,7 @@ class Phases:
     on_card: bool
     heal_tokens: int
     longest: int  # layers that may become one
-    few_reads: bool  # whether weights lie on a disk, so that the model writes nothing
+    on_disk: bool  # whether weights lie there, so that the models continue no prompts
 
     @property
     def fusions(self) -> int:
@@ -195,6 +195,7 @@ class Phases:
         logits = rows * shape.vocab * (shape.size + 12 * self.on_card)  # float32, softmax and its sums
         work = self._forward(rows * steps, shape.layers) + self._head(rows * steps)
         work += Work(calls=steps * shape.layers, bytes=of_layer * shape.layers * steps // 2)  # written anew each step
+        work += Work(bytes=steps * shape.bytes * self.on_disk)  # read for each token
         return cache + logits, work
 
     def _measure(self) -> Need:
@@ -204,17 +205,17 @@ class Phases:
         inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 1)
         lists = self._states(judged)
         work = self._forward(judged, shape.layers) + self._head(judged)
-        if config.perplexity_tokens and not self.few_reads:
+        if config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
         if config.averages:
             samples = _SAMPLES * _SAMPLE_LENGTH
             lists += 2 * self._states(samples)
             work += self._forward(samples, shape.layers)
-        if config.needs_text and not self.few_reads:
+        if config.needs_text:
             rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
             written, of_text = self._written(rows, WRITTEN_LENGTH)
             inside, work = max(inside, written), work + of_text
-        if self.heal_tokens and not self.few_reads:
+        if self.heal_tokens:
             rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
             work += times(self._written(_TOGETHER, WRITTEN_LENGTH)[1], rows / _TOGETHER)
         return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
@@ -224,7 +225,7 @@ class Phases:
         judged = 2 * self.config.perplexity_tokens
         inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 2)
         work = self._forward(judged, self.shape.layers - self.fusions) + self._head(judged, 2)
-        if self.config.perplexity_tokens and not self.few_reads:
+        if self.config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
         return Need(inside, 2 * self._states(judged), work)
 

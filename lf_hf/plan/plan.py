@@ -136,7 +136,7 @@ def plan(
         in_memory = phases.lists * (states == "host")
         device_map = _placed(model, dtype, machine, room + phases.passing, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
-    phases = phases_of(longest, few_reads="disk" in weights)
+    phases = phases_of(longest, on_disk="disk" in weights)
     passing = phases.passing * (weights.keys() != {device})
     beside = own + weights.get(device, 0) + passing
     by_phase = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
@@ -167,11 +167,11 @@ def _longest_that_fits(phases_of: Callable[..., Phases], fusion: FusionConfig, f
     longest = fused_layers(fusion) + 1
     if fusion.selection == "groups":
         longest = LONGEST_GROUP if fusion.within_budget else min(longest, LONGEST_GROUP)
-    phases = phases_of(longest, few_reads=False)
+    phases = phases_of(longest, on_disk=False)
     least = 2 if fusion.selection == "groups" else longest
     while longest > least and phases.most("elsewhere") + min(phases.passing, phases.shape.bytes) > free:
         longest -= 1
-        phases = phases_of(longest, few_reads=False)
+        phases = phases_of(longest, on_disk=False)
     return longest, phases
 
 
