@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A base and fusions of it side by side, in one table, and how each continues the same prompts.
+"""A base and fusions of it side by side, in one table, and how each continues the same prompt.
 
 The last step of scripts/quickstart. RESULTS holds what lm_eval wrote for each model, in a folder of its name; that of
 the base is `dense`. All figures come from there and from the reports of the fused models.
@@ -41,7 +41,7 @@ def main() -> None:
     for task, (_, questions) in scores["dense"].items():
         if questions < FEW_QUESTIONS:
             console.print(f"{task}: {questions} questions, too few to tell models apart")
-    for continuations in zip(*(report.continuations for report in reports.values()), strict=True):
+    for continuations in [*zip(*(report.continuations for report in reports.values()), strict=True)][:1]:
         console.print(f"\n{on_one_line(continuations[0].prompt)} ...")
         texts = [continuations[0].dense, *(continuation.fused for continuation in continuations)]
         for name, text in zip(("dense", *reports), texts, strict=True):
@@ -55,7 +55,11 @@ def table(reports: dict[str, FusionReport], scores: dict[str, dict[str, tuple[fl
     for name in ("dense", *reports):
         shown_table.add_column(name, justify="right", no_wrap=True)
     for rows in zip(*(report.rows() for report in reports.values()), strict=True):
-        fused = [shown(row.kind, row.values[1]) + factor(row) for row in rows]
+        if rows[0].kind == "rate":  # of runs of their own: only ratios compare
+            name = rows[0].name.partition(",")[0]
+            shown_table.add_row(f"speed of {name}", "x 1", *(factor(row) for row in rows))
+            continue
+        fused = [f"{shown(row.kind, row.values[1])} {factor(row)}".strip() for row in rows]
         shown_table.add_row(rows[0].name, shown(rows[0].kind, rows[0].values[0]), *fused)
     for task in scores["dense"]:
         accuracies = [tasks[task][0] for tasks in scores.values()]
@@ -65,7 +69,8 @@ def table(reports: dict[str, FusionReport], scores: dict[str, dict[str, tuple[fl
 
 def factor(row: Row) -> str:
     """How many times the base's perplexity or speed it is, without its spread."""
-    return f" ({' '.join(row.change.split()[:2])})" if row.kind in ("perplexity", "rate") else ""
+    times = " ".join(row.change.split()[:2])
+    return {"rate": times, "perplexity": f"({times})"}.get(row.kind, "")
 
 
 def main_scores(folder: Path) -> dict[str, tuple[float, int]]:
