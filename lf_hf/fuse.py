@@ -161,7 +161,7 @@ def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionIn
                 processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
                 if reason := reason_to_fuse():  # checked again under the lock
                     return _fuse_and_keep(folder, model_class, inputs, made_of, reason)
-        model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
+        model = model_class.from_pretrained(folder, **inputs.loading_fused())
         if not reason_to_fuse():  # else it was replaced while it was read, by a run with other settings
             break
         del model
@@ -181,7 +181,7 @@ def _fuse_and_keep(
 ) -> FusedForCausalLM:
     """Fuse the base into a folder that is locked, of each machine."""
     processes = Processes.of_launch()
-    if (folder / REPORT_NAME).is_file():
+    if (folder / REPORT_NAME).is_file() and not (folder / WORK).is_dir():
         logger.warning(f"{reason} Fusing, to replace it.")
     if inputs.calibration is None:
         inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))

@@ -90,12 +90,12 @@ def run(
         return _fuse_base(inputs, model_class, plan, scratch)
     with ExitStack() as stack:
         folder = work or Path(compute_once(lambda: stack.enter_context(TemporaryDirectory())))
-        made_of = inputs.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}
+        made_of = inputs.healing_identity
         note = compute_once(lambda: noted_healing(folder, made_of))
-        healing = replace(healing, train=note.get("train", healing.train))
-        model = _fused_before(inputs, model_class, folder.parent, note)
+        model = _fused_before(inputs, model_class, folder.parent, note, plan)
         if model is None:
             model = _fuse_base(inputs, model_class, plan, scratch, folder)
+            gc.collect()  # what offloading holds of layers that are gone
             train, digest = healing.train, model.report.weights_digest
             compute_once(lambda: note_healing(folder, made_of, train, digest))
             keep(model)
@@ -106,7 +106,7 @@ def run(
 
 
 def _fused_before(
-    inputs: FusionInputs, model_class: type[FusedForCausalLM], folder: Path, note: Mapping[str, Any]
+    inputs: FusionInputs, model_class: type[FusedForCausalLM], folder: Path, note: Mapping[str, Any], plan: Plan
 ) -> FusedForCausalLM | None:
     """The fused model in a folder, if it is the one that a healing which was cut short began with."""
     if not note:
@@ -114,7 +114,7 @@ def _fused_before(
     found = compute_once(lambda: (folder / REPORT_NAME).is_file() and FusionReport.load(folder).weights_digest)
     if found != note["fused"]:
         return None
-    model = model_class.from_pretrained(folder, **inputs.base.loading_fused())
+    model = model_class.from_pretrained(folder, **inputs.base.loading_fused(plan.device))
     model.tokenizer = inputs.tokenizer
     return model
 
@@ -168,11 +168,9 @@ def heal_fused(
 def heal_folder(inputs: HealInputs, plan: Plan, work: Path, scratch: Path) -> FusedForCausalLM:
     """Heal the fused model in a folder: the base is opened, measured and closed before that model is read."""
     announce(plan)
-    made_of, healing = inputs.identity(), plan.healing
+    made_of, healing = inputs.identity, plan.healing
     assert healing is not None
-    note = compute_once(lambda: noted_healing(work, made_of))
-    healing = replace(healing, train=note.get("train", healing.train))
-    if not note:
+    if not compute_once(lambda: noted_healing(work, made_of)):
         base = inputs.base.open_decoder(plan, scratch)
         _check_base(base, inputs)
         judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
@@ -180,8 +178,8 @@ def heal_folder(inputs: HealInputs, plan: Plan, work: Path, scratch: Path) -> Fu
         del base
         train = healing.train
         compute_once(lambda: note_healing(work, made_of, train))
-    model, teacher = inputs.load_fused(), open_teacher(work)
-    if teacher.head is not None and torch.equal(teacher.head, model.lm_head.weight.cpu()):
+    model, teacher = inputs.load_fused(plan.device), open_teacher(work)
+    if teacher.head is not None and healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
         teacher = replace(teacher, head=None)
     decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
     decoder.processes = Processes.of_launch()

@@ -52,7 +52,14 @@ def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausa
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"variant": "fp16"}, {"use_safetensors": False}, {"output_loading_info": True}]
+    "arguments",
+    [
+        {},
+        {"variant": "fp16"},
+        {"use_safetensors": False},
+        {"output_loading_info": True},
+        {"device_map": "auto", "max_memory": "cpu=2GiB"},
+    ],
 )
 def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fusions: list[str]) -> None:
     """A base is known by its content, and what is true of it alone does not matter for the result."""

@@ -122,6 +122,9 @@ def test_more_takes_no_less(more: dict[str, Any]) -> None:
 
 def test_sizes_of_places_are_read() -> None:
     assert read_max_memory("cuda:0=20GiB, cpu=1GB,disk=5MiB") == {"cuda:0": 20 * GIB, "cpu": 10**9, "disk": 5 << 20}
+    assert read_max_memory("cuda=20GiB") == read_max_memory({0: "20GiB"}) == {"cuda:0": 20 * GIB}
+    with pytest.raises(ValueError, match="names the disk alone"):
+        read_max_memory("disk=5GiB")
     for wrong in ("20GiB", "card=20GiB", "cpu=much", ""):
         with pytest.raises(ValueError, match="max_memory must be places and sizes"):
             read_max_memory(wrong)

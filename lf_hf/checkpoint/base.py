@@ -258,9 +258,11 @@ class Base:
             return []
         return [f"The base's {', '.join(left_out)} are left out, as transformers reads none in a {stock.__name__}."]
 
-    def loading_fused(self) -> dict[str, Any]:
-        """The arguments that hold for a fused model in another folder, too."""
-        return {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
+    def loading_fused(self, device_map: Any) -> dict[str, Any]:
+        """The arguments that hold for a fused model in another folder, too, which is to lie elsewhere."""
+        others = (*_BASE_ONLY_ARGUMENTS, "max_memory")
+        loading = {name: value for name, value in self.loading.items() if name not in others}
+        return loading | {"device_map": None if device_map == "cpu" else device_map}
 
 
 def _names_around(model: nn.Module, name: str) -> list[str]:

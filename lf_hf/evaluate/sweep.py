@@ -206,13 +206,14 @@ class _Maker:
                 "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
                 "and no heal_tokens."
             )
-        self._training, _ = training_on_launch(self._largest.healing, self.base, {})
+        self._training, launch = training_on_launch(self._most_healed.healing, self.base, {})
+        self._healing = plan_run(self.base, self._most_healed, self._training, None, launch=launch).healing
         check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)
 
     @property
-    def _largest(self) -> FusionConfig:
-        """The fusion that takes most."""
-        return max(self.configs, key=lambda config: (config.heal_tokens, config.num_fusions))
+    def _most_healed(self) -> FusionConfig:
+        """The fusion whose healing takes most: it has the most layers left."""
+        return min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
 
     def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
         """What identifies the results of each model; default texts count as the same wherever they come from."""
@@ -248,8 +249,8 @@ class _Maker:
 
     @cached_property
     def _plan(self) -> Plan:
-        training = self._training if self.texts.to_heal else None
-        return plan_run(self.base, self._largest, training, None)
+        most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
+        return plan_run(self.base, most, None, None)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -285,12 +286,13 @@ class _Maker:
     def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusionReport:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
         report: Any = model.fusion_report
-        model.fusion_report = replace(report, config=report.config | {"method": config.method})
+        asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
+        model.fusion_report = replace(report, config=report.config | asked_for)
         if self.texts.to_heal and config.heal_tokens and not report.healed:
-            healing, teacher = self._plan.healing, open_teacher(Path(self._work.name))
-            assert healing is not None
+            teacher = open_teacher(Path(self._work.name))
+            assert self._healing is not None
             with TemporaryDirectory() as work:
-                pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, healing, Path(work))
+                pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, self._healing, Path(work))
         return cast(FusionReport, model.fusion_report)
 
     def _dense_point(self, key: str) -> Point:

@@ -36,6 +36,7 @@ from lf_hf.healing.trainer import (
     training_arguments,
 )
 from lf_hf.plan.healing import HealingPlan
+from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.report.data import CalibrationInfo, HealingInfo
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import HealSettings
@@ -44,8 +45,10 @@ logger = logging.get_logger(__name__)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
-def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, Any]) -> tuple[HealSettings, int]:
-    """The settings for a model that takes `longest` tokens and for this launch, and how many processes share weights.
+def prepare(
+    settings: HealSettings, longest: int, training_args: Mapping[str, Any]
+) -> tuple[HealSettings, LaunchOfTraining]:
+    """The settings for a model that takes `longest` tokens and for this launch, and what that makes of its weights.
 
     Sequences are no longer than the model takes, a step is no longer than the whole training, and all processes have as
     many sequences of it. Raises ValueError for training arguments that cannot be used.
@@ -62,7 +65,7 @@ def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, An
     if training_args:  # of which the Trainer refuses some when it is made
         with _undisturbed():
             check_trains(arguments)
-    return settings, num_shards(arguments)
+    return settings, LaunchOfTraining(num_shards(arguments), arguments.bf16)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
@@ -108,7 +111,7 @@ def heal(
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:
-            decoder.assign(trainer.trained_state(), processes)
+            decoder.assign(trainer.trained_state(decoder), processes)
         return HealingInfo(
             settings=settings.in_effect(),
             text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],

@@ -89,7 +89,7 @@ def make_student(
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     student._weight_conversions = []  # so that states have the names that they are loaded by
     is_trained = _what_trains(student, settings.train, fused_layers)
-    frozen = _frozen_dtype(decoder, arguments)
+    frozen = _frozen_dtype(arguments)
     weights = {}
     for name, weight in decoder.named_parameters():
         if is_trained(name):
@@ -139,7 +139,7 @@ def _what_trains(student: CausalLM, train: str | None, fused_layers: Sequence[in
     return is_trained
 
 
-def _frozen_dtype(decoder: Decoder, arguments: TrainingArguments) -> torch.dtype:
+def _frozen_dtype(arguments: TrainingArguments) -> torch.dtype:
     """What weights that are not trained are in: bfloat16 where products are, but one dtype for all that are sharded."""
     if num_shards(arguments) == 1 and arguments.bf16:
         return torch.bfloat16
@@ -169,12 +169,8 @@ def default_learning_rate(decoder: Decoder, train: str) -> float:
 
 
 def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ValueError(
-            "train='lora' needs the peft package; run `pip install '.[heal]'` in lf_hf's checkout."
-        ) from None
+    from peft import LoraConfig, get_peft_model  # of an extra
+
     rank = settings.lora_rank
     layers = f"{text_prefix(student)}layers."
     targets = [
@@ -244,26 +240,30 @@ class DistillationTrainer(Trainer):
             return self.state.best_global_step or 0
         return 0
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """What was trained, in one piece and float32, adapters merged; in rank 0's memory, and empty elsewhere."""
+    def trained_state(self, decoder: Decoder) -> dict[str, Tensor]:
+        """What was trained, in one piece and float32, in rank 0's memory, and empty elsewhere.
+
+        What adapters add is added to the decoder's own weights: the student's may have a narrower dtype.
+        """
         state = self.accelerator.get_state_dict(self.deepspeed or self.model)
         if not self.is_world_process_zero():
             return {}
         if any(name.startswith(_OF_ADAPTERS) for name in self.trained):
-            return _merged(state)
+            added = _added_by_adapters(state)
+            own = {name: weight.detach() for name, weight in decoder.named_parameters() if name in added}
+            return {name: own[name].to(more.device, torch.float32) + more for name, more in added.items()}
         return {name: state[name].detach().float() for name in self.trained}
 
 
-def _merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with what their adapters add to them, by the names that they have without adapters."""
-    merged = {}
+def _added_by_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What adapters add to weights, by the names that these have without adapters."""
+    added = {}
     for name, down in state.items():
         if ".lora_A." not in name:
             continue
         place, up = name.partition(".lora_A.")[0], state[name.replace(".lora_A.", ".lora_B.")]
-        weight = state[f"{place}.base_layer.weight"].float()
-        merged[f"{place.removeprefix(_OF_ADAPTERS)}.weight"] = weight + LORA_SCALE * (up.float() @ down.float())
-    return merged
+        added[f"{place.removeprefix(_OF_ADAPTERS)}.weight"] = LORA_SCALE * (up.float() @ down.float())
+    return added
 
 
 def _file_sizes(state: Path) -> dict[str, int]:

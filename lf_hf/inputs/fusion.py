@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -13,10 +14,12 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import checked_tokenizer
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.families.models import first_free_layer, num_parameters
-from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
+from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
 from lf_hf.measure.check import check_layers
+from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.errors import explained
+from lf_hf.runtime.launch import Processes
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_needed, load_training_text
 from lf_hf.text.packing import check_enough
@@ -75,7 +78,7 @@ class FusionInputs:
         return self._launch[0] if self._launch else None
 
     @cached_property
-    def _launch(self) -> tuple[HealSettings, int] | None:
+    def _launch(self) -> tuple[HealSettings, LaunchOfTraining] | None:
         if not self.config.heal_tokens:
             return None
         advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
@@ -101,8 +104,15 @@ class FusionInputs:
             check_enough(self.tokenizer, text, length, self.base.text_config.vocab_size)
         if self.to_heal is not None and self.training is not None:
             check_text_to_heal(self.tokenizer, self.to_heal, self.training, self.base)
-        shards = self._launch[1] if self._launch else 1
-        return plan_run(self.base, self.config, self.training, folder, low_memory=self.low_memory, shards=shards)
+        training, launch = self._launch or (None, None)
+        if training is not None and folder is not None:
+            training = as_begun(training, folder, self.healing_identity)
+        return plan_run(self.base, self.config, training, folder, low_memory=self.low_memory, launch=launch)
+
+    def loading_fused(self) -> dict[str, Any]:
+        """`from_pretrained`'s arguments for what was made of the base: it lies where the base would."""
+        place = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None, None, is_timed=False)
+        return self.base.loading_fused(self.base.placed(place, None).loading["device_map"])
 
     def identity(self, *, by_content: bool = True) -> dict[str, str]:
         """Identity of this fusion and of the healing that may follow it.
@@ -116,3 +126,8 @@ class FusionInputs:
         read = text_digest(texts, self.tokenizer)
         dtype = self.base.dtype or self.base.config.dtype
         return identity(files_digest(self.base, by_content=by_content), self.config.in_effect(), read, dtype=dtype)
+
+    @cached_property
+    def healing_identity(self) -> dict[str, str]:
+        """Identity of the healing that follows, for which the base is not read as a whole."""
+        return self.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}

@@ -19,7 +19,8 @@ from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import LOGS, check_replaceable, checked_folder, file_sha
 from lf_hf.checkpoint.weights import tensor_files
-from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
+from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
+from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -111,7 +112,7 @@ class HealInputs:
         return self._launch[0]
 
     @cached_property
-    def _launch(self) -> tuple[HealSettings, int]:
+    def _launch(self) -> tuple[HealSettings, LaunchOfTraining]:
         return training_on_launch(self.settings, self.base, self.training_args)
 
     @property
@@ -133,8 +134,10 @@ class HealInputs:
         check_text_to_heal(self.tokenizer, self.corpus, self.training, self.base)
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        return plan_run(self.base, config, self.training, out, shards=self._launch[1])
+        training = as_begun(self.training, out, self.identity)
+        return plan_run(self.base, config, training, out, launch=self._launch[1])
 
+    @cached_property
     def identity(self) -> dict[str, str]:
         """Identity of the healing."""
         text = text_digest(self.corpus.parts.values(), self.tokenizer)
@@ -150,9 +153,11 @@ class HealInputs:
             judging_tokens=self.judging_tokens,
         )
 
-    def load_fused(self) -> FusedForCausalLM:
-        """The fused model in memory."""
-        model: Any = fused_class(self.config).from_pretrained(self.folder, config=self.config, dtype="auto")
+    def load_fused(self, device: str) -> FusedForCausalLM:
+        """The fused model in memory, or on a card."""
+        model: Any = fused_class(self.config).from_pretrained(
+            self.folder, config=self.config, dtype="auto", device_map=None if device == "cpu" else device
+        )
         model.tokenizer = self.tokenizer
         return model
 

@@ -33,6 +33,14 @@ class NoRoom(ValueError):
 
 
 @dataclass(frozen=True)
+class LaunchOfTraining:
+    """How many processes of a launch share the weights of what trains, and whether it computes in bfloat16."""
+
+    shards: int
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
 class Machine:
     """What a run may use: bytes by place, and what computes, which is the first place.
 
@@ -90,13 +98,18 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     pairs: Iterable[Any] = (
         (part.strip().partition("=")[::2] for part in given.split(",")) if isinstance(given, str) else given.items()
     )
-    sizes = {}
+    sizes, card = {}, torch.accelerator.current_accelerator() or torch.device("cuda")
     for key, size in pairs:
+        place = f"{card.type}:{key}" if isinstance(key, int) else str(key)
         try:
-            place = str(key) if key in ("cpu", "disk") else str(torch.device(key))
+            if place not in ("cpu", "disk"):
+                device = torch.device(place)
+                place = f"{device.type}:{device.index or 0}"
             sizes[place] = convert_file_size_to_int(size)
         except (RuntimeError, ValueError, TypeError):
             raise ValueError(
                 f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {f'{key}={size}'!r:.80}."
             ) from None
+    if sizes.keys() == {"disk"}:
+        raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes

@@ -149,7 +149,8 @@ def plan(
         peak["cpu"] = PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
     made = (shape.total - fused_layers(fusion) * shape.layer) * shape.size
     training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
-    disk = made + max(phases.lists * (states == "disk"), training) + weights.get("disk", 0)
+    kept = made * bool(fusion.heal_tokens)  # the fused model, until the healed one is whole
+    disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
     work = {name: need.work for name, need in phases.needs.items()}
     if steps is not None:
         work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}

@@ -120,6 +120,7 @@ def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -
     heal = {"settings": SETTINGS | {"heal_tokens": 4096}}
     points = run(tmp_path / "healed", **levels, **heal)
     assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
+    assert [point.config["heal_tokens"] for point in points if point.config] == [0, 4096]
     assert points[2].divergences["docs"] < points[1].divergences["docs"]
     lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
     fused, healed = lines["truncate"], lines["truncate, healed"]

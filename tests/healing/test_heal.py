@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import QUICK, make_llama, make_texts, make_tokenizer, tensors
+from conftest import QUICK, make_llama, make_texts, make_tokenizer, save_base, tensors
 from huggingface_hub import cached_assets_path
 from test_saving import Killed, file_size_limit
 from torch.nn.functional import cross_entropy
@@ -33,6 +33,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing import trainer
 from lf_hf.healing.result import CHANGED_BEFORE
 from lf_hf.inputs.dry_run import plan_heal
+from lf_hf.measure.judge import judge, judge_dense
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
 from lf_hf.text.calibration import DOCUMENTATION
@@ -259,11 +260,23 @@ def test_held_out_text_shows_what_is_minimised(heal: Heal, tmp_path: Path) -> No
     assert usual < 0.8 * of_text and warm != pytest.approx(usual, rel=0.01)
 
 
+def test_a_trained_head_is_judged_against_the_head_of_the_base(heal: Heal, tmp_path: Path) -> None:
+    base, fused, out = save_base(tmp_path / "base"), tmp_path / "fused", tmp_path / "out"
+    lf_hf.fuse_checkpoint(base, fused, num_fusions=2, method="truncate", perplexity_tokens=512)
+    report = heal(fused=fused, out=out, base=base, tokens=4096, train="all")
+    assert "lm_head.weight" in changed(fused, out)
+    dense, healed = (Decoder(AutoModelForCausalLM.from_pretrained(folder)) for folder in (base, out))
+    judged = judge(healed, judge_dense(dense, make_tokenizer(), 512), {}, dense.model.lm_head.weight)
+    for reported, found in zip(report.perplexities, judged, strict=True):
+        assert reported.divergence == pytest.approx(found.divergence) and reported.agreement == found.agreement
+
+
 def test_adapters_have_their_rank(heal: Heal, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the training computes in bfloat16: what is saved is the fused model's own weight and the rest."""
     numbers = []
     for work in (lambda **_: None, heal):  # which leaves the process its random numbers
         set_seed(7)
-        work(tokens=1024, train="lora", lora_rank=2)
+        work(tokens=1024, train="lora", lora_rank=2, training_args={"bf16": True})
         numbers.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert numbers[0] == numbers[1]
     before, after = tensors(fused), tensors(tmp_path / "out")
