@@ -82,10 +82,13 @@ def after_loading(use: Callable[[torch.nn.Module], None]) -> Any:
 
 
 def error_of(work: Callable[[], Any]) -> str | None:
-    """What `work` raises, and what that comes from."""
+    """What `work` raises where a card refuses an operation or has no room, and what that comes from.
+
+    Any other error ends the program: it is a fault of what is tested or of the test, and not a finding.
+    """
     try:
         work()
-    except Exception:
+    except (RuntimeError, TypeError):  # of which TypeError is NumPy's, of what is on a card
         return traceback.format_exc()
     finally:
         gc.collect()
