@@ -28,7 +28,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.teacher import STATES, Teacher
-from lf_hf.plan.healing import HealingPlan
+from lf_hf.plan.healing import EVALUATIONS, HealingPlan
 from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
@@ -41,8 +41,6 @@ logger = logging.get_logger(__name__)
 RELATIVE_RATES = {"layers": 5.5e-4, "all": 5.5e-4, "fused": 5.5e-4, "lora": 2.75e-3}
 """The default learning rate by what is trained, in units of the size of the model's weights."""
 
-EVALUATIONS = 3
-"""How many times a training looks at held-out text, and keeps its state."""
 LORA_SCALE = 2
 """What adapters add is multiplied by this."""
 

@@ -14,7 +14,9 @@ from lf_hf.settings import FusionConfig
 _ADAMW_STATE = 12  # bytes of a trained parameter in a state on disk
 _STATES = 2  # of a training on disk: the last and the best one
 _LOGITS, _FLOATS, _FLOATS_ON_CPU = 1 << 27, 1 << 24, 1 << 17  # see healing.loss
-_EVALUATIONS, _HELD_OUT = 4, 8192  # of a healing, and tokens of each
+_HELD_OUT = 8192  # tokens of a look at held-out text
+EVALUATIONS = 3
+"""How many times a training looks at held-out text, and keeps its state; it looks once more before the first step."""
 
 Training: TypeAlias = Any
 """Settings of a healing, of which tokens, length, batch_tokens, lora_rank and train count; to choose, train is None."""
@@ -100,7 +102,7 @@ def _healing_work(shape: Shape, layers: int, trained: int, healing: Training, *,
     weight_gradients = 2 * min(trained, layers * shape.layer)
     a_token = (4 + 2 * checkpoints) * layers * shape.layer + weight_gradients
     steps = max(1, tokens // healing.batch_tokens)
-    seen = min(_EVALUATIONS, steps + 1) * _HELD_OUT
+    seen = (min(EVALUATIONS, steps) + 1) * _HELD_OUT
     work = Work(layer=tokens * a_token, head=tokens * 6 * shape.head, logits=3 * tokens * shape.vocab)
     work += Work(layer=seen * 2 * layers * shape.layer, head=seen * 4 * shape.head, logits=2 * seen * shape.vocab)
     return work + Work(bytes=steps * STEP_BYTES * trained)
