@@ -36,7 +36,7 @@ from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import announce
-from lf_hf.measure.check import check_attends, check_layers
+from lf_hf.measure.check import check_attends, for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
@@ -226,7 +226,7 @@ def fuse(
         If the model has too few layers, or activations are not finite; the model is unchanged then. Or if a hybrid has
         lost all its attention.
     """
-    check_layers(config, decoder.model_config)
+    config = for_model(config, decoder.model_config)
     measured = measured.used_by(config)
     described = num_parameters(decoder.model_config)[1]
     clock = Clock(measured.seconds)

@@ -14,14 +14,8 @@ from lf_hf.runtime.words import plural
 ALGORITHM = 21
 """Number of what a fusion computes; raise it whenever results change, so that kept ones are not used again."""
 
-HEAL_TOKENS = 131072
-"""Default number of tokens of a healing."""
-
 LEAST_HEAL_TOKENS = 1024
 """Fewest tokens of a healing."""
-
-CALIBRATION_TOKENS = 49152
-"""Default number of tokens that layers are fitted to where nothing is healed."""
 
 LARGEST_SEED = 2**32 - 1
 """The largest seed that every library takes."""
@@ -32,15 +26,20 @@ LONGEST_GROUP = 6
 LEVELS = ("num_fusions", "target_layers", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
-_DEFAULTS = {"selection": "last", "alignment": "none", "calibration_tokens": CALIBRATION_TOKENS, "heal_tokens": 0}
+_DEFAULTS = {"selection": "last", "alignment": "none", "heal_tokens": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "neural_alignment": _DEFAULTS | {"alignment": "rows"},
     "mka": _DEFAULTS,
     "truncate": _DEFAULTS,
     "refit": _DEFAULTS | {"selection": "groups"},
-    "healed": _DEFAULTS | {"selection": "groups", "calibration_tokens": HEAL_TOKENS, "heal_tokens": HEAL_TOKENS},
+    "healed": _DEFAULTS | {"selection": "groups", "heal_tokens": None},
 }
-"""What each method sets; a field that the user gives overrides it."""
+"""What each method sets; a field that the user gives overrides it, and what is None here follows from the model."""
+
+MOST_CALIBRATION_TOKENS, CHANNEL_TOKENS = 262144, 32
+LEAST_CALIBRATION_TOKENS = 49152, 131072
+"""Default numbers of tokens that layers are fitted to: so many for each channel of the MLP, but no fewer than the
+least, of a fusion alone and of one that is healed."""
 
 AVERAGING = ("neural_alignment", "mka")
 """Methods that average the weights of layers."""
@@ -50,6 +49,12 @@ FITTING = ("refit", "healed")
 
 TRAINED = ("layers", "all", "fused", "lora")
 """What a healing may train."""
+
+
+def default_heal_tokens(layer_parameters: int) -> int:
+    """Tokens of a healing: one for a hundred parameters of a layer, from 131,072 to 2,097,152."""
+    return min(max(131072, layer_parameters // 100), 2097152)
+
 
 _PUBLISHED = Needs("averages", heading="Hyper-parameters of the published method")
 
@@ -87,16 +92,17 @@ class FusionConfig(Settings):
     matrix."""
 
     calibration_tokens: Annotated[int, Field(ge=1024), Needs("needs_text")] = NOT_GIVEN
-    """Most tokens of calibration text that influence and fits use: by default 49152, and 131072 for method="healed".
-    The model writes a third of them itself and answered questions are a fifth, some ten thousand at most; of the
-    bundled mixture it writes half."""
+    """Most tokens of calibration text that influence and fits use. By default 32 for each channel of the model's MLP,
+    from 49152, and 131072 for method="healed", to 262144. The model writes a third of them itself and answered
+    questions are a fifth, some ten thousand at most; of the bundled mixture it writes half."""
 
     calibration_length: Annotated[int, Field(ge=16), Needs("needs_text")] = 512
     """Tokens of a sequence of calibration text."""
 
     heal_tokens: Annotated[int, Field(ge=0), Needs("heal_tokens")] = NOT_GIVEN
     """Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it out. By
-    default 131072 for method="healed", and 0 for the others."""
+    default one for each hundred parameters of a layer, from 131072 to 2097152, for method="healed", and 0 for the
+    others."""
 
     target_layers: Annotated[int | None, Field(ge=1)] = None
     """How many layers to leave, in place of num_fusions."""
@@ -162,7 +168,7 @@ class FusionConfig(Settings):
         if self.alignment != "none" and not self.averages:
             problem = f"alignment={self.alignment!r} is for the methods {' and '.join(AVERAGING)}"
             raise ValueError(f"{problem}, got method={self.method!r}; give 'none'.")
-        if 0 < self.heal_tokens < LEAST_HEAL_TOKENS:
+        if self.heal_tokens and self.heal_tokens < LEAST_HEAL_TOKENS:
             raise ValueError(f"heal_tokens must be 0 or an integer >= {LEAST_HEAL_TOKENS}, got {self.heal_tokens}.")
 
     @property
@@ -224,6 +230,16 @@ class FusionConfig(Settings):
             return num_hidden_layers - first_free - 1
         return num_hidden_layers - max(1, first_free) - 2  # the first and the last layer stay
 
+    def for_width(self, channels: int, layer_parameters: int) -> FusionConfig:
+        """The settings with as many tokens as a model gets by default, by its MLP's channels and a layer's size."""
+        config, least = self, LEAST_CALIBRATION_TOKENS[self.method == "healed"]
+        if self.needs_text and self.calibration_tokens is None:
+            tokens = min(max(least, CHANNEL_TOKENS * channels), MOST_CALIBRATION_TOKENS)
+            config = replace(config, calibration_tokens=tokens)
+        if self.heal_tokens is None:
+            config = replace(config, heal_tokens=default_heal_tokens(layer_parameters))
+        return config
+
     def for_layers(self, num_hidden_layers: int, first_free: int) -> FusionConfig:
         """The settings with `num_fusions` in place of `target_layers`; ValueError if a model cannot have so many."""
         if self.target_layers is None:
@@ -267,8 +283,9 @@ class FusionConfig(Settings):
 class HealSettings(Settings):
     """Settings of a healing. Raises ValueError for a value that is not allowed."""
 
-    tokens: Annotated[int, Field(ge=LEAST_HEAL_TOKENS)] = HEAL_TOKENS
-    """Tokens to train on, repeats counted."""
+    tokens: Annotated[int, Field(ge=LEAST_HEAL_TOKENS)] = NOT_GIVEN
+    """Tokens to train on, repeats counted. By default one for each hundred parameters of a layer, from 131072 to
+    2097152."""
 
     train: Annotated[str | None, OneOf(TRAINED)] = None
     """What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.

@@ -45,13 +45,13 @@ from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.families.table import FAMILIES
 from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.planning import plan_run, training_on_launch
+from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.pipeline import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
-from lf_hf.settings import CALIBRATION_TOKENS, HEAL_TOKENS
 from lf_hf.text.calibration import (
     BUNDLED,
     Corpus,
@@ -87,9 +87,10 @@ class Fuser:
     def fuse(self, model: CausalLM, count: int, **settings: Any) -> CausalLM:
         """Fuse in place, and heal where the settings ask for that."""
         config = FusionConfig(count, **self.settings | settings)
+        is_healed = config.method == "healed" or "heal_tokens" in settings
         report = fuse(Decoder(model), self.tokenizer, config, self.measured, base="")
         print(f"<!-- {[layer.layers for layer in report.fused_layers]} -->", flush=True)
-        if not config.heal_tokens:
+        if not is_healed:
             return model
         fused = fused_class(model.config).adopt(model, report, self.tokenizer)
         heal(fused, self.base, self.dense, self.measured, self.training_text, self.heal_tokens)
@@ -193,7 +194,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "drop by influence": {"method": "truncate", "selection": "least_influence"},
     "refit by influence": {"method": "refit", "selection": "least_influence"},
     "refit": {"method": "refit"},
-    "drop by influence, healed": {"method": "truncate", "selection": "least_influence", "heal_tokens": HEAL_TOKENS},
+    "drop by influence, healed": {"method": "truncate", "selection": "least_influence", "heal_tokens": None},
     "refit, healed": {"method": "healed"},
 }
 RIVALS: dict[str, Callable[[Rivals, CausalLM, int], CausalLM]] = {
@@ -357,14 +358,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a file of prose")
     parser.add_argument("--mmlu", type=Path, help="folder of the MMLU CSV release")
     parser.add_argument("--calibrate", default="default", choices=["default", "text"])
-    parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS, help="calibration tokens")
+    parser.add_argument("--tokens", type=int, help="calibration tokens, by default as the model's width has it")
     parser.add_argument("--judge-tokens", type=int, default=8192, help="tokens of each judging text")
     parser.add_argument("--fusions", type=int, nargs="*", help="default: some that suit --model")
     parser.add_argument("--quiz-fusions", type=int, nargs="*", default=[4, 10])
     parser.add_argument("--questions", type=int, default=1500, help="of the quiz, at most")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help="only these rows")
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="made of the base by any program")
-    parser.add_argument("--heal-tokens", type=int, default=HEAL_TOKENS, help="tokens that healed rows are trained on")
+    parser.add_argument("--heal-tokens", type=int, help="tokens that healed rows are trained on, likewise")
     parser.add_argument("--tiny", type=float, metavar="MINUTES", help="train a tiny model on --text, and use that")
     families = sorted({*FAMILIES} & {*MODEL_TYPES})
     parser.add_argument("--family", default="llama", choices=families, help="of the tiny model")
@@ -398,15 +399,19 @@ def open_ways(
 ) -> tuple[Fuser, Rivals]:
     """All ways, which share what is measured on the base."""
     tokenizer = opened.tokenizer()
-    settings = {"perplexity_tokens": 0, "calibration_tokens": options.tokens}
-    corpus = load_corpus(calibration, max_tokens=options.tokens)
+    given = FusionConfig(
+        1, "healed", calibration_tokens=options.tokens, heal_tokens=options.heal_tokens, perplexity_tokens=0
+    )
+    by_default = for_model(given, base.config)
+    settings: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": by_default.calibration_tokens}
+    corpus = load_corpus(calibration, max_tokens=by_default.calibration_tokens)
     samples = load_calibration(BUNDLED)
     dense = Decoder(base)
     measured = measure(dense, tokenizer, FusionConfig(1, **settings), samples, corpus)
     assert measured.text is not None
     print(f"Calibrated on {measured.text.source.tokens} tokens: {corpus.full_source}.")
-    training_text = load_training_text(calibration, options.heal_tokens)
-    fuser = Fuser(opened, dense, tokenizer, settings, measured, training_text, options.heal_tokens)
+    training_text = load_training_text(calibration, by_default.heal_tokens)
+    fuser = Fuser(opened, dense, tokenizer, settings, measured, training_text, by_default.heal_tokens)
     return fuser, Rivals(measured.text)
 
 

@@ -54,6 +54,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.report.report import FusionReport
@@ -299,6 +300,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     opened = Base.open(base, gguf_loading(base))
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
+    config = for_model(config, opened.config)
     samples, corpus = load_needed(config, calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from lf_hf import FusionConfig
+from lf_hf.measure.check import for_model
 from lf_hf.plan.machine import Machine, NoRoom
 from lf_hf.plan.plan import plan
 from lf_hf.runtime.memory import in_gib
@@ -49,12 +50,6 @@ MACHINES = {
 }
 
 
-class Healing:
-    """The defaults of a healing, with what trains left to the plan."""
-
-    tokens, length, batch_tokens, lora_rank, train = 131072, 512, 2048, 32, None
-
-
 def main() -> None:
     """Print the table."""
     print("| model, fusions | machine | method | weights | trains | peak | disk |\n|---|---|---|---|---|---|---|")
@@ -66,9 +61,9 @@ def main() -> None:
 
 def row(config: PreTrainedConfig, fusions: int, method: str, machine: Machine) -> str:
     """The columns of one plan."""
-    fusion = FusionConfig(fusions, method)
+    fusion = for_model(FusionConfig(fusions, method), config)
     try:
-        made = plan(config, torch.bfloat16, fusion, machine, healing=Healing() if fusion.heal_tokens else None)
+        made = plan(config, torch.bfloat16, fusion, machine, healing=fusion.healing if fusion.heal_tokens else None)
     except NoRoom as error:
         return f"refused: {error} | | |"
     trains = made.healing.why.split(" parameters")[0] if made.healing else "nothing"

@@ -25,12 +25,29 @@ def test_defaults_are_the_published_hyper_parameters() -> None:
 def test_a_method_sets_fields_and_what_is_given_overrides_it(method: str) -> None:
     config = FusionConfig(1, method)
     assert METHODS[method].items() <= config.to_dict().items()
-    assert config.heal_tokens == (HealSettings().tokens if method == "healed" else 0)
-    for name in ("calibration_tokens", "heal_tokens"):  # whose help says what they are by default
-        assert str(getattr(config, name)) in str(FusionConfig.known[name].description).split("default")[1]
     assert (config.averages, config.fits) == (method in ("neural_alignment", "mka"), method in ("refit", "healed"))
     given = FusionConfig(1, method, heal_tokens=0, selection="least_influence")
     assert (given.heal_tokens, given.selection) == (0, "least_influence")
+
+
+@pytest.mark.parametrize(
+    ("channels", "layer_parameters", "fitted", "healed"),
+    [
+        (1536, 3_540_096, [49152, 131072], 131072),  # SmolLM2-135M
+        (2048, 5_574_912, [65536, 131072], 131072),  # Gemma 3 270M
+        (14336, 218_112_000, [262144, 262144], 2097152),  # Llama-3-8B
+        (8192, 60_821_504, [262144, 262144], 608215),  # Llama-3.2-1B
+    ],
+)
+def test_tokens_follow_from_the_models_width(
+    channels: int, layer_parameters: int, fitted: list[int], healed: int
+) -> None:
+    configs = [FusionConfig(1, method).for_width(channels, layer_parameters) for method in ("refit", "healed")]
+    assert [config.calibration_tokens for config in configs] == fitted
+    assert [config.heal_tokens for config in configs] == [0, healed]
+    given = FusionConfig(1, "healed", calibration_tokens=2048, heal_tokens=0)
+    assert given.for_width(channels, layer_parameters) == given
+    assert FusionConfig(1).for_width(channels, layer_parameters) == FusionConfig(1)  # which needs no text
 
 
 @pytest.mark.parametrize(
@@ -44,7 +61,7 @@ def test_a_method_sets_fields_and_what_is_given_overrides_it(method: str) -> Non
 )
 def test_settings_without_effect_are_left_out(method: str, names: set[str]) -> None:
     depends = {"seed", "kernel_scale", "ridge", "calibration_tokens", "heal_tokens"}
-    assert FusionConfig(1, method).in_effect().keys() & depends == names
+    assert FusionConfig(1, method).for_width(1536, 1).in_effect().keys() & depends == names
     assert FusionConfig(1, method).without_effect("a file") == (["calibration"] if method == "truncate" else [])
     given = FusionConfig(1, method, seed=5, ridge=0.2, heal_tokens=0)
     assert {*given.without_effect(None)} == {"seed", "ridge"} - FusionConfig(1, method).in_effect().keys()

@@ -18,6 +18,7 @@ from lf_hf.plan.probe import probe
 GIB = 1 << 30
 SHAPE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 SHAPE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+TOKENS = 49152
 WIDE = LlamaConfig(**SHAPE)  # as Llama-3-8B: 15 GiB in bfloat16
 
 
@@ -40,7 +41,8 @@ def machine(card: float = 0, memory: float = 64) -> Machine:
 
 def planned(on: Machine, method: str = "refit", **arguments: Any) -> Plan:
     healing = Healing() if method == "healed" else None
-    return plan(WIDE, torch.bfloat16, FusionConfig(4, method), on, **{"healing": healing, **arguments})
+    config = FusionConfig(4, method, calibration_tokens=TOKENS)
+    return plan(WIDE, torch.bfloat16, config, on, **{"healing": healing, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -101,16 +103,15 @@ def test_a_refusal_names_what_would_do(healing: Healing | None, card: int) -> No
 
 def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
     wide = LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64})
-    longest = [plan(wide, torch.bfloat16, FusionConfig(8, "refit"), machine(card)).longest for card in (160, 80, 62)]
+    config = FusionConfig(8, "refit", calibration_tokens=TOKENS)
+    longest = [plan(wide, torch.bfloat16, config, machine(card)).longest for card in (160, 80, 62)]
     assert longest[0] == 6 and longest == sorted(longest, reverse=True) and longest[2] < longest[0]
 
 
-@pytest.mark.parametrize(
-    "more", [{"calibration_tokens": 98304}, {"perplexity_tokens": 8000}, {"num_fusions": 6}, {"method": "healed"}]
-)
+@pytest.mark.parametrize("more", [{"calibration_tokens": 98304}, {"perplexity_tokens": 8000}, {"num_fusions": 6}])
 def test_more_takes_no_less(more: dict[str, Any]) -> None:
     rates = dict.fromkeys(("layer", "head", "product", "solve", "logits", "calls", "bytes"), 1e12)
-    one: dict[str, Any] = {"num_fusions": 4, "method": "refit"}
+    one: dict[str, Any] = {"num_fusions": 4, "method": "refit", "calibration_tokens": TOKENS}
     less, much = (
         plan(WIDE, torch.bfloat16, FusionConfig(**arguments), machine(80), rates=lambda: rates)
         for arguments in (one, one | more)
@@ -145,6 +146,7 @@ def test_a_probe_gives_minutes() -> None:
     config, device = LlamaConfig(**TINY), torch.device("cpu")
     rates = probe(device, torch.float32, config)
     assert min(rates.values()) > 0
-    made = plan(WIDE, torch.float32, FusionConfig(2, "healed"), machine(160), healing=Healing(), rates=lambda: rates)
+    fusion = FusionConfig(2, "healed", calibration_tokens=TOKENS)
+    made = plan(WIDE, torch.float32, fusion, machine(160), healing=Healing(), rates=lambda: rates)
     assert made.minutes and list(made.minutes) == ["measure", "choose", "make", "heal", "judge"]
     assert min(made.minutes.values()) > 0 and made.lines()[-1].startswith("minutes, about: measure ")

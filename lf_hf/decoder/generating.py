@@ -1,6 +1,6 @@
 """Text that a model writes: sampled as calibration text, or the most likely continuation of prompts.
 
-All sequences take a step together, so each layer is read once a step, which makes models on disk bearable.
+Many sequences take a step together, so each layer is read once a step, which makes models on disk bearable.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from lf_hf.text.chats import CHATS, Chat, ChatForm
 
 WRITTEN_LENGTH = 128
 """Tokens of a sequence that a model writes: all weights are read once for each."""
+
+WRITTEN_TOGETHER = 256
+"""Sequences that a model writes together, as their keys and values take memory; a multiple of the step of `CHATS`."""
 
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
 _SAMPLED = -1  # in place of a given token: one that is sampled
@@ -50,14 +53,12 @@ def generate(
     starts = _draw_starts(decoder.config, count, prefix, random)
     points = torch.rand(count, length - 1, generator=random)
     mine = decoder.processes.shard(range(count))
-    chats = {}
-    for number in range(count)[CHATS]:
-        if chat and number in mine:
-            chats[mine.index(number)] = Chat(chat)
+    barred = _barred_ids(decoder.config, special)
     written: list[Tensor] = []
-    if mine:
-        barred = _barred_ids(decoder.config, special)
-        written = list(_sample_sequences(decoder, starts[mine], points[mine], chats, barred))
+    for first in range(0, len(mine), WRITTEN_TOGETHER):
+        rows = mine[first : first + WRITTEN_TOGETHER]
+        chats = {row: Chat(chat) for row, number in enumerate(rows) if chat and number in range(count)[CHATS]}
+        written += _sample_sequences(decoder, starts[rows], points[rows], chats, barred)
     turns = zip_longest(*decoder.processes.all_gather_object(written))
     return [sequence for turn in turns for sequence in turn if sequence is not None]
 

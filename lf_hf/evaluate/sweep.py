@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import pipeline
 from lf_hf.checkpoint.base import Base
@@ -26,7 +26,7 @@ from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
-from lf_hf.measure.check import check_layers
+from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.speed import with_speed
 from lf_hf.plan.plan import Plan
@@ -99,10 +99,8 @@ def sweep(
 
     check_evaluation(limit, batch_size)
     folder = checked_folder(out)
-    configs = _configs(num_fusions, methods, tasks, settings or {})
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
-    for config in configs:
-        check_layers(config, opened.config)
+    configs = _configs(opened.config, num_fusions, methods, tasks, settings or {})
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
@@ -119,7 +117,11 @@ def sweep(
 
 
 def _configs(
-    num_fusions: Sequence[int], methods: Sequence[str], tasks: Sequence[str], settings: dict[str, Any]
+    base: PretrainedConfig,
+    num_fusions: Sequence[int],
+    methods: Sequence[str],
+    tasks: Sequence[str],
+    settings: dict[str, Any],
 ) -> list[FusionConfig]:
     """The fusions that were asked for, in the order of making: method by method, level by level, healed ones last.
 
@@ -130,12 +132,12 @@ def _configs(
             raise ValueError(f"{name} must be a list with one entry at least, got {values!r:.80}.")
     configs = []
     for method, level in product(methods, num_fusions):
-        config = FusionConfig.from_kwargs(**settings | {"num_fusions": level, "method": method})
+        config = for_model(FusionConfig.from_kwargs(**settings | {"num_fusions": level, "method": method}), base)
         if method != "healed":
             configs.append(replace(config, heal_tokens=0))
         configs.append(config)
-    tokens = max(config.calibration_tokens for config in configs)
-    configs = [replace(config, calibration_tokens=tokens) for config in configs]
+    if with_text := [config.calibration_tokens for config in configs if config.needs_text]:
+        configs = [replace(config, calibration_tokens=max(with_text)) for config in configs]
     fused = [config.unhealed.method for config in configs]
 
     def order(config: FusionConfig) -> tuple[int, ...]:

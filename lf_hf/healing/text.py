@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.decoder.generating import WRITTEN_LENGTH
+from lf_hf.decoder.generating import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
@@ -22,8 +22,6 @@ from lf_hf.text.packing import check_ids, pack_parts
 HELD_OUT = 4
 """Sequences of a kind of text that are held out at most, to see how far the student is from the teacher."""
 WRITTEN, WRITTEN_CHATS = "text written by the base", "chats written by the base"
-WRITTEN_TOGETHER = 256
-"""Pieces that the base writes together; a multiple of the step of `CHATS`, so that chats keep their places."""
 
 Write = Callable[[int, int, int], list[Tensor]]
 """Text that the base writes: `write(sequences, tokens of each, seed)`."""

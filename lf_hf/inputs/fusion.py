@@ -13,9 +13,9 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import checked_tokenizer
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
-from lf_hf.families.models import first_free_layer, num_parameters
+from lf_hf.families.models import num_parameters
 from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
-from lf_hf.measure.check import check_layers
+from lf_hf.measure.check import for_model
 from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.errors import explained
@@ -52,8 +52,7 @@ class FusionInputs:
         low_memory: bool = False,
     ) -> FusionInputs:
         """Check that the settings suit the base, and read its tokenizer."""
-        config = config.for_layers(base.text_config.num_hidden_layers, first_free_layer(base.config))
-        check_layers(config, base.config)
+        config = for_model(config, base.config)
         if ignored := config.without_effect(calibration):
             logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")
         if config.needs_text and config.calibration_length > (longest := base.text_config.max_position_embeddings):

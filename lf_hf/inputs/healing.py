@@ -19,13 +19,14 @@ from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import LOGS, check_replaceable, checked_folder, file_sha
 from lf_hf.checkpoint.weights import tensor_files
+from lf_hf.families.models import num_parameters
 from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
 from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.words import unknown_name
-from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.settings import FusionConfig, HealSettings, default_heal_tokens
 from lf_hf.text.calibration import Corpus, load_training_text
 from lf_hf.text.sources import TextSource
 
@@ -101,6 +102,8 @@ class HealInputs:
         opened = replace(opened, loading={**opened.loading, "dtype": dtype})
         has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
+        if settings.tokens is None:
+            settings = replace(settings, tokens=default_heal_tokens(num_parameters(opened.config)[0]))
         corpus = load_training_text(text, settings.tokens, tokenizer)
         if settings.written_share is not None:
             corpus = replace(corpus, generated_share=settings.written_share)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.layer_lists import layer_lists
-from lf_hf.families.models import family_of, first_free_layer, is_wrapper, model_class, text_model
+from lf_hf.families.models import family_of, first_free_layer, is_wrapper, model_class, num_parameters, text_model
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
@@ -43,13 +43,17 @@ def check_model(decoder: Decoder) -> int:
     return num_parameters
 
 
-def check_layers(config: FusionConfig, model_config: PretrainedConfig) -> None:
-    """Raise ValueError if a model has too few layers for a fusion.
+def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:
+    """The settings with what follows from a model; ValueError if it has too few layers for them."""
+    text, first_free = model_config.get_text_config(), first_free_layer(model_config)
+    config = config.for_layers(text.num_hidden_layers, first_free)
+    config.check_num_layers(text.num_hidden_layers, first_free)
+    _check_kinds(config, text)
+    return config.for_width(text.intermediate_size, num_parameters(model_config)[0])
 
-    Averages are of layers of one kind, as weights of others mean different things.
-    """
-    text = model_config.get_text_config()
-    config.check_num_layers(text.num_hidden_layers, first_free_layer(model_config))
+
+def _check_kinds(config: FusionConfig, text: PretrainedConfig) -> None:
+    """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
     kinds = family_of(text).config_kinds(text)
     if not config.averages or all(kind == kinds[0] for kind in kinds):
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lf_hf.decoder.generating import WRITTEN_LENGTH
+from lf_hf.decoder.generating import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.families.models import family_of, text_model
 from lf_hf.families.table import head_dim
 from lf_hf.settings import FusionConfig
@@ -35,7 +35,6 @@ _TRIALS, _LEAST_TRIALS, _TRIAL_TOKENS = 16, 6, 2048
 _TUNED_PASSES, _TUNED_TOKENS, _STEP_TOKENS = 8, 8 * 49152, 2048
 _SAMPLES, _SAMPLE_LENGTH = 57, 128  # of the published method's default, about
 _WRITTEN_SHARE, _HEALED_SHARE = 1 / 2, 1 / 3  # of texts to calibrate and to heal on that the model writes, at most
-_TOGETHER = 256  # sequences of the latter that it writes together
 TRAINED_BYTES = 18  # of a trained parameter: master, gradient, two moments in float32, and a copy to compute in
 STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
 
@@ -213,11 +212,11 @@ class Phases:
             work += self._forward(samples, shape.layers)
         if config.needs_text:
             rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
-            written, of_text = self._written(rows, WRITTEN_LENGTH)
-            inside, work = max(inside, written), work + of_text
+            written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+            inside, work = max(inside, written), work + times(of_text, max(1, rows / WRITTEN_TOGETHER))
         if self.heal_tokens:
             rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
-            work += times(self._written(_TOGETHER, WRITTEN_LENGTH)[1], rows / _TOGETHER)
+            work += times(self._written(WRITTEN_TOGETHER, WRITTEN_LENGTH)[1], rows / WRITTEN_TOGETHER)
         return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
 
     def _judge(self) -> Need:

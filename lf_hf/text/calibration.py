@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.runtime.launch import compute_once
-from lf_hf.settings import CALIBRATION_TOKENS, FusionConfig
+from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
 from lf_hf.text.mmlu import SUBJECTS, fitting_questions, format_question, group_questions
 from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
@@ -206,7 +206,7 @@ def _mmlu_samples(calibration: TextSource | None, samples_per_subject: int) -> C
 def load_corpus(
     calibration: TextSource | None = None,
     *,
-    max_tokens: int = CALIBRATION_TOKENS,
+    max_tokens: int = 49152,
     to_train: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Corpus:

@@ -304,7 +304,7 @@ def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> Non
     """And fp16 takes the place of bf16, which is the default where the machine is fast at it."""
     written = {"False": False, "false": False, ".5": 0.5, "None": None, "null": None, "a": "a"}
     assert trainer.parse_training_arguments([f"{value}={value}" for value in written]) == written
-    arguments = trainer.training_arguments(HealSettings(), tmp_path, {"fp16": True})
+    arguments = trainer.training_arguments(HealSettings(tokens=4096), tmp_path, {"fp16": True})
     assert arguments.fp16 and not arguments.bf16
 
 
