@@ -1,7 +1,7 @@
 """Stage 4: match the neurons of two layers by optimal assignment.
 
-Two ways: `match_rows` takes each weight matrix on its own, as the published method does; `match_neurons`
-moves whole neurons and attention heads, with all that belongs to them, so that the layer computes what it did.
+Two ways: by `_ROW_AXES` each weight matrix is taken on its own, as the published method does; by the layers' symmetry
+whole neurons and attention heads move, with all that belongs to them, so that the layer computes what it did.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.report.data import RowMatch
+from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
 
@@ -30,24 +31,16 @@ def align_layer(
 ) -> tuple[Weights, dict[str, RowMatch]]:
     """Layer j with its neurons in the order that lies closest to layer i's, and how each matrix was matched.
 
-    `alignment` is as in FusionConfig. Of several processes each matches the rows of some matrices.
+    `alignment` is as in FusionConfig.
     """
     if alignment == "none":
         return weights_j, {}
-    if alignment == "neurons":
-        symmetry = decoder.family.symmetry
-        permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry)
-        return permute_neurons(weights_j, permutations, symmetry), matches
-    symmetric = {axis.parameter for axis in decoder.family.symmetry}
-    names = [name for name in PROJECTIONS if f"{name}.weight" in symmetric]
-    share = decoder.processes.shard(names)
-    pairs = {name: (weights_i[f"{name}.weight"], weights_j[f"{name}.weight"]) for name in share}
-    matched: dict[str, tuple[Tensor, RowMatch]] = {}
-    for part in decoder.processes.all_gather_object(match_rows(pairs)):
-        matched |= part
-    permutations = {name: permutation for name, (permutation, _) in matched.items()}
-    matches = {name: matched[name][1] for name in names}
-    return permute_neurons(weights_j, permutations, _ROW_AXES), matches
+    symmetry = decoder.family.symmetry
+    if alignment == "rows":
+        symmetric = {axis.parameter for axis in symmetry}
+        symmetry = tuple(axis for axis in _ROW_AXES if f"{axis.permutation}.weight" in symmetric)
+    permutations, matches = match_neurons(weights_i, weights_j, head_dim(decoder.config), symmetry, decoder.processes)
+    return permute_neurons(weights_j, permutations, symmetry), matches
 
 
 def normalized_rows(weight: Tensor) -> Tensor:
@@ -56,37 +49,10 @@ def normalized_rows(weight: Tensor) -> Tensor:
     return rows * factors[:, None]
 
 
-def match_rows(pairs: Mapping[str, Pair]) -> dict[str, tuple[Tensor, RowMatch]]:
-    """For each pair of matrices the permutation of layer j's rows that lies closest to layer i's, row by row.
-
-    Minimises the sum over p of || w_i[p] - w_j[permutation[p]] || with rows normalised.
-
-    Parameters
-    ----------
-    pairs : mapping from a name to tensors of shape (rows n, columns m), of layer i and of layer j
-
-    Returns
-    -------
-    dict from the same names to
-        permutation : int64 tensor of shape (rows n,), on the CPU
-            Row p of the aligned matrix is row permutation[p] of layer j's.
-        match : RowMatch
-    """
-    matched = {}
-    for name, permutation in assign({name: [pair] for name, pair in pairs.items()}).items():
-        weight_i, weight_j = pairs[name]
-        order = torch.from_numpy(permutation)
-        matched[name] = order, _row_match(weight_i, weight_j, order)
-    return matched
-
-
 def match_neurons(
-    weights_i: Mapping[str, Tensor],
-    weights_j: Mapping[str, Tensor],
-    head_dim: int,
-    symmetry: Sequence[Axis],
+    weights_i: Weights, weights_j: Weights, head_dim: int, symmetry: Sequence[Axis], processes: Processes = ALONE
 ) -> tuple[dict[str, Tensor], dict[str, RowMatch]]:
-    """The permutations in layer j's symmetry group that bring it closest to layer i.
+    """The permutations in a symmetry group that bring layer j closest to layer i.
 
     Closest in the sense of `assignment.row_costs`, summed over the matrices that a permutation acts on: an MLP neuron
     costs the distance of its gate row, up row and down column; a key-value head that of its key and value blocks
@@ -98,7 +64,9 @@ def match_neurons(
     head_dim : int
         Channels of an attention head.
     symmetry : sequence of Axis
-        The layers' own.
+        The layers' own, or `_ROW_AXES`.
+    processes : Processes
+        Each finds some of the permutations.
 
     Returns
     -------
@@ -106,34 +74,32 @@ def match_neurons(
         Channel p of the aligned layer is channel permutation[p] of layer j.
     matches : dict from projection names to RowMatch
     """
-    matrices = [axis for axis in symmetry if axis.parameter.endswith("_proj.weight")]
-
-    def rows(permutation: str) -> list[Pair]:
-        """The matrices that a permutation acts on, of both layers, with its axis first."""
-        axes = [axis for axis in matrices if axis.permutation == permutation]
-        return [(weights_i[a.parameter].movedim(a.dim, 0), weights_j[a.parameter].movedim(a.dim, 0)) for a in axes]
-
-    def head_costs(permutation: str) -> Costs:  # (heads of i, heads of j)
-        costs = [
-            row_costs(tuple(w.unflatten(0, (-1, head_dim)).flatten(1) for w in pair), dtype=np.float64)
-            for pair in rows(permutation)
-        ]
-        return np.sum(costs, axis=0)
-
-    permutations = {"mlp": torch.from_numpy(assign({"mlp": rows("mlp")})["mlp"])}
-    if rows("key_value"):
-        for name, heads in _match_heads(head_costs("query"), head_costs("key_value")).items():
-            channels = (heads[:, None] * head_dim + np.arange(head_dim)).ravel()
+    pairs: dict[Axis, Pair] = {}  # matrices of both layers, with the axis that is permuted first
+    problems: dict[str, list[Pair]] = {}
+    for axis in symmetry:
+        if axis.parameter.endswith("_proj.weight"):
+            weight_i, weight_j = weights_i[axis.parameter], weights_j[axis.parameter]
+            pairs[axis] = weight_i.movedim(axis.dim, 0), weight_j.movedim(axis.dim, 0)
+            problems.setdefault(axis.permutation, []).append(pairs[axis])
+    heads = [_head_costs(problems.pop(name), head_dim) for name in ("query", "key_value") if name in problems]
+    found = assign({name: problems[name] for name in processes.shard(list(problems))})
+    permutations: dict[str, Tensor] = {}
+    for part in processes.all_gather_object(found):
+        permutations |= {name: torch.from_numpy(permutation) for name, permutation in part.items()}
+    if heads:
+        for name, order in _match_heads(*heads).items():
+            channels = (order[:, None] * head_dim + np.arange(head_dim)).ravel()
             permutations[name] = torch.from_numpy(channels)
-    matches = {
-        axis.parameter.removesuffix(".weight"): _row_match(
-            weights_i[axis.parameter].movedim(axis.dim, 0),
-            weights_j[axis.parameter].movedim(axis.dim, 0),
-            permutations[axis.permutation],
-        )
-        for axis in matrices
-    }
+    matches = {}
+    for axis, pair in pairs.items():
+        matches[axis.parameter.removesuffix(".weight")] = _row_match(*pair, permutations[axis.permutation])
     return permutations, matches
+
+
+def _head_costs(pairs: Sequence[Pair], head_dim: int) -> Costs:
+    """Distances of heads, (heads of i, heads of j), summed over the matrices that have them in their rows."""
+    blocks = [tuple(weight.unflatten(0, (-1, head_dim)).flatten(1) for weight in pair) for pair in pairs]
+    return np.sum([row_costs(pair, dtype=np.float64) for pair in blocks], axis=0)
 
 
 def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArray[np.intp]]:
@@ -150,7 +116,7 @@ def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArra
 
 
 def permute_neurons(
-    weights: Mapping[str, Tensor], permutations: Mapping[str, Tensor], symmetry: Sequence[Axis]
+    weights: Weights, permutations: Mapping[str, Tensor], symmetry: Sequence[Axis]
 ) -> dict[str, Tensor]:
     """The same layer with its neurons and heads in another order; what is outside the symmetry is passed through."""
     permuted = dict(weights)

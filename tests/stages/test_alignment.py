@@ -22,9 +22,9 @@ from scipy.optimize import linear_sum_assignment
 from tiny_models import averaged
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.table import FAMILIES, PROJECTIONS
+from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
 from lf_hf.stages import assignment
-from lf_hf.stages.alignment import match_neurons, match_rows
+from lf_hf.stages.alignment import match_neurons
 from lf_hf.stages.assignment import Pair, assign, row_costs
 from lf_hf.stages.averaging import Average, AverageKey, average, fusion_ratio
 
@@ -94,7 +94,9 @@ def test_rows_of_any_scale_match_best(seed: int, exponents: tuple[int, int], dty
     w_i[:zero] = 0
     w_j[4 : 4 + zero] = 0
     costs = exact_costs((w_i, w_j))
-    permutation, match = match_rows({"w": (w_i, w_j)})["w"]
+    name, by_rows = "w_proj.weight", [Axis("w_proj.weight", 0, "w")]
+    found, matches = match_neurons({name: w_i}, {name: w_j}, 4, by_rows)
+    permutation, match = found["w"], matches["w_proj"]
     best = total(costs, linear_sum_assignment(costs)[1])
     assert total(costs, permutation.numpy()) == pytest.approx(best, rel=1e-5, abs=1e-30)
     one, other = (w.double() / (w.double().norm(dim=1, keepdim=True) + 1e-12) for w in (w_i, w_j))
