@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import itertools
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,6 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     where it stopped. Started by `accelerate launch -m lf_hf heal ...`, it uses all devices of the launch. Ends with a
     table: perplexity, divergence from the base, and how often both models expect the same token.
     """
-    from lf_hf.healing.trainer import parse_training_arguments
-
     settings, others = _split(HealSettings, given)
     with _usage_errors():
         others["settings"] = HealSettings(**settings)
@@ -339,3 +338,17 @@ def _split(settings: type[Settings], given: dict[str, Any]) -> tuple[dict[str, A
     used = {name: value for name, value in given.items() if value is not None}
     fields = {name: used.pop(name) for name in settings.known if name in used}
     return fields, used
+
+
+def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """TrainingArguments of a command line, each "name=value", the value as in JSON or Python, or a string."""
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"A training argument must be NAME=VALUE, got {pair!r:.80}.")
+        given[name] = value
+        for read in (ast.literal_eval, json.loads):
+            with suppress(ValueError, SyntaxError):
+                given[name] = read(value)
+    return given

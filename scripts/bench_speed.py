@@ -54,6 +54,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.inputs.fusion import load_needed
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
@@ -69,7 +70,6 @@ from lf_hf.text.calibration import (
     BUNDLED,
     documentation_halves,
     load_calibration,
-    load_needed,
     load_training_text,
 )
 from lf_hf.text.packing import tokenize_samples

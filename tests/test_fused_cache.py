@@ -27,7 +27,7 @@ from tokenizers import normalizers
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, pipeline
 from lf_hf.checkpoint.saving import locked_folder
-from lf_hf.text.calibration import load_needed
+from lf_hf.inputs.fusion import load_needed
 from lf_hf.text.hub import GENERAL
 
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}

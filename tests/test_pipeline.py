@@ -14,10 +14,10 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.decoder.generating import WRITTEN_LENGTH
 from lf_hf.families.table import PROJECTIONS
 from lf_hf.measure.dense import measure, tokenize_corpus
 from lf_hf.pipeline import fuse
+from lf_hf.settings import WRITTEN_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
 CALIBRATION = CalibrationSamples(make_texts(), "random sentences")

@@ -12,13 +12,12 @@ import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
 from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
-from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
-from lf_hf.stages.activations import influence
 from lf_hf.text.packing import take_first
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on

@@ -22,7 +22,8 @@ from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
 from lf_hf.refit.states import States, StateStore, Traces, on_device, run_boundaries, run_states
 from lf_hf.runtime.progress import progress
-from lf_hf.text.packing import JUDGING_LENGTH, interleave, split_held_out, take_first
+from lf_hf.settings import JUDGING_LENGTH
+from lf_hf.text.packing import interleave, split_held_out, take_first
 
 _AT_ONCE = 8  # groups whose predictions are in memory at a time
 FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import cosine_similarity, embedding, linear
 from transformers.utils.generic import is_flash_attention_requested
 
-from lf_hf.decoder.layer_lists import set_config_kind, set_config_layers
 from lf_hf.decoder.placement import (
     bring_in,
     execution_device,
@@ -29,10 +28,11 @@ from lf_hf.decoder.placement import (
     sharing_copy,
     value,
 )
+from lf_hf.families.layer_lists import set_config_kind, set_config_layers
 from lf_hf.families.models import CausalLM, family_of, first_free_layer, is_tied, text_model, text_prefix
 from lf_hf.families.table import DecoderLayer, Family, Kind
 from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.runtime.numerics import all_finite
+from lf_hf.runtime.numerics import all_finite, in_float64
 
 _BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
 _COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
@@ -377,6 +377,30 @@ def check_finite(states: Sequence[Tensor], layer: int) -> None:
     """Raise ValueError if the output states of a layer contain NaN or inf."""
     if not all(map(all_finite, states)):
         raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")
+
+
+def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
+    """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
+
+    Parameters
+    ----------
+    before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
+        The layer's input and output states. The first position is left out: its state is of another size than all
+        others and hardly changes. NaN where there is no other.
+    processes : Processes
+        Those that have a share of the states each.
+
+    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # of cosines, and their number
+    for x, y in zip(before, after, strict=True):
+        x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
+        cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
+        sums = sums.to(cosines.device)
+        sums += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
+    processes.all_reduce(sums)
+    total, count = sums.tolist()
+    return 1 - total / count if count else float("nan")
 
 
 def _without_layer(device_map: Mapping[str, Any], layers: str, index: int) -> dict[str, Any]:

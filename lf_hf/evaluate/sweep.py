@@ -25,6 +25,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher, write_teacher
+from lf_hf.inputs.fusion import load_needed
 from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
@@ -34,7 +35,7 @@ from lf_hf.report.report import FusionReport, versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_needed, load_training_text
+from lf_hf.text.calibration import CalibrationSamples, Corpus, default_source, load_training_text
 from lf_hf.text.sources import TextSource
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.decoder.generating import generate
 from lf_hf.healing.text import TextKind, healing_text
+from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
 from lf_hf.runtime.launch import Processes

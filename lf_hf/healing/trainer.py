@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -320,20 +319,6 @@ def check_trains(arguments: TrainingArguments) -> None:
     with _accepted():
         Trainer(model, arguments, eval_dataset={}).get_optimizer_cls_and_kwargs(arguments, model)
     unset_hf_deepspeed_config()
-
-
-def parse_training_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """TrainingArguments of a command line, each "name=value", the value as in JSON or Python, or a string."""
-    given = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise ValueError(f"A training argument must be NAME=VALUE, got {pair!r:.80}.")
-        given[name] = value
-        for read in (ast.literal_eval, json.loads):
-            with suppress(ValueError, SyntaxError):
-                given[name] = read(value)
-    return given
 
 
 def training_arguments(

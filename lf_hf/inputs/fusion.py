@@ -19,9 +19,9 @@ from lf_hf.measure.check import for_model
 from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.errors import explained
-from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig, HealSettings
-from lf_hf.text.calibration import CalibrationSamples, Corpus, load_needed, load_training_text
+from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus, load_training_text
 from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import TextSource
 
@@ -130,3 +130,27 @@ class FusionInputs:
     def healing_identity(self) -> dict[str, str]:
         """Identity of the healing that follows, for which the base is not read as a whole."""
         return self.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}
+
+
+def load_needed(
+    config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[CalibrationSamples | None, Corpus | None]:
+    """Samples for layer similarity and running text, as far as a fusion with `config` needs them.
+
+    The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot be
+    used, or has too few samples.
+    """
+
+    def load() -> tuple[CalibrationSamples | None, Corpus | None]:
+        samples, text = None, None
+        if config.averages:
+            count, length = config.samples_per_subject, config.sample_length
+            samples = load_calibration(
+                calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
+            )
+            config.check_num_samples(len(samples.texts))
+        if config.needs_text:
+            text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
+        return samples, text
+
+    return compute_once(load)

@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder, Group
-from lf_hf.decoder.generating import WRITTEN_LENGTH, generate
 from lf_hf.measure.check import check_model
+from lf_hf.measure.comparison import Similarity, compare_layers
+from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
-from lf_hf.settings import FusionConfig
+from lf_hf.settings import JUDGING_LENGTH, WRITTEN_LENGTH, FusionConfig
 from lf_hf.stages.averaging import Average, AverageKey
-from lf_hf.stages.comparison import Similarity, compare_layers
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain
@@ -134,6 +134,6 @@ def tokenize_corpus(
         if form:
             num_chats = len(written[CHATS])
             source += f", {num_chats} {plural(num_chats, 'sequence')} of it as chats"
-    other = pack_out_of_domain(tokenizer, corpus, length, vocab_size)
+    other = pack_out_of_domain(tokenizer, corpus, min(length, JUDGING_LENGTH), vocab_size)
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
     return CalibrationText(given, written, other, info, corpus.note)

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.decoder.generating import continue_prompts
 from lf_hf.families.models import special_id
+from lf_hf.measure.generating import continue_prompts
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.report.data import Continuation, PerplexityInfo
+from lf_hf.settings import PERPLEXITY_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_sequences, judging_texts, relation
@@ -50,7 +51,7 @@ def judge_dense(
     if tokens == 0:
         return []
     texts = judging_texts()
-    sequences = judging_sequences(tokenizer, tokens, decoder.config.max_position_embeddings)
+    sequences = judging_sequences(tokenizer, tokens, min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings))
     check_ids(itertools.chain(*sequences.values()), decoder.config.vocab_size)
     ids = shard_batches(decoder, sequences)
     states = final_states(decoder, ids, "Perplexity before fusing")

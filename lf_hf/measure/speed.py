@@ -18,8 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from lf_hf.decoder.layer_lists import set_config_layers
 from lf_hf.decoder.placement import is_offloaded, sharing_copy
+from lf_hf.families.layer_lists import set_config_layers
 from lf_hf.families.models import CausalLM, family_of, text_model
 from lf_hf.report.data import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport

@@ -14,12 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from lf_hf.decoder.generating import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.families.models import family_of, text_model
 from lf_hf.families.table import head_dim
-from lf_hf.settings import FusionConfig
-from lf_hf.text.judging import PERPLEXITY_LENGTH
-from lf_hf.text.packing import JUDGING_LENGTH
+from lf_hf.settings import JUDGING_LENGTH, PERPLEXITY_LENGTH, WRITTEN_LENGTH, WRITTEN_TOGETHER, FusionConfig
 
 _BATCH_COPIES = 64  # bytes for each token and channel of an MLP, see `Decoder.batch_indices`
 _OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from lf_hf.decoder.layer_lists import set_config_layers
+from lf_hf.families.layer_lists import set_config_layers
 from lf_hf.families.models import family_of, text_model
 from lf_hf.runtime.numerics import bfloat16_products
-from lf_hf.text.judging import PERPLEXITY_LENGTH
+from lf_hf.settings import PERPLEXITY_LENGTH
 
 Rates = Mapping[str, float]
 """Operations a second, by the names of `Work`."""

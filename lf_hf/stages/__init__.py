@@ -1,4 +1,1 @@
-"""The published method, one stage a module, in running order: activations, manifold, similarity, alignment, fusion.
-
-`comparison` runs the first three.
-"""
+"""The published method, one stage a module, in running order: activations, manifold, similarity, alignment, fusion."""

@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
-from lf_hf.decoder.decoder import Decoder, check_finite
-from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.decoder.decoder import Decoder, check_finite, influence
 from lf_hf.runtime.progress import progress
 
 PADDED = 1 << 22
@@ -52,30 +49,6 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
     squared = sums - gram - gram.T
     squared[squared <= _ROUNDING * sums] = 0
     return squared.sqrt_().numpy()
-
-
-def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
-    """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
-
-    Parameters
-    ----------
-    before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
-        The layer's input and output states. The first position is left out: its state is of another size than all
-        others and hardly changes. NaN where there is no other.
-    processes : Processes
-        Those that have a share of the states each.
-
-    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)  # of cosines, and their number
-    for x, y in zip(before, after, strict=True):
-        x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
-        cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
-        sums = sums.to(cosines.device)
-        sums += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
-    processes.all_reduce(sums)
-    total, count = sums.tolist()
-    return 1 - total / count if count else float("nan")
 
 
 @torch.no_grad()

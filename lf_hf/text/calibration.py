@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.runtime.launch import compute_once
-from lf_hf.settings import FusionConfig
 from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
 from lf_hf.text.mmlu import SUBJECTS, fitting_questions, format_question, group_questions
 from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
@@ -80,30 +79,6 @@ class Corpus:
     def full_source(self) -> str:
         """Where all of the text is from."""
         return f"{self.source}, text by the model itself" if self.generated_share else self.source
-
-
-def load_needed(
-    config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[CalibrationSamples | None, Corpus | None]:
-    """Samples for layer similarity and running text, as far as a fusion with `config` needs them.
-
-    The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot be
-    used, or has too few samples.
-    """
-
-    def load() -> tuple[CalibrationSamples | None, Corpus | None]:
-        samples, text = None, None
-        if config.averages:
-            count, length = config.samples_per_subject, config.sample_length
-            samples = load_calibration(
-                calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
-            )
-            config.check_num_samples(len(samples.texts))
-        if config.needs_text:
-            text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
-        return samples, text
-
-    return compute_once(load)
 
 
 def load_training_text(

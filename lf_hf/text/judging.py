@@ -15,8 +15,6 @@ from lf_hf.text.calibration import DOCUMENTATION, documentation_halves
 from lf_hf.text.mmlu import lm_eval_path
 from lf_hf.text.packing import pack_tokens
 
-PERPLEXITY_LENGTH = 512
-"""Tokens of a sequence on which perplexity is measured."""
 _PROBES = 40  # paragraphs that are looked for in calibration text
 _SHORTEST_PROBE = 60  # characters: shorter paragraphs may be in two texts by chance
 
@@ -59,9 +57,9 @@ def judging_texts() -> list[JudgingText]:
 def judging_sequences(tokenizer: PreTrainedTokenizerBase, tokens: int, longest: int) -> dict[str, list[Tensor]]:
     """Some `tokens` tokens of each judging text by its name: int64 sequences of one length, shape (tokens T,).
 
-    A model before and after fusing and after healing is judged on these. `longest` is what the model takes at most.
+    A model before and after fusing and after healing is judged on these. `longest` is what a sequence has at most.
     """
-    length = min(PERPLEXITY_LENGTH, longest, max(2, tokens))  # of a single token nothing is predicted
+    length = min(longest, max(2, tokens))  # of a single token nothing is predicted
     packed = {}
     for judging in judging_texts():
         sequences = pack_tokens(tokenizer, judging.text, length, max(length, tokens))

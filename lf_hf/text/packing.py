@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, out_of_domain_texts
 from lf_hf.text.chats import bos_prefix
 
-JUDGING_LENGTH = 128
-"""Tokens of a sequence that judges fused layers."""
 _OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
 
@@ -100,7 +98,6 @@ def pack_out_of_domain(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int
 ) -> list[Tensor]:
     """Sequences of `out_of_domain_texts`, of at most `length` tokens: int64 tensors of shape (tokens T,)."""
-    length = min(length, JUDGING_LENGTH)
     sequences: list[Tensor] = []
     for text in out_of_domain_texts(corpus):
         sequences += pack_tokens(tokenizer, text, length, _OUT_OF_DOMAIN_TOKENS)

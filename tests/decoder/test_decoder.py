@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 from conftest import make_llama
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.decoder.generating import generate
+from lf_hf.measure.generating import generate
 
 IDS = torch.tensor([[9, 31, 5]])
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, decoders, logits, tiny_model
 
-from lf_hf.decoder.generating import continue_prompts, generate
 from lf_hf.families.models import MODEL_TYPES, family_of, text_model
+from lf_hf.measure.generating import continue_prompts, generate
 
 IDS = torch.randint(2, 320, (3, 19), generator=torch.Generator().manual_seed(1))
 

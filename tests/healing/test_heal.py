@@ -28,7 +28,7 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK
-from lf_hf.cli import main
+from lf_hf.cli import main, parse_training_arguments
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing import trainer
 from lf_hf.healing.result import CHANGED_BEFORE
@@ -303,7 +303,7 @@ def test_the_default_rate_is_in_units_of_the_weights() -> None:
 def test_training_arguments_are_read_as_people_write_them(tmp_path: Path) -> None:
     """And fp16 takes the place of bf16, which is the default where the machine is fast at it."""
     written = {"False": False, "false": False, ".5": 0.5, "None": None, "null": None, "a": "a"}
-    assert trainer.parse_training_arguments([f"{value}={value}" for value in written]) == written
+    assert parse_training_arguments([f"{value}={value}" for value in written]) == written
     arguments = trainer.training_arguments(HealSettings(tokens=4096), tmp_path, {"fp16": True})
     assert arguments.fp16 and not arguments.bf16
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import make_texts, make_tokenizer
 
-from lf_hf.decoder.generating import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.healing.text import HELD_OUT, WRITTEN, WRITTEN_CHATS, healing_text, training_order
-from lf_hf.settings import HealSettings
+from lf_hf.settings import WRITTEN_LENGTH, WRITTEN_TOGETHER, HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import pack_tokens

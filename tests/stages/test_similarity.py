@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.feature_selection import mutual_info_regression
 
-from lf_hf.decoder.decoder import Decoder
-from lf_hf.stages.activations import influence, pairwise_distances, sample_distances
+from lf_hf.decoder.decoder import Decoder, influence
+from lf_hf.stages.activations import pairwise_distances, sample_distances
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 

@@ -16,8 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.decoder.generating import generate
 from lf_hf.measure.dense import tokenize_corpus
+from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import write_continuations
 from lf_hf.report.data import Continuation
 from lf_hf.report.notes import damage_notes

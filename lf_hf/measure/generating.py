@@ -17,13 +17,8 @@ from transformers import DynamicCache
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.families.models import special_id
 from lf_hf.runtime.progress import progress
+from lf_hf.settings import WRITTEN_TOGETHER
 from lf_hf.text.chats import CHATS, Chat, ChatForm
-
-WRITTEN_LENGTH = 128
-"""Tokens of a sequence that a model writes: all weights are read once for each."""
-
-WRITTEN_TOGETHER = 256
-"""Sequences that a model writes together, as their keys and values take memory; a multiple of the step of `CHATS`."""
 
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
 _SAMPLED = -1  # in place of a given token: one that is sampled
