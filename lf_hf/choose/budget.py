@@ -49,6 +49,7 @@ def search_budget(
     measured = replace(measured, text=text._replace(given=rest, source=source), group_costs={})
     ids = shard_batches(decoder, {"": aside})
     dense_states = final_states(decoder, ids, "Held-out text")
+    dense = predictions(decoder, ids, dense_states)[""]
     name = next(name for name in LEVELS if getattr(config, name) is not None)
     allowed = getattr(config, name)
 
@@ -58,7 +59,7 @@ def search_budget(
         fused = fuse_layers(copy, level, measured)
         states = final_states(copy, ids, "Measuring on held-out text")
         figures = predictions(copy, ids, states, dense_states)[""]
-        ratio = figures.perplexity / figures.dense_perplexity
+        ratio = figures.perplexity / dense.perplexity
         return BudgetTrial(count, figures.divergence, ratio), (copy, fused)
 
     most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))

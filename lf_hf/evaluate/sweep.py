@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.speed import with_speed
 from lf_hf.plan.plan import Plan
+from lf_hf.report.data import TextFigures
 from lf_hf.report.report import FusionReport, versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
@@ -299,28 +300,31 @@ class _Maker:
         return cast(FusionReport, model.fusion_report)
 
     def _dense_point(self, key: str) -> Point:
-        judged = self._measured.judged
-        point = self._evaluate(key, DENSE, self._dense)
-        point.perplexities.update({text.name: text.dense for text in judged})
-        point.divergences.update({text.name: 0.0 for text in judged})
-        point.agreements.update({text.name: 1.0 for text in judged})
-        if self.configs[0].speed and Processes.of_launch().world_size == 1:
-            point.speedups.update(prefill=1.0, decoding=1.0)
-        return point
+        is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
+        judged = {text.name: TextFigures(text.dense) for text in self._measured.judged}
+        speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
+        return self._evaluate(key, DENSE, self._dense, judged, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
         report = self._heal(model, config)
-        is_healed_besides = config.heal_tokens and config.method != "healed"
-        point = self._evaluate(key, config.method + (HEALED if is_healed_besides else ""), model)
-        point.perplexities.update({text.name: text.fused for text in report.perplexities})
-        point.divergences.update({text.name: text.divergence for text in report.perplexities})
-        point.agreements.update({text.name: text.agreement for text in report.perplexities})
-        if report.speed is not None:
-            point.speedups.update(prefill=report.speed.prefill.ratio, decoding=report.speed.decoding.ratio)
+        method = config.method
+        if config.heal_tokens and method != "healed":
+            method += HEALED
+        judged = {text.name: text.figures for text in report.perplexities}
+        speed = report.speed
+        speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
+        point = self._evaluate(key, method, model, judged, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
         return replace(point, config=report.config, notes=report.notes, calibration=self.texts.source(config))
 
-    def _evaluate(self, key: str, method: str, model: PreTrainedModel) -> Point:
+    def _evaluate(
+        self,
+        key: str,
+        method: str,
+        model: PreTrainedModel,
+        judged: Mapping[str, TextFigures],
+        speedups: dict[str, float],
+    ) -> Point:
         """The point of a model, with its sizes and scores."""
         start = time.perf_counter()
         scores = self.evaluation.scores(model, self.tokenizer)
@@ -338,4 +342,8 @@ class _Maker:
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),
+            perplexities={name: figures.perplexity for name, figures in judged.items()},
+            divergences={name: figures.divergence for name, figures in judged.items()},
+            agreements={name: figures.agreement for name, figures in judged.items()},
+            speedups=speedups,
         )

@@ -111,19 +111,14 @@ def judge(
     ids = {text.name: text.ids for text in judged}
     states = final_states(decoder, ids, "Judging")
     found = predictions(decoder, ids, states, {text.name: text.states for text in judged}, dense_head)
-    return [
-        PerplexityInfo(
-            name=text.name,
-            text=text.source,
-            tokens=text.tokens,
-            dense=text.dense,
-            fused=found[text.name].perplexity,
-            relation=relations.get(text.name, "unseen"),
-            divergence=found[text.name].divergence,
-            agreement=found[text.name].agreement,
+    infos = []
+    for text in judged:
+        fused, divergence, agreement = found[text.name]
+        relation = relations.get(text.name, "unseen")
+        infos.append(
+            PerplexityInfo(text.name, text.source, text.tokens, text.dense, fused, relation, divergence, agreement)
         )
-        for text in judged
-    ]
+    return infos
 
 
 def compare_continuations(

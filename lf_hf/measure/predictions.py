@@ -1,13 +1,12 @@
 """What a model predicts on texts: perplexity, and divergence from and agreement with the dense model.
 
-The figures are defined here alone. This module knows nothing of fusing or training.
+The figures are computed here alone. This module knows nothing of fusing or training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder, Head
+from lf_hf.report.data import TextFigures
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -26,23 +26,6 @@ Batches = Mapping[str, Sequence[Tensor]]
 """For each text by name: token ids of shape (sequences B, tokens T), or states of shape (B, T, hidden)."""
 HeadAndStates = tuple[Head, Sequence[Tensor]]
 """A model's head, and its final states of all batches of a text."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A model's predictions of each token of a text from the tokens before it."""
-
-    perplexity: float  # exp of the mean negative log-likelihood
-    dense_perplexity: float  # the dense model's
-    divergence: float  # the mean of KL(dense || model) in nats a token
-    agreement: float  # share of tokens at which both models have the same most likely token
-
-    @classmethod
-    def from_sums(cls, count: float, loss: float, dense_loss: float, divergence: float, agreed: float) -> Predictions:
-        """Means of the sums over tokens of `_token_figures`."""
-        # A model that fusion broke can exceed what a float holds.
-        own, dense = torch.tensor([loss / count, dense_loss / count], dtype=torch.float64).exp().tolist()
-        return cls(own, dense, divergence / count, agreed / count)
 
 
 def kl_divergence(expected: Tensor, log_probs: Tensor, probabilities: Tensor | None = None) -> Tensor:
@@ -80,7 +63,7 @@ def predictions(
     states: Batches,
     dense: Batches | None = None,
     dense_head: Tensor | None = None,
-) -> dict[str, Predictions]:
+) -> dict[str, TextFigures]:
     """Compare a model's predictions of each text with the dense model's.
 
     `states` and `dense` are the final states of both, as `final_states` gives them; the model is the dense one by
@@ -88,26 +71,24 @@ def predictions(
     not change it. Each process gives its share of the texts, and all get the means over everything. Texts without
     tokens are left out.
     """
-    sums = torch.zeros(len(ids), 5, dtype=torch.float64)
+    found = {}
     with decoder.norm_and_head() as (_, weight):
         head = partial(_head_logits, decoder, weight)
         other_head = partial(_head_logits, decoder, weight if dense_head is None else dense_head)
-        for number, (name, batches) in enumerate(ids.items()):
-            if not batches:
-                continue
+        for name, batches in ids.items():
             models = [(head, _without_last(states[name]))]
             if dense is not None:
                 models.append((other_head, _without_last(dense[name])))
-            next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches])
+            next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches] or [torch.empty(0)])
             parts: list[Tensor] = []
             for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
                 targets, next_ids = next_ids.tensor_split([len(log_probs)])
                 parts.append(_token_figures(log_probs, targets.to(log_probs.device), *expected))
-            sums[number] = _sum_over_tokens(parts, 5)
-    if ids:
-        decoder.processes.all_reduce(sums)
-    rows = dict(zip(ids, sums.tolist(), strict=True))
-    return {name: Predictions.from_sums(*row) for name, row in rows.items() if row[0]}
+            if means := _means_over_tokens(decoder, parts, size=3):
+                loss, divergence, agreement = means
+                perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where no float is large enough
+                found[name] = TextFigures(perplexity.item(), divergence, agreement)
+    return found
 
 
 def _head_logits(decoder: Decoder, weight: Tensor, states: Tensor) -> Tensor:
@@ -121,18 +102,16 @@ def _without_last(states: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None = None) -> Tensor:
-    """What `Predictions` are means of, token by token: (5, tokens T), of log-probabilities (T, vocab) and ids (T,).
+    """What `TextFigures` come from, token by token: (3, tokens T), of log-probabilities (T, vocab) and ids (T,).
 
-    One (to be counted), negative log-likelihood of the model and of the dense model, divergence, and 1 where both have
-    the same most likely token. Without `expected` the model is the dense one.
+    Negative log-likelihood, divergence, and 1 where both models have the same most likely token. Without `expected` the
+    model is the dense one.
     """
     loss = -log_probs.gather(-1, next_ids[:, None])[:, 0]
-    one = torch.ones_like(loss)
     if expected is None:
-        return torch.stack([one, loss, loss, torch.zeros_like(loss), one])
-    dense_loss = -expected.gather(-1, next_ids[:, None])[:, 0]
+        return torch.stack([loss, torch.zeros_like(loss), torch.ones_like(loss)])
     agreed = (log_probs.max(-1).indices == expected.max(-1).indices).to(loss)  # faster than argmax
-    return torch.stack([one, loss, dense_loss, kl_divergence(expected, log_probs), agreed])
+    return torch.stack([loss, kl_divergence(expected, log_probs), agreed])
 
 
 @torch.no_grad()
@@ -142,16 +121,13 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
     States have shape (sequences B, tokens T, hidden); each process has a share of the sequences. A divergence that
     cannot be computed, as where float16 overflows, is inf.
     """
-    parts: list[Tensor] = []
+    parts = []
     with decoder.head() as head:
         models = [(head, states) for states in (dense, *candidates)]
         for expected, *compared in _log_probs(models, decoder.config.vocab_size):
-            figures = [kl_divergence(expected, log_probs) for log_probs in compared]
-            parts.append(torch.stack([torch.ones_like(expected[:, 0]), *figures]))
-    sums = _sum_over_tokens(parts, len(models))
-    decoder.processes.all_reduce(sums)
-    tokens, *totals = sums.tolist()
-    return [total / tokens if math.isfinite(total) else math.inf for total in totals]
+            parts.append(torch.stack([kl_divergence(expected, log_probs) for log_probs in compared]))
+    means = _means_over_tokens(decoder, parts, size=len(models) - 1)
+    return [mean if math.isfinite(mean) else math.inf for mean in means]
 
 
 def _log_probs(models: Sequence[HeadAndStates], vocab_size: int) -> Iterator[list[Tensor]]:
@@ -174,12 +150,17 @@ def _log_probs(models: Sequence[HeadAndStates], vocab_size: int) -> Iterator[lis
                 yield [piece.float().log_softmax(-1) for piece in pieces]
 
 
-def _sum_over_tokens(parts: Sequence[Tensor], size: int) -> Tensor:
-    """Sums of figures of shape (size, tokens), as float64 of shape (size,); the host does not wait for their device.
+def _means_over_tokens(decoder: Decoder, parts: Sequence[Tensor], size: int) -> list[float]:
+    """Means over the tokens of all processes of figures in parts of shape (size, tokens); none without any tokens.
 
-    In float64 sums do not depend on how many sequences are in a batch.
+    Sums are in float64, so that they do not depend on how many sequences are in a batch. The host does not wait for
+    their device before all are computed.
     """
-    sums = [in_float64(part).sum(-1) for part in parts]
-    if not sums:
-        return torch.zeros(size, dtype=torch.float64)
-    return torch.stack(sums).sum(0).cpu()
+    sums = torch.zeros(size, dtype=torch.float64)
+    if parts:
+        sums = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0).cpu()
+    count = sums.new_tensor([sum(part.shape[-1] for part in parts)])
+    totals = torch.cat([sums, count])
+    decoder.processes.all_reduce(totals)
+    *figures, tokens = totals.tolist()
+    return [figure / tokens for figure in figures] if tokens else []

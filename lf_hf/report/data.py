@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from lf_hf.runtime.words import plural
 
@@ -107,9 +107,17 @@ class CalibrationInfo:
         return f"calibration: {self.source} ({self.samples} samples, {self.tokens} tokens)"
 
 
+class TextFigures(NamedTuple):
+    """A model's predictions of each token of a text from the tokens before it, beside the dense model's."""
+
+    perplexity: float  # exp of the mean negative log-likelihood
+    divergence: float = 0.0  # the mean of KL(dense || model) in nats a token
+    agreement: float = 1.0  # share of tokens at which both models have the same most likely token
+
+
 @dataclass(frozen=True)
 class PerplexityInfo:
-    """Perplexity of both models on a text, KL(dense || fused) in nats a token, and the share of equal next tokens.
+    """The figures of the fused model on a text of so many tokens, and the dense model's perplexity.
 
     `relation` says whether the text itself ("seen") or text of its kind ("kin") was fitted or trained on, or neither
     ("unseen").
@@ -130,9 +138,9 @@ class PerplexityInfo:
         return self.fused / self.dense
 
     @property
-    def figures(self) -> tuple[float, float, float]:
-        """The fused model's perplexity, divergence and agreement."""
-        return self.fused, self.divergence, self.agreement
+    def figures(self) -> TextFigures:
+        """The fused model's."""
+        return TextFigures(self.fused, self.divergence, self.agreement)
 
     @property
     def label(self) -> str:

@@ -25,6 +25,7 @@ from lf_hf.report.data import (
     HealingInfo,
     PerplexityInfo,
     SpeedInfo,
+    TextFigures,
 )
 from lf_hf.report.rows import Row, speed_rows, text_rows
 from lf_hf.runtime.errors import explained
@@ -150,18 +151,15 @@ class FusionReport:
             rows.append(Row("bytes on disk", "size", bytes_on_disk))
         if self.speed is not None:
             rows += speed_rows(self.speed)
+        first_judged = {}
         if self.healed is not None:
-            return [row.with_healed() for row in rows] + self._healed_rows(self.healed)
+            rows = [row.with_healed() for row in rows]
+            first_judged = {text.name: text for text in self.healed.all[0].judged}
         for text in self.perplexities:
-            rows += text_rows(text.name, text.dense, text.figures)
-        return rows
-
-    def _healed_rows(self, healed: HealingInfo) -> list[Row]:
-        fused = {text.name: text for text in healed.all[0].judged}
-        rows = []
-        for text in self.perplexities:
-            first = fused.get(text.name, text)
-            rows += text_rows(text.name, text.dense, first.figures, text.figures)
+            models = [TextFigures(text.dense), text.figures]
+            if self.healed is not None:
+                models.insert(1, first_judged.get(text.name, text).figures)
+            rows += text_rows(text.name, models)
         return rows
 
     @property

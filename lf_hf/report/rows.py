@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lf_hf.report.data import SpeedInfo
+from lf_hf.report.data import SpeedInfo, TextFigures
 
 NOT_MEASURED = "-"
 _MODELS = ("base", "fused", "healed")
@@ -58,14 +58,10 @@ class Row(NamedTuple):
         return self._replace(values=[*self.values, self.values[-1]])
 
 
-def text_rows(name: str, dense: float | None, *models: tuple[float, float, float]) -> list[Row]:
-    """Rows of a text: the base's perplexity beside perplexity, divergence and agreement of each other model."""
-    perplexities, divergences, agreements = zip((dense, 0.0, 1.0), *models, strict=True)
-    return [
-        Row(f"perplexity, {name}", "perplexity", perplexities),
-        Row(f"divergence, {name}", "divergence", divergences),
-        Row(f"agreement, {name}", "agreement", agreements),
-    ]
+def text_rows(name: str, models: Sequence[TextFigures]) -> list[Row]:
+    """Rows of a text: the figures of each model, the base's first."""
+    figures = zip(*models, strict=True)
+    return [Row(f"{kind}, {name}", kind, values) for kind, values in zip(TextFigures._fields, figures, strict=True)]
 
 
 def speed_rows(speed: SpeedInfo) -> list[Row]:

@@ -11,7 +11,8 @@ from conftest import make_llama
 from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.measure.predictions import Predictions, divergences, final_states, predictions, shard_batches
+from lf_hf.measure.predictions import divergences, final_states, predictions, shard_batches
+from lf_hf.report.data import TextFigures
 
 SEQUENCES = [
     torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 40, 9)
@@ -30,7 +31,8 @@ def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
     ids = shard_batches(decoder, {"text": SEQUENCES, "empty": []})
     states = final_states(decoder, ids, "")
     [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
-    assert name == "text" and found == Predictions(found.perplexity, found.perplexity, divergence=0.0, agreement=1.0)
+    assert name == "text" and found == TextFigures(found.perplexity, divergence=0.0, agreement=1.0)
+    assert found == predictions(decoder, ids, states)["text"]
 
 
 @torch.no_grad()
@@ -60,4 +62,5 @@ def test_figures_are_those_of_whole_forward_passes() -> None:
     assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
     assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
-    assert math.log(found.dense_perplexity) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
+    of_dense = predictions(decoder, ids, dense_states)["text"]
+    assert math.log(of_dense.perplexity) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
