@@ -319,19 +319,7 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
     sequences = interleave(rest, measured.text.written)
     judging = [*held_out_sequences, *measured.text.other]
     for group, fit in fit_groups(dense, groups, sequences, judging, ridge=config.ridge):
-        entry = FusedLayer(
-            layers=_numbers(group),
-            shares=fit.shares,
-            heads_kept=fit.heads_kept,
-            channels_kept=fit.channels_kept,
-            error_before=fit.error_before,
-            error_after=fit.error_after,
-            attention_error=fit.attention_error,
-            held_out_error=fit.held_out_error,
-            first_token_error=fit.first_token_error,
-            layer_instead=fit.layer_instead,
-        )
-        yield group, fit.weights, fit.kind, entry
+        yield group, *fit
 
 
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:

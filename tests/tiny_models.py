@@ -236,7 +236,7 @@ def fitted(
     """
     layers = list(decoder.layers(numbers))
     traces = trace(decoder, layers, states, StateStore())
-    fit = fit_group(decoder, layers, traces, streams, StateStore(), ridge=ridge, rough=rough)
+    fit = fit_group(decoder, layers, traces, streams, StateStore(), ridge=ridge, rough=rough, first=numbers[0])
     return fit, build_layer(decoder, fit.weights, fit.kind), traces
 
 

@@ -19,6 +19,7 @@ from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import States, StateStore, run_states, trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
+from lf_hf.report.data import FusedLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -63,13 +64,13 @@ def fit_groups(
                 continue
             missed_by_layer = [judge.missed(layer) for layer in layers]
             traces = trace(dense, layers, dense_states, store)
-            fit = fit_group(dense, layers, traces, states, store, ridge=ridge)
+            fit = fit_group(dense, layers, traces, states, store, ridge=ridge, first=first)
             before = dense_states if states is None else states
             dense_states = traces.output
             del layers, traces
             if steps is not None:
                 fit = _trained(dense, fit, before, dense_states, steps, judge)
-                fit = _or_layer_instead(dense, fit, first, missed_by_layer)
+                fit = _or_layer_instead(dense, fit, missed_by_layer)
             layer = build_layer(dense, fit.weights, fit.kind)
             states = run_states(dense, layer, before, store)
             judge.run(layer)
@@ -100,34 +101,32 @@ def _trained(
     if missed_by_trained < missed:
         layer, missed = trained, missed_by_trained
     held_out_error, first_token_error = missed
-    weights = layer_weights(dense, layer)
-    return replace(fit, weights=weights, held_out_error=held_out_error, first_token_error=first_token_error)
+    entry = replace(fit.entry, held_out_error=held_out_error, first_token_error=first_token_error)
+    return fit._replace(weights=layer_weights(dense, layer), entry=entry)
 
 
-def _or_layer_instead(
-    dense: Decoder, fit: GroupFit, first: int, missed_by_layer: Sequence[tuple[float, float]]
-) -> GroupFit:
-    """The fitted layer, or that layer of a group from `first` up which, as it is, misses less of held-out text."""
-    finite = [missed for missed, _ in missed_by_layer if math.isfinite(missed)]  # what overflows is NaN
-    assert fit.held_out_error is not None
-    if not finite or fit.held_out_error <= min(finite):
+def _or_layer_instead(dense: Decoder, fit: GroupFit, missed_by_layer: Sequence[tuple[float, float]]) -> GroupFit:
+    """The fitted layer, or that layer of its group which, as it is, misses less of held-out text."""
+    fitted, errors = fit.entry, [missed for missed, _ in missed_by_layer]
+    finite = [missed for missed in errors if math.isfinite(missed)]  # what overflows is NaN
+    assert fitted.held_out_error is not None and fitted.heads_kept and fitted.channels_kept
+    if not finite or fitted.held_out_error <= min(finite):
         return fit
-    place = [missed for missed, _ in missed_by_layer].index(min(finite))
-    held_out_error, first_token_error = missed_by_layer[place]
-    layer = dense.layer(first + place)
-    is_taken = [n == place for n in range(len(missed_by_layer))]
-    return GroupFit(
-        weights=layer_weights(dense, layer),
-        kind=dense.family.layer_kind(layer),
-        heads_kept=[sum(fit.heads_kept) * taken for taken in is_taken],
-        channels_kept=[sum(fit.channels_kept) * taken for taken in is_taken],
-        error_before=None,
-        error_after=None,
-        attention_error=None,
-        held_out_error=held_out_error,
-        first_token_error=first_token_error,
-        layer_instead=first + place,
+    least = min(finite)
+    place = errors.index(least)
+    number = fitted.layers[place]
+    layer = dense.layer(number)
+    is_taken = [other == number for other in fitted.layers]
+    entry = FusedLayer(
+        fitted.layers,
+        shares=[float(taken) for taken in is_taken],
+        heads_kept=[sum(fitted.heads_kept) * taken for taken in is_taken],
+        channels_kept=[sum(fitted.channels_kept) * taken for taken in is_taken],
+        held_out_error=least,
+        first_token_error=missed_by_layer[place][1],
+        layer_instead=number,
     )
+    return GroupFit(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
 
 
 class _HeldOutText:

@@ -17,7 +17,7 @@ chosen, where states are kept or how layers are loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from lf_hf.refit.layer_parts import (
 )
 from lf_hf.refit.regression import FitOverflow, expanded
 from lf_hf.refit.states import StateStore, Traces, on_device
+from lf_hf.report.data import FusedLayer
 from lf_hf.runtime.numerics import all_finite, in_float64
 
 # Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
@@ -58,33 +59,12 @@ class FittedHalf(NamedTuple):
     error_after: float
 
 
-@dataclass(frozen=True)
-class GroupFit:
-    """One layer for a group of layers, and how it came about.
-
-    Errors are None where a layer of the group is taken as it is. They are what is left of what a half should write,
-    squared and relative; where that goes through a norm, in front of it.
-
-    On held-out text the layer misses `held_out_error` of what the group does to the stream, and `first_token_error` of
-    what it does to each sequence's first token (None where there is no such text). `layer_instead` is the layer of the
-    group that misses less as it is, and was taken for that.
-    """
+class GroupFit(NamedTuple):
+    """One layer for a group of layers, and its entry in the report."""
 
     weights: dict[str, Tensor]
     kind: Kind
-    heads_kept: list[int]  # key-value groups from each layer of the group
-    channels_kept: list[int]  # likewise of the MLP
-    error_before: float | None  # of the MLP, with down_proj as it was
-    error_after: float | None
-    attention_error: float | None
-    held_out_error: float | None = None
-    first_token_error: float | None = None
-    layer_instead: int | None = None
-
-    @property
-    def shares(self) -> list[float]:
-        """Each layer's part of the MLP's channels."""
-        return [count / sum(self.channels_kept) for count in self.channels_kept]
+    entry: FusedLayer
 
 
 @torch.no_grad()
@@ -97,6 +77,7 @@ def fit_group(
     *,
     ridge: float,
     rough: bool = False,
+    first: int = 0,
 ) -> GroupFit:
     """Fit one layer to do to `states` what a group of layers did to theirs.
 
@@ -115,6 +96,8 @@ def fit_group(
     rough : bool
         Keep the largest channels, choose key-value groups in one round, and fit once in front of norms: many times
         faster, and good enough to compare groups.
+    first : int
+        Number of the group's first layer, for the report.
 
     Raises
     ------
@@ -152,15 +135,16 @@ def fit_group(
         decoder.processes.broadcast(fitted[name])
         if not all_finite(fitted[name]):
             raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
-    return GroupFit(
-        weights=fitted,
-        kind=kind,
+    entry = FusedLayer(
+        layers=list(range(first, first + len(kinds))),
+        shares=[count / sum(gated.kept) for count in gated.kept],
         heads_kept=attended.kept,
         channels_kept=gated.kept,
         error_before=gated.error_before,
         error_after=gated.error_after,
         attention_error=attended.error_after,
     )
+    return GroupFit(fitted, kind, entry)
 
 
 def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:

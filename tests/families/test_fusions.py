@@ -91,8 +91,8 @@ def test_a_layer_and_an_idle_one_fuse_to_the_layer(layout: str, active: int, rou
     kind, key_values = decoder.family.layer_kind(decoder.layer(first + active)), decoder.config.num_key_value_heads
     states = decoder.embed(decoder.make_batches(list(LONGER)))
     fit, fused, traces = fitted(decoder, (first, first + 1), states, ridge=1e-4, rough=rough)
-    assert fit.channels_kept == [48 * (active == 0), 48 * (active == 1)]
-    assert fit.heads_kept in (None, [key_values * (active == 0), key_values * (active == 1)])
+    assert fit.entry.channels_kept == [48 * (active == 0), 48 * (active == 1)]
+    assert fit.entry.heads_kept in (None, [key_values * (active == 0), key_values * (active == 1)])
     assert fit.kind == kind
     with torch.no_grad():
         found = decoder.run_layer(fused, states[0])

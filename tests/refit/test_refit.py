@@ -37,8 +37,9 @@ def test_a_fit_comes_closer_to_its_group_than_a_layer_of_it_on_text_that_it_has_
     first, second = decoder.model.model.layers[1:3]
     wanted = decoder.run_layer(second, decoder.run_layer(first, unseen))
     fit, fused, _ = fitted(decoder, (1, 2), states, ridge=0.01, rough=rough)
-    assert fit.channels_kept is not None and sum(fit.channels_kept) == 48
-    assert fit.error_after is not None and fit.error_before is not None and fit.error_after < fit.error_before
+    entry = fit.entry
+    assert entry.layers == [1, 2] and entry.channels_kept is not None and sum(entry.channels_kept) == 48
+    assert entry.error_after is not None and entry.error_before is not None and entry.error_after < entry.error_before
     missed, *by_layers = (relative(decoder.run_layer(layer, unseen), wanted) for layer in (fused, first, second))
     assert missed < min(by_layers)
 
