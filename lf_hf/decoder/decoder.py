@@ -28,8 +28,16 @@ from lf_hf.decoder.placement import (
     sharing_copy,
     value,
 )
-from lf_hf.families.layer_lists import set_config_kind, set_config_layers
-from lf_hf.families.models import CausalLM, family_of, first_free_layer, is_tied, text_model, text_prefix
+from lf_hf.families.models import (
+    CausalLM,
+    family_of,
+    first_free_layer,
+    is_tied,
+    set_config_kind,
+    set_config_layers,
+    text_model,
+    text_prefix,
+)
 from lf_hf.families.table import DecoderLayer, Family, Kind
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import all_finite, in_float64

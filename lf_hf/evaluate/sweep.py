@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
@@ -21,18 +21,16 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text_digest
 from lf_hf.checkpoint.saving import checked_folder
-from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.fusion import load_needed
 from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
 from lf_hf.measure.check import for_model
-from lf_hf.measure.dense import Measurements, measure
+from lf_hf.measure.dense import measure
 from lf_hf.measure.speed import with_speed
-from lf_hf.plan.plan import Plan
 from lf_hf.report.data import TextFigures
-from lf_hf.report.report import FusionReport, versions
+from lf_hf.report.report import versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
@@ -106,14 +104,13 @@ def sweep(
     asked: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "metadata": metadata}
     evaluation = Evaluation(tasks, batch_size=batch_size, **asked)
     tokenizer = opened.tokenizer()
-    texts = _Texts.load(configs, calibration, tokenizer)
-    maker = _Maker(opened, tokenizer, configs, texts, evaluation)
+    maker = _Maker(opened, tokenizer, configs, _Texts.load(configs, calibration, tokenizer), evaluation)
     maker.check_healing()
     asked |= {"tasks": sorted(tasks), "limit": limit and float(limit)}  # a command line gives 20.0 for 20
     keys = maker.keys(json.dumps(asked, sort_keys=True), by_default=calibration is None)
     results = Results(folder, opened.full_name, list(keys))
-    if calibration is None:
-        maker.texts = texts.as_before(results.points(), keys, tokenizer)
+    if calibration is None and (earlier := default_source(point.calibration for point in results.points())):
+        maker.texts = _Texts.load(configs, earlier, tokenizer)  # those that points which are there were made on
     maker.make(keys, results)
     return results.points()
 
@@ -170,24 +167,13 @@ class _Texts(NamedTuple):
                 to_heal = load_training_text(calibration, config.heal_tokens, tokenizer)
         return cls(samples, text, to_heal)
 
-    def used_by(self, config: FusionConfig) -> list[CalibrationSamples | Corpus]:
-        """The texts that a fusion uses."""
-        needed = (config.averages, config.needs_text, config.heal_tokens)
-        return [text for text, is_needed in zip(self, needed, strict=True) if text and is_needed]
-
-    def source(self, config: FusionConfig) -> str:
-        """Where the texts that a fusion uses are from."""
-        return "; ".join(dict.fromkeys(text.source for text in self.used_by(config)))
-
-    def as_before(self, points: Sequence[Point], keys: _Keys, tokenizer: PreTrainedTokenizerBase) -> _Texts:
-        """These default texts, or those that points which are there were made on.
-
-        Raises OSError where the hub does not give these now.
-        """
-        earlier = default_source(point.calibration for point in points)
-        if earlier is None:
-            return self
-        return _Texts.load([config for config in keys.values() if config], earlier, tokenizer)
+    def used_by(self, *configs: FusionConfig) -> _Texts:
+        """Those that any of some fusions uses."""
+        return _Texts(
+            self.samples if any(config.averages for config in configs) else None,
+            self.text if any(config.needs_text for config in configs) else None,
+            self.to_heal if any(config.heal_tokens for config in configs) else None,
+        )
 
 
 @dataclass
@@ -210,14 +196,11 @@ class _Maker:
                 "Processes that share a sweep cannot heal; start it as one process, or give methods without 'healed', "
                 "and no heal_tokens."
             )
-        self._training, launch = training_on_launch(self._most_healed.healing, self.base, {})
-        self._healing = plan_run(self.base, self._most_healed, self._training, None, launch=launch).healing
+        # The fusion whose healing takes most has the most layers left.
+        most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
+        self._training, launch = training_on_launch(most.healing, self.base, {})
+        self._healing = plan_run(self.base, most, self._training, None, launch=launch).healing
         check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)
-
-    @property
-    def _most_healed(self) -> FusionConfig:
-        """The fusion whose healing takes most: it has the most layers left."""
-        return min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
 
     def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
         """What identifies the results of each model; default texts count as the same wherever they come from."""
@@ -226,7 +209,7 @@ class _Maker:
         judged = {"perplexity_tokens": self.configs[0].perplexity_tokens}
         keys: _Keys = {identity_key(identity(base, judged, "", **others))[:_KEY]: None}
         for config in self.configs:
-            texts = chain(*(text.texts for text in self.texts.used_by(config)))
+            texts = chain(*(text.texts for text in self.texts.used_by(config) if text))
             text = text_digest(None if by_default else texts, self.tokenizer)
             made_of = identity(base, config.in_effect(), text, **others)
             keys[identity_key(made_of)[:_KEY]] = config
@@ -239,7 +222,8 @@ class _Maker:
         first = len(missing) * processes.rank // processes.world_size
         last = len(missing) * (processes.rank + 1) // processes.world_size
         mine = missing[first:last]
-        self._wanted = [config for config in map(keys.get, mine) if config is not None]
+        if mine:
+            self._measure([config for config in map(keys.get, mine) if config])
         fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
         for key in progress(mine, desc="Sweep", unit="point"):
             config = keys[key]
@@ -251,34 +235,21 @@ class _Maker:
         if processes.is_main:
             results.complete()
 
-    @cached_property
-    def _plan(self) -> Plan:
+    def _measure(self, configs: Sequence[FusionConfig]) -> None:
+        """Read the base, and measure what these fusions need. Points are made by one process each."""
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
-        return plan_run(self.base, most, None, None)
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        """The base. Points are made by one process each."""
-        decoder = self.base.open_decoder(self._plan)
-        decoder.processes = ALONE
-        return decoder
+        self._decoder = self.base.open_decoder(plan_run(self.base, most, None, None))
+        self._decoder.processes = ALONE
+        samples, text, to_heal = self.texts.used_by(*configs)
+        measured = measure(self._decoder, self.tokenizer, self.configs[0], samples, text)
+        self._measured = replace(measured, averages={})  # for higher levels to go on from
+        if to_heal is not None:
+            folder, judged = Path(self._work.name), measured.judged
+            write_teacher(folder, self._decoder, self.tokenizer, to_heal, self._training, judged)
 
     @property
     def _dense(self) -> PreTrainedModel:
         return cast(PreTrainedModel, self._decoder.model)
-
-    @cached_property
-    def _measured(self) -> Measurements:
-        """What is measured on the base. Averages are kept for higher levels to go on from."""
-        decoder, config = self._decoder, self.configs[0]
-        # What no point uses is not measured.
-        samples = self.texts.samples if any(config.averages for config in self._wanted) else None
-        text = self.texts.text if any(config.needs_text for config in self._wanted) else None
-        measured = replace(measure(decoder, self.tokenizer, config, samples, text), averages={})
-        if self.texts.to_heal is not None and any(config.heal_tokens for config in self._wanted):
-            folder, text = Path(self._work.name), self.texts.to_heal
-            write_teacher(folder, decoder, self.tokenizer, text, self._training, measured.judged)
-        return measured
 
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
@@ -287,17 +258,16 @@ class _Maker:
         report = with_speed(report, decoder.model, self.base.config)
         return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)
 
-    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> FusionReport:
+    def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> None:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
-        report: Any = model.fusion_report
         asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
-        model.fusion_report = replace(report, config=report.config | asked_for)
-        if self.texts.to_heal and config.heal_tokens and not report.healed:
-            teacher = open_teacher(Path(self._work.name))
-            assert self._healing is not None
-            with TemporaryDirectory() as work:
-                pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, self._healing, Path(work))
-        return cast(FusionReport, model.fusion_report)
+        model.fusion_report = replace(model.report, config=model.report.config | asked_for)
+        if not config.heal_tokens or model.report.healed:
+            return
+        assert self.texts.to_heal is not None and self._healing is not None
+        teacher = open_teacher(Path(self._work.name))
+        with TemporaryDirectory() as work:
+            pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, self._healing, Path(work))
 
     def _dense_point(self, key: str) -> Point:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
@@ -306,8 +276,8 @@ class _Maker:
         return self._evaluate(key, DENSE, self._dense, judged, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
-        report = self._heal(model, config)
-        method = config.method
+        self._heal(model, config)
+        report, method = model.report, config.method
         if config.heal_tokens and method != "healed":
             method += HEALED
         judged = {text.name: text.figures for text in report.perplexities}
@@ -315,7 +285,8 @@ class _Maker:
         speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
         point = self._evaluate(key, method, model, judged, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
-        return replace(point, config=report.config, notes=report.notes, calibration=self.texts.source(config))
+        sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
+        return replace(point, config=report.config, notes=report.notes, calibration="; ".join(sources))
 
     def _evaluate(
         self,

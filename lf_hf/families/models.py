@@ -1,7 +1,8 @@
-"""Which models fuse, of text alone or of images too, why others do not, and where in a model its decoder is."""
+"""Which models fuse, of text alone or of images too, why others do not, and what a config says of each layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.families.table import FAMILIES, Family
+from lf_hf.families.table import FAMILIES, Family, Kind
 
 CausalLM: TypeAlias = Any
 """A model of one of the families, with its head."""
@@ -112,3 +113,27 @@ def is_tied(model: CausalLM) -> bool:
 def special_id(config: PretrainedConfig, name: Literal["bos", "eos", "pad"]) -> Any:
     """A token's number, several, or None; not all configs have an entry."""
     return getattr(config, f"{name}_token_id", None)
+
+
+def set_config_layers(config: PretrainedConfig, numbers: Sequence[int]) -> None:
+    """Let a config describe these of its layers, in this order; lists with one entry a layer follow."""
+    for name, values in layer_lists(config).items():
+        setattr(config, name, [values[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+
+
+def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
+    """All lists of a config that have an entry a layer, whether its family's entry names them or not."""
+    named, lists = family_of(config).layer_lists, {}
+    for name, value in vars(config).items():
+        is_list = "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers
+        if name in named or is_list:
+            lists[name] = value
+    return lists
+
+
+def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:
+    """Let one layer be of another kind."""
+    for name, value in kind.items():
+        values = getattr(config, name)
+        setattr(config, name, [*values[:index], value, *values[index + 1 :]])

@@ -14,8 +14,15 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.layer_lists import layer_lists
-from lf_hf.families.models import family_of, first_free_layer, is_wrapper, model_class, num_parameters, text_model
+from lf_hf.families.models import (
+    family_of,
+    first_free_layer,
+    is_wrapper,
+    layer_lists,
+    model_class,
+    num_parameters,
+    text_model,
+)
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.measure.check import check_model
-from lf_hf.measure.comparison import Similarity, compare_layers
 from lf_hf.measure.generating import generate
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo
@@ -19,12 +20,26 @@ from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
 from lf_hf.settings import JUDGING_LENGTH, WRITTEN_LENGTH, FusionConfig
+from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.averaging import Average, AverageKey
+from lf_hf.stages.manifold import diffusion_embedding
+from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
-from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain
+from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
 
 logger = logging.get_logger(__name__)
+
+
+class Similarity(NamedTuple):
+    """What stages 1 to 3 found on calibration samples."""
+
+    matrix: NDArray[np.float64]  # of shape (layers L, layers L)
+    embeddings: NDArray[np.float64]  # of shape (L, samples N, d)
+    influences: list[float] | None  # how much each layer changes the residual stream
+    labels: list[str] | None  # MMLU subject of each sample
+    source: CalibrationInfo
+    notes: list[str]
 
 
 class CalibrationText(NamedTuple):
@@ -111,6 +126,49 @@ def measure(
         logger.warning(note)
     digest = weights_digest(decoder.named_parameters())
     return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest, notes)
+
+
+def compare_layers(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    samples: CalibrationSamples,
+    clock: Clock,
+) -> Similarity:
+    """Stages 1 to 3 of the published method: how similar the layers are, on calibration samples."""
+    config.check_num_samples(len(samples.texts))
+    ids = tokenize_samples(tokenizer, samples, config.sample_length, decoder.config.vocab_size)
+    longest = max(map(len, ids))
+    different = len({tuple(sample.tolist()) for sample in ids})
+    notes = []
+    if longest == 1 or different < config.samples_needed:
+        notes.append(
+            f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
+            f"has {longest} {plural(longest, 'token')}; give {config.samples_needed} different samples of text or more."
+        )
+    with clock("activations"):  # stage 1
+        distances, influences = sample_distances(decoder, ids)
+    with clock("manifold"):  # stage 2
+        scale, alpha, dim = config.kernel_scale, config.kernel_alpha, config.embedding_dim
+        embeddings = np.stack(
+            [diffusion_embedding(d, kernel_scale=scale, kernel_alpha=alpha, embedding_dim=dim) for d in distances]
+        )
+    with clock("similarity"):  # stage 3
+        matrix = layer_similarity(
+            embeddings,
+            mi_neighbors=config.mi_neighbors,
+            entropy_neighbors=config.entropy_neighbors,
+            rank_normalize=config.rank_normalize,
+            seed=config.seed,
+        )
+    return Similarity(
+        matrix,
+        embeddings,
+        influences if longest > 1 else None,  # each sample's first token is left out
+        samples.labels,
+        CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        notes,
+    )
 
 
 def tokenize_corpus(

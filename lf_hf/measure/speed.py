@@ -19,8 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from lf_hf.decoder.placement import is_offloaded, sharing_copy
-from lf_hf.families.layer_lists import set_config_layers
-from lf_hf.families.models import CausalLM, family_of, text_model
+from lf_hf.families.models import CausalLM, family_of, set_config_layers, text_model
 from lf_hf.report.data import Rate, SpeedInfo
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import reason

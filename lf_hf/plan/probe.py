@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from lf_hf.families.layer_lists import set_config_layers
-from lf_hf.families.models import family_of, text_model
+from lf_hf.families.models import family_of, set_config_layers, text_model
 from lf_hf.runtime.numerics import bfloat16_products
 from lf_hf.settings import PERPLEXITY_LENGTH
 
