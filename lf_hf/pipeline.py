@@ -53,7 +53,6 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.stages.averaging import average
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.judging import nearest
 from lf_hf.text.packing import interleave, split_held_out
 
 logger = logging.get_logger(__name__)
@@ -239,7 +238,7 @@ def fuse(
     else:
         choice, layers = fuse_layers(decoder, config, measured, clock=clock)
     with clock("perplexity"):
-        perplexities = judge(decoder, measured.judged, _relations(measured, config))
+        perplexities = judge(decoder, measured.judged, measured.relations)
     with clock("continuations"):
         continuations = compare_continuations(decoder, tokenizer, measured.continuations)
     similarity = measured.similarity
@@ -267,16 +266,6 @@ def fuse(
         budget=budget,
         group_costs=[GroupCost(*group, cost) for group, cost in sorted(choice.costs.items())],
     )
-
-
-def _relations(measured: Measurements, config: FusionConfig) -> dict[str, str]:
-    """How each judging text relates to the text that a fusion used."""
-    relations = {}
-    for text in measured.judged:
-        to_samples = text.to_samples if config.averages else "unseen"
-        to_text = text.to_text if config.needs_text else "unseen"
-        relations[text.name] = nearest(to_samples, to_text)
-    return relations
 
 
 def fuse_layers(

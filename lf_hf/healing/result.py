@@ -11,14 +11,14 @@ from transformers.utils import logging
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.teacher import Teacher
 from lf_hf.measure.judge import judge, write_continuations
-from lf_hf.report.data import HealingInfo, PerplexityInfo
+from lf_hf.report.data import HealingInfo
 from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
 from lf_hf.report.report import CHANGED_NOTE, FusionReport
 from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FITTING
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.judging import judging_texts, nearest, relation
+from lf_hf.text.judging import nearest, relations_to
 
 logger = logging.get_logger(__name__)
 _MOST_EPOCHS = 3  # more times through the same text are worth a warning
@@ -48,7 +48,8 @@ def healed_report(
     """The report of what a fused model has become by training on a corpus."""
     perplexities = healed.judged
     if healed.kept:
-        relations = {text.name: _relation(text, healed, corpus) for text in healed.judged}
+        related = relations_to(corpus.parts.values(), [kind.source for kind in healed.text])
+        relations = {text.name: nearest(text.relation, related[text.name]) for text in healed.judged}
         perplexities = judge(decoder, teacher.judged, relations, teacher.head)
     continuations = report.continuations
     if continuations:
@@ -74,13 +75,6 @@ def healed_report(
         fingerprints=None,
         healed=healed,
     )
-
-
-def _relation(text: PerplexityInfo, healed: HealingInfo, corpus: Corpus) -> str:
-    """How a judging text relates to what the model was fitted or trained on."""
-    [judging] = [judging for judging in judging_texts() if judging.name == text.name]
-    trained_on = [kind.source for kind in healed.text]
-    return nearest(text.relation, relation(judging, corpus.parts.values(), trained_on))
 
 
 def _outcome_notes(healed: HealingInfo) -> list[str]:

@@ -188,4 +188,5 @@ def _judged_tensors(judged: Sequence[Judged]) -> dict[str, Tensor]:
 def _judged(number: int, figures: dict[str, Any], tensors: dict[str, Tensor]) -> Judged:
     count = sum(name.startswith(f"{number}.") and name.endswith("ids") for name in tensors)
     batches = {name: [tensors[f"{number}.{batch}.{name}"] for batch in range(count)] for name in ("ids", "states")}
-    return Judged(**figures | batches)
+    known = {entry.name: figures[entry.name] for entry in dataclasses.fields(Judged)}  # others are an earlier version's
+    return Judged(**known | batches)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
+from lf_hf.text.judging import nearest, relations_to
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
 
 logger = logging.get_logger(__name__)
@@ -39,6 +42,7 @@ class Similarity(NamedTuple):
     influences: list[float] | None  # how much each layer changes the residual stream
     labels: list[str] | None  # MMLU subject of each sample
     source: CalibrationInfo
+    relations: Mapping[str, str]  # of judging texts to the samples, by name
     notes: list[str]
 
 
@@ -50,6 +54,7 @@ class CalibrationText(NamedTuple):
     other: list[Tensor]  # pieces of text of other kinds, which only judge
     source: CalibrationInfo
     note: str  # what users should know of it
+    relations: Mapping[str, str] = MappingProxyType({})  # of judging texts to it, by name
 
     @property
     def sequences(self) -> list[Tensor]:
@@ -83,7 +88,19 @@ class Measurements:
     @property
     def sources(self) -> list[CalibrationInfo]:
         """Where the calibration text came from."""
-        return [measured.source for measured in (self.similarity, self.text) if measured is not None]
+        return [used.source for used in self._on_text]
+
+    @property
+    def relations(self) -> dict[str, str]:
+        """How each judging text, by its name, relates to the calibration text."""
+        relations = {}
+        for text in self.judged:
+            relations[text.name] = nearest("unseen", *(used.relations[text.name] for used in self._on_text))
+        return relations
+
+    @property
+    def _on_text(self) -> list[Similarity | CalibrationText]:
+        return [used for used in (self.similarity, self.text) if used is not None]
 
 
 def measure(
@@ -108,7 +125,7 @@ def measure(
     notes: list[str] = []
     continuations: dict[str, str] = {}
     with clock("perplexity"):
-        judged = judge_dense(decoder, tokenizer, config.perplexity_tokens, samples, corpus)
+        judged = judge_dense(decoder, tokenizer, config.perplexity_tokens)
     if config.perplexity_tokens:
         with clock("continuations"):
             if not decoder.on_disk:  # else each token would take reading all of it
@@ -167,6 +184,7 @@ def compare_layers(
         influences if longest > 1 else None,  # each sample's first token is left out
         samples.labels,
         CalibrationInfo(samples.source, len(ids), sum(map(len, ids))),
+        relations_to(["\n\n".join(samples.texts)]),
         notes,
     )
 
@@ -194,4 +212,4 @@ def tokenize_corpus(
             source += f", {num_chats} {plural(num_chats, 'sequence')} of it as chats"
     other = pack_out_of_domain(tokenizer, corpus, min(length, JUDGING_LENGTH), vocab_size)
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
-    return CalibrationText(given, written, other, info, corpus.note)
+    return CalibrationText(given, written, other, info, corpus.note, relations_to(corpus.parts.values(), corpus.parts))

@@ -17,9 +17,8 @@ from lf_hf.measure.generating import continue_prompts
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.report.data import Continuation, PerplexityInfo
 from lf_hf.settings import PERPLEXITY_LENGTH
-from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import chat_form, chat_text
-from lf_hf.text.judging import PROMPTS, QUESTION, Relation, judging_sequences, judging_texts, relation
+from lf_hf.text.judging import PROMPTS, QUESTION, judging_sequences, judging_texts
 from lf_hf.text.packing import check_ids
 
 CONTINUED_LENGTH = 24  # tokens that are added to a prompt
@@ -36,42 +35,24 @@ class Judged:
     tokens: int  # of all processes
     states: list[Tensor]  # the dense model's `final_states` of each batch, (B, T, hidden), in the machine's memory
     dense: float  # its perplexity
-    to_samples: Relation  # how the text relates to the calibration samples
-    to_text: Relation  # and to the calibration text
 
 
-def judge_dense(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    samples: CalibrationSamples | None = None,
-    text: Corpus | None = None,
-) -> list[Judged]:
+def judge_dense(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Judged]:
     """The judging texts as sequences, some `tokens` tokens of each, with the dense model's perplexity on them."""
     if tokens == 0:
         return []
-    texts = judging_texts()
     sequences = judging_sequences(tokenizer, tokens, min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings))
     check_ids(itertools.chain(*sequences.values()), decoder.config.vocab_size)
     ids = shard_batches(decoder, sequences)
     states = final_states(decoder, ids, "Perplexity before fusing")
-    dense = predictions(decoder, ids, states)
-    compared = samples.texts if samples is not None else []
-    fitted = text.parts if text is not None else {}
-    return [
-        Judged(
-            name=judging.name,
-            source=judging.source,
-            ids=ids[judging.name],
-            tokens=sum(map(len, sequences[judging.name])),
-            states=[state.cpu() for state in states[judging.name]],
-            dense=dense[judging.name].perplexity,
-            to_samples=relation(judging, ["\n\n".join(compared)]),
-            to_text=relation(judging, fitted.values(), fitted),
-        )
-        for judging in texts
-        if judging.name in dense
-    ]
+    found = predictions(decoder, ids, states)
+    judged = []
+    for text in judging_texts():
+        if text.name in found:
+            in_memory = [state.cpu() for state in states[text.name]]
+            size, dense = sum(map(len, sequences[text.name])), found[text.name].perplexity
+            judged.append(Judged(text.name, text.source, ids[text.name], size, in_memory, dense))
+    return judged
 
 
 def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

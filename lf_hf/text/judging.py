@@ -77,6 +77,12 @@ def relation(judging: JudgingText, fitted: Iterable[str], names: Collection[str]
     return "kin" if judging.kin in names else "unseen"
 
 
+def relations_to(fitted: Iterable[str], names: Collection[str] = ()) -> dict[str, Relation]:
+    """By its name, how each judging text relates to the texts that a model was fitted on."""
+    texts = list(fitted)
+    return {judging.name: relation(judging, texts, names) for judging in judging_texts()}
+
+
 def nearest(*relations: str) -> str:
     """The relation that is nearest to what was fitted."""
     return min(relations, key=("seen", "kin", "unseen").index)
