@@ -322,19 +322,13 @@ def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Mea
             ratio_beta=config.ratio_beta,
             known=measured.averages,
         )
-        matches = [match for match in averaged.matches if match]
-        entry = FusedLayer(_numbers(group), averaged.shares, averaged.ratios, matches)
-        yield group, averaged.weights, None, entry
+        yield group, averaged.weights, None, averaged.entry
 
 
 def _keep_first(groups: Groups) -> Iterator[MadeLayer]:
     for first, last in groups:
-        entry = FusedLayer(_numbers((first, last)), shares=[1.0, *[0.0] * (last - first)])
-        yield (first, last), {}, None, entry
-
-
-def _numbers(group: Group) -> list[int]:
-    return list(range(group[0], group[1] + 1))
+        layers = list(range(first, last + 1))
+        yield (first, last), {}, None, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)])
 
 
 def _notes(

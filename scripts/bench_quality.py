@@ -47,6 +47,7 @@ from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.planning import plan_run, training_on_launch
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
+from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.pipeline import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
@@ -262,21 +263,16 @@ class Judge:
 
     def __init__(self, base: CausalLM, texts: dict[str, list[Tensor]], questions: Sequence[Cloze]) -> None:
         self.questions = questions
-        self._base = Decoder(base)
-        self._ids = shard_batches(self._base, texts)
-        self._states = final_states(self._base, self._ids, "Judging")
+        self.judged = predict_texts(Decoder(base), texts, dict.fromkeys(texts, ""))
         self._head = base.lm_head.weight
-        self.dense = predictions(self._base, self._ids, self._states)
         self.dense_correct = [question.is_answered(base) for question in questions]
 
     def figures(self, model: CausalLM) -> list[str]:
         """Perplexity ratios, divergences and agreements, of all texts each."""
-        decoder = Decoder(model)
-        states = final_states(decoder, self._ids, "Judging")
-        fused = predictions(decoder, self._ids, states, self._states, self._head)
-        cells = [f"{fused[text].perplexity / dense.perplexity:.4g}" for text, dense in self.dense.items()]
-        cells += [f"{predicted.divergence:.4f}" for predicted in fused.values()]
-        cells += [f"{predicted.agreement:.1%}" for predicted in fused.values()]
+        texts = judge(Decoder(model), self.judged, dense_head=self._head)
+        cells = [f"{text.ratio:.4g}" for text in texts]
+        cells += [f"{text.divergence:.4f}" for text in texts]
+        cells += [f"{text.agreement:.1%}" for text in texts]
         return cells
 
     def quiz(self, model: CausalLM) -> str:
@@ -442,10 +438,10 @@ def main() -> None:
         if longest >= smallest_window(base):
             raise SystemExit("Leave out --mmlu: the model's window is shorter than a question.")
         packed = {name: pack_tokens(tokenizer, text, LENGTH, options.judge_tokens) for name, text in texts.items()}
-        judge = Judge(base, packed, questions)
-        figures = [f"{name} {predicted.perplexity:.4g}" for name, predicted in judge.dense.items()]
+        compared = Judge(base, packed, questions)
+        figures = [f"{text.name} {text.dense:.4g}" for text in compared.judged]
         if questions:
-            figures.append(f"quiz {statistics.mean(judge.dense_correct):.3f}")
+            figures.append(f"quiz {statistics.mean(compared.dense_correct):.3f}")
         print(f"Dense: {', '.join(figures)}.")
         if levels:
             fuser, rivals = open_ways(options, opened, base, calibration)
@@ -456,8 +452,8 @@ def main() -> None:
         def show(name: str, count: int, model: CausalLM, seconds: float) -> None:
             quiz = ""
             if questions and (count in options.quiz_fusions or name in options.checkpoints):
-                quiz = judge.quiz(model)
-            cells = [name, str(count), *judge.figures(model), quiz, f"{seconds:.0f}"]
+                quiz = compared.quiz(model)
+            cells = [name, str(count), *compared.figures(model), quiz, f"{seconds:.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
         for count in levels:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import first_free_layer
 from lf_hf.measure.dense import Measurements
-from lf_hf.measure.predictions import final_states, predictions, shard_batches
+from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
 from lf_hf.runtime.errors import reason
 from lf_hf.settings import LEVELS, FusionConfig
@@ -47,9 +47,7 @@ def search_budget(
     sequences = [*rest, *text.written]
     source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
     measured = replace(measured, text=text._replace(given=rest, source=source), group_costs={})
-    ids = shard_batches(decoder, {"": aside})
-    dense_states = final_states(decoder, ids, "Held-out text")
-    dense = predictions(decoder, ids, dense_states)[""]
+    judged = predict_texts(decoder, {"": aside}, {"": "held-out text"})
     name = next(name for name in LEVELS if getattr(config, name) is not None)
     allowed = getattr(config, name)
 
@@ -57,14 +55,12 @@ def search_budget(
         copy = decoder.copy()
         level = replace(config, num_fusions=count, max_divergence=None, max_perplexity_ratio=None)
         fused = fuse_layers(copy, level, measured)
-        states = final_states(copy, ids, "Measuring on held-out text")
-        figures = predictions(copy, ids, states, dense_states)[""]
-        ratio = figures.perplexity / dense.perplexity
-        return BudgetTrial(count, figures.divergence, ratio), (copy, fused)
+        [figures] = judge(copy, judged)
+        return BudgetTrial(count, figures.divergence, figures.ratio), (copy, fused)
 
     most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))
     (copy, fused), trials = search(name, allowed, most, attempt)
-    budget = BudgetInfo(name, allowed, sum(map(len, aside)), trials)
+    budget = BudgetInfo(name, allowed, judged[0].tokens, trials)
     return copy, fused, budget, measured
 
 

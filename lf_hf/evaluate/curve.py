@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
+from numpy.typing import NDArray
 
 from lf_hf.evaluate.points import DENSE, HEALED, Point, figure_names
 from lf_hf.report.figures import COLORS, panels
@@ -23,10 +25,7 @@ def sweep_curve(points: Sequence[Point]) -> Figure:
     There is one line a method, dashed where it was healed, and the dense model's point is one of every line. Infinite
     values are marked at the top; a figure without any finite value gets no panel.
     """
-    names = []
-    for name in figure_names(points):
-        if any(math.isfinite(point.value(name)) for point in points):
-            names.append(name)
+    names = [name for name in figure_names(points) if any(math.isfinite(point.value(name)) for point in points)]
     removed = [100 * point.layers_removed_fraction for point in points]
     faster = [point.speedups.get("decoding", math.nan) for point in points]
     planned = [(name, _REMOVED, removed) for name in names]
@@ -63,32 +62,31 @@ def _draw(
     axis: Axes, name: str, points: Sequence[Point], places: Sequence[float], styles: Mapping[str, dict[str, Any]]
 ) -> None:
     """One figure: a line a method through its points and the dense model's."""
-    heights = [point.value(name) for point in points]
+    xs, ys = np.array(places), np.array([point.value(name) for point in points])
+    methods = np.array([point.method for point in points])
     for method, style in styles.items():
-        line = [n for n, point in enumerate(points) if point.method in (DENSE, method)]
-        xs = [places[n] for n in line]
-        ys = [heights[n] for n in line]
-        axis.plot(xs, ys, **style, marker="o", markersize=4, label=method)
-        infinite = [places[n] for n in line if heights[n] == math.inf]
-        if infinite:
+        line = np.isin(methods, (DENSE, method))
+        axis.plot(xs[line], ys[line], **style, marker="o", markersize=4, label=method)
+        infinite = xs[line & np.isposinf(ys)]
+        if len(infinite):
             marks = {"color": style["color"], "marker": "^", "linestyle": "none", "label": "infinite"}
-            axis.plot(infinite, [0.97] * len(infinite), transform=axis.get_xaxis_transform(), **marks)
-    for point, place, height in zip(points, places, heights, strict=True):
-        if point.method == DENSE and math.isfinite(height):
-            axis.plot(place, height, color="black", marker="D", linestyle="none", label="dense")
-            axis.axhline(height, color="black", linewidth=0.7, linestyle=":")
+            axis.plot(infinite, np.full_like(infinite, 0.97), transform=axis.get_xaxis_transform(), **marks)
+    dense = (methods == DENSE) & np.isfinite(ys)
+    if dense.any():
+        axis.plot(xs[dense], ys[dense], color="black", marker="D", linestyle="none", label="dense")
+        axis.axhline(ys[dense][0], color="black", linewidth=0.7, linestyle=":")
     axis.grid(alpha=0.25)
-    _label(axis, name, points, list(filter(math.isfinite, heights)))
+    _label(axis, name, points, ys[np.isfinite(ys)])
 
 
-def _label(axis: Axes, name: str, points: Sequence[Point], finite: Sequence[float]) -> None:
+def _label(axis: Axes, name: str, points: Sequence[Point], finite: NDArray[np.float64]) -> None:
     """Name the vertical axis, which is logarithmic for perplexities."""
     score = next(point.figures[name] for point in points if name in point.figures)
     label = name if name.startswith(score.metric) else f"{score.metric}, {name}"
     if score.is_perplexity:
         label += " (log scale)"
         axis.set_yscale("log")
-        if max(finite) < 10 * min(finite):  # few powers of ten, if any, are there to be labelled
+        if finite.max() < 10 * finite.min():  # few powers of ten, if any, are there to be labelled
             axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     axis.set_ylabel(label, parse_math=False)

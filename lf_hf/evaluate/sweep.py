@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lf_hf import pipeline
@@ -28,8 +29,9 @@ from lf_hf.inputs.fusion import load_needed
 from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import measure
+from lf_hf.measure.judge import Judged
 from lf_hf.measure.speed import with_speed
-from lf_hf.report.data import TextFigures
+from lf_hf.report.data import PerplexityInfo
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
@@ -219,9 +221,7 @@ class _Maker:
         """Make this process's part of the points that are missing; ends when all processes have made theirs."""
         processes = Processes.of_launch()
         missing = processes.compute_once(results.missing)
-        first = len(missing) * processes.rank // processes.world_size
-        last = len(missing) * (processes.rank + 1) // processes.world_size
-        mine = missing[first:last]
+        mine: list[str] = np.array_split(missing, processes.world_size)[processes.rank].tolist()
         if mine:
             self._measure([config for config in map(keys.get, mine) if config])
         fuse = lru_cache(maxsize=1)(self._fuse)  # points that differ in healing alone follow each other
@@ -271,19 +271,17 @@ class _Maker:
 
     def _dense_point(self, key: str) -> Point:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
-        judged = {text.name: TextFigures(text.dense) for text in self._measured.judged}
         speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
-        return self._evaluate(key, DENSE, self._dense, judged, speedups)
+        return self._evaluate(key, DENSE, self._dense, self._measured.judged, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
         self._heal(model, config)
         report, method = model.report, config.method
         if config.heal_tokens and method != "healed":
             method += HEALED
-        judged = {text.name: text.figures for text in report.perplexities}
         speed = report.speed
         speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
-        point = self._evaluate(key, method, model, judged, speedups)
+        point = self._evaluate(key, method, model, report.perplexities, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
         sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
         return replace(point, config=report.config, notes=report.notes, calibration="; ".join(sources))
@@ -293,7 +291,7 @@ class _Maker:
         key: str,
         method: str,
         model: PreTrainedModel,
-        judged: Mapping[str, TextFigures],
+        judged: Sequence[Judged | PerplexityInfo],
         speedups: dict[str, float],
     ) -> Point:
         """The point of a model, with its sizes and scores."""
@@ -313,8 +311,8 @@ class _Maker:
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),
-            perplexities={name: figures.perplexity for name, figures in judged.items()},
-            divergences={name: figures.divergence for name, figures in judged.items()},
-            agreements={name: figures.agreement for name, figures in judged.items()},
+            perplexities={text.name: text.figures.perplexity for text in judged},
+            divergences={text.name: text.figures.divergence for text in judged},
+            agreements={text.name: text.figures.agreement for text in judged},
             speedups=speedups,
         )

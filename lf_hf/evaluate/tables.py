@@ -14,7 +14,6 @@ from typing import Any
 from lf_hf.checkpoint.card import as_code
 from lf_hf.evaluate.points import DENSE, Point, Score, figure_names
 from lf_hf.report.report import published_name
-from lf_hf.report.rows import NOT_MEASURED
 
 STABILITY_HEAD = ["method", "quantity", "standard deviation", "range", "largest change for the worse"]
 STABILITY_NOTE = (
@@ -75,7 +74,7 @@ def results_rows(points: Sequence[Point]) -> list[list[str]]:
 def _shown(name: str, point: Point, base: Point | None) -> str:
     """A figure, and of a task's score, where more is better, also what share of the base's it is."""
     if name not in point.figures:
-        return NOT_MEASURED
+        return "-"
     figure = point.figures[name]
     is_share = name in point.scores and figure.higher_is_better and not figure.is_perplexity
     if not is_share or base is None or base is point:

@@ -41,15 +41,6 @@ class Targets:
     weight: Tensor
     to_logits: ToLogits = unchanged
 
-    def head_outputs(self, rows: slice) -> Tensor:
-        """Of the batch's tokens `rows`, which are numbered through its sequences: (rows, vocab)."""
-        states = self.states.flatten(0, 1)[rows]
-        return linear(states.to(self.weight.dtype), self.weight)
-
-    def log_probs(self, head_outputs: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities at a temperature, in float32."""
-        return log_softmax(self.to_logits(head_outputs.float()) / temperature, -1)
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -110,12 +101,13 @@ class _Distillation(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             flat = states.flatten(0, 1).to(dtype)  # (B T, hidden)
             head = weight.to(dtype)
+            of_teacher = targets.states.flatten(0, 1)
             for rows in row_slices(len(flat), vocab_size, LOGITS):
                 logits = linear(flat[rows], head)
-                teacher = targets.head_outputs(rows)
+                teacher = linear(of_teacher[rows].to(targets.weight.dtype), targets.weight)
                 following = next_ids[rows]
                 for part in row_slices(len(logits), vocab_size, float_logits):
-                    expected = targets.log_probs(teacher[part], loss.temperature)
+                    expected = log_softmax(targets.to_logits(teacher[part].float()) / loss.temperature, -1)
                     value, gradient = per_token(logits[part], to_logits, expected, following[part])
                     total += value
                     logits[part] = gradient  # which takes the place of the logits

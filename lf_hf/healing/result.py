@@ -10,11 +10,10 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.healing.teacher import Teacher
-from lf_hf.measure.judge import judge, write_continuations
+from lf_hf.measure.judge import compare_continuations, judge
 from lf_hf.report.data import HealingInfo
 from lf_hf.report.notes import COLLAPSED, SILENT, damage_notes
 from lf_hf.report.report import CHANGED_NOTE, FusionReport
-from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.settings import FITTING
 from lf_hf.text.calibration import Corpus
@@ -51,10 +50,8 @@ def healed_report(
         related = relations_to(corpus.parts.values(), [kind.source for kind in healed.text])
         relations = {text.name: nearest(text.relation, related[text.name]) for text in healed.judged}
         perplexities = judge(decoder, teacher.judged, relations, teacher.head)
-    continuations = report.continuations
-    if continuations:
-        written = Processes.of_launch().compute_once(lambda: write_continuations(decoder, tokenizer))
-        continuations = [replace(text, fused=written.get(text.prompt, text.fused)) for text in continuations]
+    of_base = {text.prompt: text.dense for text in report.continuations}
+    continuations = compare_continuations(decoder, tokenizer, of_base)
     notes = _outcome_notes(healed)
     notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)
     for note in notes:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lf_hf.settings import WRITTEN_LENGTH, WRITTEN_TOGETHER, HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
-from lf_hf.text.packing import check_ids, pack_parts
+from lf_hf.text.packing import check_ids, pack_parts, split_held_out
 
 HELD_OUT = 4
 """Sequences of a kind of text that are held out at most, to see how far the student is from the teacher."""
@@ -149,10 +149,5 @@ def _joined(name: str, pieces: list[Tensor], length: int, count: int, held_out: 
 def _with_held_out(name: str, sequences: list[Tensor]) -> TextKind:
     """Sequences of which some, spread evenly, are held out: an eighth, or half of the last two."""
     total = len(sequences)
-    count = min(HELD_OUT, total // 8 or total // 2)
-    places = {(2 * n + 1) * total // (2 * count) for n in range(count)}
-    kind = TextKind(name)
-    for place, sequence in enumerate(sequences):
-        part = kind.held_out if place in places else kind.training
-        part.append(sequence)
-    return kind
+    held_out, training = split_held_out(sequences, min(HELD_OUT, total // 8 or total // 2), at_random=False)
+    return TextKind(name, training, held_out)

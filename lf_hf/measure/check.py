@@ -21,6 +21,7 @@ from lf_hf.families.models import (
     layer_lists,
     model_class,
     num_parameters,
+    set_config_layers,
     text_model,
 )
 from lf_hf.families.table import head_dim
@@ -134,15 +135,13 @@ def _tiny_model(config: PretrainedConfig) -> Any:
 
 def _shrink(config: PretrainedConfig) -> None:
     """Give a config tiny widths, and a layer of each kind, also of kinds that the family's entry does not name."""
-    lists = layer_lists(config)
-    kinds = [[values[n] for values in lists.values()] for n in range(config.num_hidden_layers)]
-    numbers = [n for n, kind in enumerate(kinds) if kind not in kinds[:n]]
-    changes = _TINY | {name: [values[n] for n in numbers] for name, values in lists.items()}
-    changes |= {"num_hidden_layers": len(numbers), "hidden_size": 2 * head_dim(config)}
+    lists = layer_lists(config).values()
+    kinds = [[values[n] for values in lists] for n in range(config.num_hidden_layers)]
+    changes = _TINY | {"hidden_size": 2 * head_dim(config)}
     if getattr(config, "sliding_window", None) is not None:
         changes["sliding_window"] = _TOKENS // 2
-    for name, value in changes.items():
-        setattr(config, name, value)
+    set_config_layers(config, [n for n, kind in enumerate(kinds) if kind not in kinds[:n]])
+    config.update(changes)
 
 
 def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -73,11 +73,14 @@ def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.G
 
 
 def _barred_ids(config: Any, special: Sequence[int]) -> list[int]:
-    ends = special_id(config, "eos")
-    if not isinstance(ends, list):
-        ends = [ends]
-    named = {*special, special_id(config, "bos"), special_id(config, "pad"), *ends}
+    named = {*special, special_id(config, "bos"), special_id(config, "pad"), *end_ids(config)}
     return sorted(named.intersection(range(config.vocab_size)))
+
+
+def end_ids(config: Any) -> list[Any]:
+    """Tokens that end a text, by the config."""
+    ends = special_id(config, "eos")
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _sample_sequences(

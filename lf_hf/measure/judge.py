@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.models import special_id
-from lf_hf.measure.generating import continue_prompts
+from lf_hf.measure.generating import continue_prompts, end_ids
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
-from lf_hf.report.data import Continuation, PerplexityInfo
+from lf_hf.report.data import Continuation, PerplexityInfo, TextFigures
 from lf_hf.settings import PERPLEXITY_LENGTH
 from lf_hf.text.chats import chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, judging_sequences, judging_texts
@@ -36,6 +36,11 @@ class Judged:
     states: list[Tensor]  # the dense model's `final_states` of each batch, (B, T, hidden), in the machine's memory
     dense: float  # its perplexity
 
+    @property
+    def figures(self) -> TextFigures:
+        """The dense model's."""
+        return TextFigures(self.dense)
+
 
 def judge_dense(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[Judged]:
     """The judging texts as sequences, some `tokens` tokens of each, with the dense model's perplexity on them."""
@@ -43,15 +48,19 @@ def judge_dense(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tokens: in
         return []
     sequences = judging_sequences(tokenizer, tokens, min(PERPLEXITY_LENGTH, decoder.config.max_position_embeddings))
     check_ids(itertools.chain(*sequences.values()), decoder.config.vocab_size)
-    ids = shard_batches(decoder, sequences)
+    sources = {text.name: text.source for text in judging_texts()}
+    return predict_texts(decoder, sequences, sources)
+
+
+def predict_texts(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]], sources: Mapping[str, str]) -> list[Judged]:
+    """What the dense model predicts on texts: sequences of shape (tokens T,) by name. Empty texts are left out."""
+    ids = shard_batches(decoder, texts)
     states = final_states(decoder, ids, "Perplexity before fusing")
-    found = predictions(decoder, ids, states)
     judged = []
-    for text in judging_texts():
-        if text.name in found:
-            in_memory = [state.cpu() for state in states[text.name]]
-            size, dense = sum(map(len, sequences[text.name])), found[text.name].perplexity
-            judged.append(Judged(text.name, text.source, ids[text.name], size, in_memory, dense))
+    for name, figures in predictions(decoder, ids, states).items():
+        in_memory = [state.cpu() for state in states[name]]
+        size = sum(map(len, texts[name]))
+        judged.append(Judged(name, sources[name], ids[name], size, in_memory, figures.perplexity))
     return judged
 
 
@@ -68,8 +77,7 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
         # A template may be there that the model knows nothing of.
         if 0 < len(ids) <= LONGEST_PROMPT and max(ids) < vocab_size:
             prompts[f"In the chat template: {QUESTION}"] = ids
-    ends = special_id(decoder.config, "eos")
-    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    stop = {tokenizer.eos_token_id, *end_ids(decoder.config)}
     if form := chat_form(tokenizer, vocab_size):
         stop.add(form.replied[0])
     added = continue_prompts(decoder, [torch.tensor(ids) for ids in prompts.values()], CONTINUED_LENGTH)
@@ -83,7 +91,10 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def judge(
-    decoder: Decoder, judged: Sequence[Judged], relations: Mapping[str, str], dense_head: Tensor | None = None
+    decoder: Decoder,
+    judged: Sequence[Judged],
+    relations: Mapping[str, str] = MappingProxyType({}),
+    dense_head: Tensor | None = None,
 ) -> list[PerplexityInfo]:
     """Figures of a model beside the dense one, whose head (vocab, hidden) may be another, on each judging text.
 
@@ -109,4 +120,4 @@ def compare_continuations(
     if not dense:
         return []
     fused = decoder.processes.compute_once(lambda: write_continuations(decoder, tokenizer))
-    return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items()]
+    return [Continuation(prompt, text, fused[prompt]) for prompt, text in dense.items() if prompt in fused]

@@ -71,14 +71,14 @@ def predictions(
     not change it. Each process gives its share of the texts, and all get the means over everything. Texts without
     tokens are left out.
     """
+    compared = [states] if dense is None else [states, dense]
     found = {}
     with decoder.norm_and_head() as (_, weight):
-        head = partial(_head_logits, decoder, weight)
-        other_head = partial(_head_logits, decoder, weight if dense_head is None else dense_head)
+        heads = [partial(_head_logits, decoder, weight if other is None else other) for other in (None, dense_head)]
         for name, batches in ids.items():
-            models = [(head, _without_last(states[name]))]
-            if dense is not None:
-                models.append((other_head, _without_last(dense[name])))
+            models = []
+            for head, of_model in zip(heads, compared, strict=False):
+                models.append((head, [state[:, :-1] for state in of_model[name]]))
             next_ids = torch.cat([batch[:, 1:].flatten() for batch in batches] or [torch.empty(0)])
             parts: list[Tensor] = []
             for log_probs, *expected in _log_probs(models, decoder.config.vocab_size):
@@ -94,11 +94,6 @@ def predictions(
 def _head_logits(decoder: Decoder, weight: Tensor, states: Tensor) -> Tensor:
     """Logits (..., vocab) of states (..., hidden) after the final norm."""
     return decoder.family.logits(decoder.config, linear(states.to(weight.device, weight.dtype), weight))
-
-
-def _without_last(states: Sequence[Tensor]) -> list[Tensor]:
-    """The states from which tokens are predicted."""
-    return [state[:, :-1] for state in states]
 
 
 def _token_figures(log_probs: Tensor, next_ids: Tensor, expected: Tensor | None = None) -> Tensor:
@@ -135,19 +130,19 @@ def _log_probs(models: Sequence[HeadAndStates], vocab_size: int) -> Iterator[lis
 
     The head takes many tokens at once, as each product reads all of it; later steps take as few as fit the cache.
     """
-    rows = max(1, LOGITS // vocab_size)
+    rows, fewer = (max(1, logits // vocab_size) for logits in (LOGITS, _IN_CACHE))
     heads = [head for head, _ in models]
     for batch in zip(*(states for _, states in models), strict=True):
-        device = batch[0].device
-        split_states = [states.to(device).flatten(0, 1).split(rows) for states in batch]
-        for parts in zip(*split_states, strict=True):
+        for parts in _rows_of([states.flatten(0, 1) for states in batch], rows):
             logits = [head(part[None])[0] for head, part in zip(heads, parts, strict=True)]
-            few, device = rows, logits[0].device
-            if device.type == "cpu":
-                few = max(1, _IN_CACHE // vocab_size)
-            split_logits = [each.to(device).split(few) for each in logits]
-            for pieces in zip(*split_logits, strict=True):
+            on_cpu = logits[0].device.type == "cpu"
+            for pieces in _rows_of(logits, fewer if on_cpu else rows):
                 yield [piece.float().log_softmax(-1) for piece in pieces]
+
+
+def _rows_of(tensors: Sequence[Tensor], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of all tensors at a time, where the first tensor is."""
+    return zip(*(tensor.to(tensors[0].device).split(rows) for tensor in tensors), strict=True)
 
 
 def _means_over_tokens(decoder: Decoder, parts: Sequence[Tensor], size: int) -> list[float]:
@@ -156,11 +151,10 @@ def _means_over_tokens(decoder: Decoder, parts: Sequence[Tensor], size: int) -> 
     Sums are in float64, so that they do not depend on how many sequences are in a batch. The host does not wait for
     their device before all are computed.
     """
-    sums = torch.zeros(size, dtype=torch.float64)
+    sums = torch.zeros(size + 1, dtype=torch.float64)
     if parts:
-        sums = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0).cpu()
-    count = sums.new_tensor([sum(part.shape[-1] for part in parts)])
-    totals = torch.cat([sums, count])
-    decoder.processes.all_reduce(totals)
-    *figures, tokens = totals.tolist()
-    return [figure / tokens for figure in figures] if tokens else []
+        sums[:-1] = torch.stack([in_float64(part).sum(-1) for part in parts]).sum(0)
+        sums[-1] = sum(part.shape[-1] for part in parts)
+    decoder.processes.all_reduce(sums)
+    *totals, tokens = sums.tolist()
+    return [total / tokens for total in totals] if tokens else []

@@ -89,8 +89,8 @@ def measure_speed(model: CausalLM, base: PreTrainedConfig) -> SpeedInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         prefill_tokens=prefilled,
         decoded_tokens=decoded,
-        prefill=_rate([run.prefill for run in dense], [run.prefill for run in fused]),
-        decoding=_rate([run.decoding for run in dense], [run.decoding for run in fused]),
+        prefill=_rate(dense, fused, "prefill"),
+        decoding=_rate(dense, fused, "decoding"),
         weight_bytes=[weights + more, weights],
         cache_bytes=[dense[0].cache_bytes, fused[0].cache_bytes],
         runs=len(dense),
@@ -150,11 +150,12 @@ def _with_layers_of(base: PreTrainedConfig, body: Any) -> Any:
     return longer
 
 
-def _rate(base: list[float], fused: list[float]) -> Rate:
+def _rate(dense: list[Run], fused: list[Run], name: str) -> Rate:
     """From the seconds a token of both models in each round."""
-    ratios = [base_seconds / fused_seconds for base_seconds, fused_seconds in zip(base, fused, strict=True)]
-    dense_rate, fused_rate = 1 / statistics.median(base), 1 / statistics.median(fused)
-    return Rate(dense_rate, fused_rate, statistics.median(ratios), min(ratios), max(ratios))
+    base, other = ([getattr(run, name) for run in runs] for runs in (dense, fused))
+    ratios = [base_seconds / fused_seconds for base_seconds, fused_seconds in zip(base, other, strict=True)]
+    base_rate, fused_rate = 1 / statistics.median(base), 1 / statistics.median(other)
+    return Rate(base_rate, fused_rate, statistics.median(ratios), min(ratios), max(ratios))
 
 
 def _device_name(device: torch.device) -> str:

@@ -65,8 +65,13 @@ class FusedLayer:
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Neighbours in the group, from the top down, as averages join them."""
-        pairs = list(pairwise(self.layers))
-        return pairs[::-1]
+        return list(pairwise(self.layers))[::-1]
+
+    def joined(self, layer: int, share: float, matches: dict[str, RowMatch]) -> FusedLayer:
+        """The entry of the average of this layer and the one below it, which has such a share."""
+        shares = [share, *((1 - share) * other for other in self.shares)]
+        all_matches = [*self.matches, matches] if matches else self.matches
+        return FusedLayer([layer, *self.layers], shares, [*self.ratios, share], all_matches)
 
     def summary(self) -> str:
         """One line: what of each layer is in the fused one, what it costs, and how well it was fitted or matched."""

@@ -6,6 +6,7 @@ Layers are numbered from 0 as in the base, except where a picture says otherwise
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -35,24 +36,23 @@ def layer_map(report: FusionReport) -> Figure:
     """Which layers became which: each layer of the base above the fused model's that it is part of, in rows."""
     merged = [new for new, group in enumerate(report.groups) if len(group) > 1]
     colors = {new: COLORS[n % len(COLORS)] for n, new in enumerate(merged)}
-    rows = math.ceil(report.layers_before / _ROW)
+    layers = [(new, number, share) for new, group in enumerate(report.groups) for number, share in group.items()]
+    rows = math.ceil(len(layers) / _ROW)
     figure, [axis] = panels(0.85 * rows + 0.1)
     for row in range(rows):
         axis.text(-0.1, 0.15 - row, "original", ha="right", va="center", size=8)
         axis.text(-0.1, -0.22 - row, "fused", ha="right", va="center", size=8)
-    place = 0
-    for new, group in enumerate(report.groups):
-        color = colors.get(new)
-        columns: dict[int, list[int]] = {}  # in each row
-        for number, share in group.items():
-            row, column = divmod(place, _ROW)
-            columns.setdefault(row, []).append(column)
+        widths: Counter[int] = Counter()
+        for column, (new, number, share) in enumerate(layers[row * _ROW : (row + 1) * _ROW]):
+            color = colors.get(new)
             _box(axis, column, -row, 1, number, color, unused=share == 0)
             if color:
                 axis.text(column + 0.5, 0.36 - row, f"{share:.0%}", ha="center", size=8, color=color)
-            place += 1
-        for row, xs in columns.items():
-            _box(axis, xs[0], -0.37 - row, len(xs), new, color)
+            widths[new] += 1
+        start = 0
+        for new, width in widths.items():
+            _box(axis, start, -0.37 - row, width, new, colors.get(new))
+            start += width
     axis.set(xlim=(-1.3, _ROW), ylim=(0.6 - rows, 0.55))
     axis.set_axis_off()
     return figure
@@ -117,11 +117,9 @@ def manifolds(report: FusionReport) -> Figure | None:
 
 def along_depth(report: FusionReport) -> Figure | None:
     """How much each layer of the base changes the stream, and the shares in which pairs were averaged."""
-    ratios: list[float] = []
-    firsts: list[int] = []
-    for fused in report.fused_layers:
-        ratios += fused.ratios
-        firsts += [i for i, _ in fused.pairs if fused.ratios]
+    joins = [join for fused in report.fused_layers for join in zip(fused.pairs, fused.ratios, strict=False)]
+    firsts = [first for (first, _), _ in joins]
+    ratios = [ratio for _, ratio in joins]
     count = bool(ratios) + (report.influences is not None)
     if not count:
         return None
@@ -162,12 +160,10 @@ def matched_cosines(report: FusionReport) -> Figure | None:
         return None
     matrices = [name for name in _MATRICES if all(name in matches for matches in joins)]
     figure, [axis] = panels(3.2)
-    places, before, after = [], [], []
-    for n, matches in enumerate(joins):
-        for place, name in enumerate(matrices):
-            places.append(place + 0.7 * ((n + 0.5) / len(joins) - 0.5))
-            before.append(matches[name].cosine_before)
-            after.append(matches[name].cosine_after)
+    offsets = 0.7 * ((np.arange(len(joins)) + 0.5) / len(joins) - 0.5)
+    places = np.add.outer(offsets, np.arange(len(matrices))).ravel()
+    shown = [matches[name] for matches in joins for name in matrices]
+    before, after = [match.cosine_before for match in shown], [match.cosine_after for match in shown]
     axis.vlines(places, before, after, color="#cbd5e0", linewidth=1.2)
     axis.scatter(places, before, s=16, color=_BEFORE, label="before", zorder=2)
     axis.scatter(places, after, s=16, color=_AFTER, label="after", zorder=2)

@@ -27,7 +27,7 @@ from lf_hf.report.data import (
     SpeedInfo,
     TextFigures,
 )
-from lf_hf.report.rows import Row, speed_rows, text_rows
+from lf_hf.report.rows import Row, speed_rows
 from lf_hf.runtime.errors import explained
 from lf_hf.settings import FusionConfig
 
@@ -153,13 +153,14 @@ class FusionReport:
             rows += speed_rows(self.speed)
         first_judged = {}
         if self.healed is not None:
-            rows = [row.with_healed() for row in rows]
+            rows = [row._replace(values=[*row.values, row.values[-1]]) for row in rows]  # as of the fused one
             first_judged = {text.name: text for text in self.healed.all[0].judged}
         for text in self.perplexities:
             models = [TextFigures(text.dense), text.figures]
             if self.healed is not None:
                 models.insert(1, first_judged.get(text.name, text).figures)
-            rows += text_rows(text.name, models)
+            for kind, values in zip(TextFigures._fields, zip(*models, strict=True), strict=True):
+                rows.append(Row(f"{kind}, {text.name}", kind, values))
         return rows
 
     @property

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lf_hf.report.data import SpeedInfo, TextFigures
+from lf_hf.report.data import SpeedInfo
 
-NOT_MEASURED = "-"
 _MODELS = ("base", "fused", "healed")
 # By kind of figure: how a value is written, and how a change is.
 _FORMS = {
@@ -21,7 +20,7 @@ _FORMS = {
 
 
 class Row(NamedTuple):
-    """A figure of the base, the fused model and, where there is one, the healed model; None where it was not measured.
+    """A figure of the base, the fused model and, where there is one, the healed model.
 
     `kind` is a key of _FORMS. `ratio` is that of the last value to the base's where it was measured on its own, and
     `spread` the range that it lies in.
@@ -29,39 +28,23 @@ class Row(NamedTuple):
 
     name: str
     kind: str
-    values: Sequence[float | None]
+    values: Sequence[float]
     ratio: float | None = None
     spread: str = ""
 
     @property
     def change(self) -> str:
-        """The last value against the base's, or nothing where there is none or the base's is 0 by definition."""
-        first, last = self.values[0], self.values[-1]
+        """The last value against the base's, or nothing where the base's is 0 by definition."""
         _, form = _FORMS[self.kind]
-        if first is None or last is None or form == "none":
+        if form == "none":
             return ""
-        ratio = self.ratio
-        if ratio is None:
-            ratio = last / first
-        if form == "percent":
-            return f"{ratio - 1:+.1%}"
-        return f"x {ratio:.3g} {self.spread}".rstrip()
+        ratio = self.values[-1] / self.values[0] if self.ratio is None else self.ratio
+        return f"{ratio - 1:+.1%}" if form == "percent" else f"x {ratio:.3g} {self.spread}".rstrip()
 
     @property
     def cells(self) -> list[str]:
         """Name, values and change, as text."""
-        values = [shown(self.kind, value) for value in self.values]
-        return [self.name, *values, self.change]
-
-    def with_healed(self) -> Row:
-        """The row with the healed model, whose sizes and speed are the fused model's."""
-        return self._replace(values=[*self.values, self.values[-1]])
-
-
-def text_rows(name: str, models: Sequence[TextFigures]) -> list[Row]:
-    """Rows of a text: the figures of each model, the base's first."""
-    figures = zip(*models, strict=True)
-    return [Row(f"{kind}, {name}", kind, values) for kind, values in zip(TextFigures._fields, figures, strict=True)]
+        return [self.name, *(shown(self.kind, value) for value in self.values), self.change]
 
 
 def speed_rows(speed: SpeedInfo) -> list[Row]:
@@ -75,12 +58,9 @@ def speed_rows(speed: SpeedInfo) -> list[Row]:
     return rows
 
 
-def shown(kind: str, value: float | None) -> str:
+def shown(kind: str, value: float) -> str:
     """A value as text."""
-    if value is None:
-        return NOT_MEASURED
-    form, _ = _FORMS[kind]
-    return format(value, form)
+    return format(value, _FORMS[kind][0])
 
 
 def as_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,7 @@ A group is folded from its top: the last two layers become one, then that one an
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.families.table import Weights
-from lf_hf.report.data import RowMatch
+from lf_hf.report.data import FusedLayer
 from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
@@ -24,26 +24,11 @@ AverageKey = tuple[int, str, float]
 _ROWS = 256  # rows of a matrix that are merged at a time, in a wider type
 
 
-@dataclass(frozen=True)
-class Average:
-    """The average of the layers from `first` to the last of a group: all weights but norms.
+class Average(NamedTuple):
+    """The average of a group of layers: all weights but norms, which stay those of its first layer; and its entry."""
 
-    Norms stay layer `first`'s. `ratios` are the shares of layer i at each join, from the top down, and `matches` says
-    how the rows of each matrix were matched there, where they were.
-    """
-
-    first: int
     weights: Weights
-    ratios: list[float] = field(default_factory=list)
-    matches: list[dict[str, RowMatch]] = field(default_factory=list)
-
-    @property
-    def shares(self) -> list[float]:
-        """The share of each layer, from the lowest one up."""
-        shares = [1.0]
-        for ratio in self.ratios:
-            shares = [ratio, *((1 - ratio) * share for share in shares)]
-        return shares
+    entry: FusedLayer
 
 
 @torch.no_grad()
@@ -73,16 +58,16 @@ def average(
     first, last = group
     key = last, alignment, ratio_beta
     folded = None if known is None else known.get(key)
-    if folded is None or folded.first < first:
-        folded = Average(last, _weights(decoder, last))
-    for i in range(folded.first - 1, first - 1, -1):
+    if folded is None or folded.entry.layers[0] < first:
+        folded = Average(_weights(decoder, last), FusedLayer([last], [1.0]))
+    for i in range(folded.entry.layers[0] - 1, first - 1, -1):
         weights_i = _weights(decoder, i)
         aligned, matches = align_layer(decoder, weights_i, folded.weights, alignment)
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         merged = merge_weights(weights_i, aligned, ratio)
         for weight in merged.values():
             decoder.processes.broadcast(weight)
-        folded = Average(i, merged, [*folded.ratios, ratio], [*folded.matches, matches])
+        folded = Average(merged, folded.entry.joined(i, ratio, matches))
     if known is not None:
         known[key] = folded
     return folded

@@ -168,8 +168,8 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
     make = partial(average, decoder, similarity=similarity, alignment=alignment, ratio_beta=beta)
     known: dict[AverageKey, Average] = {}
     upper, whole, further = make((3, 4), known=known), make((0, 4)), make((0, 4), known=known)
-    assert upper.first == 3 and whole.first == 0 and sum(whole.shares) == pytest.approx(1)
-    assert (further.ratios, further.matches) == (whole.ratios, whole.matches)
+    assert upper.entry.layers == [3, 4] and further.entry == whole.entry
+    assert whole.entry.layers == [0, 1, 2, 3, 4] and sum(whole.entry.shares) == pytest.approx(1)
     expected = folded(
         [layer_weights(n, attention_bias=True, dtype=dtype) for n in range(5)], similarity, beta, alignment
     )
