@@ -36,7 +36,7 @@ from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.planning import announce
-from lf_hf.measure.check import check_attends, for_model
+from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
@@ -222,8 +222,7 @@ def fuse(
     Raises
     ------
     ValueError
-        If the model has too few layers, or activations are not finite; the model is unchanged then. Or if a hybrid has
-        lost all its attention.
+        If the model has too few layers, or activations are not finite; the model is unchanged then.
     """
     config = for_model(config, decoder.model_config)
     measured = measured.used_by(config)
@@ -285,7 +284,6 @@ def fuse_layers(
             decoder.join((first - num_removed, last - num_removed), weights, kind)
             num_removed += last - first
             layers.append(replace(entry, cost=choice.costs.get((first, last))))
-    check_attends(decoder.config)
     return choice, layers
 
 

@@ -236,12 +236,6 @@ class FusionConfig(Settings):
         """Fewest samples that stages 2 and 3 can use."""
         return max(self.entropy_neighbors, self.embedding_dim, self.mi_neighbors) + 1
 
-    def most_fusions(self, num_hidden_layers: int, first_free: int) -> int:
-        """Most fusions of a model whose layers below `first_free` stay as they are; below 1 where it allows none."""
-        if self.selection == "last":
-            return num_hidden_layers - first_free - 1
-        return num_hidden_layers - max(1, first_free) - 2  # the first and the last layer stay
-
     def for_width(self, channels: int, layer_parameters: int) -> FusionConfig:
         """The settings with as many tokens as a model gets by default, by its MLP's channels and a layer's size."""
         config, least = self, LEAST_CALIBRATION_TOKENS[self.method == "healed"]
@@ -252,12 +246,12 @@ class FusionConfig(Settings):
             config = replace(config, heal_tokens=default_heal_tokens(layer_parameters))
         return config
 
-    def for_layers(self, num_hidden_layers: int, first_free: int) -> FusionConfig:
+    def for_layers(self, num_hidden_layers: int, free: range, why: str = "") -> FusionConfig:
         """The settings with `num_fusions` in place of `target_layers`; ValueError if a model cannot have so many."""
         if self.target_layers is None:
             return self
-        self.check_num_layers(num_hidden_layers, first_free)
-        least = num_hidden_layers - self.most_fusions(num_hidden_layers, first_free)
+        self.check_num_layers(num_hidden_layers, free, why)
+        least = num_hidden_layers - len(free) + 1
         if not least <= self.target_layers < num_hidden_layers:
             raise ValueError(
                 f"target_layers must be {least} to {num_hidden_layers - 1} for a base of {num_hidden_layers} layers, "
@@ -265,12 +259,15 @@ class FusionConfig(Settings):
             )
         return replace(self, num_fusions=num_hidden_layers - self.target_layers, target_layers=None)
 
-    def check_num_layers(self, num_hidden_layers: int, first_free: int) -> None:
-        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all."""
-        most = self.most_fusions(num_hidden_layers, first_free)
+    def check_num_layers(self, num_hidden_layers: int, free: range, why: str = "") -> None:
+        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all.
+
+        Only those in `free` may be in groups; `why` says for what reason.
+        """
+        most = free.stop - free.start - 1
         layers = f"{num_hidden_layers} {plural(num_hidden_layers, 'layer')}"
-        if first_free:
-            layers += f" (of which features of images need the first {first_free} as they are)"
+        if why:
+            layers += f" ({why})"
         if most < 1:
             least = num_hidden_layers - most + 1
             raise ValueError(f"The model has {layers}; selection={self.selection!r} needs at least {least}.")

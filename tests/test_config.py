@@ -68,10 +68,10 @@ def test_settings_without_effect_are_left_out(method: str, names: set[str]) -> N
 
 
 def test_layers_that_are_to_be_left_become_fusions() -> None:
-    assert FusionConfig(target_layers=5, method="refit").for_layers(8, 0) == FusionConfig(3, "refit")
+    assert FusionConfig(target_layers=5, method="refit").for_layers(8, range(1, 7)) == FusionConfig(3, "refit")
     for layers in (1, 8):
         with pytest.raises(ValueError, match=f"target_layers must be 3 to 7 for a base of 8 layers, got {layers}"):
-            FusionConfig(target_layers=layers, method="refit").for_layers(8, 0)
+            FusionConfig(target_layers=layers, method="refit").for_layers(8, range(1, 7))
 
 
 def test_strings_are_read_as_the_fields_types_and_json_gives_the_same() -> None:

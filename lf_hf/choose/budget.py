@@ -10,7 +10,7 @@ from typing import TypeVar
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.models import first_free_layer
+from lf_hf.families.models import free_layers
 from lf_hf.measure.dense import Measurements
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
@@ -58,8 +58,8 @@ def search_budget(
         [figures] = judge(copy, judged)
         return BudgetTrial(count, figures.divergence, figures.ratio), (copy, fused)
 
-    most = config.most_fusions(decoder.num_layers, first_free_layer(decoder.model_config))
-    (copy, fused), trials = search(name, allowed, most, attempt)
+    free, _ = free_layers(decoder.model_config, config.selection)
+    (copy, fused), trials = search(name, allowed, len(free) - 1, attempt)
     budget = BudgetInfo(name, allowed, judged[0].tokens, trials)
     return copy, fused, budget, measured
 

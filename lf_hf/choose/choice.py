@@ -63,19 +63,18 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
         influences = [influence(before, after, decoder.processes) for before, after in layers]
     kinds = decoder.family.config_kinds(decoder.config)
     alike = kinds if config.averages else None
-    groups = least_influence_groups(influences, config.num_fusions, alike, decoder.inner_layers.start)
+    groups = least_influence_groups(influences, config.num_fusions, decoder.inner_layers, alike)
     return Choice(groups, influences=influences)
 
 
 def least_influence_groups(
-    influences: Sequence[float], num_fusions: int, kinds: Sequence[Kind] | None = None, first: int = 1
+    influences: Sequence[float], num_fusions: int, inner: range, kinds: Sequence[Kind] | None = None
 ) -> Groups:
     """Groups in which the `num_fusions` layers of least influence join the layer below them.
 
-    The layers below `first` and the last one stay by themselves. Where `kinds` are given, only layers of one kind are
-    joined.
+    Layers that are not in `inner` stay by themselves. Where `kinds` are given, only layers of one kind are joined.
     """
-    candidates = list(range(first + 1, len(influences) - 1))
+    candidates = list(inner[1:])
     if kinds is not None:
         candidates = [number for number in candidates if kinds[number] == kinds[number - 1]]
     candidates.sort(key=lambda number: influences[number])

@@ -31,7 +31,7 @@ from lf_hf.decoder.placement import (
 from lf_hf.families.models import (
     CausalLM,
     family_of,
-    first_free_layer,
+    free_layers,
     is_tied,
     set_config_kind,
     set_config_layers,
@@ -99,7 +99,7 @@ class Decoder:
     @property
     def inner_layers(self) -> range:
         """Numbers of layers that may be in groups: not the first and the last one, nor any that must stay in place."""
-        return range(max(1, first_free_layer(self.model_config)), self.num_layers - 1)
+        return free_layers(self.model_config, "groups")[0]
 
     @property
     def on_disk(self) -> bool:

@@ -76,10 +76,26 @@ def auto_class(config: PretrainedConfig) -> str:
     return "AutoModelForImageTextToText" if is_wrapper(config) else "AutoModelForCausalLM"
 
 
-def first_free_layer(config: PretrainedConfig) -> int:
-    """The first layer that others may join; features of images are added to what those below it give."""
-    vision = getattr(config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", ()))
+def free_layers(config: PretrainedConfig, selection: str) -> tuple[range, str]:
+    """Numbers of the layers that a selection may put into groups, and why others may not, where something is special.
+
+    Only selection="last" may take the first and the last layer. Features of images are added to what the lowest layers
+    give. A hybrid keeps a layer with attention: transformers' caches count tokens by it.
+    """
+    text = config.get_text_config()
+    first = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", ()))
+    why = f"of which features of images need the first {first} as they are" if first else ""
+    is_last = selection == "last"
+    free = range(first, text.num_hidden_layers) if is_last else range(max(1, first), text.num_hidden_layers - 1)
+    family = family_of(text)
+    if family.linear is None:
+        return free, why
+    attend = [n for n, kind in enumerate(family.config_kinds(text)) if family.mixer(kind) is family.attention]
+    if not all(number in free for number in attend):
+        return free, why
+    kept = min(attend, default=free.stop) if is_last else max(attend, default=free.start)
+    why = f"of which layer {kept} and those {'below' if is_last else 'above'} stay, so that one has attention"
+    return (range(kept + 1, free.stop) if is_last else range(free.start, kept)), why
 
 
 def text_model(model: CausalLM) -> Any:

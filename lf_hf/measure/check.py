@@ -16,7 +16,7 @@ from transformers.utils import logging
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import (
     family_of,
-    first_free_layer,
+    free_layers,
     is_wrapper,
     layer_lists,
     model_class,
@@ -53,39 +53,30 @@ def check_model(decoder: Decoder) -> int:
 
 def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:
     """The settings with what follows from a model; ValueError if it has too few layers for them."""
-    text, first_free = model_config.get_text_config(), first_free_layer(model_config)
-    config = config.for_layers(text.num_hidden_layers, first_free)
-    config.check_num_layers(text.num_hidden_layers, first_free)
-    _check_kinds(config, text)
+    text = model_config.get_text_config()
+    free, why = free_layers(model_config, config.selection)
+    config = config.for_layers(text.num_hidden_layers, free, why)
+    config.check_num_layers(text.num_hidden_layers, free, why)
+    _check_kinds(config, text, free)
     return config.for_width(text.intermediate_size, num_parameters(model_config)[0])
 
 
-def _check_kinds(config: FusionConfig, text: PretrainedConfig) -> None:
+def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
     """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
-    kinds = family_of(text).config_kinds(text)
+    kinds = family_of(text).config_kinds(text)[free.start : free.stop]
     if not config.averages or all(kind == kinds[0] for kind in kinds):
         return
     if config.selection == "last":
         alike_at_top = list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))
         most = len(alike_at_top) - 1
     else:
-        most = sum(above == below for below, above in pairwise(kinds[1:-1]))
+        most = sum(above == below for below, above in pairwise(kinds))
     if config.within_budget or config.num_fusions > most:
         limit = f"num_fusions can be {most} at most" if most > 0 else "no two of them can be averaged"
         raise ValueError(
             f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
             f"selection={config.selection!r} {limit}; or give method='refit', which takes attention from one layer "
             "where kinds differ."
-        )
-
-
-def check_attends(config: PretrainedConfig) -> None:
-    """Raise ValueError for a hybrid without any attention: transformers' cache counts tokens by it."""
-    family = family_of(config)
-    if family.linear and not any(family.mixer(kind) is family.attention for kind in family.config_kinds(config)):
-        raise ValueError(
-            "With so many fusions none of its layers would have attention, and transformers runs no such model; give "
-            "fewer fusions."
         )
 
 

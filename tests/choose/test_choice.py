@@ -52,7 +52,7 @@ def test_the_layers_of_least_influence_join_the_layer_below(seed: int, num_fusio
     able = [number for number in range(2, 9) if kinds[number] == kinds[number - 1]]
     for given_kinds, candidates in ((None, range(2, 9)), (kinds, able)):
         least = sorted(candidates, key=lambda number: influences[number])[:num_fusions]
-        groups = least_influence_groups(influences, num_fusions, given_kinds)
+        groups = least_influence_groups(influences, num_fusions, range(1, 9), given_kinds)
         joined = [number for first, last in groups for number in range(first + 1, last + 1)]
         assert joined == sorted(least)
         assert all(below[1] < above[0] for below, above in itertools.pairwise(groups))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer, same, save_base
-from tiny_models import LAYOUTS, averaged, fitted, idle, logits, measure_and_fuse, tiny_config, tiny_model
+from tiny_models import LAYOUTS, averaged, fitted, idle, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import lf_hf
@@ -20,6 +20,7 @@ from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
 from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
+from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.pipeline import fuse
@@ -158,11 +159,27 @@ def test_a_layer_that_takes_another_kind_is_of_that_kind_in_a_plain_checkpoint(m
     assert torch.equal(stock(IDS).logits, model(IDS).logits)
 
 
-def test_a_hybrid_does_not_lose_all_its_attention() -> None:
-    """Caches of transformers count tokens by it."""
-    model = tiny_model("qwen3_5_text", num_hidden_layers=4)
-    with pytest.raises(ValueError, match="none of its layers would have attention"):
-        measure_and_fuse(model, FusionConfig(2, "truncate", **SETTINGS), None, TEXT)
+@pytest.mark.parametrize(
+    ("method", "selection", "most"),
+    [
+        ("truncate", "last", 3),
+        ("refit", "last", 3),
+        ("truncate", "least_influence", 2),
+        ("refit", "least_influence", 2),
+        ("refit", "groups", 2),
+    ],
+)
+def test_a_hybrid_keeps_a_layer_with_attention(method: str, selection: str, most: int, tmp_path: Path) -> None:
+    """Caches of transformers count tokens by it. Where its first and its last layer have none, fewer layers fuse."""
+    kinds = [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear", "full", "linear", "linear")]
+    settings = SETTINGS | {"num_fusions": most, "method": method, "selection": selection}
+    dense = tiny_model("qwen3_5_text", num_hidden_layers=7, layer_types=kinds)
+    base = save_base(tmp_path, dense)
+    said = f"num_fusions must be 1 to {most} for a model of 7 layers .of which layer . and those .* has attention"
+    with pytest.raises(ValueError, match=said):
+        plan_fusion(base, FusionConfig(**settings | {"num_fusions": most + 1}), calibration=SAMPLES.texts)
+    model = lf_hf.from_pretrained_fused(base, calibration=SAMPLES.texts, **settings)
+    assert len(model.config.layer_types) == 7 - most and "full_attention" in model.config.layer_types
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Any, Any], Any]]] = {
