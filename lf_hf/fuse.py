@@ -16,7 +16,7 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
-from lf_hf.checkpoint.identity import why_not_reused
+from lf_hf.checkpoint.identity import JUDGING, why_not_reused
 from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, locked_folder, replaced_files
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.inputs.fusion import FusionInputs
@@ -166,8 +166,12 @@ def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionIn
             break
         del model
     model.tokenizer = inputs.tokenizer
-    if inputs.calibration is None and model.fusion_report.calibration:  # others, where the hub answers otherwise now
-        sources = ", ".join(info.source for info in model.fusion_report.calibration)
+    report, asked = model.fusion_report, inputs.config.to_dict()
+    judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
+    if judged_with:
+        logger.warning(f"{str(folder)!r} was judged with {' and '.join(judged_with)}; its report keeps those figures.")
+    if inputs.calibration is None and report.calibration:  # others, where the hub answers otherwise now
+        sources = ", ".join(info.source for info in report.calibration)
         logger.warning(f"Loaded from {str(folder)!r} what was fused before, on {sources}.")
     return model
 

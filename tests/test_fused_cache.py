@@ -71,6 +71,8 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
         pickled(base)
     first = load(base, fused, **arguments)
     (base / "consolidated.safetensors").write_bytes(b"in a format of its publisher's, which nothing here reads")
+    for name in ("training_config.json", "token_counts.json"):
+        (base / name).write_text("{}")  # which transformers does not read
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
     assert len(fusions) == 1 and same(first, second) and not second.training
     assert first.fusion_report == second.fusion_report and second.tokenizer is not None
@@ -94,10 +96,30 @@ def test_a_fusion_that_heals_reads_its_calibration_text_once(
     assert len(loads) == 1 and model.fusion_report is not None and model.fusion_report.healed is not None
 
 
-def test_a_setting_without_effect_does_not_fuse_anew(base: str, tmp_path: Path, fusions: list[str]) -> None:
+@pytest.mark.parametrize("changed", [{"kernel_scale": 4.0}, {"calibration": ["other text"]}, {"calibration": None}])
+def test_what_has_no_effect_does_not_fuse_anew(
+    changed: dict[str, Any], base: str, tmp_path: Path, fusions: list[str]
+) -> None:
     settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
-    models = [load(base, tmp_path / "fused", kernel_scale=scale, **settings) for scale in (8.0, 4.0)]
+    models = [load(base, tmp_path / "fused", **settings | more) for more in ({}, changed)]
     assert len(fusions) == 1 and same(*models)
+
+
+def test_what_is_judged_otherwise_is_not_fused_anew(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The report keeps the figures that it has, and a line says with which settings they were measured."""
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    settings: dict[str, Any] = {"method": "refit", "calibration_tokens": 1024, "calibration_length": 64}
+    settings |= {"heal_tokens": 1024, "speed": False}
+    first = load(base, tmp_path / "fused", perplexity_tokens=200, **settings)
+    caplog.clear()
+    second = load(base, tmp_path / "fused", perplexity_tokens=400, **settings | {"speed": True})
+    assert len(fusions) == 1 and same(first, second) and second.fusion_report == first.fusion_report
+    [line] = caplog.messages
+    assert line.endswith("was judged with perplexity_tokens=200 and speed=False; its report keeps those figures.")
+    other = load(base, tmp_path / "other", perplexity_tokens=400, **settings)
+    assert same(first, other)
 
 
 def with_other_weights(base: Path) -> None:

@@ -151,7 +151,7 @@ class Base:
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
         hub = self.hub
-        patterns = list(CHECKPOINT_FILES)
+        patterns = [*CHECKPOINT_FILES, *PROCESSOR_FILES]
         if gguf_file := hub.pop("gguf_file", None):
             patterns = [str(gguf_file)]
         if self.loading.get("use_safetensors") is False:

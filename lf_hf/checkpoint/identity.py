@@ -20,6 +20,8 @@ from lf_hf.checkpoint.saving import changed_files, file_sha
 from lf_hf.report.report import FusionReport
 from lf_hf.settings import ALGORITHM
 
+JUDGING = ("perplexity_tokens", "speed")
+"""Settings of what is measured on a fused model, which do not change it."""
 _TOKENIZED_CHARACTERS = 1 << 16  # of each text, enough to tell tokenizers apart
 _MEANING = {
     "base": "another base, or other files in its folder",
@@ -53,14 +55,15 @@ def identity_key(identity: Mapping[str, str]) -> str:
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What an identity was before, where it is another one now: a phrase for each difference."""
+    """What an identity was before, where it is another one now: a phrase for each difference of what is made."""
     if now.keys() - before.keys():
         return [_MEANING["algorithm"]]
     found = []
     for name, value in now.items():
         if name == "settings":
             earlier, later = json.loads(before[name]), json.loads(value)
-            differing = [key for key in sorted(earlier | later) if earlier.get(key) != later.get(key)]
+            keys = sorted((earlier | later).keys() - {*JUDGING})
+            differing = [key for key in keys if earlier.get(key) != later.get(key)]
             found += [f"{key}={earlier.get(key)!r} instead of {later.get(key)!r}" for key in differing]
         elif before[name] != value:
             found.append(_MEANING.get(name) or f"{name}={before[name]} instead of {value}")

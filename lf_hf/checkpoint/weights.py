@@ -16,8 +16,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.runtime.errors import explained
 
-# Kinds of files of a checkpoint that decide what a model computes, or how it reads text.
-CHECKPOINT_FILES = "*.safetensors", "*.index*.json", "*config.json", "*token*.json", "vocab.json", "*.model", "*.jinja"
+# Files of a checkpoint that decide what a model computes, or how it reads text.
+CHECKPOINT_FILES = (
+    *("*.safetensors", "*.index*.json", "config.json", "generation_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model", "*.jinja"),
+)
 UNREAD = "consolidated*.safetensors"
 """Mistral publishes its weights a second time, for its own library. These files are skipped."""
 Shape = Sequence[int]
