@@ -21,6 +21,7 @@ from lf_hf.text.packing import split_held_out
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 _SHARE = 1 / 8  # of the sequences that a budget is measured on; nothing is fitted to these
+_FEW = 2000  # tokens: with fewer, what a budget allows is uncertain
 _GUESSES = 4  # trials that follow a power law
 _POWER = 1.3  # exponent of that law, until two trials give one
 
@@ -50,6 +51,16 @@ def search_budget(
     judged = predict_texts(decoder, {"": aside}, {"": "held-out text"})
     name = next(name for name in LEVELS if getattr(config, name) is not None)
     allowed = getattr(config, name)
+    num_tokens = sum(map(len, aside))
+    if num_tokens < _FEW:
+        given = round(_FEW / _SHARE)
+        note = (
+            f"{name}={allowed:g} is judged on only {num_tokens:,} tokens of the calibration text, so the number of "
+            f"fusions that it allows is uncertain; give {given:,} tokens of text or more, and calibration_tokens="
+            f"{2 * given} or more."
+        )
+        logger.warning(note)
+        measured = replace(measured, notes=[*measured.notes, note])
 
     def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, T]]:
         copy = decoder.copy()
@@ -60,7 +71,7 @@ def search_budget(
 
     free, _ = free_layers(decoder.model_config, config.selection)
     (copy, fused), trials = search(name, allowed, len(free) - 1, attempt)
-    budget = BudgetInfo(name, allowed, judged[0].tokens, trials)
+    budget = BudgetInfo(name, allowed, num_tokens, trials)
     return copy, fused, budget, measured
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import make_llama, make_texts, make_tokenizer, same, tensors
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import divergence, measure_and_fuse, tiny_model
+from tiny_models import divergence, measure_and_fuse, measured_text, tiny_model
 from torch.nn.functional import cross_entropy
 
 from lf_hf import FusionConfig, fuse_checkpoint
@@ -94,6 +94,19 @@ def test_a_budget_that_nothing_meets_is_said_and_leaves_the_model_as_it_was() ->
             measure_and_fuse(model, config, None, corpus)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(24, 192), (256, 2048)])
+def test_a_budget_that_few_tokens_decide_says_so(
+    sequences: int, tokens: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    config = FusionConfig(method="truncate", max_divergence=1e9, perplexity_tokens=0)
+    measured = measured_text(list(torch.arange(64).repeat(sequences, 1)))
+    report = fuse(Decoder(make_llama()), make_tokenizer(), config, measured, base="tiny")
+    assert report.budget is not None and report.budget.tokens == tokens
+    notes = [note for note in report.notes if "judged on only 192 tokens" in note and "give 16,000 tokens" in note]
+    assert len(notes) == (tokens < 2000) and [text for text in caplog.messages if "judged on" in text] == notes
 
 
 def test_low_memory_finds_the_same_within_a_budget(make_base: Callable[..., str], tmp_path: Path) -> None:
