@@ -6,11 +6,14 @@ import dataclasses
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from builders import HEALED, Page, make_report
 from conftest import make_texts
@@ -115,6 +118,23 @@ def test_a_command_makes_the_model_again(config: dict[str, Any], healed: Any, op
         assert program == "lf-hf" and sorted(words) == sorted(command.split())
     for row in ("| `torch` | `2` |", "| `weights of the base` | `12ab` |", "| `weights` | `34cd` |"):
         assert row in card
+
+
+@pytest.mark.parametrize("options", ["--method refit", "--heal-tokens 2048"])
+def test_its_command_makes_the_same_weights_in_another_process(
+    options: str, base: str, text: Path, tmp_path: Path
+) -> None:
+    """In one that knows nothing of the first, but for the base and the text."""
+    few = "--num-fusions 2 --calibration-length 64 --calibration-tokens 2048 --perplexity-tokens 200 --no-speed".split()
+    assert main(["fuse", base, str(tmp_path / "out"), *few, *options.split(), "--calibration", str(text)]) == 0
+    made = FusionReport.load(tmp_path / "out")
+    [command] = re.findall(r"^```bash\nlf-hf (.*)\n```$", (tmp_path / "out" / "README.md").read_text(), re.M)
+    shutil.copytree(base, tmp_path / "fresh" / Path(base).name)
+    words = [sys.executable, "-m", "lf_hf", *shlex.split(command), "--calibration", str(text)]
+    environment = {"PYTHONPATH": str(Path(lf_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number adds up in another order
+    subprocess.run(words, cwd=tmp_path / "fresh", env=environment, check=True)
+    assert FusionReport.load(tmp_path / "fresh" / "out").weights_digest == made.weights_digest is not None
 
 
 def test_its_commands_make_a_model_again_that_was_healed_twice(
