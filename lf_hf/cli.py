@@ -130,24 +130,22 @@ _CALIBRATION = click.option(
     "--calibration",
     metavar="FILE",
     help="Calibration text: .txt, .jsonl, .csv or .parquet, with a field text, or messages of chats; or "
-    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled: what is installed.",
+    "NAME[:CONFIG[:SPLIT[:COLUMN]]] of a data set on the hub, which is streamed; or bundled: text that is installed.",
 )
 _HUB = options(
     click.option("--gguf-file", metavar="NAME", help="GGUF file in BASE; it is dequantised when it is read."),
     click.option("--revision", metavar="REF", help="Branch, tag or commit of BASE on the hub."),
 )
 _MAX_MEMORY = click.option(
-    "--max-memory", metavar="PLACES", help="What may be used of each place, such as cuda:0=20GiB,cpu=30GiB."
+    "--max-memory", metavar="PLACES", help="How much memory may be used at each place, such as cuda:0=20GiB,cpu=30GiB."
 )
 _LOADING = options(
     _HUB,
-    click.option(
-        "--dtype", type=click.Choice(_DTYPES), help="What weights are computed in.  [default: as BASE has it]"
-    ),
+    click.option("--dtype", type=click.Choice(_DTYPES), help="Type of the weights.  [default: as BASE has it]"),
     click.option("--device", "device_map", help="cpu, cuda, cuda:1, or auto for all.  [default: a GPU if any]"),
     _MAX_MEMORY,
 )
-_DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done, and what it would take; do nothing.")
 
 
 @app.command(
@@ -162,15 +160,14 @@ _DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be 
 @setting_options(FusionConfig, *LEVELS, "method", method="healed")
 @_CALIBRATION
 @_LOADING
-@click.option("--low-memory", is_flag=True, help="Hold a few layers at a time, on --device, in place of the model.")
+@click.option("--low-memory", is_flag=True, help="Leave the weights on disk, and load a few layers at a time.")
 @_DRY_RUN
 @setting_options(FusionConfig, *_MECHANICS)
 def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> None:
     """Fuse layers of BASE and write the smaller model to OUT.
 
-    Ends with a table: layers, parameters, size on disk, and perplexity before and after; and on the same texts how far
-    predictions of the next token are from the base's: KL divergence in nats a token, and how often the most likely
-    token is the same.
+    Ends with a table of layers, parameters and size on disk, and of three figures on two texts: perplexity before and
+    after, the divergence of predictions from the base's in nats a token, and how often both expect the same next token.
     """
     settings, others = _split(FusionConfig, given)
     calibration = others.pop("calibration", None)
@@ -203,7 +200,9 @@ def fuse(base: str, out: str, low_memory: bool, dry_run: bool, **given: Any) -> 
 )
 @click.argument("fused")
 @click.argument("out")
-@click.option("--base", metavar="BASE", help="What was fused.  [default: what FUSED names, if that is on the hub]")
+@click.option(
+    "--base", metavar="BASE", help="The model that was fused.  [default: FUSED names it, if it is on the hub]"
+)
 @click.option("--text", metavar="FILE", help="Text to heal on, as fuse --calibration.  [default: general or bundled]")
 @_gone("--cache", "the base's states lie in OUT until the healing is done")
 @_gone("--top-k", "healing compares all predictions")
@@ -252,7 +251,7 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
     default="mmlu_5shot",
     help="Tasks of lm-eval, and lf_hf's depth_pruning, mmlu_5shot and mmlu_sample.",
 )
-@click.option("--limit", type=float, help="Questions of each task; below 1, what share of them.  [default: all]")
+@click.option("--limit", type=float, help="How many questions of each task; below 1, their share.  [default: all]")
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
 @click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")
 @click.option("--metadata", metavar="JSON", type=_json_object, help='For the tasks, such as {"mmlu_dir": "DIR"}.')

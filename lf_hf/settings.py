@@ -80,8 +80,8 @@ class FusionConfig(Settings):
     given_beside = ("calibration", "fused_dir", "tokenizer", "low_memory")
 
     num_fusions: Annotated[int, Field(ge=1)] = NOT_GIVEN
-    """How many times two layers become one: 1 to L - 1 for a model of L layers; to L - 3 unless selection="last". Give
-    one of this, target_layers, max_divergence and max_perplexity_ratio."""
+    """How many times two layers become one: 1 to L - 1 for a model of L layers, or to L - 3 unless selection="last".
+    Give exactly one of num_fusions, target_layers, max_divergence and max_perplexity_ratio."""
 
     method: Annotated[str, OneOf(METHODS)] = "neural_alignment"
     """How layers are fused. "refit" and "healed" are for models that are to be used: one layer is fitted to what a
@@ -92,7 +92,7 @@ class FusionConfig(Settings):
     """Which layers are fused, by default as method has it. "last": the last ones of the model. "least_influence": those
     that change the residual stream least, each with the one before it. "groups", for "refit" and "healed": those groups
     of two layers or more whose fusion, tried as a set on several kinds of text, changes the model's predictions least.
-    In the latter two the first and the last layer stay."""
+    With the latter two the first and the last layer stay as they are."""
 
     alignment: Annotated[str, OneOf(["none", "rows", "neurons"])] = NOT_GIVEN
     """How layer j's neurons are matched to layer i's before both are averaged, by default as method has it. "rows": an
@@ -104,35 +104,36 @@ class FusionConfig(Settings):
     matrix."""
 
     calibration_tokens: Annotated[int, Field(ge=1024), Needs("needs_text")] = NOT_GIVEN
-    """Most tokens of calibration text that influence and fits use. By default 32 for each channel of the model's MLP,
-    from 49152, and 131072 for method="healed", to 262144. The model writes a third of them itself and answered
-    questions are a fifth, some ten thousand at most; of the bundled mixture it writes half."""
+    """Most tokens of calibration text to use, for influence and fits. By default 32 for each channel of the model's
+    MLP, but at least 49152 (131072 for method="healed") and at most 262144. The base writes a third of them itself, or
+    half where the text is the bundled one; a fifth, some ten thousand at most, are questions with answers."""
 
     calibration_length: Annotated[int, Field(ge=16), Needs("needs_text")] = 512
     """Tokens of a sequence of calibration text."""
 
     heal_tokens: Annotated[int, Field(ge=0), Needs("heal_tokens")] = NOT_GIVEN
-    """Tokens on which the fused model is trained to predict what its base predicts, see lf_hf.heal; 0 leaves it out. By
-    default one for each hundred parameters of a layer, from 131072 to 2097152, for method="healed", and 0 for the
-    others."""
+    """Tokens on which the fused model is then trained to predict what its base predicts, as by lf_hf.heal; 0 for no
+    training. By default 0, and for method="healed" one for each hundred parameters of a layer, from 131072 to
+    2097152."""
 
     target_layers: Annotated[int | None, Field(ge=1)] = None
     """How many layers to leave, in place of num_fusions."""
 
     max_divergence: Annotated[float | None, Field(gt=0)] = None
-    """Fuse as many layers as keep the divergence of the fused model's predictions from the base's within this, in nats
-    a token. It is measured on an eighth of the given calibration sequences, none of which the model wrote, and nothing
-    is fitted to that eighth."""
+    """Fuse as many layers as possible while the fused model's predictions diverge from the base's by no more than this,
+    in nats a token. That is measured on an eighth of the calibration text that was given, to which nothing is fitted.
+    """
 
     max_perplexity_ratio: Annotated[float | None, Field(gt=1)] = None
-    """Like max_divergence, for perplexity: at most this many times the base's."""
+    """Like max_divergence, while perplexity is no more than this many times the base's."""
 
     perplexity_tokens: Annotated[int, Field(ge=0)] = 4000
-    """Tokens of each judging text, on which perplexity is measured before and after fusing, and how far predictions
-    moved; 0 skips this and both models' sample texts."""
+    """Tokens of each text that both models are judged on, by their perplexity and by how far predictions moved; 0 skips
+    this, and the sample texts that both write."""
 
     speed: bool = True
-    """Measure how fast the fused model is beside its base, in some seconds; only in memory and in one process."""
+    """Measure the speed of the fused model and of its base, which takes some seconds; only in one process, and
+    where no weights are offloaded."""
 
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED), Needs("is_random")] = 0
     """Seed of the mutual information estimate, of the calibration text that the model writes, and of healing."""
