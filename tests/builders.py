@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -54,6 +56,19 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
+def check_golden(name: str, found: str) -> None:
+    """Compare text with a file in tests/golden; with WRITE_GOLDEN=1 in the environment that is written anew."""
+    file = Path(__file__).parent / "golden" / name
+    if os.environ.get("WRITE_GOLDEN"):
+        file.write_text(found, encoding="utf-8")
+    assert found == file.read_text(encoding="utf-8")
+
+
+def check_golden_page(name: str, page: str) -> None:
+    """The same for what a page has, without how it looks and without the pictures' bytes."""
+    check_golden(name, re.sub('base64,[^"]*', "base64,", page.partition("<body>")[2]))
+
+
 def make_report(**values: object) -> FusionReport:
     fields: dict[str, object] = {
         "base": "meta-llama/Meta-Llama-3-8B",
@@ -95,19 +110,3 @@ def make_point(method: str, num_fusions: int, accuracy: float, perplexity: float
         seconds={},
         versions={},
     )
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ os.environ["HF_ASSETS_CACHE"] = os.devnull  # nor find what was read from one
 
 import pytest
 import torch
+from huggingface_hub import cached_assets_path
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lf_hf import FusedLlamaForCausalLM
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure import speed
+from lf_hf.text.hub import GENERAL
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -199,6 +202,19 @@ def fused(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused") / "model"
     FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Let the hub give general text from now on, or not answer."""
+    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
+    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
+
+    def set_place(answers: bool) -> None:
+        place = tmp_path if answers else os.devnull
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
+
+    return set_place
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Kills processes that save, fuse or sweep, and checks what they left; run by test_saving.py on its own.
+"""Kills processes that save, fuse or sweep between any two steps, and checks what they left; run by test_saving.py.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
@@ -6,14 +6,11 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import random
-import shutil
 import signal
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from conftest import save_base, tensors
+from conftest import same, save_base, tensors
 from tqdm import tqdm
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
@@ -29,7 +26,6 @@ from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
 
-KILLS = 4
 FOREIGN = (
     *("notes.txt", "train_results.json", "tokenizer_notes.md", "tokenizers/a.txt", "tokenizer_training/corpus.txt"),
     *("chat_templates/a.jinja", "fusion_report.html", "checkpoint-7/optimizer.pt", "README.md", "training_args.bin"),
@@ -61,38 +57,44 @@ def foreign(folder: Path) -> list[tuple[int, int, bytes]]:
     return [(path.stat().st_mode, path.stat().st_ino, held) for path, held in zip(paths, contents, strict=True)]
 
 
-def killed(work: Callable[[], Any], seconds: float, number: signal.Signals = signal.SIGKILL) -> None:
-    """Run `work` in a process that gets a signal after `seconds`."""
+def in_process(work: Callable[[], Any]) -> bool:
+    """Run `work` in a process of its own; whether it came to its end, and was not killed."""
     pid = os.fork()
     if not pid:
-        work()
-        os._exit(0)
-    time.sleep(seconds)
-    os.kill(pid, number)
-    os.waitpid(pid, 0)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long `work` takes in a process that nothing happens to."""
-    start = time.perf_counter()
-    killed(work, 0, signal.SIGCONT)
-    return time.perf_counter() - start
+def dies_at(step: int, work: Callable[[], Any], out: Path) -> bool:
+    """Run `work` in a process that is killed before it changes names in `out` once more than `step` times."""
+    left = itertools.count(step, -1)
 
+    def dying(act: Callable[..., Any]) -> Callable[..., Any]:
+        def run(path: Path, *given: Any, **named: Any) -> Any:
+            if any(out in place.parents for place in (path, *given) if isinstance(place, Path)) and not next(left):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(path, *given, **named)
 
-def write_on(write: Callable[[int], Any]) -> None:
-    for count in itertools.cycle((2, 1)):
-        write(count)
+        return run
+
+    acts: dict[str, Any] = {name: dying(getattr(Path, name)) for name in ("mkdir", "replace", "unlink")}
+    with patch.multiple(Path, **acts):
+        return not in_process(work)
 
 
 def num_fusions_in(out: Path) -> int | None:
     """Of what is in a folder, found to be whole; None where nothing opens."""
     if not (out / "config.json").exists():
         return None
-    report = FusionReport.load(out)
-    count: int = report.config["num_fusions"]
-    layers = {name.split(".")[2] for name in tensors(out) if name.startswith("model.layers.")}
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert len(layers) == config["num_hidden_layers"] == report.layers_after == 5 - count
+    count: int = FusionReport.load(out).config["num_fusions"]
+    assert same(tensors(out), tensors(out.parent / f"whole {count}"))
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
     return count
 
@@ -110,54 +112,53 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
     tqdm.set_lock(threading.RLock())
-    base, rng = save_base(folder / "base"), random.Random(0)
+    base = save_base(folder / "base")
     # Nothing runs in this process but what makes no thread, as it forks.
     patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]
     settings: dict[str, Any] = {"method": "truncate", "perplexity_tokens": 0, "speed": False}
     fuse = partial(FusedLlamaForCausalLM.from_pretrained_fused, base, **settings)
     models = {count: fuse(num_fusions=count) for count in (1, 2)}
-    ways: dict[str, Callable[[int], Any]] = {
-        "save": lambda count: models[count].save_pretrained(folder / "save"),
-        "fuse": lambda count: fuse_checkpoint(base, folder / "fuse", num_fusions=count, **settings),
-        "fused_dir": lambda count: fuse(num_fusions=count, fused_dir=folder / "fused_dir"),
+    for count, model in models.items():
+        model.save_pretrained(folder / f"whole {count}")
+    shards = {1: "1GB", 2: "20KB"}
+    # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.
+    ways: dict[str, tuple[int, Callable[[Path, int], Any]]] = {
+        "save": (1, lambda out, count: models[count].save_pretrained(out, max_shard_size=shards[count])),
+        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, **settings)),
+        "fused_dir": (7, lambda out, count: fuse(num_fusions=count, fused_dir=out)),
     }
-    for name, write in ways.items():
-        out = folder / name
+    for name, (every, write) in ways.items():
+        out, states = folder / name, list[int | None]()
         put_foreign(out)
         before = foreign(out)
-        taken = seconds(partial(write, 1))
-        for _ in range(KILLS):
-            killed(partial(write_on, write), rng.uniform(0, 2 * taken))
-            if num_fusions_in(out) is None:  # the next load finishes the move
-                seconds(partial(FusedLlamaForCausalLM.from_pretrained, out))
-            assert num_fusions_in(out) in (1, 2) and foreign(out) == before
-
-    fresh = folder / "fresh"
-    taken = seconds(partial(models[1].save_pretrained, fresh))
-    for _ in range(KILLS):
-        shutil.rmtree(fresh, ignore_errors=True)
-        killed(partial(write_on, lambda count: models[count].save_pretrained(fresh)), rng.uniform(0, 2 * taken))
-        if num_fusions_in(fresh) is None and fresh.exists():
-            seconds(partial(FusedLlamaForCausalLM.from_pretrained, fresh))
-        assert num_fusions_in(fresh) in (None, 1, 2)  # what opens is whole; it may be that nothing was saved yet
+        for step in itertools.count(0, every):
+            assert in_process(partial(write, out, 2))
+            is_killed = dies_at(step, partial(write, out, 1), out)
+            states.append(num_fusions_in(out))
+            assert in_process(partial(FusedLlamaForCausalLM.from_pretrained, out))  # which finishes the move
+            assert num_fusions_in(out) in ((1, 2) if states[-1] == 2 else (1,))
+            assert foreign(out) == before and not list(out.glob(".lf_hf-saving"))
+            if not is_killed:
+                break
+        assert states == sorted(states, key=[2, None, 1].index) and states[0] == 2 and states[-1] == 1
+        assert None in states or every > 1
 
     arguments: dict[str, Any] = {"num_fusions": [1, 2], "methods": ["truncate"], "tasks": ["task"]}
     arguments["settings"] = {"perplexity_tokens": 100, "speed": False}
     whole, out = folder / "whole", folder / "sweep"
     put_foreign(whole)
-    taken = seconds(partial(sweep, base, whole, **arguments))
+    assert in_process(partial(sweep, base, whole, **arguments))
     put_foreign(out)
     before, points = foreign(out), list[Any]()
-    for _ in range(KILLS):
-        killed(partial(sweep, base, out, **arguments), rng.uniform(0, taken))
+    for step in itertools.count():
+        is_killed = dies_at(step, partial(sweep, base, out, **arguments), out)
         assert points_in(out)[: len(points)] == points and foreign(out) == before  # none is lost
         points = points_in(out)
-    assert points
-    seconds(partial(sweep, base, out, **arguments))
-    assert points_in(out) == points_in(whole)
+        if not is_killed:
+            break
+    assert points == points_in(whole)
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
-    assert {path.name for path in folder.iterdir()} - {"fresh"} == {"base", "whole", "sweep", *ways}
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def sharded(edit: Edit | None = None, **weight_map: str) -> Edit:
 
 
 INDEX = "model.safetensors.index.json"
-UP = "model.layers.1.mlp.up_proj.weight"
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,7 @@ ROWS: dict[str, Row] = {
     "an adapter alone": (python, {}, "is an adapter", only("adapter_config.json", "{}")),
     "fused already": (python, {}, "is fused already; fuse its base with a larger", config(model_type="fused_llama")),
     "no tokenizer": (python, {}, r"No tokenizer can be read for .*; put the base's own there", remove("token*")),
-    "another tokenizer": (
-        from_folder_to_folder,
-        JUDGED,
-        r"id \d+, but the model has 64 embeddings; use the",
-        few_embeddings,
-    ),
+    "another tokenizer": (from_folder_to_folder, JUDGED, r"id \d+, but the model has 64 embedd", few_embeddings),
     # Calibration text
     "calibrating on a number": (python, {"calibration": 3}, "Text must be a list of strings, a file or .*, got 3"),
     "calibrating on an array": (python, {"calibration": np.array(["a"])}, "Text must be a list of strings, a file or"),
@@ -220,11 +215,7 @@ ROWS: dict[str, Row] = {
     "an argument that is gone": (healed, {"cache": "there"}, "cache is gone, as healing compares all predictions"),
     "a training argument of none": (healed, {"training_args": {"bf61": True}}, r"be used \(Train.* got an unexp"),
     "training arguments as a list": (healed, {"training_args": ["bf16"]}, "training_args must be a dict"),
-    "a batch of no sequences": (
-        healed,
-        {"training_args": {"per_device_train_batch_size": 0}},
-        "must be at least 1, got 0",
-    ),
+    "no sequences": (healed, {"training_args": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
     "looks at held-out text": (healed, {"training_args": {"eval_delay": 50}}, "'eval_delay' is set by heal itself"),
     "a dtype of healing": (healed, {"dtype": "float64"}, "Unknown setting 'dtype'"),
     "steps of healing": (healed, {"training_args": {"max_steps": 5}}, "'max_steps' is set by heal itself"),
@@ -265,30 +256,32 @@ ROWS: dict[str, Row] = {
     "metadata": (mistyped, (*SWEEP, "--num-fusions", "1", "--metadata", "mmlu"), "value for '--metadata': Expecting"),
     "a share": (mistyped, (*HEAL, "--written-share", "all"), "must be a number >= 0 and <= 0.9, got 'all'"),
     "a training argument": (mistyped, (*HEAL, "--arg", "bf16"), "must be NAME=VALUE, got 'bf16'"),
-    "a missing folder": (
-        failed,
-        ("fuse", "{base}", "{out}/../x", "--num-fusions", 1),
-        "x' leads through a folder that",
-    ),
+    "no such folder": (failed, ("fuse", "{base}", "{out}/../x", "--num-fusions", 1), "x' leads through a folder that"),
     "bytes": (failed, ("fuse", "{base}", "{out}\udcff", "--num-fusions", 1, "--dry-run"), "give a path in UTF-8"),
     "a disk as device": (failed, (*ONE, "--device", "disk"), "'disk' cannot be used"),
     "memory of a place that is none": (failed, (*ONE, "--max-memory", "20GiB"), "--max-memory must be places and siz"),
     "a card that is not here": (failed, (*ONE, "--max-memory", "cuda:7=20GiB,cpu=4GiB"), "does not have; a dry run"),
-    "too few tokens to heal on": (
-        mistyped,
-        (*ONE, "--heal-tokens", 100),
-        "--heal-tokens must be 0 or an integer >= 1024",
-    ),
+    "too few tokens": (mistyped, (*ONE, "--heal-tokens", 100), "--heal-tokens must be 0 or an integer >= 1024"),
     "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
 }
+
+# Types of models, and why none of them fuses or what does instead.
+OTHERS = {
+    **dict.fromkeys(("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only models of these types fuse: llama, mistral, "),
+    **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "ernie4_5_moe"), "it is a mixture .* REAP in llm-"),
+    **dict.fromkeys(("granitemoehybrid", "nemotron_h"), "its layers are Mamba's"),
+    **{"gemma4": "its layers share keys and values", "lfm2": "its layers are convolutions"},
+    "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, mistral3, qwen3_vl fuse as a whole",
+}
+for kind, words in OTHERS.items():
+    dense = ', "num_local_experts": 0' if kind == "granitemoehybrid" else ""  # as in its dense models
+    edit = only("config.json", f'{{"model_type": "{kind}"{dense}}}')
+    ROWS[f"a model of type {kind}"] = (python, {}, f"is a '{kind}' model; {words}", edit)
 
 # What is wrong with the weights; the folder-to-folder path and the one in memory say the same.
 WEIGHTS: dict[str, tuple[Edit, str]] = {
     "NaN": (tensors(lambda held: held[UP].view(-1)[5:6].fill_(NAN)), f"{UP} contains NaN or inf; repair the base"),
-    "activations that overflow": (
-        tensors(lambda held: held["model.layers.2.mlp.down_proj.weight"].mul_(1e38)),
-        "activations of layer 2",
-    ),
+    "activations that overflow": (tensors(lambda held: held[DOWN].mul_(1e38)), "activations of layer 2"),
     "cut off": (cut("model.safetensors", 9000), r"safetensors' cannot be read \(.*; if it is not whole, download"),
     "empty": (write("model.safetensors", b""), "model.safetensors' cannot be read"),
     "gone": (remove("model.safetensors"), "holds neither model.safetensors nor .* use_safetensors=False"),

@@ -1,22 +1,27 @@
+"""The pipeline on models in memory: what it reports, and finite weights or one error for any Llama."""
+
 from __future__ import annotations
 
 import copy
+import json
 import math
 import platform
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_texts, make_tokenizer, same
+from builders import no_warnings
+from conftest import make_llama, make_texts, make_tokenizer
 from tiny_models import measure_and_fuse
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import PROJECTIONS
-from lf_hf.measure.dense import measure, tokenize_corpus
-from lf_hf.pipeline import fuse
+from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.settings import WRITTEN_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
@@ -100,23 +105,6 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
         assert sum(map(len, made.given)) == size
 
 
-@pytest.mark.parametrize(("method", "selection"), [("neural_alignment", "last"), ("mka", "least_influence")])
-def test_each_level_of_a_sweep_is_what_it_would_be_alone(method: str, selection: str) -> None:
-    """Though averages of the layers that end a model are kept for higher levels to go on from."""
-    dense, tokenizer = Decoder(make_llama(num_hidden_layers=7)), make_tokenizer()
-    configs = [FusionConfig(level, method, selection, perplexity_tokens=0) for level in (1, 3, 2)]
-    measured = measure(dense, tokenizer, configs[0], CALIBRATION, TEXT)
-    kept = replace(measured, averages={})
-    for config in configs:
-        models = []
-        for measurements in (kept, measured):
-            decoder = dense.copy()
-            fuse(decoder, tokenizer, config, measurements, base="tiny")
-            models.append(decoder.model)
-        assert same(*models)
-    assert kept.averages
-
-
 def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
     parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Judging")
@@ -136,3 +124,89 @@ def test_similarities_of_samples_that_are_all_alike_are_called_noise_once() -> N
     config = FusionConfig(1, "mka", perplexity_tokens=0)
     report = measure_and_fuse(make_llama(), config, alike, None)
     assert [note.startswith("The layer similarities are noise: of 57") for note in report.notes] == [True]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in ("neural_alignment", "mka", "truncate", "refit")},
+    "mka, neurons matched": {"method": "mka", "alignment": "neurons"},
+    "least influential averaged": {"method": "neural_alignment", "selection": "least_influence"},
+}
+
+
+def run_kind(model: Any, kind: str, samples: list[str] | None = None) -> FusionReport:
+    config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration_tokens": 1024}
+    return measure_and_fuse(
+        model,
+        FusionConfig(**config | {"calibration_length": 64} | SETTINGS[kind]),
+        CalibrationSamples(samples or make_texts(), "random sentences"),
+        Corpus({"random text": " ".join(make_texts(400))}),
+    )
+
+
+def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
+    model, largest = make_llama(dtype=dtype), torch.finfo(dtype).max / 2
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.copy_((parameter.double() * 10.0**exponent).clamp(-largest, largest))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *((torch.bfloat16, kind) for kind in SETTINGS),
+        # Those that together run_kind every part of a fusion.
+        *((torch.float16, kind) for kind in ("neural_alignment", "refit")),
+    ],
+)
+def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch.dtype, kind: str) -> None:
+    for exponent in (-30, 30):
+        model = scaled_model(dtype, exponent)
+        with no_warnings():
+            try:
+                run_kind(model, kind)
+            except ValueError:
+                assert exponent > 0
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def equal_layers(model: Any) -> None:
+    for layer in model.model.layers[1:]:
+        layer.load_state_dict(model.model.layers[0].state_dict())
+
+
+def zero_rows(model: Any) -> None:
+    for layer in model.model.layers:
+        for name, parameter in layer.named_parameters():
+            if "proj" in name:
+                parameter[::2] = 0
+
+
+def idle_layers(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
+def equal_embeddings(model: Any) -> None:
+    model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]
+
+
+@pytest.mark.parametrize("kind", ["neural_alignment", "refit"])
+@pytest.mark.parametrize("damage", [None, equal_layers, zero_rows, idle_layers, equal_embeddings])
+def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[Any], None] | None, kind: str) -> None:
+    model, samples = make_llama(), make_texts(51)  # one more than neighbours
+    if damage is None:
+        samples = [samples[0]] * 51
+    else:
+        with torch.no_grad():
+            damage(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = run_kind(model, kind, samples)
+    messages = [str(warning.message) for warning in caught]
+    assert all("have no similarity" in message or "mixed signs" in message for message in messages), messages
+    assert len(messages) <= 3
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    json.dumps(report.to_dict(), allow_nan=False)

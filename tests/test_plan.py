@@ -1,21 +1,25 @@
-"""The plan of a fusion says what the fusion then does and what memory is free, and refuses what fusing refuses."""
+"""The plan of a fusion finds a way wherever there is one, and says what the fusion then does or refuses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer, pickled
+from conftest import TINY, make_texts, make_tokenizer, pickled
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, fuse_checkpoint
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.dry_run import DryRun, plan_fusion
+from lf_hf.plan.machine import Machine, NoRoom, read_max_memory
+from lf_hf.plan.plan import Plan, plan
+from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True, "dtype": torch.bfloat16}
@@ -146,3 +150,140 @@ def test_a_container_or_job_has_what_is_left_of_its_limit(
     for said, least, most in (("max", 2 << 40, 2 << 40), (str(1 << 40), 1 << 39, 1 << 40), ("4096", 0, 0)):
         limit.write_text(f"{said}\n")
         assert least <= memory.free_memory(device) <= most
+
+
+GIB = 1 << 30
+SHAPE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+SHAPE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+TOKENS = 49152
+WIDE = LlamaConfig(**SHAPE)  # as Llama-3-8B: 15 GiB in bfloat16
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Settings of a healing, as a plan reads them."""
+
+    tokens: int = 131072
+    length: int = 512
+    batch_tokens: int = 2048
+    lora_rank: int = 32
+    train: str | None = None
+
+
+def machine(card: float = 0, memory: float = 64) -> Machine:
+    """A machine with so many GiB on a card, if any, and in memory."""
+    free = {"cuda:0": int(card * GIB)} if card else {}
+    return Machine(free | {"cpu": int(memory * GIB), "disk": 1000 * GIB}, bfloat16=True, is_here=False)
+
+
+def planned(on: Machine, method: str = "refit", **arguments: Any) -> Plan:
+    healing = Healing() if method == "healed" else None
+    config = FusionConfig(4, method, calibration_tokens=TOKENS)
+    return plan(WIDE, torch.bfloat16, config, on, **{"healing": healing, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("on", "places"),
+    [
+        (machine(80), {"cuda:0"}),
+        (machine(24), {"cuda:0", "cpu"}),
+        (machine(24, 12), {"cuda:0", "cpu", "disk"}),
+        (machine(memory=64), {"cpu"}),
+        (machine(memory=18), {"cpu", "disk"}),
+    ],
+)
+def test_weights_lie_as_near_as_they_fit_and_no_place_holds_more_than_it_has(on: Machine, places: set[str]) -> None:
+    made = planned(on)
+    assert made.weights.keys() == places
+    assert sum(made.weights.values()) == planned(machine(1000)).weights["cuda:0"]
+    for place, size in made.peak.items():
+        assert made.weights.get(place, 0) < size <= on.free[place]
+    assert (made.device_map is None) == (len(places) == 1)
+    assert "minutes unknown" in made.lines()[-1]
+
+
+def test_what_a_user_says_counts() -> None:
+    given: dict[str, str | int] = {"model.embed_tokens": "disk", "": 0}
+    made = planned(machine(80), device_map=given)
+    assert made.device_map == given and made.weights["disk"] == 128256 * 4096 * 2
+    low = planned(machine(memory=64), low_memory=True)
+    assert low.device_map == {"": "disk"} and low.weights.keys() == {"disk"}
+    assert low.peak["cpu"] < planned(machine(memory=64)).peak["cpu"]
+
+
+def test_the_first_rung_that_fits_trains_and_the_reason_names_the_first_that_did_not() -> None:
+    rungs = [planned(machine(card), "healed").healing for card in (200, 80, 24)]
+    assert [rung and rung.train for rung in rungs] == ["layers", "fused", "lora"]
+    assert rungs[0] and " as " not in rungs[0].why
+    assert rungs[2] and "as all layers would take 117" in rungs[2].why
+    sharded = planned(replace(machine(80), processes=4, shards=4), "healed").healing
+    assert sharded and sharded.train == "layers" and sharded.sequences == 1
+    given = planned(machine(80), "healed", healing=Healing(train="lora")).healing
+    assert given and given.train == "lora" and not given.gradient_checkpointing and given.sequences == 4
+
+
+def test_training_splits_its_steps_and_keeps_fewer_activations_before_it_trains_less() -> None:
+    tight = [planned(machine(card), "healed").healing for card in (41, 35, 31.5)]
+    assert [(rung.train, rung.sequences) for rung in tight if rung] == [("fused", 2), ("fused", 1), ("fused", 4)]
+    assert [rung.gradient_checkpointing for rung in tight if rung] == [False, False, True]
+
+
+@pytest.mark.parametrize(("healing", "card"), [(None, 8), (Healing(train="fused"), 24)])
+def test_a_refusal_names_what_would_do(healing: Healing | None, card: int) -> None:
+    with pytest.raises(NoRoom, match=f"{card}.0 GiB are free on cuda:0, .* give a device with so much") as refused:
+        planned(machine(card), healing=healing)
+    needed = refused.value.needed / GIB
+    assert planned(machine(needed * 1.02), healing=healing).peak["cuda:0"] > 0.9 * refused.value.needed
+    with pytest.raises(NoRoom):
+        planned(machine(needed * 0.98), healing=healing)
+
+
+def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
+    wide = LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64})
+    config = FusionConfig(8, "refit", calibration_tokens=TOKENS)
+    longest = [plan(wide, torch.bfloat16, config, machine(card)).longest for card in (160, 80, 62)]
+    assert longest[0] == 6 and longest == sorted(longest, reverse=True) and longest[2] < longest[0]
+
+
+@pytest.mark.parametrize("more", [{"calibration_tokens": 98304}, {"perplexity_tokens": 8000}, {"num_fusions": 6}])
+def test_more_takes_no_less(more: dict[str, Any]) -> None:
+    rates = dict.fromkeys(("layer", "head", "product", "solve", "logits", "calls", "bytes"), 1e12)
+    one: dict[str, Any] = {"num_fusions": 4, "method": "refit", "calibration_tokens": TOKENS}
+    less, much = (
+        plan(WIDE, torch.bfloat16, FusionConfig(**arguments), machine(80), rates=lambda: rates)
+        for arguments in (one, one | more)
+    )
+    assert less.minutes and much.minutes and sum(less.minutes.values()) < sum(much.minutes.values())
+    assert less.phases.keys() == much.phases.keys() == {"measure", "choose", "make", "judge"}
+    assert all(less.phases[name] <= much.phases[name] for name in less.phases)
+
+
+def test_sizes_of_places_are_read() -> None:
+    assert read_max_memory("cuda:0=20GiB, cpu=1GB,disk=5MiB") == {"cuda:0": 20 * GIB, "cpu": 10**9, "disk": 5 << 20}
+    assert read_max_memory("cuda=20GiB") == read_max_memory({0: "20GiB"}) == {"cuda:0": 20 * GIB}
+    with pytest.raises(ValueError, match="names the disk alone"):
+        read_max_memory("disk=5GiB")
+    for wrong in ("20GiB", "card=20GiB", "cpu=much", ""):
+        with pytest.raises(ValueError, match="max_memory must be places and sizes"):
+            read_max_memory(wrong)
+
+
+def test_this_machine_gives_no_more_than_it_has_and_another_one_all_that_is_named() -> None:
+    cpu = [torch.device("cpu")]
+    here, limited = Machine.here(cpu), Machine.here(cpu, "cpu=100MiB")
+    assert here.device == "cpu" and here.is_here and min(here.free.values()) > 0
+    assert limited.free["cpu"] == 100 << 20 and limited.is_here
+    assert Machine.here(cpu, "cpu=9999GiB").free["cpu"] < 9999 * GIB
+    other = Machine.here(cpu, "cpu=9999GiB,cuda:7=24GiB")
+    assert not other.is_here and other.device == "cuda:7"
+    assert {**other.free, "disk": 0} == {"cuda:7": 24 * GIB, "cpu": 9999 * GIB, "disk": 0}
+
+
+def test_a_probe_gives_minutes() -> None:
+    config, device = LlamaConfig(**TINY), torch.device("cpu")
+    rates = probe(device, torch.float32, config)
+    assert min(rates.values()) > 0
+    fusion = FusionConfig(2, "healed", calibration_tokens=TOKENS)
+    made = plan(WIDE, torch.float32, fusion, machine(160), healing=Healing(), rates=lambda: rates)
+    assert made.minutes and list(made.minutes) == ["measure", "choose", "make", "heal", "judge"]
+    assert min(made.minutes.values()) > 0 and made.lines()[-1].startswith("minutes, about: measure ")

@@ -14,19 +14,20 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from builders import check_golden, make_report
 from conftest import ROOT, make_texts
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
-from lf_hf import FusionConfig, fuse_checkpoint, tasks_path
+from lf_hf import FusionConfig, tasks_path
 from lf_hf.cli import app
 from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.report.data import Continuation
 from lf_hf.settings import LEVELS
 
 FOLDERS = ROOT / "docs", ROOT / "research"
@@ -158,30 +159,19 @@ def write_results(folder: Path, accuracy: float) -> None:
 
 
 def test_a_base_and_its_fusions_stand_side_by_side(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 256, "calibration_tokens": 1024}
-    settings |= {"low_memory": False, "calibration": make_texts(100), "calibration_length": 64}
     write_results(tmp_path / "results" / "dense", 0.25)
-    reports, fused = [], []
     for n, method in enumerate(("truncate", "refit")):
-        reports.append(fuse_checkpoint(base, tmp_path / method, method=method, **settings))
+        said = [Continuation("Once upon", "a time", f"{method}\nit")]
+        (tmp_path / method).mkdir()
+        make_report(continuations=said).save(tmp_path / method)
         write_results(tmp_path / "results" / method, 0.5 + n / 4)
-        fused.append(f"{method}={tmp_path / method}")
     monkeypatch.setenv("COLUMNS", "100")
+    fused = [f"{method}={tmp_path / method}" for method in ("truncate", "refit")]
     monkeypatch.setattr("sys.argv", ["first_look.py", str(tmp_path / "results"), "--fused", *fused])
     runpy.run_path(f"{ROOT}/scripts/first_look.py", run_name="__main__")
-    printed = capsys.readouterr().out
-    lines = [line.split() for line in printed.replace(" (x ", "(x").partition("docs, ")[0].splitlines()]
-    rows = {" ".join(words[:-3]): words[-3:] for words in lines if len(words) >= 3}
-    assert rows[""] == ["dense", "truncate", "refit"] and rows["layers"] == ["5", "4", "4"]
-    assert rows["group"] == ["0.250", "0.500", "0.750"] and rows["a"] == ["1.000"] * 3
-    assert "group: 2 questions, too few" in printed and "a: 1000" not in printed
-    for of_models in zip(*(report.perplexities for report in reports), strict=True):
-        expected = [f"{judged.fused:.4g}(x{judged.ratio:.3g})" for judged in of_models]
-        assert rows[f"perplexity, {of_models[0].name}"] == [f"{of_models[0].dense:.4g}", *expected]
-        assert of_models[1].label in printed
-    assert " ".join(reports[1].continuations[0].prompt.split()) in printed
+    check_golden("first_look.txt", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("argument", ["-o", "--output_path=out"])

@@ -1,4 +1,4 @@
-"""A folder belongs to its user: whatever goes wrong while saving or sweeping, nothing is lost, theirs or ours."""
+"""A folder belongs to its user: nothing in it is lost, whatever goes wrong; and a model that was kept is used again."""
 
 from __future__ import annotations
 
@@ -6,29 +6,46 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import filelock
 import peft
 import pytest
 import torch
-from conftest import QUICK, files, make_texts, make_tokenizer, run_program, same, tensors
+from conftest import (
+    QUICK,
+    files,
+    make_llama,
+    make_texts,
+    make_tokenizer,
+    pickled,
+    run_program,
+    same,
+    save_base,
+    tensors,
+)
 from peft import LoraConfig, inject_adapter_in_model
 from run_faults import Answers, foreign, put_foreign
 from safetensors.torch import save_file
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+import lf_hf
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.saving import locked_folder, replaced_files
 from lf_hf.evaluate.points import RESULTS
 from lf_hf.evaluate.sweep import sweep
@@ -281,64 +298,6 @@ def test_what_cannot_be_saved_is_refused(model: FusedLlamaForCausalLM, base: str
                 way()
 
 
-class Killed(BaseException):
-    """Nothing but the next load or save clears up behind it."""
-
-
-def test_cut_off_between_any_two_steps_of_the_move(
-    model: FusedLlamaForCausalLM, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What opens is a whole model, by any program; where nothing opens, loading or saving finishes the move."""
-    other = FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK)
-    for name, saved in (("old", model), ("new", other)):
-        saved.save_pretrained(tmp_path / name, max_shard_size="20KB" if saved is model else "1GB")
-
-    def model_in(folder: Path) -> dict[str, bytes]:
-        """All but the report, which names what was written."""
-        return {name: content for name, content in files(folder).items() if name.startswith(("config", "gen", "model"))}
-
-    old, new = model_in(tmp_path / "old"), model_in(tmp_path / "new")
-    steps = 0
-
-    def limited(act: Callable[..., Any]) -> Callable[..., Any]:
-        def run(path: Path, *args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            # Not the lock, which a process that is really killed leaves to the system.
-            if {path.parent, *(Path(arg).parent for arg in args)} & {tmp_path / "out"} and path.suffix != ".lock":
-                steps -= 1
-                if steps < 0:
-                    raise Killed
-            return act(path, *args, **kwargs)
-
-        return run
-
-    seen = []
-    for count in range(100):
-        shutil.copytree(tmp_path / "old", tmp_path / "out")
-        put_foreign(tmp_path / "out")
-        before, steps = foreign(tmp_path / "out"), count
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", limited(Path.replace))
-            patch.setattr(Path, "unlink", limited(Path.unlink))
-            with contextlib.suppress(Killed):
-                other.save_pretrained(tmp_path / "out")
-        found = model_in(tmp_path / "out")
-        state = "old" if found == old else "new" if found == new else "none"
-        assert state != "none" or "config.json" not in found
-        seen.append(state)
-        if count % 2:
-            loader: Any = AutoModelForCausalLM if state != "none" else FusedLlamaForCausalLM
-            assert same(loader.from_pretrained(tmp_path / "out"), model if state == "old" else other)
-            FusedLlamaForCausalLM.from_pretrained(tmp_path / "out")
-        else:
-            fuse_checkpoint(base, tmp_path / "out", **QUICK)
-        assert foreign(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
-        shutil.rmtree(tmp_path / "out")
-        if steps > 0:
-            break
-    assert seen == sorted(seen, key=["old", "none", "new"].index) and set(seen) == {"old", "none", "new"}
-
-
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may grow beyond `size` bytes, as on a full disk. Without bars, as pytest has them in a file."""
@@ -465,7 +424,7 @@ def test_all_files_follow_the_umask(model: FusedLlamaForCausalLM, base: str, tmp
         assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+def test_what_a_killed_process_leaves_is_whole(tmp_path: Path) -> None:
     done = run_program("run_faults.py", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -511,3 +470,212 @@ def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict
     with pytest.raises(ValueError, match=r"Line 1 of .*results\.jsonl' is no result of a sweep \(.*\); choose another"):
         sweep(base, tmp_path, **arguments)
     assert (tmp_path / RESULTS).read_bytes() == content
+
+
+SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
+
+
+@pytest.fixture
+def fusions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with each fusion."""
+    fuse, names = pipeline.fuse, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        names.append(kwargs["base"])
+        return fuse(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "fuse", counted)
+    return names
+
+
+def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausalLM:
+    arguments: dict[str, Any] = {"calibration": make_texts()} | SETTINGS | kwargs
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=fused_dir, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"variant": "fp16"},
+        {"use_safetensors": False},
+        {"output_loading_info": True},
+        {"device_map": "auto", "max_memory": "cpu=2GiB"},
+    ],
+)
+def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fusions: list[str]) -> None:
+    """A base is known by its content, and what is true of it alone does not matter for the result."""
+    base, fused = tmp_path / "base", tmp_path / "fused"
+    save_base(base)
+    if variant := arguments.get("variant"):
+        (base / "model.safetensors").rename(base / f"model.{variant}.safetensors")
+    if "use_safetensors" in arguments:
+        pickled(base)
+    first = load(base, fused, **arguments)
+    (base / "consolidated.safetensors").write_bytes(b"in a format of its publisher's, which nothing here reads")
+    for name in ("training_config.json", "token_counts.json"):
+        (base / name).write_text("{}")  # which transformers does not read
+    second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
+    assert len(fusions) == 1 and same(first, second) and not second.training
+    assert first.fusion_report == second.fusion_report and second.tokenizer is not None
+    assert first.name_or_path == second.name_or_path == str(fused)  # which adapters name as their base
+    assert first.config.to_diff_dict() == second.config.to_diff_dict()
+    assert same(first, FusedLlamaForCausalLM.from_pretrained(fused))
+
+
+@pytest.mark.parametrize("changed", [{"kernel_scale": 4.0}, {"calibration": ["other text"]}, {"calibration": None}])
+def test_what_has_no_effect_does_not_fuse_anew(
+    changed: dict[str, Any], base: str, tmp_path: Path, fusions: list[str]
+) -> None:
+    settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
+    models = [load(base, tmp_path / "fused", **settings | more) for more in ({}, changed)]
+    assert len(fusions) == 1 and same(*models)
+
+
+def test_what_is_judged_otherwise_is_not_fused_anew(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The report keeps the figures that it has, and a line says with which settings they were measured."""
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    settings: dict[str, Any] = {"method": "refit", "calibration_tokens": 1024, "calibration_length": 64}
+    settings |= {"heal_tokens": 1024, "speed": False}
+    first = load(base, tmp_path / "fused", perplexity_tokens=200, **settings)
+    caplog.clear()
+    second = load(base, tmp_path / "fused", perplexity_tokens=400, **settings | {"speed": True})
+    assert len(fusions) == 1 and same(first, second) and second.fusion_report == first.fusion_report
+    [line] = caplog.messages
+    assert line.endswith("was judged with perplexity_tokens=200 and speed=False; its report keeps those figures.")
+    other = load(base, tmp_path / "other", perplexity_tokens=400, **settings)
+    assert same(first, other)
+
+
+def with_other_weights(base: Path) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-3
+    model.save_pretrained(base)
+
+
+def tokenizer_with(normalizer: Any = None, template: str | None = None) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any] | None, dict[str, Any], str]] = {
+    "settings": (None, {"num_fusions": 1, "seed": 3}, "num_fusions=2 instead of 1 and seed=0 instead of 3"),
+    "weights": (with_other_weights, {}, "another base"),
+    "arguments": (None, {"rms_norm_eps": 0.5}, "another base"),
+    "calibration": (None, {"calibration": make_texts(seed=5)}, "other calibration text"),
+    "dtype": (None, {"dtype": "bfloat16"}, "another dtype"),
+    "tokenizer": (None, {"tokenizer": tokenizer_with(normalizer=normalizers.Replace("layer", "laier"))}, "tokenizer"),
+    "chat template": (None, {"tokenizer": tokenizer_with(template="{{ messages[0].content }}")}, "tokenizer"),
+}
+
+
+def test_what_differs_is_said_and_fused_again(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    shutil.copytree(base, tmp_path / "base")
+    load(str(tmp_path / "base"), tmp_path / "fused")
+    assert caplog.messages == []
+    for number, (edit, arguments, message) in enumerate(CHANGES.values(), 2):
+        caplog.clear()
+        if edit:
+            edit(tmp_path / "base")
+        again = load(str(tmp_path / "base"), tmp_path / "fused", **arguments)
+        assert len(fusions) == number
+        assert [text for text in caplog.messages if message in text and text.endswith("Fusing, to replace it.")]
+    assert same(again, load(str(tmp_path / "base"), tmp_path / "fused", **arguments)) and len(fusions) == number
+
+
+def test_what_another_run_replaces_while_it_is_read_is_not_used(
+    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, from_pretrained = load(base, tmp_path / "fused"), FusedLlamaForCausalLM.from_pretrained
+
+    def after_another_run(*args: Any, **kwargs: Any) -> Any:
+        if len(fusions) == 1:
+            load(base, tmp_path / "fused", num_fusions=1)
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
+    assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
+
+
+@pytest.mark.parametrize(("answers_first", "heal_tokens"), [(True, 1024), (False, 0)])
+def test_the_default_text_is_the_same_with_and_without_a_hub(
+    answers_first: bool,
+    heal_tokens: int,
+    base: str,
+    tmp_path: Path,
+    fusions: list[str],
+    hub_answers: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """So what took long, as a healing, is not replaced where the hub answers now and did not then, or the reverse."""
+    settings: dict[str, Any] = {"calibration": None, "method": "refit", "perplexity_tokens": 200}
+    settings |= {"calibration_tokens": 1024, "calibration_length": 64, "heal_tokens": heal_tokens}
+    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
+    caplog.set_level(logging.INFO, "lf_hf")
+    models = []
+    for answers in (answers_first, not answers_first):
+        hub_answers(answers)
+        models.append(load(base, tmp_path / "fused", **settings))
+    assert len(fusions) == 1 and same(*models)
+    [line] = [message for message in caplog.messages if "what was fused before, on" in message]
+    assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
+    others = settings | {"tokenizer": tokenizer_with(template="{{ messages }}"), "heal_tokens": 0}
+    if answers_first:
+        with pytest.raises(OSError, match="The hub does not give the default text"):
+            load(base, tmp_path / "fused", **others)
+    else:
+        again = load(base, tmp_path / "fused", **others)
+        first_report, second_report = models[0].fusion_report, again.fusion_report
+        assert first_report is not None and second_report is not None
+        assert len(fusions) == 2 and second_report.calibration == first_report.calibration
+
+
+def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
+    load(base, tmp_path / "fused")
+    settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
+    lf_hf.heal(tmp_path / "fused", tmp_path / "healed", base=base, text=make_texts(1200), **settings)
+    before = files(tmp_path / "healed")
+    with pytest.raises(ValueError, match="holds a healed model; choose another"):
+        load(base, tmp_path / "healed")
+    assert fusions == [base] and files(tmp_path / "healed") == before
+
+
+def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:
+    """While another process holds the folder's lock, and from a disk that cannot be written."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy, fused = shutil.copytree(base, folder / "base"), folder / "fused"
+        first = load(copy, fused)
+        with locked_folder(fused):
+            assert same(first, load(copy, fused))
+        for path in (*folder.rglob("*"), folder):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        with no_privileges():
+            assert same(first, load(copy, fused))
+        for path in (folder, copy, fused):
+            path.chmod(0o755)
+    assert len(fusions) == 1
+
+
+def fusions_of(base: str, fused: Path) -> int:
+    """How many fusions a load took."""
+    with patch.object(pipeline, "fuse", wraps=pipeline.fuse) as fuse:
+        load(base, fused)
+    return fuse.call_count
+
+
+def test_of_runs_that_start_at_once_one_fuses_and_others_wait(base: str, tmp_path: Path) -> None:
+    """In processes, as transformers' loading is not made for threads: it can leave `tie_weights` patched away."""
+    together = tmp_path / "fused"
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        assert sum(pool.map(fusions_of, [base] * 2, [together] * 2)) == 1
+    assert same(FusedLlamaForCausalLM.from_pretrained(together), load(base, tmp_path / "alone"))

@@ -1,7 +1,8 @@
-"""The bridge to lm-eval: every way of starting lm-eval finds the models of lf_hf, from a wheel and from a checkout."""
+"""What importing lf_hf loads, and how every way of starting lm-eval finds it, from a wheel and a checkout."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import lf_hf
 
 TASKS = ROOT / "lm_eval_tasks"
 COMMANDS = Path(sys.executable).parent
@@ -168,3 +171,74 @@ def test_the_bridge_adds_what_is_missing_and_never_raises(name: str, tmp_path: P
     done = run(sys.executable, "-c", code, folder=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert said in done.stdout + done.stderr
     assert ("Error: " in said) == (done.returncode != 0), done.stderr
+
+
+# Each folder or module of lf_hf imports those before it alone.
+ORDER = "runtime settings families text decoder plan report checkpoint refit stages measure choose".split()
+ORDER += "healing inputs pipeline fuse __init__ evaluate cli".split()
+
+
+def imported(file: Path) -> set[str]:
+    """The folders and modules right in lf_hf that a file imports, at once or later inside a function."""
+    found: set[str] = set()
+    queue: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.ImportFrom) and node.module == "lf_hf":
+            found |= {alias.name if alias.name in ORDER else "__init__" for alias in node.names}
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("lf_hf.")}
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):  # only for types
+            queue += ast.iter_child_nodes(node)
+    return found
+
+
+def test_folders_import_one_way() -> None:
+    for place, name in enumerate(ORDER):
+        folder = ROOT / "lf_hf" / name
+        files = [*folder.rglob("*.py")] if folder.is_dir() else [folder.with_suffix(".py")]
+        wrong = set[str]().union(*map(imported, files)) - {*ORDER[: place + 1]}
+        assert files and not wrong, f"{name} imports {wrong}"
+
+
+def test_what_the_package_offers() -> None:
+    names = dir(lf_hf)
+    assert {*names} == {*lf_hf.__all__, "__version__"}
+    assert all(getattr(lf_hf, name) is not None for name in names)
+
+
+LOADED = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+before = set(sys.modules)
+import lf_hf.cli
+assert "peft" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager")
+print(json.dumps(sorted(set(sys.modules) - before)))
+out = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
+assert len(out.hidden_states) == len(out.attentions) + 1 == model.config.num_hidden_layers + 1
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert table["fused_llama"] == table["llama"]
+"""
+
+
+def test_a_new_process_loads_a_model_without_what_fusing_takes_and_knows_it(fused: Path) -> None:
+    """Besides what transformers itself imports for a Llama; PEFT waits for the first fused model. They take seconds.
+
+    transformers registers what a class can return when one is built.
+    """
+    command, env = [sys.executable, "-c", LOADED, str(fused)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "lf_hf.settings" in loaded
+    heavy = {"sklearn", "pandas", "scipy", "lm_eval", "matplotlib", "datasets"}
+    assert [name for name in loaded if name.split(".")[0] in heavy] == []
+
+
+def test_healing_needs_no_scikit_learn() -> None:
+    code = "import sys; import lf_hf.healing.heal; print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stderr

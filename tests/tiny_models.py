@@ -25,104 +25,54 @@ from lf_hf.stages.averaging import merge_weights
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
+HEADS = {"sliding_window": 5, "head_dim": 12}
+CAPPED = {"query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
+FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5, "head_dim": 8},
     "qwen2": WINDOWS,
     "qwen3": WINDOWS | {"head_dim": 12},
     "phi3": {"sliding_window": 7},
-    "gemma2": {"sliding_window": 5, "head_dim": 12, "query_pre_attn_scalar": 10, "final_logit_softcapping": 3.0},
-    "gemma3_text": {
-        "sliding_window": 5,
-        "sliding_window_pattern": 3,
-        "head_dim": 8,
-        "query_pre_attn_scalar": 10,
-        "final_logit_softcapping": 3.0,
-    },
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.6,
-        "attention_multiplier": 0.3,
-        "logits_scaling": 2.0,
-        "attention_bias": True,
-    },
-    "qwen3_5_text": {
-        "full_attention_interval": 3,
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 6,
-        "linear_value_head_dim": 10,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    },
+    "gemma2": HEADS | CAPPED,
+    "gemma3_text": CAPPED | {"sliding_window": 5, "sliding_window_pattern": 3, "head_dim": 8},
+    "granite": FACTORS | {"attention_bias": True},
+    "qwen3_5_text": LINEAR | {"full_attention_interval": 3, "head_dim": 8} | rope("default", partial_rotary_factor=0.5),
     "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 3},
-    "cwm": {
-        "sliding_window": 5,
-        "head_dim": 12,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
+    "cwm": HEADS | rope("llama3", factor=4.0, **FREQUENCIES),
     "ernie4_5": {"head_dim": 12, "use_bias": True},
     "exaone4": {"sliding_window": 5, "sliding_window_pattern": 3},
     "gemma": {"head_dim": 12},
     "glm4": {"head_dim": 12},
-    "hunyuan_v1_dense": {
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
-    },
-    "ministral": {"sliding_window": 5, "head_dim": 12, "layer_types": ["sliding_attention", "full_attention"] * 3},
-    "ministral3": {
-        "sliding_window": 5,
-        "head_dim": 8,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 64.0,
-            "original_max_position_embeddings": 4,
-            "llama_4_scaling_beta": 0.5,
-        },
-    },
+    "hunyuan_v1_dense": {"head_dim": 8} | rope("dynamic", alpha=50.0, factor=1.0),
+    "ministral": HEADS | {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "ministral3": {"sliding_window": 5, "head_dim": 8}
+    | rope("yarn", factor=64.0, original_max_position_embeddings=4, llama_4_scaling_beta=0.5),
     "olmo3": {"sliding_window": 5},
     "seed_oss": {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
-    "qwen3_vl_text": {
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    },
+    "qwen3_vl_text": {"head_dim": 8} | rope("default", mrope_section=[2, 1, 1]),
 }
 SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 7, "image_size": 28}
+TOWER = SEES | {"num_hidden_layers": 2, "num_attention_heads": 2}
+DEEP = SEES | {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+DEEP |= {"deepstack_visual_indexes": [0, 1]}
 WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": (
-        "gemma3_text",
-        {
-            "vision_config": SEES | {"num_hidden_layers": 2, "num_attention_heads": 2},
-            "mm_tokens_per_image": 4,
-            "image_token_index": 5,
-        },
-    ),
+    "gemma3": ("gemma3_text", {"vision_config": TOWER, "mm_tokens_per_image": 4, "image_token_index": 5}),
     "mistral3": (
         "mistral",
-        {
-            "vision_config": SEES | {"model_type": "pixtral", "num_hidden_layers": 2, "num_attention_heads": 2},
-            "image_token_index": 5,
-            "tie_word_embeddings": False,
-        },
+        {"vision_config": TOWER | {"model_type": "pixtral"}, "image_token_index": 5, "tie_word_embeddings": False},
     ),
     "qwen3_vl": (
         "qwen3_vl_text",
-        {
-            "vision_config": SEES
-            | {"depth": 3, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
-            | {"deepstack_visual_indexes": [0, 1]},
-            "image_token_id": 5,
-            "video_token_id": 6,
-            "vision_start_token_id": 7,
-            "tie_word_embeddings": True,
-        },
+        {"vision_config": DEEP, "tie_word_embeddings": True}
+        | {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7},
     ),
 }
 """For vision-language models the type of their decoder, and the rest of their tiny config."""

@@ -13,9 +13,12 @@ LIBRARY = ctypes.CDLL(sys.argv[1])  # before torch
 
 import gc
 import json
+import queue
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -23,10 +26,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
 from card.stand_in import insert
+from conftest import tensors
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DefaultFlowCallback, PreTrainedModel
+
+from lf_hf.checkpoint.base import Base
+from lf_hf.decoder.decoder import Decoder
 
 CARDS = insert(LIBRARY)
 Figures = dict[str, Any]
@@ -140,7 +148,35 @@ def no_room(bases: dict[str, str]) -> str | None:
     return error
 
 
-CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room]
+def layers_on_disk(bases: dict[str, str]) -> Figures:
+    """In which order layers are read when each is used once the next one is there, and what reading leaves behind."""
+    reads, order, same = queue.SimpleQueue[int](), list[int](), True
+    held, read = tensors(Path(bases["Llama"])), OffloadedWeightsLoader.__getitem__
+
+    def noted(loader: OffloadedWeightsLoader, name: str) -> torch.Tensor:
+        if name.endswith("mlp.up_proj.weight"):
+            reads.put(int(name.split(".")[2]))
+        return read(loader, name)
+
+    with tempfile.TemporaryDirectory() as scratch, patch.object(OffloadedWeightsLoader, "__getitem__", noted):
+        base, on_disk = Base.open(bases["Llama"], {}), dict.fromkeys(("model.embed_tokens", "model.layers"), "disk")
+        placed: dict[str, Any] = {"device_map": on_disk | {"model.norm": 0, "lm_head": 0}, "offload_folder": scratch}
+        decoder = Decoder(replace(base, loading={**base.loading, **placed}).load())
+        threads = threading.enumerate()
+        for number, layer in enumerate(decoder.layers(range(4))):
+            while len(order) < min(number + 2, 4):
+                order.append(reads.get(timeout=60))
+            for name, parameter in layer.named_parameters():
+                same &= parameter.is_cuda and torch.equal(parameter.cpu(), held[f"model.layers.{number}.{name}"])
+        for _ in decoder.layers(range(4)):
+            break
+        layers = decoder.copy().layers(range(4))
+        next(layers)
+        del layers
+        return {"order": order, "same": same, "threads": len({*threading.enumerate()} - {*threads})}
+
+
+CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk]
 
 
 def fused(case: Case, base: str, waits: Waits) -> Figures:
@@ -149,7 +185,7 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
     found: Figures = {}
     with CARDS.watch() as seen:
         found["error"] = error_of(lambda: found.update(outcome(case, base, **PLACEMENTS[case.placement])))
-    found |= {"waits": seen.waits, "weights_read": seen.weights_read, "peaks": seen.peaks}
+    found |= {"waits": seen.waits, "weights_read": seen.weights_read}
     return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
 
 

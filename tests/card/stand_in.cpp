@@ -11,7 +11,6 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <unordered_map>
@@ -27,10 +26,9 @@ static thread_local DeviceIndex current = 0;
 
 static Device card(DeviceIndex number) { return Device(c10::kCUDA, number < 0 ? current : number); }
 
-// --- What stand_in.py hears of. Neither may be called while the ledger is locked, as both take Python's lock. ---
+// --- What stand_in.py hears of. It may not be called while the ledger is locked, as it takes Python's lock. ---
 
-static int64_t (*phase_now)() = nullptr;            // number of what Python is doing
-static void (*happened)(const char*) = nullptr;     // a wait of the host, or weights that it reads
+static void (*happened)(const char*) = nullptr;  // a wait of the host, or weights that it reads
 
 static void tell(const std::string& what) {
   if (happened) happened(what.c_str());
@@ -48,7 +46,7 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 static std::unordered_map<const void*, Block> blocks;
 static std::map<const char*, size_t> pinned;  // begin -> bytes
 static int64_t live[CARDS] = {}, capacity[CARDS] = {};
-static std::map<int64_t, int64_t> peaks;  // phase -> most live bytes of a card in it
+static int64_t peak = 0;  // most live bytes of a card
 
 static void release(void* begin) {
   Lock lock(ledger);
@@ -58,22 +56,9 @@ static void release(void* begin) {
   free(begin);
 }
 
-static bool is_peak(int64_t phase, DeviceIndex number, int64_t bytes) {
-  Lock lock(ledger);
-  return live[number] + bytes > peaks[phase];
-}
-
-static int64_t current_phase(DeviceIndex number, int64_t bytes) {
-  // To ask at every allocation takes a fifth of all time; a peak is never given to a phase that is over.
-  static std::atomic<int64_t> phase{0}, count{0};
-  if (phase_now && (count++ % 16 == 0 || is_peak(phase, number, bytes))) phase = phase_now();
-  return phase;
-}
-
 static c10::DataPtr allocate_on(Device device, size_t asked) {
   if (asked == 0) return {nullptr, nullptr, &release, device};
   int64_t bytes = (asked + 511) / 512 * 512;  // as CUDA's allocator rounds
-  int64_t phase = current_phase(device.index(), bytes);
   Lock lock(ledger);
   int64_t& used = live[device.index()];
   TORCH_CHECK_WITH(OutOfMemoryError, used + bytes <= capacity[device.index()], "CUDA out of memory. Tried to allocate ",
@@ -82,7 +67,7 @@ static c10::DataPtr allocate_on(Device device, size_t asked) {
   memset(begin, 0x7f, bytes);  // a large number, so that nobody takes memory for zeros that was not written
   blocks[begin] = {bytes, device.index(), false};
   used += bytes;
-  peaks[phase] = std::max(peaks[phase], used);
+  peak = std::max(peak, used);
   return {begin, begin, &release, device};
 }
 
@@ -412,7 +397,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 static const bool is_registered = (c10::SetAllocator(c10::kCUDA, &card_memory), true);
 
 extern "C" {
-void card_listen(int64_t (*phase)(), void (*event)(const char*)) { phase_now = phase, happened = event; }
+void card_listen(void (*event)(const char*)) { happened = event; }
 void card_wait() { wait("synchronize"); }
 int card_current() { return current; }
 void card_use(int number) { current = card(number).index(); }
@@ -420,13 +405,6 @@ int64_t card_live(int number) { return live[card(number).index()]; }
 int64_t card_capacity(int number) { return capacity[card(number).index()]; }
 void card_set_capacity(int64_t bytes) { std::fill_n(capacity, CARDS, bytes); }
 void card_mark_weight(const void* begin) { mark_weight(begin); }
-int64_t card_peak(int64_t phase) {
-  Lock lock(ledger);
-  auto found = peaks.find(phase);
-  return found == peaks.end() ? 0 : found->second;
-}
-void card_reset_peaks() {
-  Lock lock(ledger);
-  peaks.clear();
-}
+int64_t card_peak() { return peak; }
+void card_reset_peak() { peak = 0; }
 }

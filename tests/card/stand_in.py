@@ -73,12 +73,8 @@ class Seen:
     weights_read: Counter[str] = field(default_factory=Counter)
     """How often a whole weight was copied to the host other than to be saved, by line."""
 
-    peaks: dict[str, int] = field(default_factory=dict)
-    """Most bytes in use on one card, by what the program was doing."""
-
-    @property
-    def peak(self) -> int:
-        return max(self.peaks.values(), default=0)
+    peak: int = 0
+    """Most bytes in use on one card."""
 
 
 class Cards:
@@ -87,14 +83,9 @@ class Cards:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library, self.count = library, 1
         self._seen: list[Seen] = []
-        self._phases = {"": 0}
-        self._phase = 0
-        # Kept, as the library holds nothing of them but their addresses.
-        self._listeners = (
-            ctypes.CFUNCTYPE(ctypes.c_int64)(self._number_phase),
-            ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_event),
-        )
-        library.card_listen(*self._listeners)
+        # Kept, as the library holds nothing of it but its address.
+        self._listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._count_event)
+        library.card_listen(self._listener)
 
     @property
     def waits(self) -> int:
@@ -121,25 +112,12 @@ class Cards:
     @contextmanager
     def watch(self) -> Iterator[Seen]:
         """Keep book of a block."""
-        self.library.card_reset_peaks()
+        self.library.card_reset_peak()
         self._seen.append(Seen())
         try:
             yield self._seen[-1]
         finally:
-            seen = self._seen.pop()
-            peaks = {name: int(self.library.card_peak(ctypes.c_int64(n))) for name, n in self._phases.items()}
-            seen.peaks = {name: size for name, size in peaks.items() if size}
-
-    def _number_phase(self) -> int:
-        """Number of the folder of lf_hf at work, nearest to the user's call; the last one where no line of it runs."""
-        folder = ""
-        for caller in _callers(sys._getframe()):
-            name = _watched_name(caller.f_code.co_filename)
-            if "/" in name:
-                folder = name
-        if folder:
-            self._phase = self._phases.setdefault(folder.split("/")[0], len(self._phases))
-        return self._phase
+            self._seen.pop().peak = int(self.library.card_peak())
 
     def _count_event(self, event: bytes) -> None:
         """Count an event at the innermost line of lf_hf, or at that of another program where none runs."""

@@ -1,59 +1,81 @@
-"""Fusing a folder into another: in memory, layer by layer and on a device the same bits, whatever holds the weights."""
+"""Checkpoints: what is read of a base, and that in memory, layer by layer and on a device the same bits are written."""
 
 from __future__ import annotations
 
 import gc
 import json
-import os
+import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import hypothesis
 import pytest
 import torch
-from conftest import files, make_llama, make_texts, make_tokenizer, same, tensors
-from safetensors.torch import save_file
+from builders import make_point, make_report
+from conftest import GGUF, QUICK, make_llama, make_texts, pickled, same, tensors
+from huggingface_hub.utils._paths import filter_repo_objects
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lf_hf
-from lf_hf import FusionConfig, FusionReport, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.card import model_card
+from lf_hf.checkpoint.weights import local_folder, tensor_files
+from lf_hf.evaluate.points import read_points
 from lf_hf.inputs.dry_run import plan_fusion
+from lf_hf.text.calibration import load_calibration, load_corpus
+
+SETTINGS: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 0}
+SETTINGS |= {"calibration_length": 64, "calibration_tokens": 1024, "speed": False}
+OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+LAYERS = {f"model.layers.{n}": "cpu" for n in range(6)}
 
 
 def fuse(base: str | Path, out: Path, **kwargs: Any) -> FusionReport:
-    settings: dict[str, Any] = {"num_fusions": 2, "calibration": make_texts(), "perplexity_tokens": 0}
-    settings |= {"calibration_length": 64, "calibration_tokens": 1024, "speed": False} | kwargs
-    return fuse_checkpoint(base, out, **settings)
+    return fuse_checkpoint(base, out, **SETTINGS | kwargs)
 
 
-@pytest.mark.parametrize(
-    ("settings", "overrides"),
-    [
-        ({"method": "neural_alignment"}, {"attention_bias": True, "mlp_bias": True}),
-        ({"method": "truncate"}, {}),
-        ({"method": "refit", "perplexity_tokens": 200}, {}),
-        ({"method": "refit"}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
-    ],
-)
+WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"method": "neural_alignment"}, {"attention_bias": True, "mlp_bias": True}),
+    ({"method": "truncate"}, {}),
+    ({"method": "refit", "perplexity_tokens": 200}, {}),
+    ({"method": "refit"}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
+    ({"method": "refit", "num_fusions": None, "max_divergence": 0.3}, {"num_hidden_layers": 6}),
+]
+
+
+@pytest.mark.parametrize(("settings", "overrides"), WAYS)
 def test_every_path_writes_the_same_tensors(
-    settings: dict[str, Any],
-    overrides: dict[str, Any],
-    make_base: Callable[..., str],
-    tmp_path: Path,
+    settings: dict[str, Any], overrides: dict[str, Any], make_base: Callable[..., str], tmp_path: Path
 ) -> None:
-    low, high = (tmp_path / name for name in ("low", "high"))
+    """Also where the base comes in shards, and however a device map puts it into memory."""
+    low, high, sharded = (tmp_path / name for name in ("low", "high", "sharded"))
     base = make_base(**overrides)
-    reports = {out: fuse(base, out, low_memory=out == low, max_shard_bytes=30_000, **settings) for out in (low, high)}
-    assert len(list(low.glob("model-*.safetensors"))) > 1
-    for out, report in reports.items():
-        assert same(tensors(low), tensors(out))
-        assert (low / "config.json").read_text() == (out / "config.json").read_text()
-        # A model on disk would be read for each token of the continuations.
-        found: dict[str, Any] = {"seconds": None, "continuations": []}
-        assert report.to_dict() | found == reports[low].to_dict() | found
-        assert settings["method"] != "refit" or report.calibration[0].source.endswith("text by the model itself")
+    shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    make_llama(**overrides).save_pretrained(sharded, max_shard_size="40KB")
+    given: dict[str, Any] = {"max_shard_bytes": 30_000, "device_map": OUTER | LAYERS} | settings
+    reports = {
+        low: fuse(sharded, low, low_memory=True, **settings, max_shard_bytes=30_000),
+        high: fuse(base, high, **given),
+    }
+    assert min(len(list(folder.glob("model-*.safetensors"))) for folder in (low, sharded)) > 1
+    assert same(tensors(low), tensors(high))
+    assert (low / "config.json").read_text() == (high / "config.json").read_text()
+    # A model on disk would be read for each token of the continuations.
+    found: dict[str, Any] = {"seconds": None, "continuations": [], "base": ""}
+    assert reports[low].to_dict() | found == reports[high].to_dict() | found
+    if settings["method"] == "refit":
+        assert reports[low].calibration[0].source.endswith("text by the model itself")
+    assert {path.name for path in tmp_path.iterdir()} == {"low", "high", "sharded"}
 
 
 def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: Path) -> None:
@@ -75,16 +97,6 @@ def test_both_paths_write_the_same_settings_for_generation(base: str, tmp_path: 
     for low_memory in (True, False):
         with pytest.raises(ValueError, match=r"generation_config.json of .* cannot be used"):
             fuse(copy, tmp_path / "out", method="truncate", low_memory=low_memory)
-
-
-def test_shards_are_read(base: str, tmp_path: Path) -> None:
-    sharded = tmp_path / "sharded"
-    make_tokenizer().save_pretrained(sharded)
-    make_llama().save_pretrained(sharded, max_shard_size="40KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 2
-    for folder, low_memory in ((base, False), (sharded, True)):
-        fuse(folder, tmp_path / str(low_memory), method="mka", low_memory=low_memory)
-    assert same(tensors(tmp_path / "True"), tensors(tmp_path / "False"))
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -112,32 +124,17 @@ def test_a_tied_head_that_differs_is_kept(equal: bool, make_base: Callable[..., 
     assert same(tensors(low), tensors(high)) and ("lm_head.weight" in tensors(low)) != equal
     assert one.perplexities == other.perplexities and one.perplexities
     assert other.continuations and not one.continuations
-    settings: dict[str, Any] = {"text": make_texts(1200), "tokens": 1024, "length": 64, "batch_tokens": 256}
-    lf_hf.heal(low, tmp_path / "healed", base=base, **settings, training_args={"bf16": False})
-    assert equal or torch.equal(tensors(tmp_path / "healed")["lm_head.weight"], head)
+    if not equal:
+        settings: dict[str, Any] = {"text": make_texts(1200), "tokens": 1024, "length": 64, "batch_tokens": 256}
+        lf_hf.heal(low, tmp_path / "healed", base=base, **settings, training_args={"bf16": False})
+        assert torch.equal(tensors(tmp_path / "healed")["lm_head.weight"], head)
 
 
-def write_all(base: str, out: Path) -> None:
-    for kind in ("neural_alignment", "refit"):
-        fuse(base, out / kind, method=kind, perplexity_tokens=200)
-
-
-def test_another_process_writes_the_same_bytes(base: str, tmp_path: Path) -> None:
-    write_all(base, tmp_path / "here")
-    code = "import pathlib, sys, test_fuse_checkpoint as t; t.write_all(sys.argv[1], pathlib.Path(sys.argv[2]))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", code, base, str(tmp_path / "there")]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
-    for here in (tmp_path / "here").iterdir():
-        there = tmp_path / "there" / here.name
-        one, other = files(here), files(there)
-        # Which say how many seconds it took.
-        assert {name for name in one if one[name] != other[name]} <= {"fusion_report.json", "README.md"}
-        assert FusionReport.load(here).to_dict() | {"seconds": 0} == FusionReport.load(there).to_dict() | {"seconds": 0}
-
-
-OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-LAYERS = {f"model.layers.{n}": "cpu" for n in range(5)}
+@pytest.fixture(scope="module")
+def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    fuse(base, folder, method="refit")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -148,35 +145,330 @@ LAYERS = {f"model.layers.{n}": "cpu" for n in range(5)}
         {"device_map": OUTER | LAYERS | {"lm_head": "disk"}, "offload_folder": "offload"},
     ],
 )
-def test_weights_lie_where_accelerate_puts_them(placed: dict[str, Any], base: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "num_fusions": 2,
-        "method": "refit",
-        "calibration": make_texts(),
-        "perplexity_tokens": 0,
-    }
-    settings |= {"calibration_length": 64, "calibration_tokens": 1024, "speed": False}
+def test_weights_lie_where_accelerate_puts_them(placed: dict[str, Any], base: str, whole: Path, tmp_path: Path) -> None:
+    settings = SETTINGS | {"method": "refit"}
     folder = tmp_path / placed.get("offload_folder", "")
     given = placed | ({"offload_folder": folder} if "offload_folder" in placed else {})
-    whole = fuse_checkpoint(base, tmp_path / "whole", **settings)
-    assert fuse_checkpoint(base, tmp_path / "out", **settings, **given).weights_digest == whole.weights_digest
-    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    digest = FusionReport.load(whole).weights_digest
+    assert fuse_checkpoint(base, tmp_path / "out", **settings, **given).weights_digest == digest
+    assert same(tensors(tmp_path / "out"), tensors(whole))
     model: Any = lf_hf.from_pretrained_fused(base, **settings, **given)
     assert any(parameter.is_meta for parameter in model.parameters())
     prompt = torch.tensor([[9, 31, 5]])
-    expected: Any = lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "whole")
+    expected: Any = lf_hf.FusedLlamaForCausalLM.from_pretrained(whole)
     written = [either.generate(prompt, max_new_tokens=8, do_sample=False) for either in (model, expected)]
     assert torch.equal(*written)
     model.save_pretrained(tmp_path / "saved", plain=True)
-    assert same(tensors(tmp_path / "saved"), tensors(tmp_path / "whole"))
-    assert FusionReport.load(tmp_path / "saved").weights_digest == whole.weights_digest
-    del model
+    assert same(tensors(tmp_path / "saved"), tensors(whole))
+    assert FusionReport.load(tmp_path / "saved").weights_digest == digest
+    placed_again: dict[str, Any] = {"device_map": OUTER | LAYERS | {"model.layers.1": "disk"}, "offload_folder": folder}
+    again = lf_hf.FusedLlamaForCausalLM.from_pretrained(tmp_path / "saved", **placed_again)
+    assert again.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(again.generate(prompt, max_new_tokens=8, do_sample=False), written[0])
+    again.save_pretrained(tmp_path / "again")
+    assert same(tensors(tmp_path / "again"), tensors(whole))
+    del model, again
     gc.collect()
     assert folder == tmp_path or not list(folder.glob("*"))
 
 
-def test_a_device_map_that_fits_changes_nothing(base: str, tmp_path: Path) -> None:
-    for name, device_map in (("plain", None), ("one", {"": "cpu"}), ("parts", OUTER | LAYERS), ("auto", "auto")):
-        fuse(base, tmp_path / name, method="refit", device_map=device_map)
-        for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+Fuse = Callable[..., Any]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def in_memory(base: str | Path, out: Path, **kwargs: Any) -> None:
+    FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK | kwargs).save_pretrained(out)
+
+
+def from_folder_to_folder(base: str | Path, out: Path, **kwargs: Any) -> None:
+    fuse_checkpoint(base, out, low_memory=True, **QUICK | kwargs)
+
+
+both = pytest.mark.parametrize("fuse", [in_memory, from_folder_to_folder])
+either_class = pytest.mark.parametrize("kind", [FusedLlamaForCausalLM, AutoModelForCausalLM])
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+@pytest.fixture
+def copy(base: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+@pytest.fixture
+def saved(fused: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fused, tmp_path / "fused"))
+
+
+@both
+def test_code_in_a_repository_runs_only_when_asked_for(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (copy / "own.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig): ...\n"
+        "class Tokenizer(PreTrainedTokenizerFast): ...\n"
+    )
+    edit_json(copy / "config.json", auto_map={"AutoConfig": "own.Config"})
+    edit_json(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Tokenizer"]})
+    fuse(copy, tmp_path / "out")
+    assert not marker.exists()
+    AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
+    assert marker.exists()  # so it could have
+    marker.unlink()
+
+    edit_json(copy / "tokenizer_config.json", tokenizer_class="Own")
+    edit_json(copy / "config.json", model_type="own")
+    with pytest.raises(ValueError, match=r"No config of a model can be read for .*contains custom code"):
+        fuse(copy, tmp_path / "new")
+    assert not marker.exists() and not (tmp_path / "new").exists()
+
+
+def test_a_pickled_base_is_read_only_when_asked_for(copy: Path, fused: Path, tmp_path: Path) -> None:
+    pickled(copy)
+    for given in (None, True):
+        with pytest.raises(ValueError, match=r"pickled weights, which can run code .* use_safetensors=False"):
+            in_memory(copy, tmp_path / "out", use_safetensors=given)
+    in_memory(copy, tmp_path / "out", use_safetensors=False)
+    assert same(tensors(tmp_path / "out"), tensors(fused))
+
+
+@either_class
+def test_a_pickled_fused_model_is_read_only_when_asked_for(kind: Any, saved: Path, fused: Path) -> None:
+    pickled(saved)
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        kind.from_pretrained(saved)
+    assert same(kind.from_pretrained(saved, use_safetensors=False), tensors(fused))
+
+
+@both
+def test_names_of_chat_templates_stay_in_the_folder(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
+    templates = [{"name": name, "template": "x"} for name in ("default", "../../../stray", str(tmp_path / "stray"))]
+    edit_json(copy / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises((ValueError, OSError), match="stray"):
+        fuse(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"] and not list(tmp_path.parent.glob("stray*"))
+
+
+@either_class
+def test_an_index_of_a_fused_checkpoint_names_its_own_files_alone(kind: Any, saved: Path, fused: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    for shard in ("../fused/model.safetensors", "sub/model.safetensors", "model.bin", ""):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors(fused), shard)}
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="only safetensors files in its own folder are read"):
+            kind.from_pretrained(saved)
+    shutil.copy(fused / "model.safetensors", saved)  # beside which no index is looked at
+    kind.from_pretrained(saved)
+
+
+@both
+def test_what_a_checkpoint_lacks_is_said_in_one_sentence(fuse: Fuse, copy: Path, tmp_path: Path) -> None:
+    weights = tensors(copy)
+    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"^model.safetensors.index.json has no metadata, as an index must have; "):
+        fuse(copy, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"config.json' is a file; give the folder of the checkpoint"):
+        fuse(copy / "config.json", tmp_path / "out")
+
+
+def test_arguments_beside_a_base_that_is_open_are_refused(base: str) -> None:
+    with pytest.raises(ValueError, match=r"The base is open already, so give dtype, nonsense to Base\.open"):
+        from_pretrained_fused(Base.open(base, {}), dtype="bfloat16", nonsense=3, **QUICK)
+
+
+def test_native_checkpoints_of_earlier_versions_open(base: str, tmp_path: Path) -> None:
+    fuse_checkpoint(base, tmp_path, **QUICK)
+    edit_json(tmp_path / "config.json", model_type="fused_llama", fusion={"pairs": [[4, 5]]})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 4
+
+
+def test_links_are_followed_as_in_the_hub_cache(base: str, fused: Path, tmp_path: Path) -> None:
+    home = tmp_path / "models--some--model"
+    snapshot = home / "snapshots" / "0123"
+    for folder in (home / "blobs", home / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (home / "refs" / "main").write_text("0123")
+    for number, file in enumerate(Path(base).iterdir()):
+        shutil.copy(file, home / "blobs" / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    for fuse in (in_memory, from_folder_to_folder):
+        for name, given in ((snapshot, {}), ("some/model", {"cache_dir": str(tmp_path)})):
+            fuse(name, tmp_path / "out", **given)
+            assert same(tensors(tmp_path / "out"), tensors(fused))
+    (tmp_path / "links").mkdir()
+    for file in fused.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert FusedLlamaForCausalLM.from_pretrained(tmp_path / "links").fusion_report is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, copy: Path, tmp_path: Path) -> None:
+    held = tensors(copy)
+    held |= {UP: held[UP].to(dtype), "position_ids": torch.arange(3)}  # of which the latter may be integers
+    save_file(held, copy / "model.safetensors", metadata={"format": "pt"})
+    message = rf"'{UP}' in 'model.safetensors' holds numbers of type \w+, not plain floats; convert the weights to bfl"
+    for fuse in (in_memory, from_folder_to_folder, lambda name, _: FusedLlamaForCausalLM.from_pretrained(name)):
+        with pytest.raises(ValueError, match=message):
+            fuse(copy, tmp_path / "out")
+
+
+def test_a_folder_of_another_model_or_none_is_refused_before_weights_are_read(saved: Path) -> None:
+    """transformers would make a model with weights of its own."""
+    edit_json(saved / "config.json", model_type="gpt2")
+    with pytest.raises(ValueError, match=r"no config.json of a 'llama' model, as FusedLlama.* model_type is 'gpt2'"):
+        FusedLlamaForCausalLM.from_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
+        FusedLlamaForCausalLM.from_pretrained(saved)
+
+
+@either_class
+@pytest.mark.parametrize("content", ["", '{"base": 3}', "\xff"])
+def test_a_damaged_or_newer_report_keeps_no_weights_from_loading(
+    content: str, kind: Any, saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved / "fusion_report.json").write_text(content, encoding="latin-1")
+    monkeypatch.setattr("lf_hf.checkpoint.classes.logger.parent.propagate", True)
+    assert kind.from_pretrained(saved).fusion_report is None
+    [warning] = [message for message in caplog.messages if "fusion_report.json" in message]
+    assert warning.endswith("; the model is loaded without its report.") and "\n" not in warning
+    with pytest.raises(ValueError, match=r"fusion_report\.json"):
+        FusionReport.load(saved)
+
+
+def test_arguments_of_transformers_pass(base: str) -> None:
+    given: dict[str, Any] = {"attn_implementation": "eager", "low_cpu_mem_usage": True, "use_cache": False}
+    given |= {"max_position_embeddings": 128, "torch_dtype": "bfloat16", "weights_only": True, "max_memory": None}
+    model = from_pretrained_fused(base, **QUICK, **given)
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
+    assert model.config.use_cache is False and model.config.max_position_embeddings == 128
+
+
+def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ValueError, match="needs the gguf package"):
+        from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
+
+
+def test_a_gguf_base_is_read_once_as_plain_floats(gguf_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names.
+
+    Reading the file takes a minute for a large vocabulary.
+    """
+    gguf = pytest.importorskip("gguf")
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    names = pytest.importorskip("transformers.integrations.gguf.gguf_conversion_mapping")
+    norms = {"output_norm": "model.norm", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    renamed = [names.WeightRenaming(rf"\b{name}\.", f"{norm}.") for name, norm in norms.items()]
+    monkeypatch.setitem(names.GGUF_ARCHS, "llama", lambda _: names.DENSE_DECODER_RENAMINGS + renamed)
+    monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: SimpleNamespace(supports=lambda _: True))
+    loading: dict[str, Any] = {"gguf_file": GGUF.name, "dtype": "bfloat16"}
+    packed = LlamaForCausalLM.from_pretrained(gguf_folder, **loading)
+    assert type(packed.model.layers[0].mlp.up_proj).__name__ == "GgufLinear"
+    monkeypatch.setattr(gguf, "GGUFReader", reader := Mock(side_effect=gguf.GGUFReader))
+    base = Base.open(gguf_folder, loading)
+    assert len(base.tokenizer()) == base.config.vocab_size
+    llama = base.load()
+    assert {type(module) for name, module in llama.named_modules() if name.endswith("_proj")} == {torch.nn.Linear}
+    assert all(parameter.is_floating_point() for parameter in llama.parameters())
+    assert reader.call_count == 1 and gguf.GGUFReader is reader
+
+
+@st.composite
+def edited(draw: st.DrawFn, whole: Any) -> bytes:
+    """A JSON value with one to three of its parts replaced or removed."""
+    root: Any = {"": deepcopy(whole)}
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key = root, ""
+        while isinstance(parent[key], (dict, list)) and parent[key] and draw(st.integers(0, 4)):
+            parent = parent[key]
+            key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+        if parent is not root and draw(st.booleans()):
+            del parent[key]
+        else:
+            parent[key] = draw(
+                st.sampled_from([None, True, -1, 0.5, math.inf, math.nan, 10**400, "", "a", [], {}, ((1,),)])
+            )
+    return json.dumps(root[""]).encode()
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Bytes of a file with some of them cut out, overwritten or put in; or any others."""
+    content = whole if draw(st.integers(0, 5)) else draw(st.binary(max_size=200))
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        content = content[:start] + draw(st.binary(max_size=20)) + content[start + draw(st.integers(0, 20)) :]
+    return content
+
+
+POINT = make_point("mka", 1, 0.5)
+RESULT = vars(POINT) | {"scores": {"task": vars(POINT.scores["mmlu_5shot"])}}
+REPORT = make_report(similarity=None, embeddings=None).to_dict()
+INDEX = {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+INDEX_NAME = "model.safetensors.index.json"
+WHOLE = {f"model-{n}.safetensors": save({name: torch.ones(2, 3)}) for n, name in ((1, "a"), (2, "b"))}
+WHOLE[INDEX_NAME] = json.dumps(INDEX).encode()
+TEXTS = ["one\ntwo", 'a "b", c', *make_texts(3)]
+LINES = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
+# Files, what may be in them, and who reads them.
+PARSERS: list[tuple[str, st.SearchStrategy[bytes], Any]] = [
+    ("fusion_report.json", edited(REPORT) | damaged(json.dumps(REPORT).encode()), FusionReport.load),
+    ("results.jsonl", st.lists(edited(RESULT) | st.binary(max_size=20)).map(b"\n".join), read_points),
+    (INDEX_NAME, edited(INDEX) | damaged(WHOLE[INDEX_NAME]), lambda file: tensor_files(file.parent)),
+    ("model-1.safetensors", damaged(WHOLE["model-1.safetensors"]), lambda file: tensor_files(file.parent)),
+]
+for name, content in {
+    "a.txt": "\n\n".join(TEXTS).encode(),
+    "a.jsonl": LINES,
+    "a.csv": b'n,text\n0,one\n1,"a "',
+}.items():
+    for load in (lambda file: load_calibration(file).texts, lambda file: [*load_corpus(file).parts.values()]):
+        PARSERS.append((name, damaged(content), load))
+
+
+@pytest.mark.parametrize(("name", "contents", "read"), PARSERS)
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data())
+def test_what_can_be_read_can_be_used(
+    tmp_path: Path, name: str, contents: st.SearchStrategy[bytes], read: Any, data: st.DataObject
+) -> None:
+    for other, whole in WHOLE.items():
+        (tmp_path / other).write_bytes(whole)
+    (tmp_path / name).write_bytes(content := data.draw(contents))
+    found = None
+    with suppress(ValueError, OSError):
+        found = read(tmp_path / name)
+    if isinstance(found, FusionReport):
+        assert found.summary() and model_card(found, LlamaConfig(), plain=False)
+        assert len(found.groups) == found.layers_after
+    elif found and name in WHOLE:
+        assert {shard.parent for shard in found.values()} == {tmp_path}
+    elif isinstance(found, list):
+        assert all(isinstance(text, str) and text.encode() for text in found)
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("subfolder", ["", "half/"])
+def test_of_a_repository_only_the_files_of_the_model_itself_are_fetched(
+    subfolder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of checkpoints of its training, nor what Mistral publishes a second time."""
+    own = [f"{subfolder}{name}" for name in ("config.json", "model-00001-of-00002.safetensors")]
+    others = ["checkpoint-500/model.safetensors", "consolidated.safetensors", "optimizer.pt", "original/params.json"]
+    names = [*own, *(f"{subfolder}{name}" for name in others), "half/more/model.safetensors"]
+    fetched: list[str] = []
+
+    def download(base: str, **patterns: Any) -> str:
+        fetched.extend(filter_repo_objects(names, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("lf_hf.checkpoint.weights.snapshot_download", download)
+    hub = {"subfolder": subfolder} if subfolder else {}
+    assert local_folder("owner/model", hub, ["*.safetensors*", "*.json"]) == tmp_path / subfolder
+    assert fetched == own

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
-import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import make_point, no_warnings
-from conftest import make_texts, make_tokenizer, run_program, same
-from huggingface_hub import cached_assets_path
+from builders import check_golden, make_point, no_warnings
+from conftest import make_tokenizer, run_program, same
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
@@ -31,9 +27,8 @@ from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score, read_points
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.evaluate.tables import results_rows, stability_rows
+from lf_hf.evaluate.tables import as_csv, markdown, stability_rows
 from lf_hf.settings import METHODS
-from lf_hf.text.hub import GENERAL
 
 Run = Callable[..., list[Point]]
 Whole = tuple[Path, list[Point]]
@@ -177,14 +172,10 @@ def test_a_base_is_known_by_its_content(
 
 @pytest.mark.parametrize("answers_first", [True, False])
 def test_a_sweep_keeps_to_its_text_when_the_hub_answers_otherwise(
-    answers_first: bool, run: Run, judged: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answers_first: bool, run: Run, judged: list[Any], tmp_path: Path, hub_answers: Callable[[bool], None]
 ) -> None:
-    pages = cached_assets_path("lf_hf", GENERAL.repo, GENERAL.commit, assets_dir=tmp_path) / "000_00000.json"
-    pages.write_text(json.dumps([{"text": " ".join(make_texts(400))}]))
-
     def points(answers: bool, *levels: int) -> list[Point]:
-        place = tmp_path if answers else os.devnull
-        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
+        hub_answers(answers)
         settings = SETTINGS | {"perplexity_tokens": 0, "calibration_length": 64}
         return run(tmp_path / "out", methods=["refit"], num_fusions=levels, calibration=None, settings=settings)
 
@@ -238,21 +229,10 @@ def test_a_line_that_is_cut_off_is_named(run: Run, whole: Whole, tmp_path: Path)
     assert (tmp_path / RESULTS).read_bytes() == cut
 
 
-def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_shown_again(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, points = whole
-    with (folder / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for name in ("docs", "reasoning"):
-        assert [float(row[f"perplexity, {name}"]) for row in rows] == [point.perplexities[name] for point in points]
-        assert [float(row[f"agreement, {name}"]) for row in rows] == [point.agreements[name] for point in points]
-    assert [float(row[TASKS[0]]) for row in rows] == [point.scores[TASKS[0]].value for point in points]
-    document = (folder / "results.md").read_text(encoding="utf-8")
-    assert document.count("\n| mka | ") == 2 + 4 and "| truncate | 2 | 3 | 40.0% |" in document
-    last = points[-1]
-    assert f"| {last.divergences['docs']:.4g} |" in document and f"| {last.agreements['docs']:.1%} |" in document
-    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "</svg>" in (folder / "curve.svg").read_text(encoding="utf-8")
-
+    assert (folder / "results.csv").read_text("utf-8") == as_csv(points)
+    assert (folder / "results.md").read_text("utf-8") == markdown(points, base)
     before = (folder / RESULTS).read_bytes()
     options = ["--tasks", ",".join(TASKS), "--calibration", str(text)]
     options += "--perplexity-tokens 300 --calibration-tokens 1024".split()
@@ -261,6 +241,21 @@ def test_tables_hold_all_and_are_shown(whole: Whole, base: str, text: Path, caps
     printed = capsys.readouterr().out
     assert all(f"{value:.4g}" in printed for point in points for value in point.perplexities.values())
     assert "standard deviation" in printed and "log perplexity" in printed
+
+
+def test_tables_have_all_figures_and_marks_where_there_is_none() -> None:
+    """Also as of a task that a newer lm-eval renamed, or of a model that has collapsed."""
+    measured: dict[str, Any] = {"divergences": {"docs": 0.25}, "agreements": {"docs": 0.875}}
+    points = [
+        dataclasses.replace(make_point(DENSE, 0, 0.5), speedups={"prefill": 1.0, "decoding": 1.0}),
+        dataclasses.replace(make_point("mka", 1, 0.25, 20.0), speedups={"prefill": 1.5, "decoding": 1.25}, **measured),
+        make_point("mka", 4, math.nan, math.inf),
+        make_point("refit", 1, 0.5, 11.0),
+        make_point("refit", 4, 0.375, 12.0),
+        with_scores(make_point("refit", 8, 0.5, 13.0), Score("acc", 0.5, None), "another"),
+    ]
+    check_golden("sweep.md", markdown(points, "/somewhere/model"))
+    check_golden("sweep.csv", as_csv(points))
 
 
 @pytest.mark.parametrize(
@@ -287,28 +282,26 @@ def with_scores(point: Point, score: Score, task: str = "task") -> Point:
     return dataclasses.replace(point, scores={task: score})
 
 
-def files_of(points: list[Point], folder: Path) -> set[str]:
-    results = Results(folder, "a base", [point.key for point in points])
-    for point in points:
-        results.add(point)
-    results.complete()
-    return {file.name for file in folder.iterdir()}
-
-
-def test_what_is_missing_or_no_number_leaves_the_tables(tmp_path: Path) -> None:
-    """As of a task that a newer lm-eval renamed, or of a model that has collapsed."""
+def test_what_is_missing_or_no_number_is_not_drawn(tmp_path: Path) -> None:
     points = [
         make_point(DENSE, 0, math.inf),
         make_point("mka", 1, math.nan, math.inf),
         with_scores(make_point("mka", 4, 0.5, 11.0), Score("acc", 0.5, None), "another"),
         make_point("refit", 8, math.nan, 12.0),
     ]
+    results = Results(tmp_path, "a base", [point.key for point in points])
+    for point in points:
+        results.add(point)
     with no_warnings():
-        assert files_of(points, tmp_path) == {RESULTS, "results.csv", "results.md", "curve.png", "curve.svg"}
+        results.complete()
+        assert {file.name for file in tmp_path.iterdir()} == {
+            RESULTS,
+            "results.csv",
+            "results.md",
+            "curve.png",
+            "curve.svg",
+        }
         figure = sweep_curve(points)
-    head, *rows = results_rows(points)
-    assert head[5:8] == ["mmlu_5shot", "another", "perplexity, docs"]
-    assert [row[6:8] for row in rows] == [["-", "10"], ["-", "inf"], ["0.5000", "11"], ["-", "12"]]
     assert stability_rows(points) == []
     # What is finite nowhere has no panel.
     assert [axis.get_ylabel() for axis in figure.axes] == ["acc, another", "perplexity, docs (log scale)"]

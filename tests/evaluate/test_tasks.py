@@ -1,33 +1,63 @@
-"""The task folders: mmlu_5shot asks what lm-eval's own 5-shot mmlu asks, and mmlu_sample builds offline."""
+"""The task folders, against lm-eval's own tasks, and the figure of each task that a sweep shows."""
+
+from __future__ import annotations
 
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import runpy
-from collections.abc import Iterator
-from dataclasses import asdict
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.tasks
 import pytest
+import yaml
+from builders import make_point
+from conftest import make_llama, make_tokenizer
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 import lf_hf
+from lf_hf.evaluate.evaluation import Evaluation
+from lf_hf.evaluate.points import DENSE, Score
+from lf_hf.evaluate.tables import results_rows
 from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question, read_csv_questions
 
+CHOICES = ["layer", "a deep model of rows", "head state", "fuse"]  # of different lengths, so that metrics differ
+MEAN = "depth_pruning::mean"
+MEMBERS = "arc_easy arc_challenge hellaswag winogrande boolq piqa openbookqa race rte".split()
+FOLDERS = "arc hellaswag winogrande super_glue/boolq piqa openbookqa race glue/rte gsm8k".split()
+TEXT = "question ctx_a ctx_b activity_label passage goal question_stem article sentence1 sentence2 option1".split()
 
-@pytest.fixture(autouse=True)
+
+def row(number: int) -> dict[str, Any]:
+    """What each of the data sets has in a row, in the form that it has on the hub."""
+    letter, asked = "ABCD"[number % 4], f"layer model {number}"
+    row: dict[str, Any] = dict.fromkeys(TEXT, asked)
+    row |= {"sentence": f"{asked} _ is large.", "option2": "row", "endings": CHOICES}
+    row |= {"answerKey": letter, "choices": {"text": CHOICES, "label": [*"ABCD"]}, "sol1": "layer", "sol2": "a row"}
+    problems = repr([{"question": f"Row {number}", "options": CHOICES, "answer": letter}])
+    return row | {"problems": problems, "label": number % 2, "answer": f"{1 + number % 2}"}
+
+
+@pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Serve cais/mmlu from the CSV release where it is there; refuse any other data set."""
+    """Serve cais/mmlu from the CSV release where it is there, and a few rows of those of depth_pruning."""
 
     @functools.cache
-    def load_dataset(path: str, name: str) -> datasets.DatasetDict:
-        assert path == "cais/mmlu"
+    def load_dataset(path: str, name: str = "") -> datasets.DatasetDict:
+        if path != "cais/mmlu":
+            rows = datasets.Dataset.from_list([row(number) for number in range(8)])
+            return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
         folder = request.getfixturevalue("mmlu_dir")
         splits = {}
         for split in ("test", "dev"):
@@ -43,7 +73,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None
 
 @functools.cache
 def lm_evals_own() -> TaskManager:
-    return TaskManager()
+    return TaskManager(
+        include_path=str(Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"), include_defaults=False
+    )
 
 
 @functools.cache
@@ -65,6 +97,7 @@ def all_requests(task: Any, num_fewshot: int | None = None, *, every: int = 1) -
             yield instance.request_type, instance.arguments
 
 
+@pytest.mark.usefixtures("hub")
 def test_requests_equal_those_of_mmlu(mmlu_dir: Path) -> None:
     theirs = their_mmlu()["tasks"]
     tasks = ours(mmlu_dir=str(mmlu_dir), pretrained="base", num_fusions=4, seed=0).load("mmlu_5shot")["tasks"]
@@ -84,12 +117,14 @@ class HashLM(LM):
         digests = (hashlib.sha256(repr(request.arguments).encode()).digest() for request in requests)
         return [(-float(digest[0]) - digest[1] / 256, False) for digest in digests]
 
-    def generate_until(self, requests: list[Instance]) -> Any:
-        pytest.fail("a task of multiple choice asked for text")
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return ["It is #### 2"] * len(requests)
 
-    loglikelihood_rolling = generate_until
+    def loglikelihood_rolling(self, requests: list[Instance]) -> Any:
+        pytest.fail("a perplexity was asked for")
 
 
+@pytest.mark.usefixtures("hub")
 def test_aggregate_weights_questions_like_mmlu(mmlu_dir: Path) -> None:
     settings: dict[str, Any] = {"model": HashLM(), "limit": 0.04, "bootstrap_iters": 0}
     mine = simple_evaluate(tasks=["mmlu_5shot"], task_manager=ours(mmlu_dir=str(mmlu_dir)), **settings)
@@ -100,6 +135,7 @@ def test_aggregate_weights_questions_like_mmlu(mmlu_dir: Path) -> None:
         assert result["alias"] == theirs["results"][group]["alias"].replace("mmlu", "mmlu_5shot")
 
 
+@pytest.mark.usefixtures("hub")
 def test_sample_asks_the_last_question_and_not_calibrations_and_says_that_it_is_not_mmlu() -> None:
     loaded, theirs = ours(pretrained="base", num_fusions=4).load("mmlu_sample"), their_mmlu()["group_map"]
     tasks = loaded["tasks"]
@@ -127,3 +163,98 @@ def test_folders_hold_what_the_generator_writes() -> None:
     folder = lf_hf.tasks_path()
     expected = runpy.run_path(str(folder / "generate.py"))["all_files"]()
     assert {str(p.relative_to(folder)): p.read_text() for p in folder.glob("mmlu_*/*.yaml")} == expected
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_sweep_shows_each_accuracy_their_mean_and_what_is_left_of_the_bases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs_at = [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in FOLDERS]
+    manager = TaskManager(include_path=[str(lf_hf.tasks_path()), *theirs_at], include_defaults=False)
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: manager)
+    loaded = manager.load("depth_pruning")
+    assert loaded["group_map"] == {"depth_pruning": [MEAN, *MEMBERS, "gsm8k"], MEAN: MEMBERS}
+    shots = {name: task.config.num_fewshot for name, task in loaded["tasks"].items()}
+    assert shots == dict.fromkeys(MEMBERS, 0) | {"gsm8k": 5}
+
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.HFLM", lambda *_, **__: HashLM())
+    model: Any = None
+    scores = Evaluation(["depth_pruning"]).scores(model, model)
+    theirs = evaluate(HashLM(), manager.load([*MEMBERS, "gsm8k"]), bootstrap_iters=0, log_samples=False)["results"]
+    expected = {name: theirs[name]["acc,none"] for name in MEMBERS}
+    for name in ("arc_challenge", "hellaswag", "openbookqa"):
+        assert theirs[name]["acc_norm,none"] != expected[name]
+        expected[name] = theirs[name]["acc_norm,none"]
+    mean = statistics.fmean(expected.values())
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(
+        {MEAN: mean} | expected | {"gsm8k": theirs["gsm8k"]["exact_match,strict-match"]}
+    )
+
+    base = replace(make_point(DENSE, 0, 0.0), scores=scores)
+    halved = {MEAN: replace(scores[MEAN], value=mean / 2, stderr=None)}
+    head, first, second = results_rows([base, replace(make_point("refit", 4, 0.0), scores=halved)])
+    column = head.index(MEAN)
+    assert first[column].startswith(f"{mean:.4f} ± ") and second[column] == f"{mean / 2:.4f} (50.0%)"
+
+
+QUESTIONS = ["layer model", "neuron weight fuse", "match row column", "head state"]
+LENGTH = 6  # tokens of an answer
+WRITING: dict[str, Any] = {
+    "task": "writing",
+    "unsafe_code": True,
+    "output_type": "generate_until",
+    "generation_kwargs": {"until": ["</s>"], "max_gen_toks": LENGTH, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "filter_list": [
+        {"name": "strict", "filter": [{"function": "take_first"}]},
+        {"name": "lowered", "filter": [{"function": "lowercase"}, {"function": "take_first"}]},
+    ],
+}
+MakeTasks = Callable[..., None]
+
+
+@pytest.fixture
+def make_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTasks:
+    """Make tasks of these questions and some answers, and groups; no others are there."""
+
+    def make(answers: Sequence[str], *tasks: dict[str, Any]) -> None:
+        rows = [json.dumps({"question": q, "answer": a}) for q, a in zip(QUESTIONS, answers, strict=True)]
+        (tmp_path / "data.jsonl").write_text("\n".join(rows))
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+        asked = {"test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+        for number, task in enumerate(tasks):
+            content = task if "group" in task else data | asked | task
+            (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(content))
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        monkeypatch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: manager)
+
+    return make
+
+
+def test_the_share_of_answers_written_as_wanted(make_tasks: MakeTasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = make_llama()
+    tokenizer = make_tokenizer()
+    answers = []
+    for question in QUESTIONS:
+        prompt = tokenizer(question, return_tensors="pt")["input_ids"]
+        written = model.generate(prompt, max_new_tokens=LENGTH, do_sample=False)[0, prompt.shape[1] :]
+        answers.append(tokenizer.decode(written, skip_special_tokens=True))
+    make_tasks([*answers[:3], "something else"], WRITING)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(ValueError, match=r"The task writing runs programs .* set HF_ALLOW_CODE_EVAL=1"):
+        Evaluation(["writing"])
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    [(name, score)] = Evaluation(["writing"], batch_size=2).scores(model, tokenizer).items()
+    assert name == "writing" and score.stderr is not None
+    assert score == Score("exact_match (strict)", 0.75, score.stderr, higher_is_better=True)
+
+
+def test_a_tag_shows_its_tasks_and_a_group_its_own_figure_or_else_its_tasks(make_tasks: MakeTasks) -> None:
+    choosing = {"output_type": "multiple_choice", "doc_to_choice": ["model", "row"]}
+    names = {"lone": ["tagged"], "other": ["tagged"], "part": [], "piece": []}
+    tasks = [choosing | {"task": name, "tag": tags} for name, tags in names.items()]
+    groups: list[dict[str, Any]] = [{"group": "silent", "task": ["part"]}]
+    groups += [{"group": "group", "task": ["piece"], "aggregate_metric_list": [{"metric": "acc"}]}]
+    make_tasks(["model"] * 4, *tasks, *groups)
+    scores = Evaluation(["silent", "group", "tagged"]).scores(make_llama(), make_tokenizer())
+    assert list(scores) == ["part", "group", "lone", "other"]

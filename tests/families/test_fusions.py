@@ -1,9 +1,10 @@
-"""Fusing layers of every family: what stays, what is given back, and what is refused."""
+"""Layers of every family, against transformers' own forward: through the decoder interface, changed and fused."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_texts, make_tokenizer, same, save_base
-from tiny_models import LAYOUTS, averaged, fitted, idle, logits, tiny_config, tiny_model
+from accelerate import dispatch_model
+from conftest import make_llama, make_texts, make_tokenizer, same, save_base
+from tiny_models import LAYOUTS, averaged, decoders, fitted, idle, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 import lf_hf
 from lf_hf import FusionConfig
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families import models
+from lf_hf.families.models import MODEL_TYPES, family_of, text_model
 from lf_hf.families.table import FAMILIES, PROJECTIONS, attention_half, head_dim, mlp_half
 from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
+from lf_hf.measure.generating import continue_prompts, generate
 from lf_hf.pipeline import fuse
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
@@ -234,3 +238,179 @@ def test_a_family_with_a_wrong_entry_is_refused(
     monkeypatch.setattr(models, "FAMILIES", {model_type: wrong})
     with pytest.raises(ValueError, match=f"of a {wrong.title} model in another way"):
         check_family_entry(config)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_decoder_gives_the_models_own_states_and_logits(model_type: str, attention: str, tmp_path: Path) -> None:
+    if attention == "sdpa" and model_type == "gemma2":
+        pytest.skip("transformers has no such attention for this family")
+    model = tiny_model(model_type, attn_implementation=attention)
+    with torch.no_grad():
+        expected = model(IDS, output_hidden_states=True)
+    for decoder in decoders(model, tmp_path):
+        assert decoder.config._attn_implementation == attention
+        *states, _ = (state for [state] in decoder.walk([IDS]))
+        for found, after in zip(states, expected.hidden_states[1:-1], strict=True):  # the last is after the final norm
+            torch.testing.assert_close(found, after, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(decoder, IDS), expected.logits, rtol=0, atol=1e-5)
+
+
+# A window in all layers and in some, rotary embeddings of two kinds and of none, queries that grow with their position.
+PLACED = [
+    "llama",
+    "mistral",
+    "gemma3_text",
+    "smollm3",
+    "exaone4",
+    "ministral3",
+    "gemma3",
+    "mistral3",
+    "qwen3_vl",
+    "eager attention",
+]
+
+
+@pytest.mark.parametrize("layout", PLACED)
+def test_text_is_continued_as_by_the_models_own_generation(layout: str, tmp_path: Path) -> None:
+    model_type, overrides = LAYOUTS[layout]
+    model = tiny_model(model_type, **overrides)
+    prompts = [IDS[0], IDS[1, :4], IDS[2, :11]]
+    expected = []
+    for prompt in prompts:
+        ids = prompt[None]
+        for _ in range(8):  # without a cache, and by itself
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        expected.append(ids[0, len(prompt) :].tolist())
+    for decoder in decoders(model, tmp_path):
+        assert [added.tolist() for added in continue_prompts(decoder, prompts, 8)] == expected
+
+
+@pytest.mark.parametrize("first", [[], [5]])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_model_writes_text_that_it_finds_likely(model_type: str, first: list[int], tmp_path: Path) -> None:
+    """The same in memory and on disk; each token is the one at which its draw falls in the model's own predictions.
+
+    Every other text goes on with any token after what begins a text, and none has a special token further on.
+    """
+    model = tiny_model(model_type, eos_token_id=[1, 7], pad_token_id=None)
+    written, other = (
+        torch.stack(generate(decoder, 4, 14, 3, prefix=first, special=[9])) for decoder in decoders(model, tmp_path)
+    )
+    assert torch.equal(written, other)
+    random = torch.Generator().manual_seed(3)
+    starts = torch.randint(320, (4,), generator=random)
+    drawn, is_drawn = torch.rand(4, 13, generator=random), torch.ones(4, 13, dtype=torch.bool)
+    assert (written[::2, 0] == (5 if first else model.config.bos_token_id)).all()
+    assert torch.equal(written[1::2, len(first)], starts[1::2])
+    if first:
+        assert (written[:, 0] == 5).all()
+        is_drawn[1::2, 0] = False
+    with torch.no_grad():
+        found = model(written).logits[:, :-1]
+    found[..., [0, 1, 7, 9]] = -torch.inf
+    ends = found.softmax(-1).cumsum(-1)  # (4, 13, vocab)
+    token = written[:, 1:, None]
+    above, below = ends.gather(-1, token)[..., 0], ends.gather(-1, (token - 1).clamp(min=0))[..., 0]
+    assert bool(((drawn <= above + 1e-4) & (drawn >= below - 1e-4))[is_drawn].all())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_layers_that_are_removed_leave_the_config_of_those_that_stay(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    config = text_model(model).config
+    lists = {name: getattr(config, name) for name in family_of(config).layer_lists}
+    ids = IDS[:1]
+    shorter = copy.deepcopy(model)
+    for index in (3, 1):
+        del text_model(shorter).layers[index]
+    for decoder in decoders(model, tmp_path):
+        for index in (3, 1):
+            decoder.remove(index)
+        assert decoder.config.num_hidden_layers == 4
+        for name, values in lists.items():
+            assert getattr(decoder.config, name) == [values[n] for n in (0, 2, 4, 5)]
+        # transformers makes the same model of that config.
+        fresh = type(model)(copy.deepcopy(decoder.model_config)).eval()
+        fresh.load_state_dict(shorter.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(logits(decoder, ids), fresh(ids).logits, rtol=0, atol=1e-5)
+
+
+THREE, UP = torch.tensor([[9, 31, 5]]), "mlp.up_proj.weight"
+
+
+def test_predictions_that_overflow_are_named() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    with pytest.raises(ValueError, match=r"predictions contain NaN or inf.*use a dtype of wider range"):
+        generate(Decoder(model), 2, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "mask"), [("eager", True), ("sdpa", False), ("kernels-community/flash-attn2", False)]
+)
+def test_only_attention_that_is_not_causal_by_itself_gets_a_mask(attention: str, mask: bool) -> None:
+    model = make_llama()
+    model.config._attn_implementation_internal = attention  # which takes a GPU and packages to set
+    decoder = Decoder(model)
+    [hidden_states] = decoder.embed([THREE])
+    assert (decoder.layer_inputs(hidden_states, model.model.layers[0])["attention_mask"] is not None) == mask
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_copy_has_the_same_tensors_until_one_of_the_two_is_changed(hooked: bool) -> None:
+    model = make_llama()
+    if hooked:  # as a device map of several devices leaves it
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    decoder = Decoder(model)
+    copy = decoder.copy()
+    with torch.no_grad():
+        expected = model(THREE).logits
+    before = [p.clone() for p in model.parameters()]
+    for ours, other in zip(model.parameters(), copy.model.parameters(), strict=True):
+        assert ours.data_ptr() == other.data_ptr()
+    decoder.replace(1, {"mlp.up_proj.weight": torch.ones(48, 32)})
+    decoder.remove(3)
+    assert (model.model.layers[1].mlp.up_proj.weight == 1).all()
+    assert (model.config.num_hidden_layers, copy.model.config.num_hidden_layers) == (4, 5)
+    assert all(torch.equal(a, b) for a, b in zip(copy.model.parameters(), before, strict=True))
+    assert copy.model.model.layers[4].self_attn.layer_idx == 4
+    with torch.no_grad():
+        assert torch.equal(copy.model(THREE).logits, expected)
+        assert not torch.equal(model(THREE).logits, expected)
+
+
+def test_removing_a_layer_renumbers_what_the_cache_and_the_device_map_need() -> None:
+    model = make_llama(eos_token_id=[1, 2, 3, 4, 5])  # as long as a list of layers, but none
+    kept = [model.model.layers[n] for n in (0, 1, 3, 4)]
+    vars(model)["hf_device_map"] = {"lm_head": 0} | {f"model.layers.{n}": n for n in range(5)}
+    Decoder(model).remove(2)
+    assert list(model.model.layers) == kept
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
+    assert model.config.eos_token_id == [1, 2, 3, 4, 5]
+    assert model.hf_device_map == {"lm_head": 0} | {
+        f"model.layers.{n}": device for n, device in enumerate([0, 1, 3, 4])
+    }
+
+
+def test_changes_of_layers_on_disk_reach_no_copies(tmp_path: Path) -> None:
+    _, decoder = decoders(make_llama(), tmp_path)
+    dense = decoder.copy()
+    first, third = (layer.get_parameter(UP) for layer in dense.layers([1, 3]))
+    ones, dense_layers = torch.ones_like(third), dense.layers([0, 1])
+    next(dense_layers)
+    decoder.replace(1, {UP: ones})
+    copies = [decoder.copy(), decoder.copy().copy()]
+    for number, model in enumerate([*copies, decoder]):
+        model.replace(1, {UP: (2 + number) * ones})
+        model.remove(2)
+    assert torch.equal(next(dense_layers).get_parameter(UP), first)
+    for number, model in enumerate([*copies, decoder]):
+        read = [layer.get_parameter(UP) for layer in model.layers(range(4))]
+        assert torch.equal(read[1], (2 + number) * ones) and torch.equal(read[2], third)
+    del copies, model
+    gc.collect()
+    assert len(list((tmp_path / "scratch").iterdir())) == 1  # a layer's files go with the last model that has it

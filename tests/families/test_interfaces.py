@@ -1,4 +1,4 @@
-"""Fused models of every family: what they are in memory and in files, and what other programs make of them."""
+"""Fused models of every family: in memory, in files, with pictures, and what other programs make of them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,42 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import QUICK, make_texts, same, save_base, tensors
+from conftest import QUICK, make_texts, make_tokenizer, same, save_base, tensors
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import save_file
 from tiny_models import SETTINGS as FAMILY_SETTINGS
-from tiny_models import WRAPPED, auto_class, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from tiny_models import WRAPPED, auto_class, idle, picture, tiny_config, tiny_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+)
 
 import lf_hf
 from lf_hf import FusionReport
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.classes import FusedForCausalLM
+from lf_hf.cli import main
+from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.sweep import sweep
-from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model, text_prefix
+from lf_hf.families.models import MODEL_TYPES, WRAPPERS, model_class, text_model, text_prefix
 from lf_hf.families.table import FAMILIES
 from lf_hf.inputs.dry_run import plan_fusion
 from lf_hf.settings import FusionConfig
 
 IDS = torch.tensor([[0, 5, 17, 200, 9, 31, 44, 8, 90]])
 SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "refit", "selection": "last", "perplexity_tokens": 0}
-SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 16}
-TEXT = ["\n".join(make_texts(200, seed=3))]
+SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 16, "calibration": ["\n".join(make_texts(200, seed=3))]}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -47,19 +59,32 @@ def stock_class(model_type: str) -> Any:
     return model_class(tiny_config(model_type))
 
 
+class Fused(NamedTuple):
+    """A fused model of a family, which tests only read, and the folder that it was kept in."""
+
+    model: Any
+    folder: Path
+
+
+FusedOf = Callable[[str], Fused]
+
+
 @pytest.fixture(scope="module")
-def fused(family_base: Callable[..., Path]) -> Callable[[str], FusedForCausalLM]:
-    """A fused model of a family, which tests only read."""
-    return functools.cache(
-        lambda model_type: lf_hf.from_pretrained_fused(family_base(model_type), calibration=TEXT, **SETTINGS)
-    )
+def fused(family_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FusedOf:
+    @functools.cache
+    def fuse(model_type: str) -> Fused:
+        folder = tmp_path_factory.mktemp("fused") / model_type
+        return Fused(lf_hf.from_pretrained_fused(family_base(model_type), fused_dir=folder, **SETTINGS), folder)
+
+    return fuse
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_fused_model_is_one_of_its_family_with_a_report(
-    model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
+def test_a_fused_model_in_memory_and_in_its_folder(
+    model_type: str, family_base: Callable[..., Path], fused: FusedOf, tmp_path: Path
 ) -> None:
-    model = fused(model_type)
+    """It is one of its family; what is kept is plain, and the same as in memory and as what is made layer by layer."""
+    model, folder = fused(model_type)
     stock, decoder = stock_class(model_type), text_model(model)
     assert isinstance(model, stock) and len(decoder.layers) == decoder.config.num_hidden_layers == 4
     assert decoder.config is model.config.get_text_config()
@@ -67,18 +92,16 @@ def test_a_fused_model_is_one_of_its_family_with_a_report(
     weights = model.state_dict().items()
     changed = {name for name, tensor in weights if name not in dense or not torch.equal(tensor, dense[name])}
     assert changed and all(f"{text_prefix(model)}layers.3." in name for name in changed)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
+    report = FusionReport.load(folder)
+    assert report == model.fusion_report and report.layers_after == 4
+    card = (folder / "README.md").read_text()
+    assert f" {stock.__name__.partition('For')[0]} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
+
+    again = lf_hf.from_pretrained_fused(family_base(model_type), fused_dir=folder, **SETTINGS)
+    assert again.fusion_report == report and same(again, model)
+    for twin in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
         twin.load_state_dict(model.state_dict())
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
-
-    model.save_pretrained(tmp_path)
-    report = FusionReport.load(tmp_path)
-    assert report == model.fusion_report and report.layers_after == 4
-    card = (tmp_path / "README.md").read_text()
-    assert f" {stock.__name__.partition('For')[0]} with 4 layers, fused from 6" in card and f"- {model_type}\n" in card
-    loaded = auto_class(model_type).from_pretrained(tmp_path)
-    expected = lf_hf.FusedLlamaForCausalLM if model_type == "llama" else stock
-    assert type(loaded) is expected and torch.equal(logits(loaded), logits(model))
     settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(IDS, use_cache=use, **settings) for use in (True, False))
     assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
@@ -87,62 +110,23 @@ def test_a_fused_model_is_one_of_its_family_with_a_report(
     assert torch.equal(padded[:1], cached)
     assert torch.equal(padded[1:, 4:], model.generate(IDS[:, 4:], **settings))
 
+    given: dict[str, Any] = SETTINGS | {"max_shard_bytes": 10**9}
+    low = lf_hf.fuse_checkpoint(family_base(model_type), tmp_path, low_memory=True, **given)
+    assert (low.base_digest, low.weights_digest) == (report.base_digest, report.weights_digest)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert same(tensors(tmp_path), tensors(folder))
 
-def test_a_fused_llama_has_a_format_of_its_own(fused: Callable[[str], FusedForCausalLM], tmp_path: Path) -> None:
-    model = fused("llama")
+
+def test_a_fused_llama_has_a_format_of_its_own(fused: FusedOf, tmp_path: Path) -> None:
+    model = fused("llama").model
     model.save_pretrained(tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), lf_hf.FusedLlamaForCausalLM)
     assert model.config.model_type == "fused_llama" and model.config.fusion["pairs"] == [[4, 5], [3, 4]]
     assert AutoConfig.from_pretrained(tmp_path).fusion == model.config.fusion
     decoder = AutoModel.from_pretrained(tmp_path)
     assert type(decoder).__name__ == "FusedLlamaModel"
     with torch.no_grad():
         assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
-
-
-OTHERS = {
-    **dict.fromkeys(("qwen3_vl_text", "qwen2_vl", "bert", "gpt2"), "only models of these types fuse: llama, mistral, "),
-    **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "ernie4_5_moe"), "it is a mixture .* REAP in llm-"),
-    "gemma4": "its layers share keys and values",
-    "granitemoehybrid": "its layers are Mamba's",
-    "nemotron_h": "its layers are Mamba's",
-    "lfm2": "its layers are convolutions",
-    "llava": "save its decoder, a 'llama', by itself and fuse that; gemma3, mistral3, qwen3_vl fuse as a whole",
-}
-
-
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_a_base_of_another_family_gets_one_sentence_that_says_what_fuses_or_helps(
-    model_type: str, tmp_path: Path
-) -> None:
-    config = AutoConfig.for_model(model_type)
-    if model_type == "granitemoehybrid":
-        config.num_local_experts = 0  # as in its dense models
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"is a '{model_type}' model; {OTHERS[model_type]}"):
-        lf_hf.from_pretrained_fused(tmp_path, **SETTINGS)
-    if model_type not in FAMILIES:  # but a part of a vision-language model
-        with pytest.raises(ValueError, match=f"type '{model_type}' cannot be fused: {OTHERS[model_type]}"):
-            family_of(config)
-
-
-# One of each way in which layers are stored: biases and kinds, several projections in one piece, gains of 1 + w, norms
-# over all heads, factors, two lists of kinds, norms of other names, and kinds that a layer names otherwise.
-STORED = "llama qwen2 phi3 gemma3_text olmo2 granite smollm3 glm4 hunyuan_v1_dense exaone4 olmo3".split()
-STORED += WRAPPERS
-
-
-@pytest.mark.parametrize("model_type", STORED)
-def test_files_are_the_same_however_they_were_made(
-    model_type: str, family_base: Callable[..., Path], fused: Callable[[str], FusedForCausalLM], tmp_path: Path
-) -> None:
-    high, low = tmp_path / "in memory", tmp_path / "low memory"
-    fused(model_type).save_pretrained(high, plain=True)
-    given: dict[str, Any] = SETTINGS | {"calibration": TEXT, "max_shard_bytes": 10**9}
-    report = lf_hf.fuse_checkpoint(family_base(model_type), low, low_memory=True, **given)
-    kept = fused(model_type).fusion_report
-    assert kept and (kept.base_digest, kept.weights_digest) == (report.base_digest, report.weights_digest)
-    assert json.loads((low / "config.json").read_text()) == json.loads((high / "config.json").read_text())
-    assert same(tensors(low), tensors(high))
 
 
 def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_path: Path) -> None:
@@ -170,16 +154,6 @@ def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_pat
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl"])
-def test_what_is_kept_in_a_folder_is_plain_and_loads_as_what_was_fused(
-    model_type: str, family_base: Callable[..., Path], tmp_path: Path
-) -> None:
-    fuse = functools.partial(lf_hf.from_pretrained_fused, family_base(model_type), fused_dir=tmp_path, **QUICK)
-    first, second = fuse(), fuse()
-    assert type(first) is type(second) and first.fusion_report == second.fusion_report and same(first, second)
-    assert type(auto_class(model_type).from_pretrained(tmp_path)) is stock_class(model_type)
-
-
 WITHOUT_LF_HF = """
 import sys, torch
 class NoLfHf:
@@ -191,31 +165,30 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 ids, out, *folders = sys.argv[1:]
 computed = {}
 for folder in folders:
-    auto_class = AutoModelForImageTextToText if folder in WRAPPERS else AutoModelForCausalLM
+    name = folder.rpartition("/")[2]
+    auto_class = AutoModelForImageTextToText if name in WRAPPERS else AutoModelForCausalLM
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not any(map(len, info.values())), info
     assert AutoTokenizer.from_pretrained(folder)("layer model").input_ids
     with torch.no_grad():
-        computed[folder] = type(model).__name__, model(torch.load(ids)).logits
+        computed[name] = type(model).__name__, model(torch.load(ids)).logits
 assert "lf_hf" not in sys.modules
 torch.save(computed, out)
 """
 
 
 def test_stock_transformers_opens_plain_checkpoints_of_every_family(
-    fused: Callable[[str], FusedForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fused: FusedOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
-    for model_type in MODEL_TYPES:
-        fused(model_type).save_pretrained(model_type, plain=True)
-    program = WITHOUT_LF_HF.replace("WRAPPERS", repr(WRAPPERS))
-    command = [sys.executable, "-c", program, "ids.pt", "out.pt", *MODEL_TYPES]
-    done = subprocess.run(command, capture_output=True, text=True)
+    folders = [str(fused(model_type).folder) for model_type in MODEL_TYPES]
+    command = [sys.executable, "-c", WITHOUT_LF_HF.replace("WRAPPERS", repr(WRAPPERS)), "ids.pt", "out.pt", *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for model_type, (name, found) in torch.load("out.pt").items():
         assert name == stock_class(model_type).__name__
-        assert torch.equal(found, logits(fused(model_type)))
+        assert torch.equal(found, logits(fused(model_type).model))
 
 
 # What a config has beside what transformers 5 writes into one of the same shape.
@@ -293,25 +266,20 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
             call()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "lists", "usual"),
-    [
-        ("gemma3_text", "layer_types", {"sliding_window_pattern": 6}),
-        ("gemma3", "layer_types", {"sliding_window_pattern": 6}),
-        ("qwen3_5_text", "layer_types", {"full_attention_interval": 4}),
-        ("smollm3", "layer_types, no_rope_layers", {}),
-    ],
-)
+ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text": ("layer_types", {"sliding_window_pattern": 6}),
+    "gemma3": ("layer_types", {"sliding_window_pattern": 6}),
+    "qwen3_5_text": ("layer_types", {"full_attention_interval": 4}),
+    "smollm3": ("layer_types, no_rope_layers", {}),
+}
+
+
+@pytest.mark.parametrize("model_type", ORDERS)
 def test_layers_in_an_order_of_their_own_are_pointed_out(
-    model_type: str,
-    lists: str,
-    usual: dict[str, Any],
-    family_base: Callable[..., Path],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp knows where such families have which kind of layer, and does not read it from the config."""
+    lists, usual = ORDERS[model_type]
     moved = {name: getattr(tiny_config(model_type).get_text_config(), name)[::-1] for name in lists.split(", ")}
     said = f"The kinds of this model's layers ({lists}) are in an order of their own"
     monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
@@ -335,3 +303,183 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     for folder in ("kept", "saved", "low memory"):
         assert (tmp_path / folder / "tokenizer.model").read_bytes() == b"a sentencepiece model"
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids
+
+
+TWO: dict[str, Any] = QUICK | {"num_fusions": 2}
+PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral3"])
+def test_lm_eval_fuses_and_opens_models(model_type: str, family_base: Callable[..., Path], tmp_path: Path) -> None:
+    settings = ",".join(f"{name}={value}" for name, value in TWO.items())
+    arguments: dict[str, Any] = {"device": "cpu", "batch_size": 2}
+    model_args = f"pretrained={family_base(model_type)},fused_dir={tmp_path},{settings}"
+    while_loading = get_model("fused").create_from_arg_string(model_args, arguments)
+    opened = get_model("fused_llama").create_from_arg_string(f"pretrained={tmp_path}", arguments)
+    assert isinstance(opened, FusedLM)
+    stock = HFLM(auto_class(model_type).from_pretrained(tmp_path), tokenizer=str(tmp_path), **arguments)
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(PAIRS)]
+    found, *others = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (while_loading, opened, stock))
+    assert others == [found, found]
+    assert [lm.get_model_info()["fusion"]["layers"] for lm in (while_loading, opened)] == [[6, 4], [6, 4]]
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_vl"])
+def test_the_command_line_plans_and_fuses(
+    model_type: str, family_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(family_base(model_type))
+    command = ["fuse", base, str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
+    assert main([*command, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "layers: 6 -> 4 (-33.3%)" in planned and not any(tmp_path.iterdir())
+    assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
+    done = capsys.readouterr().out
+    model = auto_class(model_type).from_pretrained(tmp_path / "out")
+    assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
+    assert type(model) is model_class(model.config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "train", "tokens"),
+    [
+        ("phi3", "lora", 8192),
+        ("gemma3", "all", 8192),
+        ("qwen3_vl", "lora", 8192),
+        ("qwen3_5_text", "lora", 2048),
+    ],
+)
+def test_healing_comes_nearer(
+    model_type: str, train: str, tokens: int, family_base: Callable[..., Path], tmp_path: Path, caplog: Any
+) -> None:
+    """By the state that was the best, whose weights are loaded by the names that they were saved with."""
+    if train == "lora":
+        pytest.importorskip("peft")
+    settings = TWO | {"perplexity_tokens": 512}
+    lf_hf.fuse_checkpoint(family_base(model_type), tmp_path / "fused", **settings)
+    report = lf_hf.heal(
+        tmp_path / "fused",
+        tmp_path / "healed",
+        base=family_base(model_type),
+        text=make_texts(2000),
+        tokens=tokens,
+        length=32,
+        batch_tokens=128,
+        train=train,
+        learning_rate=2e-4,
+    )
+    assert report.healed is not None and " keys in the checkpoint" not in caplog.text
+    for before, after in zip(report.healed.judged, report.perplexities, strict=True):
+        assert after.divergence < before.divergence
+    fused, healed = tensors(tmp_path / "fused"), tensors(tmp_path / "healed")
+    changed = {name for name, tensor in fused.items() if not torch.equal(tensor, healed[name])}
+    assert changed and not any("vision" in name or "visual" in name or "projector" in name for name in changed)
+    assert type(AutoConfig.from_pretrained(tmp_path / "healed")) is type(AutoConfig.from_pretrained(tmp_path / "fused"))
+
+
+ONE: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "calibration": ["\n".join(make_texts(200, seed=3))]}
+ONE |= {"calibration_tokens": 1024, "calibration_length": 32}
+LAST = ONE | {"method": "refit", "selection": "last"}
+
+
+def picture_logits(model: Any, model_type: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**picture(model_type)).logits
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
+    model_type: str, low_memory: bool, tmp_path: Path
+) -> None:
+    """The layer that has no influence is the one that goes, and so features of images still come after the same ones.
+
+    It is above layer 2, where it may be in a group with the layer below it in all of these models.
+    """
+    dense = tiny_model(model_type)
+    idle(dense, 3)
+    base = save_base(tmp_path / "base", dense)
+    settings = ONE | {"method": "truncate", "selection": "least_influence", "low_memory": low_memory}
+    report = lf_hf.fuse_checkpoint(base, tmp_path / "fused", **settings)
+    assert report.pairs == [(2, 3)]
+    fused = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(picture_logits(fused, model_type), picture_logits(dense, model_type))
+    assert fused.config.get_text_config().num_hidden_layers == 5
+    asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    said, expected = (model.generate(**picture(model_type), **asked) for model in (fused, dense))
+    assert said.shape == (1, 16) and torch.equal(said, expected)
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_all_but_the_fused_layers_stays_bit_for_bit_under_the_names_of_the_base(
+    model_type: str, tmp_path: Path
+) -> None:
+    """Here those of models in memory; those that checkpoints usually have are in test_interfaces.py."""
+    base = tmp_path / "base"
+    tiny_model(model_type).save_pretrained(base, save_original_format=False)
+    make_tokenizer().save_pretrained(base)
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", low_memory=True, **LAST)
+    before, after = tensors(base), tensors(tmp_path / "fused")
+    layers = next(name for name in before if name.endswith("layers.0.mlp.down_proj.weight")).partition("0.mlp")[0]
+    gone = {name for name in before if name.startswith(f"{layers}5.")}
+    assert after.keys() == before.keys() - gone
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        name for name in after if name.startswith(f"{layers}4.")
+    }
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused", output_loading_info=True)
+    assert not any(map(len, loaded[1].values()))
+
+
+def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path: Path) -> None:
+    image_processor = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3")
+    tokenizer = make_tokenizer()
+    named = dict(
+        zip(("image_token", "boi_token", "eoi_token"), tokenizer.convert_ids_to_tokens([5, 6, 7]), strict=True)
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="</s>", extra_special_tokens=named
+    )
+    pixels = image_processor.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    base = save_base(tmp_path / "base", tiny_model("gemma3"), words)
+    Gemma3Processor(pixels, words, image_seq_length=4).save_pretrained(base)
+    file = Path(base, "processor_config.json").read_bytes()
+    words.save_pretrained(tmp_path / "low memory")  # a user's tokenizer keeps no processor away
+    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **LAST)
+    lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)
+    again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)
+    again.save_pretrained(tmp_path / "saved")
+    for name in ("low memory", "kept", "saved"):
+        assert (tmp_path / name / "processor_config.json").read_bytes() == file
+    processor = AutoProcessor.from_pretrained(tmp_path / "saved")
+    drawn = torch.zeros(20, 30, 3, dtype=torch.uint8)
+    drawn[5:15, 8:22] = 255
+    asked = processor(images=[drawn.numpy()], text=f"layer {named['boi_token']} model", return_tensors="pt")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert model.generate(**asked, max_new_tokens=4, eos_token_id=None).shape[1] == asked["input_ids"].shape[1] + 4
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert (
+        "AutoProcessor" in card and "AutoModelForImageTextToText" in card and "nothing was measured on images" in card
+    )
+
+
+@pytest.mark.parametrize("selection", ["groups", "least_influence"])
+def test_layers_that_features_of_images_come_after_are_in_no_group(selection: str, tmp_path: Path) -> None:
+    dense = tiny_model("qwen3_vl", num_hidden_layers=8)
+    for index in (1, 2):
+        idle(dense, index)
+    base = save_base(tmp_path, dense)
+    report = lf_hf.from_pretrained_fused(base, **ONE | {"method": "refit", "selection": selection}).fusion_report
+    assert report is not None and report.pairs[0][0] >= 2
+    assert all(cost.first >= 2 for cost in report.group_costs)
+
+
+@pytest.mark.parametrize(("selection", "most"), [("last", 3), ("groups", 2), ("least_influence", 2)])
+def test_fusions_that_would_need_those_layers_are_refused_first(
+    selection: str, most: int, family_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Base, "load")
+    said = rf"num_fusions must be 1 to {most} for a model of 6 layers \(of which features of images need the first 2"
+    with pytest.raises(ValueError, match=said):
+        lf_hf.from_pretrained_fused(
+            family_base("qwen3_vl"), **ONE | {"method": "refit", "selection": selection, "num_fusions": most + 1}
+        )

@@ -1,14 +1,17 @@
-"""Reports: what they say of a model, what they give away, what is read back; and the page about a fusion."""
+"""Reports: what people are shown of them, what they give away, what is read back; and the commands of a model card."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import importlib.util
 import json
 import math
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +20,29 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from builders import HEALED, MATCHES, Page, make_point, make_report, no_warnings
-from conftest import make_llama
+import yaml
+from builders import HEALED, MATCHES, check_golden, check_golden_page, make_point, make_report, no_warnings
+from conftest import make_llama, make_texts
+from huggingface_hub import ModelCard
 from matplotlib.patches import Rectangle
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo
+from lf_hf.report.data import (
+    BudgetInfo,
+    BudgetTrial,
+    CalibrationInfo,
+    Continuation,
+    FusedLayer,
+    PerplexityInfo,
+    Rate,
+    SpeedInfo,
+)
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -42,44 +57,6 @@ FEW_PICTURES: dict[str, Any] = {"similarity": None, "embeddings": None}
 def fuse(base: str, text: Path, method: str, **settings: Any) -> FusedLlamaForCausalLM:
     settings = {"num_fusions": 2, **SETTINGS, **settings}
     return FusedLlamaForCausalLM.from_pretrained_fused(base, method=method, calibration=str(text), **settings)
-
-
-def everywhere(report: FusionReport, folder: Path) -> list[str]:
-    """All that is made of a report for people."""
-    write_page(dataclasses.replace(report, similarity=None, embeddings=None), folder / "page.html")
-    page = (folder / "page.html").read_text("utf-8")
-    return [report.summary(), model_card(report, LlamaConfig(), plain=True).replace("\\", ""), page]
-
-
-def test_rows_have_all_figures_of_all_models() -> None:
-    assert [row.cells for row in make_report().rows((100, 80))] == [
-        ["layers", "32", "28", "-12.5%"],
-        ["parameters", "8,030,261,248", "7,157,813,248", "-10.9%"],
-        ["bytes on disk", "100", "80", "-20.0%"],
-        ["perplexity, docs", "6.1", "30", "x 4.92"],
-        ["divergence, docs", "0", "1.25", ""],
-        ["agreement, docs", "100.0%", "62.5%", "-37.5%"],
-        ["perplexity, reasoning", "5.2", "20", "x 3.85"],
-        ["divergence, reasoning", "0", "0.75", ""],
-        ["agreement, reasoning", "100.0%", "50.0%", "-50.0%"],
-    ]
-    assert [row.cells for row in make_report(healed=HEALED).rows()][:3] == [
-        ["layers", "32", "28", "28", "-12.5%"],
-        ["parameters", "8,030,261,248", "7,157,813,248", "7,157,813,248", "-10.9%"],
-        ["perplexity, docs", "6.1", "40", "30", "x 4.92"],
-    ]
-
-
-def test_every_view_shows_all_rows(tmp_path: Path) -> None:
-    budget = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
-    report = make_report(healed=HEALED, budget=budget)
-    for view in everywhere(report, tmp_path):
-        for row in report.rows():
-            assert all(cell in view for cell in row.cells), row
-        sources = [text.source for text in report.perplexities]
-        assert all(words in view for words in (budget.summary(), "Mind the gap.", HEALED.summary(), *sources))
-    assert "docs: 4,000 tokens of prose; similar text was used for fitting" in report.summary()
-    assert "reasoning: 4,000 tokens of riddles; not used for fitting\n" in report.summary()
 
 
 def test_perplexities_that_more_than_double_are_named() -> None:
@@ -119,27 +96,51 @@ def small_report(fused: FusedLayer = AVERAGED, **values: Any) -> FusionReport:
     return make_report(**fields | values)
 
 
-@pytest.mark.parametrize(
-    ("fused", "line"),
-    [
-        (AVERAGED, "60.0% of layer 1 + 30.0% of layer 2 + 10.0% of layer 3, mean matched cosine 0.2000"),
-        (
-            FITTED,
-            "key-value groups 1 of layer 1 + 0 of layer 2 + 1 of layer 3, MLP channels 8 of layer 1 + 8 of layer 2 + "
-            "16 of layer 3, costs 0.1250 nats a token by itself, error of the MLP 0.500 -> 0.250",
-        ),
-        (TRUNCATED, ""),
-        (dataclasses.replace(TRUNCATED, layer_instead=3), "layer 3 taken as it is"),
-    ],
+JUDGED = PerplexityInfo("docs", "some documentation", 4000, 10.0, 12.5, "seen", 0.25, 0.875)
+SPEED = SpeedInfo(
+    "a CPU", "float32", 512, 128, Rate(50.0, 75.0, 1.5, 1.4, 1.6), Rate(5.0, 6.0, 1.2, 1.1, 1.3), [9, 8], [4, 3], 7
 )
-def test_each_fused_layer_has_a_line(fused: FusedLayer, line: str, tmp_path: Path) -> None:
-    report = small_report(fused)
-    assert report.groups == [{0: 1}, dict(zip([1, 2, 3], fused.shares, strict=True)), {4: 1}]
+BUDGET = BudgetInfo("max_divergence", 0.5, 1000, [BudgetTrial(3, 0.25, 1.5), BudgetTrial(4, math.inf, 9.0)])
+REPORTS = {
+    "averaged": small_report(
+        base="owner/model/file.gguf",
+        config=FusionConfig(2, "mka", rank_normalize=False).to_dict(),
+        continuations=[Continuation("def f():", "\n    a | b", ""), Continuation("Two", "three", "four")],
+        dtype="torch.bfloat16",
+        speed=SPEED,
+    ),
+    "fitted and healed": small_report(
+        FITTED,
+        base="owner/model",
+        budget=BUDGET,
+        config=FusionConfig(method="refit", max_divergence=0.5, calibration_tokens=8192).to_dict(),
+        healed=HEALED,
+        perplexities=[JUDGED],
+        **{"base_digest": "12ab", "weights_digest": "34cd", "revision": "v2", "license": {"license": "mit"}},
+        **FEW_PICTURES,
+    ),
+    "truncated": small_report(
+        dataclasses.replace(TRUNCATED, layer_instead=3), base="model", influences=None, perplexities=[], **FEW_PICTURES
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_what_people_see_of_a_report(name: str, tmp_path: Path) -> None:
+    """The page loads nothing, its pictures are readable on a phone, and it is made again of the same bytes."""
+    report = REPORTS[name]
     assert report.pairs == [(2, 3), (1, 2)]
-    expected = ", ".join(filter(None, ["layer 1 stands for 1 to 3", line]))
-    assert report.details()[1] == expected
-    summary, card, page = everywhere(report, tmp_path)
-    assert f"\n  {expected}\n" in summary and f"- {expected}\n" in card and f"<p>{html.escape(expected)}</p>" in page
+    check_golden(f"{name}.txt", report.summary())
+    check_golden(f"{name}.md", model_card(report, LlamaConfig(), plain=name != "truncated"))
+    write_page(report, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    check_golden_page(f"{name}.html", page)
+    for picture in re.findall('base64,([^"]*)', page):
+        svg = ElementTree.fromstring(base64.b64decode(picture))
+        assert svg.tag.endswith("svg") and float(svg.attrib["width"].removesuffix("pt")) <= PHONE
+    assert not re.search(r"url\(|@import|https?://|<script|href", page) and "prefers-color-scheme: dark" in page
+    write_page(report, tmp_path / "new" / "again.html")
+    assert (tmp_path / "new" / "again.html").read_text(encoding="utf-8") == page
 
 
 @pytest.mark.parametrize(
@@ -271,51 +272,6 @@ def test_a_change_of_any_parameter_gets_a_note_once() -> None:
         assert digest(make_llama()) is None
 
 
-def page_of(report: FusionReport, folder: Path) -> tuple[Page, str]:
-    """The page, and all that is to be read on it, in order."""
-    write_page(report, folder / "page.html")
-    page = Page((folder / "page.html").read_text(encoding="utf-8"))
-    return page, " ".join(page.text.split())
-
-
-@pytest.mark.parametrize(
-    ("report", "names"),
-    [
-        (small_report(), ["similarity_heatmap", "manifolds", "along_depth", "matched_cosines"]),
-        (small_report(TRUNCATED, influences=None, **FEW_PICTURES), []),
-        (small_report(FITTED, healed=HEALED, **FEW_PICTURES), ["along_depth", "healing_curve"]),
-    ],
-    ids=["averaged", "truncated", "fitted and healed"],
-)
-def test_a_page_shows_what_was_measured(report: FusionReport, names: list[str], tmp_path: Path) -> None:
-    """And loads nothing, and is made again of the same bytes."""
-    page, text = page_of(report, tmp_path)
-    shown = [attributes["id"] for tag, attributes in page.tags if tag in ("section", "details")]
-    assert shown == ["layer_map", "figures", *names, "fused_layers", "settings"]
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(names) + 1
-    for picture in pictures:
-        assert picture["alt"]
-        svg = ElementTree.fromstring(base64.b64decode(str(picture["src"]).removeprefix("data:image/svg+xml;base64,")))
-        assert svg.tag.endswith("svg") and float(svg.attrib["width"].removesuffix("pt")) <= PHONE
-    assert "5 → 3 layers" in text and all(note in text for note in report.notes)
-    assert not any("href" in attributes or tag == "script" for tag, attributes in page.tags)
-    content = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert not re.search(r"url\(|@import|https?://", content) and "prefers-color-scheme: dark" in content
-    write_page(report, tmp_path / "new" / "again.html")
-    assert (tmp_path / "new" / "again.html").read_text(encoding="utf-8") == content
-
-
-def test_the_answers_come_first_then_both_texts_then_the_layers(tmp_path: Path) -> None:
-    continuations = [Continuation("Once upon", "a time", "a dime"), Continuation("Two", "three", "four")]
-    _, text = page_of(make_report(continuations=continuations, **FEW_PICTURES), tmp_path)
-    text = text[text.index("fused with") :]
-    parts = ["How much smaller", "10.9 %", "32 → 28", "not measured", "How much worse", "4.92", "3.85", "Mind the gap."]
-    parts += ["Once upon", "a time", "a dime", "Which layers became which", "Details", "three"]
-    places = [text.replace("\xa0", " ").index(part) for part in parts]
-    assert places == sorted(places)
-
-
 def test_pictures_show_the_figures_of_the_report() -> None:
     report = small_report()
     figures = report_figures(report)
@@ -385,3 +341,116 @@ def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.raises(ValueError, match=r"^Pictures and pages need matplotlib; run `pip install '\.\[plot\]'`"):
         write_page(make_report(), tmp_path / "page.html")
+
+
+HOSTILE = (
+    "<script>alert('x')</script> `code` | cell\n---\nkey: [a, *b, !!python/object:c]\n# title $\\frac$ &amp; \"q\""
+)
+
+
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("---\nlicense: other\nlicense_name: a\nlicense_link: b\ntags: [c]\n---\n", ["other", "a", "b"]),
+        ("---\nlicense: mit\n---\n# A model\n", ["mit", None, None]),
+        ("---\nlicense: [mit]\n---\n", [None] * 3),
+        ("---\na: [\n---\n", [None] * 3),
+        ("# A model", [None] * 3),
+    ],
+)
+def test_the_licence_is_that_of_the_base(
+    readme: str, found: list[str | None], make_base: Callable[..., str], tmp_path: Path
+) -> None:
+    base = make_base()
+    Path(base, "README.md").write_text(readme)
+    fuse_checkpoint(base, tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
+    metadata = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert [metadata.get(name) for name in ("license", "license_name", "license_link")] == found
+
+
+@pytest.mark.parametrize("options", ["--method refit", "--method neural_alignment", "--heal-tokens 2048"])
+def test_its_command_makes_the_same_weights_in_another_process(
+    options: str, base: str, text: Path, tmp_path: Path
+) -> None:
+    """In one that knows nothing of the first, but for the base and the text."""
+    few = "--num-fusions 2 --calibration-length 64 --calibration-tokens 2048 --perplexity-tokens 200 --no-speed".split()
+    assert main(["fuse", base, str(tmp_path / "out"), *few, *options.split(), "--calibration", str(text)]) == 0
+    made = FusionReport.load(tmp_path / "out")
+    [command] = re.findall(r"^```bash\nlf-hf (.*)\n```$", (tmp_path / "out" / "README.md").read_text(), re.M)
+    shutil.copytree(base, tmp_path / "fresh" / Path(base).name)
+    words = [sys.executable, "-m", "lf_hf", *shlex.split(command), "--calibration", str(text)]
+    environment = {"PYTHONPATH": str(Path(lf_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment["PYTHONHASHSEED"] = "7"
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number adds up in another order
+    subprocess.run(words, cwd=tmp_path / "fresh", env=environment, check=True)
+    assert FusionReport.load(tmp_path / "fresh" / "out").weights_digest == made.weights_digest is not None
+
+
+def test_its_commands_make_a_model_again_that_was_healed_twice(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what a healing was told beside its settings. The fused model's figures are those before both."""
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
+    text, out = str(tmp_path / "text.txt"), tmp_path / "first"
+    base = str(shutil.copytree(base, tmp_path / "-rf"))
+    fuse_checkpoint(
+        base, out, num_fusions=2, method="truncate", heal_tokens=2048, calibration=text, perplexity_tokens=256
+    )
+    twice: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
+    twice["training_args"] = {"optim": "adafactor", "bf16": False}
+    report = lf_hf.heal(out, tmp_path / "second", base=base, text=text, **twice)
+    [block] = re.findall(r"^```bash\n(.*?)\n```$", (tmp_path / "second" / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        _, command, *words = shlex.split(line)
+        assert main([command, *words, "--calibration" if command == "fuse" else "--text", text]) == 0
+    again = FusionReport.load("out-healed")
+    assert again.weights_digest == report.weights_digest != FusionReport.load(out).weights_digest
+    fused, healed = FusionReport.load(out), {row.name: row.values for row in report.rows()}
+    for row in fused.rows():
+        if row.kind == "perplexity":
+            assert healed[row.name][1] == pytest.approx(row.values[1]) and healed[row.name][2] != row.values[2]
+
+
+@pytest.fixture
+def hostile_report() -> FusionReport:
+    report = make_report(
+        base=HOSTILE,
+        config={"method": HOSTILE, "num_fusions": HOSTILE, HOSTILE: HOSTILE},
+        calibration=[CalibrationInfo(HOSTILE, 57, 5000)],
+        perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, "kin", 0.5, 0.5)],
+        continuations=[Continuation(HOSTILE, f"\t{HOSTILE}\x00\x1b[2J", "")],
+        seconds={HOSTILE: 1.0},
+        versions={HOSTILE: HOSTILE},
+        notes=[HOSTILE],
+        sample_labels=[HOSTILE],
+    )
+    [fused] = report.fused_layers
+    [match, *_] = fused.matches[0].values()
+    return dataclasses.replace(report, fused_layers=[dataclasses.replace(fused, matches=[{HOSTILE: match}])])
+
+
+def test_the_page_shows_hostile_text_as_text(hostile_report: FusionReport, tmp_path: Path) -> None:
+    write_page(hostile_report, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 11 and "<script" not in page
+    check_golden_page("hostile.html", page)
+
+
+def test_cards_and_tables_show_hostile_text_as_text(hostile_report: FusionReport) -> None:
+    """Outside of code there are line breaks and nothing hostile, and every table row has its head's number of cells."""
+    texts = [markdown([], HOSTILE)]
+    for plain in (True, False):
+        card = model_card(hostile_report, LlamaConfig(), plain=plain)
+        metadata, body = card.removeprefix("---\n").split("\n---\n", 1)
+        assert set(yaml.safe_load(metadata)) == {"library_name", "pipeline_tag", "tags"}  # the base is no repository
+        assert ModelCard(card).content == card and all(c.isprintable() or c in "\n\xa0" for c in card)
+        texts.append(re.sub(r"^```.*?^```$", "", body, flags=re.M | re.S))
+    for text in texts:
+        rows: list[int] = []
+        for line in text.splitlines():
+            outside = re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", line)).replace("<br>", "")
+            assert "<" not in outside and not outside.startswith(("key:", "# title"))
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            assert not rows or not cells or cells == rows[-1]
+            rows = [*rows, cells] if cells else []

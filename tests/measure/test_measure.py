@@ -1,9 +1,10 @@
-"""Speed beside the base's: that it is there and sane, and where it is left out. Its value is nobody's to test."""
+"""Predictions against their definitions, and speed beside the base's, whose value is nobody's to test."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import QUICK, same
+from conftest import QUICK, make_llama, same
 from tiny_models import tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
 
@@ -20,10 +22,64 @@ import lf_hf
 from lf_hf.cli import main
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
+from lf_hf.measure.predictions import divergences, final_states, predictions, shard_batches
 from lf_hf.measure.speed import measure_speed
-from lf_hf.report.data import SpeedInfo
-from lf_hf.report.page import write_page
+from lf_hf.report.data import SpeedInfo, TextFigures
 from lf_hf.report.report import FusionReport
+
+SEQUENCES = [
+    torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 40, 9)
+]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions of seven tokens at a time."""
+    monkeypatch.setattr("lf_hf.measure.predictions.LOGITS", 7 * 320)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_predicts_what_it_predicts(dtype: torch.dtype) -> None:
+    decoder = Decoder(make_llama(dtype=dtype))
+    ids = shard_batches(decoder, {"text": SEQUENCES, "empty": []})
+    states = final_states(decoder, ids, "")
+    [(name, found)] = predictions(decoder, ids, states, copy.deepcopy(states)).items()
+    assert name == "text" and found == TextFigures(found.perplexity, divergence=0.0, agreement=1.0)
+    assert found == predictions(decoder, ids, states)["text"]
+
+
+@pytest.mark.usefixtures("few_rows")
+@torch.no_grad()
+def test_figures_are_those_of_whole_forward_passes() -> None:
+    model = make_llama()
+    decoder = Decoder(model)
+    ids = shard_batches(decoder, {"text": SEQUENCES})
+    dense_states, before_removal = final_states(decoder, ids, ""), [*decoder.walk(ids["text"])][-1]
+    dense = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
+    decoder.remove(3)
+    fused = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
+    states = final_states(decoder, ids, "")
+
+    def divergence(p: Tensor, q: Tensor) -> float:
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    broken = [torch.full_like(state, math.nan) for state in states["text"]]
+    before_norm = [list(walked) for walked in (before_removal, [*decoder.walk(ids["text"])][-1])]
+    found_divergences = divergences(decoder, before_norm[0], [before_norm[1], broken, before_norm[0]])
+    expected = divergence(torch.cat(dense), torch.cat(fused))
+    assert found_divergences == [pytest.approx(expected, rel=1e-4), math.inf, pytest.approx(0, abs=1e-6)]
+
+    found = predictions(decoder, ids, states, dense_states)["text"]
+    p, q = (torch.cat([each[:-1] for each in log_probs]) for log_probs in (dense, fused))  # (tokens, vocab)
+    assert 0.05 < found.agreement < 0.95 and found.divergence > 0.1
+    assert found.divergence == pytest.approx(divergence(p, q), rel=1e-5)
+    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    targets = torch.cat([sequence[1:] for sequence in SEQUENCES])
+    assert math.log(found.perplexity) == pytest.approx(-float(q.gather(1, targets[:, None]).mean()), rel=1e-5)
+    of_dense = predictions(decoder, ids, dense_states)["text"]
+    assert math.log(of_dense.perplexity) == pytest.approx(-float(p.gather(1, targets[:, None]).mean()), rel=1e-5)
+
 
 ROWS = ["prefill, tokens a second", "decoding, tokens a second", "bytes of weights", "bytes of cache a token"]
 OPTIONS = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()  # as QUICK
@@ -46,12 +102,8 @@ def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pyt
     assert report.speed is not None
     models = [AutoModelForCausalLM.from_pretrained(name) for name in (base, tmp_path / "out")]
     assert report.speed.weight_bytes == [sum(p.nbytes for p in model.parameters()) for model in models]
-    rows = {row.name: row for row in report.rows()}
-    write_page(report, tmp_path / "page.html")
-    card, page = (tmp_path / "out" / "README.md").read_text(), (tmp_path / "page.html").read_text()
-    for view in (table, report.summary(), card, page):
-        assert all(name in view and rows[name].cells[1] in view for name in ROWS)
-        assert f"x {report.speed.decoding.ratio:.3g} (" in view
+    shown = {row.name: " ".join(row.cells) for row in report.rows()}
+    assert all(shown[name] in " ".join(table.split()) for name in ROWS)
     heal = ["heal", str(tmp_path / "out"), str(tmp_path / "healed"), "--base", base, "--tokens", "1024"]
     assert main(heal) == 0
     assert all(name in capsys.readouterr().out for name in ROWS[:1])
