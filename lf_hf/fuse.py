@@ -28,8 +28,8 @@ from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
 
 logger = logging.get_logger(__name__)
-MAX_SHARD_BYTES = 500_000_000
-"""Size of an output file, about."""
+MAX_SHARD_BYTES, LOW_MEMORY_SHARD_BYTES = 500_000_000, 200_000_000
+"""Size of an output file, about; the second with `low_memory`, as a file is in memory while it is written."""
 _SCRATCH = ".lf_hf-scratch"
 
 
@@ -137,7 +137,7 @@ def from_pretrained_fused(
     inputs = FusionInputs.open(opened, config, calibration, tokenizer)
     if folder is not None:
         return _kept_in(folder, model_class, inputs)
-    from lf_hf import pipeline  # imports scipy and scikit-learn, which loading does not need
+    from lf_hf import pipeline  # imports scipy, which loading does not need
 
     return pipeline.run(inputs, model_class, inputs.check())
 
@@ -262,7 +262,7 @@ def fuse_checkpoint(
     low_memory: bool = False,
     calibration: TextSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     **kwargs: Any,
 ) -> FusionReport:
     """Fuse a checkpoint into another folder, as a plain checkpoint of the base's own architecture.
@@ -282,8 +282,9 @@ def fuse_checkpoint(
         Leave all weights on disk, and hold a few layers at a time, or for a refit those of one group. On the CPU the
         tensors written are the same, bit for bit. On another device each layer is read while the one before it is used.
         A healing takes the memory of its training.
-    max_shard_bytes : int
-        Size of an output file, about; with `low_memory` also what is held in memory while writing.
+    max_shard_bytes : int, optional
+        Size of an output file, about: 500 MB by default. With `low_memory` it is also what is held in memory while
+        writing, and 200 MB by default.
     **kwargs
         FusionConfig fields. All others are as for `from_pretrained` (revision, token, dtype, device_map, max_memory,
         ...); with `low_memory` device_map is one device.
@@ -307,7 +308,8 @@ def fuse_checkpoint(
     with ExitStack() as stack:
         processes.compute_once(lambda: bool(stack.enter_context(locked_folder(target))))
         scratch = stack.enter_context(_scratch_in(target))
-        saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": max_shard_bytes}
+        size = max_shard_bytes or (LOW_MEMORY_SHARD_BYTES if low_memory else MAX_SHARD_BYTES)
+        saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": size}
         return _fuse_into(target, fused_class(opened.config), inputs, scratch=scratch, **saving).report
 
 

@@ -238,7 +238,9 @@ def test_a_new_process_loads_a_model_without_what_fusing_takes_and_knows_it(fuse
     assert [name for name in loaded if name.split(".")[0] in heavy] == []
 
 
-def test_healing_needs_no_scikit_learn() -> None:
-    code = "import sys; import lf_hf.healing.heal; print('sklearn' in sys.modules)"
+@pytest.mark.parametrize("module", ["lf_hf.healing.heal", "lf_hf.pipeline"])
+def test_healing_and_averages_need_no_scikit_learn(module: str) -> None:
+    """Whose import takes 90 MB, with pandas and pyarrow."""
+    code = f"import sys; import {module}; print('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "False\n", done.stderr

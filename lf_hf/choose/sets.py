@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from sklearn.linear_model import Ridge
 
 from lf_hf.decoder.decoder import Group, Groups
 from lf_hf.settings import LONGEST_GROUP
@@ -126,6 +125,8 @@ def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, floa
         joined[row, list(_joined(groups))] = 1
         others[row] = len(groups) - 1 if pays_for_groups else 0
         excess[row] = trials[groups] - sum(costs[group] for group in groups)
+    from sklearn.linear_model import Ridge  # as importing it takes memory, which other selections need not
+
     regression = Ridge(_SHRINKAGE, fit_intercept=not pays_for_groups)
     *of_joins, of_group = regression.fit(np.hstack([joined, others]), excess).coef_.tolist()
     return {

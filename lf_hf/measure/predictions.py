@@ -138,6 +138,7 @@ def _log_probs(models: Sequence[HeadAndStates], vocab_size: int) -> Iterator[lis
             on_cpu = logits[0].device.type == "cpu"
             for pieces in _rows_of(logits, fewer if on_cpu else rows):
                 yield [piece.float().log_softmax(-1) for piece in pieces]
+            del logits, pieces  # before the next ones are made
 
 
 def _rows_of(tensors: Sequence[Tensor], rows: int) -> Iterator[tuple[Tensor, ...]]:

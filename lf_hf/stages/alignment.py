@@ -99,7 +99,7 @@ def match_neurons(
 def _head_costs(pairs: Sequence[Pair], head_dim: int) -> Costs:
     """Distances of heads, (heads of i, heads of j), summed over the matrices that have them in their rows."""
     blocks = [tuple(weight.unflatten(0, (-1, head_dim)).flatten(1) for weight in pair) for pair in pairs]
-    return np.sum([row_costs(pair, dtype=np.float64) for pair in blocks], axis=0)
+    return np.sum([row_costs(pair, dtype=torch.float64) for pair in blocks], axis=0)
 
 
 def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArray[np.intp]]:

@@ -26,17 +26,17 @@ Pair = tuple[Tensor, Tensor]
 
 _EPSILON = 1e-12
 BLOCK = 1 << 24  # entries of a cost matrix that are computed at a time
-ALIVE_BYTES = 7 << 29  # 3.5 GiB for cost matrices: as many of the largest exist at a time as fit, or one
+ALIVE_BYTES = 7 << 29  # 3.5 GiB of cost matrices at a time, or a single larger one
 
 
-def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
+def row_costs(*pairs: Pair, dtype: torch.dtype = torch.float32) -> Costs:
     """L2 distances between normalised rows, w / (norm(w) + 1e-12), summed over some pairs of matrices.
 
     Parameters
     ----------
     *pairs : pairs of tensors of shape (rows n, columns m)
         m may differ from pair to pair.
-    dtype : numpy float type
+    dtype : torch.dtype
         Of the result; distances are computed in float32.
 
     Returns
@@ -45,27 +45,31 @@ def row_costs(*pairs: Pair, dtype: type[np.floating] = np.float32) -> Costs:
 
     Products are made where the first weights are, block by block, so this is the only n x n array.
     """
-    costs = np.zeros((len(pairs[0][0]), len(pairs[0][1])), dtype)
-    for pair in pairs:
-        rows_i, factors_i, squares_i = scaled_rows(pair[0])
-        rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in scaled_rows(pair[1]))
+    costs = torch.zeros(len(pairs[0][0]), len(pairs[0][1]), dtype=dtype)
+    for number, (weight_i, weight_j) in enumerate(pairs):
+        rows_i, factors_i, squares_i = scaled_rows(weight_i)
+        rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in scaled_rows(weight_j))
+        in_place = number == 0 and (costs.dtype, costs.device) == (rows_i.dtype, rows_i.device)
         step = max(1, BLOCK // len(rows_j))
         # Which changes nothing, as rows were scaled by powers of two.
-        with bfloat16_products(all(weight.dtype == torch.bfloat16 for weight in pair)):
+        with bfloat16_products(weight_i.dtype == weight_j.dtype == torch.bfloat16):
             for start in range(0, len(rows_i), step):
                 block = slice(start, start + step)
-                squared = rows_i[block] @ rows_j.T  # (block, n)
+                squared = torch.mm(rows_i[block], rows_j.T, out=costs[block] if in_place else None)  # (block, n)
                 squared.mul_(factors_i[block, None] * -2).mul_(factors_j).add_(squares_i[block, None]).add_(squares_j)
-                costs[block] += squared.clamp_(min=0).sqrt_().cpu().numpy()
-    return costs
+                squared.clamp_(min=0).sqrt_()
+                if not in_place:
+                    costs[block] += squared.cpu()
+    return costs.numpy()
 
 
 def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64]]:
     """For each problem the permutation of the second matrices' rows that lies closest to the first ones'.
 
     Minimises the sum over p of row_costs(*pairs)[p, permutation[p]]. Problems are independent: costs are computed one
-    after the other, largest first, and solved meanwhile in as many threads as torch uses. lapx, where it is installed,
-    works in float32, and is about three times as fast as scipy on large matrices; both find an optimum.
+    after the other, largest first, and solved meanwhile; no more matrices exist at a time than torch uses threads.
+    lapx, where it is installed, works in float32, and is about three times as fast as scipy on large matrices; both
+    find an optimum.
 
     Parameters
     ----------
@@ -75,9 +79,10 @@ def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64
     -------
     dict from the same names to int64 arrays of shape (rows n,)
     """
-    dtype = np.float64 if lapjvs is None else np.float32
+    dtype = torch.float64 if lapjvs is None else torch.float32
     largest = max((len(pairs[0][0]) for pairs in problems.values()), default=1)
-    may_begin = Semaphore(max(1, ALIVE_BYTES // (largest**2 * np.dtype(dtype).itemsize)))
+    together = max(1, min(torch.get_num_threads(), ALIVE_BYTES // (largest**2 * dtype.itemsize)))
+    may_begin = Semaphore(together)
     bar = progress(total=len(problems), desc="Assignment", unit="matrix", leave=False)
 
     def solve(costs: Costs) -> NDArray[np.int64]:
@@ -88,7 +93,7 @@ def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64
             may_begin.release()
 
     solved: dict[str, Future[NDArray[np.int64]]] = {}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool, bar:
+    with ThreadPoolExecutor(together) as pool, bar:
         for name in sorted(problems, key=lambda name: -len(problems[name][0][0])):
             may_begin.acquire()
             solved[name] = pool.submit(solve, row_costs(*problems[name], dtype=dtype))

@@ -65,6 +65,7 @@ def average(
         aligned, matches = align_layer(decoder, weights_i, folded.weights, alignment)
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
         merged = merge_weights(weights_i, aligned, ratio)
+        del aligned  # else it would lie beside the next one
         for weight in merged.values():
             decoder.processes.broadcast(weight)
         folded = Average(merged, folded.entry.joined(i, ratio, matches))
