@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked, needs
+from lf_hf.runtime.settings_base import NOT_GIVEN, RULES, Needs, OneOf, Settings, checked
 from lf_hf.runtime.words import plural
 
 ALGORITHM = 21
@@ -58,9 +58,6 @@ AVERAGING = ("neural_alignment", "mka")
 
 FITTING = ("refit", "healed")
 """Methods that fit a layer to what a group of layers computes."""
-
-TRAINED = ("layers", "all", "fused", "lora")
-"""What a healing may train."""
 
 
 def default_heal_tokens(layer_parameters: int) -> int:
@@ -206,13 +203,13 @@ class FusionConfig(Settings):
 
     def without_effect(self, calibration: object) -> list[str]:
         """Names of what was set to no use, with this calibration text or None."""
-        set_by_method = METHODS[self.method]
-        names = []
-        for name, field in self.known.items():
-            needed = needs(field).attribute
-            has_effect = needed in ("", name) or getattr(self, needed)  # heal_tokens=0 has one
-            if not has_effect and getattr(self, name) != set_by_method.get(name, field.default):
-                names.append(name)
+        by_default = {name: field.default for name, field in self.known.items()} | METHODS[self.method]
+        by_default["heal_tokens"] = self.heal_tokens  # of which 0 has an effect
+        names = [
+            name
+            for name, default in by_default.items()
+            if not self.takes_effect(name) and getattr(self, name) != default
+        ]
         if calibration is not None and not (self.averages or self.needs_text or self.heal_tokens):
             names.append("calibration")
         return names
@@ -297,7 +294,7 @@ class HealSettings(Settings):
     """Tokens to train on, repeats counted. By default one for each hundred parameters of a layer, from 131072 to
     2097152."""
 
-    train: Annotated[str | None, OneOf(TRAINED)] = None
+    train: Annotated[str | None, OneOf(["layers", "all", "fused", "lora"])] = None
     """What is trained. "layers": all layers and the last norm, but not the embeddings and the head. "all": these too.
     "fused": the fused layers and all norms. "lora": adapters on every projection, which are merged at the end. By
     default it is the first of layers, fused and lora that the memory has room for."""

@@ -114,7 +114,7 @@ class Decoder:
         """
         indices = list(indices)
         if self.device.type == "cpu" or not any(is_offloaded(self._text.layers[index]) for index in indices):
-            yield from map(self._with_weights, indices)
+            yield from map(self.layer, indices)
             return
         with ThreadPoolExecutor(1) as reader:  # at the end of which a read that has begun is waited for
             reads = (reader.submit(self._read_ahead, index) for index in indices)
@@ -125,11 +125,7 @@ class Decoder:
                 yield layer.pop()
 
     def layer(self, index: int) -> DecoderLayer:
-        """One layer with its weights."""
-        return self._with_weights(index)
-
-    def _with_weights(self, index: int) -> DecoderLayer:
-        """A layer as it is in the model or, where that is offloaded, made anew."""
+        """A layer with its weights: as it is in the model or, where that is offloaded, made anew."""
         layer = self._text.layers[index]
         if not is_offloaded(layer):
             return layer
@@ -141,9 +137,9 @@ class Decoder:
     def _read_ahead(self, index: int) -> DecoderLayer:
         """A layer whose weights are complete when this returns. For any thread."""
         if self._copy_stream is None:
-            return self._with_weights(index)
+            return self.layer(index)
         with torch.cuda.stream(self._copy_stream):
-            layer = self._with_weights(index)
+            layer = self.layer(index)
         self._copy_stream.synchronize()
         return layer
 

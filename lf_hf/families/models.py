@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -114,11 +113,8 @@ def num_parameters(config: PretrainedConfig) -> tuple[int, int]:
     with torch.device("meta"):
         model = model_class(config)(config)
     layers = text_model(model).layers
-    return _count(layers) // len(layers), _count(model)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    in_layers = sum(parameter.numel() for parameter in layers.parameters())
+    return in_layers // len(layers), model.num_parameters()
 
 
 def is_tied(model: CausalLM) -> bool:

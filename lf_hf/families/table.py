@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 DecoderLayer: TypeAlias = Any
 """A decoder layer of one of the families, which have no class in common."""
@@ -87,9 +87,7 @@ class Family:
 
     model_type: str  # of its config
     title: str  # in prose and in the names of our classes, such as "Qwen3"
-    module: str = ""  # folder of transformers.models that has its classes, if it is not `model_type`
-    text: str = ""  # after the title in names of its config, base model and heads, where one of images is there too
-    rotary: str = ""  # likewise in that of its rotary embedding
+    rotary: str = ""  # after the title in the name of its rotary embedding
     attention: Half = field(default_factory=attention_half)
     mlp: Half = field(default_factory=mlp_half)
     linear: Half | None = None  # in the place of attention in layers of type "linear_attention", where there are some
@@ -111,7 +109,7 @@ class Family:
 
     @property
     def config_class(self) -> Any:
-        return self._class(f"{self.title}{self.text}Config", "configuration")
+        return CONFIG_MAPPING[self.model_type]
 
     @property
     def causal_lm(self) -> Any:
@@ -277,10 +275,9 @@ class Family:
         """What all that is written to the residual stream is multiplied by."""
         return getattr(config, self.residual_multiplier) if self.residual_multiplier else 1.0
 
-    def _class(self, name: str, kind: str = "modeling") -> Any:
-        folder = self.module or self.model_type
-        module = importlib.import_module(f"transformers.models.{folder}.{kind}_{folder}")
-        return getattr(module, name)
+    def _class(self, name: str) -> Any:
+        module = self.config_class.__module__.replace("configuration_", "modeling_")
+        return getattr(importlib.import_module(module), name)
 
 
 _GEMMA2 = Family(
@@ -317,14 +314,7 @@ FAMILIES = MappingProxyType(
                 window="sliding_window",
             ),
             _GEMMA2,
-            replace(
-                _GEMMA2,
-                model_type="gemma3_text",
-                title="Gemma3",
-                module="gemma3",
-                text="Text",
-                head_norms="each",
-            ),
+            replace(_GEMMA2, model_type="gemma3_text", title="Gemma3", head_norms="each"),
             _OLMO2,
             Family(
                 "granite",
@@ -334,7 +324,7 @@ FAMILIES = MappingProxyType(
                 logits_divisor="logits_scaling",
             ),
             Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
-            Family("qwen3_vl_text", "Qwen3VLText", module="qwen3_vl", head_norms="each"),
+            Family("qwen3_vl_text", "Qwen3VLText", head_norms="each"),
             Family("cwm", "Cwm", layer_lists=("layer_types",)),
             Family("ernie4_5", "Ernie4_5"),
             replace(_OLMO2, model_type="exaone4", title="Exaone4", head_norms="each", layer_lists=("layer_types",)),
@@ -359,8 +349,6 @@ FAMILIES = MappingProxyType(
             Family(
                 "qwen3_5_text",
                 "Qwen3_5",
-                module="qwen3_5",
-                text="Text",
                 rotary="Text",
                 linear=delta_net_half(),
                 gain_offset=1.0,

@@ -28,16 +28,13 @@ def progress(
     """
     is_silent = local_rank() > 0
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit}
-    if _shows_bars() or not hf_logging.is_progress_bar_enabled():
+    in_notebook = autonotebook.tqdm is not std.tqdm
+    on_terminal = sys.stderr is None or sys.stderr.isatty()
+    if in_notebook or on_terminal or not hf_logging.is_progress_bar_enabled():
         return hf_logging.tqdm(iterable, **options, leave=leave, disable=is_silent)
     is_silent |= hf_logging.get_verbosity() > logging.WARNING
     options |= {"bar_format": _LINE, "delay": EVERY, "mininterval": EVERY, "miniters": 1}
     return _Lines(iterable, **options, leave=False, disable=is_silent)
-
-
-def _shows_bars() -> bool:
-    in_notebook = autonotebook.tqdm is not std.tqdm
-    return in_notebook or sys.stderr is None or sys.stderr.isatty()
 
 
 class _Lines(std.tqdm):

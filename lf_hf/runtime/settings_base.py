@@ -95,12 +95,12 @@ class Settings:
 
     def in_effect(self) -> dict[str, Any]:
         """The fields that a result depends on, JSON-ready."""
-        values = {}
-        for name, field in self.known.items():
-            value, needed = getattr(self, name), needs(field).attribute
-            if value is not None and (not needed or getattr(self, needed)):
-                values[name] = value
-        return values
+        return {name: value for name, value in self.to_dict().items() if value is not None and self.takes_effect(name)}
+
+    def takes_effect(self, name: str) -> bool:
+        """Whether a result depends on a field."""
+        needed = needs(self.known[name]).attribute
+        return not needed or bool(getattr(self, needed))
 
     @classmethod
     def from_kwargs(cls: type[SettingsType], **kwargs: Any) -> SettingsType:

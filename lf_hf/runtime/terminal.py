@@ -114,15 +114,11 @@ def show(*parts: Table | str) -> None:
     """Print tables and lines, in the process that speaks for all of a launch. A table is never cut."""
     if not speaks():
         return
-    with explained("What was done cannot be printed", "all files are written", OSError):
-        _print(*parts)
-
-
-def _print(*parts: Table | str) -> None:
-    console = Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False, markup=False)
     width = console.width if console.is_terminal else _WIDEST
-    for part in parts:
-        console.width = _WIDEST
-        if isinstance(part, Table):
-            console.width = max(width, console.measure(part).minimum)
-        console.print(part, markup=False)
+    with explained("What was done cannot be printed", "all files are written", OSError):
+        for part in parts:
+            console.width = _WIDEST
+            if isinstance(part, Table):
+                console.width = max(width, console.measure(part).minimum)
+            console.print(part)

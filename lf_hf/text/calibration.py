@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from lf_hf.runtime.launch import compute_once
 from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
-from lf_hf.text.mmlu import SUBJECTS, fitting_questions, format_question, group_questions
+from lf_hf.text.mmlu import SUBJECTS, Question, fitting_questions, format_question
 from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
 
 logger = logging.get_logger(__name__)
@@ -165,8 +165,12 @@ def _hub_rows(file: HubFile, calibration: TextSource | None) -> tuple[list[dict[
 
 def _mmlu_samples(calibration: TextSource | None, samples_per_subject: int) -> CalibrationSamples:
     rows, _ = _hub_rows(MMLU, calibration)
-    questions = group_questions(rows) if rows else fitting_questions()
-    source = f"{MMLU.name}, validation split" if rows else f"{QUESTIONS} that lm-eval ships"
+    source = f"{MMLU.name}, validation split"
+    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
+    for row in rows:
+        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
+    if not rows:
+        source, questions = f"{QUESTIONS} that lm-eval ships", fitting_questions()
     subject = min(questions, key=lambda subject: len(questions[subject]))
     if len(questions[subject]) < samples_per_subject:
         raise ValueError(

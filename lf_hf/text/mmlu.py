@@ -10,10 +10,9 @@ import importlib.util
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lf_hf.runtime.errors import explained
 
@@ -81,14 +80,6 @@ def bundled_questions() -> dict[str, list[Question]]:
     with explained(f"The MMLU questions in {path} are not as in lm-eval 0.4.13", "install that version"):
         prompts = json.loads(path.read_text(encoding="utf-8"))
         return {subject: _parse_prompt(prompts[subject]) for subject in SUBJECTS}
-
-
-def group_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
-    """The questions of each subject, from rows of MMLU on the Hugging Face hub."""
-    questions: dict[str, list[Question]] = {subject: [] for subject in SUBJECTS}
-    for row in rows:
-        questions[row["subject"]].append(Question(row["question"], tuple(row["choices"]), row["answer"]))
-    return questions
 
 
 def sample_question(questions: Sequence[Question]) -> Question:

@@ -19,6 +19,7 @@ TextSource = Sequence[str | Messages] | str | Path
 """Strings and chats, or where they are: a .txt, .jsonl, .csv or .parquet file, or NAME[:CONFIG[:SPLIT[:COLUMN]]] of a
 data set on the hub or in a folder."""
 
+_ADVICE = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
 _COLUMNS = ("text", "messages")  # the first one that is there is read
 _CHARACTERS_PER_TOKEN = 8  # more than usual text has, so that so much from the hub is enough
 _MAX_LINE = 1 << 24  # characters that are read at once
@@ -35,46 +36,37 @@ def read_samples(
     """
     if isinstance(given, str | os.PathLike):
         rows, source = _open_rows(os.fspath(given), tokens * _CHARACTERS_PER_TOKEN)
-        return _checked_samples(_explain_errors(rows, source), source, tokenizer), source
-    if not isinstance(given, Sequence) or isinstance(given, bytes):
+    elif isinstance(given, Sequence) and not isinstance(given, bytes):
+        rows, source = iter(given), "strings given by the caller"
+    else:
         raise ValueError(f"Text must be a list of strings, a file or the name of a data set, got {given!r:.80}.")
-    source = "strings given by the caller"
-    return _checked_samples(given, source, tokenizer), source
+    return _checked_samples(rows, source, tokenizer), source
 
 
 def _open_rows(given: str, characters: int) -> tuple[Iterator[Any], str]:
     path = Path(given)
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        return _read_paragraphs(path), path.name
-    if suffix == ".csv":
-        return _read_column(_read_csv(path), _COLUMNS[:1]), path.name
-    if suffix == ".jsonl":
-        return _read_column(_read_jsonl(path), _COLUMNS), path.name
-    if suffix == ".parquet":
-        return _read_column(_read_parquet(path), _COLUMNS), path.name
-    if given and path.is_file():
-        return _refuse("files of its kind are not read"), path.name
+    read = {".txt": _read_paragraphs, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if reader := read.get(path.suffix.lower()):
+        return _explain_errors(reader(path), path.name), path.name
     name, config, split, column = (given.split(":", 3) + [""] * 3)[:4]
-    if not name:
-        return _refuse("it has no name"), given
+    shown, problem = given, ""
+    if given and path.is_file():
+        shown, problem = path.name, "files of its kind are not read"
+    elif not name:
+        problem = "it has no name"
     # These names stand for all files of a kind in the current folder.
-    if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
-        return _refuse("that is the name of a file format"), given
-    split = split or "train"
+    elif name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
+        problem = "that is the name of a file format"
+    if problem:
+        raise ValueError(f"The text {shown!r} cannot be read ({problem}); {_ADVICE}.")
+    source = f"{name} ({split or 'train'})"
     columns = [column] if column else _COLUMNS
-    return _read_data_set(name, config, split, columns, characters), f"{name} ({split})"
-
-
-def _refuse(reason: str) -> Iterator[Any]:
-    raise ValueError(reason)
-    yield
+    return _explain_errors(_read_data_set(name, config, split or "train", columns, characters), source), source
 
 
 def _explain_errors(rows: Iterator[Any], name: str) -> Iterator[Any]:
     """The rows, whose reader may fail in ways of its own at any of them."""
-    advice = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
-    with explained(f"The text {name!r} cannot be read", advice):
+    with explained(f"The text {name!r} cannot be read", _ADVICE):
         yield from rows
 
 
@@ -92,7 +84,7 @@ def _read_paragraphs(path: Path) -> Iterator[str]:
     yield paragraph
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path) -> Iterator[Any]:
     csv.field_size_limit(_MAX_FIELD)  # of the whole process; by default 131072
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
@@ -100,12 +92,12 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
             for row in rows:
                 if None in row:  # under it are the fields that have no name
                     raise csv.Error("it has more fields than the header, so put text with commas in quotes")
-                yield row
+                yield from _read_column(row, _COLUMNS[:1])
         except csv.Error as error:
             raise ValueError(f"line {rows.reader.line_num}: {error}") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -116,35 +108,36 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object: {row!r:.80}")
-            yield row
+            yield from _read_column(row, _COLUMNS)
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
         present = [name for name in _COLUMNS if name in file.schema_arrow.names]
         for batch in file.iter_batches(16, columns=present or None):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield from _read_column(row, _COLUMNS)
 
 
 def _read_data_set(name: str, config: str, split: str, columns: Sequence[str], characters: int) -> Iterator[Any]:
     from datasets import load_dataset
 
-    for sample in _read_column(load_dataset(name, config or None, split=split, streaming=True), columns):
-        yield sample
-        characters -= len(str(sample))
+    for row in load_dataset(name, config or None, split=split, streaming=True):
+        for sample in _read_column(row, columns):
+            yield sample
+            characters -= len(str(sample))
         if characters <= 0:
             return
 
 
-def _read_column(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[Any]:
-    """What each row has in the first of some columns that is there."""
-    for row in rows:
-        present = [name for name in columns if name in row]
-        if not present:
-            raise ValueError(f"it has no column {' or '.join(columns)}, but {', '.join(row)}")
-        yield from [row[name] for name in present if row[name] is not None][:1]
+def _read_column(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    """What a row has in the first of some columns that is there; nothing where that is empty."""
+    present = [name for name in columns if name in row]
+    if not present:
+        raise ValueError(f"it has no column {' or '.join(columns)}, but {', '.join(row)}")
+    return [row[name] for name in present if row[name] is not None][:1]
 
 
 def _checked_samples(samples: Iterable[Any], source: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
