@@ -239,7 +239,7 @@ def test_a_new_process_loads_a_model_without_what_fusing_takes_and_knows_it(fuse
 
 
 @pytest.mark.parametrize("module", ["lf_hf.healing.heal", "lf_hf.pipeline"])
-def test_healing_and_averages_need_no_scikit_learn(module: str) -> None:
+def test_what_compares_no_layers_needs_no_scikit_learn(module: str) -> None:
     """Whose import takes 90 MB, with pandas and pyarrow."""
     code = f"import sys; import {module}; print('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

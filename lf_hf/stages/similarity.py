@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
-from scipy.special import digamma
+from scipy.stats import rankdata
 
 from lf_hf.runtime.progress import progress
 
@@ -19,16 +19,11 @@ Array = NDArray[np.float64]
 # Distances and entropies below these count as these, so that log and division stay finite.
 _MIN_DISTANCE = 1e-12
 _MIN_ENTROPY = 1e-6
-_NOISE = 1e-10  # of a column, relative to its size
 
 
 def rank_normalized(embedding: Array) -> Array:
     """Each column of (samples N, d) replaced by rank / N, ties sharing their mean rank."""
-    ranks = np.empty_like(embedding)
-    for column, ranked in zip(embedding.T, ranks.T, strict=True):
-        _, place, count = np.unique(column, return_inverse=True, return_counts=True)
-        ranked[:] = (count.cumsum() - (count - 1) / 2)[place]
-    return ranks / len(embedding)
+    return rankdata(embedding, axis=0) / len(embedding)
 
 
 def entropy(embedding: Array, neighbors: int) -> float:
@@ -43,40 +38,14 @@ def entropy(embedding: Array, neighbors: int) -> float:
 
 
 def mutual_information(source: Array, target: Array, neighbors: int, seed: int) -> float:
-    """Mutual information in nats between (N, d) and (N, d), averaged over all pairs of their columns.
+    """Mutual information in nats between (N, d) and (N, d), averaged over all pairs of their columns."""
+    from sklearn.feature_selection import mutual_info_regression  # 90 MB, which methods without averages need not
 
-    The first estimator of Kraskov et al. (arXiv:cond-mat/0305641), with the numbers of scikit-learn's
-    `mutual_info_regression`, whose import alone takes 90 MB.
-    """
-    found = []
-    for column in target.T:
-        random = np.random.RandomState(seed)
-        noise = random.standard_normal(source.shape).T
-        target_column = _standardized(column, random.standard_normal(len(column)))
-        columns = map(_standardized, source.T, noise)
-        found.append([_information(source_column, target_column, neighbors) for source_column in columns])
-    return float(np.mean(found))
-
-
-def _standardized(column: Array, noise: Array) -> Array:
-    """Values (N,) in units of their standard deviation, with noise that tells equal ones apart."""
-    column = np.ascontiguousarray(column)
-    deviation = column.std()
-    if deviation >= 10 * np.finfo(np.float64).eps:
-        column = column / deviation
-    return column + _NOISE * max(1, np.abs(column).mean()) * noise
-
-
-def _information(x: Array, y: Array, neighbors: int) -> float:
-    """Mutual information in nats of two variables (N,), at least 0."""
-    both = np.column_stack([x, y])
-    radius = np.nextafter(KDTree(both).query(both, k=[neighbors + 1], p=np.inf)[0][:, 0], 0)
-    information = digamma(len(x)) + digamma(neighbors)
-    for values in (x, y):
-        points = values[:, None]
-        within = KDTree(points).query_ball_point(points, radius, p=np.inf, return_length=True)  # with the point itself
-        information -= digamma(within).mean()
-    return max(0, information)
+    return float(
+        np.mean(
+            [mutual_info_regression(source, column, n_neighbors=neighbors, random_state=seed) for column in target.T]
+        )
+    )
 
 
 def layer_similarity(
