@@ -394,7 +394,7 @@ def test_its_commands_make_a_model_again_that_was_healed_twice(
     text, out = str(tmp_path / "text.txt"), tmp_path / "first"
     base = str(shutil.copytree(base, tmp_path / "-rf"))
     fuse_checkpoint(
-        base, out, num_fusions=2, method="truncate", heal_tokens=2048, calibration=text, perplexity_tokens=256
+        base, out, num_fusions=2, method="truncate", heal_tokens=1024, calibration=text, perplexity_tokens=256
     )
     twice: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
     twice["training_args"] = {"optim": "adafactor", "bf16": False}
