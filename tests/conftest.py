@@ -73,7 +73,7 @@ def run_program(program: str, *words: object, processes: int = 1) -> subprocess.
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=600,
+        timeout=1800,
     )
 
 
