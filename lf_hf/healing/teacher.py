@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +22,13 @@ from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.healing.text import TextKind, healing_text
-from lf_hf.measure.generating import generate
+from lf_hf.healing.text import healing_text
+from lf_hf.measure.generating import text_writer
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.predictions import final_states
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.chats import bos_prefix, chat_form, special_tokens
 
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
@@ -72,7 +70,8 @@ def write_teacher(
     without it, what is there is what a killed process left.
     """
     processes = Processes.of_launch()
-    kinds = _text_of(decoder, tokenizer, corpus, settings)
+    write, has_chats = text_writer(decoder, tokenizer)
+    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=has_chats)
     parts = [torch.stack(getattr(kind, part)) for kind in kinds for part in _PARTS if getattr(kind, part)]
 
     def begin() -> None:
@@ -129,16 +128,6 @@ def open_teacher(folder: Path) -> Teacher:
         columns: dict[str, Any] = {"input_ids": ids, STATES: stored}
         getattr(teacher, part)[kind] = StackDataset(**columns)
     return teacher
-
-
-def _text_of(
-    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings
-) -> list[TextKind]:
-    """All kinds of text to heal on."""
-    vocab_size = decoder.config.vocab_size
-    form = chat_form(tokenizer, vocab_size)
-    write = partial(generate, decoder, chat=form, prefix=bos_prefix(tokenizer), special=special_tokens(tokenizer))
-    return healing_text(tokenizer, corpus, settings, vocab_size, write, chats=form is not None)
 
 
 def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, numbers: Sequence[int]) -> None:

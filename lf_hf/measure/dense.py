@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.measure.check import check_model
-from lf_hf.measure.generating import generate
+from lf_hf.measure.generating import text_writer
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo
 from lf_hf.runtime.clock import Clock
@@ -27,7 +27,7 @@ from lf_hf.stages.averaging import Average, AverageKey
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
-from lf_hf.text.chats import CHATS, bos_prefix, chat_form, special_tokens
+from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import nearest, relations_to
 from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
 
@@ -204,10 +204,9 @@ def tokenize_corpus(
     written: list[Tensor] = []
     source = corpus.full_source
     if count:
-        form = chat_form(tokenizer, vocab_size)
-        begins, special = bos_prefix(tokenizer), special_tokens(tokenizer)
-        written = generate(decoder, count, short, config.seed, form, begins, special)
-        if form:
+        write, has_chats = text_writer(decoder, tokenizer)
+        written = write(count, short, config.seed)
+        if has_chats:
             num_chats = len(written[CHATS])
             source += f", {num_chats} {plural(num_chats, 'sequence')} of it as chats"
     other = pack_out_of_domain(tokenizer, corpus, min(length, JUDGING_LENGTH), vocab_size)

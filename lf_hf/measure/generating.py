@@ -5,24 +5,32 @@ Many sequences take a step together, so each layer is read once a step, which ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.families.models import special_id
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import WRITTEN_TOGETHER
-from lf_hf.text.chats import CHATS, Chat, ChatForm
+from lf_hf.text.chats import CHATS, Chat, ChatForm, bos_prefix, chat_form, special_tokens
 
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32
 _SAMPLED = -1  # in place of a given token: one that is sampled
 _BELOW_ONE = 1 - 2**-20  # keeps a point below the sum of all probabilities in spite of rounding
+
+
+def text_writer(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[..., list[Tensor]], bool]:
+    """`generate` with what the tokenizer says of chats and special tokens; and whether it writes chats."""
+    form = chat_form(tokenizer, decoder.config.vocab_size)
+    prefix, special = bos_prefix(tokenizer), special_tokens(tokenizer)
+    return partial(generate, decoder, chat=form, prefix=prefix, special=special), form is not None
 
 
 @torch.no_grad()
