@@ -337,11 +337,7 @@ def _notes(
     continuations: Sequence[Continuation],
 ) -> list[str]:
     """What a user should know, one sentence each."""
-    notes = list(measured.notes)
-    if measured.similarity is not None:
-        notes += measured.similarity.notes
-    if measured.text is not None and measured.text.note:
-        notes.append(f"{measured.text.note}.")
+    notes = measured.all_notes
     if config.fits and config.selection == "least_influence":
         notes.append(
             "Layers were chosen by their influence alone, and what any group of them costs was not measured; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class CalibrationText(NamedTuple):
     written: list[Tensor]  # by the model itself; judges nothing
     other: list[Tensor]  # pieces of text of other kinds, which only judge
     source: CalibrationInfo
-    note: str  # what users should know of it
+    notes: Sequence[str]  # what users should know of it
     relations: Mapping[str, str] = MappingProxyType({})  # of judging texts to it, by name
 
     @property
@@ -89,6 +89,11 @@ class Measurements:
     def sources(self) -> list[CalibrationInfo]:
         """Where the calibration text came from."""
         return [used.source for used in self._on_text]
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What a user should know of all that was measured, one sentence each."""
+        return [*self.notes, *(note for used in self._on_text for note in used.notes)]
 
     @property
     def relations(self) -> dict[str, str]:
@@ -211,4 +216,5 @@ def tokenize_corpus(
             source += f", {num_chats} {plural(num_chats, 'sequence')} of it as chats"
     other = pack_out_of_domain(tokenizer, corpus, min(length, JUDGING_LENGTH), vocab_size)
     info = CalibrationInfo(source, len(given) + len(written), sum(map(len, [*given, *written])))
-    return CalibrationText(given, written, other, info, corpus.note, relations_to(corpus.parts.values(), corpus.parts))
+    notes = [f"{corpus.note}."] if corpus.note else []
+    return CalibrationText(given, written, other, info, notes, relations_to(corpus.parts.values(), corpus.parts))
