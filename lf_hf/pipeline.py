@@ -27,7 +27,7 @@ from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
-from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.families.models import num_parameters
 from lf_hf.families.table import Kind, Weights
 from lf_hf.healing.result import healed_report
@@ -280,14 +280,15 @@ def fuse_layers(
         dense = decoder.copy()
         layers = []
         num_removed = 0
-        for (first, last), weights, kind, entry in make_layers(dense, choice.groups, config, measured):
+        for weights, kind, entry in make_layers(dense, choice.groups, config, measured):
+            first, *_, last = entry.layers
             decoder.join((first - num_removed, last - num_removed), weights, kind)
             num_removed += last - first
             layers.append(replace(entry, cost=choice.costs.get((first, last))))
     return choice, layers
 
 
-MadeLayer = tuple[Group, Weights, Kind | None, FusedLayer]
+MadeLayer = tuple[Weights, Kind | None, FusedLayer]
 """What a group becomes: values for its first layer, that layer's kind where it changes, and a report entry."""
 
 
@@ -305,8 +306,7 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
     held_out_sequences, rest = split_held_out(measured.text.given, _HELD_OUT)
     sequences = interleave(rest, measured.text.written)
     judging = [*held_out_sequences, *measured.text.other]
-    for group, fit in fit_groups(dense, groups, sequences, judging, ridge=config.ridge):
-        yield group, *fit
+    return fit_groups(dense, groups, sequences, judging, ridge=config.ridge)
 
 
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
@@ -320,13 +320,13 @@ def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Mea
             ratio_beta=config.ratio_beta,
             known=measured.averages,
         )
-        yield group, averaged.weights, None, averaged.entry
+        yield averaged.weights, None, averaged.entry
 
 
 def _keep_first(groups: Groups) -> Iterator[MadeLayer]:
     for first, last in groups:
         layers = list(range(first, last + 1))
-        yield (first, last), {}, None, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)])
+        yield {}, None, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)])
 
 
 def _notes(

@@ -27,7 +27,7 @@ from lf_hf.runtime.progress import progress
 @torch.no_grad()
 def fit_groups(
     dense: Decoder, groups: Sequence[Group], sequences: Sequence[Tensor], held_out: Sequence[Tensor], *, ridge: float
-) -> Iterator[tuple[Group, GroupFit]]:
+) -> Iterator[GroupFit]:
     """Fit one layer for each group, from the bottom up, to what the dense model computes at its place.
 
     After its fit a layer is trained by itself, unless that makes it worse on held-out text. Where a layer of the group,
@@ -75,7 +75,7 @@ def fit_groups(
             states = run_states(dense, layer, before, store)
             judge.run(layer)
             del layer
-            yield (first, last), fit
+            yield fit
 
 
 def _cover(groups: Sequence[Group]) -> list[Group]:

@@ -274,7 +274,8 @@ def test_fits_from_the_bottom_are_aimed_at_the_dense_model() -> None:
         decoder = Decoder(model).copy()
         for start in range(0, 2, at_a_time):
             some = groups[start : start + at_a_time]
-            for (first, last), fit in fit_groups(Decoder(model), some, SEQUENCES, [], ridge=0.01):
+            for fit in fit_groups(Decoder(model), some, SEQUENCES, [], ridge=0.01):
+                first, last = fit.entry.layers
                 decoder.join((first - first // 3, last - first // 3), fit.weights)
         assert decoder.num_layers == 4
         missed.append(relative(decoder.model.model(ids, output_hidden_states=True).hidden_states[3], dense))
