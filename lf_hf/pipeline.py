@@ -29,7 +29,6 @@ from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.families.models import num_parameters
-from lf_hf.families.table import Kind, Weights
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.resuming import note_healing, noted_healing
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
@@ -43,7 +42,7 @@ from lf_hf.measure.speed import with_speed
 from lf_hf.plan.healing import HealingPlan
 from lf_hf.plan.plan import Plan
 from lf_hf.refit.bottom_up import fit_groups
-from lf_hf.report.data import Continuation, FusedLayer, GroupCost, PerplexityInfo
+from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
@@ -288,10 +287,6 @@ def fuse_layers(
     return choice, layers
 
 
-MadeLayer = tuple[Weights, Kind | None, FusedLayer]
-"""What a group becomes: values for its first layer, that layer's kind where it changes, and a report entry."""
-
-
 def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
     """Make one layer of each group, from the bottom up: a fit to the group, its average, or its first layer."""
     if config.fits:
@@ -312,7 +307,7 @@ def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measure
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
     assert measured.similarity is not None
     for group in progress(groups, desc="Fusing", unit="group"):
-        averaged = average(
+        yield average(
             dense,
             group,
             measured.similarity.matrix,
@@ -320,13 +315,12 @@ def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Mea
             ratio_beta=config.ratio_beta,
             known=measured.averages,
         )
-        yield averaged.weights, None, averaged.entry
 
 
 def _keep_first(groups: Groups) -> Iterator[MadeLayer]:
     for first, last in groups:
         layers = list(range(first, last + 1))
-        yield {}, None, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)])
+        yield MadeLayer({}, {}, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)]))
 
 
 def _notes(

@@ -16,10 +16,10 @@ from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class,
 from lf_hf.families.table import FAMILIES, DecoderLayer, Weights
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.pipeline import fuse
-from lf_hf.refit.fit import GroupFit, fit_group
+from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer
 from lf_hf.refit.states import StateStore, Traces, trace
-from lf_hf.report.data import CalibrationInfo, RowMatch
+from lf_hf.report.data import CalibrationInfo, MadeLayer, RowMatch
 from lf_hf.stages.alignment import align_layer
 from lf_hf.stages.averaging import merge_weights
 from lf_hf.text.calibration import CalibrationSamples, Corpus
@@ -179,7 +179,7 @@ def fitted(
     ridge: float = 0.1,
     rough: bool = False,
     streams: Sequence[torch.Tensor] | None = None,
-) -> tuple[GroupFit, DecoderLayer, Traces]:
+) -> tuple[MadeLayer, DecoderLayer, Traces]:
     """The fit of a group of layers to what they do to some states, as a layer, and what it is fitted to.
 
     `streams` are those in front of the fused layer, where they are others.

@@ -17,13 +17,13 @@ from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.measure.check import check_model
 from lf_hf.measure.generating import text_writer
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
-from lf_hf.report.data import CalibrationInfo
+from lf_hf.report.data import CalibrationInfo, MadeLayer
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
 from lf_hf.settings import JUDGING_LENGTH, WRITTEN_LENGTH, FusionConfig
 from lf_hf.stages.activations import sample_distances
-from lf_hf.stages.averaging import Average, AverageKey
+from lf_hf.stages.averaging import AverageKey
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
@@ -78,7 +78,7 @@ class Measurements:
     base_digest: str | None = None  # `weights_digest` of the model
     notes: list[str] = field(default_factory=list)
     group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups; what a fusion measures is added
-    averages: dict[AverageKey, Average] | None = None  # kept where fusions to several levels follow each other
+    averages: dict[AverageKey, MadeLayer] | None = None  # kept where fusions to several levels follow each other
 
     def used_by(self, config: FusionConfig) -> Measurements:
         """The same without what a fusion with `config` does not use."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.fit import GroupFit, fit_group
+from lf_hf.refit.fit import fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import States, StateStore, run_states, trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
-from lf_hf.report.data import FusedLayer
+from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
@@ -27,7 +27,7 @@ from lf_hf.runtime.progress import progress
 @torch.no_grad()
 def fit_groups(
     dense: Decoder, groups: Sequence[Group], sequences: Sequence[Tensor], held_out: Sequence[Tensor], *, ridge: float
-) -> Iterator[GroupFit]:
+) -> Iterator[MadeLayer]:
     """Fit one layer for each group, from the bottom up, to what the dense model computes at its place.
 
     After its fit a layer is trained by itself, unless that makes it worse on held-out text. Where a layer of the group,
@@ -90,8 +90,8 @@ def _cover(groups: Sequence[Group]) -> list[Group]:
 
 
 def _trained(
-    dense: Decoder, fit: GroupFit, states: States, targets: States, steps: Steps, judge: _HeldOutText
-) -> GroupFit:
+    dense: Decoder, fit: MadeLayer, states: States, targets: States, steps: Steps, judge: _HeldOutText
+) -> MadeLayer:
     """A layer as fitted, or trained after that where it then misses less of held-out text."""
     layer = build_layer(dense, fit.weights, fit.kind)
     missed = judge.missed(layer)
@@ -105,7 +105,7 @@ def _trained(
     return fit._replace(weights=layer_weights(dense, layer), entry=entry)
 
 
-def _or_layer_instead(dense: Decoder, fit: GroupFit, missed_by_layer: Sequence[tuple[float, float]]) -> GroupFit:
+def _or_layer_instead(dense: Decoder, fit: MadeLayer, missed_by_layer: Sequence[tuple[float, float]]) -> MadeLayer:
     """The fitted layer, or that layer of its group which, as it is, misses less of held-out text."""
     fitted, errors = fit.entry, [missed for missed, _ in missed_by_layer]
     finite = [missed for missed in errors if math.isfinite(missed)]  # what overflows is NaN
@@ -126,7 +126,7 @@ def _or_layer_instead(dense: Decoder, fit: GroupFit, missed_by_layer: Sequence[t
         first_token_error=missed_by_layer[place][1],
         layer_instead=number,
     )
-    return GroupFit(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
+    return MadeLayer(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
 
 
 class _HeldOutText:

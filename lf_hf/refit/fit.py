@@ -37,7 +37,7 @@ from lf_hf.refit.layer_parts import (
 )
 from lf_hf.refit.regression import FitOverflow, expanded
 from lf_hf.refit.states import StateStore, Traces, on_device
-from lf_hf.report.data import FusedLayer
+from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import all_finite, in_float64
 
 # Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
@@ -59,14 +59,6 @@ class FittedHalf(NamedTuple):
     error_after: float
 
 
-class GroupFit(NamedTuple):
-    """One layer for a group of layers, and its entry in the report."""
-
-    weights: dict[str, Tensor]
-    kind: Kind
-    entry: FusedLayer
-
-
 @torch.no_grad()
 def fit_group(
     decoder: Decoder,
@@ -78,7 +70,7 @@ def fit_group(
     ridge: float,
     rough: bool = False,
     first: int = 0,
-) -> GroupFit:
+) -> MadeLayer:
     """Fit one layer to do to `states` what a group of layers did to theirs.
 
     Parameters
@@ -144,7 +136,7 @@ def fit_group(
         error_after=gated.error_after,
         attention_error=attended.error_after,
     )
-    return GroupFit(fitted, kind, entry)
+    return MadeLayer(fitted, kind, entry)
 
 
 def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:

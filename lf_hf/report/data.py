@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -97,6 +97,14 @@ class FusedLayer:
 def _listed(layers: list[int], amounts: Sequence[object]) -> str:
     """What comes from each layer."""
     return " + ".join(f"{amount} of layer {layer}" for amount, layer in zip(amounts, layers, strict=True))
+
+
+class MadeLayer(NamedTuple):
+    """The layer that a group becomes, in place of the group's first layer, whose other values it keeps."""
+
+    weights: Mapping[str, Any]
+    kind: Mapping[str, Any]  # empty where it stays
+    entry: FusedLayer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ A group is folded from its top: the last two layers become one, then that one an
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,19 +15,12 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.families.table import Weights
-from lf_hf.report.data import FusedLayer
+from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
 """Key of an average that is kept: the last layer, the alignment and ratio_beta."""
 _ROWS = 256  # rows of a matrix that are merged at a time, in a wider type
-
-
-class Average(NamedTuple):
-    """The average of a group of layers: all weights but norms, which stay those of its first layer; and its entry."""
-
-    weights: Weights
-    entry: FusedLayer
 
 
 @torch.no_grad()
@@ -39,8 +31,8 @@ def average(
     *,
     alignment: str,
     ratio_beta: float,
-    known: dict[AverageKey, Average] | None = None,
-) -> Average:
+    known: dict[AverageKey, MadeLayer] | None = None,
+) -> MadeLayer:
     """One layer for a group of layers of the dense model: their average, each aligned to the one below it.
 
     Parameters
@@ -59,7 +51,7 @@ def average(
     key = last, alignment, ratio_beta
     folded = None if known is None else known.get(key)
     if folded is None or folded.entry.layers[0] < first:
-        folded = Average(_weights(decoder, last), FusedLayer([last], [1.0]))
+        folded = MadeLayer(_weights(decoder, last), {}, FusedLayer([last], [1.0]))
     for i in range(folded.entry.layers[0] - 1, first - 1, -1):
         weights_i = _weights(decoder, i)
         aligned, matches = align_layer(decoder, weights_i, folded.weights, alignment)
@@ -68,7 +60,7 @@ def average(
         del aligned  # else it would lie beside the next one
         for weight in merged.values():
             decoder.processes.broadcast(weight)
-        folded = Average(merged, folded.entry.joined(i, ratio, matches))
+        folded = MadeLayer(merged, {}, folded.entry.joined(i, ratio, matches))
     if known is not None:
         known[key] = folded
     return folded

@@ -24,11 +24,12 @@ from tiny_models import averaged
 
 from lf_hf.decoder.decoder import Decoder, influence
 from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
+from lf_hf.report.data import MadeLayer
 from lf_hf.stages import assignment
 from lf_hf.stages.activations import pairwise_distances, sample_distances
 from lf_hf.stages.alignment import match_neurons
 from lf_hf.stages.assignment import Pair, assign, row_costs
-from lf_hf.stages.averaging import Average, AverageKey, average, fusion_ratio
+from lf_hf.stages.averaging import AverageKey, average, fusion_ratio
 from lf_hf.stages.manifold import diffusion_embedding
 from lf_hf.stages.similarity import layer_similarity
 
@@ -340,7 +341,7 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
     decoder = Decoder(make_llama(attention_bias=True, dtype=dtype))
     similarity = np.random.default_rng(0).uniform(0.1, 2, size=(5, 5))
     make = partial(average, decoder, similarity=similarity, alignment=alignment, ratio_beta=beta)
-    known: dict[AverageKey, Average] = {}
+    known: dict[AverageKey, MadeLayer] = {}
     upper, whole, further = make((3, 4), known=known), make((0, 4)), make((0, 4), known=known)
     assert upper.entry.layers == [3, 4] and further.entry == whole.entry
     assert whole.entry.layers == [0, 1, 2, 3, 4] and sum(whole.entry.shares) == pytest.approx(1)
