@@ -7,16 +7,15 @@ base to go on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
@@ -33,8 +32,10 @@ from lf_hf.text.calibration import Corpus
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time
-_PARTS = "training", "held_out"
-_INDEX, _TEXT, _STATES, _HEAD = "teacher.json", "text.safetensors", "states.bin", "head.safetensors"
+_TEXT, _STATES, _JUDGED = "teacher.safetensors", "states.bin", "judged-{}.safetensors"
+
+_BATCHES = "ids", "states"
+_FACTS = "facts"
 
 Items = dict[str, Dataset[dict[str, Tensor]]]
 """Sequences by kind of text: `input_ids` (tokens T,), and `STATES`."""
@@ -66,17 +67,19 @@ def write_teacher(
 ) -> None:
     """Have the base write its share of the text, and write its final states of all of it into a folder.
 
-    All processes of a launch share the work; their machines have to share that folder's disk. The index comes last:
+    All processes of a launch share the work; their machines have to share that folder's disk. The text comes last:
     without it, what is there is what a killed process left.
     """
     processes = Processes.of_launch()
     write, has_chats = text_writer(decoder, tokenizer)
-    kinds = healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=has_chats)
-    parts = [torch.stack(getattr(kind, part)) for kind in kinds for part in _PARTS if getattr(kind, part)]
+    parts = []
+    for kind in healing_text(tokenizer, corpus, settings, decoder.config.vocab_size, write, chats=has_chats):
+        of_kind = {"training": kind.training, "held_out": kind.held_out}
+        parts += [(part, kind.name, torch.stack(sequences)) for part, sequences in of_kind.items() if sequences]
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _INDEX).unlink(missing_ok=True)
+        (folder / _TEXT).unlink(missing_ok=True)
         (folder / _STATES).write_bytes(b"")
 
     processes.compute_once(begin)
@@ -86,24 +89,20 @@ def write_teacher(
         )
     with (folder / _STATES).open("r+b") as file:
         start = 0
-        for ids in parts:
+        for *_, ids in parts:
             _write_states(file, start, decoder, ids, processes.shard(range(len(ids))))
             start += ids.numel()
-    _save(_judged_tensors(judged), folder / f"judged-{processes.rank}.safetensors")
+    _save_judged(judged, folder / _JUDGED.format(processes.rank))
 
     def finish() -> None:
-        _save({str(number): ids for number, ids in enumerate(parts)}, folder / _TEXT)
+        tensors = {str(number): ids for number, (*_, ids) in enumerate(parts)}
         if with_head:
             with decoder.norm_and_head() as (_, weight):
-                _save({"weight": weight.detach().cpu().contiguous()}, folder / _HEAD)
-        index = {
-            "hidden": decoder.config.hidden_size,
-            "parts": [(kind.name, part) for kind in kinds for part in _PARTS if getattr(kind, part)],
-            "judged": [_figures(text) for text in judged],
-        }
-        new = folder / f"{_INDEX}.new"
-        new.write_text(json.dumps(index), encoding="utf-8")
-        new.replace(folder / _INDEX)
+                tensors["head"] = weight.detach().cpu().contiguous()
+        facts = {"hidden": decoder.config.hidden_size, "parts": [names for *names, _ in parts]}
+        new = folder / f"{_TEXT}.new"
+        _save(tensors, facts, new)
+        new.replace(folder / _TEXT)
 
     processes.all_gather_object(None)  # until all states are there
     processes.compute_once(finish)
@@ -111,22 +110,23 @@ def write_teacher(
 
 def is_written(folder: Path) -> bool:
     """Whether a teacher is there, and whole."""
-    return (folder / _INDEX).is_file()
+    return (folder / _TEXT).is_file()
 
 
 def open_teacher(folder: Path) -> Teacher:
     """What `write_teacher` wrote; sequences are read when they are used."""
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    text = load_file(folder / _TEXT)
-    parts = [text[str(number)] for number in range(len(index["parts"]))]
-    head = load_file(folder / _HEAD)["weight"] if (folder / _HEAD).is_file() else None
-    tensors = load_file(folder / f"judged-{Processes.of_launch().rank}.safetensors")
-    judged = [_judged(number, figures, tensors) for number, figures in enumerate(index["judged"])]
-    teacher = Teacher(judged=judged, head=head)
-    states = _mapped(folder / _STATES, parts, index["hidden"])
-    for (kind, part), ids, stored in zip(index["parts"], parts, states, strict=True):
-        columns: dict[str, Any] = {"input_ids": ids, STATES: stored}
+    facts, tensors = _load(folder / _TEXT)
+    judged = _load_judged(folder / _JUDGED.format(Processes.of_launch().rank))
+    teacher = Teacher(judged=judged, head=tensors.pop("head", None))
+    hidden, start = facts["hidden"], 0
+    size = sum(ids.numel() for ids in tensors.values()) * hidden
+    states = torch.from_file(str(folder / _STATES), shared=False, size=size, dtype=torch.bfloat16)  # mapped
+    for number, (part, kind) in enumerate(facts["parts"]):
+        ids = tensors[str(number)]
+        end = start + ids.numel() * hidden
+        columns: dict[str, Any] = {"input_ids": ids, STATES: states[start:end].view(*ids.shape, hidden)}
         getattr(teacher, part)[kind] = StackDataset(**columns)
+        start = end
     return teacher
 
 
@@ -145,37 +145,37 @@ def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, num
             file.write(sequence.contiguous().view(torch.uint8).numpy().data)
 
 
-def _mapped(file: Path, parts: Sequence[Tensor], hidden: int) -> Iterator[Tensor]:
-    """The final states of sequences (B, tokens T), as (B, T, hidden) each, in one file that is mapped into memory."""
-    tokens = sum(ids.numel() for ids in parts)
-    states = torch.from_file(str(file), shared=False, size=tokens * hidden, dtype=torch.bfloat16)
-    each = states.split([ids.numel() * hidden for ids in parts])
-    return (stored.view(*ids.shape, hidden) for ids, stored in zip(parts, each, strict=True))
+def _save_judged(judged: Sequence[Judged], file: Path) -> None:
+    facts, tensors = [], {}
+    for number, text in enumerate(judged):
+        known = vars(text)
+        for name in _BATCHES:
+            for place, batch in enumerate(known[name]):
+                tensors[f"{number}.{name}.{place}"] = batch.cpu().contiguous()
+        facts.append({name: value for name, value in known.items() if name not in _BATCHES} | {"count": len(text.ids)})
+    _save(tensors, facts, file)
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
+def _load_judged(file: Path) -> list[Judged]:
+    facts, tensors = _load(file)
+    judged = []
+    for number, known in enumerate(facts):
+        places = range(known.pop("count"))
+        for name in _BATCHES:
+            known[name] = [tensors[f"{number}.{name}.{place}"] for place in places]
+        judged.append(Judged(**known))
+    return judged
+
+
+def _save(tensors: dict[str, Tensor], facts: Any, file: Path) -> None:
+    """Write tensors, and facts that JSON can hold beside them."""
     try:
-        save_file(tensors, file)
+        save_file(tensors, file, {_FACTS: json.dumps(facts)})
     except SafetensorError as error:  # the disk is full
         raise OSError(f"{str(file)!r} was not written ({error}).") from error
 
 
-def _figures(text: Judged) -> dict[str, Any]:
-    """What is known of a judging text beside its tensors."""
-    return {entry.name: getattr(text, entry.name) for entry in dataclasses.fields(text)} | {"ids": [], "states": []}
-
-
-def _judged_tensors(judged: Sequence[Judged]) -> dict[str, Tensor]:
-    tensors = {}
-    for number, text in enumerate(judged):
-        for batch, (ids, states) in enumerate(zip(text.ids, text.states, strict=True)):
-            tensors[f"{number}.{batch}.ids"] = ids.cpu()
-            tensors[f"{number}.{batch}.states"] = states.contiguous()
-    return tensors
-
-
-def _judged(number: int, figures: dict[str, Any], tensors: dict[str, Tensor]) -> Judged:
-    count = sum(name.startswith(f"{number}.") and name.endswith("ids") for name in tensors)
-    batches = {name: [tensors[f"{number}.{batch}.{name}"] for batch in range(count)] for name in ("ids", "states")}
-    known = {entry.name: figures[entry.name] for entry in dataclasses.fields(Judged)}  # others are an earlier version's
-    return Judged(**known | batches)
+def _load(file: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Facts and tensors, as `_save` wrote them."""
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()[_FACTS]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

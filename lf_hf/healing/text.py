@@ -48,9 +48,9 @@ def given_text(
     most = (num_given + HELD_OUT * len(corpus.parts)) * length
     kinds, tokens = [], 0
     for name, packed in pack_parts(tokenizer, corpus, length, most).items():
-        kinds.append(_with_held_out(name, [sequence for sequence in packed if len(sequence) == length]))
-        tokens += sum(map(len, packed))
         check_ids(packed, vocab_size)
+        tokens += sum(map(len, packed))
+        kinds.append(_with_held_out(name, [sequence for sequence in packed if len(sequence) == length]))
     if not any(kind.held_out for kind in kinds):
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
