@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaMo
 from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.classes import FusedForCausalLM, Model, fused_class
+from lf_hf.checkpoint.classes import FusedForCausalLM, Model
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import JUDGING, why_not_reused
-from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, locked_folder, replaced_files
-from lf_hf.families.models import model_class as stock_class
+from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder, locked_folder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
+from lf_hf.inputs.resuming import ended_healing
 from lf_hf.report.report import REPORT_NAME, FusionReport
-from lf_hf.runtime.launch import Processes, compute_once, local_rank
+from lf_hf.runtime.launch import Processes, local_rank
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import default_source
 from lf_hf.text.sources import TextSource
@@ -58,18 +58,6 @@ class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin)
         """
         model: Any = from_pretrained_fused(base, config, model_class=cls, **kwargs)
         return model
-
-    def remember(self, report: FusionReport) -> None:
-        """Take a report as this model's, and as its config's."""
-        super().remember(report)
-        self.config.fusion = {
-            "base": report.base,
-            "config": report.config,
-            "pairs": [list(pair) for pair in report.pairs],
-            "ratios": [ratio for layer in report.fused_layers for ratio in layer.ratios],
-            "versions": report.versions,
-        }
-        register_peft()
 
 
 class FusedLlamaModel(LlamaModel):
@@ -126,23 +114,17 @@ def from_pretrained_fused(
         Before any long work, for settings, a base or calibration text that cannot be used.
     """
     folder = None if fused_dir is None else checked_folder(fused_dir)
-    config = FusionConfig.taken_from(kwargs, config)
-    opened = Base.open(base, kwargs)
-    if model_class is None:
-        is_llama = opened.config.model_type == LlamaConfig.model_type
-        model_class = FusedLlamaForCausalLM if is_llama else fused_class(opened.config)
-    if not issubclass(model_class, stock_class(opened.config)):
-        kind = opened.config.model_type
-        raise ValueError(f"{opened.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
-    inputs = FusionInputs.open(opened, config, calibration, tokenizer)
+    inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs, model_class=model_class)
+    if model_class is None and inputs.base.config.model_type == LlamaConfig.model_type:
+        inputs = dataclasses.replace(inputs, model_class=FusedLlamaForCausalLM)
     if folder is not None:
-        return _kept_in(folder, model_class, inputs)
+        return _kept_in(folder, inputs)
     from lf_hf import pipeline  # imports scipy, which loading does not need
 
-    return pipeline.run(inputs, model_class, inputs.check())
+    return pipeline.run(inputs)
 
 
-def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionInputs) -> FusedForCausalLM:
+def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
     """Load what one of several runs fused and kept in a folder, or fuse it and keep it there.
 
     The first run to lock the folder fuses, and the others wait for it. A launch is one run, even where its processes
@@ -160,13 +142,13 @@ def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionIn
                 check_replaceable(folder, inputs.base.name, remade=True)
                 processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
                 if reason := reason_to_fuse():  # checked again under the lock
-                    return _fuse_and_keep(folder, model_class, inputs, made_of, reason)
-        model = model_class.from_pretrained(folder, **inputs.loading_fused())
+                    return _fuse_and_keep(folder, inputs, made_of, reason)
+        ended_healing(folder, lambda: inputs.healing_identity)
+        model = inputs.load_kept(folder)
         if not reason_to_fuse():  # else it was replaced while it was read, by a run with other settings
             break
         del model
-    model.tokenizer = inputs.tokenizer
-    report, asked = model.fusion_report, inputs.config.to_dict()
+    report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:
         logger.warning(f"{str(folder)!r} was judged with {' and '.join(judged_with)}; its report keeps those figures.")
@@ -176,82 +158,42 @@ def _kept_in(folder: Path, model_class: type[FusedForCausalLM], inputs: FusionIn
     return model
 
 
-def _fuse_and_keep(
-    folder: Path,
-    model_class: type[FusedForCausalLM],
-    inputs: FusionInputs,
-    made_of: dict[str, str],
-    reason: str,
-) -> FusedForCausalLM:
+def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], reason: str) -> FusedForCausalLM:
     """Fuse the base into a folder that is locked, of each machine."""
-    processes = Processes.of_launch()
+    from lf_hf import pipeline
+
     if (folder / REPORT_NAME).is_file() and not (folder / WORK).is_dir():
         logger.warning(f"{reason} Fusing, to replace it.")
     if inputs.calibration is None:
-        inputs = dataclasses.replace(inputs, calibration=_earlier_default(folder))
-    model = _fuse_into(folder, model_class, inputs, fingerprints=made_of)
+        with suppress(ValueError):  # no report is there, or none that can be read
+            earlier = default_source(info.source for info in FusionReport.load(folder).calibration)
+            inputs = dataclasses.replace(inputs, calibration=earlier)  # the same default text, whatever the hub says
+    model = pipeline.run(inputs, folder, fingerprints=made_of)
     model.is_found_at(str(folder))
-    on_another_machine = not processes.is_main and local_rank() == 0
+    on_another_machine = not Processes.of_launch().is_main and local_rank() == 0
     if on_another_machine and why_not_reused(folder, made_of):
         with locked_folder(folder, wait=True):
-            _save(model, folder)
+            model.save_into(folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
     return model
 
 
-def _fuse_into(
-    folder: Path,
-    model_class: type[FusedForCausalLM],
-    inputs: FusionInputs,
-    *,
-    fingerprints: dict[str, str] | None = None,
-    scratch: Path | None = None,
-    **saving: Any,
-) -> FusedForCausalLM:
-    """Fuse the base into a folder that is locked; the first process of a launch writes."""
-    from lf_hf import pipeline
-
-    def keep(model: FusedForCausalLM) -> None:
-        compute_once(lambda: _save(model, folder, **saving))
-
-    model = pipeline.run(inputs, model_class, inputs.check(folder), folder / WORK, keep, scratch)
-    model.fusion_report = dataclasses.replace(model.report, fingerprints=fingerprints)
-    keep(model)
-    if inputs.config.heal_tokens:
-        compute_once(lambda: shutil.rmtree(folder / WORK, ignore_errors=True))
-    return model
-
-
 @contextmanager
-def _scratch_in(folder: Path) -> Iterator[Path]:
-    """A hidden folder for what a run puts on the disk of a folder that is locked; one of a killed run goes."""
+def _work_in(folder: Path) -> Iterator[Path]:
+    """Lock a folder, and make a hidden one in it for what a run puts on its disk; one of a killed run goes."""
     processes, scratch = Processes.of_launch(), folder / _SCRATCH
 
     def begin() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
 
-    processes.compute_once(begin)
-    try:
+    with ExitStack() as stack:
+        processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder))))
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        processes.compute_once(begin)
         scratch.mkdir(parents=True, exist_ok=True)  # on another machine
         yield scratch
         processes.all_gather_object(None)  # until all are done with it
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _save(model: FusedForCausalLM, folder: Path, *, own_tokenizer: bool = False, **saving: Any) -> None:
-    with replaced_files(folder, own_tokenizer=own_tokenizer) as new:
-        model.write_files(new, plain=True, **saving)
-
-
-def _earlier_default(folder: Path) -> str | None:
-    """The default text that what is in a folder was fused on, so that the next fusion keeps to it."""
-    try:
-        report = FusionReport.load(folder)
-    except ValueError:  # none is there, or none that can be read
-        return None
-    return default_source(info.source for info in report.calibration)
 
 
 def fuse_checkpoint(
@@ -300,17 +242,17 @@ def fuse_checkpoint(
     OSError
         If another process is saving there, or if files cannot be written.
     """
-    target, processes = checked_folder(out), Processes.of_launch()
-    config = FusionConfig.taken_from(kwargs, config)
-    opened = Base.open(base, kwargs)
-    check_replaceable(out, opened.name)
-    inputs = FusionInputs.open(opened, config, calibration, tokenizer, low_memory=low_memory)
-    with ExitStack() as stack:
-        processes.compute_once(lambda: bool(stack.enter_context(locked_folder(target))))
-        scratch = stack.enter_context(_scratch_in(target))
+    from lf_hf import pipeline
+
+    folder = checked_folder(out)
+    inputs = FusionInputs.open(base, config, calibration, tokenizer, kwargs, low_memory=low_memory)
+    if inputs.config.heal_tokens and (report := ended_healing(folder, lambda: inputs.healing_identity)):
+        return report
+    check_replaceable(out, inputs.base.name)
+    with _work_in(folder) as scratch:
         size = max_shard_bytes or (LOW_MEMORY_SHARD_BYTES if low_memory else MAX_SHARD_BYTES)
         saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": size}
-        return _fuse_into(target, fused_class(opened.config), inputs, scratch=scratch, **saving).report
+        return pipeline.run(inputs, folder, scratch=scratch, **saving).report
 
 
 def heal(
@@ -363,26 +305,9 @@ def heal(
     """
     from lf_hf import pipeline
 
-    settings = HealSettings.taken_from(kwargs, settings)
-    inputs, folder = HealInputs.open(fused, base, text, settings, training_args or {}, kwargs), checked_folder(out)
-    plan = inputs.check(folder)
-    work = folder / WORK
-    with ExitStack() as stack:
-        compute_once(lambda: bool(stack.enter_context(locked_folder(folder))))
-        scratch = stack.enter_context(_scratch_in(folder))
-        model = pipeline.heal_folder(inputs, plan, work, scratch)
-
-        def finish() -> None:
-            _save(model, folder)
-            if (work / LOGS).is_dir():
-                shutil.copytree(work / LOGS, folder / LOGS, copy_function=_copy_new, dirs_exist_ok=True)
-            shutil.rmtree(work, ignore_errors=True)
-
-        compute_once(finish)
-    return model.report
-
-
-def _copy_new(source: str, target: str) -> None:
-    """Copy a file unless there is one of that name: it is the user's."""
-    if not os.path.exists(target):
-        shutil.copy2(source, target)
+    inputs, folder = HealInputs.open(fused, base, text, settings, training_args, kwargs), checked_folder(out)
+    if report := ended_healing(folder, lambda: inputs.healing_identity):
+        return report
+    inputs.check_target(folder)
+    with _work_in(folder) as scratch:
+        return pipeline.heal_folder(inputs, folder, scratch).report

@@ -9,8 +9,7 @@ people read of it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,25 +21,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import optional_file
-from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.classes import FusedForCausalLM
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.families.models import num_parameters
 from lf_hf.healing.result import healed_report
-from lf_hf.healing.resuming import note_healing, noted_healing
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
-from lf_hf.inputs.planning import announce
+from lf_hf.inputs.resuming import note_healing, save_healed
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed
-from lf_hf.plan.healing import HealingPlan
-from lf_hf.plan.plan import Plan
+from lf_hf.plan.plan import HealingPlan, Plan
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.report.data import Continuation, FusedLayer, GroupCost, MadeLayer, PerplexityInfo
 from lf_hf.report.notes import damage_notes
@@ -49,95 +45,90 @@ from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.packing import interleave, split_held_out
 
 logger = logging.get_logger(__name__)
 
+_LONG = 1  # minutes of a run that are worth a line
 _HELD_OUT = 4  # sequences of calibration text that layers are not fitted to, but judged on
 
 
 def run(
     inputs: FusionInputs,
-    model_class: type[FusedForCausalLM],
-    plan: Plan,
-    work: Path | None = None,
-    keep: Callable[[FusedForCausalLM], None] = lambda _: None,
+    folder: Path | None = None,
+    *,
     scratch: Path | None = None,
+    fingerprints: dict[str, str] | None = None,
+    **saving: Any,
 ) -> FusedForCausalLM:
-    """Measure the base, fuse it, and heal the result where that is asked for.
+    """Fuse a base, and heal the result where that is asked for.
 
-    Parameters
-    ----------
-    inputs : FusionInputs
-    model_class : class of the result
-    plan : Plan
-        What `inputs.check` gave.
-    work : path, optional
-        Folder for what that healing goes on from after an interruption. Without one nothing of it is kept.
-    keep : callable
-        Saves the fused model before it is healed, into the folder that `work` lies in.
-    scratch : path, optional
-        Folder for what the plan puts on a disk, as long as the result is needed.
+    The result goes into `folder`, if there is one, as does what its healing goes on from after an interruption; it is
+    locked. `scratch` is a folder for what the plan puts on a disk, as long as the result is needed, and `fingerprints`
+    say what the result is made of, for its report. All else is as for `FusedForCausalLM.save_into`.
     """
-    announce(plan)
-    healing, training = plan.healing, inputs.training
-    if healing is None or inputs.to_heal is None or training is None:
-        return _fuse_base(inputs, model_class, plan, scratch)
-    with ExitStack() as stack:
-        folder = work or Path(compute_once(lambda: stack.enter_context(TemporaryDirectory())))
-        made_of = inputs.healing_identity
-        note = compute_once(lambda: noted_healing(folder, made_of))
-        model = _fused_before(inputs, model_class, folder.parent, note, plan)
-        if model is None:
-            model = _fuse_base(inputs, model_class, plan, scratch, folder)
-            gc.collect()  # what offloading holds of layers that are gone
-            train, digest = healing.train, model.report.weights_digest
-            compute_once(lambda: note_healing(folder, made_of, train, digest))
-            keep(model)
-        asked_for = {"method": inputs.config.method, "heal_tokens": inputs.config.heal_tokens}
-        model.remember(replace(model.report, config=model.report.config | asked_for))
-        heal_fused(model, open_teacher(folder), inputs.to_heal, training, healing, folder)
+    plan = inputs.check(folder)
+    _announce(plan)
+    with TemporaryDirectory() as temporary:
+        place = Path(compute_once(lambda: temporary)) if folder is None else folder
+        work = place / WORK
+        config, corpus, healing = inputs.config, inputs.to_heal, plan.healing
+        begun = _begun(inputs, place, plan)
+        model = begun or _fuse_base(inputs, plan, work, scratch)
+        if healing is not None and corpus is not None:
+            if begun is None:
+                _write(model, folder, **saving)
+            asked_for = {"method": config.method, "heal_tokens": config.heal_tokens}
+            model.remember(replace(model.report, config=model.report.config | asked_for))
+            heal_fused(model, open_teacher(work), corpus, healing, work)
+    model.fusion_report = replace(model.report, fingerprints=fingerprints)
+    _write(model, folder, **saving)
     return model
 
 
-def _fused_before(
-    inputs: FusionInputs, model_class: type[FusedForCausalLM], folder: Path, note: Mapping[str, Any], plan: Plan
-) -> FusedForCausalLM | None:
-    """The fused model in a folder, if it is the one that a healing which was cut short began with."""
-    if not note:
-        return None
-    found = compute_once(lambda: (folder / REPORT_NAME).is_file() and FusionReport.load(folder).weights_digest)
-    if found != note["fused"]:
-        return None
-    model = model_class.from_pretrained(folder, **inputs.base.loading_fused(plan.device))
-    model.tokenizer = inputs.tokenizer
-    return model
-
-
-def _fuse_base(
-    inputs: FusionInputs,
-    model_class: type[FusedForCausalLM],
-    plan: Plan,
-    scratch: Path | None,
-    teacher: Path | None = None,
-) -> FusedForCausalLM:
-    """Load the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `teacher`."""
-    base, config = inputs.base, inputs.config
+def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | None) -> FusedForCausalLM:
+    """Open the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `work`."""
+    base, config, tokenizer, (samples, text) = inputs.base, inputs.config, inputs.tokenizer, inputs.samples_and_text
+    corpus, healing, model_class = inputs.to_heal, plan.healing, inputs.model_class
     decoder = base.open_decoder(plan, scratch)
-    measured = measure(decoder, inputs.tokenizer, config, *inputs.samples_and_text)
-    if teacher is not None:
-        assert inputs.to_heal is not None and inputs.training is not None
-        write_teacher(teacher, decoder, inputs.tokenizer, inputs.to_heal, inputs.training, measured.judged)
-    report = fuse(decoder, inputs.tokenizer, config.unhealed, measured, base=base.full_name)
-    card = optional_file(base.name, CARD_NAME, base.hub)
-    notes = [*report.notes, *base.notes()]
-    report = replace(report, license=base_license(card), notes=notes, revision=base.hub.get("revision"))
+    measured = measure(decoder, tokenizer, config, samples, text)
+    if healing is not None and corpus is not None:
+        write_teacher(work, decoder, tokenizer, corpus, healing.settings, measured.judged)
+    report = fuse(decoder, tokenizer, config.unhealed, measured, base=base.full_name)
     report = with_speed(report, decoder.model, base.config)
-    model = model_class.adopt(decoder.model, report, inputs.tokenizer)
-    model.processor_files = base.processor_files()
+    model = model_class.adopt(decoder.model, report, tokenizer)
+    base.credit(model)
+    if healing is not None:
+        made_of, digest = inputs.healing_identity, report.weights_digest
+        compute_once(lambda: note_healing(work, made_of, healing.train, digest))
+    return model
+
+
+def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCausalLM:
+    """Heal a fused model into a folder that is locked: its base is opened, measured and closed before it is read."""
+    plan = inputs.check(folder)
+    _announce(plan)
+    healing, work = plan.healing, folder / WORK
+    assert healing is not None
+    if not healing.begun:
+        base = inputs.base.open_decoder(plan, scratch)
+        inputs.check_base(weights_digest(base.named_parameters()))
+        judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
+        write_teacher(work, base, inputs.tokenizer, inputs.corpus, healing.settings, judged, with_head=True)
+        del base
+        compute_once(lambda: note_healing(work, inputs.healing_identity, healing.train))
+    model, teacher = inputs.load_fused(plan), open_teacher(work)
+    if teacher.head is not None and healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
+        teacher = replace(teacher, head=None)
+    decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
+    decoder.processes = Processes.of_launch()
+    relations = {text.name: text.relation for text in report.perplexities}
+    model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
+    heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
+    _write(model, folder)
     return model
 
 
@@ -145,7 +136,6 @@ def heal_fused(
     model: FusedForCausalLM,
     teacher: Teacher,
     corpus: Corpus,
-    settings: HealSettings,
     plan: HealingPlan,
     work: Path,
     training_args: Mapping[str, Any] = MappingProxyType({}),
@@ -153,47 +143,38 @@ def heal_fused(
     """Heal a fused model in place; its report follows. States of the training are in the folder `work`."""
     from lf_hf.healing.heal import heal  # imports the Trainer, which takes seconds
 
+    gc.collect()  # what offloading holds of layers that are gone
     decoder, report = Decoder(model), model.report
     assert model.tokenizer is not None
     decoder.processes = Processes.of_launch()
     fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
-    healed = heal(decoder, fused_layers, teacher, settings, plan, work, training_args)
+    healed = heal(decoder, fused_layers, teacher, plan, work, training_args)
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
     healed = replace(healed, judged=report.perplexities, before=report.healed)
     model.remember(healed_report(report, healed, decoder, teacher, corpus, model.tokenizer))
 
 
-def heal_folder(inputs: HealInputs, plan: Plan, work: Path, scratch: Path) -> FusedForCausalLM:
-    """Heal the fused model in a folder: the base is opened, measured and closed before that model is read."""
-    announce(plan)
-    made_of, healing = inputs.identity, plan.healing
-    assert healing is not None
-    if not compute_once(lambda: noted_healing(work, made_of)):
-        base = inputs.base.open_decoder(plan, scratch)
-        _check_base(base, inputs)
-        judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
-        write_teacher(work, base, inputs.tokenizer, inputs.corpus, inputs.training, judged, with_head=True)
-        del base
-        train = healing.train
-        compute_once(lambda: note_healing(work, made_of, train))
-    model, teacher = inputs.load_fused(plan.device), open_teacher(work)
-    if teacher.head is not None and healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
-        teacher = replace(teacher, head=None)
-    decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
-    decoder.processes = Processes.of_launch()
-    relations = {text.name: text.relation for text in report.perplexities}
-    model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
-    heal_fused(model, teacher, inputs.corpus, inputs.training, healing, work, inputs.training_args)
-    return model
+def _begun(inputs: FusionInputs, folder: Path, plan: Plan) -> FusedForCausalLM | None:
+    """The fused model in a folder, if it is the one that a healing which was cut short there began with."""
+    if plan.healing is None or not plan.healing.begun:
+        return None
+    found = compute_once(lambda: (folder / REPORT_NAME).is_file() and FusionReport.load(folder).weights_digest)
+    return inputs.load_fused(folder, plan.one_place) if found == plan.healing.begun["fused"] else None
 
 
-def _check_base(decoder: Decoder, inputs: HealInputs) -> None:
-    """Raise ValueError if a base is not the one that was fused."""
-    if weights_digest(decoder.named_parameters()) not in (None, inputs.report.base_digest):
-        raise ValueError(
-            f"{inputs.base.full_name!r} is not the base that this model was fused from, which was "
-            f"{inputs.report.base!r}: its weights are others; give that one."
-        )
+def _write(model: FusedForCausalLM, folder: Path | None, **saving: Any) -> None:
+    """Save a model into a folder, if there is one, and end its healing; the first process of a launch writes."""
+    if folder is None:
+        return
+    save = partial(model.save_into, folder, **saving)
+    is_healed = model.report.healed is not None
+    compute_once(partial(save_healed, folder, save, model.report.weights_digest) if is_healed else save)
+
+
+def _announce(plan: Plan) -> None:
+    """Say how long a run takes, if that is long."""
+    if plan.minutes and sum(plan.minutes.values()) > _LONG:
+        logger.warning(f"Plan: {plan.minutes_line}.")
 
 
 def fuse(

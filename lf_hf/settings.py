@@ -220,9 +220,9 @@ class FusionConfig(Settings):
         return replace(self, method="refit" if self.method == "healed" else self.method, heal_tokens=0)
 
     @property
-    def healing(self) -> HealSettings:
-        """Settings of the healing that follows, which are the defaults."""
-        return HealSettings(tokens=self.heal_tokens, seed=self.seed)
+    def healing(self) -> HealSettings | None:
+        """Settings of the healing that follows, which are the defaults, if one does."""
+        return HealSettings(tokens=self.heal_tokens, seed=self.seed) if self.heal_tokens else None
 
     @property
     def is_random(self) -> bool:

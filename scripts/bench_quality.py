@@ -44,7 +44,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.families.table import FAMILIES
 from lf_hf.healing.teacher import open_teacher, write_teacher
-from lf_hf.inputs.planning import plan_run, training_on_launch
+from lf_hf.inputs.planning import plan_run
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.judge import judge, predict_texts
@@ -104,13 +104,12 @@ def heal(
     """Heal a fused model in place, as a fusion with `heal_tokens` does; `dense` is its base."""
     assert fused.tokenizer is not None
     config = FusionConfig(base.text_config.num_hidden_layers - fused.config.num_hidden_layers, heal_tokens=tokens)
-    settings, _ = training_on_launch(config.healing, base, {})
-    plan = plan_run(base, config, settings, None)
-    assert plan.healing is not None
+    plan = plan_run(base, config, None, healing=config.healing).healing
+    assert plan is not None
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_teacher(work, dense, fused.tokenizer, text, settings, measured.judged)
-        heal_fused(fused, open_teacher(work), text, settings, plan.healing, work)
+        write_teacher(work, dense, fused.tokenizer, text, plan.settings, measured.judged)
+        heal_fused(fused, open_teacher(work), text, plan, work)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from conftest import TINY, make_texts, make_tokenizer, pickled
 from transformers import LlamaConfig
 
-from lf_hf import FusionConfig, fuse_checkpoint
+from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.dry_run import DryRun, plan_fusion
-from lf_hf.plan.machine import Machine, NoRoom, read_max_memory
-from lf_hf.plan.plan import Plan, plan
+from lf_hf.plan.machine import Machine, read_max_memory
+from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime import memory
 
@@ -156,18 +156,8 @@ GIB = 1 << 30
 SHAPE: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 SHAPE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 TOKENS = 49152
+HEALING = HealSettings(tokens=131072)
 WIDE = LlamaConfig(**SHAPE)  # as Llama-3-8B: 15 GiB in bfloat16
-
-
-@dataclass(frozen=True)
-class Healing:
-    """Settings of a healing, as a plan reads them."""
-
-    tokens: int = 131072
-    length: int = 512
-    batch_tokens: int = 2048
-    lora_rank: int = 32
-    train: str | None = None
 
 
 def machine(card: float = 0, memory: float = 64) -> Machine:
@@ -177,7 +167,7 @@ def machine(card: float = 0, memory: float = 64) -> Machine:
 
 
 def planned(on: Machine, method: str = "refit", **arguments: Any) -> Plan:
-    healing = Healing() if method == "healed" else None
+    healing = HEALING if method == "healed" else None
     config = FusionConfig(4, method, calibration_tokens=TOKENS)
     return plan(WIDE, torch.bfloat16, config, on, **{"healing": healing, **arguments})
 
@@ -218,7 +208,7 @@ def test_the_first_rung_that_fits_trains_and_the_reason_names_the_first_that_did
     assert rungs[2] and "as all layers would take 117" in rungs[2].why
     sharded = planned(replace(machine(80), processes=4, shards=4), "healed").healing
     assert sharded and sharded.train == "layers" and sharded.sequences == 1
-    given = planned(machine(80), "healed", healing=Healing(train="lora")).healing
+    given = planned(machine(80), "healed", healing=replace(HEALING, train="lora")).healing
     assert given and given.train == "lora" and not given.gradient_checkpointing and given.sequences == 4
 
 
@@ -228,8 +218,8 @@ def test_training_splits_its_steps_and_keeps_fewer_activations_before_it_trains_
     assert [rung.gradient_checkpointing for rung in tight if rung] == [False, False, True]
 
 
-@pytest.mark.parametrize(("healing", "card"), [(None, 8), (Healing(train="fused"), 24)])
-def test_a_refusal_names_what_would_do(healing: Healing | None, card: int) -> None:
+@pytest.mark.parametrize(("healing", "card"), [(None, 8), (replace(HEALING, train="fused"), 24)])
+def test_a_refusal_names_what_would_do(healing: HealSettings | None, card: int) -> None:
     with pytest.raises(NoRoom, match=f"{card}.0 GiB are free on cuda:0, .* give a device with so much") as refused:
         planned(machine(card), healing=healing)
     needed = refused.value.needed / GIB
@@ -284,6 +274,6 @@ def test_a_probe_gives_minutes() -> None:
     rates = probe(device, torch.float32, config)
     assert min(rates.values()) > 0
     fusion = FusionConfig(2, "healed", calibration_tokens=TOKENS)
-    made = plan(WIDE, torch.float32, fusion, machine(160), healing=Healing(), rates=lambda: rates)
+    made = plan(WIDE, torch.float32, fusion, machine(160), healing=HEALING, rates=lambda: rates)
     assert made.minutes and list(made.minutes) == ["measure", "choose", "make", "heal", "judge"]
     assert min(made.minutes.values()) > 0 and made.lines()[-1].startswith("minutes, about: measure ")

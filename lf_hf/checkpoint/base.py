@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -32,11 +31,11 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging, qua
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
 from lf_hf.checkpoint.weights import (
     CHECKPOINT_FILES,
     UNREAD,
-    check_complete,
     local_folder,
     stored_dtype,
     tensor_files,
@@ -46,6 +45,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.placement import mend_offloading
 from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
 from lf_hf.families.table import FAMILIES
+from lf_hf.plan.machine import SPREAD
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
@@ -55,12 +55,10 @@ logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 # Those, and others that hold for a base only, and not for what it is fused to.
-_BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "output_loading_info", "use_safetensors", "variant")
+_BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use_safetensors", "variant")
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _WEIGHTS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps that spread a model over all devices."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,10 @@ class Base:
         if loading.get("revision") and os.path.isdir(name):
             logger.warning(f"revision={loading['revision']!r} has no effect on a folder, which is taken as it is.")
         hub = hub_arguments(loading)
-        if _is_adapter(name, hub):
+        adapter = None
+        with suppress(HFValidationError, OSError):  # no such repository
+            adapter = None if hub.get("gguf_file") else optional_file(name, ADAPTER_CONFIG_NAME, hub)
+        if adapter is not None:
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
         config = _as_text(read_config(name, hub))
         if problem := _problem(name, config, loading):
@@ -160,10 +161,10 @@ class Base:
         files = {file for pattern in patterns for file in folder.glob(pattern)}
         return sorted(file for file in files if not file.match(UNREAD))
 
-    def generation_config(self) -> GenerationConfig:
-        """The settings for generation. Raises ValueError if they are not valid."""
+    def check_generation_config(self) -> None:
+        """Raise ValueError if the settings for generation, which are saved with a result, are not valid."""
         if "gguf_file" in self.hub:
-            return GenerationConfig.from_model_config(self.config)
+            return
         older: dict[str, Any] = {}
         if not optional_file(self.name, GENERATION_CONFIG_NAME, self.hub):
             older = {"config_file_name": CONFIG_NAME, "_from_model_config": True}
@@ -173,32 +174,6 @@ class Base:
         ):
             config = GenerationConfig.from_pretrained(self.name, **self.hub, **older)
             config.save_pretrained(scratch)  # as not all that can be read can be saved
-        return config
-
-    def processor_files(self) -> dict[str, bytes]:
-        """The files that say how images are read, where the model reads any."""
-        return read_processor_files(self.name, self.config, self.hub)
-
-    def placed(self, plan: Plan, folder: Path | None) -> Base:
-        """The same base, whose weights lie where a plan puts them when it is loaded.
-
-        Those that are to lie on a disk, and are not in safetensors files, are written into `folder`.
-        """
-        if not plan.machine.is_here:
-            raise ValueError(
-                f"max_memory names {plan.device}, which this machine does not have; a dry run plans for other machines."
-            )
-        loading = {name: value for name, value in self.loading.items() if name != "max_memory"}
-        loading["device_map"] = plan.device_map or (None if plan.device == "cpu" else plan.device)
-        if plan.device_map == {"": "disk"} and plan.device != "cpu":
-            # accelerate computes where it has put something.
-            with torch.device("meta"):
-                model = model_class(self.config)(self.config)
-            norm = f"{text_prefix(model)}norm"
-            loading["device_map"] = dict.fromkeys(_names_around(model, norm), "disk") | {norm: plan.device}
-        if folder is not None:
-            loading.setdefault("offload_folder", str(folder))
-        return replace(self, loading=loading)
 
     def open_decoder(self, plan: Plan, scratch: Path | None = None) -> Decoder:
         """The model by a plan, layer by layer; `scratch` is a folder for what the plan puts on a disk.
@@ -207,23 +182,26 @@ class Base:
         """
         temporary = Path(tempfile.mkdtemp()) if scratch is None and plan.uses_disk else None
         folder = temporary or scratch
-        decoder = Decoder(self.placed(plan, folder).load())
+        placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
+        if folder is not None:
+            placing["offload_folder"] = self.loading.get("offload_folder", str(folder))
+        decoder = Decoder(self.load(**placing))
         if temporary is not None:
             weakref.finalize(decoder.model, shutil.rmtree, temporary, ignore_errors=True)
         decoder.batch_bytes, decoder.states, decoder.scratch = plan.batch_bytes, plan.states, folder
         decoder.longest_group = plan.longest
         # Where each process spreads its model, and with it its states, over devices, each works by itself.
-        if not is_spread(plan.device_map):
+        if not plan.is_spread:
             decoder.processes = Processes.of_launch()
         return decoder
 
-    def load(self) -> PreTrainedModel:
-        """The model, checked to be whole.
+    def load(self, **placing: Any) -> PreTrainedModel:
+        """The model, checked to be whole; arguments of `from_pretrained` take the place of the base's own.
 
         Raises ValueError for files that are not whole or not what the config describes, for pickled ones, which can
         run code, unless use_safetensors=False asks for them, and for arguments that transformers does not know.
         """
-        loading = {**self.loading, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loading = {**self.loading, **placing, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if "gguf_file" in self.hub:
             if hasattr(quantization_config, "GgufConfig"):
                 # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
@@ -240,13 +218,30 @@ class Base:
             loaded: Any = model_class(self.config).from_pretrained(self.name, **loading)
         _gguf_reader.cache_clear()
         model, info = loaded
-        mismatched = {name: (stored, described) for name, stored, described in info["mismatched_keys"]}
         layers = f"{text_prefix(model)}layers."
-        check_complete(self.name, info["missing_keys"], mismatched, info["unexpected_keys"], layers=layers)
+        # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
+        unknown = [name for name in info["unexpected_keys"] if name.startswith(layers) and "rotary_emb" not in name]
+        problem = None
+        if missing := info["missing_keys"]:
+            problem = f"has no tensor {min(missing)!r}, which its config.json asks for"
+        elif mismatched := info["mismatched_keys"]:
+            name, stored, described = min(mismatched)
+            problem = f"holds {name!r} in shape {list(stored)}, but by its config.json that is {list(described)}"
+        elif unknown:
+            problem = f"holds {min(unknown)!r}, which its config.json does not know"
+        if problem:
+            raise ValueError(f"{self.name!r} {problem}; repair the base.")
         mend_offloading(model)
         return model.eval()
 
-    def notes(self) -> list[str]:
+    def credit(self, model: Any) -> None:
+        """Give a fused model what it takes over from this base: how images are read, licence, revision, and a note."""
+        report, license = model.report, base_license(optional_file(self.name, CARD_NAME, self.hub))
+        notes = [*report.notes, *self._left_out()]
+        model.remember(replace(report, license=license, notes=notes, revision=self.hub.get("revision")))
+        model.processor_files = read_processor_files(self.name, self.config, self.hub)
+
+    def _left_out(self) -> list[str]:
         """One sentence on tensors in the files that transformers leaves out for this model, where there are some."""
         stock = model_class(self.config)
         patterns = stock._keys_to_ignore_on_load_unexpected
@@ -259,28 +254,9 @@ class Base:
         return [f"The base's {', '.join(left_out)} are left out, as transformers reads none in a {stock.__name__}."]
 
     def loading_fused(self, device_map: Any) -> dict[str, Any]:
-        """The arguments that hold for a fused model in another folder, too, which is to lie elsewhere."""
-        others = (*_BASE_ONLY_ARGUMENTS, "max_memory")
-        loading = {name: value for name, value in self.loading.items() if name not in others}
-        return loading | {"device_map": None if device_map == "cpu" else device_map}
-
-
-def _names_around(model: nn.Module, name: str) -> list[str]:
-    """Names of the modules of a model that, with the one that is named, are all of it."""
-    around, place = [], ""
-    for own_name in name.split("."):
-        beside = [child for child, _ in model.get_submodule(place).named_children() if child != own_name]
-        around += [f"{place}.{child}".removeprefix(".") for child in beside]
-        place = f"{place}.{own_name}".removeprefix(".")
-    return around
-
-
-def is_spread(device_map: object) -> bool:
-    """Whether from_pretrained's `device_map` puts a model on several devices, or may do so."""
-    if isinstance(device_map, dict):
-        places = set(map(str, device_map.values())) - {"disk"}
-        return len(places - {"cpu"}) > 1  # what is offloaded to memory computes on a card
-    return isinstance(device_map, str) and device_map in SPREAD
+        """The arguments that hold for what was made of this base, too, in another folder and at another place."""
+        loading = {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
+        return loading | {"device_map": device_map}
 
 
 def checked_dtype(dtype: object) -> torch.dtype | None:
@@ -315,13 +291,6 @@ def read_config(name: str, hub: Mapping[str, Any]) -> PreTrainedConfig:
         if isinstance(error.__cause__ or error, HFValidationError):
             why = "there is no such folder, and it cannot be a name on the hub"
         raise ValueError(f"No config of a model can be read for {name!r}, here or on the hub: {why}.") from None
-
-
-def _is_adapter(name: str, hub: Mapping[str, Any]) -> bool:
-    """Whether an adapter is there, by itself or beside a model."""
-    with suppress(HFValidationError, OSError):  # no such repository
-        return not hub.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub) is not None
-    return False
 
 
 def _as_text(config: PreTrainedConfig) -> PreTrainedConfig:

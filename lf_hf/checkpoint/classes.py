@@ -14,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from huggingface_hub import ModelCard, create_repo
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +31,7 @@ from lf_hf.checkpoint.base import (
 )
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
-from lf_hf.checkpoint.configuration import converted_config, plain_config
+from lf_hf.checkpoint.configuration import FusedLlamaConfig, converted_config, plain_config, register_peft
 from lf_hf.checkpoint.saving import checked_folder, locked_folder, replaced_files
 from lf_hf.checkpoint.weights import shard_names, tensor_files
 from lf_hf.decoder.placement import named_values
@@ -92,8 +91,11 @@ class FusedForCausalLM(PreTrainedModel):
         return self.fusion_report
 
     def remember(self, report: FusionReport) -> None:
-        """Take a report as this model's."""
+        """Take a report as this model's, and as its config's, where that has a place for it."""
         self.fusion_report = report
+        if isinstance(self.config, FusedLlamaConfig):
+            self.config.remember(report)
+            register_peft()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +215,11 @@ class FusedForCausalLM(PreTrainedModel):
         if push_to_hub and writes:
             self._upload(folder, before, **uploading)
 
+    def save_into(self, folder: Path, *, own_tokenizer: bool = False, **saving: Any) -> None:
+        """Save a plain checkpoint into a folder that is locked; `own_tokenizer`: it takes the place of one there."""
+        with replaced_files(folder, own_tokenizer=own_tokenizer) as new:
+            self.write_files(new, plain=True, **saving)
+
     def is_found_at(self, name: str) -> None:
         """Take a folder or hub name as the model's, if it has none: adapters that are trained on it name their base."""
         if not self.name_or_path:
@@ -240,7 +247,11 @@ class FusedForCausalLM(PreTrainedModel):
             if spread is not None:
                 self.config.distributed_config = spread
         if plain and self.native:
-            write_config(folder, self.config, self.dtype)
+            config = plain_config(self.config)
+            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+                part.dtype = self.dtype
+            config.architectures = [model_class(config).__name__]
+            config.save_pretrained(folder)
         written = named_values(self)
         if state_dict is not None:  # what is saved in place of them
             written = ((name, state_dict[name]) for name, _ in self.named_parameters() if name in state_dict)
@@ -309,15 +320,6 @@ def _with_fusion(stock: Any) -> type[FusedForCausalLM]:
 def _empty_model(config: PreTrainedConfig) -> FusedForCausalLM:
     cls = fused_class(config)
     return cls.__new__(cls)
-
-
-def write_config(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Write the config of a plain checkpoint."""
-    config = plain_config(config)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        part.dtype = dtype
-    config.architectures = [model_class(config).__name__]
-    config.save_pretrained(folder)
 
 
 def checked_tokenizer(tokenizer: object) -> PreTrainedTokenizerBase | None:

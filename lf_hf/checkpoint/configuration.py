@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig, PreTrainedConfig
 
 from lf_hf.families.models import model_class
+from lf_hf.report.report import FusionReport
 
 # `auto_map` names code that came with the base, in whose place transformers' own is used.
 _NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")
@@ -27,6 +28,16 @@ class FusedLlamaConfig(LlamaConfig):
     model_type = "fused_llama"
 
     fusion: dict[str, Any] | None = None
+
+    def remember(self, report: FusionReport) -> None:
+        """Take what a report says of a fusion."""
+        self.fusion = {
+            "base": report.base,
+            "config": report.config,
+            "pairs": [list(pair) for pair in report.pairs],
+            "ratios": [ratio for layer in report.fused_layers for ratio in layer.ratios],
+            "versions": report.versions,
+        }
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,7 +35,6 @@ from transformers.utils import (
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME
 from lf_hf.runtime.errors import explained
-from lf_hf.runtime.memory import in_gib
 
 logger = logging.get_logger(__name__)
 WORK = ".lf_hf-healing"
@@ -70,21 +69,6 @@ def checked_folder(path: object) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(path)!r} is a file; give a folder to save into.")
     return folder
-
-
-def existing(folder: Path) -> Path:
-    """A folder, or the one that is there of those that it is to be made in."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
-
-
-def check_room(path: object, needed: int, what: str) -> None:
-    """Raise OSError if the disk of a folder, which need not be there yet, has no room for what takes `needed` bytes."""
-    free = shutil.disk_usage(existing(checked_folder(path))).free
-    if free < needed:
-        raise OSError(
-            f"The disk of {str(path)!r} has {in_gib(free)} free, and {what} {in_gib(needed)}; make room, or give a "
-            "folder on another disk."
-        )
 
 
 def check_replaceable(path: object, base: str, *, remade: bool = False) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ CHECKPOINT_FILES = (
 )
 UNREAD = "consolidated*.safetensors"
 """Mistral publishes its weights a second time, for its own library. These files are skipped."""
-Shape = Sequence[int]
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -87,14 +85,9 @@ def shard_names(index: Path) -> dict[str, str]:
     return names
 
 
-def open_tensors(file: Path) -> safe_open:
-    """A safetensors file, to be read tensor by tensor; it may be larger than memory, where it could not be mapped."""
-    return safe_open(file, "pt", backend="pread")
-
-
 def stored_dtype(file: Path) -> torch.dtype:
     """The type of the first tensor in a safetensors file, from its header."""
-    with open_tensors(file) as opened:
+    with safe_open(file, "pt", backend="pread") as opened:
         return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
 
@@ -106,7 +99,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """
     with (
         explained(f"{str(file)!r} cannot be read", "if it is not whole, download it again"),
-        open_tensors(file) as opened,
+        safe_open(file, "pt", backend="pread") as opened,  # it may be larger than memory, where it could not be mapped
     ):
         tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
@@ -118,30 +111,3 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 "bfloat16 or float32, or use the checkpoint that they were quantised from."
             )
     return shapes
-
-
-def check_complete(
-    base: str,
-    missing: Collection[str],
-    mismatched: Mapping[str, tuple[Shape, Shape]],
-    unexpected: Collection[str],
-    *,
-    layers: str,
-) -> None:
-    """Raise ValueError if a base's weights are not those that its config describes.
-
-    `missing` are tensors that the files lack, `unexpected` those that only they have, and `mismatched` those of other
-    shapes: (shape in the files, shape by the config). Names of the decoder layers' begin with `layers`.
-    """
-    # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
-    unknown = [name for name in unexpected if name.startswith(layers) and "rotary_emb" not in name]
-    if missing:
-        problem = f"has no tensor {min(missing)!r}, which its config.json asks for"
-    elif mismatched:
-        name, (stored, described) = min(mismatched.items())
-        problem = f"holds {name!r} in shape {list(stored)}, but by its config.json that is {list(described)}"
-    elif unknown:
-        problem = f"holds {min(unknown)!r}, which its config.json does not know"
-    else:
-        return
-    raise ValueError(f"{base!r} {problem}; repair the base.")

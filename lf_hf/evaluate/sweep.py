@@ -26,7 +26,7 @@ from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher, write_teacher
 from lf_hf.inputs.fusion import load_needed
-from lf_hf.inputs.planning import check_text_to_heal, plan_run, training_on_launch
+from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import measure
 from lf_hf.measure.judge import Judged
@@ -200,9 +200,9 @@ class _Maker:
             )
         # The fusion whose healing takes most has the most layers left.
         most = min((config for config in self.configs if config.heal_tokens), key=lambda config: config.num_fusions)
-        self._training, launch = training_on_launch(most.healing, self.base, {})
-        self._healing = plan_run(self.base, most, self._training, None, launch=launch).healing
-        check_text_to_heal(self.tokenizer, self.texts.to_heal, self._training, self.base)
+        self._healing = plan_run(self.base, most, None, healing=most.healing).healing
+        assert self._healing is not None
+        check_text_to_heal(self.tokenizer, self.texts.to_heal, self._healing.settings, self.base)
 
     def keys(self, evaluation: str, *, by_default: bool) -> _Keys:
         """What identifies the results of each model; default texts count as the same wherever they come from."""
@@ -238,14 +238,15 @@ class _Maker:
     def _measure(self, configs: Sequence[FusionConfig]) -> None:
         """Read the base, and measure what these fusions need. Points are made by one process each."""
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
-        self._decoder = self.base.open_decoder(plan_run(self.base, most, None, None))
+        self._decoder = self.base.open_decoder(plan_run(self.base, most, None))
         self._decoder.processes = ALONE
         samples, text, to_heal = self.texts.used_by(*configs)
         measured = measure(self._decoder, self.tokenizer, self.configs[0], samples, text)
         self._measured = replace(measured, averages={})  # for higher levels to go on from
         if to_heal is not None:
-            folder, judged = Path(self._work.name), measured.judged
-            write_teacher(folder, self._decoder, self.tokenizer, to_heal, self._training, judged)
+            assert self._healing is not None
+            folder, settings = Path(self._work.name), self._healing.settings
+            write_teacher(folder, self._decoder, self.tokenizer, to_heal, settings, measured.judged)
 
     @property
     def _dense(self) -> PreTrainedModel:
@@ -267,7 +268,7 @@ class _Maker:
         assert self.texts.to_heal is not None and self._healing is not None
         teacher = open_teacher(Path(self._work.name))
         with TemporaryDirectory() as work:
-            pipeline.heal_fused(model, teacher, self.texts.to_heal, self._training, self._healing, Path(work))
+            pipeline.heal_fused(model, teacher, self.texts.to_heal, self._healing, Path(work))
 
     def _dense_point(self, key: str) -> Point:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1

@@ -35,8 +35,7 @@ from lf_hf.healing.trainer import (
     num_shards,
     training_arguments,
 )
-from lf_hf.plan.healing import HealingPlan
-from lf_hf.plan.machine import LaunchOfTraining
+from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import CalibrationInfo, HealingInfo
 from lf_hf.runtime.launch import Processes
 from lf_hf.settings import HealSettings
@@ -45,10 +44,9 @@ logger = logging.get_logger(__name__)
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
-def prepare(
-    settings: HealSettings, longest: int, training_args: Mapping[str, Any]
-) -> tuple[HealSettings, LaunchOfTraining]:
-    """The settings for a model that takes `longest` tokens and for this launch, and what that makes of its weights.
+def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, Any]) -> tuple[HealSettings, int, bool]:
+    """The settings for a model that takes `longest` tokens, and for this launch; how many of its processes share the
+    weights of what trains, and whether it computes in bfloat16.
 
     Sequences are no longer than the model takes, a step is no longer than the whole training, and all processes have as
     many sequences of it. Raises ValueError for training arguments that cannot be used.
@@ -65,7 +63,7 @@ def prepare(
     if training_args:  # of which the Trainer refuses some when it is made
         with _undisturbed():
             check_trains(arguments)
-    return settings, LaunchOfTraining(num_shards(arguments), arguments.bf16)
+    return settings, num_shards(arguments), arguments.bf16
 
 
 @purge_accelerate_environment  # type: ignore[untyped-decorator]
@@ -73,12 +71,11 @@ def heal(
     decoder: Decoder,
     fused_layers: Sequence[int],
     teacher: Teacher,
-    settings: HealSettings,
     plan: HealingPlan,
     work: Path,
     training_args: Mapping[str, Any],
 ) -> HealingInfo:
-    """Train a fused model, in place and in all processes, with the settings that `prepare` gives.
+    """Train a fused model, in place and in all processes.
 
     Parameters
     ----------
@@ -88,16 +85,15 @@ def heal(
     fused_layers : list of int
         Its layers that stand for several.
     teacher : Teacher
-    settings : HealSettings
     plan : HealingPlan
-        What is trained, and how many sequences at a time.
+        What is trained, by which settings, and how many sequences at a time.
     work : path
         Folder of the training's states. Where there are some, the training goes on.
     training_args : dict
         Fields of TrainingArguments.
     """
     start, processes = time.monotonic(), Processes.of_launch()
-    settings = replace(settings, train=plan.train)
+    settings = plan.settings
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=default_learning_rate(decoder, plan.train))
     with _undisturbed():
@@ -106,8 +102,11 @@ def heal(
         arguments.eval_on_start = state is None
         student = make_student(decoder, settings, fused_layers, arguments)
         trainer = make_trainer(student, teacher, settings, arguments)
-        sequences, used = _training_sequences(teacher, settings)
-        trainer.eval_dataset, trainer.train_dataset = teacher.held_out, sequences
+        names = [name for name, items in teacher.training.items() for _ in range(len(items))]  # type: ignore[arg-type]
+        order = training_order(len(names), settings)
+        used = Counter(names[number] for number in sorted(set(order)))  # different sequences of each kind of text
+        trainer.train_dataset = Subset(ConcatDataset(teacher.training.values()), order)
+        trainer.eval_dataset = teacher.held_out
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:
@@ -115,7 +114,7 @@ def heal(
         return HealingInfo(
             settings=settings.in_effect(),
             text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],
-            epochs=len(sequences) / used.total(),
+            epochs=len(order) / used.total(),
             trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
             why=plan.why,
             steps=trainer.state.global_step,
@@ -137,16 +136,6 @@ def _undisturbed() -> Iterator[None]:
         if not AcceleratorState._shared_state and Processes.of_launch().world_size == 1:
             stack.callback(AcceleratorState._reset_state)
         yield
-
-
-def _training_sequences(teacher: Teacher, settings: HealSettings) -> tuple[Subset[Any], Counter[str]]:
-    """Sequences in the order of the training, and how many different ones of each kind of text are among them."""
-    names: list[str] = []
-    for name, items in teacher.training.items():
-        names += [name] * len(items)  # type: ignore[arg-type]
-    order = training_order(len(names), settings)
-    used = Counter(names[number] for number in sorted(set(order)))
-    return Subset(ConcatDataset(teacher.training.values()), order), used
 
 
 def _state_to_go_on_from(work: Path) -> str | None:

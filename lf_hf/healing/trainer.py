@@ -27,7 +27,8 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.teacher import STATES, Teacher
-from lf_hf.plan.healing import EVALUATIONS, HealingPlan
+from lf_hf.plan.phases import EVALUATIONS
+from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
@@ -86,7 +87,8 @@ def make_student(
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     student._weight_conversions = []  # so that states have the names that they are loaded by
     is_trained = _what_trains(student, settings.train, fused_layers)
-    frozen = _frozen_dtype(arguments)
+    # What is sharded is of one dtype.
+    frozen = torch.bfloat16 if arguments.bf16 and num_shards(arguments) == 1 else torch.float32
     weights = {}
     for name, weight in decoder.named_parameters():
         if is_trained(name):
@@ -134,13 +136,6 @@ def _what_trains(student: CausalLM, train: str | None, fused_layers: Sequence[in
         return is_norm or name.startswith(begins)
 
     return is_trained
-
-
-def _frozen_dtype(arguments: TrainingArguments) -> torch.dtype:
-    """What weights that are not trained are in: bfloat16 where products are, but one dtype for all that are sharded."""
-    if num_shards(arguments) == 1 and arguments.bf16:
-        return torch.bfloat16
-    return torch.float32
 
 
 def num_shards(arguments: TrainingArguments) -> int:

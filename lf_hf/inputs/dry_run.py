@@ -49,14 +49,13 @@ def plan_fusion(
     Raises ValueError for what `fuse_checkpoint` would refuse before long work, and OSError if the disk of `out` has no
     room for the result.
     """
-    opened = Base.open(base, kwargs)
+    inputs = FusionInputs.open(base, config, calibration, None, kwargs, low_memory=low_memory)
+    config, opened = inputs.config, inputs.base
     notes = []
     if out is not None and check_replaceable(out, opened.name):
         notes.append(_replaced(out))
-    inputs = FusionInputs.open(opened, config, calibration, None, low_memory=low_memory)
-    config = inputs.config
     plan = inputs.check(None if out is None else checked_folder(out))
-    before, after = inputs.parameters
+    before, after = plan.parameters
     stored = sum(file.stat().st_size for file in opened.files())
     if not stored:
         stored = before * opened.loaded_dtype.itemsize
@@ -99,18 +98,17 @@ def plan_heal(
     Raises what `heal` would raise before the training; but not for a base with other weights than the one that was
     fused, nor for an earlier run in `out` that cannot go on.
     """
-    settings = HealSettings.taken_from(kwargs, settings)
-    inputs = HealInputs.open(fused, base, text, settings, training_args or {}, kwargs)
+    inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
     folder = checked_folder(out)
-    plan, settings = inputs.check(folder), inputs.training
-    steps = f"{settings.steps:,} {plural(settings.steps, 'step')}"
+    notes = [_replaced(out)] if inputs.check_target(folder) else []
+    plan = inputs.check(folder)
+    assert plan.healing is not None
+    used = plan.healing.settings
+    steps = f"{used.steps:,} {plural(used.steps, 'step')}"
     lines = [
-        f"training: {steps} of {settings.batch * settings.length:,} tokens",
+        f"training: {steps} of {used.batch * used.length:,} tokens",
         f"text: {inputs.corpus.full_source}",
     ]
-    notes = []
-    if check_replaceable(out, inputs.base.name):
-        notes.append(_replaced(out))
     if (folder / WORK).is_dir():
         notes.append(f"{str(out)!r} holds a run that was cut short; if it is of the same healing, it goes on.")
     return DryRun(f"{inputs.folder.name}, healed by its base {inputs.base.name}", lines, plan, notes)

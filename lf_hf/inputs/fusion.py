@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.checkpoint.base import Base
-from lf_hf.checkpoint.classes import checked_tokenizer
+from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
-from lf_hf.families.models import num_parameters
-from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
+from lf_hf.families.models import model_class as stock_class
+from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.measure.check import for_model
-from lf_hf.plan.machine import LaunchOfTraining
 from lf_hf.plan.plan import Plan
-from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import Processes, compute_once
-from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.settings import FusionConfig
 from lf_hf.text.calibration import CalibrationSamples, Corpus, load_calibration, load_corpus, load_training_text
 from lf_hf.text.packing import check_enough
 from lf_hf.text.sources import TextSource
@@ -32,33 +31,46 @@ logger = logging.get_logger(__name__)
 class FusionInputs:
     """All that a fusion is made of; text is read when it is first needed.
 
-    `calibration` is what the user gave, and `tokenizer` the base's unless the user gave one.
+    `calibration` is what the user gave, `tokenizer` the base's unless the user gave one, and `model_class` that of the
+    result.
     """
 
     base: Base
     config: FusionConfig
     calibration: TextSource | None
     tokenizer: PreTrainedTokenizerBase
+    model_class: type[FusedForCausalLM]
     low_memory: bool = False
 
     @classmethod
     def open(
         cls,
-        base: Base,
-        config: FusionConfig,
+        base: str | os.PathLike[str] | Base,
+        config: FusionConfig | None,
         calibration: TextSource | None,
         tokenizer: PreTrainedTokenizerBase | None,
+        loading: dict[str, Any],
         *,
+        model_class: type[FusedForCausalLM] | None = None,
         low_memory: bool = False,
     ) -> FusionInputs:
-        """Check that the settings suit the base, and read its tokenizer."""
+        """Open the base, check that the settings suit it, and read its tokenizer.
+
+        FusionConfig fields are taken out of `loading`; what is left are `from_pretrained`'s arguments.
+        """
+        config = FusionConfig.taken_from(loading, config)
+        base = Base.open(base, loading)
+        if model_class is not None and not issubclass(model_class, stock_class(base.config)):
+            kind = base.config.model_type
+            raise ValueError(f"{base.full_name!r} is a {kind!r} model; fuse it with lf_hf.from_pretrained_fused.")
         config = for_model(config, base.config)
         if ignored := config.without_effect(calibration):
             logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")
         if config.needs_text and config.calibration_length > (longest := base.text_config.max_position_embeddings):
             logger.warning(f"calibration_length is cut to {longest}, which is all that the model takes.")
-        base.generation_config()  # which is saved with the result
-        return cls(base, config, calibration, checked_tokenizer(tokenizer) or base.tokenizer(), low_memory)
+        base.check_generation_config()
+        tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
+        return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config), low_memory)
 
     @cached_property
     def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
@@ -71,25 +83,6 @@ class FusionInputs:
         tokens = self.config.heal_tokens
         return load_training_text(self.calibration, tokens, self.tokenizer) if tokens else None
 
-    @property
-    def training(self) -> HealSettings | None:
-        """Settings of that healing on this launch. Raises ValueError if the defaults cannot be used."""
-        return self._launch[0] if self._launch else None
-
-    @cached_property
-    def _launch(self) -> tuple[HealSettings, LaunchOfTraining] | None:
-        if not self.config.heal_tokens:
-            return None
-        advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
-        with explained("Where a fusion heals, it does so by the defaults", advice, ValueError):
-            return training_on_launch(self.config.healing, self.base, {})
-
-    @cached_property
-    def parameters(self) -> tuple[int, int]:
-        """Of the base, and of what it is fused to; by one fusion where a budget says how many."""
-        layer, model = num_parameters(self.base.config)
-        return model, model - (self.config.num_fusions or 1) * layer
-
     def check(self, folder: Path | None = None) -> Plan:
         """The plan of this fusion.
 
@@ -97,21 +90,27 @@ class FusionInputs:
         `folder`, where the result goes, has too little room for it and for what lies there meanwhile. A fused model
         that is there keeps its room until the new one is whole.
         """
+        base, config = self.base, self.config
         _, text = self.samples_and_text
         if text is not None:
-            length = min(self.config.calibration_length, self.base.text_config.max_position_embeddings)
-            check_enough(self.tokenizer, text, length, self.base.text_config.vocab_size)
-        if self.to_heal is not None and self.training is not None:
-            check_text_to_heal(self.tokenizer, self.to_heal, self.training, self.base)
-        training, launch = self._launch or (None, None)
-        if training is not None and folder is not None:
-            training = as_begun(training, folder, self.healing_identity)
-        return plan_run(self.base, self.config, training, folder, low_memory=self.low_memory, launch=launch)
+            length = min(config.calibration_length, base.text_config.max_position_embeddings)
+            check_enough(self.tokenizer, text, length, base.text_config.vocab_size)
+        made_of = self.healing_identity if config.heal_tokens else None
+        plan = plan_run(base, config, folder, healing=config.healing, made_of=made_of, low_memory=self.low_memory)
+        if self.to_heal is not None and plan.healing is not None:
+            check_text_to_heal(self.tokenizer, self.to_heal, plan.healing.settings, base)
+        return plan
 
-    def loading_fused(self) -> dict[str, Any]:
-        """`from_pretrained`'s arguments for what was made of the base: it lies where the base would."""
-        place = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None, None, is_timed=False)
-        return self.base.loading_fused(self.base.placed(place, None).loading["device_map"])
+    def load_kept(self, folder: Path) -> FusedForCausalLM:
+        """What was made of the base and kept in a folder: it lies where the base would."""
+        plan = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None, is_timed=False)
+        return self.load_fused(folder, plan.place)
+
+    def load_fused(self, folder: Path, device_map: Any) -> FusedForCausalLM:
+        """What was made of the base and saved into a folder."""
+        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **self.base.loading_fused(device_map))
+        model.tokenizer = self.tokenizer
+        return model
 
     def identity(self, *, by_content: bool = True) -> dict[str, str]:
         """Identity of this fusion and of the healing that may follow it.

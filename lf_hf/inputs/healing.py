@@ -20,8 +20,7 @@ from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import LOGS, check_replaceable, checked_folder, file_sha
 from lf_hf.checkpoint.weights import tensor_files
 from lf_hf.families.models import num_parameters
-from lf_hf.inputs.planning import as_begun, check_text_to_heal, plan_run, training_on_launch
-from lf_hf.plan.machine import LaunchOfTraining
+from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -66,14 +65,16 @@ class HealInputs:
         fused: str | os.PathLike[str],
         base: str | os.PathLike[str] | Base | None,
         text: TextSource | None,
-        settings: HealSettings,
-        training_args: Mapping[str, Any],
-        hub: Mapping[str, Any],
+        settings: HealSettings | None,
+        training_args: Mapping[str, Any] | None,
+        hub: dict[str, Any],
     ) -> HealInputs:
         """Check what `lf_hf.heal` takes, and read the text.
 
-        Raises ValueError if the base has no such fused model, or the report does not describe the one that is there.
+        HealSettings fields are taken out of `hub`; what is left are arguments of loading the base. Raises ValueError if
+        the base has no such fused model, or the report does not describe the one that is there.
         """
+        settings = HealSettings.taken_from(hub, settings)
         if not isinstance(fused, str | os.PathLike):
             raise ValueError(f"fused must be the folder of a fused checkpoint, got {fused!r:.80}; save the model.")
         if gone := {"cache", "top_k"} & hub.keys():
@@ -107,21 +108,20 @@ class HealInputs:
         corpus = load_training_text(text, settings.tokens, tokenizer)
         if settings.written_share is not None:
             corpus = replace(corpus, generated_share=settings.written_share)
-        return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args)
-
-    @property
-    def training(self) -> HealSettings:
-        """The settings on this launch. Raises ValueError for training arguments that cannot be used."""
-        return self._launch[0]
-
-    @cached_property
-    def _launch(self) -> tuple[HealSettings, LaunchOfTraining]:
-        return training_on_launch(self.settings, self.base, self.training_args)
+        return cls(folder, config, report, tokenizer, opened, corpus, settings, training_args or {})
 
     @property
     def judging_tokens(self) -> int:
         """Tokens of each judging text: as many as the fusion was judged by."""
         return self.report.config.get("perplexity_tokens") or _JUDGING_TOKENS
+
+    def check_target(self, out: Path) -> bool:
+        """Whether the result would replace a fused model in `out`. Raises ValueError if it cannot go there."""
+        if self.folder == out:
+            raise ValueError(f"{str(out)!r} is the fused model itself; choose another folder for the result.")
+        if "report_to" in self.training_args and (out / LOGS).is_file():
+            raise ValueError(f"{str(out)!r} holds a file {LOGS!r}, where logs go; choose another folder.")
+        return check_replaceable(out, self.base.name)
 
     def check(self, out: Path) -> Plan:
         """The plan of this healing.
@@ -129,19 +129,16 @@ class HealInputs:
         Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
         `out`, where the result goes, has too little room for it and for the states of the training.
         """
-        if self.folder == out:
-            raise ValueError(f"{str(out)!r} is the fused model itself; choose another folder for the result.")
-        check_replaceable(out, self.base.name)
-        if "report_to" in self.training_args and (out / LOGS).is_file():
-            raise ValueError(f"{str(out)!r} holds a file {LOGS!r}, where logs go; choose another folder.")
-        check_text_to_heal(self.tokenizer, self.corpus, self.training, self.base)
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        training = as_begun(self.training, out, self.identity)
-        return plan_run(self.base, config, training, out, launch=self._launch[1])
+        args, made_of = self.training_args, self.healing_identity
+        plan = plan_run(self.base, config, out, healing=self.settings, made_of=made_of, training_args=args)
+        assert plan.healing is not None
+        check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)
+        return plan
 
     @cached_property
-    def identity(self) -> dict[str, str]:
+    def healing_identity(self) -> dict[str, str]:
         """Identity of the healing."""
         text = text_digest(self.corpus.parts.values(), self.tokenizer)
         weights = sorted(set(tensor_files(self.folder).values()))
@@ -156,10 +153,18 @@ class HealInputs:
             judging_tokens=self.judging_tokens,
         )
 
-    def load_fused(self, device: str) -> FusedForCausalLM:
+    def check_base(self, digest: str | None) -> None:
+        """Raise ValueError if a base whose weights have this digest is not the one that was fused."""
+        if digest not in (None, self.report.base_digest):
+            raise ValueError(
+                f"{self.base.full_name!r} is not the base that this model was fused from, which was "
+                f"{self.report.base!r}: its weights are others; give that one."
+            )
+
+    def load_fused(self, plan: Plan) -> FusedForCausalLM:
         """The fused model in memory, or on a card."""
         model: Any = fused_class(self.config).from_pretrained(
-            self.folder, config=self.config, dtype="auto", device_map=None if device == "cpu" else device
+            self.folder, config=self.config, dtype="auto", device_map=plan.one_place
         )
         model.tokenizer = self.tokenizer
         return model

@@ -11,33 +11,15 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from lf_hf.runtime.launch import Processes
-from lf_hf.runtime.memory import free_memory, in_gib
+from lf_hf.runtime.launch import Processes, own_device
+from lf_hf.runtime.memory import free_memory
 from lf_hf.runtime.numerics import computes_bfloat16
 
 PYTHON, _OF_TOKENIZER = 13 << 26, 512  # bytes that Python takes with all libraries, and a token of the vocabulary
 CONTEXT = 1 << 30
 """Bytes of a card for its kernels and the workspaces of its libraries."""
-
-
-class NoRoom(ValueError):
-    """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
-
-    def __init__(self, what: str, machine: Machine, needed: int, advice: str) -> None:
-        device = machine.device
-        super().__init__(
-            f"{in_gib(machine.free[device])} are free on {device}, and {what} takes {in_gib(needed)} there at least; "
-            f"give a device with so much, or {advice}."
-        )
-        self.needed = needed
-
-
-@dataclass(frozen=True)
-class LaunchOfTraining:
-    """How many processes of a launch share the weights of what trains, and whether it computes in bfloat16."""
-
-    shards: int
-    bfloat16: bool
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that spread a model over all devices."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +95,22 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     if sizes.keys() == {"disk"}:
         raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes
+
+
+def devices_of(device_map: Any) -> list[torch.device]:
+    """Where layers compute, as from_pretrained's `device_map` says; by default on the accelerator, if there is one.
+
+    Apple's has no float64, and is taken only where it is asked for.
+    """
+    if isinstance(device_map, dict):
+        named = [torch.device(device) for device in dict.fromkeys(device_map.values()) if device != "disk"]
+        return [device for device in named if device.type != "cpu"] or [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator()
+    if device_map is None and accelerator is not None and accelerator.type != "mps":
+        device_map = own_device(accelerator.type)
+    if device_map in SPREAD and accelerator is not None:
+        return [torch.device(accelerator.type, number) for number in range(torch.accelerator.device_count())]
+    device = torch.device("cpu" if device_map in (None, *SPREAD) else device_map)
+    if device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    return [device]

@@ -16,7 +16,15 @@ from torch import nn
 
 from lf_hf.families.models import family_of, text_model
 from lf_hf.families.table import head_dim
-from lf_hf.settings import JUDGING_LENGTH, PERPLEXITY_LENGTH, WRITTEN_LENGTH, WRITTEN_TOGETHER, FusionConfig
+from lf_hf.plan.machine import Machine
+from lf_hf.settings import (
+    JUDGING_LENGTH,
+    PERPLEXITY_LENGTH,
+    WRITTEN_LENGTH,
+    WRITTEN_TOGETHER,
+    FusionConfig,
+    HealSettings,
+)
 
 _BATCH_COPIES = 64  # bytes for each token and channel of an MLP, see `Decoder.batch_indices`
 _OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made
@@ -34,6 +42,11 @@ _SAMPLES, _SAMPLE_LENGTH = 57, 128  # of the published method's default, about
 _WRITTEN_SHARE, _HEALED_SHARE = 1 / 2, 1 / 3  # of texts to calibrate and to heal on that the model writes, at most
 TRAINED_BYTES = 18  # of a trained parameter: master, gradient, two moments in float32, and a copy to compute in
 STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
+
+_LOGITS_TRAINED, _FLOATS, _FLOATS_ON_CPU = 1 << 27, 1 << 24, 1 << 17  # see healing.loss
+_LOOK = 8192  # tokens of a look at held-out text
+EVALUATIONS = 3
+"""How many times a training looks at held-out text, and keeps its state; it looks once more before the first step."""
 
 Work = Counter[str]
 """Operations by the rate that bounds them. Flops: of whole layers, the `head`, each `product` in float32, and what is
@@ -356,3 +369,33 @@ def activation_bytes(shape: Shape) -> int:
 def fused_layers(fusion: FusionConfig) -> int:
     """How many layers go, and at most so many are fused; where a budget says how many, one at least."""
     return fusion.num_fusions or 1
+
+
+def healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tokens: int, *, checkpoints: bool) -> int:
+    """Bytes of a training, of so many tokens at a time."""
+    size = 2 if machine.bfloat16 else 4
+    model = shape.total - (shape.layers - layers) * shape.layer
+    fixed = model * shape.size + (TRAINED_BYTES if machine.bfloat16 else 16) * trained
+    if size != shape.size:  # copies of what is not trained, in the type that training computes in
+        fixed += max(0, model - trained) * size
+    if machine.shards > 1:  # all of it in float32, as shards are of one type
+        fixed = (4 * model + (TRAINED_BYTES - 4) * trained) // machine.shards
+    # What a layer keeps; with checkpoints that of one layer, and the stream in front of each.
+    a_token = activation_bytes(shape) * size // 2 * (1 if checkpoints else layers)
+    a_token += 4 * shape.hidden * layers * checkpoints
+    # Both models' slices of logits, and softmaxes of a few of them in float32.
+    logits = tokens * shape.vocab
+    floats = _FLOATS if machine.has_card else _FLOATS_ON_CPU
+    return fixed + tokens * a_token + 2 * size * min(logits, _LOGITS_TRAINED) + 24 * min(logits, floats)
+
+
+def healing_work(shape: Shape, layers: int, trained: int, healing: HealSettings, *, checkpoints: bool) -> Work:
+    """Steps, and looks at held-out text: forward, gradients of states and of what trains, and both models' heads."""
+    tokens = healing.tokens
+    weight_gradients = 2 * min(trained, layers * shape.layer)
+    a_token = (4 + 2 * checkpoints) * layers * shape.layer + weight_gradients
+    steps = max(1, tokens // healing.batch_tokens)
+    seen = (min(EVALUATIONS, steps) + 1) * _LOOK
+    work = Work(layer=tokens * a_token, head=tokens * 6 * shape.head, logits=3 * tokens * shape.vocab)
+    work += Work(layer=seen * 2 * layers * shape.layer, head=seen * 4 * shape.head, logits=2 * seen * shape.vocab)
+    return work + Work(bytes=steps * STEP_BYTES * trained)

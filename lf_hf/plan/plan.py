@@ -8,35 +8,73 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from accelerate import infer_auto_device_map
 from transformers import PreTrainedConfig
 
-from lf_hf.families.models import family_of, model_class
-from lf_hf.plan.healing import HealingPlan, Training, plan_healing
-from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, NoRoom
-from lf_hf.plan.phases import Phases, Shape, fused_layers, times
+from lf_hf.families.models import model_class, text_model, text_prefix
+from lf_hf.plan.machine import CONTEXT, PYTHON, Machine
+from lf_hf.plan.phases import Phases, Shape, Work, fused_layers, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
 from lf_hf.runtime.memory import in_gib
-from lf_hf.settings import LONGEST_GROUP, FusionConfig
+from lf_hf.settings import LONGEST_GROUP, FusionConfig, HealSettings
 
 CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
 """Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card."""
 _BATCH_SHARE = 16  # of another card, one part in so many
 _SECONDS_OF_WORK = 1e11  # operations
 _LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
+_ADAMW_STATE = 12  # bytes of a trained parameter in a state on disk
+_STATES = 2  # of a training on disk: the last and the best one
+_TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
+
+
+class NoRoom(ValueError):
+    """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
+
+    def __init__(self, what: str, machine: Machine, needed: int, advice: str) -> None:
+        device = machine.device
+        super().__init__(
+            f"{in_gib(machine.free[device])} are free on {device}, and {what} takes {in_gib(needed)} there at least; "
+            f"give a device with so much, or {advice}."
+        )
+        self.needed = needed
+
+
+@dataclass(frozen=True)
+class HealingPlan:
+    """What a healing trains and why, how many sequences at a time, and bytes: on its `device`, and of states on disk.
+
+    `settings` are those of the healing, with what it trains; `begun` is the note of the same one, if it was cut short.
+    """
+
+    settings: HealSettings
+    device: str
+    gradient_checkpointing: bool
+    sequences: int
+    why: str
+    bytes: int
+    disk: int
+    work: Work
+    begun: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def train(self) -> str:
+        """What is trained: a rung of the ladder, or what a user asked for."""
+        return str(self.settings.train)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where everything lies, and what it takes.
 
-    `peak` is by place, and `phases` by phase of the place that computes; `disk` is at most, while it runs. `minutes`
-    are by phase, None for a device that is not here.
+    `parameters` are the base's and the result's, `peak` is by place, and `phases` by phase of the place that computes;
+    `disk` is at most, while it runs. `minutes` are by phase, None for a device that is not here.
     """
 
     machine: Machine
@@ -45,6 +83,7 @@ class Plan:
     states: Literal["device", "host", "disk"]
     longest: int  # layers that may become one, where groups are chosen by cost
     healing: HealingPlan | None
+    parameters: tuple[int, int]
     weights: dict[str, int]
     phases: dict[str, int]
     peak: dict[str, int]
@@ -54,6 +93,25 @@ class Plan:
     @property
     def device(self) -> str:
         return self.machine.device
+
+    @property
+    def place(self) -> dict[str, str | int] | str | None:
+        """Where the weights go, as from_pretrained's `device_map`. Raises ValueError for another machine."""
+        if not self.machine.is_here:
+            raise ValueError(
+                f"max_memory names {self.device}, which this machine does not have; a dry run plans for other machines."
+            )
+        return self.device_map or self.one_place
+
+    @property
+    def one_place(self) -> str | None:
+        """Where a model lies whole, as from_pretrained's `device_map`: where layers compute."""
+        return self.device if self.machine.has_card else None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether weights lie on several cards."""
+        return len(self.weights.keys() - {"cpu", "disk"}) > 1
 
     @property
     def uses_disk(self) -> bool:
@@ -89,7 +147,8 @@ def plan(
     fusion: FusionConfig,
     machine: Machine,
     *,
-    healing: Training | None = None,
+    healing: HealSettings | None = None,
+    otherwise: str = "method='refit'",
     device_map: dict[str, str | int] | None = None,
     low_memory: bool = False,
     rates: Callable[[], Rates] | None = None,
@@ -104,8 +163,10 @@ def plan(
         Of its weights.
     fusion : FusionConfig
     machine : Machine
-    healing : Training, optional
-        Settings of the healing that follows.
+    healing : HealSettings, optional
+        Settings of the healing that follows; to choose what it trains, `train` is None.
+    otherwise : str
+        What to advise where no healing fits.
     device_map : dict, optional
         Where a user wants the weights.
     low_memory : bool
@@ -142,25 +203,35 @@ def plan(
     by_phase = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
     steps = None
     if healing is not None:
-        steps = plan_healing(shape, fusion, machine, healing)
+        steps = _plan_healing(shape, fusion, machine, healing, otherwise)
         by_phase["heal"] = steps.bytes
     peak = {device: max(by_phase.values())}
     if machine.has_card:
         peak["cpu"] = PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
-    made = (shape.total - fused_layers(fusion) * shape.layer) * shape.size
+    parameters = shape.total, shape.total - fused_layers(fusion) * shape.layer
+    made = parameters[1] * shape.size
     training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
     kept = made * bool(fusion.heal_tokens)  # the fused model, until the healed one is whole
     disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
+    if device_map == {"": "disk"} and machine.has_card:
+        device_map = _on_disk_but_the_norm(model, device)
+    minutes = _minutes(phases, steps, rates)
+    return Plan(
+        machine, device_map, batch_bytes, states, longest, steps, parameters, weights, by_phase, peak, disk, minutes
+    )
+
+
+def _minutes(phases: Phases, healing: HealingPlan | None, rates: Callable[[], Rates] | None) -> dict[str, float] | None:
+    """By phase; None where nothing measures the machine, and it would take longer than seconds."""
     work = {name: need.work for name, need in phases.needs.items()}
-    if steps is not None:
-        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}
-    minutes = None
+    if healing is not None:
+        work |= {"heal": healing.work, "judge": times(work.pop("judge"), 2)}
     if sum(amount for of in work.values() for amount in of.values()) < _SECONDS_OF_WORK:
-        minutes = dict.fromkeys(work, 0.0)
-    elif rates is not None:
-        measured = rates()
-        minutes = {name: sum(amount / measured[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
-    return Plan(machine, device_map, batch_bytes, states, longest, steps, weights, by_phase, peak, disk, minutes)
+        return dict.fromkeys(work, 0.0)
+    if rates is None:
+        return None
+    measured = rates()
+    return {name: sum(amount / measured[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
 
 
 def _longest_that_fits(phases_of: Callable[..., Phases], fusion: FusionConfig, free: int) -> tuple[int, Phases]:
@@ -205,8 +276,19 @@ def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memo
             most[place if index is None else index] = max(0, size - kept)
     if not machine.is_here:  # accelerate warns of devices that it does not find
         logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
-    layer = family_of(model.config).decoder_layer.__name__
+    layer = type(text_model(model).layers[0]).__name__
     return dict(infer_auto_device_map(model, most, no_split_module_classes=[layer], dtype=dtype))
+
+
+def _on_disk_but_the_norm(model: Any, device: str) -> dict[str, str | int]:
+    """All weights on a disk but the final norm's, as accelerate computes where it has put something."""
+    norm = f"{text_prefix(model)}norm"
+    beside, place = [], ""
+    for own_name in norm.split("."):
+        children = dict(model.get_submodule(place).named_children())
+        beside += [f"{place}{child}" for child in children if child != own_name]
+        place += f"{own_name}."
+    return {norm: device, **dict.fromkeys(beside, "disk")}
 
 
 def _weights_by_place(
@@ -220,3 +302,41 @@ def _weights_by_place(
         place = device_map[module]
         weights[f"{kind}:{place}" if isinstance(place, int) else str(place)] += parameter.numel() * dtype.itemsize
     return dict(weights)
+
+
+def _plan_healing(
+    shape: Shape, fusion: FusionConfig, machine: Machine, healing: HealSettings, otherwise: str
+) -> HealingPlan:
+    """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
+
+    All layers, the fused ones, or adapters, each without and with checkpoints of gradients. The fused model stays where
+    it trains, and what is not trained is its own. Raises NoRoom, with the advice `otherwise`, where no rung fits.
+    """
+    layers = shape.layers - fused_layers(fusion)
+    own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
+    trained_by: dict[str, int] = {
+        "layers": layers * shape.layer,
+        "fused": fused_layers(fusion) * shape.layer,
+        "lora": layers * shape.adapters * healing.lora_rank,
+        "all": shape.total - fused_layers(fusion) * shape.layer,
+    }
+    ladder: list[str] = [healing.train] if healing.train else ["layers", "fused", "lora"]
+    batch = max(1, healing.batch_tokens // healing.length // machine.processes)
+    divisors = [number for number in range(batch, 0, -1) if batch % number == 0]
+    least: dict[str, int] = {}  # of what did not fit
+    for train, checkpoints, sequences in product(ladder, (False, True), divisors):
+        trained = trained_by[train]
+        tokens = sequences * healing.length
+        takes = own + healing_bytes(shape, machine, layers, trained, tokens, checkpoints=checkpoints)
+        if takes > free:
+            least[train] = takes
+            continue
+        why = f"{_TRAINED[train]}, {trained:,} parameters{' with gradient checkpointing' * checkpoints}"
+        if train != ladder[0]:
+            why += f", as {_TRAINED[ladder[0]]} would take {in_gib(least[ladder[0]])}"
+        work = healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
+        disk = _STATES * _ADAMW_STATE * trained
+        settings = replace(healing, train=train)
+        return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
+    what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
+    raise NoRoom(what, machine, least[ladder[-1]], otherwise)

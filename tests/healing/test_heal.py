@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from builders import normal
-from conftest import QUICK, make_llama, make_texts, make_tokenizer, save_base, tensors
+from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, save_base, tensors
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings
 from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.cli import main, parse_training_arguments
 from lf_hf.decoder.decoder import Decoder
@@ -199,6 +200,45 @@ def test_a_damaged_note_is_named_with_what_to_remove(heal: Heal, killed: Path) -
     for _ in range(2):
         with pytest.raises(ValueError, match=f"{re.escape(str(note))}.*cannot be read .*; remove .* to begin anew"):
             heal()
+
+
+def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
+    heal: Heal, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lf_hf.plan.plan.healing_bytes", lambda *_, **__: 1 << 48)
+    place = re.escape(str(killed / WORK))
+    with pytest.raises(ValueError, match=f"train='layers' .* give a device with so much, or remove '{place}' to begin"):
+        heal()
+    with pytest.raises(ValueError, match=r"train='lora' .* or method='refit'\.$"):
+        heal(out=killed / "else")
+
+
+@pytest.mark.parametrize("command", ["heal", "fuse"])
+def test_a_run_that_was_killed_as_it_ended_is_ended_by_the_same_command(
+    command: str, heal: Heal, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained or saved again, and another command leaves all as it is."""
+    out, real = tmp_path / "out", FusedForCausalLM.save_into
+
+    def fuse(**changes: Any) -> FusionReport:
+        given = QUICK | {"heal_tokens": 2048, "calibration": TEXTS} | changes
+        return lf_hf.fuse_checkpoint(base, out, **given)
+
+    def save_and_die(model: Any, *given: Any, **saving: Any) -> None:
+        real(model, *given, **saving)
+        if model.fusion_report.healed:
+            raise Killed
+
+    start: Any = heal if command == "heal" else fuse
+    with patch.object(FusedForCausalLM, "save_into", save_and_die), pytest.raises(Killed):
+        start()
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.delattr(Base, "load")
+    with pytest.raises(ValueError, match="holds a healed model; choose another folder"):
+        start(seed=1)
+    saved = files(out)
+    assert start() == FusionReport.load(out) and files(out) == saved
+    assert not (out / WORK).exists()
 
 
 @pytest.mark.parametrize(

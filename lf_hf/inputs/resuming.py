@@ -1,0 +1,105 @@
+"""A healing that was cut short: what it is made of is noted beside its states, so that the same one goes on or ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lf_hf.checkpoint.identity import differences
+from lf_hf.checkpoint.saving import LOGS, WORK, changed_files, finish_save, locked_folder
+from lf_hf.healing.teacher import is_written
+from lf_hf.report.report import FusionReport
+from lf_hf.runtime.errors import explained
+from lf_hf.runtime.launch import compute_once
+
+_NOTE = "healing.json"
+
+
+def note_healing(work: Path, made_of: Mapping[str, str], train: str, fused: str | None = None) -> None:
+    """Note in the folder of its states what a healing is made of and trains, and the digest of the fused weights."""
+    note = {"made_of": made_of, "train": train, "fused": fused}
+    (work / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+
+
+def noted_healing(work: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    """The note of a healing that was made of the same, if all that it goes on from is there; else nothing.
+
+    Raises ValueError where there are states of another one, so that nothing is lost.
+    """
+    file = work / _NOTE
+    if not file.is_file():
+        return {}
+    advice = f"remove {str(work)!r} to begin anew"
+    with explained(f"{str(file)!r}, which says what is healed there, cannot be read", advice):
+        note = json.loads(file.read_text(encoding="utf-8"))
+        changes = differences(note["made_of"], made_of)
+    if not changes:
+        return note if is_written(work) else {}
+    if any(work.glob("checkpoint-*")):
+        raise ValueError(
+            f"{str(work.parent)!r} holds a run that was cut short, of another healing ({'; '.join(changes):.500}). "
+            "To go on with it, give its command again, with the same lf_hf, Python and hub access "
+            f"(or the text 'bundled' if it had none), or {advice}."
+        )
+    return {}
+
+
+def save_healed(folder: Path, save: Callable[[], None], digest: str | None) -> None:
+    """Save a healed model, whose weights have this digest, into a folder, and remove what its healing went on from."""
+    file = folder / WORK / _NOTE
+    note = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(note | {"healed": digest}), encoding="utf-8")
+    save()
+    _end(folder)
+
+
+def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> FusionReport | None:
+    """The report of a model in a folder that was healed and saved there by a run of the same, killed as it ended.
+
+    What that run left of its work is removed.
+    """
+    note = compute_once(lambda: _note_of_result(folder))
+    if not note or differences(note["made_of"], made_of()):
+        return None
+
+    def end() -> FusionReport:
+        with locked_folder(folder, wait=True):
+            if (folder / WORK).is_dir():  # else the run that saved it has just ended
+                _end(folder)
+        return FusionReport.load(folder)
+
+    return compute_once(end)
+
+
+def _note_of_result(folder: Path) -> dict[str, Any]:
+    """The note that belongs to the healed model in a folder; else nothing."""
+    finish_save(folder)
+    with suppress(OSError, ValueError):
+        note: dict[str, Any] = json.loads((folder / WORK / _NOTE).read_text(encoding="utf-8"))
+        report = FusionReport.load(folder)
+        if report.healed and note.get("healed") == report.weights_digest is not None and not changed_files(folder):
+            return note
+    return {}
+
+
+def _end(folder: Path) -> None:
+    """Remove what a healing went on from, its note last, and keep its logs."""
+    work = folder / WORK
+    if (work / LOGS).is_dir():
+        shutil.copytree(work / LOGS, folder / LOGS, copy_function=_copy_new, dirs_exist_ok=True)
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _NOTE:
+            entry.unlink()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy_new(source: str, target: str) -> None:
+    """Copy a file unless there is one of that name: it is the user's."""
+    if not Path(target).exists():
+        shutil.copy2(source, target)
