@@ -54,8 +54,8 @@ from lf_hf.runtime.launch import Processes, own_device
 logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where files are; the config and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only", "revision", "subfolder", "token")
-# Those, and others that hold for a base only, and not for what it is fused to.
-_BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use_safetensors", "variant")
+BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use_safetensors", "variant")
+"""Those, and others that hold for a base only, and not for what it is fused to."""
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 _WEIGHTS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -252,11 +252,6 @@ class Base:
         if not left_out:
             return []
         return [f"The base's {', '.join(left_out)} are left out, as transformers reads none in a {stock.__name__}."]
-
-    def loading_fused(self, device_map: Any) -> dict[str, Any]:
-        """The arguments that hold for what was made of this base, too, in another folder and at another place."""
-        loading = {name: value for name, value in self.loading.items() if name not in _BASE_ONLY_ARGUMENTS}
-        return loading | {"device_map": device_map}
 
 
 def checked_dtype(dtype: object) -> torch.dtype | None:

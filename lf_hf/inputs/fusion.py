@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lf_hf.checkpoint.base import Base
+from lf_hf.checkpoint.base import BASE_ONLY_ARGUMENTS, Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
 from lf_hf.families.models import model_class as stock_class
@@ -108,7 +108,8 @@ class FusionInputs:
 
     def load_fused(self, folder: Path, device_map: Any) -> FusedForCausalLM:
         """What was made of the base and saved into a folder."""
-        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **self.base.loading_fused(device_map))
+        loading = {name: value for name, value in self.base.loading.items() if name not in BASE_ONLY_ARGUMENTS}
+        model: FusedForCausalLM = self.model_class.from_pretrained(folder, **loading | {"device_map": device_map})
         model.tokenizer = self.tokenizer
         return model
 

@@ -21,8 +21,7 @@ _NOTE = "healing.json"
 
 def note_healing(work: Path, made_of: Mapping[str, str], train: str, fused: str | None = None) -> None:
     """Note in the folder of its states what a healing is made of and trains, and the digest of the fused weights."""
-    note = {"made_of": made_of, "train": train, "fused": fused}
-    (work / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+    _write(work, {"made_of": made_of, "train": train, "fused": fused})
 
 
 def noted_healing(work: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
@@ -50,9 +49,8 @@ def noted_healing(work: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
 
 def save_healed(folder: Path, save: Callable[[], None], digest: str | None) -> None:
     """Save a healed model, whose weights have this digest, into a folder, and remove what its healing went on from."""
-    file = folder / WORK / _NOTE
-    note = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(note | {"healed": digest}), encoding="utf-8")
+    note = json.loads((folder / WORK / _NOTE).read_text(encoding="utf-8"))
+    _write(folder / WORK, note | {"healed": digest})
     save()
     _end(folder)
 
@@ -75,6 +73,12 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
     return compute_once(end)
 
 
+def _write(work: Path, note: Mapping[str, Any]) -> None:
+    new = work / f"{_NOTE}.new"
+    new.write_text(json.dumps(note), encoding="utf-8")
+    new.replace(work / _NOTE)
+
+
 def _note_of_result(folder: Path) -> dict[str, Any]:
     """The note that belongs to the healed model in a folder; else nothing."""
     finish_save(folder)
@@ -91,7 +95,7 @@ def _end(folder: Path) -> None:
     work = folder / WORK
     if (work / LOGS).is_dir():
         shutil.copytree(work / LOGS, folder / LOGS, copy_function=_copy_new, dirs_exist_ok=True)
-    for entry in work.iterdir():
+    for entry in () if work.is_symlink() else work.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name != _NOTE:
