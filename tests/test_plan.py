@@ -114,7 +114,7 @@ def test_what_a_user_should_know_is_noted(
     make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, out = FusionConfig(1, "truncate", perplexity_tokens=0), tmp_path / "out"
-    monkeypatch.setattr("lf_hf.runtime.numerics.computes_bfloat16", lambda: False)
+    monkeypatch.setattr("lf_hf.plan.machine.computes_bfloat16", lambda: False)
     base = make_base(dtype=torch.bfloat16)
     assert plan_fusion(base, config, out=out, dtype="float32").notes == []
     fuse_checkpoint(base, out, config)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -26,7 +27,6 @@ from lf_hf.plan.probe import probe
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import compute_once, local_processes
 from lf_hf.runtime.memory import in_gib
-from lf_hf.runtime.numerics import slow_bfloat16_note
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
 
@@ -66,6 +66,8 @@ def plan_run(
     target = folder or Path(tempfile.gettempdir())
     place = next(place for place in (target, *target.parents) if place.is_dir())
     machine = Machine.here(devices, max_memory, place)
+    if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
+        logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
     if healing is not None and devices[0].index and local_processes() == 1:
         kind, number = devices[0].type, devices[0].index
         raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
@@ -73,7 +75,7 @@ def plan_run(
         machine = replace(machine, bfloat16=bfloat16)
     otherwise, begun = "method='refit'", {}
     if healing is not None and folder is not None and made_of is not None:
-        begun = compute_once(lambda: noted_healing(folder / WORK, made_of))
+        begun = compute_once(partial(noted_healing, folder / WORK, made_of))
         if begun:
             healing = replace(healing, train=begun["train"])
             otherwise = f"remove {str(folder / WORK)!r} to begin anew"
@@ -99,8 +101,6 @@ def plan_run(
                 f"The disk of {str(place)!r} has {in_gib(unused)} free, and the fused model takes, with what lies "
                 f"there meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
             )
-    if slow := slow_bfloat16_note(dtype, devices[0]):
-        logger.warning(slow)
     if planned.healing is None:
         return planned
     return replace(planned, healing=replace(planned.healing, begun=begun))

@@ -66,13 +66,6 @@ def computes_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def slow_bfloat16_note(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Advice for a model in bfloat16 on a CPU that can only imitate it; None for any other."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or computes_bfloat16():
-        return None
-    return "This CPU has no instructions for bfloat16, so it is several times as slow as float32."
-
-
 def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:
     """SHA-256 over the names and shapes of a model's parameters, and about a thousand values spread over each.
 
