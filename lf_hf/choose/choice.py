@@ -15,17 +15,14 @@ from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
+from lf_hf.plan.amounts import SHORT, num_trials
 from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
 from lf_hf.text.packing import take_first
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
-_SHORT = 2  # all groups that remove at most so many layers are measured
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
-_TRIALS = 16  # sets of groups that are tried out whole, at most
-_LEAST_TRIALS = 6
-_TRIAL_TOKENS = 2048  # calibration tokens for each trial: with little text, fewer sets are tried
 
 
 @dataclass(frozen=True)
@@ -94,14 +91,14 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     """
     assert measured.text is not None
     text = measured.text.given, measured.text.written, measured.text.other
-    count = min(_TRIALS, max(_LEAST_TRIALS, measured.text.source.tokens // _TRIAL_TOKENS))
+    count = num_trials(measured.text.source.tokens)
     known = measured.group_costs
     with costs_on(decoder, split_text(*text), config.ridge) as costs:
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
         influences = [influence(before, after, decoder.processes) for before, after in pairwise(costs.boundaries)]
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
-    known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= _SHORT}
+    known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())
     if not math.isfinite(trials.get(chosen, math.inf)):
         raise ValueError(
@@ -119,7 +116,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     where they are in one of the cheapest sets.
     """
     inner = costs.decoder.inner_layers
-    most = min(num_fusions, _SHORT, (costs.decoder.longest_group or LONGEST_GROUP) - 1)
+    most = min(num_fusions, SHORT, (costs.decoder.longest_group or LONGEST_GROUP) - 1)
     short = {(n, n + more) for more in range(1, most + 1) for n in inner[:-more]}
     if missing := short - costs.by_group.keys():
         costs.measure(missing)

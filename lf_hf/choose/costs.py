@@ -17,6 +17,7 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families.table import DecoderLayer
 from lf_hf.measure.predictions import divergences
+from lf_hf.plan.amounts import FITTING_TOKENS, JUDGED_AT_ONCE, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
@@ -24,12 +25,6 @@ from lf_hf.refit.states import States, StateStore, Traces, on_device, run_bounda
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import JUDGING_LENGTH
 from lf_hf.text.packing import interleave, split_held_out, take_first
-
-_AT_ONCE = 8  # groups whose predictions are in memory at a time
-FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to
-_JUDGING_PIECES = 16  # pieces of the calibration text that judge, beside other kinds of text
-_JUDGING_PART = 4  # one of so many pieces judges groups by themselves
-_VOCABULARY = 1 << 15  # above this vocabulary size, predictions of fewer tokens are compared
 
 
 class GroupText(NamedTuple):
@@ -50,13 +45,13 @@ def split_text(given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain
     given sequence serves both uses. Every other piece is a half that is repeated: only heads that look up what
     followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
     """
-    judges, rest = split_held_out(given, _JUDGING_PIECES, at_random=False)
+    judges, rest = split_held_out(given, JUDGING_PIECES, at_random=False)
     text = GroupText(list(take_first(interleave(rest, written), FITTING_TOKENS)), [], [])
     for number, sequence in enumerate([*(judges or given), *out_of_domain]):
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
             piece = torch.cat([piece[: len(piece) // 2]] * 2)
-        judges_groups = number // 2 % _JUDGING_PART == 0  # of neighbours one is a repeated half
+        judges_groups = number // 2 % JUDGING_PART == 0  # of neighbours one is a repeated half
         (text.judging_groups if judges_groups else text.judging_sets).append(piece)
     return text
 
@@ -111,8 +106,7 @@ class GroupCosts:
         self._ridge = ridge
         self._store = store
         self._states_above: dict[Groups, tuple[States, States]] = {}  # above the groups that tried sets begin with
-        stride = min(max(2, decoder.config.vocab_size // _VOCABULARY), 6)  # neighbours' predictions say much the same
-        self._judged_tokens = slice(1, None, stride)
+        self._judged_tokens = slice(1, None, judged_stride(decoder.config.vocab_size))
 
     @torch.no_grad()
     def measure(self, groups: Collection[Group]) -> None:
@@ -141,8 +135,8 @@ class GroupCosts:
             lowest_open = min(open_starts, default=number + 1)
             window = {n: layer for n, layer in window.items() if n >= lowest_open}
         measured = list(judged)
-        for start in range(0, len(measured), _AT_ONCE):
-            batch = measured[start : start + _AT_ONCE]
+        for start in range(0, len(measured), JUDGED_AT_ONCE):
+            batch = measured[start : start + JUDGED_AT_ONCE]
             costs = self._divergences([judged.pop(group) for group in batch], self._judging_groups)
             self.by_group.update(zip(batch, costs, strict=True))
 

@@ -43,7 +43,7 @@ from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import all_finite, in_float64
 
 _BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
-_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
+BATCH_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 
 
 Group = tuple[int, int]
@@ -283,7 +283,7 @@ class Decoder:
 
     def batch_indices(self, sequences: Sequence[Tensor]) -> list[list[int]]:
         """Numbers of the sequences (tokens T,) of each batch: of one length, and no more than `batch_bytes` hold."""
-        max_tokens = self.batch_bytes // (_COPIES * self.config.intermediate_size)
+        max_tokens = self.batch_bytes // (BATCH_COPIES * self.config.intermediate_size)
         by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
             by_length.setdefault(len(sequence), []).append(number)

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder, Head
+from lf_hf.plan.amounts import LOGITS
 from lf_hf.report.data import TextFigures
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 
-LOGITS = 1 << 25
-"""About how many logits of a model exist at a time: with a large vocabulary those of few tokens."""
 _IN_CACHE = 1 << 18  # about how many of them the CPU works on at a time, in float32
 
 Batches = Mapping[str, Sequence[Tensor]]

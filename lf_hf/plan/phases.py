@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from lf_hf.decoder.decoder import BATCH_COPIES
 from lf_hf.families.models import family_of, text_model
 from lf_hf.families.table import head_dim
+from lf_hf.plan import amounts
 from lf_hf.plan.machine import Machine
 from lf_hf.settings import (
     JUDGING_LENGTH,
@@ -26,18 +28,8 @@ from lf_hf.settings import (
     HealSettings,
 )
 
-_BATCH_COPIES = 64  # bytes for each token and channel of an MLP, see `Decoder.batch_indices`
 _OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made
-_LOGITS = 1 << 25  # of a model at a time, where texts are judged
-_JUDGED_AT_ONCE = 9  # models whose predictions are compared in choosing
-_VOCABULARY, _MOST_SKIPPED = 1 << 15, 6  # choosing judges one token in so many, by the vocabulary
-_CANDIDATES, _CANDIDATES_PER_KEPT = 6144, 1.25  # channels that are compared by regression
-_EXACT = 4096  # unknowns up to which a system is solved in float64
-_FITTING_TOKENS = 4096  # of choosing
-_PIECES, _OTHER_PIECES, _GROUP_PIECES = 16, 16, 4  # that judge: of the text, of other kinds, and one in so many of both
-_SHORT_GROUPS = 2  # layers that go in groups which are all measured
-_TRIALS, _LEAST_TRIALS, _TRIAL_TOKENS = 16, 6, 2048
-_TUNED_PASSES, _TUNED_TOKENS, _STEP_TOKENS = 8, 8 * 49152, 2048
+_OTHER_PIECES = 16  # that judge groups: of other kinds of text, about
 _SAMPLES, _SAMPLE_LENGTH = 57, 128  # of the published method's default, about
 _WRITTEN_SHARE, _HEALED_SHARE = 1 / 2, 1 / 3  # of texts to calibrate and to heal on that the model writes, at most
 TRAINED_BYTES = 18  # of a trained parameter: master, gradient, two moments in float32, and a copy to compute in
@@ -175,7 +167,7 @@ class Phases:
 
     def _batch(self, length: int) -> int:
         """Tokens that pass a layer together, of sequences of `length` tokens."""
-        return max(1, self.batch_bytes // (_BATCH_COPIES * self.shape.mlp) // length) * length
+        return max(1, self.batch_bytes // (BATCH_COPIES * self.shape.mlp) // length) * length
 
     def _running(self, length: int) -> int:
         """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention."""
@@ -194,7 +186,7 @@ class Phases:
 
     def _logits(self, tokens: int, models: int) -> int:
         """Bytes of logits of some models of at most so many tokens; a card has them in float32, and their softmax."""
-        return models * min(_LOGITS, tokens * self.shape.vocab) * (self.shape.size + 8 * self.on_card)
+        return models * min(amounts.LOGITS, tokens * self.shape.vocab) * (self.shape.size + 8 * self.on_card)
 
     def _written(self, rows: int, steps: int) -> tuple[int, Work]:
         """Bytes and work of text that a model writes, `rows` sequences together."""
@@ -243,14 +235,14 @@ class Phases:
         if self.config.selection != "groups":  # by influence, on some text
             tokens = min(8192, self.config.calibration_tokens) * (self.config.selection == "least_influence")
             return Need(self._running(length), 2 * self._states(tokens), self._forward(tokens, shape.layers))
-        fitted = min(_FITTING_TOKENS, self.config.calibration_tokens)
-        of_text = min(_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
+        fitted = min(amounts.FITTING_TOKENS, self.config.calibration_tokens)
+        of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
         judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
-        judging_groups = judging // _GROUP_PIECES
-        trials = min(_TRIALS, max(_LEAST_TRIALS, self.config.calibration_tokens // _TRIAL_TOKENS))
-        short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, _SHORT_GROUPS) + 1))
+        judging_groups = judging // amounts.JUDGING_PART
+        trials = amounts.num_trials(self.config.calibration_tokens)
+        short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
         measured = short + trials  # and those of the sets, of which about one is new in each
-        stride = min(max(2, shape.vocab // _VOCABULARY), _MOST_SKIPPED)
+        stride = amounts.judged_stride(shape.vocab)
         # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
         lists = self._states((shape.layers + 1) * (fitted + judging) + self.longest * fitted)
         lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
@@ -258,7 +250,7 @@ class Phases:
         _, of_short = self._fit(fitted, 2, rough=True)
         _, of_sets = self._fit(fitted, self.joined, rough=True)
         judged_at_once = self._batch(JUDGING_LENGTH) // stride
-        inside = self._running(length) + max(longest_fit, self._logits(judged_at_once, _JUDGED_AT_ONCE))
+        inside = self._running(length) + max(longest_fit, self._logits(judged_at_once, amounts.JUDGED_AT_ONCE + 1))
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)
@@ -276,13 +268,13 @@ class Phases:
             return Need(made, 0, Work())
         tokens, length = config.calibration_tokens, config.calibration_length
         inside, _ = self._fit(tokens, self.longest, rough=False)
-        tuned = TRAINED_BYTES * shape.layer + max(_STEP_TOKENS, length) * activation_bytes(shape)
-        passes = max(1, min(_TUNED_PASSES, round(_TUNED_TOKENS / tokens)))
+        tuned = TRAINED_BYTES * shape.layer + max(amounts.STEP_TOKENS, length) * activation_bytes(shape)
+        passes = amounts.num_passes(tokens)
         # One stream from the first to the last group, and the dense one up to that: as long as all layers together.
         work = self._forward(tokens, shape.layers)
         _, of_fit = self._fit(tokens, self.joined, rough=False)
         trained = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
-        trained += Work(bytes=passes * tokens // _STEP_TOKENS * STEP_BYTES * shape.layer)
+        trained += Work(bytes=passes * tokens // amounts.STEP_TOKENS * STEP_BYTES * shape.layer)
         # Lists: before and between the halves of each layer, after them, and of the model as it becomes, twice.
         lists = self._states((2 * self.longest + 4) * tokens)
         inside = self._running(length) + made + max(inside, tuned)
@@ -302,52 +294,62 @@ class Phases:
         shape, batch = self.shape, self._batch(self.config.calibration_length)
         hidden, mlp, size = shape.hidden, shape.mlp, shape.size
         wide, heads = joined * mlp, joined * shape.queries
-        compared = mlp if rough else min(wide, max(_CANDIDATES, int(_CANDIDATES_PER_KEPT * mlp)))
+        compared = mlp if rough else amounts.num_candidates(wide, mlp)
         # The maps, the wide half in its own numbers and a reader in float32; then the channels that are compared.
         widened = joined * (4 * hidden**2 + 3 * hidden * mlp * size) + 8 * hidden * mlp
         chosen = 3 * hidden * (wide + compared) * size
-        solving = self._solving(compared, mlp)
+        of_map, map_work = self._problem(tokens, hidden, hidden, rough=rough)
+        of_heads, head_work = self._problem(tokens, heads, shape.queries, rough=rough)
+        solving, channel_work = self._problem(tokens, compared, mlp, rough=rough)
         if shape.has_norm_after:  # the second problem beside the first one
             solving += 4 * (mlp**2 + hidden * mlp)
         channels = batch * wide * (3 * size + 4)  # gate, up, their product, and it in float32
-        inside = channels + max(widened, chosen + solving, self._solving(heads, shape.queries) + chosen)
+        inside = channels + max(widened, of_map, chosen + solving, chosen + of_heads)
         readers = 2 * mlp + shape.queries + 2 * shape.keys
         work = self._forward(tokens, joined)
-        of_map = self._summed(tokens, hidden) + self._solved(hidden, hidden)
-        work += times(of_map + Work(product=2 * hidden**2 * readers // 2), 2 * joined)
+        work += times(map_work + Work(product=2 * hidden**2 * readers // 2), 2 * joined)
         twice = 1 + shape.has_head_norms
-        attention = Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
-        attention += self._summed(tokens, heads) + self._solved(heads, shape.queries)
+        work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
         if compared < wide:
             work += Work(layer=4 * tokens * hidden * wide)
         work += Work(layer=4 * tokens * hidden * compared)
-        work += attention + self._summed(tokens, compared) + self._solved(compared, mlp)
+        work += head_work + channel_work
         if shape.has_norm_after:
             work += Work(layer=12 * tokens * hidden * (mlp + shape.queries))
             if not rough:
-                work += self._summed(tokens, mlp) + self._solved(mlp, mlp)
+                work += self._problem(tokens, mlp, mlp, rough=False)[1]
         return inside, work
 
-    def _solving(self, unknowns: int, kept: int) -> int:
-        """Bytes of a least-squares problem: its sums, and what it is pruned and solved in."""
-        exact = 8 if unknowns <= _EXACT else 4
+    def _problem(self, tokens: int, unknowns: int, kept: int, *, rough: bool) -> tuple[int, Work]:
+        """Bytes and work of a least-squares problem: sums, a pruning by an inverse, and the solution of the rest.
+
+        A rough fit solves some in its tokens.
+        """
+        hidden = self.shape.hidden
+        if rough and amounts.solved_in_tokens(tokens, unknowns):
+            return self._dual_problem(tokens, unknowns, kept)
+        exact = 8 if unknowns <= amounts.EXACT_LIMIT else 4
         squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
-        return (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * self.shape.hidden
+        size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * hidden
+        work = Work(product=tokens * unknowns * (unknowns + 2 * hidden))  # half of a gram matrix, and what it is for
+        for size_of, steps in ((unknowns, kept < unknowns), (kept, 1)):
+            rate = "solve" if size_of <= amounts.EXACT_LIMIT else "product"
+            flops = size_of**3 // 3 + 2 * size_of**2 * hidden
+            if size_of > kept:  # the inverse, and its updates
+                flops += 2 * size_of**3 // 3 + 2 * (size_of**3 - kept**3) // 3
+            work += Work({rate: flops * steps, "product": 2 * size_of**2 * hidden * steps})
+        return size, work
 
-    def _summed(self, tokens: int, unknowns: int) -> Work:
-        """Half of a gram matrix, and what it is solved for."""
-        return Work(product=tokens * unknowns * (unknowns + 2 * self.shape.hidden))
-
-    def _solved(self, unknowns: int, kept: int) -> Work:
-        """Pruning by an inverse, where there is any, and the solution of what is left."""
+    def _dual_problem(self, tokens: int, unknowns: int, kept: int) -> tuple[int, Work]:
+        """The same where it is solved in the tokens: no more of the inverse than blocks on its diagonal."""
+        hidden = self.shape.hidden
+        # x twice; the kernel, and it in float64; two weights; what is to be written, and what is missed of it.
+        size = 8 * tokens * unknowns + 12 * tokens**2 + 8 * unknowns * hidden + 32 * tokens * hidden
         work = Work()
-        for size, steps in ((unknowns, kept < unknowns), (kept, 1)):
-            rate = "solve" if size <= _EXACT else "product"
-            flops = size**3 // 3 + 2 * size**2 * self.shape.hidden
-            if size > kept:  # the inverse, and its updates
-                flops += 2 * size**3 // 3 + 2 * (size**3 - kept**3) // 3
-            work += Work({rate: flops * steps, "product": 2 * size**2 * self.shape.hidden * steps})
-        return work
+        for inputs in {unknowns, kept}:
+            work += Work(product=tokens**2 * inputs + 4 * tokens * inputs * hidden)
+            work += Work(solve=tokens**3 // 3 + 2 * tokens**2 * hidden + tokens**2 * inputs * (inputs > kept))
+        return size, work
 
 
 def times(work: Work, count: float) -> Work:

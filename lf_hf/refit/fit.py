@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
+from lf_hf.plan.amounts import num_candidates
 from lf_hf.refit.half_fit import HalfFit, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
@@ -39,11 +40,6 @@ from lf_hf.refit.regression import FitOverflow, expanded
 from lf_hf.refit.states import StateStore, Traces, on_device
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import all_finite, in_float64
-
-# Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
-# of them are in memory at a time: 2.6 GB for a width of 14336.
-MAX_CANDIDATES = 6144
-_CANDIDATES_PER_KEPT = 1.25
 
 
 class FittedHalf(NamedTuple):
@@ -236,11 +232,6 @@ def _largest(fit: HalfFit, weights: Weights, limit: int) -> Tensor:
         size += token_weights(fit.decoder, state) @ written.square()
     fit.decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values
-
-
-def num_candidates(channels: int, keep: int) -> int:
-    """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
-    return min(channels, max(MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
 
 
 def _counts(kept: Tensor, each: int, layers: int) -> list[int]:

@@ -17,8 +17,9 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
+from lf_hf.plan.amounts import solved_in_tokens
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
-from lf_hf.refit.regression import Regression
+from lf_hf.refit.regression import DualRegression, Regression
 from lf_hf.runtime.numerics import in_float64
 
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
@@ -28,6 +29,7 @@ _SIZE_TOKENS = 64  # of each sequence, on which sizes in front of a norm are mea
 
 WriterInputs = Callable[[Tensor], Tensor]
 """What the writer of a half reads, from the stream: states (sequences B, tokens T, hidden) -> (B * T, channels)."""
+Problem = Regression | DualRegression
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class HalfFit:
         norm."""
         return None
 
-    def build_problem(self, weights: Weights, x_of: WriterInputs) -> Regression:
+    def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
         problem = self._empty(start.shape, start)
@@ -111,8 +113,16 @@ class HalfFit:
         problem.complete()
         return problem
 
-    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Regression:
-        return Regression(shape[1], shape[0], like.device, like.dtype, self.decoder.processes)
+    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Problem:
+        """A problem to add tokens to. A rough fit has few, and is solved in them where there are many unknowns; but
+        several processes, which have a share of them each, add up sums."""
+        outputs, inputs = shape
+        processes = self.decoder.processes
+        if self.rough and processes.world_size == 1:
+            tokens = sum(state.shape[:2].numel() for state in self.states)
+            if solved_in_tokens(tokens, inputs):
+                return DualRegression(like.device, like.dtype)
+        return Regression(inputs, outputs, like.device, like.dtype, processes)
 
     def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
@@ -126,7 +136,7 @@ class HalfFit:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
         return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> list[float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[float]:
         """Fit the half's writer in `weights`; the errors before and after. `kind` is as in `writer_inputs`."""
         name = f"{self.half.writer}.weight"
         fitted, *errors = problem.ridge(weights[name], self.ridge)
@@ -188,7 +198,7 @@ class NormedHalfFit(HalfFit):
             total = total.to(logs.device) + logs
         return total
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Regression, kind: Kind | None) -> list[float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[float]:
         """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
         x_of = self.writer_inputs(weights, kind)
         errors = super().fit_writer(weights, problem, kind)

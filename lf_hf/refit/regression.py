@@ -1,4 +1,4 @@
-"""Least squares of fits: sums over tokens, and what follows from them without the tokens.
+"""Least squares of fits, by sums over tokens or, where there are few, by the tokens themselves.
 
 Matrices are gigabytes each where models are wide, so operations run in place.
 """
@@ -6,20 +6,21 @@ Matrices are gigabytes each where models are wide, so operations run in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lf_hf.plan.amounts import EXACT_LIMIT
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products
 
 _SELECTION_RIDGE = 1e-2
+_TINY = torch.finfo(torch.float32).tiny  # so that a ridge is not 0 where nothing is read
 _GRAM_ROWS = 512  # of a gram matrix that are added to at a time
 _ROWS = 256  # of a matrix that are moved, or an error summed over, at a time
+_COLUMNS = 512  # of an inverse of which blocks are computed at a time
 PRUNING_ROUNDS = 4
-EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 
 
 class FitOverflow(ValueError):
@@ -37,6 +38,39 @@ class Solution(NamedTuple):
     error_after: float
 
 
+class Units:
+    """What a problem is in: float32 at least, on the CPU where a device, Apple's mps, has no float64 to solve it in.
+
+    x is in units of `unit`, a power of two near the largest of the first x, so that squares are in range. It is a
+    float32 tensor of shape (), and 1 before there is an x.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.unit = torch.ones((), device=self.device)
+        self.is_known = False
+
+    def weighted(self, x: Tensor, y: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x in units of `unit`, and y, of tokens, both times the root of the tokens' weights."""
+        x, y = x.to(self.device), y.to(self.device)
+        root = token_weight.float().to(self.device).sqrt()[:, None]
+        if not self.is_known:
+            # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
+            largest_of_rows = torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]
+            self.unit = power_of_two(largest_of_rows.amax())
+            self.is_known = True
+        # A product with float32 is the one copy of half-precision numbers.
+        x = (x * root).to(self.dtype)
+        y = (y * root).to(self.dtype)
+        x *= self.unit.reciprocal()
+        return x, y
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """A weight that is for x, as one for x in units of `unit`."""
+        return weight.to(self.device, self.dtype, copy=True).mul_(self.unit)
+
+
 class Regression:
     """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
 
@@ -45,23 +79,20 @@ class Regression:
     inputs, outputs : int
         How many numbers x and y have.
     device : torch.device
-        The sums are on the CPU where it, Apple's mps, has no float64 to solve the problem in.
     dtype : torch.dtype
-        In which x and y are computed. Sums are in float32 at least, and of bfloat16 products where this is bfloat16.
+        In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
 
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, with x in units of `unit`. Until `complete` it lacks what is left of blocks
+        Sum of weight * x x^T over tokens, with x in its units. Until `complete` it lacks what is left of blocks
         on the diagonal.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
     energy : float64 tensor of shape ()
         Sum of weight * |y|^2.
-    unit : float32 tensor of shape ()
-        A power of two near the largest of the first x, so that squares are in range; 1 before there is one.
     """
 
     def __init__(
@@ -72,53 +103,34 @@ class Regression:
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
     ) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device
-        wide = torch.promote_types(dtype, torch.float32)
+        self._units = Units(device, dtype)
+        device, wide = self._units.device, self._units.dtype
         self.gram = torch.zeros(inputs, inputs, dtype=wide, device=device)
         self.cross = torch.zeros(outputs, inputs, dtype=wide, device=device)
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
-        self.unit = torch.ones((), device=device)
-        self._has_unit = False
         self._is_bfloat16 = dtype == torch.bfloat16
         self._processes = processes
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), token_weight (tokens T,)."""
-        device, dtype = self.gram.device, self.gram.dtype
-        x, y = x.to(device), y.to(device)
-        root = token_weight.float().to(device).sqrt()[:, None]
-        if not self._has_unit:
-            # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
-            largest_of_rows = torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]
-            self.unit = power_of_two(largest_of_rows.amax())
-            self._has_unit = True
-        # A product with float32 is the one copy of half-precision numbers.
-        x = (x * root).to(dtype)
-        y = (y * root).to(dtype)
-        x *= self.unit.reciprocal()
+        x, y = self._units.weighted(x, y, token_weight)
         with bfloat16_products(self._is_bfloat16):
-            for first, rows in self._blocks():  # half of a symmetric matrix: twice as fast
-                columns = x[:, first : first + len(rows)]
-                rows[:, first:].addmm_(columns.T, x[:, first:])
+            add_gram(self.gram, x)
             self.cross.addmm_(y.T, x)
         for rows in y.split(_ROWS):
             self.energy += rows.double().square_().sum()
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of rows of the gram matrix, and where each begins."""
-        return zip(range(0, len(self.gram), _GRAM_ROWS), self.gram.split(_GRAM_ROWS), strict=True)
-
     def complete(self) -> None:
         """Add up the sums of all processes, in each of them, after the last tokens."""
-        for first, rows in self._blocks():
-            end = first + len(rows)
-            self.gram[end:, first:end] = rows[:, end:].T
+        for first in range(0, len(self.gram), _GRAM_ROWS):
+            end = first + _GRAM_ROWS
+            self.gram[end:, first:end] = self.gram[first:end, end:].T
         if self._processes.world_size == 1:
             return
-        own_unit = float(self.unit) if self._has_unit else 0.0
+        own_unit = float(self._units.unit) if self._units.is_known else 0.0
         unit = max(self._processes.all_gather_object(own_unit)) or 1.0
         scale = own_unit / unit  # a power of two, so that nothing is rounded
-        self.unit = torch.full_like(self.unit, unit)
+        self._units.unit = torch.full_like(self._units.unit, unit)
         self.gram *= scale**2
         self.cross *= scale
         for sums in (self.gram, self.cross, self.energy):
@@ -131,8 +143,8 @@ class Regression:
         the gram matrix but that of the solution: with R = cross - start gram, and W gram = cross - pull (W - start),
         they are energy - <cross + R, start> and energy - <cross + pull (W - start), W>.
         """
-        weight = self._in_units(start)
-        pull = strength * self.gram.diagonal().mean()
+        weight = self._units.of_weight(start)
+        pull = strength * self.gram.diagonal().mean() + _TINY
         factor = self._factor(pull)
         residual = torch.addmm(self.cross, weight, self.gram, alpha=-1)  # (d, m)
         before = self.energy - _dot(self.cross, weight) - _dot(residual, weight)
@@ -140,7 +152,7 @@ class Regression:
         weight += change
         after = self.energy - _dot(self.cross, weight) - pull * _dot(change, weight)
         before, after, energy = torch.stack([before, after, self.energy]).tolist()
-        return Solution(weight.div_(self.unit), _relative(before, energy), _relative(after, energy))
+        return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -163,21 +175,20 @@ class Regression:
         """
         total = self.gram.shape[0] // block
         blocks = torch.arange(total, device=self.gram.device)
-        pull = _SELECTION_RIDGE * self.gram.diagonal().mean()
+        pull = _SELECTION_RIDGE * self.gram.diagonal().mean() + _TINY
         factor = self._factor(pull)
-        target = self._in_units(start).mul_(pull).add_(self.cross).to(factor.dtype)
+        target = self._units.of_weight(start).mul_(pull).add_(self.cross).to(factor.dtype)
         weight = solve(factor, target.T)  # W^T (m, d)
         inverse = torch.cholesky_inverse(factor, out=factor)  # (m, m)
         del factor, target
-        surplus_by_round = {(total - keep) * step // rounds for step in range(rounds)}  # left after each round
-        for surplus in sorted(surplus_by_round, reverse=True):
-            size = keep + surplus
-            order = saliency(inverse, weight, block).argsort(descending=True)
+        for size in _sizes(total, keep, rounds):
+            inner = inverse.unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
+            order = saliency(inner.movedim(2, 0), weight).argsort(descending=True)
             dropped = order[size:].sort().values
             # Those that are left among the last take the places of those that are dropped: few are moved.
             last = torch.arange(size, len(blocks), device=blocks.device)
             last = last[torch.isin(last, dropped).argsort(stable=True)]
-            if surplus:
+            if size > keep:
                 inverse, weight = eliminate(inverse, weight, expanded(dropped, block), expanded(last, block))
             blocks[dropped] = blocks[last]
             blocks = blocks[:size]
@@ -189,23 +200,94 @@ class Regression:
         self.cross = self.cross[:, index]
         return blocks
 
-    def _in_units(self, weight: Tensor) -> Tensor:
-        """A weight that is for x, as one for x in units of `unit`."""
-        return weight.to(self.gram, copy=True).mul_(self.unit)
-
     def _factor(self, pull: Tensor) -> Tensor:
-        """Cholesky factor of the gram matrix with the ridge on its diagonal."""
-        dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
-        matrix = self.gram.to(dtype, copy=True)
-        matrix.diagonal().add_(pull + torch.finfo(torch.float32).tiny)
-        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
-        info = torch.empty((), dtype=torch.int32, device=matrix.device)
-        factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-        if info.item():
-            if not torch.isfinite(self.gram.diagonal()).all():
-                raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
-            raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
-        return factor
+        return cholesky(self.gram, pull, torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32)
+
+
+class DualRegression:
+    """The same problem by the tokens, where they are fewer than x has numbers: with no matrix of shape (m, m).
+
+    Tokens are kept: X of shape (tokens T, inputs m) and Y (tokens T, outputs d). With the kernel K = X X^T + pull I, of
+    shape (T, T), the solution leaves pull K^-1 (Y - X start^T) of Y, and the inverse of the gram matrix with its ridge
+    is (I - X^T K^-1 X) / pull. Systems are solved in float64. Parameters and methods are those of `Regression`.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._units = Units(device, dtype)
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
+        self._parts.append(self._units.weighted(x, y, token_weight))
+
+    def complete(self) -> None:
+        self._x, self._y = map(torch.cat, zip(*self._parts, strict=True))
+        self._parts.clear()
+
+    def ridge(self, start: Tensor, strength: float) -> Solution:
+        weight = self._units.of_weight(start)
+        pull = self._pull(strength)
+        _, missed, left = self._solved(weight, pull)
+        weight += (left @ self._x).div_(pull)
+        before, after, energy = torch.stack([_dot(part, part) for part in (missed, left, self._y)]).tolist()
+        return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
+
+    def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
+        start = self._units.of_weight(start)
+        blocks = torch.arange(start.shape[1] // block, device=start.device)
+        identity = torch.eye(block, dtype=torch.float64, device=start.device)
+        at_once = block * max(1, _COLUMNS // block)
+        pull = self._pull(_SELECTION_RIDGE)
+        for size in _sizes(len(blocks), keep, rounds):
+            factor, _, left = self._solved(start, pull)
+            weight = (left @ self._x).div_(pull).add_(start)
+            worth = []
+            for x, columns in zip(self._x.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True):
+                root = torch.linalg.solve_triangular(factor, x.double(), upper=False)
+                root = root.unflatten(1, (-1, block)).movedim(1, 0)  # (blocks, T, block)
+                inner = (identity - root.mT @ root).div_(pull)
+                worth.append(saliency(inner, columns.T.double()))
+            chosen = torch.cat(worth).argsort(descending=True)[:size].sort().values
+            index = expanded(chosen, block)
+            blocks, start, self._x = blocks[chosen], start[:, index], self._x[:, index]
+        return blocks
+
+    def _pull(self, strength: float) -> Tensor:
+        return strength * torch.linalg.vector_norm(self._x).square() / self._x.shape[1] + _TINY
+
+    def _solved(self, start: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
+        kernel = self._x.new_zeros(len(self._x), len(self._x))
+        add_gram(kernel, self._x.T)
+        factor = cholesky(kernel, pull, torch.float64)
+        missed = torch.addmm(self._y.T, start, self._x.T, alpha=-1)
+        left = solve(factor, missed.to(factor.dtype).T).T
+        return factor, missed, left.mul_(pull).to(missed.dtype)
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x, of x (T, m), to a matrix (m, m), but for what is left of blocks on its diagonal: twice as fast."""
+    for first in range(0, len(gram), _GRAM_ROWS):
+        columns = x[:, first : first + _GRAM_ROWS]
+        gram[first : first + _GRAM_ROWS, first:].addmm_(columns.T, x[:, first:])
+
+
+def cholesky(gram: Tensor, pull: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cholesky factor of a symmetric matrix, of which the upper half is read, with a ridge on its diagonal."""
+    matrix = gram.to(dtype, copy=True)
+    matrix.diagonal().add_(pull)
+    # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+    if info.item():
+        if not torch.isfinite(gram.diagonal()).all():
+            raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+        raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
+    return factor
+
+
+def _sizes(total: int, keep: int, rounds: int) -> list[int]:
+    """How many blocks are left after each round, of `total` in front of the first one."""
+    return sorted({keep + (total - keep) * step // rounds for step in range(rounds)}, reverse=True)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -229,11 +311,12 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
 
 
-def saliency(inverse: Tensor, weight: Tensor, block: int) -> Tensor:
-    """What each block of inputs is worth, from the inverse (m, m) and the solution W^T (m, d); shape (blocks,)."""
+def saliency(inner: Tensor, weight: Tensor) -> Tensor:
+    """What each block of inputs is worth, from the blocks (blocks, block, block) on the diagonal of the inverse and the
+    solution W^T (m, d); shape (blocks,)."""
+    block = inner.shape[1]
     if block == 1:
-        return torch.linalg.vector_norm(weight, dim=1).square() / inverse.diagonal()
-    inner = torch.stack([inverse[n : n + block, n : n + block] for n in range(0, len(inverse), block)])
+        return torch.linalg.vector_norm(weight, dim=1).square() / inner[:, 0, 0]
     parts = weight.unflatten(0, (-1, block))  # (blocks, block, d)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 

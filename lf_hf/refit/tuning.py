@@ -17,15 +17,13 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
+from lf_hf.plan.amounts import STEP_TOKENS, num_passes
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.runtime.numerics import in_float64, typical_size
 
 Row = tuple[int, int]
 """A sequence of this process: the number of its batch, and its row there."""
 
-_PASSES = 8  # over the calibration text, at most
-_TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
-_STEP_TOKENS = 2048  # at least, of all processes together
 _WARM_UP_STEPS = 10
 _RELATIVE_RATE = 2.75e-3  # of the size of the layer's weights
 
@@ -102,7 +100,7 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers:
     `batch_numbers` are the numbers of this process's sequences in each of the batches that the states were made in: a
     second call of `Decoder.batch_indices` may return others, because the free memory has changed.
     """
-    passes = max(1, min(_PASSES, round(_TRAINED_TOKENS / sum(map(len, sequences)))))
+    passes = num_passes(sum(map(len, sequences)))
     mine = decoder.processes.shard(range(len(sequences)))
     places: dict[int, Row] = {}
     for batch, numbers in enumerate(batch_numbers):
@@ -113,7 +111,7 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers:
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
         for number in torch.randperm(len(sequences), generator=generator).tolist():
-            if tokens >= _STEP_TOKENS:
+            if tokens >= STEP_TOKENS:
                 steps.append([])
                 tokens = 0
             tokens += len(sequences[number])

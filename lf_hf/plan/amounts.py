@@ -1,0 +1,47 @@
+"""How much of everything a fusion takes: numbers that what plans it and what does it both go by."""
+
+from __future__ import annotations
+
+FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to roughly, to compare them
+JUDGING_PIECES = 16  # pieces of the calibration text that judge groups, beside other kinds of text
+JUDGING_PART = 4  # one of so many pieces judges groups by themselves
+JUDGED_AT_ONCE = 8  # groups whose predictions are in memory at a time
+SHORT = 2  # all groups that remove at most so many layers are measured
+EXACT_LIMIT = 4096  # up to this size systems are solved in float64
+STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all processes together
+LOGITS = 1 << 25  # of a model that exist at a time, about: with a large vocabulary those of few tokens
+
+_TRIALS, _LEAST_TRIALS = 16, 6  # sets of groups that are tried out whole
+_TRIAL_TOKENS = 2048  # calibration tokens for each trial: with little text, fewer sets are tried
+_VOCABULARY, _MOST_SKIPPED = 1 << 15, 6  # above this vocabulary size, predictions of fewer tokens are compared
+# Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
+# of them are in memory at a time: 2.6 GB for a width of 14336.
+MAX_CANDIDATES = 6144
+_CANDIDATES_PER_KEPT = 1.25
+_PASSES = 8  # over the calibration text, at most
+_TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
+
+
+def num_trials(tokens: int) -> int:
+    """How many sets of groups are tried with so many calibration tokens."""
+    return min(_TRIALS, max(_LEAST_TRIALS, tokens // _TRIAL_TOKENS))
+
+
+def judged_stride(vocab_size: int) -> int:
+    """Of how many neighbouring tokens one is judged in choosing: their predictions say much the same."""
+    return min(max(2, vocab_size // _VOCABULARY), _MOST_SKIPPED)
+
+
+def num_candidates(channels: int, keep: int) -> int:
+    """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
+    return min(channels, max(MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
+
+
+def num_passes(tokens: int) -> int:
+    """How often a fused layer is trained on so many calibration tokens."""
+    return max(1, min(_PASSES, round(_TRAINED_TOKENS / tokens)))
+
+
+def solved_in_tokens(tokens: int, unknowns: int) -> bool:
+    """Whether a rough fit is solved in its tokens; of more of them sums are as fast, in less memory."""
+    return 2 * tokens <= unknowns
