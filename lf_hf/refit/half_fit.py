@@ -56,17 +56,17 @@ class HalfFit:
     ridge: float
     rough: bool = False
 
-    def input_maps(self, like: Weights) -> list[Tensor]:
+    def input_maps(self, like: Weights) -> list[Tensor | None]:
         """For each layer a map, near the identity, from what the half reads to what it read in the group.
 
-        Of shape (hidden, hidden), float32 at least. `like` is a layer, for device and dtype.
+        Of shape (hidden, hidden), float32 at least; None for the identity. `like` is a layer, for device and dtype.
         """
         weight = like[f"{self.half.writer}.weight"]
         identity = torch.eye(self.decoder.config.hidden_size, device=weight.device)
-        maps = []
+        maps: list[Tensor | None] = []
         for inputs in self.inputs:
             if inputs is None:
-                maps.append(identity)
+                maps.append(None)
                 continue
             problem = self._empty(identity.shape, weight)
             for state, target in zip(self.states, inputs, strict=True):
@@ -88,7 +88,7 @@ class HalfFit:
         return partial(attention_heads, self.decoder, build_layer(self.decoder, weights, kind))
 
     def joint_writer_inputs(
-        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind]
+        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind]
     ) -> WriterInputs:
         """What the attention of each layer of a group computes by itself, one after the other."""
         parts = []
@@ -98,7 +98,7 @@ class HalfFit:
         return lambda state: torch.cat([part(state) for part in parts], dim=1)
 
     def measure_sizes(
-        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind] | None = None
+        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
     ) -> list[float] | None:
         """For `stacked`: None, as what a layer's half writes has a size of its own only where it goes through a
         norm."""
@@ -169,7 +169,7 @@ class NormedHalfFit(HalfFit):
         return x * scale, y, token_weights(self.decoder, target) * size[:, 0]
 
     def measure_sizes(
-        self, group: Sequence[Weights], maps: Sequence[Tensor], kinds: Sequence[Kind] | None = None
+        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
     ) -> list[float] | None:
         """Root mean square of what each layer's half writes for a token, as a geometric mean; None for one layer.
 

@@ -27,7 +27,7 @@ def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
 def stacked(
     half: Half,
     parameters: Sequence[Weights],
-    maps: Sequence[Tensor],
+    maps: Sequence[Tensor | None],
     sizes: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """One half of a wide layer that has all heads or all channels of some layers, in order.
@@ -42,7 +42,7 @@ def stacked(
     ----------
     half : Half
     parameters : the layers' weights
-    maps : a tensor of shape (hidden, hidden) for each layer
+    maps : a tensor of shape (hidden, hidden) for each layer, or None for the identity
         What the readers read the stream, or its norm, through.
     sizes : a float for each layer, optional
         Root mean square of what it writes in front of a norm: needed for several layers that have one there.
@@ -71,7 +71,9 @@ def stacked(
     return wide
 
 
-def _folded_readers(half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor]) -> list[Tensor]:
+def _folded_readers(
+    half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor | None]
+) -> list[Tensor]:
     """A reader's weight of each layer, with the norm's gains and the layer's map folded in."""
     folded = []
     for layer, input_map in zip(parameters, maps, strict=True):
@@ -79,7 +81,9 @@ def _folded_readers(half: Half, reader: str, parameters: Sequence[Weights], maps
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if half.before:
             wide = wide * layer[f"{half.before}.weight"]
-        folded.append((wide @ input_map.to(wide)).to(weight.dtype))
+        if input_map is not None:
+            wide = wide @ input_map.to(wide)
+        folded.append(wide.to(weight.dtype))
     return folded
 
 
