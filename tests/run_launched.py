@@ -53,7 +53,7 @@ def fuse(folder: Path, name: str, out: Path) -> str | None:
     if given.pop("low_memory", False):
         return lf_hf.fuse_checkpoint(folder / "chatting", out, **given).weights_digest
     # Groups are fitted to one sequence, so that one of two processes has none.
-    with patch("lf_hf.choose.costs.FITTING_TOKENS", 64):
+    with patch("lf_hf.choose.choice.num_rough_tokens", return_value=64):
         model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
     model.save_pretrained(out)
     return weights_digest(model.named_parameters())

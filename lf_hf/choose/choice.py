@@ -15,7 +15,7 @@ from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
-from lf_hf.plan.amounts import SHORT, num_trials
+from lf_hf.plan.amounts import SHORT, num_rough_tokens, num_trials
 from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import LONGEST_GROUP, FusionConfig
@@ -90,10 +90,11 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     Raises ValueError if no set has costs that are finite.
     """
     assert measured.text is not None
-    text = measured.text.given, measured.text.written, measured.text.other
+    num_fitted = num_rough_tokens(decoder.config.intermediate_size)
+    text = split_text(measured.text.given, measured.text.written, measured.text.other, num_fitted)
     count = num_trials(measured.text.source.tokens)
     known = measured.group_costs
-    with costs_on(decoder, split_text(*text), config.ridge) as costs:
+    with costs_on(decoder, text, config.ridge) as costs:
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
         influences = [influence(before, after, decoder.processes) for before, after in pairwise(costs.boundaries)]

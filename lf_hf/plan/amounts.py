@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-FITTING_TOKENS = 4096  # calibration tokens that groups are fitted to roughly, to compare them
 JUDGING_PIECES = 16  # pieces of the calibration text that judge groups, beside other kinds of text
 JUDGING_PART = 4  # one of so many pieces judges groups by themselves
 JUDGED_AT_ONCE = 8  # groups whose predictions are in memory at a time
@@ -20,6 +19,14 @@ MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
 _PASSES = 8  # over the calibration text, at most
 _TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
+
+
+def num_rough_tokens(channels: int) -> int:
+    """Calibration tokens that groups are fitted to roughly, to compare them, for an MLP of so many channels.
+
+    Four for three channels rank sets no worse than twice as many do (research/layers.md).
+    """
+    return min(max(2048, 4 * channels // 3), 4096)
 
 
 def num_trials(tokens: int) -> int:

@@ -235,7 +235,7 @@ class Phases:
         if self.config.selection != "groups":  # by influence, on some text
             tokens = min(8192, self.config.calibration_tokens) * (self.config.selection == "least_influence")
             return Need(self._running(length), 2 * self._states(tokens), self._forward(tokens, shape.layers))
-        fitted = min(amounts.FITTING_TOKENS, self.config.calibration_tokens)
+        fitted = min(amounts.num_rough_tokens(shape.mlp), self.config.calibration_tokens)
         of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
         judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
         judging_groups = judging // amounts.JUDGING_PART
