@@ -253,7 +253,9 @@ def heal(fused: str, out: str, arg: tuple[str, ...], dry_run: bool, **given: Any
 )
 @click.option("--limit", type=float, help="How many questions of each task; below 1, their share.  [default: all]")
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: the task's own]")
-@click.option("--batch-size", metavar="N|auto", default="1", help="How many questions to run together.")
+@click.option(
+    "--batch-size", metavar="N|auto", help="How many questions to run together.  [default: auto on a GPU, else 1]"
+)
 @click.option("--metadata", metavar="JSON", type=_json_object, help='For the tasks, such as {"mmlu_dir": "DIR"}.')
 @_CALIBRATION
 @_gone("--heal-cache", "a sweep measures BASE once for all points")

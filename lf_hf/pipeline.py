@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import Processes, compute_once
+from lf_hf.runtime.memory import in_gib
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
@@ -71,8 +73,7 @@ def run(
     say what the result is made of, for its report. All else is as for `FusedForCausalLM.save_into`.
     """
     plan = inputs.check(folder)
-    _announce(plan)
-    with TemporaryDirectory() as temporary:
+    with _following(plan), TemporaryDirectory() as temporary:
         place = Path(compute_once(lambda: temporary)) if folder is None else folder
         work = place / WORK
         config, corpus, healing = inputs.config, inputs.to_heal, plan.healing
@@ -110,26 +111,30 @@ def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | Non
 def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCausalLM:
     """Heal a fused model into a folder that is locked: its base is opened, measured and closed before it is read."""
     plan = inputs.check(folder)
-    _announce(plan)
-    healing, work = plan.healing, folder / WORK
-    assert healing is not None
-    if not healing.begun:
-        base = inputs.base.open_decoder(plan, scratch)
-        inputs.check_base(weights_digest(base.named_parameters()))
-        judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
-        write_teacher(work, base, inputs.tokenizer, inputs.corpus, healing.settings, judged, with_head=True)
-        del base
-        compute_once(lambda: note_healing(work, inputs.healing_identity, healing.train))
-    model, teacher = inputs.load_fused(plan), open_teacher(work)
-    if teacher.head is not None and healing.train != "all" and torch.equal(teacher.head, model.lm_head.weight.cpu()):
-        teacher = replace(teacher, head=None)
-    decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
-    decoder.processes = Processes.of_launch()
-    relations = {text.name: text.relation for text in report.perplexities}
-    model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
-    heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
-    _write(model, folder)
-    return model
+    with _following(plan):
+        healing, work = plan.healing, folder / WORK
+        assert healing is not None
+        if not healing.begun:
+            base = inputs.base.open_decoder(plan, scratch)
+            inputs.check_base(weights_digest(base.named_parameters()))
+            judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
+            write_teacher(work, base, inputs.tokenizer, inputs.corpus, healing.settings, judged, with_head=True)
+            del base
+            compute_once(lambda: note_healing(work, inputs.healing_identity, healing.train))
+        model, teacher = inputs.load_fused(plan), open_teacher(work)
+        if (
+            teacher.head is not None
+            and healing.train != "all"
+            and torch.equal(teacher.head, model.lm_head.weight.cpu())
+        ):
+            teacher = replace(teacher, head=None)
+        decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
+        decoder.processes = Processes.of_launch()
+        relations = {text.name: text.relation for text in report.perplexities}
+        model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))
+        heal_fused(model, teacher, inputs.corpus, healing, work, inputs.training_args)
+        _write(model, folder)
+        return model
 
 
 def heal_fused(
@@ -171,10 +176,21 @@ def _write(model: FusedForCausalLM, folder: Path | None, **saving: Any) -> None:
     compute_once(partial(save_healed, folder, save, model.report.weights_digest) if is_healed else save)
 
 
-def _announce(plan: Plan) -> None:
-    """Say how long a run takes, if that is long."""
+@contextmanager
+def _following(plan: Plan) -> Iterator[None]:
+    """Say how long a run takes, if that is long, and what to plan with where memory runs out all the same."""
     if plan.minutes and sum(plan.minutes.values()) > _LONG:
         logger.warning(f"Plan: {plan.minutes_line}.")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        device = plan.device
+        less = {**plan.machine.free, device: plan.peak[device] * 3 // 4}
+        places = ",".join(f"{place}={size >> 20}MiB" for place, size in less.items())
+        raise MemoryError(
+            f"Memory ran out on {device}, of which the plan took {in_gib(plan.peak[device])}; another process may use "
+            f"it. Give max_memory={places}, and the run is planned for less."
+        ) from None
 
 
 def fuse(

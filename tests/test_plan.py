@@ -228,6 +228,21 @@ def test_a_refusal_names_what_would_do(healing: HealSettings | None, card: int) 
         planned(machine(needed * 0.98), healing=healing)
 
 
+@pytest.mark.parametrize("where", ["measure", "heal_fused"])
+def test_memory_that_runs_out_all_the_same_is_said_with_what_to_plan_with(
+    where: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"lf_hf.pipeline.{where}", run_out)
+    given: dict[str, Any] = {"num_fusions": 1, "calibration": make_texts(200), "perplexity_tokens": 0}
+    with pytest.raises(MemoryError, match=r"Memory ran out on cpu, .* Give max_memory=cpu=") as failed:
+        fuse_checkpoint(base, tmp_path / "out", **given, method="truncate", heal_tokens=2048)
+    _, _, places = str(failed.value).partition("max_memory=")
+    assert read_max_memory(places.split(", ")[0]).keys() == {"cpu", "disk"}
+
+
 def test_long_groups_are_left_out_where_only_shorter_ones_fit() -> None:
     wide = LlamaConfig(**SHAPE | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64})
     config = FusionConfig(8, "refit", calibration_tokens=TOKENS)

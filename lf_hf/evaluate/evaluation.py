@@ -37,7 +37,7 @@ class Evaluation:
     tasks: Sequence[str]
     limit: float | None = None
     num_fewshot: int | None = None
-    batch_size: int | str = 1
+    batch_size: int | str | None = None
     metadata: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +67,8 @@ class Evaluation:
 
         Each process of a launch evaluates by itself.
         """
-        lm = HFLM(model, tokenizer=tokenizer, batch_size=self.batch_size, backend="causal")
+        batch_size = self.batch_size or ("auto" if model.device.type not in ("cpu", "mps") else 1)
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         loaded = self._load()
         options: dict[str, Any] = {"log_samples": False, "confirm_run_unsafe_code": self._may_run_code}
         evaluated = evaluate(lm, loaded, limit=self.limit, **options)

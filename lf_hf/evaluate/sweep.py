@@ -55,7 +55,7 @@ def sweep(
     tasks: Sequence[str],
     limit: float | None = None,
     num_fewshot: int | None = None,
-    batch_size: int | str = 1,
+    batch_size: int | str | None = None,
     metadata: dict[str, Any] | None = None,
     calibration: TextSource | None = None,
     settings: dict[str, Any] | None = None,
@@ -79,7 +79,7 @@ def sweep(
     methods, tasks : sequences of str
         Tasks are lm-eval's tasks, groups or tags; this project's own are known.
     limit, num_fewshot, batch_size, metadata
-        As for lm-eval.
+        As for lm-eval. By default batches are as large as a GPU holds, and single on the CPU.
     settings : dict, optional
         FusionConfig fields for every fusion.
     **kwargs
@@ -99,7 +99,7 @@ def sweep(
         raise ValueError("Sweeps evaluate with lm-eval; run `pip install '.[lm-eval]'` in lf_hf's checkout.")
     from lf_hf.evaluate.evaluation import Evaluation
 
-    check_evaluation(limit, batch_size)
+    check_evaluation(limit, batch_size or 1)
     folder = checked_folder(out)
     opened = Base.open(base, kwargs | {"device_map": own_device(kwargs.get("device_map"))})
     configs = _configs(opened.config, num_fusions, methods, tasks, settings or {})

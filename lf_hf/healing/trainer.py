@@ -207,6 +207,8 @@ class DistillationTrainer(Trainer):
             if self.is_world_process_zero():
                 state = Path(self.args.output_dir or ".", f"checkpoint-{self.state.global_step}")
                 (state / _FILES).write_text(json.dumps(_file_sizes(state)), encoding="utf-8")
+        except torch.OutOfMemoryError:
+            raise
         except (SafetensorError, RuntimeError, OSError) as error:  # of which a full disk gives any
             raise OSError(
                 f"The state of step {self.state.global_step} was not written ({reason(error)}); the one before it is "

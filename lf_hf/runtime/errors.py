@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from pydantic import ValidationError
 
 Kinds = type[Exception] | tuple[type[Exception], ...]
@@ -22,8 +23,13 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def explained(problem: str, advice: str, kinds: Kinds = Exception) -> Iterator[None]:
-    """Raise errors of these kinds as a ValueError: `problem`, in brackets the error's message, and `advice`."""
+    """Raise errors of these kinds as a ValueError: `problem`, in brackets the error's message, and `advice`.
+
+    Memory that ran out is another matter, and stays what it is.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except kinds as error:
         raise ValueError(f"{problem} ({reason(error)}); {advice}.") from None
