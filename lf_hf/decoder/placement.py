@@ -33,10 +33,11 @@ def mend_offloading(model: Any) -> None:
     outside of it. And what the config ties and the files hold twice is tied where it is equal, and else is not, as
     transformers does with other weights.
     """
+    if is_offloaded(model):
+        _give_back_freed()
     for part in model.modules():
         if (hook := _offloading(part)) is not None and isinstance(hook.weights_map.dataset, OffloadedWeightsLoader):
             hook.weights_map.dataset.device = None
-            _give_back_freed()
     for name, source in [*model.all_tied_weights_keys.items()]:
         weight, tied_to = model.get_parameter(name), model.get_parameter(source)
         if weight is tied_to or not (weight.is_meta and tied_to.is_meta):

@@ -52,15 +52,17 @@ def average(
     folded = None if known is None else known.get(key)
     if folded is None or folded.entry.layers[0] < first:
         folded = MadeLayer(_weights(decoder, last), {}, FusedLayer([last], [1.0]))
-    for i in range(folded.entry.layers[0] - 1, first - 1, -1):
+    weights, entry = folded.weights, folded.entry
+    del folded  # so that weights go as soon as they are aligned, and those as soon as they are merged
+    for i in range(entry.layers[0] - 1, first - 1, -1):
         weights_i = _weights(decoder, i)
-        aligned, matches = align_layer(decoder, weights_i, folded.weights, alignment)
+        weights, matches = align_layer(decoder, weights_i, weights, alignment)
         ratio = fusion_ratio(similarity, i, i + 1, ratio_beta)
-        merged = merge_weights(weights_i, aligned, ratio)
-        del aligned  # else it would lie beside the next one
-        for weight in merged.values():
+        weights = merge_weights(weights_i, weights, ratio)
+        for weight in weights.values():
             decoder.processes.broadcast(weight)
-        folded = MadeLayer(merged, {}, folded.entry.joined(i, ratio, matches))
+        entry = entry.joined(i, ratio, matches)
+    folded = MadeLayer(weights, {}, entry)
     if known is not None:
         known[key] = folded
     return folded
