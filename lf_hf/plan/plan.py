@@ -285,7 +285,7 @@ def _on_disk_but_the_norm(model: Any, device: str) -> dict[str, str | int]:
     norm = f"{text_prefix(model)}norm"
     beside, place = [], ""
     for own_name in norm.split("."):
-        children = dict(model.get_submodule(place).named_children())
+        children = dict(model.get_submodule(place.removesuffix(".")).named_children())
         beside += [f"{place}{child}" for child in children if child != own_name]
         place += f"{own_name}."
     return {norm: device, **dict.fromkeys(beside, "disk")}

@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
-LINEAR = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+LINEAR = ["full_attention", "full_attention", "linear_attention", "linear_attention"]
 FAMILIES: dict[str, tuple[str, list[str]]] = {
     "Llama": ("llama", []),
     "Qwen3": ("qwen3", SLIDING),

@@ -96,7 +96,7 @@ def error_of(work: Callable[[], Any]) -> str | None:
     """
     try:
         work()
-    except (RuntimeError, TypeError):  # of which TypeError is NumPy's, of what is on a card
+    except (RuntimeError, MemoryError, TypeError):  # of which TypeError is NumPy's, of what is on a card
         return traceback.format_exc()
     finally:
         gc.collect()

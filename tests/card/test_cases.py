@@ -76,7 +76,7 @@ def test_the_host_waits_no_more_often_than_it_did(found: Found) -> None:
 
 
 def test_a_card_without_room_is_out_of_memory(found: Found) -> None:
-    assert "OutOfMemoryError: CUDA out of memory" in found["no_room"]
+    assert "MemoryError: Memory ran out on cuda:0" in found["no_room"] and "max_memory=cuda:0=" in found["no_room"]
 
 
 def test_the_next_layer_is_read_from_disk_while_one_is_used(found: Found) -> None:
