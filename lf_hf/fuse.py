@@ -305,7 +305,8 @@ def heal(
     """
     from lf_hf import pipeline
 
-    inputs, folder = HealInputs.open(fused, base, text, settings, training_args, kwargs), checked_folder(out)
+    inputs = HealInputs.open(fused, base, text, settings, training_args, kwargs)
+    folder = checked_folder(out)
     if report := ended_healing(folder, lambda: inputs.healing_identity):
         return report
     inputs.check_target(folder)

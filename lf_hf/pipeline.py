@@ -128,7 +128,8 @@ def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCaus
             and torch.equal(teacher.head, model.lm_head.weight.cpu())
         ):
             teacher = replace(teacher, head=None)
-        decoder, report = Decoder(model), with_speed(inputs.report, model, inputs.base.config)
+        decoder = Decoder(model)
+        report = with_speed(inputs.report, model, inputs.base.config)
         decoder.processes = Processes.of_launch()
         relations = {text.name: text.relation for text in report.perplexities}
         model.remember(replace(report, perplexities=judge(decoder, teacher.judged, relations, teacher.head)))

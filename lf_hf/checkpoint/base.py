@@ -188,7 +188,9 @@ class Base:
         decoder = Decoder(self.load(**placing))
         if temporary is not None:
             weakref.finalize(decoder.model, shutil.rmtree, temporary, ignore_errors=True)
-        decoder.batch_bytes, decoder.states, decoder.scratch = plan.batch_bytes, plan.states, folder
+        decoder.batch_bytes = plan.batch_bytes
+        decoder.states = plan.states
+        decoder.scratch = folder
         decoder.longest_group = plan.longest
         # Where each process spreads its model, and with it its states, over devices, each works by itself.
         if not plan.is_spread:
@@ -236,7 +238,8 @@ class Base:
 
     def credit(self, model: Any) -> None:
         """Give a fused model what it takes over from this base: how images are read, licence, revision, and a note."""
-        report, license = model.report, base_license(optional_file(self.name, CARD_NAME, self.hub))
+        report = model.report
+        license = base_license(optional_file(self.name, CARD_NAME, self.hub))
         notes = [*report.notes, *self._left_out()]
         model.remember(replace(report, license=license, notes=notes, revision=self.hub.get("revision")))
         model.processor_files = read_processor_files(self.name, self.config, self.hub)

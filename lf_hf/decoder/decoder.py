@@ -166,7 +166,9 @@ class Decoder:
         memory.
         """
         layer = self._text.layers[index]
-        device, was_offloaded, lay_on_disk = execution_device(layer), is_offloaded(layer), self._lies_on_disk(index)
+        device = execution_device(layer)
+        was_offloaded = is_offloaded(layer)
+        lay_on_disk = self._lies_on_disk(index)
         if was_offloaded:
             bring_in(layer)
         if kind and kind != self.family.layer_kind(layer):
@@ -205,7 +207,8 @@ class Decoder:
 
     def _lies_on_disk(self, index: int) -> bool:
         """Whether the device map puts a layer on a disk, by itself or with what it is in."""
-        device_map, name = getattr(self.model, "hf_device_map", {}), f"{text_prefix(self.model)}layers.{index}"
+        device_map = getattr(self.model, "hf_device_map", {})
+        name = f"{text_prefix(self.model)}layers.{index}"
         while name and name not in device_map:
             name = name.rpartition(".")[0]
         return device_map.get(name) == "disk"

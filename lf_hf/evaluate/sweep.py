@@ -299,7 +299,8 @@ class _Maker:
         start = time.perf_counter()
         scores = self.evaluation.scores(model, self.tokenizer)
         seconds = time.perf_counter() - start
-        layers, dense_layers = model.config.get_text_config().num_hidden_layers, self.base.text_config.num_hidden_layers
+        layers = model.config.get_text_config().num_hidden_layers
+        dense_layers = self.base.text_config.num_hidden_layers
         parameters = model.num_parameters()
         return Point(
             key,

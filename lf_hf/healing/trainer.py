@@ -255,7 +255,8 @@ def _added_by_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, down in state.items():
         if ".lora_A." not in name:
             continue
-        place, up = name.partition(".lora_A.")[0], state[name.replace(".lora_A.", ".lora_B.")]
+        place = name.partition(".lora_A.")[0]
+        up = state[name.replace(".lora_A.", ".lora_B.")]
         added[f"{place.removeprefix(_OF_ADAPTERS)}.weight"] = LORA_SCALE * (up.float() @ down.float())
     return added
 
@@ -386,7 +387,8 @@ def training_arguments(
         part = settings.batch // arguments.world_size
         most = min(plan.sequences, arguments.per_device_train_batch_size)
         size = max(number for number in range(1, part + 1) if part % number == 0 and number <= most)
-        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, part // size
+        arguments.per_device_train_batch_size = size
+        arguments.gradient_accumulation_steps = part // size
         if plan.gradient_checkpointing:
             arguments.gradient_checkpointing = True
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several

@@ -88,7 +88,8 @@ class HealInputs:
                 raise ValueError(unknown_name("setting", name, (*HealSettings.known, *_LOADING)))
         if settings.train not in (None, "lora") and settings.lora_rank != HealSettings().lora_rank:
             logger.warning(f"Without effect on train={settings.train!r}: lora_rank.")
-        layers, vocab_size = config.get_text_config().num_hidden_layers, config.get_text_config().vocab_size
+        layers = config.get_text_config().num_hidden_layers
+        vocab_size = config.get_text_config().vocab_size
         if opened.text_config.vocab_size != vocab_size:
             raise ValueError(
                 f"{opened.full_name!r} has {opened.text_config.vocab_size} embeddings, and the fused model "

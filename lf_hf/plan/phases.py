@@ -215,7 +215,8 @@ class Phases:
         if config.needs_text:
             rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
             written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
-            inside, work = max(inside, written), work + times(of_text, max(1, rows / WRITTEN_TOGETHER))
+            inside = max(inside, written)
+            work += times(of_text, max(1, rows / WRITTEN_TOGETHER))
         if self.heal_tokens:
             rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
             work += times(self._written(WRITTEN_TOGETHER, WRITTEN_LENGTH)[1], rows / WRITTEN_TOGETHER)

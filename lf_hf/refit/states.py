@@ -52,7 +52,8 @@ class StateStore(ExitStack):
     @staticmethod
     def _written(state: Tensor) -> Fetch:
         """Into the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
-        kept, device = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available()), state.device
+        kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available())
+        device = state.device
         kept.copy_(state, non_blocking=True)
         return lambda: kept.to(device, non_blocking=True)
 

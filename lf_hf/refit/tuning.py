@@ -49,7 +49,8 @@ def tune(
     steps : Steps
         What `training_steps` gives for this text.
     """
-    device, dtype = layer.mlp.down_proj.weight.device, layer.mlp.down_proj.weight.dtype
+    device = layer.mlp.down_proj.weight.device
+    dtype = layer.mlp.down_proj.weight.dtype
     computed = torch.bfloat16 if dtype == torch.float16 else dtype  # in which gradients do not underflow
     weights = {
         name: parameter.detach().to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()

@@ -163,7 +163,8 @@ def matched_cosines(report: FusionReport) -> Figure | None:
     offsets = 0.7 * ((np.arange(len(joins)) + 0.5) / len(joins) - 0.5)
     places = np.add.outer(offsets, np.arange(len(matrices))).ravel()
     shown = [matches[name] for matches in joins for name in matrices]
-    before, after = [match.cosine_before for match in shown], [match.cosine_after for match in shown]
+    before = [match.cosine_before for match in shown]
+    after = [match.cosine_after for match in shown]
     axis.vlines(places, before, after, color="#cbd5e0", linewidth=1.2)
     axis.scatter(places, before, s=16, color=_BEFORE, label="before", zorder=2)
     axis.scatter(places, after, s=16, color=_AFTER, label="after", zorder=2)

@@ -207,7 +207,8 @@ def load_corpus(
     to_train : bool
         Whether a model is to be trained on the text, and not fitted to it.
     """
-    source, note = GENERAL.name, f"Calibrated on general text; {_OWN_TEXT} a better model"
+    source = GENERAL.name
+    note = f"Calibrated on general text; {_OWN_TEXT} a better model"
     if calibration is None or (isinstance(calibration, str) and calibration in (BUNDLED, HUB)):
         rows, failure = _hub_rows(GENERAL, calibration)
         if not rows:
