@@ -95,8 +95,14 @@ class FusionInputs:
         if text is not None:
             length = min(config.calibration_length, base.text_config.max_position_embeddings)
             check_enough(self.tokenizer, text, length, base.text_config.vocab_size)
-        made_of = self.healing_identity if config.heal_tokens else None
-        plan = plan_run(base, config, folder, healing=config.healing, made_of=made_of, low_memory=self.low_memory)
+        plan = plan_run(
+            base,
+            config,
+            folder,
+            healing=config.healing,
+            made_of=lambda: self.healing_identity,
+            low_memory=self.low_memory,
+        )
         if self.to_heal is not None and plan.healing is not None:
             check_text_to_heal(self.tokenizer, self.to_heal, plan.healing.settings, base)
         return plan

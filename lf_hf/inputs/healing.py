@@ -132,7 +132,7 @@ class HealInputs:
         """
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        args, made_of = self.training_args, self.healing_identity
+        made_of, args = lambda: self.healing_identity, self.training_args
         plan = plan_run(self.base, config, out, healing=self.settings, made_of=made_of, training_args=args)
         assert plan.healing is not None
         check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -39,17 +39,17 @@ def plan_run(
     folder: Path | None,
     *,
     healing: HealSettings | None = None,
-    made_of: Mapping[str, str] | None = None,
+    made_of: Callable[[], Mapping[str, str]] | None = None,
     training_args: Mapping[str, Any] | None = None,
     low_memory: bool = False,
     is_timed: bool = True,
 ) -> Plan:
     """The plan on this machine, with room on the disk of `folder`, which has to be there.
 
-    `healing` are the settings of a healing that follows; the plan has those on this launch. Where a healing that was
-    `made_of` the same was cut short in `folder`, it trains what that one trained. `training_args` are None where a user
-    cannot give any. Raises ValueError if a device, training arguments or the memory will not do, or if another healing
-    was cut short there, and OSError if the disk has too little room.
+    `healing` are the settings of a healing that follows; the plan has those on this launch. Where a healing was cut
+    short in `folder` that was made of the same, which `made_of` computes, it trains what that one trained.
+    `training_args` are None where a user cannot give any. Raises ValueError if a device, training arguments or the
+    memory will not do, or if another healing was cut short there, and OSError if the disk has too little room.
     """
     shards, bfloat16 = 1, None
     if healing is not None:
@@ -75,10 +75,11 @@ def plan_run(
         machine = replace(machine, bfloat16=bfloat16)
     otherwise, begun = "method='refit'", {}
     if healing is not None and folder is not None and made_of is not None:
-        begun = compute_once(partial(noted_healing, folder / WORK, made_of))
+        work = folder / WORK
+        begun = compute_once(partial(noted_healing, work, made_of))
         if begun:
             healing = replace(healing, train=begun["train"])
-            otherwise = f"remove {str(folder / WORK)!r} to begin anew"
+            otherwise = f"remove {str(work)!r} to begin anew"
     planned = plan(
         base.config,
         dtype,

@@ -12,11 +12,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import lm_eval.tasks
 import pytest
+import torch
 import yaml
 from builders import make_point
 from conftest import make_llama, make_tokenizer
@@ -178,7 +180,7 @@ def test_a_sweep_shows_each_accuracy_their_mean_and_what_is_left_of_the_bases(
     assert shots == dict.fromkeys(MEMBERS, 0) | {"gsm8k": 5}
 
     monkeypatch.setattr("lf_hf.evaluate.evaluation.HFLM", lambda *_, **__: HashLM())
-    model: Any = None
+    model: Any = SimpleNamespace(device=torch.device("cpu"))
     scores = Evaluation(["depth_pruning"]).scores(model, model)
     theirs = evaluate(HashLM(), manager.load([*MEMBERS, "gsm8k"]), bootstrap_iters=0, log_samples=False)["results"]
     expected = {name: theirs[name]["acc,none"] for name in MEMBERS}
