@@ -167,7 +167,7 @@ def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], 
     if inputs.calibration is None:
         with suppress(ValueError):  # no report is there, or none that can be read
             earlier = default_source(info.source for info in FusionReport.load(folder).calibration)
-            inputs = dataclasses.replace(inputs, calibration=earlier)  # the same default text, whatever the hub says
+            inputs = dataclasses.replace(inputs, calibration=earlier, by_default=True)  # whatever the hub says now
     model = pipeline.run(inputs, folder, fingerprints=made_of)
     model.is_found_at(str(folder))
     on_another_machine = not Processes.of_launch().is_main and local_rank() == 0

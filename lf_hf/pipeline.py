@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.checkpoint.classes import FusedForCausalLM
-from lf_hf.checkpoint.saving import WORK
+from lf_hf.checkpoint.saving import WORK, changed_files
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
@@ -164,8 +164,10 @@ def _begun(inputs: FusionInputs, folder: Path, plan: Plan) -> FusedForCausalLM |
     """The fused model in a folder, if it is the one that a healing which was cut short there began with."""
     if plan.healing is None or not plan.healing.begun:
         return None
-    found = compute_once(lambda: (folder / REPORT_NAME).is_file() and FusionReport.load(folder).weights_digest)
-    return inputs.load_fused(folder, plan.one_place) if found == plan.healing.begun["fused"] else None
+    is_whole = compute_once(lambda: (folder / REPORT_NAME).is_file() and not changed_files(folder))
+    if not is_whole or compute_once(lambda: FusionReport.load(folder).weights_digest) != plan.healing.begun["fused"]:
+        return None
+    return inputs.load_fused(folder, plan.one_place)
 
 
 def _write(model: FusedForCausalLM, folder: Path | None, **saving: Any) -> None:

@@ -62,7 +62,7 @@ def reference() -> str:
 
 def methods() -> str:
     """The table of presets."""
-    names = ["selection", "alignment", "calibration_tokens", "heal_tokens"]
+    names = ["selection", "alignment"]
     rows = [["method", *names, "for"], ["---"] * (len(names) + 2)]
     for method, purpose in _METHODS_FOR.items():
         config = FusionConfig(1, method)

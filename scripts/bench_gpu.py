@@ -12,8 +12,8 @@ Why the time suffices for 32 layers, 4096 wide, an MLP of 14336 and 16384 tokens
 operations a second in bfloat16, 40 % of its peak, 40e12 in float32, and 3e9 bytes a second from files:
 
   checkpoint       16e9 bytes to write: 30 s. Reading them and importing takes 15 s in each case after it
-  text             the model writes half of it, all sequences together, in 127 steps of some 30 ms: 5 s
-  choosing         a rough fit of two layers takes 12e12 operations in float32, mostly the solution for 14336 channels,
+  text             the model writes half of it, all 64 sequences together, in 127 steps of some 30 ms: 5 s
+  choosing         a rough fit of two layers takes less than 12e12 operations in float32, as it is solved in its tokens,
                    and the text behind it some 40e12 in bfloat16: .5 s. 57 pairs and triples are fitted, and 8 sets of
                    3 to 6 groups: 40 to 50 s. From files each set reads 11e9 bytes more, so layers are chosen by
                    influence there, in 5 s, unless --selection says otherwise

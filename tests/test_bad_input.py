@@ -190,6 +190,7 @@ ROWS: dict[str, Row] = {
     "a name as tokenizer": (python, {"tokenizer": "gpt2"}, "tokenizer must be a loaded tokenizer, got 'gpt2'"),
     "quantising on the way": (python, {"load_in_8bit": True}, "cannot be fused with load_in_8bit; leave it out"),
     "what nothing takes": (python, {"banana": 1}, "cannot be loaded .*unexpected keyword argument 'banana'"),
+    "a place for some": (python, {"device_map": {"lm_head": "cpu"}}, "device_map says nothing of model.embed_tokens"),
     "a device of several": (python, {"device_map": {"": "cpu", "lm_head": "cuda:77"}}, "'cuda:77' cannot be used"),
     # The base: its config and its tokenizer
     "layers of different kinds": (python, {}, "of different kinds", config(per_layer_config={"1": {"head_dim": 8}})),

@@ -15,8 +15,10 @@ from conftest import TINY, make_texts, make_tokenizer, pickled
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
+from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.weights import weights_size
 from lf_hf.inputs.dry_run import DryRun, plan_fusion
+from lf_hf.inputs.fusion import load_needed
 from lf_hf.plan.machine import Machine, read_max_memory
 from lf_hf.plan.plan import NoRoom, Plan, plan
 from lf_hf.plan.probe import probe
@@ -53,6 +55,21 @@ def test_a_budget_has_a_plan_for_one_fusion(base: str, low_memory: bool) -> None
     plan = plan_fusion(base, config, calibration=make_texts(3000), low_memory=low_memory)
     assert 0 < plan.plan.peak["cpu"] < 1 << 31 and "layers: 5 -> 4 " in plan.summary()
     assert "as the budget allows" in plan.summary() and ("healing: on" in plan.summary()) == (not low_memory)
+
+
+def test_it_reads_no_weights_and_each_text_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base on the hub it would have to fetch them to know what they hold."""
+    loads = []
+
+    def counted(*given: Any) -> Any:
+        loads.append(given)
+        return load_needed(*given)
+
+    monkeypatch.setattr(Base, "content_files", None)
+    monkeypatch.setattr("lf_hf.inputs.fusion.load_needed", counted)
+    config = FusionConfig(1, "truncate", heal_tokens=2048)
+    assert "healing: on" in plan_fusion(base, config, out=tmp_path, calibration=make_texts(200)).summary()
+    assert len(loads) == 1
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class FusionInputs:
     """All that a fusion is made of; text is read when it is first needed.
 
     `calibration` is what the user gave, `tokenizer` the base's unless the user gave one, and `model_class` that of the
-    result.
+    result. `by_default`: the user gave no calibration text, and `calibration` is the default that an earlier run had.
     """
 
     base: Base
@@ -41,6 +41,7 @@ class FusionInputs:
     tokenizer: PreTrainedTokenizerBase
     model_class: type[FusedForCausalLM]
     low_memory: bool = False
+    by_default: bool = False
 
     @classmethod
     def open(
@@ -126,7 +127,7 @@ class FusionInputs:
         """
         texts: list[str] | None = None
         used = [source for source in (*self.samples_and_text, self.to_heal) if source is not None]
-        if self.calibration is not None and used:
+        if self.calibration is not None and not self.by_default and used:
             texts = [text for source in used for text in source.texts]
         read = text_digest(texts, self.tokenizer)
         dtype = self.base.dtype or self.base.config.dtype

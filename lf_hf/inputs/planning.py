@@ -25,7 +25,7 @@ from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
 from lf_hf.runtime.errors import explained
-from lf_hf.runtime.launch import compute_once, local_processes
+from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
 from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
@@ -76,7 +76,7 @@ def plan_run(
     otherwise, begun = "method='refit'", {}
     if healing is not None and folder is not None and made_of is not None:
         work = folder / WORK
-        begun = compute_once(partial(noted_healing, work, made_of))
+        begun = noted_healing(work, made_of)
         if begun:
             healing = replace(healing, train=begun["train"])
             otherwise = f"remove {str(work)!r} to begin anew"

@@ -27,16 +27,19 @@ def note_healing(work: Path, made_of: Mapping[str, str], train: str, fused: str 
 def noted_healing(work: Path, made_of: Callable[[], Mapping[str, str]]) -> dict[str, Any]:
     """The note of a healing that was made of the same, if all that it goes on from is there; else nothing.
 
-    What the present one is made of is computed only where there is a note. Raises ValueError where there are states of
-    another one, so that nothing is lost.
+    What the present one is made of is computed only where there is a note, in all processes of a launch. Raises
+    ValueError where there are states of another one, so that nothing is lost.
     """
-    file = work / _NOTE
-    if not file.is_file():
+    if not compute_once((work / _NOTE).is_file):
         return {}
-    advice = f"remove {str(work)!r} to begin anew"
     present = made_of()
+    return compute_once(lambda: _note_of(work, present))
+
+
+def _note_of(work: Path, present: Mapping[str, str]) -> dict[str, Any]:
+    file, advice = work / _NOTE, f"remove {str(work)!r} to begin anew"
     with explained(f"{str(file)!r}, which says what is healed there, cannot be read", advice):
-        note = json.loads(file.read_text(encoding="utf-8"))
+        note: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         changes = differences(note["made_of"], present)
     if not changes:
         return note if is_written(work) else {}

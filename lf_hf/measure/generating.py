@@ -45,10 +45,10 @@ def generate(
 ) -> list[Tensor]:
     """`count` sequences of `length` token ids that the model writes by itself, sampled at temperature 1.
 
-    Each process writes a share of them; the text follows from the seed, whichever process writes it. No sequence ends
-    early. With a chat form the sequences `CHATS` are chats, in which the model writes both sides. `prefix` is the
-    tokenizer's `bos_prefix`, without which a model may write nothing but loops. Neither `special` tokens are written
-    nor those that begin, end or pad texts by the config.
+    Each process writes a share of them; the text follows from the seed, whichever process writes it, up to rounding,
+    which may change a token. No sequence ends early. With a chat form the sequences `CHATS` are chats, in which the
+    model writes both sides. `prefix` is the tokenizer's `bos_prefix`, without which a model may write nothing but
+    loops. Neither `special` tokens are written nor those that begin, end or pad texts by the config.
 
     Raises ValueError if the model's predictions are not finite.
     """
@@ -61,7 +61,8 @@ def generate(
     for first in range(0, len(mine), WRITTEN_TOGETHER):
         rows = mine[first : first + WRITTEN_TOGETHER]
         chats = {row: Chat(chat) for row, number in enumerate(rows) if chat and number in range(count)[CHATS]}
-        written += _sample_sequences(decoder, starts[rows], points[rows], chats, barred)
+        sampled = _sample_sequences(decoder, starts[rows], points[rows], chats, barred)
+        written += [sequence.clone() for sequence in sampled]  # a view would be sent with all of what it shows
     turns = zip_longest(*decoder.processes.all_gather_object(written))
     return [sequence for turn in turns for sequence in turn if sequence is not None]
 

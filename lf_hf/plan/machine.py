@@ -82,12 +82,8 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     )
     sizes, card = {}, torch.accelerator.current_accelerator() or torch.device("cuda")
     for key, size in pairs:
-        place = f"{card.type}:{key}" if isinstance(key, int) else str(key)
         try:
-            if place not in ("cpu", "disk"):
-                device = torch.device(place)
-                place = f"{device.type}:{device.index or 0}"
-            sizes[place] = convert_file_size_to_int(size)
+            sizes[place_name(key, card.type)] = convert_file_size_to_int(size)
         except (RuntimeError, ValueError, TypeError):
             raise ValueError(
                 f"max_memory must be places and sizes, such as cuda:0=20GiB,cpu=30GiB; got {f'{key}={size}'!r:.80}."
@@ -95,6 +91,14 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     if sizes.keys() == {"disk"}:
         raise ValueError("max_memory names the disk alone; give what a card or the memory may hold, too.")
     return sizes
+
+
+def place_name(place: int | str, kind: str) -> str:
+    """A place as accelerate names it, as "cuda:0", "cpu" or "disk"; a number is a card of a `kind`."""
+    if isinstance(place, int) or place in ("cpu", "disk"):
+        return f"{kind}:{place}" if isinstance(place, int) else place
+    device = torch.device(place)
+    return f"{device.type}:{device.index or 0}"
 
 
 def devices_of(device_map: Any) -> list[torch.device]:

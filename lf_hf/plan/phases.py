@@ -219,7 +219,9 @@ class Phases:
             work += times(of_text, max(1, rows / WRITTEN_TOGETHER))
         if self.heal_tokens:
             rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
-            work += times(self._written(WRITTEN_TOGETHER, WRITTEN_LENGTH)[1], rows / WRITTEN_TOGETHER)
+            written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+            inside = max(inside, written)
+            work += times(of_text, max(1, rows / WRITTEN_TOGETHER))
         return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
 
     def _judge(self) -> Need:

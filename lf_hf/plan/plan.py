@@ -18,7 +18,7 @@ from accelerate import infer_auto_device_map
 from transformers import PreTrainedConfig
 
 from lf_hf.families.models import model_class, text_model, text_prefix
-from lf_hf.plan.machine import CONTEXT, PYTHON, Machine
+from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
 from lf_hf.plan.phases import Phases, Shape, Work, fused_layers, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
 from lf_hf.runtime.memory import in_gib
@@ -267,7 +267,7 @@ def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memo
     """
     device = machine.device
     if room > machine.free[device]:
-        raise NoRoom("fusing, with all weights elsewhere,", machine, room, "fewer calibration_tokens")
+        raise NoRoom("fusing, with all weights elsewhere,", machine, room, "method='truncate'")
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
         if place != "disk":
@@ -298,9 +298,10 @@ def _weights_by_place(
     weights: Counter[str] = Counter()
     kind = torch.device(device).type
     for name, parameter in model.named_parameters():
-        module = max((key for key in device_map if not key or f"{name}.".startswith(f"{key}.")), key=len)
-        place = device_map[module]
-        weights[f"{kind}:{place}" if isinstance(place, int) else str(place)] += parameter.numel() * dtype.itemsize
+        modules = [key for key in device_map if not key or f"{name}.".startswith(f"{key}.")]
+        if not modules:
+            raise ValueError(f"device_map says nothing of {name}; give a place for it, or for '', which is all else.")
+        weights[place_name(device_map[max(modules, key=len)], kind)] += parameter.numel() * dtype.itemsize
     return dict(weights)
 
 

@@ -260,7 +260,7 @@ class DualRegression:
         add_gram(kernel, self._x.T)
         factor = cholesky(kernel, pull, torch.float64)
         missed = torch.addmm(self._y.T, start, self._x.T, alpha=-1)
-        left = solve(factor, missed.to(factor.dtype).T).T
+        left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
 
 
@@ -293,7 +293,7 @@ def _sizes(total: int, keep: int, rounds: int) -> list[int]:
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """Sum of the products of all numbers of two matrices, in float64."""
     parts = zip(left.split(_ROWS), right.split(_ROWS), strict=True)
-    return torch.stack([rows.double().mul_(others).sum() for rows, others in parts]).sum()
+    return torch.stack([(rows.double() * others).sum() for rows, others in parts]).sum()
 
 
 def _relative(error: float, energy: float) -> float:

@@ -208,6 +208,30 @@ def test_a_long_group_is_expected_to_cost_what_threes_show_of_neighbours() -> No
     assert math.isinf(estimate_costs(short | {(4, 5): math.inf}, longest=8)[2, 8])
 
 
+def test_the_first_sets_that_are_tried_differ() -> None:
+    """They would be all but alike where costs of groups alone decide; the first one is the cheapest."""
+    costs = {(i, j): (j - i) * (1 + 0.01 * i) for i, j in random_costs(30, 0)}
+    tried: dict[Groups, float] = {}
+    for _ in range(8):
+        [groups, *_] = propose_sets(costs, tried, 10, count=1)
+        joined = {layer for first, last in groups for layer in range(first + 1, last + 1)}
+        for other in tried:
+            assert len(joined - {layer for first, last in other for layer in range(first + 1, last + 1)}) >= 2
+        tried[groups] = sum(costs[group] for group in groups)
+    assert next(iter(tried)) == cheapest_sets(costs, 10, count=1)[0]
+
+
+def test_trials_find_that_many_groups_cost_more() -> None:
+    """Here by the table single joins cost least, and each group beside the first costs as much as four more."""
+    costs = {(i, j): (j - i) ** 1.1 * (1 + 0.01 * i) for i, j in random_costs(30, 0)}
+    tried: dict[Groups, float] = {}
+    for _ in range(3):
+        [groups, *_] = propose_sets(costs, tried, 10, count=1)
+        tried[groups] = sum(costs[group] for group in groups) + 4 * (len(groups) - 1)
+    first, *_, last = [len(groups) for groups in tried]
+    assert first == 10 and last == 2
+
+
 def test_trials_find_what_costs_of_groups_do_not_show() -> None:
     """Here four layers cost far more to join than the table says."""
     costs = {(i, j): (j - i) * (1 + 0.01 * i) for i, j in random_costs(12, 0)}

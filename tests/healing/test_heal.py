@@ -449,14 +449,17 @@ def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
     assert report.settings == whole.settings and not (tmp_path / "out" / WORK).exists()
 
 
+@pytest.mark.parametrize("kept", [False, True])
 def test_a_healing_that_is_cut_short_goes_on_with_its_default_text(
-    base: str, tmp_path: Path, hub_answers: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+    base: str, tmp_path: Path, hub_answers: Callable[[bool], None], caplog: pytest.LogCaptureFixture, kept: bool
 ) -> None:
     """Although the hub, which did not answer then, does so now."""
     given = QUICK | {"method": "refit", "selection": "last", "calibration_tokens": 1024, "calibration_length": 64}
 
     def fuse(*, answers: bool) -> FusionReport:
         hub_answers(answers)
+        if kept:
+            return lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "out", **given, heal_tokens=4096).report
         return lf_hf.fuse_checkpoint(base, tmp_path / "out", **given, heal_tokens=4096)
 
     with cut_short():

@@ -38,7 +38,9 @@ def problem(seed: int = 0, tokens: int = 200, inputs: int = 8, outputs: int = 3,
 
 
 def regression(x: Tensor, y: Tensor, weights: Tensor, *, dual: bool = False) -> Regression | DualRegression:
-    made = DualRegression(x.device) if dual else Regression(x.shape[1], y.shape[1], x.device)
+    made: Regression | DualRegression = DualRegression(x.device, x.dtype)
+    if not dual:
+        made = Regression(x.shape[1], y.shape[1], x.device, x.dtype)
     for part in torch.arange(len(x)).split(64):  # sequence by sequence
         made.add(x[part], y[part], weights[part])
     made.complete()
@@ -48,17 +50,18 @@ def regression(x: Tensor, y: Tensor, weights: Tensor, *, dual: bool = False) -> 
 @pytest.mark.parametrize("inputs", [8, 200, 1100])
 @pytest.mark.parametrize("strength", [1e-3, 0.3])
 @pytest.mark.parametrize("dual", [False, True])
-def test_ridge_minimises_its_objective(inputs: int, strength: float, dual: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ridge_minimises_its_objective(inputs: int, strength: float, dual: bool, dtype: torch.dtype) -> None:
     """Against least squares on rows that write the penalty out; the error is that of the tokens."""
-    x, y, weights = problem(inputs=inputs)
-    start = normal(3, inputs, seed=1) / inputs
+    x, y, weights = (part.to(dtype) for part in problem(inputs=inputs))
+    start = (normal(3, inputs, seed=1) / inputs).to(dtype)
     penalty = strength * float((weights[:, None] * x**2).sum(0).mean())
     rows = np.concatenate([weights.sqrt()[:, None] * x, np.sqrt(penalty) * np.eye(inputs)])
     wanted = np.concatenate([weights.sqrt()[:, None] * y, np.sqrt(penalty) * start.T])
     expected = np.linalg.lstsq(rows.astype(np.float64), wanted.astype(np.float64), rcond=None)[0].T
     solution = regression(x, y, weights, dual=dual).ridge(start, strength)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-4, atol=1e-4)
-    for weight, error in ((start, solution.error_before), (torch.tensor(expected).float(), solution.error_after)):
+    for weight, error in ((start, solution.error_before), (torch.tensor(expected).to(dtype), solution.error_after)):
         missed = (weights[:, None] * (y - x @ weight.T) ** 2).double().sum() / (weights[:, None] * y**2).double().sum()
         assert error == pytest.approx(float(missed), rel=1e-4, abs=1e-6)
 
