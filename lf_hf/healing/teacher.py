@@ -178,4 +178,5 @@ def _save(tensors: dict[str, Tensor], facts: Any, file: Path) -> None:
 def _load(file: Path) -> tuple[Any, dict[str, Tensor]]:
     """Facts and tensors, as `_save` wrote them."""
     with safe_open(file, "pt") as opened:
-        return json.loads(opened.metadata()[_FACTS]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return json.loads(opened.metadata()[_FACTS]), tensors
