@@ -132,8 +132,14 @@ class HealInputs:
         """
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        made_of, args = lambda: self.healing_identity, self.training_args
-        plan = plan_run(self.base, config, out, healing=self.settings, made_of=made_of, training_args=args)
+        plan = plan_run(
+            self.base,
+            config,
+            out,
+            healing=self.settings,
+            made_of=lambda: self.healing_identity,
+            training_args=self.training_args,
+        )
         assert plan.healing is not None
         check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)
         return plan
