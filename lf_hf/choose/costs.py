@@ -21,7 +21,8 @@ from lf_hf.plan.amounts import JUDGED_AT_ONCE, JUDGING_PART, JUDGING_PIECES, jud
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
-from lf_hf.refit.states import States, StateStore, Traces, on_device, run_boundaries, run_states
+from lf_hf.refit.states import States, StateStore, run_boundaries, run_states
+from lf_hf.refit.traces import gather
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import JUDGING_LENGTH
 from lf_hf.text.packing import interleave, split_held_out, take_first
@@ -195,16 +196,16 @@ class GroupCosts:
             yield _TracedLayer(number, layer, before, mid_states, self._dense(number + 1, self._fitting))
 
     def _fuse(self, group: Sequence[_TracedLayer], states: States | None) -> DecoderLayer | None:
-        """The layer that a group becomes by a rough fit; None where it overflows. `states` are as in `fit_group`."""
+        """The layer that a group becomes by a rough fit; None where it overflows. `states` are as in `trace`."""
         layers = [traced.layer for traced in group]
-        start, store = layers[0], self._store  # all states come together where the first layer is
-        traces = Traces(
-            inputs=[on_device(traced.before, start, store) for traced in group],
-            mid_states=[on_device(traced.mid_states, start, store) for traced in group],
-            output=on_device(group[-1].after, start, store),
-        )
+        before = group[0].before
+        streams = zip(*(traced.before for traced in group), group[-1].after, strict=True)
+        passes = zip(streams, zip(*(traced.mid_states for traced in group), strict=True), strict=True)
+        tokens = sum(state.shape[:2].numel() for state in before)
+        traces = gather(self.decoder, layers, passes, states, self._store, rough_tokens=tokens)
+        states = before if states is None else states
         try:
-            fit = fit_group(self.decoder, layers, traces, states, store, ridge=self._ridge, rough=True)
+            fit = fit_group(self.decoder, layers, traces, states, self._store, ridge=self._ridge, rough=True)
         except FitOverflow:
             return None
         return build_layer(self.decoder, fit.weights, fit.kind)

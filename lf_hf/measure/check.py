@@ -27,7 +27,8 @@ from lf_hf.families.models import (
 from lf_hf.families.table import head_dim
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import StateStore, trace
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
 from lf_hf.runtime.numerics import all_finite
 from lf_hf.settings import FusionConfig
 
@@ -145,7 +146,8 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
         if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         with StateStore() as store:
-            traces, before = trace(decoder, [layer], [states], store), [states.clone()]
+            before = [states.clone()]
+            traces = trace(decoder, [layer], [states], before, store)
             fit = fit_group(decoder, [layer], traces, before, store, ridge=1.0)
         expected = decoder.run_layer(layer, states)
         yield "a layer", traces.output[0], expected

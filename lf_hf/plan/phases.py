@@ -247,7 +247,7 @@ class Phases:
         measured = short + trials  # and those of the sets, of which about one is new in each
         stride = amounts.judged_stride(shape.vocab)
         # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
-        lists = self._states((shape.layers + 1) * (fitted + judging) + self.longest * fitted)
+        lists = self._states((shape.layers + 1) * (fitted + judging) + 2 * (self.longest + 1) * fitted)
         lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)
         _, of_short = self._fit(fitted, 2, rough=True)
@@ -278,8 +278,9 @@ class Phases:
         _, of_fit = self._fit(tokens, self.joined, rough=False)
         trained = Work(layer=5 * shape.layer * passes * tokens)  # some gradients of what it reads are not needed
         trained += Work(bytes=passes * tokens // amounts.STEP_TOKENS * STEP_BYTES * shape.layer)
-        # Lists: before and between the halves of each layer, after them, and of the model as it becomes, twice.
-        lists = self._states((2 * self.longest + 4) * tokens)
+        # Lists: between the halves of each layer; before all of them, after all attention and after all of them; of the
+        # model as it becomes.
+        lists = self._states((self.longest + 4) * tokens)
         inside = self._running(length) + made + max(inside, tuned)
         return Need(inside, lists, work + times(of_fit + trained, self.groups))
 
@@ -302,6 +303,7 @@ class Phases:
         widened = joined * (4 * hidden**2 + 3 * hidden * mlp * size) + 8 * hidden * mlp
         chosen = 3 * hidden * (wide + compared) * size
         of_map, map_work = self._problem(tokens, hidden, hidden, rough=rough)
+        of_map += 8 * (joined - 1) * hidden**2  # sums of the others
         of_heads, head_work = self._problem(tokens, heads, shape.queries, rough=rough)
         solving, channel_work = self._problem(tokens, compared, mlp, rough=rough)
         if shape.has_norm_after:  # the second problem beside the first one

@@ -17,7 +17,8 @@ from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import build_layer, layer_weights
-from lf_hf.refit.states import States, StateStore, run_states, trace
+from lf_hf.refit.states import States, StateStore, run_states
+from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import in_float64
@@ -63,10 +64,10 @@ def fit_groups(
                 judge.run(layer)
                 continue
             missed_by_layer = [judge.missed(layer) for layer in layers]
-            traces = trace(dense, layers, dense_states, store)
-            fit = fit_group(dense, layers, traces, states, store, ridge=ridge, first=first)
+            traces = trace(dense, layers, dense_states, states, store)
             before = dense_states if states is None else states
             dense_states = traces.output
+            fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
             del layers, traces
             if steps is not None:
                 fit = _trained(dense, fit, before, dense_states, steps, judge)

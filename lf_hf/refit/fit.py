@@ -3,7 +3,7 @@
 A layer adds to the residual stream twice, by its attention and by its MLP, and each of these halves is fitted alike:
 
 1. The group's halves are put side by side as one wide half. What each reads, it reads through a linear map, fitted from
-   the stream in front of the fused layer to the stream that it read in the group (`HalfFit.input_maps`).
+   the stream in front of the fused layer to the stream that it read in the group (`InputMap`).
 2. What the wide half has to write is what the group added to the stream: a least-squares problem y = W x, of which the
    sums over tokens are kept (`HalfFit.build_problem`). x is what the heads or channels compute, and W writes it to the
    stream: o_proj or down_proj.
@@ -26,7 +26,7 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
 from lf_hf.plan.amounts import num_candidates
-from lf_hf.refit.half_fit import HalfFit, NormedHalfFit, token_weights
+from lf_hf.refit.half_fit import HalfFit, InputMap, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
     layer_weights,
@@ -37,7 +37,8 @@ from lf_hf.refit.layer_parts import (
     with_one_norm,
 )
 from lf_hf.refit.regression import FitOverflow, expanded
-from lf_hf.refit.states import StateStore, Traces, on_device
+from lf_hf.refit.states import States, StateStore, on_device
+from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.numerics import all_finite, in_float64
 
@@ -60,7 +61,7 @@ def fit_group(
     decoder: Decoder,
     layers: list[DecoderLayer],
     traces: Traces,
-    states: Sequence[Tensor] | None,
+    states: States,
     store: StateStore,
     *,
     ridge: float,
@@ -75,10 +76,9 @@ def fit_group(
     layers : list of DecoderLayer
         The group. The list is emptied, so that layers which nobody else holds are freed.
     traces : Traces
-        Calibration text on its way through the group.
-    states : sequence of tensors of shape (sequences B, tokens T, hidden), optional
-        The same text in front of the layer that is made. Default: what the group's first layer reads, as where no layer
-        below was fused.
+        Of calibration text that passed the group; what the fit has used of it is gone.
+    states : sequence of tensors of shape (sequences B, tokens T, hidden)
+        The same text in front of the layer that is made.
     store : StateStore
     ridge : float
     rough : bool
@@ -95,9 +95,6 @@ def fit_group(
     family, start = decoder.family, layers[0]
     device = start.mlp.down_proj.weight.device
     kinds = [family.layer_kind(layer) for layer in layers]
-    inputs: list[Sequence[Tensor] | None] = [*traces.inputs]
-    if states is None:
-        states, inputs[0] = traces.inputs[0], None
     states = on_device(states, start, store)  # the layers of a model on several devices come together on the first
     del start
     group: list[dict[str, Tensor]] = []
@@ -106,13 +103,13 @@ def fit_group(
         group.append({name: weight.to(device) for name, weight in weights.items()})
 
     half_fit = NormedHalfFit if family.mlp.after else HalfFit  # families have such norms in both halves, or in none
-    attention = half_fit(decoder, family.mixer(kinds[0]), states, inputs, traces.attention_targets, ridge, rough)
-    kind, attended = fit_attention(attention, group, kinds)
+    attention = half_fit(decoder, family.mixer(kinds[0]), states, traces.attended, ridge, rough)
+    kind, attended = fit_attention(attention, group, traces.attention_maps, kinds)
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
     del fused
-    mlp = half_fit(decoder, family.mlp, mid_states, [*traces.mid_states], lambda: traces.output, ridge, rough)
-    gated = fit_mlp(mlp, group)
+    mlp = half_fit(decoder, family.mlp, mid_states, traces.output, ridge, rough)
+    gated = fit_mlp(mlp, group, traces.mid_states)
 
     mixer = family.mixer(kind)
     own = (f"{mixer.module}.", *mixer.norms)
@@ -135,25 +132,30 @@ def fit_group(
     return MadeLayer(fitted, kind, entry)
 
 
-def fit_attention(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
+def fit_attention(
+    fit: HalfFit, group: Sequence[Weights], to_read: Sequence[InputMap | None], kinds: Sequence[Kind]
+) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
     Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
     each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
     of one layer is kept. So is a hybrid's, or what is in its place.
     """
+    maps = [None if read is None else read.solve(fit.ridge) for read in to_read]
     if fit.decoder.family.linear:
-        return _keep_one_mixer(fit, group, kinds)
+        return _keep_one_mixer(fit, group, maps, kinds)
     whole = fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
-    return _select_heads(fit, group, kinds, whole=whole)
+    return _select_heads(fit, group, maps, kinds, whole=whole)
 
 
-def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind]) -> tuple[Kind, FittedHalf]:
+def _keep_one_mixer(
+    fit: HalfFit, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind]
+) -> tuple[Kind, FittedHalf]:
     """All that one layer has before its MLP: each layer's is fitted by itself, and the best fit is taken."""
     fitted = []
-    for layer, inputs, kind in zip(group, fit.inputs, kinds, strict=True):
-        alone = replace(fit, half=fit.decoder.family.mixer(kind), inputs=[inputs])
-        weights = layer | stacked(alone.half, [layer], alone.input_maps(layer))
+    for layer, input_map, kind in zip(group, maps, kinds, strict=True):
+        alone = replace(fit, half=fit.decoder.family.mixer(kind))
+        weights = {**layer, **stacked(alone.half, [layer], [input_map])}
         problem = alone.build_problem(weights, alone.writer_inputs(weights, kind))
         num_kept = [fit.decoder.family.num_key_heads(fit.decoder.config, kind) * (other is layer) for other in group]
         fitted.append(FittedHalf(weights, num_kept, *alone.fit_writer(weights, problem, kind)))
@@ -163,21 +165,21 @@ def _keep_one_mixer(fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Seq
 
 
 def _select_heads(
-    fit: HalfFit, group: Sequence[dict[str, Tensor]], kinds: Sequence[Kind], *, whole: bool
+    fit: HalfFit, group: Sequence[Weights], maps: list[Tensor | None], kinds: Sequence[Kind], *, whole: bool
 ) -> tuple[Kind, FittedHalf]:
     """The best key-value groups, each with its query heads, of all layers; those of one layer where `whole`."""
     half, count, family = fit.half, len(group), fit.decoder.family
     query_rows, key_rows = (len(group[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
     num_groups = key_rows // head_dim(fit.decoder.config)
     keep = 1 if whole else num_groups
-    maps = fit.input_maps(group[0])
-    wide = group[0] | stacked(half, group, maps, fit.measure_sizes(group, maps, kinds))
+    wide = {**group[0], **stacked(half, group, maps, fit.measure_sizes(group, maps, kinds))}
     if whole or family.head_norms:  # those of a layer are for its own heads, so each layer runs its own
         x_of = fit.joint_writer_inputs(group, maps, kinds)
     else:
         x_of = fit.writer_inputs(wide, kinds[0])
     problem = fit.build_problem(wide, x_of)
-    del maps, x_of
+    maps.clear()
+    del x_of
     block = query_rows // keep
     rounds = 1 if fit.rough else (count - 1) * keep
     kept = problem.prune(wide["self_attn.o_proj.weight"], keep, block=block, rounds=rounds)
@@ -196,13 +198,18 @@ def _select_heads(
     return kind, FittedHalf(weights, num_kept, *errors)
 
 
-def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]]) -> FittedHalf:
+def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) -> FittedHalf:
     """The MLPs of a group's layers as one: the best channels of all layers, and a down_proj for them.
 
-    `group` has the layers' weights; it is emptied, to make room.
+    `group` has the layers' weights, and `read` the streams in front of their MLPs; both are emptied, to make room.
     """
     half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
-    maps = fit.input_maps(group[0])
+    maps = []
+    while read:
+        to_read = InputMap(fit.decoder, half, group[0]["mlp.down_proj.weight"], fit.rough_tokens)
+        for state, target in zip(fit.states, read.pop(0), strict=True):
+            to_read.add(state, target)
+        maps.append(to_read.solve(fit.ridge))
     weights = stacked(half, group, maps, fit.measure_sizes(group, maps))
     del maps
     group.clear()

@@ -7,7 +7,7 @@ norm (`NormedHalfFit`), as in Gemma and OLMo.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,53 @@ WriterInputs = Callable[[Tensor], Tensor]
 Problem = Regression | DualRegression
 
 
+def _empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, rough_tokens: int | None) -> Problem:
+    """A problem of a weight's shape to add tokens to, on the device and in the dtype of `like`.
+
+    A rough fit has few tokens, and is solved in them where there are many unknowns; but several processes, which have a
+    share of them each, add up sums.
+    """
+    outputs, inputs = shape
+    if rough_tokens is not None and decoder.processes.world_size == 1 and solved_in_tokens(rough_tokens, inputs):
+        return DualRegression(like.device, like.dtype)
+    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes)
+
+
+class InputMap:
+    """The fit of a map, near the identity, from what half of a layer reads to what half of another one read.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    half : Half
+    like : Tensor
+        A weight in whose dtype, and on whose device, it is computed.
+    rough_tokens : int, optional
+        How many tokens will be added, for a rough fit.
+    """
+
+    def __init__(self, decoder: Decoder, half: Half, like: Tensor, rough_tokens: int | None = None) -> None:
+        self._decoder, self._half = decoder, half
+        self._identity = torch.eye(decoder.config.hidden_size, device=like.device)
+        self._problem = _empty_problem(decoder, self._identity.shape, like, rough_tokens)
+
+    def add(self, state: Tensor, target: Tensor) -> None:
+        """Add the stream in front of the one half and of the other: both (sequences B, tokens T, hidden)."""
+        if self._half.before:  # the norm gives all tokens the same scale
+            token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+        else:
+            token_weight = token_weights(self._decoder, target)
+        x, y = (normalized(self._decoder, self._half, part).flatten(0, 1) for part in (state, target))
+        self._problem.add(x, y, token_weight)
+
+    def solve(self, ridge: float) -> Tensor:
+        """The map, once all tokens are added, which are gone then: (hidden, hidden), float32 at least."""
+        self._problem.complete()
+        solved = self._problem.ridge(self._identity, ridge).weight
+        del self._problem
+        return solved.to(self._identity.device)
+
+
 @dataclass(frozen=True)
 class HalfFit:
     """The fit of one half of a layer.
@@ -42,43 +89,21 @@ class HalfFit:
     ----------
     states
         The stream in front of the half that is made.
-    inputs
-        The stream in front of the same half of each layer of the group; None where that is `states`.
     targets
-        Gives the stream as it should be after the half, batch by batch.
+        The stream as it should be after the half.
     """
 
     decoder: Decoder
     half: Half
     states: Sequence[Tensor]
-    inputs: Sequence[Sequence[Tensor] | None]
-    targets: Callable[[], Iterable[Tensor]]
+    targets: Sequence[Tensor]
     ridge: float
     rough: bool = False
 
-    def input_maps(self, like: Weights) -> list[Tensor | None]:
-        """For each layer a map, near the identity, from what the half reads to what it read in the group.
-
-        Of shape (hidden, hidden), float32 at least; None for the identity. `like` is a layer, for device and dtype.
-        """
-        weight = like[f"{self.half.writer}.weight"]
-        identity = torch.eye(self.decoder.config.hidden_size, device=weight.device)
-        maps: list[Tensor | None] = []
-        for inputs in self.inputs:
-            if inputs is None:
-                maps.append(None)
-                continue
-            problem = self._empty(identity.shape, weight)
-            for state, target in zip(self.states, inputs, strict=True):
-                if self.half.before:  # the norm gives all tokens the same scale
-                    token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
-                else:
-                    token_weight = token_weights(self.decoder, target)
-                x, y = (normalized(self.decoder, self.half, part).flatten(0, 1) for part in (state, target))
-                problem.add(x, y, token_weight)
-            problem.complete()
-            maps.append(problem.ridge(identity, self.ridge).weight.to(weight.device))
-        return maps
+    @property
+    def rough_tokens(self) -> int | None:
+        """How many tokens a rough fit has."""
+        return sum(state.shape[:2].numel() for state in self.states) if self.rough else None
 
     def writer_inputs(self, weights: Weights, kind: Kind | None) -> WriterInputs:
         """What the writer reads in a half of these weights; `kind` is the layer's for attention, and None for an
@@ -107,22 +132,11 @@ class HalfFit:
     def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
-        problem = self._empty(start.shape, start)
-        for state, target in zip(self.states, self.targets(), strict=True):
+        problem = _empty_problem(self.decoder, start.shape, start, self.rough_tokens)
+        for state, target in zip(self.states, self.targets, strict=True):
             problem.add(*self.equations(weights, x_of(state), target, state))
         problem.complete()
         return problem
-
-    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Problem:
-        """A problem to add tokens to. A rough fit has few, and is solved in them where there are many unknowns; but
-        several processes, which have a share of them each, add up sums."""
-        outputs, inputs = shape
-        processes = self.decoder.processes
-        if self.rough and processes.world_size == 1:
-            tokens = sum(state.shape[:2].numel() for state in self.states)
-            if solved_in_tokens(tokens, inputs):
-                return DualRegression(like.device, like.dtype)
-        return Regression(inputs, outputs, like.device, like.dtype, processes)
 
     def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
@@ -214,7 +228,7 @@ class NormedHalfFit(HalfFit):
         gain = weights[f"{self.half.after}.weight"]
         start = gain.to(torch.promote_types(gain.dtype, torch.float32))  # sums over tokens need it
         squares, products = torch.zeros_like(start), torch.zeros_like(start)
-        for state, target in zip(self.states, self.targets(), strict=True):
+        for state, target in zip(self.states, self.targets, strict=True):
             x = self._written(weights, x_of(state)).to(start)
             x = x * self._mean_square(x)[:, None].rsqrt()
             token_weight = token_weights(self.decoder, target).to(start)

@@ -5,10 +5,10 @@ They rest on their device, in the machine's memory or on disk, as the decoder sa
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, check_finite
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.layer_parts import after_half, mid_state
 
 Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
@@ -43,22 +42,29 @@ class StateStore(ExitStack):
         self.place = place
         self._folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch)) if place == "disk" else None
 
-    def keep(self, states: Iterable[Tensor]) -> Sequence[Tensor]:
-        """A list of these states; only one of them need be on its device at a time."""
+    def new_list(self) -> Kept:
+        """A list that is empty, to which states can be appended."""
         if self.place == "device":
-            return list(states)
-        return _Fetched([self._written(state) for state in states] if self.place == "host" else self._on_disk(states))
+            return []
+        return _Fetched(self._into_memory if self.place == "host" else self._into_file())
+
+    def keep(self, states: Iterable[Tensor]) -> States:
+        """A list of these states; only one of them need be on its device at a time."""
+        kept = self.new_list()
+        for state in states:
+            kept.append(state)
+        return kept
 
     @staticmethod
-    def _written(state: Tensor) -> Fetch:
+    def _into_memory(state: Tensor) -> Fetch:
         """Into the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
         kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available())
         device = state.device
         kept.copy_(state, non_blocking=True)
         return lambda: kept.to(device, non_blocking=True)
 
-    def _on_disk(self, states: Iterable[Tensor]) -> list[Fetch]:
-        """Into one file, which is deleted with the list."""
+    def _into_file(self) -> Callable[[Tensor], Fetch]:
+        """Into a new file, which is deleted with the list."""
         file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed with the list
 
         def fetch(start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,19 +72,24 @@ class StateStore(ExitStack):
             data = np.fromfile(file, np.uint8, shape.numel() * dtype.itemsize)
             return torch.from_numpy(data).view(dtype).view(shape).to(device)
 
-        fetches: list[Fetch] = []
-        for state in states:
-            fetches.append(partial(fetch, file.tell(), state.shape, state.dtype, state.device))
+        def write(state: Tensor) -> Fetch:
+            start = file.seek(0, os.SEEK_END)
             file.write(state.contiguous().view(torch.uint8).cpu().numpy().data)
-        file.flush()
-        return fetches
+            file.flush()
+            return partial(fetch, start, state.shape, state.dtype, state.device)
+
+        return write
 
 
 class _Fetched(Sequence[Tensor]):
-    """States that come back to their device when they are asked for."""
+    """States that are kept elsewhere, and come back to their device when they are asked for."""
 
-    def __init__(self, fetches: list[Fetch]) -> None:
-        self._fetches = fetches
+    def __init__(self, keep: Callable[[Tensor], Fetch]) -> None:
+        self._keep = keep
+        self._fetches: list[Fetch] = []
+
+    def append(self, state: Tensor) -> None:
+        self._fetches.append(self._keep(state))
 
     def __len__(self) -> int:
         return len(self._fetches)
@@ -87,28 +98,8 @@ class _Fetched(Sequence[Tensor]):
         return self._fetches[index]()
 
 
-@dataclass(frozen=True)
-class Traces:
-    """States of sequences on their way through a group's layers; each is (sequences B, tokens T, hidden)."""
-
-    inputs: list[Sequence[Tensor]]  # before each layer
-    mid_states: list[Sequence[Tensor]]  # between its attention and its MLP
-    output: Sequence[Tensor]
-
-    def attention_targets(self) -> Iterator[Tensor]:
-        """The states before the first layer, with all that the attention of any layer of the group added to them."""
-        for n, first in enumerate(self.inputs[0]):
-            yield first + sum(r[n] - i[n] for r, i in zip(self.mid_states, self.inputs, strict=True))
-
-
-@torch.no_grad()
-def trace(decoder: Decoder, layers: Sequence[DecoderLayer], states: Sequence[Tensor], store: StateStore) -> Traces:
-    """Run layers one after the other; all states are kept where the first one's weights are."""
-    inputs, mid_states = [on_device(states, layers[0], store)], []
-    for layer in layers:
-        mid_states.append(store.keep(mid_state(decoder, layer, state) for state in inputs[-1]))
-        inputs.append(store.keep(after_half(decoder, decoder.family.mlp, layer, state) for state in mid_states[-1]))
-    return Traces(inputs[:-1], mid_states, inputs[-1])
+Kept = list[Tensor] | _Fetched
+"""A list of states that grows."""
 
 
 def run_states(decoder: Decoder, layer: DecoderLayer, states: States, store: StateStore) -> States:

@@ -21,7 +21,8 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import layer_weights
 from lf_hf.refit.regression import DualRegression, Regression, Solution
-from lf_hf.refit.states import StateStore, trace
+from lf_hf.refit.states import StateStore
+from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import training_steps, tune
 
 Problem = tuple[Tensor, Tensor, Tensor]
@@ -347,7 +348,7 @@ def test_it_brings_the_layer_nearer_to_its_group_on_unseen_text(model_type: str,
     decoder = Decoder(model)
     text, unseen_text = MANY_SEQUENCES[:300], MANY_SEQUENCES[300:]
     states, unseen = (decoder.embed(decoder.make_batches(sequences)) for sequences in (text, unseen_text))
-    wanted = trace(decoder, model.model.layers[1:3], unseen, StateStore()).output
+    wanted = trace(decoder, model.model.layers[1:3], unseen, None, StateStore()).output
     _, fused, traces = fitted(decoder, (1, 2), states)
 
     def missed() -> float:

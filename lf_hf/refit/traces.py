@@ -1,0 +1,81 @@
+"""Calibration text on its way through the layers of a group, and what a fit needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.families.table import DecoderLayer
+from lf_hf.refit.half_fit import InputMap
+from lf_hf.refit.layer_parts import after_half, mid_state
+from lf_hf.refit.states import States, StateStore
+
+Pass = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""A batch's states in front of each layer of a group and after the last one, and between the halves of each layer; all
+of shape (sequences B, tokens T, hidden)."""
+
+
+class Traces(NamedTuple):
+    """What a fit needs of text that passed a group."""
+
+    attention_maps: list[InputMap | None]  # from the layer that is made to each layer of the group; None: the identity
+    attended: States  # the stream before the group, with all added that attention in it adds
+    mid_states: list[States]  # for each layer the stream between its halves
+    output: States  # the stream after the group
+
+
+@torch.no_grad()
+def trace(
+    decoder: Decoder, layers: Sequence[DecoderLayer], dense: States, states: States | None, store: StateStore
+) -> Traces:
+    """Run a group's layers one after the other, on the device of the first one.
+
+    `dense` is what the first layer reads, and `states` the same text in front of the layer that is made; None where
+    that is the same.
+    """
+    return gather(decoder, layers, (_passed(decoder, layers, state) for state in dense), states, store)
+
+
+def _passed(decoder: Decoder, layers: Sequence[DecoderLayer], state: Tensor) -> Pass:
+    stream, mid_states = [state.to(layers[0].mlp.down_proj.weight.device)], []
+    for layer in layers:
+        mid_states.append(mid_state(decoder, layer, stream[-1]))
+        stream.append(after_half(decoder, decoder.family.mlp, layer, mid_states[-1]))
+    return stream, mid_states
+
+
+@torch.no_grad()
+def gather(
+    decoder: Decoder,
+    layers: Sequence[DecoderLayer],
+    passes: Iterable[Pass],
+    states: States | None,
+    store: StateStore,
+    *,
+    rough_tokens: int | None = None,
+) -> Traces:
+    """What a fit needs, of the passes of all batches through a group's layers; the rest is as for `trace`.
+
+    `rough_tokens` are those of all batches together, for a rough fit.
+    """
+    like = layers[0].mlp.down_proj.weight
+    maps = [InputMap(decoder, decoder.family.layer_mixer(layer), like, rough_tokens) for layer in layers]
+    attention_maps = [None if states is None else maps[0], *maps[1:]]
+    attended, output = store.new_list(), store.new_list()
+    mid_states = [store.new_list() for _ in layers]
+    for number, (stream, between) in enumerate(passes):
+        start, *_, end = stream = [state.to(like.device) for state in stream]
+        between = [state.to(like.device) for state in between]
+        state = start if states is None else states[number].to(like.device)
+        for input_map, read in zip(attention_maps, stream, strict=False):
+            if input_map is not None:
+                input_map.add(state, read)
+        attended.append(start + sum(mid - before for mid, before in zip(between, stream, strict=False)))
+        for kept, mid in zip(mid_states, between, strict=True):
+            kept.append(mid)
+        output.append(end)
+    return Traces(attention_maps, attended, [*mid_states], output)
