@@ -165,13 +165,13 @@ class Phases:
         phases["judge"] = self._judge()
         return phases
 
-    def _batch(self, length: int) -> int:
-        """Tokens that pass a layer together, of sequences of `length` tokens."""
-        return max(1, self.batch_bytes // (BATCH_COPIES * self.shape.mlp) // length) * length
+    def _batch(self, length: int, tokens: int) -> int:
+        """How many of some tokens pass a layer together, in sequences of `length`."""
+        return min(tokens, max(1, self.batch_bytes // (BATCH_COPIES * self.shape.mlp) // length) * length)
 
-    def _running(self, length: int) -> int:
+    def _running(self, length: int, tokens: int) -> int:
         """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention."""
-        return self._batch(length) * (4 * self.shape.mlp + 10 * self.shape.hidden) * self.shape.size
+        return self._batch(length, tokens) * (4 * self.shape.mlp + 10 * self.shape.hidden) * self.shape.size
 
     def _states(self, tokens: int) -> int:
         """Bytes of a list of the states of so many tokens."""
@@ -203,7 +203,8 @@ class Phases:
         """Judging, what the model writes, and samples or the final states of what is healed on."""
         shape, config = self.shape, self.config
         judged = 2 * config.perplexity_tokens
-        inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 1)
+        inside = self._running(PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens))
+        inside += self._logits(self._batch(PERPLEXITY_LENGTH, judged // 2), 1)
         lists = self._states(judged)
         work = self._forward(judged, shape.layers) + self._head(judged)
         if config.perplexity_tokens and not self.on_disk:
@@ -227,7 +228,8 @@ class Phases:
     def _judge(self) -> Need:
         """Both models on the judging texts, and what the fused one writes."""
         judged = 2 * self.config.perplexity_tokens
-        inside = self._running(PERPLEXITY_LENGTH) + self._logits(self._batch(PERPLEXITY_LENGTH), 2)
+        inside = self._running(PERPLEXITY_LENGTH, judged // 2)
+        inside += self._logits(self._batch(PERPLEXITY_LENGTH, judged // 2), 2)
         work = self._forward(judged, self.shape.layers - self.fusions) + self._head(judged, 2)
         if self.config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
@@ -237,7 +239,7 @@ class Phases:
         shape, length = self.shape, self.config.calibration_length
         if self.config.selection != "groups":  # by influence, on some text
             tokens = min(8192, self.config.calibration_tokens) * (self.config.selection == "least_influence")
-            return Need(self._running(length), 2 * self._states(tokens), self._forward(tokens, shape.layers))
+            return Need(self._running(length, tokens), 2 * self._states(tokens), self._forward(tokens, shape.layers))
         fitted = min(amounts.num_rough_tokens(shape.mlp), self.config.calibration_tokens)
         of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
         judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
@@ -252,8 +254,10 @@ class Phases:
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)
         _, of_short = self._fit(fitted, 2, rough=True)
         _, of_sets = self._fit(fitted, self.joined, rough=True)
-        judged_at_once = self._batch(JUDGING_LENGTH) // stride
-        inside = self._running(length) + max(longest_fit, self._logits(judged_at_once, amounts.JUDGED_AT_ONCE + 1))
+        judged_at_once = self._batch(JUDGING_LENGTH, judging) // stride
+        inside = self._running(length, max(fitted, judging)) + max(
+            longest_fit, self._logits(judged_at_once, amounts.JUDGED_AT_ONCE + 1)
+        )
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)
@@ -281,7 +285,7 @@ class Phases:
         # Lists: between the halves of each layer; before all of them, after all attention and after all of them; of the
         # model as it becomes.
         lists = self._states((self.longest + 4) * tokens)
-        inside = self._running(length) + made + max(inside, tuned)
+        inside = self._running(length, tokens) + made + max(inside, tuned)
         return Need(inside, lists, work + times(of_fit + trained, self.groups))
 
     def _average(self) -> Work:
@@ -295,7 +299,7 @@ class Phases:
 
     def _fit(self, tokens: int, joined: int, *, rough: bool) -> tuple[int, Work]:
         """Bytes, but for lists of states, and work of the fit of `joined` layers as one."""
-        shape, batch = self.shape, self._batch(self.config.calibration_length)
+        shape, batch = self.shape, self._batch(self.config.calibration_length, tokens)
         hidden, mlp, size = shape.hidden, shape.mlp, shape.size
         wide, heads = joined * mlp, joined * shape.queries
         compared = mlp if rough else amounts.num_candidates(wide, mlp)

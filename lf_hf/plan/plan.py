@@ -74,7 +74,7 @@ class Plan:
     """Where everything lies, and what it takes.
 
     `parameters` are the base's and the result's, `peak` is by place, and `phases` by phase of the place that computes;
-    `disk` is at most, while it runs. `minutes` are by phase, None for a device that is not here.
+    `disk` is at most, while it runs. `work` and `minutes` are by phase, the latter None for a device that is not here.
     """
 
     machine: Machine
@@ -88,6 +88,7 @@ class Plan:
     phases: dict[str, int]
     peak: dict[str, int]
     disk: int
+    work: dict[str, Work]
     minutes: dict[str, float] | None
 
     @property
@@ -200,12 +201,12 @@ def plan(
     phases = phases_of(longest, on_disk="disk" in weights)
     passing = phases.passing * (weights.keys() != {device})
     beside = own + weights.get(device, 0) + passing
-    by_phase = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
+    taken = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
     steps = None
     if healing is not None:
         steps = _plan_healing(shape, fusion, machine, healing, otherwise)
-        by_phase["heal"] = steps.bytes
-    peak = {device: max(by_phase.values())}
+        taken["heal"] = steps.bytes
+    peak = {device: max(taken.values())}
     if machine.has_card:
         peak["cpu"] = PYTHON + CONTEXT + weights.get("cpu", 0) + phases.lists * (states == "host")
     parameters = shape.total, shape.total - fused_layers(fusion) * shape.layer
@@ -215,17 +216,29 @@ def plan(
     disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
     if device_map == {"": "disk"} and machine.has_card:
         device_map = _on_disk_but_the_norm(model, device)
-    minutes = _minutes(phases, steps, rates)
+    work = {name: need.work for name, need in phases.needs.items()}
+    if steps is not None:
+        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}
+    minutes = _minutes(work, rates)
     return Plan(
-        machine, device_map, batch_bytes, states, longest, steps, parameters, weights, by_phase, peak, disk, minutes
+        machine,
+        device_map,
+        batch_bytes,
+        states,
+        longest,
+        steps,
+        parameters,
+        weights,
+        taken,
+        peak,
+        disk,
+        work,
+        minutes,
     )
 
 
-def _minutes(phases: Phases, healing: HealingPlan | None, rates: Callable[[], Rates] | None) -> dict[str, float] | None:
+def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:
     """By phase; None where nothing measures the machine, and it would take longer than seconds."""
-    work = {name: need.work for name, need in phases.needs.items()}
-    if healing is not None:
-        work |= {"heal": healing.work, "judge": times(work.pop("judge"), 2)}
     if sum(amount for of in work.values() for amount in of.values()) < _SECONDS_OF_WORK:
         return dict.fromkeys(work, 0.0)
     if rates is None:

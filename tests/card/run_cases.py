@@ -25,11 +25,12 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from accelerate.utils import OffloadedWeightsLoader
 from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
 from card.stand_in import insert
-from conftest import tensors
+from conftest import ROOT, tensors
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DefaultFlowCallback, PreTrainedModel
 
@@ -176,7 +177,21 @@ def layers_on_disk(bases: dict[str, str]) -> Figures:
         return {"order": order, "same": same, "threads": len({*threading.enumerate()} - {*threads})}
 
 
-CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk]
+def benchmark(_: dict[str, str]) -> list[Figures]:
+    """The rows of scripts/bench_gpu.py, on all of a card and on so little of one that layers lie beside it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import bench_gpu
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rows.json")
+        words = f"bench_gpu --small --skip-tests --part cuda:0=1050MiB,cpu=4GiB --out {out}".split()
+        with patch.object(sys, "argv", words), pytest.raises(SystemExit):
+            bench_gpu.main()
+        rows: list[Figures] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        return rows
+
+
+CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, benchmark]
 
 
 def fused(case: Case, base: str, waits: Waits) -> Figures:
