@@ -254,10 +254,10 @@ class Phases:
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)
         _, of_short = self._fit(fitted, 2, rough=True)
         _, of_sets = self._fit(fitted, self.joined, rough=True)
-        judged_at_once = self._batch(JUDGING_LENGTH, judging) // stride
-        inside = self._running(length, max(fitted, judging)) + max(
-            longest_fit, self._logits(judged_at_once, amounts.JUDGED_AT_ONCE + 1)
-        )
+        # Sets are judged one by one, and some groups beside each other.
+        of_models = ((judging, 2), (judging_groups, min(amounts.JUDGED_AT_ONCE, short) + 1))
+        logits = [self._logits(self._batch(JUDGING_LENGTH, tokens) // stride, models) for tokens, models in of_models]
+        inside = self._running(length, max(fitted, judging)) + max(longest_fit, *logits)
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)
