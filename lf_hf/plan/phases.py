@@ -185,8 +185,12 @@ class Phases:
         return Work(head=2 * self.shape.hidden * logits, logits=logits)
 
     def _logits(self, tokens: int, models: int) -> int:
-        """Bytes of logits of some models of at most so many tokens; a card has them in float32, and their softmax."""
-        return models * min(amounts.LOGITS, tokens * self.shape.vocab) * (self.shape.size + 8 * self.on_card)
+        """Bytes of logits of some models, of at most so many tokens.
+
+        On a card each also has their log-probabilities in float32, and one at a time takes three times as much.
+        """
+        of_number = models * (self.shape.size + 4 * self.on_card) + 12 * self.on_card
+        return min(amounts.LOGITS, tokens * self.shape.vocab) * of_number
 
     def _written(self, rows: int, steps: int) -> tuple[int, Work]:
         """Bytes and work of text that a model writes, `rows` sequences together."""

@@ -36,6 +36,9 @@ from transformers import DefaultFlowCallback, PreTrainedModel
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.plan.machine import CONTEXT
+from lf_hf.plan.plan import Plan
 
 CARDS = insert(LIBRARY)
 Figures = dict[str, Any]
@@ -198,9 +201,16 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
     """What comes of a case, or its error, and what the books say."""
     CARDS.count = 2 if case.placement == "on two cards" else 1
     found: Figures = {}
-    with CARDS.watch() as seen:
+    plans, check = [], FusionInputs.check
+
+    def noted(inputs: FusionInputs, folder: Path | None = None) -> Plan:
+        plans.append(check(inputs, folder))
+        return plans[-1]
+
+    with CARDS.watch() as seen, patch.object(FusionInputs, "check", noted):
         found["error"] = error_of(lambda: found.update(outcome(case, base, **PLACEMENTS[case.placement])))
     found |= {"waits": seen.waits, "weights_read": seen.weights_read}
+    found |= {"peak": seen.peak, "planned": plans[0].peak["cuda:0"] - CONTEXT}
     return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
 
 
