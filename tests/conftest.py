@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,25 @@ def hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bo
         monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", place)
 
     return set_place
+
+
+@pytest.fixture
+def run_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
+    """Run the command lm_eval in this process with our own tasks alone; to look through all takes it seconds."""
+    from lm_eval.__main__ import cli_evaluate  # takes seconds
+    from lm_eval.tasks import TaskManager
+
+    only_own = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", only_own)
+    logger = logging.getLogger("lm_eval")  # which it sets up
+    monkeypatch.setattr(logger, "propagate", logger.propagate)
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
+
+    def run(words: Sequence[str]) -> None:
+        monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+        cli_evaluate()
+
+    return run
 
 
 @pytest.fixture(scope="session")

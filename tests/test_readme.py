@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import json
-import logging
 import os
 import re
 import runpy
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 from builders import check_golden, make_report
 from conftest import ROOT, make_texts
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
 from lf_hf import FusionConfig, tasks_path
@@ -76,16 +72,10 @@ def test_python_blocks_run_in_order(page: Path, base: str, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("block", [block for block in blocks("bash") if block.startswith("lm_eval")])
 def test_lm_eval_blocks_run(
-    block: str, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    block: str, base: str, run_lm_eval: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    only_own = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # reading all takes long
-    monkeypatch.setattr(TaskManager, "__init__", only_own)
-    logger = logging.getLogger("lm_eval")  # which it sets up
-    monkeypatch.setattr(logger, "propagate", logger.propagate)
-    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
-    words = shlex.split(adapted(block, base).replace("\\\n", " "))
-    monkeypatch.setattr("sys.argv", [str(tasks_path()) if "tasks_path" in word else word for word in words])
-    cli_evaluate()
+    _, *words = shlex.split(adapted(block, base).replace("\\\n", " "))
+    run_lm_eval([str(tasks_path()) if "tasks_path" in word else word for word in words])
     assert "|anatomy" in capsys.readouterr().out.replace(" ", "")
 
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import venv
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,15 @@ import lf_hf
 TASKS = ROOT / "lm_eval_tasks"
 COMMANDS = Path(sys.executable).parent
 SITES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+# Takes away what the start-up file has done, as where none is run.
+BLOCKED = "import sys\nsys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']\n"
+PLACES = "import lf_hf\nprint(lf_hf.__file__, lf_hf.tasks_path(), sep='\\n')\n"
+# lm-eval takes seconds to look through all its tasks; here are ours alone.
+OWN_TASKS = """
+import functools, runpy
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+"""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -56,6 +64,13 @@ def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def in_wheel(wheel_python: Path) -> list[str]:
+    """Where the package and its tasks are, and whether scikit-learn is imported by what compares no layers."""
+    code = f"{PLACES}import sys, lf_hf.healing.heal, lf_hf.pipeline\nprint('sklearn' in sys.modules)"
+    return output(wheel_python, "-c", code).splitlines()
+
+
+@pytest.fixture(scope="module")
 def editable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(tmp_path_factory.mktemp("editable"), "--editable", str(ROOT))
 
@@ -65,45 +80,42 @@ def test_every_command_finds_the_model(wheel_python: Path, editable_python: Path
     # What FusedLM says at once to these arguments; no other model class does.
     words = ["--model", "fused_llama", "--model_args", "pretrained=base,method=mka", "--tasks", "mmlu_sample_anatomy"]
     words += ["--include_path", str(TASKS)]
-    # Takes away what the start-up file has done, as where none is run.
-    blocked = "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']; "
-    blocked += "runpy.run_module('lf_hf.evaluate', run_name='__main__')"
-    commands = ([editable_python, COMMANDS / "lm_eval"], [wheel_python, "-c", blocked])
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(lambda command: run(*command, *words, folder=tmp_path), commands):
-            assert "ValueError: method without num_fusions has no effect" in done.stderr
+    lm_eval = f"{OWN_TASKS}runpy.run_path({str(COMMANDS / 'lm_eval')!r}, run_name='__main__')"
+    ours = f"{BLOCKED}{OWN_TASKS}runpy.run_module('lf_hf.evaluate', run_name='__main__')"
+    for python, code in ((editable_python, lm_eval), (wheel_python, ours)):
+        done = run(python, "-c", code, *words, folder=tmp_path)
+        assert "ValueError: method without num_fusions has no effect" in done.stderr
 
 
-def test_importing_lf_hf_is_enough_where_lm_eval_is_imported_already(editable_python: Path) -> None:
-    """As in a notebook that was running when lf_hf was installed."""
-    code = "import sys\nsys.meta_path = [f for f in sys.meta_path if type(f).__module__ != 'lf_hf_startup']\n"
-    code += "import lm_eval.models, lf_hf\nfrom lm_eval.api import registry\n"
-    code += "print(registry.get_model('fused').__name__)"
-    assert output(editable_python, "-c", code) == "FusedLM"
+def test_an_editable_install_serves_from_its_checkout_and_where_lm_eval_is_imported_already(
+    editable_python: Path,
+) -> None:
+    """The latter as in a notebook that was running when lf_hf was installed."""
+    code = f"{BLOCKED}import lm_eval.models\n{PLACES}from lm_eval.api.registry import get_model\n"
+    package, tasks, name = output(editable_python, "-c", f"{code}print(get_model('fused').__name__)").splitlines()
+    assert name == "FusedLM" and (Path(package), Path(tasks)) == (ROOT / "lf_hf" / "__init__.py", TASKS)
 
 
-def test_data_parallel_run(wheel_python: Path, base: str, tmp_path: Path) -> None:
-    launch = [str(COMMANDS / "accelerate"), "launch", "--num_processes", "2", "--cpu", "-m", "lm_eval"]
-    model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
-    words = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]
-    tasks = output(wheel_python, "-c", "import lf_hf; print(lf_hf.tasks_path())")
-    done = run(wheel_python, *launch, *words, "--include_path", tasks, "--output_path", "results", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    [results] = tmp_path.glob("results/*/*.json")
-    assert json.loads(results.read_text())["config"]["fusion"]["layers"] == [5, 3]
-
-
-def test_installed_files(wheel_python: Path, editable_python: Path) -> None:
-    code = "import lf_hf; print(lf_hf.__file__); print(lf_hf.tasks_path())"
-    package, tasks = map(Path, output(wheel_python, "-c", code).splitlines())
+def test_a_wheel_has_all_files_and_runs_in_several_processes(
+    wheel_python: Path, in_wheel: list[str], base: str, tmp_path: Path
+) -> None:
+    package, tasks = map(Path, in_wheel[:2])
     assert wheel_python.parent.parent in package.parents and tasks == package.parent / "lm_eval_tasks"
     names, shipped = (
         {str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.suffix != ".pyc"}
         for folder in (TASKS, tasks)
     )
     assert shipped == names
-    package, tasks = map(Path, output(editable_python, "-c", code).splitlines())
-    assert package == ROOT / "lf_hf" / "__init__.py" and tasks == TASKS
+    program = tmp_path / "lm_eval_with_own_tasks.py"
+    program.write_text(f"{OWN_TASKS}runpy.run_module('lm_eval', run_name='__main__')")
+    launch = [str(COMMANDS / "accelerate"), "launch", "--num_processes", "2", "--cpu", str(program)]
+    model_args = f"pretrained={base},num_fusions=2,method=truncate,perplexity_tokens=0"
+    words = ["--model", "fused_llama", "--model_args", model_args, "--tasks", "mmlu_sample_anatomy"]
+    words += ["--include_path", str(tasks), "--output_path", "results"]
+    done = run(wheel_python, *launch, *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [results] = tmp_path.glob("results/*/*.json")
+    assert json.loads(results.read_text())["config"]["fusion"]["layers"] == [5, 3]
 
 
 REGISTERED = """
@@ -238,9 +250,6 @@ def test_a_new_process_loads_a_model_without_what_fusing_takes_and_knows_it(fuse
     assert [name for name in loaded if name.split(".")[0] in heavy] == []
 
 
-@pytest.mark.parametrize("module", ["lf_hf.healing.heal", "lf_hf.pipeline"])
-def test_what_compares_no_layers_needs_no_scikit_learn(module: str) -> None:
+def test_what_compares_no_layers_needs_no_scikit_learn(in_wheel: list[str]) -> None:
     """Whose import takes 90 MB, with pandas and pyarrow."""
-    code = f"import sys; import {module}; print('sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "False\n", done.stderr
+    assert in_wheel[2] == "False"

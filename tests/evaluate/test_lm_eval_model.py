@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GGUF, QUICK, ROOT, make_llama
+from conftest import GGUF, QUICK, make_llama
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -173,18 +170,21 @@ def test_results_carry_the_fusion(base: str) -> None:
 TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
 
 
-def test_mmlu_with_four_fusions(gguf_folder: str, mmlu_dir: Path, tmp_path: Path) -> None:
-    settings = {"num_fusions": 4, "perplexity_tokens": 256, "sample_length": 64, "fused_dir": tmp_path / "fused"}
+def test_mmlu_with_four_fusions(
+    gguf_folder: str,
+    mmlu_dir: Path,
+    tmp_path: Path,
+    run_lm_eval: Callable[[list[str]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"num_fusions": 4, "perplexity_tokens": 64, "sample_length": 16, "fused_dir": tmp_path / "fused"}
     source = {"pretrained": gguf_folder, "gguf_file": GGUF.name, **settings}
     model_args = ",".join(f"{name}={value}" for name, value in source.items())
-    command = [sys.executable, "-m", "lm_eval", "--model", "fused_llama", "--model_args", model_args, "--limit", "1"]
-    data = json.dumps({"mmlu_dir": str(mmlu_dir)})
-    command += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path()), "--metadata", data, "--log_samples"]
-    command += ["--output_path", str(tmp_path / "results")]
-    on_the_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # as what it is compared with below
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=on_the_cpu, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    assert "|anatomy|" in done.stdout.replace(" ", "")
+    words = ["--model", "fused_llama", "--model_args", model_args, "--device", "cpu", "--limit", "1", "--log_samples"]
+    words += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path())]
+    words += ["--metadata", json.dumps({"mmlu_dir": str(mmlu_dir)}), "--output_path", str(tmp_path / "results")]
+    run_lm_eval(words)
+    assert "|anatomy|" in capsys.readouterr().out.replace(" ", "")
 
     [results] = tmp_path.glob("results/*/results_*.json")
     config = json.loads(results.read_text())["config"]
