@@ -25,8 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lf_hf import FusedLlamaForCausalLM
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.measure import speed
+from lf_hf.measure import judge, speed
 from lf_hf.text.hub import GENERAL
+
+judge.CONTINUED_LENGTH = 6  # tokens that models add to each prompt; 24 take longer and show no more of tiny ones
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.measure.generating import generate
-from lf_hf.measure.judge import write_continuations
+from lf_hf.measure.judge import CONTINUED_LENGTH, write_continuations
 from lf_hf.report.data import Continuation
 from lf_hf.report.notes import damage_notes
 from lf_hf.settings import FusionConfig
@@ -349,7 +349,8 @@ def test_a_model_is_asked_a_question_in_its_template() -> None:
     chat = [{"role": "user", "content": QUESTION}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    generated = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    length: dict[str, Any] = dict.fromkeys(("min_new_tokens", "max_new_tokens"), CONTINUED_LENGTH)
+    generated = model.generate(ids, **length, do_sample=False)[0, ids.shape[1] :]
     assert answer.strip() == str(tokenizer.decode(generated)).strip()
     tokenizer.chat_template = TEMPLATES["chatml"].replace("Be kind.", "Be kind. " * 1000)  # which would take all memory
     assert QUESTION not in "".join(write_continuations(Decoder(model), tokenizer))
