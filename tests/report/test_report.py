@@ -368,22 +368,31 @@ def test_the_licence_is_that_of_the_base(
     assert [metadata.get(name) for name in ("license", "license_name", "license_link")] == found
 
 
-@pytest.mark.parametrize("options", ["--method refit", "--method neural_alignment", "--heal-tokens 2048"])
-def test_its_command_makes_the_same_weights_in_another_process(
-    options: str, base: str, text: Path, tmp_path: Path
-) -> None:
+RUN_ALL = """
+import shlex, sys
+from lf_hf.cli import main
+sys.exit(any([main(shlex.split(line)) for line in sys.argv[1:]]))
+"""
+
+
+def test_its_command_makes_the_same_weights_in_another_process(base: str, text: Path, tmp_path: Path) -> None:
     """In one that knows nothing of the first, but for the base and the text."""
-    few = "--num-fusions 2 --calibration-length 64 --calibration-tokens 2048 --perplexity-tokens 200 --no-speed".split()
-    assert main(["fuse", base, str(tmp_path / "out"), *few, *options.split(), "--calibration", str(text)]) == 0
-    made = FusionReport.load(tmp_path / "out")
-    [command] = re.findall(r"^```bash\nlf-hf (.*)\n```$", (tmp_path / "out" / "README.md").read_text(), re.M)
-    shutil.copytree(base, tmp_path / "fresh" / Path(base).name)
-    words = [sys.executable, "-m", "lf_hf", *shlex.split(command), "--calibration", str(text)]
+    few = "--num-fusions 2 --calibration-length 32 --calibration-tokens 1024 --perplexity-tokens 200 --no-speed".split()
+    few += ["--calibration", str(text)]
+    fresh, commands = tmp_path / "fresh", []
+    for name, options in (("averaged", ["--method", "neural_alignment"]), ("healed", ["--heal-tokens", "2048"])):
+        assert main(["fuse", base, str(tmp_path / name), *few, *options]) == 0
+        card = (tmp_path / name / "README.md").read_text()
+        [(copied, said)] = re.findall(r"^```bash\nlf-hf fuse (\S+) out (.*)\n```$", card, re.M)
+        commands.append(f"fuse {copied} {name} {said} --calibration {shlex.quote(str(text))}")
+    shutil.copytree(base, fresh / Path(base).name)
     environment = {"PYTHONPATH": str(Path(lf_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     environment["PYTHONHASHSEED"] = "7"
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number adds up in another order
-    subprocess.run(words, cwd=tmp_path / "fresh", env=environment, check=True)
-    assert FusionReport.load(tmp_path / "fresh" / "out").weights_digest == made.weights_digest is not None
+    subprocess.run([sys.executable, "-c", RUN_ALL, *commands], cwd=fresh, env=environment, check=True)
+    for name in ("averaged", "healed"):
+        made, again = (FusionReport.load(folder / name).weights_digest for folder in (tmp_path, fresh))
+        assert made == again is not None
 
 
 def test_its_commands_make_a_model_again_that_was_healed_twice(
