@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 from conftest import same, save_base, tensors
 from tqdm import tqdm
 
-from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint
+from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint, pipeline
 from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
@@ -57,8 +58,8 @@ def foreign(folder: Path) -> list[tuple[int, int, bytes]]:
     return [(path.stat().st_mode, path.stat().st_ino, held) for path, held in zip(paths, contents, strict=True)]
 
 
-def in_process(work: Callable[[], Any]) -> bool:
-    """Run `work` in a process of its own; whether it came to its end, and was not killed."""
+def start(work: Callable[[], Any]) -> int:
+    """Begin `work` in a process of its own, whose number this is."""
     pid = os.fork()
     if not pid:
         try:
@@ -67,9 +68,18 @@ def in_process(work: Callable[[], Any]) -> bool:
         finally:
             traceback.print_exc()
             os._exit(1)
+    return pid
+
+
+def is_done(pid: int) -> bool:
+    """Wait for such a process; whether it came to its end, and was not killed."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code in (0, -signal.SIGKILL)
     return code == 0
+
+
+def in_process(work: Callable[[], Any]) -> bool:
+    return is_done(start(work))
 
 
 def dies_at(step: int, work: Callable[[], Any], out: Path) -> bool:
@@ -108,6 +118,21 @@ def points_in(out: Path) -> list[dict[str, Any]]:
     return points
 
 
+def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
+    """Of two processes that start at once one fuses, and the other waits and takes what that one made."""
+    fusions, real = out.parent / "fusions", pipeline.fuse
+    fusions.mkdir()
+
+    def slow(*given: Any, **named: Any) -> FusionReport:
+        (fusions / str(os.getpid())).touch()
+        time.sleep(0.5)
+        return real(*given, **named)
+
+    with patch.object(pipeline, "fuse", slow):
+        assert all(map(is_done, [start(fuse) for _ in range(2)]))
+    assert len(list(fusions.iterdir())) == 1 and num_fusions_in(out) == 1
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
@@ -121,6 +146,9 @@ def main(folder: Path) -> None:
     models = {count: fuse(num_fusions=count) for count in (1, 2)}
     for count, model in models.items():
         model.save_pretrained(folder / f"whole {count}")
+    together = folder / "together"
+    fuse_at_once(partial(fuse, num_fusions=1, fused_dir=together), together)
+
     shards = {1: "1GB", 2: "20KB"}
     # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.
     ways: dict[str, tuple[int, Callable[[Path, int], Any]]] = {
