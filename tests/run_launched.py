@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_llama, make_texts, tensors
+from run_faults import Answers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -25,6 +27,7 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, HealSettings
 from lf_hf.cli import main as command
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.evaluate.points import Score
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets
 from lf_hf.runtime.launch import OtherProcessError, Processes
@@ -35,14 +38,34 @@ TEMPLATE = (  # so that processes share chats to write, too
     "{% if add_generation_prompt %}{{ '<s>assistant' }}{% endif %}"
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "refit": {"method": "refit", "selection": "least_influence", "num_fusions": 2},
+    "refit": {"method": "refit", "num_fusions": 2},
     "refit, on disk": {"method": "refit", "selection": "least_influence", "num_fusions": 2, "low_memory": True},
-    "by groups": {"method": "refit", "num_fusions": 2},
     "within a budget": {"method": "truncate", "selection": "least_influence", "max_divergence": 10.0},
-    "mka": {"method": "mka", "num_fusions": 2},
     "neural_alignment": {"method": "neural_alignment", "num_fusions": 2},
 }
+SWEPT = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task --perplexity-tokens 100"
 HEALING: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 3e-3}
+
+
+def sweep_command(folder: Path) -> list[str]:
+    words = f"{SWEPT} --calibration-tokens 1024".split()
+    return ["sweep", str(folder / "base"), str(folder / "swept"), *words, "--calibration", str(folder / "texts.txt")]
+
+
+def swept(folder: Path) -> list[str]:
+    """Which models this process judged, by answers in place of lm-eval's."""
+    names: list[str] = []
+
+    class Named(Answers):
+        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
+            report = getattr(model, "fusion_report", None)
+            names.append(f"{report.config['method'] if report else 'dense'} {model.config.num_hidden_layers}")
+            return super().scores(model, tokenizer)
+
+    without_pictures = patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures")
+    with patch("lf_hf.evaluate.evaluation.Evaluation", Named), without_pictures:
+        assert command(sweep_command(folder)) == 0
+    return names
 
 
 def fuse(folder: Path, name: str, out: Path) -> str | None:
@@ -132,14 +155,17 @@ def main(folder: Path, given: str = "") -> None:
         say("healed", heal(folder, json.loads(given)))
         return
     say("codes", processes.all_gather_object([command(words), refused]))
+    say("swept", processes.all_gather_object(swept(folder)))
     say("healed", heal(folder, {"fsdp": True}))
     say("healed while loading", processes.all_gather_object(fuse_and_heal(folder)))
     say("saves", saves(folder / "saves"))
     say("figures", [student_figures(sharded=sharded) for sharded in (True, False)])
     for name in SETTINGS:
         say(name, processes.all_gather_object(fuse(folder, name, folder / name)))
-    if processes.rank == 1:
-        return  # while the other one sums; the launcher, which sees no failure, does not end that
+    processes.all_gather_object(None)  # all is said, and nothing that the command prints falls into a line of it
+    if processes.rank == 1:  # ends while the other one sums; the launcher, which sees no failure, does not end that
+        sys.argv[1:] = ["tasks"]
+        runpy.run_module("lf_hf", run_name="__main__")
     fuse(folder, "refit", folder / "of one")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, run_program, save_base, tensors
-from run_launched import HEALING, SETTINGS, TEMPLATE, fuse
+from run_faults import Answers, points_in
+from run_launched import HEALING, SETTINGS, TEMPLATE, fuse, sweep_command
 
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport
+from lf_hf.cli import main
+from lf_hf.evaluate.points import RESULTS
 
 ZERO = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}
 ZERO |= dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
@@ -75,6 +79,26 @@ def test_the_command_writes_and_speaks_once(launch: Launch) -> None:
     assert launch.out.count("bytes on disk") == 1 and launch.err.count("ridge must be") == 1
     model = FusedLlamaForCausalLM.from_pretrained(launch.folder / "out")
     assert model.config.num_hidden_layers == 3 and model.fusion_report.layers_before == 5
+
+
+def test_processes_share_the_points_of_a_sweep(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one process alone measures the same of those that are missing."""
+    out, names = launch.folder / "swept", launch.results["swept"]
+    wanted = ["dense 5", *(f"{method} {layers}" for method in ("refit", "truncate") for layers in (3, 4))]
+    assert all(names) and sorted(itertools.chain(*names)) == wanted
+    assert launch.out.count("Stability") == 1  # one speaks
+    assert {file.name for file in out.iterdir()} == {RESULTS, "results.csv", "results.md"}
+
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
+    monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
+    whole = points_in(out)
+    lines = (out / RESULTS).read_bytes().splitlines(keepends=True)
+    kept = b"".join(line for line in lines if b'"method":"refit"' not in line)
+    (out / RESULTS).write_bytes(kept)
+    assert main(sweep_command(launch.folder)) == 0
+    again = (out / RESULTS).read_bytes()
+    assert again.startswith(kept) and len(again.splitlines()) == len(lines)
+    assert sorted(points_in(out), key=str) == sorted(whole, key=str)
 
 
 def test_when_one_process_dies_the_others_say_so_and_end(launch: Launch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import check_golden, make_point, no_warnings
-from conftest import make_tokenizer, run_program, same
+from conftest import make_tokenizer, same
 from lm_eval.tasks import TaskManager
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
@@ -24,7 +23,7 @@ from lf_hf import FusionConfig
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
 from lf_hf.evaluate.evaluation import Evaluation
-from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score, read_points
+from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.evaluate.tables import as_csv, markdown, stability_rows
@@ -109,24 +108,17 @@ def test_scores_are_those_of_lm_eval(whole: Whole, base: str) -> None:
     assert Evaluation(TASKS).scores(model, make_tokenizer()) == whole[1][-1].scores
 
 
-@pytest.mark.usefixtures("judged")
-def test_healed_points_are_beside_those_that_are_not(run: Run, tmp_path: Path) -> None:
-    levels: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"]}
-    heal = {"settings": SETTINGS | {"heal_tokens": 4096}}
-    points = run(tmp_path / "healed", **levels, **heal)
-    assert [point.method for point in points] == [DENSE, "truncate", "truncate, healed"]
-    assert [point.config["heal_tokens"] for point in points if point.config] == [0, 4096]
-    assert points[2].divergences["docs"] < points[1].divergences["docs"]
-    lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
-    fused, healed = lines["truncate"], lines["truncate, healed"]
-    assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]
-
-
-def test_what_differs_in_healing_alone_is_fused_once(run: Run, judged: list[Any], tmp_path: Path) -> None:
+def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
+    run: Run, judged: list[Any], tmp_path: Path
+) -> None:
     heal: dict[str, Any] = {"num_fusions": [2], "settings": SETTINGS | {"heal_tokens": 4096}}
     points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
     assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
+    assert [point.config["heal_tokens"] for point in points if point.config] == [0, 4096, 4096]
     assert judged[1] is judged[2] is judged[3] and judged[0] is not judged[1]
+    lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
+    fused, healed = lines["refit"], lines["refit, healed"]
+    assert fused.get_color() == healed.get_color() and [fused.get_linestyle(), healed.get_linestyle()] == ["-", "--"]
     [alone] = [point for point in run(tmp_path / "one", methods=["healed"], **heal) if point.method == "healed"]
     [shared] = [point for point in points if point.method == "healed"]
     assert without_seconds([shared]) == without_seconds([alone])
@@ -187,28 +179,6 @@ def test_a_sweep_keeps_to_its_text_when_the_hub_answers_otherwise(
     else:
         again = points(True, 1, 2)
         assert len(judged) == 3 and again[:2] == first and again[2].calibration == first[1].calibration
-
-
-def test_processes_share_points(make_base: Callable[..., str], text: Path, tmp_path: Path, judged: list[Any]) -> None:
-    options = "--num-fusions 1,2 --methods truncate,refit --selection least_influence --tasks task"
-    options += f" --perplexity-tokens 100 --calibration-tokens 1024 --calibration {text}"
-    words = ["sweep", make_base(num_hidden_layers=6), str(tmp_path / "out"), *options.split()]
-    done = run_program("run_swept.py", *words, processes=2)
-    assert done.returncode == 0, done.stderr
-    names = ["dense 6", *(f"{method} {layers}" for method in ("refit", "truncate") for layers in (4, 5))]
-    judgements = re.findall(r"judged (\w+ \d) in process ([01])", done.stdout)
-    assert sorted(name for name, _ in judgements) == names and {process for _, process in judgements} == {"0", "1"}
-    assert done.stdout.count("Stability") == 1  # one speaks
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, "results.csv", "results.md"}
-
-    whole = read_points(tmp_path / "out" / RESULTS)
-    lines = (tmp_path / "out" / RESULTS).read_bytes().splitlines(keepends=True)
-    kept = b"".join(line for line in lines if b'"method":"refit"' not in line)
-    (tmp_path / "out" / RESULTS).write_bytes(kept)
-    assert main(words) == main(words) == 0 and len(judged) == 2
-    assert (tmp_path / "out" / RESULTS).read_bytes().startswith(kept)
-    mended = read_points(tmp_path / "out" / RESULTS)
-    assert without_seconds([mended[key] for key in whole]) == without_seconds([*whole.values()])
 
 
 def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_path: Path) -> None:
