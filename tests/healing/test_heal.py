@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -132,28 +133,41 @@ def test_a_training_that_diverges_ends_and_keeps_the_last_good_state(heal: Heal,
     assert any("Healing diverged by step 6, so the state of step 0 is kept" in note for note in report.notes)
 
 
-@pytest.fixture
-def killed(heal: Heal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of a healing that was killed at step 10 of 16; logs are kept in it beside a user's."""
-    real, out = Trainer.training_step, tmp_path / "out"
+@contextmanager
+def cut_short(step: int = 1) -> Iterator[None]:
+    """Kill the healing inside the block before it takes this step, counted from 0."""
+    real = Trainer.training_step
 
-    def step(self: Any, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 10:
-            monkeypatch.setattr(Trainer, "training_step", real)
+    def training_step(self: Any, *given: Any) -> torch.Tensor:
+        if self.state.global_step == step:
             raise Killed
-        logs = Path(self.args.output_dir) / "runs"
-        logs.mkdir(exist_ok=True)
-        for name in ("events", "a user's"):
-            (logs / name).touch()
         return real(self, *given)
 
-    monkeypatch.setattr(Trainer, "training_step", step)
+    with patch.object(Trainer, "training_step", training_step), pytest.raises(Killed):
+        yield
+
+
+@pytest.fixture(scope="module")
+def left_behind(base: str, fused: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a healing left that was killed at step 10 of 16; logs are kept in it beside a user's."""
+    out = tmp_path_factory.mktemp("killed") / "out"
     (out / "runs").mkdir(parents=True)
     (out / "runs" / "a user's").write_text("log")
-    with pytest.raises(Killed):
-        heal()
+    with cut_short(10):
+        lf_hf.heal(fused, out, base=base, **settings())
+    (out / WORK / "runs").mkdir()
+    for name in ("events", "a user's"):
+        (out / WORK / "runs" / name).touch()
     assert not (out / "config.json").exists()
-    return out
+    return Path(shutil.copytree(out, out.parent / "kept"))
+
+
+@pytest.fixture
+def killed(left_behind: Path) -> Path:
+    """The same where it was left, as states of a training name their folder."""
+    out = left_behind.parent / "out"
+    shutil.rmtree(out)
+    return Path(shutil.copytree(left_behind, out))
 
 
 def test_a_killed_run_ends_with_the_same_bits(
@@ -169,8 +183,8 @@ def test_a_killed_run_ends_with_the_same_bits(
         ({"text": "bundled"}, r"of another healing \(.* text"),
     ):
         with pytest.raises(ValueError, match=message):
-            heal(**changes)
-    report = heal(base=f"{base}/../{Path(base).name}")  # the same one
+            heal(out=killed, **changes)
+    report = heal(out=killed, base=f"{base}/../{Path(base).name}")  # the same one
     assert "Going on from" in caplog.text and not changed(killed, healed)
     whole = FusionReport.load(healed).healed
     assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
@@ -190,7 +204,7 @@ def test_a_run_without_a_whole_state_or_its_best_one_begins_anew(
 ) -> None:
     [written] = (killed / WORK).glob(f"checkpoint-*/{file}")
     written.write_bytes(written.read_bytes().replace(part, instead))
-    heal()
+    heal(out=killed)
     assert said in caplog.text and not changed(killed, healed)
 
 
@@ -199,7 +213,7 @@ def test_a_damaged_note_is_named_with_what_to_remove(heal: Heal, killed: Path) -
     note.write_text("{")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"{re.escape(str(note))}.*cannot be read .*; remove .* to begin anew"):
-            heal()
+            heal(out=killed)
 
 
 def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
@@ -208,9 +222,9 @@ def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
     monkeypatch.setattr("lf_hf.plan.plan.healing_bytes", lambda *_, **__: 1 << 48)
     place = re.escape(str(killed / WORK))
     with pytest.raises(ValueError, match=f"train='layers' .* give a device with so much, or remove '{place}' to begin"):
-        heal()
+        heal(out=killed)
     with pytest.raises(ValueError, match=r"train='lora' .* or method='refit'\.$"):
-        heal(out=killed / "else")
+        heal(out=killed.parent / "else")
 
 
 @pytest.mark.parametrize("command", ["heal", "fuse"])
@@ -410,20 +424,6 @@ def test_it_heals_while_loading_with_a_tokenizer_that_is_given(tmp_path: Path) -
     report = lf_hf.from_pretrained_fused(tmp_path, **given).fusion_report
     assert report is not None and report.healed is not None and report.healed.steps == 2
     assert report.config["heal_tokens"] == 4096
-
-
-@contextmanager
-def cut_short() -> Iterator[None]:
-    """Kill the healing inside the block before its second step."""
-    real = Trainer.training_step
-
-    def step(self: Any, *given: Any) -> torch.Tensor:
-        if self.state.global_step == 1:
-            raise Killed
-        return real(self, *given)
-
-    with patch.object(Trainer, "training_step", step), pytest.raises(Killed):
-        yield
 
 
 def test_a_fusion_that_is_cut_short_while_it_heals_goes_on(
