@@ -137,7 +137,7 @@ def run_kind(model: Any, kind: str, samples: list[str] | None = None) -> FusionR
     config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration_tokens": 1024}
     return measure_and_fuse(
         model,
-        FusionConfig(**config | {"calibration_length": 64} | SETTINGS[kind]),
+        FusionConfig(**config | {"calibration_length": 32} | SETTINGS[kind]),
         CalibrationSamples(samples or make_texts(), "random sentences"),
         Corpus({"random text": " ".join(make_texts(400))}),
     )

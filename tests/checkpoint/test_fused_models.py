@@ -61,7 +61,7 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool,
     dense.config.layer_types = ["full_attention"] * 6
     base = save_base(tmp_path / "base", dense)
     settings: dict[str, Any] = {"method": "truncate", "selection": "least_influence", "calibration_tokens": 1024}
-    settings |= {"num_fusions": 2, "perplexity_tokens": 0}
+    settings |= {"calibration_length": 32, "num_fusions": 2, "perplexity_tokens": 0}
     text, out = [" ".join(make_texts(400))], tmp_path / "out"
     report = fuse_checkpoint(base, out, calibration=text, low_memory=low_memory, **settings)
     assert report.pairs == pairs

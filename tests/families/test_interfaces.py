@@ -102,19 +102,18 @@ def test_a_fused_model_in_memory_and_in_its_folder(
     for twin in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model)(model.config).eval()):
         twin.load_state_dict(model.state_dict())
         assert type(twin) is type(model) and torch.equal(logits(twin), logits(model))
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(IDS, use_cache=use, **settings) for use in (True, False))
-    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 8
+    assert torch.equal(cached, uncached) and cached.shape[1] == IDS.shape[1] + 4
     text = torch.arange(IDS.shape[1])[None] >= torch.tensor([[0], [4]])  # the second text is shorter
     padded = model.generate(torch.where(text, IDS, 1), attention_mask=text.long(), **settings)
     assert torch.equal(padded[:1], cached)
     assert torch.equal(padded[1:, 4:], model.generate(IDS[:, 4:], **settings))
 
 
-# One of each way in which layers are stored: biases and kinds, several projections in one piece, gains of 1 + w, norms
-# over all heads, factors, two lists of kinds, norms of other names, and kinds that a layer names otherwise.
-STORED = "llama qwen2 phi3 gemma3_text olmo2 granite smollm3 glm4 hunyuan_v1_dense exaone4 olmo3".split()
-STORED += WRAPPERS
+# One of each way in which layers are stored: biases and kinds, several projections in one piece, norms over all heads,
+# two lists of kinds, norms of other names, and decoders inside a model of images.
+STORED = ["qwen2", "phi3", "olmo2", "smollm3", "glm4", "hunyuan_v1_dense", *WRAPPERS]
 
 
 @pytest.mark.parametrize("model_type", STORED)
@@ -355,9 +354,9 @@ def test_the_command_line_plans_and_fuses(
 @pytest.mark.parametrize(
     ("model_type", "train", "tokens"),
     [
-        ("phi3", "lora", 8192),
-        ("gemma3", "all", 8192),
-        ("qwen3_vl", "lora", 8192),
+        ("phi3", "lora", 4096),
+        ("gemma3", "all", 4096),
+        ("qwen3_vl", "lora", 4096),
         ("qwen3_5_text", "lora", 2048),
     ],
 )
@@ -390,7 +389,7 @@ def test_healing_comes_nearer(
 
 
 ONE: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "calibration": ["\n".join(make_texts(200, seed=3))]}
-ONE |= {"calibration_tokens": 1024, "calibration_length": 32}
+ONE |= {"calibration_tokens": 1024, "calibration_length": 16}
 LAST = ONE | {"method": "refit", "selection": "last"}
 
 
@@ -399,8 +398,9 @@ def picture_logits(model: Any, model_type: str) -> torch.Tensor:
         return model(**picture(model_type)).logits
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("model_type", WRAPPERS)
+@pytest.mark.parametrize(
+    ("model_type", "low_memory"), [("gemma3", False), ("mistral3", True), ("qwen3_vl", False), ("qwen3_vl", True)]
+)
 def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
     model_type: str, low_memory: bool, tmp_path: Path
 ) -> None:
