@@ -216,25 +216,19 @@ def plan(
     disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
     if device_map == {"": "disk"} and machine.has_card:
         device_map = _on_disk_but_the_norm(model, device)
-    work = {name: need.work for name, need in phases.needs.items()}
-    if steps is not None:
-        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}
+    work = _work(phases, steps)
     minutes = _minutes(work, rates)
     return Plan(
-        machine,
-        device_map,
-        batch_bytes,
-        states,
-        longest,
-        steps,
-        parameters,
-        weights,
-        taken,
-        peak,
-        disk,
-        work,
-        minutes,
+        machine, device_map, batch_bytes, states, longest, steps, parameters, weights, taken, peak, disk, work, minutes
     )
+
+
+def _work(phases: Phases, healing: HealingPlan | None) -> dict[str, Work]:
+    """By phase; what is healed is judged twice."""
+    work = {name: need.work for name, need in phases.needs.items()}
+    if healing is not None:
+        work |= {"heal": healing.work, "judge": times(work.pop("judge"), 2)}
+    return work
 
 
 def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:

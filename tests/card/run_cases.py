@@ -188,7 +188,7 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         words = f"bench_gpu --small --skip-tests --part cuda:0=1050MiB,cpu=4GiB --out {out}".split()
-        with patch.object(sys, "argv", words), pytest.raises(SystemExit):
+        with CARDS.watch(), patch.object(sys, "argv", words), pytest.raises(SystemExit):
             bench_gpu.main()
         rows: list[Figures] = json.loads(out.read_text(encoding="utf-8"))["rows"]
         return rows
@@ -215,7 +215,6 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
 
 
 def main(out: Path) -> None:
-    waits = Waits()
     with tempfile.TemporaryDirectory() as scratch, out.open("w", encoding="utf-8") as lines:
 
         def write(name: Any, found: Any) -> None:
@@ -224,6 +223,7 @@ def main(out: Path) -> None:
         bases = {family: make_base(family, Path(scratch, family)) for family in FAMILIES}
         for check in CHECKS:
             write(check.__name__, check(bases))
+        waits = Waits()
         after_loading(lambda model: CARDS.mark_weights(model.parameters())).start()
         for case in CASES:
             write(case, fused(case, bases[case.family], waits))
