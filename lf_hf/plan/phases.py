@@ -398,6 +398,7 @@ def healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tok
     # What a layer keeps; with checkpoints that of one layer, and the stream in front of each.
     a_token = activation_bytes(shape) * size // 2 * (1 if checkpoints else layers)
     a_token += 4 * shape.hidden * layers * checkpoints
+    a_token += 14 * shape.hidden  # the embedded stream, and the final norm
     # Both models' slices of logits, and softmaxes of a few of them in float32.
     logits = tokens * shape.vocab
     floats = _FLOATS if machine.has_card else _FLOATS_ON_CPU

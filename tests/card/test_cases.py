@@ -68,6 +68,15 @@ def test_a_card_gives_what_the_cpu_gives(case: Case, found: Found, on_cpu: Calla
     assert not line["weights_read"]
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.method in ("refit", "healed") and case.family == "Llama"], ids=" ".join
+)
+def test_a_plan_says_what_a_card_has_to_hold(case: Case, found: Found) -> None:
+    """At most; and not many times as much."""
+    line = found[case]
+    assert line["planned"] / 3 < line["peak"] <= line["planned"]
+
+
 def test_the_host_waits_no_more_often_than_it_did(found: Found) -> None:
     """For a step of healing, and for a token of the text that a model writes."""
     line = found[Case("healed", "Llama")]
