@@ -61,6 +61,7 @@ class Shape:
     size: int
     has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
     has_head_norms: bool
+    delta: int  # bytes that a hybrid's layer without attention keeps of a token for its gradient
 
     @classmethod
     def of(cls, model: Any, size: int) -> Shape:
@@ -79,6 +80,7 @@ class Shape:
             size=size,
             has_norm_after=family.mlp.after is not None,
             has_head_norms=family.head_norms is not None,
+            delta=_delta_bytes(text) if family.linear else 0,
         )
 
     @property
@@ -98,6 +100,13 @@ class Shape:
     def adapters(self) -> int:
         """Parameters of a LoRA of rank 1 on all projections of a layer."""
         return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * (self.hidden + self.mlp)
+
+
+def _delta_bytes(text: Any) -> int:
+    """Of Gated DeltaNet as torch computes it: all in float32, in chunks of 64 tokens, with a state for each of them."""
+    keys, values, chunk = text.linear_key_head_dim, text.linear_value_head_dim, 64
+    a_head = 10 * keys + 5 * values + 5 * chunk + 2 * keys * values // chunk
+    return int(4 * text.linear_num_value_heads * a_head)
 
 
 def _count(module: nn.Module) -> int:
@@ -378,7 +387,8 @@ def activation_bytes(shape: Shape) -> int:
     """
     norms = 4 if shape.has_norm_after else 2
     of_heads = 8 * (shape.queries + shape.keys) * shape.has_head_norms
-    return 10 * norms * shape.hidden + 8 * (shape.queries + 2 * shape.keys) + of_heads + 8 * shape.mlp
+    mixer = max(8 * (shape.queries + 2 * shape.keys) + of_heads, shape.delta)
+    return 10 * norms * shape.hidden + mixer + 8 * shape.mlp
 
 
 def fused_layers(fusion: FusionConfig) -> int:
