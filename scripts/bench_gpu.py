@@ -9,9 +9,9 @@ what the plan trains, run on all of the card and on a part of it. Each case runs
 of memory are its own, and its row is written when it ends. When time is up, the case that runs is stopped, and those
 after it are left out.
 
-Each phase has seconds / those of the plan, and thousands of tokens a second; making and healing have the share of the
-card's peak that their products in bfloat16 take. Memory is what was reserved on the card, and taken on the host with
-the pages of mapped files, each / what the plan says.
+Each phase has seconds / those of the plan, thousands of tokens a second, and the share of the card's peak in bfloat16
+that its products reach; solutions in float64 do not count. Memory is what was reserved on the card, and taken on the
+host with the pages of mapped files, each / what the plan says. Temporary files (TMPDIR) need 62 GiB.
 
 Why eight minutes suffice for 32 layers, 4096 wide, an MLP of 14336, 16384 tokens to fit and 65536 to heal on, by an
 estimate for an H100 with 400e12 operations a second in bfloat16, 40 % of its peak, 40e12 in float32, and 3e9 bytes a
@@ -19,7 +19,7 @@ second from files:
 
   checkpoint       16e9 bytes to write: 30 s. Reading them and importing takes 15 s in each case after it
   text             the model writes half of it, all 64 sequences together, in 127 steps of some 30 ms: 5 s
-  choosing         57 pairs and triples and 8 sets of 3 to 6 groups, each a rough fit and the text behind it: 40 to 50
+  choosing         57 pairs and triples and 8 sets of up to 4 groups, each a rough fit and the text behind it: 40 to 50
                    s. Only in the first case; in the others layers are chosen by influence, in 5 s
   making           a group's selection among 17920 channels and its solution take 30e12 in float32; its training, 8
                    passes over one layer, takes 170e12 in bfloat16 and 64 steps of AdamW: 3 s. 12 to 20 s
@@ -42,6 +42,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
@@ -102,7 +103,8 @@ def fused(base: str, options: argparse.Namespace, method: str, selection: str, p
         report = fuse_checkpoint(base, out, **given, **where)
     figures: Figures = {"groups": [sorted(group) for group in report.groups], "planned": plan.peak}
     for phase, name in PHASES.items():
-        if name in report.seconds:
+        is_of_text = phase != "measure" or method == "refit"  # a plan counts what is healed on there, too
+        if name in report.seconds and is_of_text:
             tokens = options.heal_tokens if phase == "heal" else options.tokens
             figures[phase] = of_phase(plan, phase, tokens, report.seconds[name], peak_rate(options.device))
     found = [plan.healing.why] if plan.healing is not None else []
@@ -158,7 +160,9 @@ def measured_apart(case: Case, device: str, seconds: float) -> Figures:
     finally:
         is_late = process.is_alive()
         if is_late and process.pid is not None:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         process.join()
     if is_late:
         return {"failed": "stopped, as time was up", "seconds": seconds}
@@ -208,14 +212,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
     parser.add_argument("--heal-tokens", type=int, default=65536)
     parser.add_argument("--fusions", type=int, default=4)
-    parser.add_argument("--part", default="cuda:0=24GB,cpu=64GiB", help="of the machine, as --max-memory names it")
+    parser.add_argument("--part", help="of the machine, as --max-memory names it; by default a card of 24 GB")
     parser.add_argument("--skip-tests", action="store_true", help="leave out the suite's tests on the card")
     parser.add_argument("--small", action="store_true", help="a tiny model and little text, all in one process")
     add_shape(parser)
     parser.set_defaults(**LLAMA_3_8B, positions=8192)
     if parser.parse_known_args(arguments)[0].small:
         parser.set_defaults(**SMALL, **SMALL_WORK)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.part = options.part or ("cpu=4GiB" if options.device == "cpu" else "cuda:0=24GB,cpu=64GiB")
+    return options
 
 
 def main() -> None:

@@ -319,12 +319,14 @@ class Decoder:
         layer_kind = self.family.layer_kind(layer)
         kind = tuple(layer_kind.values())
         if kind not in self._inputs:
-            starts = torch.tensor(padding or (0,), device=device)[:, None]
-            position_ids = (torch.arange(past, past + num_tokens, device=device) - starts).clamp(min=0)  # (1 or B, T)
+            starts = torch.tensor(padding, device=device)[:, None] if padding else None
+            position_ids = torch.arange(past, past + num_tokens, device=device)[None]  # (1 or B, T)
+            if starts is not None:
+                position_ids = (position_ids - starts).clamp(min=0)
             layer_types = [layer_kind["layer_types"]] if self.family.rotary_of_type else []
             cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
             self._inputs[kind] = {
-                "attention_mask": self._mask(hidden_states, layer, past, starts if padding else None),
+                "attention_mask": self._mask(hidden_states, layer, past, starts),
                 "position_ids": position_ids,
                 # A model that is spread over devices makes them on one.
                 "position_embeddings": (cos.to(device), sin.to(device)),

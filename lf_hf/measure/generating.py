@@ -81,9 +81,9 @@ def _draw_starts(config: Any, count: int, prefix: Sequence[int], random: torch.G
     return starts
 
 
-def _barred_ids(config: Any, special: Sequence[int]) -> list[int]:
+def _barred_ids(config: Any, special: Sequence[int]) -> Tensor:
     named = {*special, special_id(config, "bos"), special_id(config, "pad"), *end_ids(config)}
-    return sorted(named.intersection(range(config.vocab_size)))
+    return torch.tensor(sorted(named.intersection(range(config.vocab_size))), dtype=torch.long)
 
 
 def end_ids(config: Any) -> list[Any]:
@@ -93,7 +93,7 @@ def end_ids(config: Any) -> list[Any]:
 
 
 def _sample_sequences(
-    decoder: Decoder, starts: Tensor, points: Tensor, chats: Mapping[int, Chat], barred: Sequence[int]
+    decoder: Decoder, starts: Tensor, points: Tensor, chats: Mapping[int, Chat], barred: Tensor
 ) -> Tensor:
     """Sequences (count, tokens) that begin with `starts` (count, given) and are sampled by `points` (count, steps)."""
     tokens = starts[:, 0].clone()
@@ -103,26 +103,30 @@ def _sample_sequences(
     with decoder.head() as head:
         for position in progress(range(points.shape[1]), desc="Writing text", unit="token"):
             logits = _next_logits(decoder, head, cache, tokens[:, None])
+            points, barred = points.to(logits.device), barred.to(logits.device)
             _bar_tokens(logits, barred, chats)
-            points = points.to(logits.device)
             tokens = _sample_tokens(logits, points[:, position])
             if position + 1 < starts.shape[1]:
                 given = starts[:, position + 1].to(tokens.device)
                 tokens = torch.where(given == _SAMPLED, tokens, given)
-            sampled = tokens[list(chats)].tolist()
-            for (row, chat), token in zip(chats.items(), sampled, strict=True):
-                tokens[row] = chat.next(token)
+            if chats:
+                rows = torch.tensor(list(chats), device=tokens.device)
+                pairs = zip(chats.values(), tokens[rows].tolist(), strict=True)
+                tokens[rows] = torch.tensor([chat.next(token) for chat, token in pairs], device=tokens.device)
             written.append(tokens)
     return torch.stack([step.to(tokens.device) for step in written], dim=1).cpu()
 
 
-def _bar_tokens(logits: Tensor, barred: Sequence[int], chats: Mapping[int, Chat]) -> None:
+def _bar_tokens(logits: Tensor, barred: Tensor, chats: Mapping[int, Chat]) -> None:
     """Bar tokens in place in logits (count, vocab), except the end of a chat's turn where it may end."""
-    rows, ends = list(chats), [chat.end for chat in chats.values()]
-    must_go_on = torch.tensor([not chat.may_end for chat in chats.values()], dtype=torch.bool, device=logits.device)
-    end_logits = logits[rows, ends].masked_fill(must_go_on, -torch.inf)
-    logits[:, barred] = -torch.inf
-    logits[rows, ends] = end_logits
+    if not chats:
+        logits.index_fill_(1, barred, -torch.inf)
+        return
+    ends = [(row, chat.end, not chat.may_end) for row, chat in chats.items()]
+    rows, columns, must_go_on = torch.tensor(ends, device=logits.device).T
+    end_logits = logits[rows, columns].masked_fill(must_go_on.bool(), -torch.inf)
+    logits.index_fill_(1, barred, -torch.inf)
+    logits[rows, columns] = end_logits
 
 
 def _sample_tokens(logits: Tensor, points: Tensor) -> Tensor:

@@ -120,6 +120,7 @@ def divergences(decoder: Decoder, dense: Sequence[Tensor], candidates: Iterable[
         models = [(head, states) for states in (dense, *candidates)]
         for expected, *compared in _log_probs(models, decoder.config.vocab_size):
             parts.append(torch.stack([kl_divergence(expected, log_probs) for log_probs in compared]))
+            del expected, compared  # before the next ones are made
     means = _means_over_tokens(decoder, parts, size=len(models) - 1)
     return [mean if math.isfinite(mean) else math.inf for mean in means]
 

@@ -196,7 +196,7 @@ class Phases:
     def _logits(self, tokens: int, models: int) -> int:
         """Bytes of logits of some models, of at most so many tokens.
 
-        On a card each also has their log-probabilities in float32, and one at a time takes three times as much.
+        On a card each model also has float32 log-probabilities, and the one that is compared needs three more of these.
         """
         of_number = models * (self.shape.size + 4 * self.on_card) + 12 * self.on_card
         return min(amounts.LOGITS, tokens * self.shape.vocab) * of_number
@@ -216,16 +216,15 @@ class Phases:
         """Judging, what the model writes, and samples or the final states of what is healed on."""
         shape, config = self.shape, self.config
         judged = 2 * config.perplexity_tokens
-        inside = self._running(PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens))
+        samples = _SAMPLES * _SAMPLE_LENGTH * config.averages
+        inside = self._running(PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens, samples))
         inside += self._logits(self._batch(PERPLEXITY_LENGTH, judged // 2), 1)
         lists = self._states(judged)
         work = self._forward(judged, shape.layers) + self._head(judged)
         if config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
-        if config.averages:
-            samples = _SAMPLES * _SAMPLE_LENGTH
-            lists += 2 * self._states(samples)
-            work += self._forward(samples, shape.layers)
+        lists += 2 * self._states(samples)
+        work += self._forward(samples, shape.layers)
         if config.needs_text:
             rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
             written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
@@ -256,13 +255,13 @@ class Phases:
         fitted = min(amounts.num_rough_tokens(shape.mlp), self.config.calibration_tokens)
         of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
         judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
-        judging_groups = judging // amounts.JUDGING_PART
+        judging_groups = judging // amounts.JUDGING_PART + 2 * JUDGING_LENGTH  # by twos
         trials = amounts.num_trials(self.config.calibration_tokens)
         short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
         measured = short + trials  # and those of the sets, of which about one is new in each
         stride = amounts.judged_stride(shape.vocab)
         # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
-        lists = self._states((shape.layers + 1) * (fitted + judging) + 2 * (self.longest + 1) * fitted)
+        lists = self._states((shape.layers + 1) * (fitted + judging) + (2 * self.longest + 3) * fitted)
         lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)
         _, of_short = self._fit(fitted, 2, rough=True)

@@ -75,7 +75,7 @@ def fit_groups(
             layer = build_layer(dense, fit.weights, fit.kind)
             states = run_states(dense, layer, before, store)
             judge.run(layer)
-            del layer
+            del layer, before
             yield fit
 
 

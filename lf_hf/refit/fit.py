@@ -76,7 +76,7 @@ def fit_group(
     layers : list of DecoderLayer
         The group. The list is emptied, so that layers which nobody else holds are freed.
     traces : Traces
-        Of calibration text that passed the group; what the fit has used of it is gone.
+        Of calibration text that passed the group; its lists are emptied as they are used.
     states : sequence of tensors of shape (sequences B, tokens T, hidden)
         The same text in front of the layer that is made.
     store : StateStore
@@ -104,7 +104,7 @@ def fit_group(
 
     half_fit = NormedHalfFit if family.mlp.after else HalfFit  # families have such norms in both halves, or in none
     attention = half_fit(decoder, family.mixer(kinds[0]), states, traces.attended, ridge, rough)
-    kind, attended = fit_attention(attention, group, traces.attention_maps, kinds)
+    kind, attended = fit_attention(attention, group, traces.attention_fits, kinds)
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
     del fused
@@ -133,15 +133,21 @@ def fit_group(
 
 
 def fit_attention(
-    fit: HalfFit, group: Sequence[Weights], to_read: Sequence[InputMap | None], kinds: Sequence[Kind]
+    fit: HalfFit, group: Sequence[Weights], map_fits: list[InputMap | None], kinds: Sequence[Kind]
 ) -> tuple[Kind, FittedHalf]:
     """The attention of a group's layers as one, with the first layer's MLP; and the kind of the layer that it makes.
 
     Heads of layers of different kinds cannot be side by side. Where a norm is over all heads of a layer, they depend on
     each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
     of one layer is kept. So is a hybrid's, or what is in its place.
+
+    `map_fits` are of maps from what the fused layer's attention reads to what each layer's reads, None for the
+    identity; the list is emptied.
     """
-    maps = [None if read is None else read.solve(fit.ridge) for read in to_read]
+    maps = []
+    while map_fits:
+        map_fit = map_fits.pop(0)
+        maps.append(None if map_fit is None else map_fit.solve(fit.ridge))
     if fit.decoder.family.linear:
         return _keep_one_mixer(fit, group, maps, kinds)
     whole = fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
@@ -167,7 +173,10 @@ def _keep_one_mixer(
 def _select_heads(
     fit: HalfFit, group: Sequence[Weights], maps: list[Tensor | None], kinds: Sequence[Kind], *, whole: bool
 ) -> tuple[Kind, FittedHalf]:
-    """The best key-value groups, each with its query heads, of all layers; those of one layer where `whole`."""
+    """The best key-value groups, each with its query heads, of all layers; those of one layer where `whole`.
+
+    `maps` is emptied, to make room.
+    """
     half, count, family = fit.half, len(group), fit.decoder.family
     query_rows, key_rows = (len(group[0][f"self_attn.{name}.weight"]) for name in ("q_proj", "k_proj"))
     num_groups = key_rows // head_dim(fit.decoder.config)
@@ -206,10 +215,10 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
     maps = []
     while read:
-        to_read = InputMap(fit.decoder, half, group[0]["mlp.down_proj.weight"], fit.rough_tokens)
+        map_fit = InputMap(fit.decoder, half, group[0]["mlp.down_proj.weight"], fit.rough_tokens)
         for state, target in zip(fit.states, read.pop(0), strict=True):
-            to_read.add(state, target)
-        maps.append(to_read.solve(fit.ridge))
+            map_fit.add(state, target)
+        maps.append(map_fit.solve(fit.ridge))
     weights = stacked(half, group, maps, fit.measure_sizes(group, maps))
     del maps
     group.clear()

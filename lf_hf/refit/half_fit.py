@@ -58,9 +58,9 @@ class InputMap:
     """
 
     def __init__(self, decoder: Decoder, half: Half, like: Tensor, rough_tokens: int | None = None) -> None:
-        self._decoder, self._half = decoder, half
-        self._identity = torch.eye(decoder.config.hidden_size, device=like.device)
-        self._problem = _empty_problem(decoder, self._identity.shape, like, rough_tokens)
+        self._decoder, self._half, self._device = decoder, half, like.device
+        self._shape = decoder.config.hidden_size, decoder.config.hidden_size
+        self._problem = _empty_problem(decoder, self._shape, like, rough_tokens)
 
     def add(self, state: Tensor, target: Tensor) -> None:
         """Add the stream in front of the one half and of the other: both (sequences B, tokens T, hidden)."""
@@ -72,11 +72,14 @@ class InputMap:
         self._problem.add(x, y, token_weight)
 
     def solve(self, ridge: float) -> Tensor:
-        """The map, once all tokens are added, which are gone then: (hidden, hidden), float32 at least."""
+        """The map, of shape (hidden, hidden), float32 at least. Can be called once: what was added is freed.
+
+        Raises FitOverflow if that is beyond its dtype.
+        """
         self._problem.complete()
-        solved = self._problem.ridge(self._identity, ridge).weight
+        solved = self._problem.ridge(torch.eye(*self._shape, device=self._device), ridge).weight
         del self._problem
-        return solved.to(self._identity.device)
+        return solved.to(self._device)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class StateStore(ExitStack):
         self.place = place
         self._folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch)) if place == "disk" else None
 
-    def new_list(self) -> Kept:
+    def new_list(self) -> StateList:
         """A list that is empty, to which states can be appended."""
         if self.place == "device":
             return []
@@ -98,7 +98,7 @@ class _Fetched(Sequence[Tensor]):
         return self._fetches[index]()
 
 
-Kept = list[Tensor] | _Fetched
+StateList = list[Tensor] | _Fetched
 """A list of states that grows."""
 
 

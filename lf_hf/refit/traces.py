@@ -22,8 +22,8 @@ of shape (sequences B, tokens T, hidden)."""
 class Traces(NamedTuple):
     """What a fit needs of text that passed a group."""
 
-    attention_maps: list[InputMap | None]  # from the layer that is made to each layer of the group; None: the identity
-    attended: States  # the stream before the group, with all added that attention in it adds
+    attention_fits: list[InputMap | None]  # to what each layer's attention reads; None for the identity
+    attended: States  # the stream in front of the group, plus all that its attention adds to it
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group
 
@@ -32,7 +32,7 @@ class Traces(NamedTuple):
 def trace(
     decoder: Decoder, layers: Sequence[DecoderLayer], dense: States, states: States | None, store: StateStore
 ) -> Traces:
-    """Run a group's layers one after the other, on the device of the first one.
+    """Run a group's layers one after the other, with all states on the first layer's device.
 
     `dense` is what the first layer reads, and `states` the same text in front of the layer that is made; None where
     that is the same.
@@ -58,24 +58,25 @@ def gather(
     *,
     rough_tokens: int | None = None,
 ) -> Traces:
-    """What a fit needs, of the passes of all batches through a group's layers; the rest is as for `trace`.
+    """Collect what a fit needs from each batch's pass through a group. Other arguments are those of `trace`.
 
     `rough_tokens` are those of all batches together, for a rough fit.
     """
     like = layers[0].mlp.down_proj.weight
-    maps = [InputMap(decoder, decoder.family.layer_mixer(layer), like, rough_tokens) for layer in layers]
-    attention_maps = [None if states is None else maps[0], *maps[1:]]
+    attention_fits: list[InputMap | None] = [] if states is not None else [None]
+    for layer in layers[len(attention_fits) :]:
+        attention_fits.append(InputMap(decoder, decoder.family.layer_mixer(layer), like, rough_tokens))
     attended, output = store.new_list(), store.new_list()
     mid_states = [store.new_list() for _ in layers]
     for number, (stream, between) in enumerate(passes):
         start, *_, end = stream = [state.to(like.device) for state in stream]
         between = [state.to(like.device) for state in between]
         state = start if states is None else states[number].to(like.device)
-        for input_map, read in zip(attention_maps, stream, strict=False):
-            if input_map is not None:
-                input_map.add(state, read)
+        for map_fit, read in zip(attention_fits, stream, strict=False):
+            if map_fit is not None:
+                map_fit.add(state, read)
         attended.append(start + sum(mid - before for mid, before in zip(between, stream, strict=False)))
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
         output.append(end)
-    return Traces(attention_maps, attended, [*mid_states], output)
+    return Traces(attention_fits, attended, [*mid_states], output)

@@ -81,7 +81,7 @@ def test_the_host_waits_no_more_often_than_it_did(found: Found) -> None:
     """For a step of healing, and for a token of the text that a model writes."""
     line = found[Case("healed", "Llama")]
     assert 0 < line["step"] <= 4, line["waits"]
-    assert 0 < line["token"] <= 10, line["waits"]
+    assert 0 < line["token"] <= 1, line["waits"]
 
 
 def test_a_card_without_room_is_out_of_memory(found: Found) -> None:
@@ -99,7 +99,7 @@ def test_the_benchmark_for_a_card_says_what_each_phase_takes_beside_the_plan(fou
     for row in refits + healed:
         assert "failed" not in row, row["failed"]
         assert row["planned"]["cuda:0"] > 0 and row["planned"]["cpu"] > 0
-        for phase in ("measure", "choose", "make", *["heal"] * (row in healed)):
+        for phase in ("choose", "make", "heal" if row in healed else "measure"):
             assert row[phase]["seconds"] > 0 and row[phase]["flops"] > 0
 
 
