@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import make_llama, make_texts, make_tokenizer, save_base
+from conftest import make_llama, make_texts, make_tokenizer, same, save_base
 from tiny_models import LAYOUTS, averaged, decoders, fitted, idle, logits, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,7 @@ from lf_hf.measure.check import check_family_entry
 from lf_hf.measure.dense import measure
 from lf_hf.measure.generating import continue_prompts, generate
 from lf_hf.pipeline import fuse
+from lf_hf.refit.bottom_up import fit_groups
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.settings import FITTING, METHODS
 from lf_hf.text.calibration import CalibrationSamples, Corpus
@@ -110,6 +111,15 @@ WAYS = [
     for selection in ("last", "least_influence", "groups")
     if method != "healed" and (selection != "groups" or method in FITTING)
 ]
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "qwen3_5_text"])
+def test_a_fit_leaves_the_dense_model_as_it_is(model_type: str) -> None:
+    """Though a layer that is made has some of its tensors, and is trained."""
+    model = tiny_model(model_type)
+    before = copy.deepcopy(model)
+    for _ in fit_groups(Decoder(model), [(3, 4)], list(LONGER), list(IDS), ridge=0.1):
+        assert same(model, before)
 
 
 @pytest.mark.parametrize("model_type", OF_SEVERAL_KINDS)
