@@ -161,6 +161,15 @@ def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     assert chosen.groups == min(tried, key=lambda groups: tried[groups])
 
 
+def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:
+    """Costs of pairs and threes are measured once; what more fusions measure of longer groups says nothing to fewer."""
+    model, measured = make_llama(num_hidden_layers=7), measured_text(TEXT[:8], TEXT[8:])
+    for num_fusions in (1, 2, 3, 2, 1):
+        found, alone = (choice(model, num_fusions, text) for text in (measured, measured_text(TEXT[:8], TEXT[8:])))
+        assert found.groups == alone.groups and count_removed(found.groups) == num_fusions
+        assert all(found.costs[group] == cost for group, cost in alone.costs.items())
+
+
 def random_costs(layers: int, seed: int) -> dict[Group, float]:
     random = torch.Generator().manual_seed(seed)
     groups = [(i, j) for i in range(1, layers - 1) for j in range(i + 1, min(i + 6, layers - 1))]
