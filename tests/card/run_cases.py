@@ -181,7 +181,7 @@ def layers_on_disk(bases: dict[str, str]) -> Figures:
 
 
 def benchmark(_: dict[str, str]) -> list[Figures]:
-    """The rows of scripts/bench_gpu.py, on all of a card and on so little of one that layers lie beside it."""
+    """The rows of scripts/bench_gpu.py, on all of a card and on a part of it."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import bench_gpu
 
