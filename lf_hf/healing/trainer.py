@@ -215,6 +215,12 @@ class DistillationTrainer(Trainer):
                 "kept: with room on the disk the same command goes on from there."
             ) from error
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Not in the last state, from which no step goes on. States of sharded weights are read as wholes."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if is_sharded or self.state.global_step < self.state.max_steps:
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def curve(self) -> list[HealingPoint]:
         """Divergences on held-out text, nats a token, by kind of text, in the order of steps."""
         assert isinstance(self.eval_dataset, dict)

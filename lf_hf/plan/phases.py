@@ -37,7 +37,7 @@ STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
 
 _LOGITS_TRAINED, _FLOATS, _FLOATS_ON_CPU = 1 << 27, 1 << 24, 1 << 17  # see healing.loss
 _LOOK = 8192  # tokens of a look at held-out text
-EVALUATIONS = 3
+EVALUATIONS = 2
 """How many times a training looks at held-out text, and keeps its state; it looks once more before the first step."""
 
 Work = Counter[str]

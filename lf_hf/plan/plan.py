@@ -29,8 +29,7 @@ CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
 _BATCH_SHARE = 16  # of another card, one part in so many
 _SECONDS_OF_WORK = 1e11  # operations
 _LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
-_ADAMW_STATE = 12  # bytes of a trained parameter in a state on disk
-_STATES = 2  # of a training on disk: the last and the best one
+_STATES = 16  # bytes on disk of a trained parameter: it and two moments halfway, and it alone at the end
 _TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapters", "all": "all parameters"}
 
 
@@ -343,7 +342,7 @@ def _plan_healing(
         if train != ladder[0]:
             why += f", as {_TRAINED[ladder[0]]} would take {in_gib(least[ladder[0]])}"
         work = healing_work(shape, layers, trained, healing, checkpoints=checkpoints)
-        disk = _STATES * _ADAMW_STATE * trained
+        disk = _STATES * trained
         settings = replace(healing, train=train)
         return HealingPlan(settings, machine.device, checkpoints, sequences, why, takes, disk, work)
     what = f"healing with train={ladder[-1]!r} and gradient checkpointing"
