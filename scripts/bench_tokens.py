@@ -128,7 +128,8 @@ def main() -> None:
     for each in options.final:
         begun = time.process_time()
         decoder = made(dense, groups, config, with_part(measured, each * channels / whole))
-        show(round(each * channels), groups, compared.figures(decoder.model), time.process_time() - begun)
+        seconds = time.process_time() - begun
+        show(round(each * channels), groups, compared.figures(decoder.model), seconds)
 
 
 if __name__ == "__main__":

@@ -315,24 +315,24 @@ class Phases:
         hidden, mlp, size = shape.hidden, shape.mlp, shape.size
         wide, heads = joined * mlp, joined * shape.queries
         compared = mlp if rough else amounts.num_candidates(wide, mlp)
-        # The maps, the wide half in its own numbers and a reader in float32; then the channels that are compared.
-        widened = joined * (4 * hidden**2 + 3 * hidden * mlp * size) + 8 * hidden * mlp
-        chosen = 3 * hidden * (wide + compared) * size
+        # The maps, a reader in float32, and the wide half in its own numbers; then its compared channels, twice.
+        widened = 4 * joined * hidden**2 + 8 * hidden * mlp + 3 * hidden * max(wide, 2 * compared) * size
+        chosen = 3 * hidden * (compared + mlp) * size
         of_map, map_work = self._problem(tokens, hidden, hidden, rough=rough)
         of_map += 8 * (joined - 1) * hidden**2  # sums of the others
         of_heads, head_work = self._problem(tokens, heads, shape.queries, rough=rough)
         solving, channel_work = self._problem(tokens, compared, mlp, rough=rough)
         if shape.has_norm_after:  # the second problem beside the first one
             solving += 4 * (mlp**2 + hidden * mlp)
-        channels = batch * wide * (3 * size + 4)  # gate, up, their product, and it in float32
+        channels = batch * max(compared, heads) * (3 * size + 4)  # gate, up, their product, and it in float32
         inside = channels + max(widened, of_map, chosen + solving, chosen + of_heads)
-        readers = 2 * mlp + shape.queries + 2 * shape.keys
-        work = self._forward(tokens, joined)
-        work += times(map_work + Work(product=2 * hidden**2 * readers // 2), 2 * joined)
+        mapped = 2 * compared + joined * (shape.queries + 2 * shape.keys)  # rows of readers
+        work = self._forward(tokens, joined) + times(map_work, 2 * joined)
+        work += Work({self._own_product: 2 * hidden**2 * mapped})
         twice = 1 + shape.has_head_norms
         work += Work(layer=2 * tokens * hidden * (shape.queries + 2 * shape.keys) * joined * twice)
-        if compared < wide:
-            work += Work(layer=4 * tokens * hidden * wide)
+        if compared < wide:  # by some of the tokens
+            work += Work(layer=tokens // amounts.TOKEN_STRIDE * hidden * (4 * wide + 2 * joined * hidden))
         work += Work(layer=4 * tokens * hidden * compared)
         work += head_work + channel_work
         if shape.has_norm_after:
@@ -340,6 +340,11 @@ class Phases:
             if not rough:
                 work += self._problem(tokens, mlp, mlp, rough=False)[1]
         return inside, work
+
+    @property
+    def _own_product(self) -> str:
+        """The rate of products of what has the model's dtype, though it is kept in float32."""
+        return "layer" if self.shape.size == 2 else "product"
 
     def _problem(self, tokens: int, unknowns: int, kept: int, *, rough: bool) -> tuple[int, Work]:
         """Bytes and work of a least-squares problem: sums, a pruning by an inverse, and the solution of the rest.
@@ -352,7 +357,8 @@ class Phases:
         exact = 8 if unknowns <= amounts.EXACT_LIMIT else 4
         squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
         size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * hidden
-        work = Work(product=tokens * unknowns * (unknowns + 2 * hidden))  # half of a gram matrix, and what it is for
+        # Half of a gram matrix, and what it is for.
+        work = Work({self._own_product: tokens * unknowns * (unknowns + 2 * hidden)})
         for size_of, steps in ((unknowns, kept < unknowns), (kept, 1)):
             rate = "solve" if size_of <= amounts.EXACT_LIMIT else "product"
             flops = size_of**3 // 3 + 2 * size_of**2 * hidden
@@ -368,7 +374,7 @@ class Phases:
         size = 8 * tokens * unknowns + 12 * tokens**2 + 8 * unknowns * hidden + 32 * tokens * hidden
         work = Work()
         for inputs in {unknowns, kept}:
-            work += Work(product=tokens**2 * inputs + 4 * tokens * inputs * hidden)
+            work += Work({self._own_product: tokens**2 * inputs + 4 * tokens * inputs * hidden})
             work += Work(solve=tokens**3 // 3 + 2 * tokens**2 * hidden + tokens**2 * inputs * (inputs > kept))
         return size, work
 

@@ -22,16 +22,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.plan.amounts import num_candidates
+from lf_hf.plan.amounts import TOKEN_STRIDE, num_candidates
 from lf_hf.refit.half_fit import HalfFit, InputMap, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
+    gated_channels,
     layer_weights,
     mid_state,
-    mlp_channels,
+    normalized,
     selected,
     stacked,
     with_one_norm,
@@ -219,13 +221,17 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         for state, target in zip(fit.states, read.pop(0), strict=True):
             map_fit.add(state, target)
         maps.append(map_fit.solve(fit.ridge))
-    weights = stacked(half, group, maps, fit.measure_sizes(group, maps))
+    sizes, width = fit.measure_sizes(group, maps), count * keep
+    limit = keep if fit.rough else num_candidates(width, keep)
+    channels = torch.arange(width, device=maps[0].device)
+    if limit < width:
+        channels = _largest(fit, stacked(half, group, [None] * count, sizes), maps, limit)
+        for number, chosen in enumerate(channels.split(_counts(channels, keep, count))):
+            rows = chosen - number * keep
+            group[number] = selected(half, group[number], rows, rows)
+    weights = stacked(half, group, maps, sizes)
     del maps
     group.clear()
-    width = weights["mlp.down_proj.weight"].shape[1]
-    channels = _largest(fit, weights, keep if fit.rough else num_candidates(width, keep))
-    if len(channels) < width:
-        weights = selected(half, weights, channels, channels)
     problem = fit.build_problem(weights, fit.writer_inputs(weights, kind=None))
     if len(channels) > keep:
         chosen = problem.prune(weights["mlp.down_proj.weight"], keep)
@@ -235,17 +241,25 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     return FittedHalf(weights, _counts(channels, keep, count), *errors)
 
 
-def _largest(fit: HalfFit, weights: Weights, limit: int) -> Tensor:
-    """Sorted numbers of the channels of an MLP that write most, `limit` of them."""
-    down = weights["mlp.down_proj.weight"]
-    if limit == down.shape[1]:
-        return torch.arange(limit, device=down.device)
+def _largest(fit: HalfFit, wide: Weights, maps: Sequence[Tensor], limit: int) -> Tensor:
+    """Sorted numbers of the channels of some MLPs side by side that write most to some of the tokens, `limit` of them.
+
+    The maps are not folded into `wide`: to map what is read takes less than to map all that reads it.
+    """
+    half, down = fit.half, wide["mlp.down_proj.weight"]
+    keep = down.shape[1] // len(maps)
+    layers = [slice(number * keep, (number + 1) * keep) for number in range(len(maps))]
     # What each writes, squared; the norms are in float64, as the squares of weights may not be in range.
     norms = torch.cat([in_float64(part).norm(dim=0) for part in down.split(256, dim=1)]).float().to(down.device)
     size = torch.zeros(down.shape[1], device=down.device)
     for state in fit.states:
-        written = mlp_channels(fit.decoder, weights, state).float() * norms
-        size += token_weights(fit.decoder, state) @ written.square()
+        some = state[:, ::TOKEN_STRIDE]
+        token_weight = token_weights(fit.decoder, some)
+        read = normalized(fit.decoder, half, some).flatten(0, 1)
+        for rows, input_map in zip(layers, maps, strict=True):
+            mapped = linear(read.to(input_map), input_map).to(read)
+            x = gated_channels(fit.decoder, selected(half, wide, rows, rows), mapped)
+            size[rows] += token_weight @ (x.float() * norms[rows]).square()
     fit.decoder.processes.all_reduce(size)
     return size.topk(limit).indices.sort().values
 

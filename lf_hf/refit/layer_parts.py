@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Half, Kind, Weights, head_dim
+from lf_hf.runtime.numerics import bfloat16_products
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
@@ -82,7 +83,8 @@ def _folded_readers(
         if half.before:
             wide = wide * layer[f"{half.before}.weight"]
         if input_map is not None:
-            wide = wide @ input_map.to(wide)
+            with bfloat16_products(weight.dtype == torch.bfloat16):
+                wide = wide @ input_map.to(wide)
         folded.append(wide.to(weight.dtype))
     return folded
 
@@ -147,15 +149,19 @@ def attention_heads(decoder: Decoder, layer: DecoderLayer, state: Tensor) -> Ten
 
 def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor:
     """What down_proj reads, of an MLP that `stacked` made: (sequences B, tokens T, hidden) -> (B * T, channels)."""
+    return gated_channels(decoder, weights, normalized(decoder, decoder.family.mlp, residual).flatten(0, 1))
+
+
+def gated_channels(decoder: Decoder, weights: Weights, read: Tensor) -> Tensor:
+    """The same from what its readers read, of shape (tokens T, hidden)."""
     family = decoder.family
-    read = normalized(decoder, family.mlp, residual).flatten(0, 1)
     gate_name, up_name = family.mlp.readers
     gate = linear(read, weights[f"{gate_name}.weight"], weights.get(f"{gate_name}.bias"))
     up = linear(read, weights[f"{up_name}.weight"], weights.get(f"{up_name}.bias"))
     return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
 
 
-def selected(half: Half, weights: Weights, *rows: Tensor) -> dict[str, Tensor]:
+def selected(half: Half, weights: Weights, *rows: Tensor | slice) -> dict[str, Tensor]:
     """A half with some rows of each of its readers, and the columns of its writer that read the first one's."""
     selection = dict(weights)
     for reader, chosen in zip(half.readers, rows, strict=True):

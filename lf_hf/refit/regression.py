@@ -214,6 +214,7 @@ class DualRegression:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._units = Units(device, dtype)
+        self._is_bfloat16 = dtype == torch.bfloat16
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
@@ -222,12 +223,14 @@ class DualRegression:
     def complete(self) -> None:
         self._x, self._y = map(torch.cat, zip(*self._parts, strict=True))
         self._parts.clear()
+        if self._is_bfloat16:  # as products take it, so that the kernel is one of what solutions and inverses take
+            self._x.copy_(self._x.bfloat16())
 
     def ridge(self, start: Tensor, strength: float) -> Solution:
         weight = self._units.of_weight(start)
         pull = self._pull(strength)
         _, missed, left = self._solved(weight, pull)
-        weight += (left @ self._x).div_(pull)
+        weight += self._change(left, pull)
         before, after, energy = torch.stack([_dot(part, part) for part in (missed, left, self._y)]).tolist()
         return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
 
@@ -239,7 +242,7 @@ class DualRegression:
         pull = self._pull(_SELECTION_RIDGE)
         for size in _sizes(len(blocks), keep, rounds):
             factor, _, left = self._solved(start, pull)
-            weight = (left @ self._x).div_(pull).add_(start)
+            weight = self._change(left, pull).add_(start)
             worth = []
             for x, columns in zip(self._x.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True):
                 root = torch.linalg.solve_triangular(factor, x.double(), upper=False)
@@ -257,11 +260,17 @@ class DualRegression:
     def _solved(self, start: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
         kernel = self._x.new_zeros(len(self._x), len(self._x))
-        add_gram(kernel, self._x.T)
+        with bfloat16_products(self._is_bfloat16):
+            add_gram(kernel, self._x.T)
+            missed = torch.addmm(self._y.T, start, self._x.T, alpha=-1)
         factor = cholesky(kernel, pull, torch.float64)
-        missed = torch.addmm(self._y.T, start, self._x.T, alpha=-1)
         left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
+
+    def _change(self, left: Tensor, pull: Tensor) -> Tensor:
+        """How far the solution is from where it is pulled to."""
+        with bfloat16_products(self._is_bfloat16):
+            return (left @ self._x).div_(pull)
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
