@@ -15,7 +15,6 @@ from transformers.activations import ACT2FN
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Half, Kind, Weights, head_dim
-from lf_hf.runtime.numerics import bfloat16_products
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
@@ -83,8 +82,8 @@ def _folded_readers(
         if half.before:
             wide = wide * layer[f"{half.before}.weight"]
         if input_map is not None:
-            with bfloat16_products(weight.dtype == torch.bfloat16):
-                wide = wide @ input_map.to(wide)
+            factor = weight if weight.dtype == torch.bfloat16 else wide  # products of bfloat16 are rounded once, too
+            wide = wide.to(factor) @ input_map.to(factor)
         folded.append(wide.to(weight.dtype))
     return folded
 

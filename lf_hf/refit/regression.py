@@ -214,17 +214,16 @@ class DualRegression:
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._units = Units(device, dtype)
-        self._is_bfloat16 = dtype == torch.bfloat16
+        self._own = torch.bfloat16 if dtype == torch.bfloat16 else self._units.dtype
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
         self._parts.append(self._units.weighted(x, y, token_weight))
 
     def complete(self) -> None:
-        self._x, self._y = map(torch.cat, zip(*self._parts, strict=True))
+        x, self._y = map(torch.cat, zip(*self._parts, strict=True))
         self._parts.clear()
-        if self._is_bfloat16:  # as products take it, so that the kernel is one of what solutions and inverses take
-            self._x.copy_(self._x.bfloat16())
+        self._x = x.to(self._own)  # as products take it, so that the kernel is one of what solutions take
 
     def ridge(self, start: Tensor, strength: float) -> Solution:
         weight = self._units.of_weight(start)
@@ -255,22 +254,22 @@ class DualRegression:
         return blocks
 
     def _pull(self, strength: float) -> Tensor:
-        return strength * torch.linalg.vector_norm(self._x).square() / self._x.shape[1] + _TINY
+        return strength * torch.linalg.vector_norm(self._x, dtype=self._units.dtype).square() / self._x.shape[1] + _TINY
 
     def _solved(self, start: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
-        kernel = self._x.new_zeros(len(self._x), len(self._x))
-        with bfloat16_products(self._is_bfloat16):
-            add_gram(kernel, self._x.T)
-            missed = torch.addmm(self._y.T, start, self._x.T, alpha=-1)
+        x = self._x.to(self._units.dtype)
+        kernel = x.new_zeros(len(x), len(x))
+        with bfloat16_products(self._own == torch.bfloat16):
+            add_gram(kernel, x.T)
+        missed = self._y.T - start.to(self._own) @ self._x.T
         factor = cholesky(kernel, pull, torch.float64)
         left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
 
     def _change(self, left: Tensor, pull: Tensor) -> Tensor:
         """How far the solution is from where it is pulled to."""
-        with bfloat16_products(self._is_bfloat16):
-            return (left @ self._x).div_(pull)
+        return (left.to(self._own) @ self._x).to(left.dtype).div_(pull)
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
