@@ -69,7 +69,7 @@ class InputMap:
         else:
             token_weight = token_weights(self._decoder, target)
         x, y = (normalized(self._decoder, self._half, part).flatten(0, 1) for part in (state, target))
-        self._problem.add(x, y, token_weight)
+        self._problem.add(x, y - x, token_weight)
 
     def solve(self, ridge: float) -> Tensor:
         """The map, of shape (hidden, hidden), float32 at least. Can be called once: what was added is freed.
@@ -77,9 +77,10 @@ class InputMap:
         Raises FitOverflow if that is beyond its dtype.
         """
         self._problem.complete()
-        solved = self._problem.ridge(torch.eye(*self._shape, device=self._device), ridge).weight
+        change = self._problem.ridge(None, ridge).weight  # from the identity
         del self._problem
-        return solved.to(self._device)
+        change.diagonal().add_(1)
+        return change.to(self._device)
 
 
 @dataclass(frozen=True)

@@ -136,17 +136,20 @@ class Regression:
         for sums in (self.gram, self.cross, self.energy):
             self._processes.all_reduce(sums)
 
-    def ridge(self, start: Tensor, strength: float) -> Solution:
+    def ridge(self, start: Tensor | None, strength: float) -> Solution:
         """The W that minimises sum |y - W x|^2 + pull * |W - start|^2, where pull = strength * mean(diag(gram)).
 
-        `start`, of shape (outputs d, inputs m), is where the penalty pulls to. The squared errors need no product with
-        the gram matrix but that of the solution: with R = cross - start gram, and W gram = cross - pull (W - start),
-        they are energy - <cross + R, start> and energy - <cross + pull (W - start), W>.
+        `start`, of shape (outputs d, inputs m), is where the penalty pulls to, and None stands for 0. The squared
+        errors need no product with the gram matrix but that of the solution: with R = cross - start gram, and
+        W gram = cross - pull (W - start), they are energy - <cross + R, start> and
+        energy - <cross + pull (W - start), W>.
         """
-        weight = self._units.of_weight(start)
+        weight = torch.zeros_like(self.cross) if start is None else self._units.of_weight(start)
         pull = strength * self.gram.diagonal().mean() + _TINY
         factor = self._factor(pull)
-        residual = torch.addmm(self.cross, weight, self.gram, alpha=-1)  # (d, m)
+        residual = self.cross.clone()  # (d, m)
+        if start is not None:
+            residual.addmm_(weight, self.gram, alpha=-1)
         before = self.energy - _dot(self.cross, weight) - _dot(residual, weight)
         change = solve(factor, residual.to(factor.dtype).T).T.to(weight.dtype)
         weight += change
@@ -225,11 +228,12 @@ class DualRegression:
         self._parts.clear()
         self._x = x.to(self._own)  # as products take it, so that the kernel is one of what solutions take
 
-    def ridge(self, start: Tensor, strength: float) -> Solution:
-        weight = self._units.of_weight(start)
+    def ridge(self, start: Tensor | None, strength: float) -> Solution:
+        weight = None if start is None else self._units.of_weight(start)
         pull = self._pull(strength)
         _, missed, left = self._solved(weight, pull)
-        weight += self._change(left, pull)
+        change = self._change(left, pull)
+        weight = change if weight is None else weight.add_(change)
         before, after, energy = torch.stack([_dot(part, part) for part in (missed, left, self._y)]).tolist()
         return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
 
@@ -256,13 +260,13 @@ class DualRegression:
     def _pull(self, strength: float) -> Tensor:
         return strength * torch.linalg.vector_norm(self._x, dtype=self._units.dtype).square() / self._x.shape[1] + _TINY
 
-    def _solved(self, start: Tensor, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _solved(self, start: Tensor | None, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
         x = self._x.to(self._units.dtype)
         kernel = x.new_zeros(len(x), len(x))
         with bfloat16_products(self._own == torch.bfloat16):
             add_gram(kernel, x.T)
-        missed = self._y.T - start.to(self._own) @ self._x.T
+        missed = self._y.T if start is None else self._y.T - start.to(self._own) @ self._x.T
         factor = cholesky(kernel, pull, torch.float64)
         left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)

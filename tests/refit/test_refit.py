@@ -256,9 +256,9 @@ def test_a_fit_that_overflows_its_dtype_is_named() -> None:
     states = decoder.embed(decoder.make_batches(SEQUENCES[:12]))
     ridge = Regression.ridge
 
-    def huge(problem: Regression, start: torch.Tensor, strength: float) -> Solution:
+    def huge(problem: Regression, start: torch.Tensor | None, strength: float) -> Solution:
         solution = ridge(problem, start, strength)
-        return solution._replace(weight=solution.weight * (1e9 if start.shape == (32, 48) else 1))
+        return solution._replace(weight=solution.weight * (1e9 if solution.weight.shape == (32, 48) else 1))
 
     with (
         mock.patch.object(Regression, "ridge", huge),
