@@ -20,21 +20,6 @@ LEAST_HEAL_TOKENS = 1024
 LARGEST_SEED = 2**32 - 1
 """The largest seed that every library takes."""
 
-LONGEST_GROUP = 6
-"""Most layers that selection="groups" makes one; more only where so many are to go that they have to be."""
-
-PERPLEXITY_LENGTH = 512
-"""Tokens of a sequence on which perplexity is measured."""
-
-JUDGING_LENGTH = 128
-"""Tokens of a sequence that judges fused layers."""
-
-WRITTEN_LENGTH = 128
-"""Tokens of a sequence that a model writes: all weights are read once for each."""
-
-WRITTEN_TOGETHER = 256
-"""Sequences that a model writes together, as their keys and values take memory; a multiple of the step of `CHATS`."""
-
 LEVELS = ("num_fusions", "target_layers", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 

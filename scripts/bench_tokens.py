@@ -29,7 +29,7 @@ from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
-from lf_hf.plan.amounts import num_rough_tokens, num_trials
+from lf_hf.runtime.amounts import num_rough_tokens, num_trials
 from lf_hf.text.calibration import BUNDLED, load_calibration, load_corpus
 from lf_hf.text.judging import judging_texts
 from lf_hf.text.packing import pack_tokens

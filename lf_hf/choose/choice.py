@@ -15,10 +15,10 @@ from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
-from lf_hf.plan.amounts import SHORT, num_rough_tokens, num_trials
 from lf_hf.refit.states import StateStore, run_boundaries
+from lf_hf.runtime.amounts import LONGEST_GROUP, SHORT, num_rough_tokens, num_trials
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import LONGEST_GROUP, FusionConfig
+from lf_hf.settings import FusionConfig
 from lf_hf.text.packing import take_first
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on

@@ -17,14 +17,13 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families.table import DecoderLayer
 from lf_hf.measure.predictions import divergences
-from lf_hf.plan.amounts import JUDGED_AT_ONCE, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
 from lf_hf.refit.regression import FitOverflow
 from lf_hf.refit.states import States, StateStore, run_boundaries, run_states
 from lf_hf.refit.traces import gather
+from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import JUDGING_LENGTH
 from lf_hf.text.packing import interleave, split_held_out, take_first
 
 

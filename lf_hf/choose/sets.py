@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lf_hf.decoder.decoder import Group, Groups
-from lf_hf.settings import LONGEST_GROUP
+from lf_hf.runtime.amounts import LONGEST_GROUP
 
 _SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few
 _LOWERED = 0.94  # estimated costs of groups, for each layer after the third

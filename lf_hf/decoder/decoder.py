@@ -39,12 +39,9 @@ from lf_hf.families.models import (
     text_prefix,
 )
 from lf_hf.families.table import DecoderLayer, Family, Kind
+from lf_hf.runtime.amounts import BATCH_COPIES, CPU_BATCH
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import all_finite, in_float64
-
-_BATCH_BYTES = 1 << 26  # larger batches gain nothing on a CPU
-BATCH_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
-
 
 Group = tuple[int, int]
 """The first and the last of some adjacent layers, by their numbers in the dense model."""
@@ -65,7 +62,7 @@ class Decoder:
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin, and where offloaded layers compute
     processes: Processes = ALONE  # those that hold the same model and share the work on it
-    batch_bytes: int = _BATCH_BYTES  # that a batch may take inside a layer
+    batch_bytes: int = CPU_BATCH  # that a batch may take inside a layer
     longest_group: int | None = None  # layers that may become one, where memory allows no more
     states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
     scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk

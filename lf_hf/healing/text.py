@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.settings import WRITTEN_LENGTH, WRITTEN_TOGETHER, HealSettings
+from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
+from lf_hf.settings import HealSettings
 from lf_hf.text.calibration import QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.packing import check_ids, pack_parts, split_held_out

@@ -27,9 +27,9 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.teacher import STATES, Teacher
-from lf_hf.plan.phases import EVALUATIONS
 from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import HealingPoint
+from lf_hf.runtime.amounts import EVALUATIONS
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
 from lf_hf.runtime.numerics import computes_bfloat16, typical_size

@@ -18,10 +18,11 @@ from lf_hf.measure.check import check_model
 from lf_hf.measure.generating import text_writer
 from lf_hf.measure.judge import Judged, judge_dense, write_continuations
 from lf_hf.report.data import CalibrationInfo, MadeLayer
+from lf_hf.runtime.amounts import JUDGING_LENGTH, WRITTEN_LENGTH
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.words import plural
-from lf_hf.settings import JUDGING_LENGTH, WRITTEN_LENGTH, FusionConfig
+from lf_hf.settings import FusionConfig
 from lf_hf.stages.activations import sample_distances
 from lf_hf.stages.averaging import AverageKey
 from lf_hf.stages.manifold import diffusion_embedding

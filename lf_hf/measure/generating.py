@@ -17,8 +17,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lf_hf.decoder.decoder import Decoder, Head
 from lf_hf.families.models import special_id
+from lf_hf.runtime.amounts import WRITTEN_TOGETHER
 from lf_hf.runtime.progress import progress
-from lf_hf.settings import WRITTEN_TOGETHER
 from lf_hf.text.chats import CHATS, Chat, ChatForm, bos_prefix, chat_form, special_tokens
 
 _IN_CACHE = 1 << 18  # about how many logits the CPU works on at a time, in float32

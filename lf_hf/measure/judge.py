@@ -16,7 +16,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure.generating import continue_prompts, end_ids
 from lf_hf.measure.predictions import final_states, predictions, shard_batches
 from lf_hf.report.data import Continuation, PerplexityInfo, TextFigures
-from lf_hf.settings import PERPLEXITY_LENGTH
+from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.text.chats import chat_form, chat_text
 from lf_hf.text.judging import PROMPTS, QUESTION, judging_sequences, judging_texts
 from lf_hf.text.packing import check_ids

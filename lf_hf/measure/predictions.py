@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder, Head
-from lf_hf.plan.amounts import LOGITS
 from lf_hf.report.data import TextFigures
+from lf_hf.runtime.amounts import LOGITS
 from lf_hf.runtime.numerics import in_float64
 from lf_hf.runtime.progress import progress
 

@@ -14,19 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from lf_hf.decoder.decoder import BATCH_COPIES
 from lf_hf.families.models import family_of, text_model
 from lf_hf.families.table import head_dim
-from lf_hf.plan import amounts
 from lf_hf.plan.machine import Machine
-from lf_hf.settings import (
-    JUDGING_LENGTH,
-    PERPLEXITY_LENGTH,
-    WRITTEN_LENGTH,
-    WRITTEN_TOGETHER,
-    FusionConfig,
-    HealSettings,
-)
+from lf_hf.runtime import amounts
+from lf_hf.settings import FusionConfig, HealSettings
 
 _OFFLOADED = 3  # layers that come and go: one that computes, one that is read, and one that is made
 _OTHER_PIECES = 16  # that judge groups: of other kinds of text, about
@@ -37,8 +29,6 @@ STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
 
 _LOGITS_TRAINED, _FLOATS, _FLOATS_ON_CPU = 1 << 27, 1 << 24, 1 << 17  # see healing.loss
 _LOOK = 8192  # tokens of a look at held-out text
-EVALUATIONS = 2
-"""How many times a training looks at held-out text, and keeps its state; it looks once more before the first step."""
 
 Work = Counter[str]
 """Operations by the rate that bounds them. Flops: of whole layers, the `head`, each `product` in float32, and what is
@@ -176,7 +166,7 @@ class Phases:
 
     def _batch(self, length: int, tokens: int) -> int:
         """How many of some tokens pass a layer together, in sequences of `length`."""
-        return min(tokens, max(1, self.batch_bytes // (BATCH_COPIES * self.shape.mlp) // length) * length)
+        return min(tokens, max(1, self.batch_bytes // (amounts.BATCH_COPIES * self.shape.mlp) // length) * length)
 
     def _running(self, length: int, tokens: int) -> int:
         """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention."""
@@ -217,8 +207,8 @@ class Phases:
         shape, config = self.shape, self.config
         judged = 2 * config.perplexity_tokens
         samples = _SAMPLES * _SAMPLE_LENGTH * config.averages
-        inside = self._running(PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens, samples))
-        inside += self._logits(self._batch(PERPLEXITY_LENGTH, judged // 2), 1)
+        inside = self._running(amounts.PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens, samples))
+        inside += self._logits(self._batch(amounts.PERPLEXITY_LENGTH, judged // 2), 1)
         lists = self._states(judged)
         work = self._forward(judged, shape.layers) + self._head(judged)
         if config.perplexity_tokens and not self.on_disk:
@@ -226,22 +216,22 @@ class Phases:
         lists += 2 * self._states(samples)
         work += self._forward(samples, shape.layers)
         if config.needs_text:
-            rows = int(config.calibration_tokens * _WRITTEN_SHARE) // WRITTEN_LENGTH
-            written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+            rows = int(config.calibration_tokens * _WRITTEN_SHARE) // amounts.WRITTEN_LENGTH
+            written, of_text = self._written(min(rows, amounts.WRITTEN_TOGETHER), amounts.WRITTEN_LENGTH)
             inside = max(inside, written)
-            work += times(of_text, max(1, rows / WRITTEN_TOGETHER))
+            work += times(of_text, max(1, rows / amounts.WRITTEN_TOGETHER))
         if self.heal_tokens:
-            rows = int(self.heal_tokens * _HEALED_SHARE) // WRITTEN_LENGTH
-            written, of_text = self._written(min(rows, WRITTEN_TOGETHER), WRITTEN_LENGTH)
+            rows = int(self.heal_tokens * _HEALED_SHARE) // amounts.WRITTEN_LENGTH
+            written, of_text = self._written(min(rows, amounts.WRITTEN_TOGETHER), amounts.WRITTEN_LENGTH)
             inside = max(inside, written)
-            work += times(of_text, max(1, rows / WRITTEN_TOGETHER))
+            work += times(of_text, max(1, rows / amounts.WRITTEN_TOGETHER))
         return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
 
     def _judge(self) -> Need:
         """Both models on the judging texts, and what the fused one writes."""
         judged = 2 * self.config.perplexity_tokens
-        inside = self._running(PERPLEXITY_LENGTH, judged // 2)
-        inside += self._logits(self._batch(PERPLEXITY_LENGTH, judged // 2), 2)
+        inside = self._running(amounts.PERPLEXITY_LENGTH, judged // 2)
+        inside += self._logits(self._batch(amounts.PERPLEXITY_LENGTH, judged // 2), 2)
         work = self._forward(judged, self.shape.layers - self.fusions) + self._head(judged, 2)
         if self.config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
@@ -254,8 +244,8 @@ class Phases:
             return Need(self._running(length, tokens), 2 * self._states(tokens), self._forward(tokens, shape.layers))
         fitted = min(amounts.num_rough_tokens(shape.mlp), self.config.calibration_tokens)
         of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
-        judging = (of_text + _OTHER_PIECES) * JUDGING_LENGTH  # of sets; a part of it judges groups
-        judging_groups = judging // amounts.JUDGING_PART + 2 * JUDGING_LENGTH  # by twos
+        judging = (of_text + _OTHER_PIECES) * amounts.JUDGING_LENGTH  # of sets; a part of it judges groups
+        judging_groups = judging // amounts.JUDGING_PART + 2 * amounts.JUDGING_LENGTH  # by twos
         trials = amounts.num_trials(self.config.calibration_tokens)
         short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
         measured = short + trials  # and those of the sets, of which about one is new in each
@@ -267,9 +257,10 @@ class Phases:
         _, of_short = self._fit(fitted, 2, rough=True)
         _, of_sets = self._fit(fitted, self.joined, rough=True)
         # Sets are judged one by one, and some groups beside each other.
-        of_models = ((judging, 2), (judging_groups, min(amounts.JUDGED_AT_ONCE, short) + 1))
-        logits = [self._logits(self._batch(JUDGING_LENGTH, tokens) // stride, models) for tokens, models in of_models]
-        inside = self._running(length, max(fitted, judging)) + max(longest_fit, *logits)
+        set_logits = self._logits(self._batch(amounts.JUDGING_LENGTH, judging) // stride, 2)
+        models = min(amounts.JUDGED_AT_ONCE, short) + 1
+        group_logits = self._logits(self._batch(amounts.JUDGING_LENGTH, judging_groups) // stride, models)
+        inside = self._running(length, max(fitted, judging)) + max(longest_fit, set_logits, group_logits)
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)
@@ -426,7 +417,7 @@ def healing_work(shape: Shape, layers: int, trained: int, healing: HealSettings,
     weight_gradients = 2 * min(trained, layers * shape.layer)
     a_token = (4 + 2 * checkpoints) * layers * shape.layer + weight_gradients
     steps = max(1, tokens // healing.batch_tokens)
-    seen = (min(EVALUATIONS, steps) + 1) * _LOOK
+    seen = (min(amounts.EVALUATIONS, steps) + 1) * _LOOK
     work = Work(layer=tokens * a_token, head=tokens * 6 * shape.head, logits=3 * tokens * shape.vocab)
     work += Work(layer=seen * 2 * layers * shape.layer, head=seen * 4 * shape.head, logits=2 * seen * shape.vocab)
     return work + Work(bytes=steps * STEP_BYTES * trained)

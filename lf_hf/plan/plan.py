@@ -21,12 +21,11 @@ from lf_hf.families.models import model_class, text_model, text_prefix
 from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
 from lf_hf.plan.phases import Phases, Shape, Work, fused_layers, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
+from lf_hf.runtime.amounts import CPU_BATCH, LARGEST_BATCH, LONGEST_GROUP
 from lf_hf.runtime.memory import in_gib
-from lf_hf.settings import LONGEST_GROUP, FusionConfig, HealSettings
+from lf_hf.settings import FusionConfig, HealSettings
 
-CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
-"""Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card."""
-_BATCH_SHARE = 16  # of another card, one part in so many
+_BATCH_SHARE = 16  # of a card's memory, one part in so many is for a batch
 _SECONDS_OF_WORK = 1e11  # operations
 _LOW_MEMORY_STATES = 1 << 27  # bytes of states in memory where little is to be used
 _STATES = 16  # bytes on disk of a trained parameter: it and two moments halfway, and it alone at the end

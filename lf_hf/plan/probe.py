@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from lf_hf.families.models import family_of, set_config_layers, text_model
+from lf_hf.runtime.amounts import PERPLEXITY_LENGTH
 from lf_hf.runtime.numerics import bfloat16_products
-from lf_hf.settings import PERPLEXITY_LENGTH
 
 Rates = Mapping[str, float]
 """Operations a second, by the names of `Work`."""

@@ -26,7 +26,6 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.plan.amounts import TOKEN_STRIDE, num_candidates
 from lf_hf.refit.half_fit import HalfFit, InputMap, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
@@ -42,6 +41,7 @@ from lf_hf.refit.regression import FitOverflow, expanded
 from lf_hf.refit.states import States, StateStore, on_device
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
+from lf_hf.runtime.amounts import TOKEN_STRIDE, num_candidates
 from lf_hf.runtime.numerics import all_finite, in_float64
 
 

@@ -17,9 +17,9 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
-from lf_hf.plan.amounts import solved_in_tokens
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
 from lf_hf.refit.regression import DualRegression, Regression
+from lf_hf.runtime.amounts import solved_in_tokens
 from lf_hf.runtime.numerics import in_float64
 
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lf_hf.plan.amounts import EXACT_LIMIT
+from lf_hf.runtime.amounts import EXACT_LIMIT
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import bfloat16_products
 

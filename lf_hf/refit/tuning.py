@@ -17,8 +17,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
-from lf_hf.plan.amounts import STEP_TOKENS, num_passes
 from lf_hf.refit.half_fit import token_weights
+from lf_hf.runtime.amounts import STEP_TOKENS, num_passes
 from lf_hf.runtime.numerics import in_float64, typical_size
 
 Row = tuple[int, int]

@@ -42,7 +42,7 @@ from lf_hf.inputs.dry_run import plan_heal
 from lf_hf.measure.judge import judge, judge_dense
 from lf_hf.report.notes import COLLAPSED
 from lf_hf.report.report import CHANGED_NOTE
-from lf_hf.settings import WRITTEN_LENGTH, WRITTEN_TOGETHER
+from lf_hf.runtime.amounts import WRITTEN_LENGTH, WRITTEN_TOGETHER
 from lf_hf.text.calibration import DOCUMENTATION, QUESTIONS, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.hub import GENERAL

@@ -225,7 +225,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
     reader: str, writer: str, power: int, rough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a share of the channels is compared by regression only."""
-    monkeypatch.setattr("lf_hf.plan.amounts.MAX_CANDIDATES", 0)
+    monkeypatch.setattr("lf_hf.runtime.amounts.MAX_CANDIDATES", 0)
     outputs, writers = [], []
     for scale in (1.0, 2.0**power):
         decoder = Decoder(make_llama())
@@ -273,7 +273,7 @@ def test_a_fit_that_overflows_its_dtype_is_named() -> None:
 
 @torch.no_grad()
 def test_what_is_written_for_the_first_token_alone_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lf_hf.plan.amounts.MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
+    monkeypatch.setattr("lf_hf.runtime.amounts.MAX_CANDIDATES", 0)  # 1.25 times as many as are kept stand for election
     decoder = Decoder(make_llama())
     layer = decoder.model.model.layers[2]
     for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+LONGEST_GROUP = 6  # layers that selection="groups" makes one, at most; more only where so many have to go
+PERPLEXITY_LENGTH = 512  # tokens of a sequence on which perplexity is measured
+JUDGING_LENGTH = 128  # of a sequence that judges fused layers
+WRITTEN_LENGTH = 128  # of a sequence that a model writes: all weights are read once for each of them
+# Sequences that a model writes together, as their keys and values take memory; a multiple of the step of `CHATS`.
+WRITTEN_TOGETHER = 256
+# Bytes that a batch may take inside a layer: on the CPU, where more gains nothing, and on a large card.
+CPU_BATCH, LARGEST_BATCH = 1 << 26, 1 << 32
+BATCH_COPIES = 64  # bytes for each token and channel of an MLP: several copies, of several layers side by side
 JUDGING_PIECES = 16  # pieces of the calibration text that judge groups, beside other kinds of text
 JUDGING_PART = 4  # one of so many pieces judges groups by themselves
 JUDGED_AT_ONCE = 8  # groups whose predictions are in memory at a time
 SHORT = 2  # all groups that remove at most so many layers are measured
 EXACT_LIMIT = 4096  # up to this size systems are solved in float64
 STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all processes together
+EVALUATIONS = 2  # looks of a healing at held-out text, when it keeps its state; one more is before the first step
 LOGITS = 1 << 25  # of a model that exist at a time, about: with a large vocabulary those of few tokens
 
 _TRIALS, _LEAST_TRIALS = 16, 6  # sets of groups that are tried out whole
