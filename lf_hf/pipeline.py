@@ -30,10 +30,9 @@ from lf_hf.decoder.decoder import Decoder, Groups
 from lf_hf.families.models import num_parameters
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
-from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.fusion import FusionInputs, for_model
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.resuming import note_healing, save_healed
-from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.measure.judge import compare_continuations, judge, judge_dense
 from lf_hf.measure.speed import with_speed

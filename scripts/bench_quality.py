@@ -44,8 +44,8 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, CausalLM, family_of
 from lf_hf.families.table import FAMILIES
 from lf_hf.healing.teacher import open_teacher, write_teacher
+from lf_hf.inputs.fusion import for_model
 from lf_hf.inputs.planning import plan_run
-from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
 from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.measure.predictions import final_states, predictions, shard_batches

@@ -54,8 +54,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.choose.choice import choose
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.inputs.fusion import load_needed
-from lf_hf.measure.check import for_model
+from lf_hf.inputs.fusion import for_model, load_needed
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.report.report import FusionReport

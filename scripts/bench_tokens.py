@@ -26,7 +26,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.choose.choice import try_sets
 from lf_hf.choose.costs import costs_on, split_text
 from lf_hf.decoder.decoder import Decoder, Groups
-from lf_hf.measure.check import for_model
+from lf_hf.inputs.fusion import for_model
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import make_layers
 from lf_hf.runtime.amounts import num_rough_tokens, num_trials

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from lf_hf import FusionConfig
-from lf_hf.measure.check import for_model
+from lf_hf.inputs.fusion import for_model
 from lf_hf.plan.machine import Machine
 from lf_hf.plan.plan import NoRoom, plan
 from lf_hf.runtime.memory import in_gib

@@ -25,9 +25,8 @@ from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
 from lf_hf.healing.teacher import open_teacher, write_teacher
-from lf_hf.inputs.fusion import load_needed
+from lf_hf.inputs.fusion import for_model, load_needed
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.measure.check import for_model
 from lf_hf.measure.dense import measure
 from lf_hf.measure.judge import Judged
 from lf_hf.measure.speed import with_speed

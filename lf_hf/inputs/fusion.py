@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.checkpoint.base import BASE_ONLY_ARGUMENTS, Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
+from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.measure.check import for_model
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig
@@ -137,6 +138,35 @@ class FusionInputs:
     def healing_identity(self) -> dict[str, str]:
         """Identity of the healing that follows, for which the base is not read as a whole."""
         return self.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}
+
+
+def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:
+    """The settings with what follows from a model; ValueError if it has too few layers for them."""
+    text = model_config.get_text_config()
+    free, why = free_layers(model_config, config.selection)
+    config = config.for_layers(text.num_hidden_layers, free, why)
+    config.check_num_layers(text.num_hidden_layers, free, why)
+    _check_kinds(config, text, free)
+    return config.for_width(text.intermediate_size, num_parameters(model_config)[0])
+
+
+def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
+    """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
+    kinds = family_of(text).config_kinds(text)[free.start : free.stop]
+    if not config.averages or all(kind == kinds[0] for kind in kinds):
+        return
+    if config.selection == "last":
+        alike_at_top = list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))
+        most = len(alike_at_top) - 1
+    else:
+        most = sum(above == below for below, above in pairwise(kinds))
+    if config.within_budget or config.num_fusions > most:
+        limit = f"num_fusions can be {most} at most" if most > 0 else "no two of them can be averaged"
+        raise ValueError(
+            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
+            f"selection={config.selection!r} {limit}; or give method='refit', which takes attention from one layer "
+            "where kinds differ."
+        )
 
 
 def load_needed(

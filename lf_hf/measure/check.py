@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from transformers.utils import logging
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import (
     family_of,
-    free_layers,
     is_wrapper,
     layer_lists,
     model_class,
-    num_parameters,
     set_config_layers,
     text_model,
 )
@@ -30,7 +27,6 @@ from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
 from lf_hf.runtime.numerics import all_finite
-from lf_hf.settings import FusionConfig
 
 logger = logging.get_logger(__name__)
 _TOKENS = 8
@@ -50,35 +46,6 @@ def check_model(decoder: Decoder) -> int:
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         num_parameters += parameter.numel()
     return num_parameters
-
-
-def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:
-    """The settings with what follows from a model; ValueError if it has too few layers for them."""
-    text = model_config.get_text_config()
-    free, why = free_layers(model_config, config.selection)
-    config = config.for_layers(text.num_hidden_layers, free, why)
-    config.check_num_layers(text.num_hidden_layers, free, why)
-    _check_kinds(config, text, free)
-    return config.for_width(text.intermediate_size, num_parameters(model_config)[0])
-
-
-def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
-    """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
-    kinds = family_of(text).config_kinds(text)[free.start : free.stop]
-    if not config.averages or all(kind == kinds[0] for kind in kinds):
-        return
-    if config.selection == "last":
-        alike_at_top = list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))
-        most = len(alike_at_top) - 1
-    else:
-        most = sum(above == below for below, above in pairwise(kinds))
-    if config.within_budget or config.num_fusions > most:
-        limit = f"num_fusions can be {most} at most" if most > 0 else "no two of them can be averaged"
-        raise ValueError(
-            f"Only layers of one kind are averaged, and this model's differ in {' and '.join(kinds[0])}: with "
-            f"selection={config.selection!r} {limit}; or give method='refit', which takes attention from one layer "
-            "where kinds differ."
-        )
 
 
 def check_family_entry(config: PretrainedConfig) -> None:
