@@ -27,7 +27,6 @@ from lf_hf.checkpoint.saving import WORK, changed_files
 from lf_hf.choose.budget import search_budget
 from lf_hf.choose.choice import Choice, choose
 from lf_hf.decoder.decoder import Decoder, Groups
-from lf_hf.families.models import num_parameters
 from lf_hf.healing.result import healed_report
 from lf_hf.healing.teacher import Teacher, open_teacher, write_teacher
 from lf_hf.inputs.fusion import FusionInputs, for_model
@@ -224,9 +223,8 @@ def fuse(
     """
     config = for_model(config, decoder.model_config)
     measured = measured.used_by(config)
-    described = num_parameters(decoder.model_config)[1]
     clock = Clock(measured.seconds)
-    num_layers = decoder.num_layers
+    num_layers, num_parameters = decoder.num_layers, decoder.num_parameters
     budget = None
     if config.within_budget:
         fuse_copy = partial(fuse_layers, clock=clock)
@@ -246,7 +244,7 @@ def fuse(
         layers_before=num_layers,
         layers_after=decoder.num_layers,
         parameters_before=measured.parameters,
-        parameters_after=measured.parameters - described + num_parameters(decoder.model_config)[1],
+        parameters_after=measured.parameters - num_parameters + decoder.num_parameters,
         calibration=measured.sources,
         perplexities=perplexities,
         similarity=similarity and similarity.matrix.tolist(),

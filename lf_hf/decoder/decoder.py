@@ -33,6 +33,7 @@ from lf_hf.families.models import (
     family_of,
     free_layers,
     is_tied,
+    num_parameters,
     set_config_kind,
     set_config_layers,
     text_model,
@@ -92,6 +93,11 @@ class Decoder:
     def num_layers(self) -> int:
         """Decoder layers that are there now."""
         return len(self._text.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model as its config describes it, tied ones once."""
+        return num_parameters(self.model_config)[1]
 
     @property
     def inner_layers(self) -> range:
