@@ -5,7 +5,7 @@ What all subjects of a folder share is in its _template_yaml.
 
 from pathlib import Path
 
-from lf_hf.text.mmlu import SUBJECTS
+from lf_hf.runtime.tasks import SUBJECTS
 
 CATEGORIES = ("stem", "other", "social_sciences", "humanities")
 ALIASES = {"mmlu_5shot": "mmlu_5shot", "mmlu_sample": "mmlu_sample (smoke test, not MMLU)"}

@@ -53,6 +53,7 @@ from lf_hf.pipeline import fuse, heal_fused
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.refit.layer_parts import mid_state, written_by
 from lf_hf.refit.regression import Regression
+from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.text.calibration import (
     BUNDLED,
     Corpus,
@@ -62,7 +63,7 @@ from lf_hf.text.calibration import (
     load_training_text,
 )
 from lf_hf.text.judging import judging_texts
-from lf_hf.text.mmlu import SUBJECTS, Question, read_csv_questions
+from lf_hf.text.mmlu import Question, read_csv_questions
 from lf_hf.text.packing import pack_tokens
 from lf_hf.text.sources import TextSource
 

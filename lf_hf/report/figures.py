@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from lf_hf.report.report import FusionReport
-from lf_hf.text.mmlu import SUBJECTS
+from lf_hf.runtime.tasks import SUBJECTS
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 _BEFORE, _AFTER = "#a0aec0", "#2b6cb0"

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lf_hf.runtime.launch import compute_once
+from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.text.hub import GENERAL, MMLU, HubFile, load_rows
-from lf_hf.text.mmlu import SUBJECTS, Question, fitting_questions, format_question
+from lf_hf.text.mmlu import Question, fitting_questions, format_question
 from lf_hf.text.sources import TextSource, read_samples, sample_evenly, split_windows
 
 logger = logging.get_logger(__name__)

@@ -32,7 +32,8 @@ import lf_hf
 from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, Score
 from lf_hf.evaluate.tables import results_rows
-from lf_hf.text.mmlu import SUBJECTS, bundled_questions, format_question, read_csv_questions
+from lf_hf.runtime.tasks import SUBJECTS
+from lf_hf.text.mmlu import bundled_questions, format_question, read_csv_questions
 
 CHOICES = ["layer", "a deep model of rows", "head state", "fuse"]  # of different lengths, so that metrics differ
 MEAN = "depth_pruning::mean"

@@ -23,6 +23,7 @@ from conftest import make_texts, make_tokenizer
 from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 
+from lf_hf.runtime.tasks import SUBJECTS
 from lf_hf.text import hub
 from lf_hf.text.calibration import (
     BUNDLED,
@@ -38,7 +39,7 @@ from lf_hf.text.calibration import (
     load_training_text,
 )
 from lf_hf.text.judging import JudgingText, judging_sequences, judging_texts, relation
-from lf_hf.text.mmlu import SUBJECTS, Question, bundled_questions, format_question, read_csv_questions
+from lf_hf.text.mmlu import Question, bundled_questions, format_question, read_csv_questions
 from lf_hf.text.packing import pack_corpus, pack_tokens, tokenize_samples
 
 
