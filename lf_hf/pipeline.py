@@ -48,7 +48,6 @@ from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
 from lf_hf.text.calibration import Corpus
-from lf_hf.text.packing import interleave, split_held_out
 
 logger = logging.get_logger(__name__)
 
@@ -295,10 +294,8 @@ def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: 
 
 def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
     assert measured.text is not None
-    held_out_sequences, rest = split_held_out(measured.text.given, _HELD_OUT)
-    sequences = interleave(rest, measured.text.written)
-    judging = [*held_out_sequences, *measured.text.other]
-    return fit_groups(dense, groups, sequences, judging, ridge=config.ridge)
+    held_out, text = measured.text.hold_out(_HELD_OUT)
+    return fit_groups(dense, groups, text.sequences, [*held_out, *text.other], ridge=config.ridge)
 
 
 def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:

@@ -40,7 +40,7 @@ _PART = 1 / 3  # of the text, of which groups are made that rough fits choose
 def choose_roughly(dense: Decoder, measured: Measurements, config: FusionConfig, tokens: int) -> Groups:
     """The best set of groups by fits to so many tokens."""
     assert measured.text is not None
-    text = split_text(measured.text.given, measured.text.written, measured.text.other, tokens)
+    text = split_text(measured.text, tokens)
     with costs_on(dense, text, config.ridge) as costs:
         trials = try_sets(costs, config.num_fusions, num_trials(measured.text.source.tokens))
     return min(trials, key=lambda groups: trials[groups])

@@ -209,10 +209,14 @@ def measure_and_fuse(
     return fuse(decoder, tokenizer, config, measure(decoder, tokenizer, config, samples, corpus), base="tiny")
 
 
+def calibration_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> CalibrationText:
+    source = CalibrationInfo("", len(given), sum(map(len, given)))
+    return CalibrationText([*given], [], [*other], source, "")
+
+
 def measured_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> Measurements:
     """Measurements of nothing but calibration text."""
-    source = CalibrationInfo("", len(given), sum(map(len, given)))
-    return Measurements(0, [], {}, text=CalibrationText([*given], [], [*other], source, ""))
+    return Measurements(0, [], {}, text=calibration_text(given, other))
 
 
 def count_removed(groups: Iterable[Group]) -> int:

@@ -16,7 +16,6 @@ from lf_hf.measure.judge import judge, predict_texts
 from lf_hf.report.data import BudgetInfo, BudgetTrial
 from lf_hf.runtime.errors import reason
 from lf_hf.settings import LEVELS, FusionConfig
-from lf_hf.text.packing import split_held_out
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -37,17 +36,16 @@ def search_budget(
     Returns the copy with these fusions, what `fuse_layers` gave for it, what was tried, and the measurements without
     the text that it was tried on. Raises ValueError if there is too little text, or the budget allows no fusion.
     """
-    text = measured.text
-    assert text is not None
-    aside, rest = split_held_out(text.given, max(1, int(len(text.given) * _SHARE)))
+    assert measured.text is not None
+    aside, text = measured.text.hold_out(max(1, int(len(measured.text.given) * _SHARE)))
     if not aside:
         raise ValueError(
             "A budget needs two sequences of calibration text, one of them to measure on; give more text, or lower "
             "calibration_length."
         )
-    sequences = [*rest, *text.written]
+    sequences = text.sequences
     source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
-    measured = replace(measured, text=text._replace(given=rest, source=source), group_costs={})
+    measured = replace(measured, text=text._replace(source=source), group_costs={})
     judged = predict_texts(decoder, {"": aside}, {"": "held-out text"})
     name = next(name for name in LEVELS if getattr(config, name) is not None)
     allowed = getattr(config, name)

@@ -19,7 +19,6 @@ from lf_hf.refit.states import StateStore, run_boundaries
 from lf_hf.runtime.amounts import LONGEST_GROUP, SHORT, num_rough_tokens, num_trials
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
-from lf_hf.text.packing import take_first
 
 _INFLUENCE_TOKENS = 8192  # calibration tokens that influences are measured on
 _AHEAD = 3  # sets whose groups are measured in one pass through the layers
@@ -52,7 +51,7 @@ def choose(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Ch
 def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Measurements) -> Choice:
     """Join to the layer below those layers that change the residual stream least."""
     assert measured.text is not None
-    sequences = take_first(measured.text.sequences, _INFLUENCE_TOKENS)
+    sequences = measured.text.first(_INFLUENCE_TOKENS)
     embedded = decoder.embed(decoder.make_batches(decoder.processes.shard(sequences)))
     with StateStore(decoder.states, decoder.scratch) as store:
         boundaries = pairwise(run_boundaries(decoder, embedded, store))
@@ -91,7 +90,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     """
     assert measured.text is not None
     num_fitted = num_rough_tokens(decoder.config.intermediate_size)
-    text = split_text(measured.text.given, measured.text.written, measured.text.other, num_fitted)
+    text = split_text(measured.text, num_fitted)
     count = num_trials(measured.text.source.tokens)
     known = measured.group_costs
     with costs_on(decoder, text, config.ridge) as costs:

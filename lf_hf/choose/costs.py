@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.families.table import DecoderLayer
+from lf_hf.measure.dense import CalibrationText
 from lf_hf.measure.predictions import divergences
 from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, mid_state
@@ -24,7 +25,6 @@ from lf_hf.refit.states import States, StateStore, run_boundaries, run_states
 from lf_hf.refit.traces import gather
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
 from lf_hf.runtime.progress import progress
-from lf_hf.text.packing import interleave, split_held_out, take_first
 
 
 class GroupText(NamedTuple):
@@ -38,18 +38,16 @@ class GroupText(NamedTuple):
     judging_sets: list[Tensor]
 
 
-def split_text(
-    given: Sequence[Tensor], written: Sequence[Tensor], out_of_domain: Sequence[Tensor], num_fitted: int
-) -> GroupText:
+def split_text(calibration: CalibrationText, num_fitted: int) -> GroupText:
     """Divide calibration text into `num_fitted` tokens for fits and what judges groups, beside text of other kinds.
 
     Text that the model wrote is not used for judging: it hardly shows the loss of layers that real text needs. A single
     given sequence serves both uses. Every other piece is a half that is repeated: only heads that look up what
     followed before can predict the repeat, and no other text shows the loss of those heads as clearly.
     """
-    judges, rest = split_held_out(given, JUDGING_PIECES, at_random=False)
-    text = GroupText(list(take_first(interleave(rest, written), num_fitted)), [], [])
-    for number, sequence in enumerate([*(judges or given), *out_of_domain]):
+    judges, rest = calibration.hold_out(JUDGING_PIECES, at_random=False)
+    text = GroupText(rest.first(num_fitted), [], [])
+    for number, sequence in enumerate([*(judges or calibration.given), *calibration.other]):
         piece = sequence[:JUDGING_LENGTH]
         if number % 2:
             piece = torch.cat([piece[: len(piece) // 2]] * 2)

@@ -30,7 +30,14 @@ from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import nearest, relations_to
-from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, tokenize_samples
+from lf_hf.text.packing import (
+    interleave,
+    pack_corpus,
+    pack_out_of_domain,
+    split_held_out,
+    take_first,
+    tokenize_samples,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +68,15 @@ class CalibrationText(NamedTuple):
     def sequences(self) -> list[Tensor]:
         """What is given and what the model writes, in turns."""
         return interleave(self.given, self.written)
+
+    def first(self, tokens: int) -> list[Tensor]:
+        """As many of the first of these as have `tokens` tokens together, but one at least."""
+        return take_first(self.sequences, tokens)
+
+    def hold_out(self, count: int, *, at_random: bool = True) -> tuple[list[Tensor], CalibrationText]:
+        """At most `count` given sequences to measure on, as `split_held_out` takes them, and the text without them."""
+        held_out, rest = split_held_out(self.given, count, at_random=at_random)
+        return held_out, self._replace(given=rest)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def split_held_out(text: Sequence[Tensor], count: int, *, at_random: bool = True
     return [text[n] for n in sorted(chosen)], rest
 
 
-def take_first(text: Sequence[Tensor], tokens: int) -> Sequence[Tensor]:
+def take_first(text: list[Tensor], tokens: int) -> list[Tensor]:
     """As many of the first sequences as have `tokens` tokens together, but one at least."""
     ends = np.cumsum([len(sequence) for sequence in text])
     return text[: max(1, int((ends <= tokens).sum()))]

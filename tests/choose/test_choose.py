@@ -15,7 +15,7 @@ from builders import SEED, examples
 from conftest import make_llama, make_texts, make_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import count_removed, divergence, fitted, measure_and_fuse, measured_text, tiny_model
+from tiny_models import calibration_text, count_removed, divergence, fitted, measure_and_fuse, measured_text, tiny_model
 from torch.nn.functional import cross_entropy
 
 from lf_hf import FusionConfig, FusionReport
@@ -108,7 +108,7 @@ def test_groups_whose_fits_overflow_are_not_taken() -> None:
 @pytest.mark.parametrize("lengths", [[512] * 40, [*[128] * 5, 512] * 20, [2200, *[128] * 9] * 9, [64] * 3, [40]])
 def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_to(lengths: list[int]) -> None:
     text = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    fitting, *judging = split_text(text, [], [], 4096)
+    fitting, *judging = split_text(calibration_text(text), 4096)
     pieces = [piece for part in judging for piece in part]
     fitted = {int(sequence[0]) for sequence in fitting}
     assert fitted and sum(map(len, fitting)) <= 4096 and max(map(len, fitting)) == max(lengths)  # of all kinds
@@ -120,7 +120,7 @@ def test_groups_are_judged_on_all_of_the_text_and_on_none_that_they_are_fitted_t
 
 def test_groups_are_judged_on_other_text_and_on_what_comes_twice_too() -> None:
     text, others = ([torch.arange(512) + 1000 * number for number in numbers] for numbers in (range(40), range(40, 48)))
-    _, of_groups, of_sets = split_text(text, [], others, 4096)
+    _, of_groups, of_sets = split_text(calibration_text(text, others), 4096)
     assert len(of_groups) == 6 and len(of_sets) == 18 and {len(piece) for piece in of_groups + of_sets} == {128}
     for pieces in (of_groups, of_sets):
         sources = {int(piece[0]) // 1000 for piece in pieces}
@@ -146,7 +146,7 @@ def roughly_fused(model: Any, groups: Groups, text: Sequence[torch.Tensor]) -> A
 def test_of_a_few_sets_that_is_chosen_which_moves_predictions_least() -> None:
     """Costs are those of rough fits, on half of the tokens of the text that judges; of that groups take a part."""
     model = make_llama(num_hidden_layers=7)
-    text = split_text(TEXT[:8], [], TEXT[8:], 4096)
+    text = split_text(calibration_text(TEXT[:8], TEXT[8:]), 4096)
     with costs_on(Decoder(model), text, 0.1) as costs:
         tried = try_sets(costs, 2, count=16)
     pairs, threes = [(n, n + 1) for n in range(1, 5)], [(n, n + 2) for n in range(1, 4)]
