@@ -16,7 +16,7 @@ from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.refit.states import StateStore, run_boundaries
-from lf_hf.runtime.amounts import LONGEST_GROUP, SHORT, num_rough_tokens, num_trials
+from lf_hf.runtime.amounts import SHORT, num_rough_tokens, num_trials
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 
@@ -116,7 +116,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     where they are in one of the cheapest sets.
     """
     inner = costs.decoder.inner_layers
-    most = min(num_fusions, SHORT, (costs.decoder.longest_group or LONGEST_GROUP) - 1)
+    most = min(num_fusions, SHORT, costs.decoder.longest_group - 1)
     short = {(n, n + more) for more in range(1, most + 1) for n in inner[:-more]}
     if missing := short - costs.by_group.keys():
         costs.measure(missing)
@@ -132,7 +132,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
 def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
     """The set to try next, with the costs of its groups measured; None where no set is left."""
     decoder = costs.decoder
-    longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group or LONGEST_GROUP)
+    longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group)
     while True:
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
         proposed = decoder.processes.compute_once(propose)  # in case machines round differently

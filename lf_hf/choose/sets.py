@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from lf_hf.decoder.decoder import Group, Groups
-from lf_hf.runtime.amounts import LONGEST_GROUP
 
 _SHRINKAGE = 1.0  # ridge penalty on extra costs, as trials are few
 _LOWERED = 0.94  # estimated costs of groups, for each layer after the third
@@ -22,7 +21,7 @@ _SHARE = 5
 _TURNS = 3  # one of so many proposals supposes that groups beside the first cost more
 
 
-def longest_group(inner: int, num_fusions: int, most: int = LONGEST_GROUP) -> int:
+def longest_group(inner: int, num_fusions: int, most: int) -> int:
     """How many layers may become one where a model is to lose `num_fusions`, and `inner` ones may be in groups.
 
     That is `most`, and more only where so many are to go that they have to be.

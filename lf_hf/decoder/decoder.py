@@ -40,7 +40,7 @@ from lf_hf.families.models import (
     text_prefix,
 )
 from lf_hf.families.table import DecoderLayer, Family, Kind
-from lf_hf.runtime.amounts import BATCH_COPIES, CPU_BATCH
+from lf_hf.runtime.amounts import BATCH_COPIES, CPU_BATCH, LONGEST_GROUP
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import all_finite, in_float64
 
@@ -64,7 +64,7 @@ class Decoder:
     device: torch.device  # where hidden states begin, and where offloaded layers compute
     processes: Processes = ALONE  # those that hold the same model and share the work on it
     batch_bytes: int = CPU_BATCH  # that a batch may take inside a layer
-    longest_group: int | None = None  # layers that may become one, where memory allows no more
+    longest_group: int = LONGEST_GROUP  # layers that may become one; fewer where memory allows no more
     states: Literal["device", "host", "disk"] = "device"  # where lists of hidden states rest
     scratch: Path | None = None  # folder for files; None: that for temporary ones, and no layer is written to a disk
     _inputs: dict[Any, dict[str, Any]]  # of layers of each kind, for states of the last shape

@@ -30,14 +30,7 @@ from lf_hf.stages.similarity import layer_similarity
 from lf_hf.text.calibration import CalibrationSamples, Corpus
 from lf_hf.text.chats import CHATS
 from lf_hf.text.judging import nearest, relations_to
-from lf_hf.text.packing import (
-    interleave,
-    pack_corpus,
-    pack_out_of_domain,
-    split_held_out,
-    take_first,
-    tokenize_samples,
-)
+from lf_hf.text.packing import interleave, pack_corpus, pack_out_of_domain, split_held_out, tokenize_samples
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +64,8 @@ class CalibrationText(NamedTuple):
 
     def first(self, tokens: int) -> list[Tensor]:
         """As many of the first of these as have `tokens` tokens together, but one at least."""
-        return take_first(self.sequences, tokens)
+        ends = np.cumsum(list(map(len, self.sequences)))
+        return self.sequences[: max(1, int((ends <= tokens).sum()))]
 
     def hold_out(self, count: int, *, at_random: bool = True) -> tuple[list[Tensor], CalibrationText]:
         """At most `count` given sequences to measure on, as `split_held_out` takes them, and the text without them."""

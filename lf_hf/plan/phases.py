@@ -209,23 +209,19 @@ class Phases:
         samples = _SAMPLES * _SAMPLE_LENGTH * config.averages
         inside = self._running(amounts.PERPLEXITY_LENGTH, max(judged // 2, self.heal_tokens, samples))
         inside += self._logits(self._batch(amounts.PERPLEXITY_LENGTH, judged // 2), 1)
-        lists = self._states(judged)
-        work = self._forward(judged, shape.layers) + self._head(judged)
+        lists = self._states(judged + 2 * samples)
+        work = self._forward(judged + samples + self.heal_tokens, shape.layers) + self._head(judged)
         if config.perplexity_tokens and not self.on_disk:
             work += self._written(4, 24)[1]
-        lists += 2 * self._states(samples)
-        work += self._forward(samples, shape.layers)
+        written_tokens = [self.heal_tokens * _HEALED_SHARE]
         if config.needs_text:
-            rows = int(config.calibration_tokens * _WRITTEN_SHARE) // amounts.WRITTEN_LENGTH
+            written_tokens.append(config.calibration_tokens * _WRITTEN_SHARE)
+        for tokens in filter(None, written_tokens):
+            rows = int(tokens) // amounts.WRITTEN_LENGTH
             written, of_text = self._written(min(rows, amounts.WRITTEN_TOGETHER), amounts.WRITTEN_LENGTH)
             inside = max(inside, written)
             work += times(of_text, max(1, rows / amounts.WRITTEN_TOGETHER))
-        if self.heal_tokens:
-            rows = int(self.heal_tokens * _HEALED_SHARE) // amounts.WRITTEN_LENGTH
-            written, of_text = self._written(min(rows, amounts.WRITTEN_TOGETHER), amounts.WRITTEN_LENGTH)
-            inside = max(inside, written)
-            work += times(of_text, max(1, rows / amounts.WRITTEN_TOGETHER))
-        return Need(inside, lists, work + self._forward(self.heal_tokens, shape.layers))
+        return Need(inside, lists, work)
 
     def _judge(self) -> Need:
         """Both models on the judging texts, and what the fused one writes."""

@@ -138,9 +138,3 @@ def split_held_out(text: Sequence[Tensor], count: int, *, at_random: bool = True
         return split_held_out(text, count // 2, at_random=at_random)
     rest = [sequence for n, sequence in enumerate(text) if n not in chosen]
     return [text[n] for n in sorted(chosen)], rest
-
-
-def take_first(text: list[Tensor], tokens: int) -> list[Tensor]:
-    """As many of the first sequences as have `tokens` tokens together, but one at least."""
-    ends = np.cumsum([len(sequence) for sequence in text])
-    return text[: max(1, int((ends <= tokens).sum()))]
