@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import WORK, changed_files
 from lf_hf.choose.budget import search_budget
@@ -47,7 +48,7 @@ from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
 from lf_hf.stages.averaging import average
-from lf_hf.text.calibration import Corpus
+from lf_hf.text.calibration import CalibrationSamples, Corpus
 
 logger = logging.get_logger(__name__)
 
@@ -89,20 +90,46 @@ def run(
 
 def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | None) -> FusedForCausalLM:
     """Open the base, measure it, and fuse its layers. What a healing needs of it goes into the folder `work`."""
-    base, config, tokenizer, (samples, text) = inputs.base, inputs.config, inputs.tokenizer, inputs.samples_and_text
-    corpus, healing, model_class = inputs.to_heal, plan.healing, inputs.model_class
+    base, config, tokenizer, healing = inputs.base, inputs.config, inputs.tokenizer, plan.healing
+    texts = *inputs.samples_and_text, inputs.to_heal
     decoder = base.open_decoder(plan, scratch)
-    measured = measure(decoder, tokenizer, config, samples, text)
-    if healing is not None and corpus is not None:
-        write_teacher(work, decoder, tokenizer, corpus, healing.settings, measured.judged)
-    report = fuse(decoder, tokenizer, config.unhealed, measured, base=base.full_name)
-    report = with_speed(report, decoder.model, base.config)
-    model = model_class.adopt(decoder.model, report, tokenizer)
+    measured = measure_base(decoder, tokenizer, config, texts, healing, work)
+    model = fuse_measured(base, decoder, tokenizer, config.unhealed, measured, inputs.model_class)
     base.credit(model)
     if healing is not None:
-        made_of, digest = inputs.healing_identity, report.weights_digest
+        made_of, digest = inputs.healing_identity, model.report.weights_digest
         compute_once(lambda: note_healing(work, made_of, healing.train, digest))
     return model
+
+
+def measure_base(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    texts: tuple[CalibrationSamples | None, Corpus | None, Corpus | None],
+    healing: HealingPlan | None,
+    work: Path,
+) -> Measurements:
+    """Measure a base on samples and text to fit to; what a healing on the third text needs of it goes into `work`."""
+    samples, text, to_heal = texts
+    measured = measure(decoder, tokenizer, config, samples, text)
+    if healing is not None and to_heal is not None:
+        write_teacher(work, decoder, tokenizer, to_heal, healing.settings, measured.judged)
+    return measured
+
+
+def fuse_measured(
+    base: Base,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FusionConfig,
+    measured: Measurements,
+    model_class: type[FusedForCausalLM],
+) -> FusedForCausalLM:
+    """Make a base that is measured, in place, the fused model that a user gets; its report has the speeds of both."""
+    report = fuse(decoder, tokenizer, config, measured, base=base.full_name)
+    report = with_speed(report, decoder.model, base.config)
+    return model_class.adopt(decoder.model, report, tokenizer)
 
 
 def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCausalLM:

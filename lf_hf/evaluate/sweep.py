@@ -24,13 +24,10 @@ from lf_hf.checkpoint.identity import files_digest, identity, identity_key, text
 from lf_hf.checkpoint.saving import checked_folder
 from lf_hf.evaluate.points import DENSE, HEALED, Point, check_evaluation
 from lf_hf.evaluate.results import Results
-from lf_hf.healing.teacher import open_teacher, write_teacher
+from lf_hf.healing.teacher import open_teacher
 from lf_hf.inputs.fusion import for_model, load_needed
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.measure.dense import measure
-from lf_hf.measure.judge import Judged
-from lf_hf.measure.speed import with_speed
-from lf_hf.report.data import PerplexityInfo
+from lf_hf.report.data import TextFigures
 from lf_hf.report.report import versions
 from lf_hf.runtime.launch import ALONE, Processes, own_device
 from lf_hf.runtime.progress import progress
@@ -190,6 +187,7 @@ class _Maker:
 
     def check_healing(self) -> None:
         """Raise ValueError if healed points cannot be made here."""
+        self._healing = None
         if self.texts.to_heal is None:
             return
         if Processes.of_launch().world_size > 1:
@@ -239,13 +237,9 @@ class _Maker:
         most = max(self.configs, key=lambda config: (config.fits, config.num_fusions))
         self._decoder = self.base.open_decoder(plan_run(self.base, most, None))
         self._decoder.processes = ALONE
-        samples, text, to_heal = self.texts.used_by(*configs)
-        measured = measure(self._decoder, self.tokenizer, self.configs[0], samples, text)
+        texts, work = self.texts.used_by(*configs), Path(self._work.name)
+        measured = pipeline.measure_base(self._decoder, self.tokenizer, self.configs[0], texts, self._healing, work)
         self._measured = replace(measured, averages={})  # for higher levels to go on from
-        if to_heal is not None:
-            assert self._healing is not None
-            folder, settings = Path(self._work.name), self._healing.settings
-            write_teacher(folder, self._decoder, self.tokenizer, to_heal, settings, measured.judged)
 
     @property
     def _dense(self) -> PreTrainedModel:
@@ -253,10 +247,8 @@ class _Maker:
 
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
-        decoder = self._decoder.copy()
-        report = pipeline.fuse(decoder, self.tokenizer, config, self._measured, base=self.base.full_name)
-        report = with_speed(report, decoder.model, self.base.config)
-        return fused_class(self.base.config).adopt(decoder.model, report, self.tokenizer)
+        decoder, model_class = self._decoder.copy(), fused_class(self.base.config)
+        return pipeline.fuse_measured(self.base, decoder, self.tokenizer, config, self._measured, model_class)
 
     def _heal(self, model: FusedForCausalLM, config: FusionConfig) -> None:
         """Heal a model in place where that is asked for, once: methods that differ in nothing else share it."""
@@ -272,7 +264,8 @@ class _Maker:
     def _dense_point(self, key: str) -> Point:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
         speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
-        return self._evaluate(key, DENSE, self._dense, self._measured.judged, speedups)
+        figures = {text.name: text.figures for text in self._measured.judged}
+        return self._evaluate(key, DENSE, self._dense, figures, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
         self._heal(model, config)
@@ -281,7 +274,8 @@ class _Maker:
             method += HEALED
         speed = report.speed
         speedups = {"prefill": speed.prefill.ratio, "decoding": speed.decoding.ratio} if speed else {}
-        point = self._evaluate(key, method, model, report.perplexities, speedups)
+        figures = {text.name: text.figures for text in report.perplexities}
+        point = self._evaluate(key, method, model, figures, speedups)
         point.seconds["fusing"] = sum(report.seconds.values()) - sum(self._measured.seconds.values())
         sources = dict.fromkeys(text.source for text in self.texts.used_by(config) if text)
         return replace(point, config=report.config, notes=report.notes, calibration="; ".join(sources))
@@ -291,7 +285,7 @@ class _Maker:
         key: str,
         method: str,
         model: PreTrainedModel,
-        judged: Sequence[Judged | PerplexityInfo],
+        figures: dict[str, TextFigures],
         speedups: dict[str, float],
     ) -> Point:
         """The point of a model, with its sizes and scores."""
@@ -312,8 +306,8 @@ class _Maker:
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),
-            perplexities={text.name: text.figures.perplexity for text in judged},
-            divergences={text.name: text.figures.divergence for text in judged},
-            agreements={text.name: text.figures.agreement for text in judged},
+            perplexities={name: of_text.perplexity for name, of_text in figures.items()},
+            divergences={name: of_text.divergence for name, of_text in figures.items()},
+            agreements={name: of_text.agreement for name, of_text in figures.items()},
             speedups=speedups,
         )
