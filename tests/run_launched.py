@@ -75,9 +75,7 @@ def fuse(folder: Path, name: str, out: Path) -> str | None:
     given |= {"dtype": "float64", "calibration": make_texts(100), "speed": False} | SETTINGS[name]
     if given.pop("low_memory", False):
         return lf_hf.fuse_checkpoint(folder / "chatting", out, **given).weights_digest
-    # Groups are fitted to one sequence, so that one of two processes has none.
-    with patch("lf_hf.choose.choice.num_rough_tokens", return_value=64):
-        model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
+    model = lf_hf.from_pretrained_fused(folder / "chatting", **given)
     model.save_pretrained(out)
     return weights_digest(model.named_parameters())
 

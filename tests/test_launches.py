@@ -61,6 +61,7 @@ def test_processes_together_find_what_one_does(name: str, launch: Launch, tmp_pa
     folders = launch.folder / name, tmp_path
     together, alone = map(FusionReport.load, folders)
     assert together.groups == alone.groups and together.continuations == alone.continuations
+    assert together.group_costs == alone.group_costs  # bit for bit
     assert len(alone.continuations) == 4
     for one, other in zip(together.fused_layers, alone.fused_layers, strict=True):
         assert (one.heads_kept, one.channels_kept) == (other.heads_kept, other.channels_kept)

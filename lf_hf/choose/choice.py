@@ -96,7 +96,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     with costs_on(decoder, text, config.ridge) as costs:
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
-        influences = [influence(before, after, decoder.processes) for before, after in pairwise(costs.boundaries)]
+        influences = [influence(before, after) for before, after in pairwise(costs.boundaries)]
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())
@@ -113,7 +113,8 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     """What at most `count` sets of groups cost as wholes: those that are expected to cost least.
 
     All groups of two and of three layers are measured. What longer ones cost is estimated from these, and measured
-    where they are in one of the cheapest sets.
+    where they are in one of the cheapest sets. Which set is next depends on what the last one costs; meanwhile other
+    processes of a launch measure those that may come after it.
     """
     inner = costs.decoder.inner_layers
     most = min(num_fusions, SHORT, costs.decoder.longest_group - 1)
@@ -121,23 +122,28 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
     if missing := short - costs.by_group.keys():
         costs.measure(missing)
     trials: dict[Groups, float] = {}
+    measured: dict[Groups, float] = {}  # and those that may be tried yet
     for _ in progress(range(count), desc="Trying sets of groups", unit="set", leave=False):
-        groups = _next_set(costs, trials, num_fusions)
-        if groups is None:
+        proposed = _next_sets(costs, trials, num_fusions)
+        if not proposed:
             break
-        trials[groups] = costs.measure_set(groups)
+        groups = proposed[0]
+        if groups not in measured:
+            unknown = [likely for likely in proposed if likely not in measured]
+            measured |= costs.measure_sets(unknown[: costs.processes.world_size])
+        trials[groups] = measured[groups]
     return trials
 
 
-def _next_set(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> Groups | None:
-    """The set to try next, with the costs of its groups measured; None where no set is left."""
-    decoder = costs.decoder
+def _next_sets(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> list[Groups]:
+    """The set to try next, with the costs of its groups measured, and others that may be next; none where none is
+    left."""
+    decoder, processes = costs.decoder, costs.processes
+    count = max(_AHEAD, processes.world_size)
     longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group)
     while True:
-        propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=_AHEAD)
-        proposed = decoder.processes.compute_once(propose)  # in case machines round differently
-        if not proposed:
-            return None
-        if costs.by_group.keys() >= set(proposed[0]):
-            return proposed[0]
-        costs.measure({group for groups in proposed for group in groups} - costs.by_group.keys())
+        propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=count)
+        proposed = processes.compute_once(propose)  # in case machines round differently
+        if not proposed or costs.by_group.keys() >= set(proposed[0]):
+            return proposed
+        costs.measure({group for groups in proposed[:_AHEAD] for group in groups} - costs.by_group.keys())

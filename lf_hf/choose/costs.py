@@ -7,9 +7,10 @@ is fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ from lf_hf.refit.regression import FitOverflow
 from lf_hf.refit.states import States, StateStore, run_boundaries, run_states
 from lf_hf.refit.traces import gather
 from lf_hf.runtime.amounts import JUDGED_AT_ONCE, JUDGING_LENGTH, JUDGING_PART, JUDGING_PIECES, judged_stride
+from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.progress import progress
+
+T = TypeVar("T")
+_LAYERS_OF_A_FIT = 16  # that what judges runs through in the time that a rough fit takes for a layer of a group
 
 
 class GroupText(NamedTuple):
@@ -56,6 +61,22 @@ def split_text(calibration: CalibrationText, num_fitted: int) -> GroupText:
     return text
 
 
+def share_groups(groups: Collection[Group], num_layers: int, count: int) -> list[list[Group]]:
+    """Groups of the layers of a model in `count` shares that take about the same time to measure."""
+
+    def load(group: Group) -> int:
+        first, last = group
+        return _LAYERS_OF_A_FIT * (last - first + 1) + num_layers - last
+
+    shares: list[list[Group]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for group in sorted(groups, key=lambda group: (load(group), group), reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(group)
+        loads[least] += load(group)
+    return shares
+
+
 class _TracedLayer(NamedTuple):
     """A layer of the dense model, and its states of the text that groups are fitted to."""
 
@@ -69,10 +90,14 @@ class _TracedLayer(NamedTuple):
 class GroupCosts:
     """Measures costs of groups, and of sets of them, in nats a token.
 
+    Processes of a launch each measure some of them, on all of the text. So costs are those that one process alone
+    finds, and all processes have the same.
+
     Parameters
     ----------
     decoder : Decoder
-        The dense model.
+        The dense model, by itself in each process.
+    processes : Processes
     boundaries : sequence of States
         Before each of its layers and after the last one: batches of each text of a `GroupText`, in its order.
     num_fitting, num_judging : int
@@ -91,6 +116,7 @@ class GroupCosts:
     def __init__(
         self,
         decoder: Decoder,
+        processes: Processes,
         boundaries: Sequence[States],
         num_fitting: int,
         num_judging: int,
@@ -98,6 +124,7 @@ class GroupCosts:
         store: StateStore,
     ) -> None:
         self.decoder = decoder
+        self.processes = processes
         self.boundaries = boundaries
         self.by_group: dict[Group, float] = {}
         self._fitting = slice(num_fitting)
@@ -110,14 +137,22 @@ class GroupCosts:
 
     @torch.no_grad()
     def measure(self, groups: Collection[Group]) -> None:
-        """Measure what each of some groups costs by itself, in one pass through the layers.
+        """Measure what each of some groups costs by itself.
 
-        A group is fused when its last layer comes by, and what comes out runs through all layers above. Costs by
-        themselves only propose sets, so less text judges than in `measure_set`.
+        Costs by themselves only propose sets, so less text judges than in `measure_sets`.
         """
+        share = share_groups(groups, self.decoder.num_layers, self.processes.world_size)[self.processes.rank]
+        self.by_group |= self._of_all(partial(self._measure_in_one_pass, share))
+
+    def _measure_in_one_pass(self, groups: Sequence[Group]) -> dict[Group, float]:
+        """Costs of groups by themselves, in one pass through the layers.
+
+        A group is fused when its last layer comes by, and what comes out runs through all layers above.
+        """
+        costs: dict[Group, float] = {}
         judged: dict[Group, States] = {}
         window: dict[int, _TracedLayer] = {}
-        start = min(groups)[0]
+        start = min((first for first, _ in groups), default=self.decoder.num_layers)
         layers = self._traced_layers(groups, start)
         total = self.decoder.num_layers - start
         for traced in progress(layers, total=total, desc="Costs of groups", unit="layer", leave=False):
@@ -128,7 +163,7 @@ class GroupCosts:
             for first in sorted(first for first, last in groups if last == number):
                 fused = self._fuse([window[n] for n in range(first, number + 1)], states=None)
                 if fused is None:
-                    self.by_group[first, number] = math.inf
+                    costs[first, number] = math.inf
                 else:
                     judged[first, number] = self._run(fused, self._dense(first, self._judging_groups))
             open_starts = [first for first, last in groups if first <= number < last]
@@ -137,11 +172,26 @@ class GroupCosts:
         measured = list(judged)
         for start in range(0, len(measured), JUDGED_AT_ONCE):
             batch = measured[start : start + JUDGED_AT_ONCE]
-            costs = self._divergences([judged.pop(group) for group in batch], self._judging_groups)
-            self.by_group.update(zip(batch, costs, strict=True))
+            found = self._divergences([judged.pop(group) for group in batch], self._judging_groups)
+            costs.update(zip(batch, found, strict=True))
+        return costs
 
     @torch.no_grad()
-    def measure_set(self, groups: Groups) -> float:
+    def measure_sets(self, sets: Sequence[Groups]) -> dict[Groups, float]:
+        """What each of some sets costs as a whole."""
+        share = self.processes.shard(sets)
+        return self._of_all(lambda: {groups: self._measure_set(groups) for groups in share})
+
+    def _of_all(self, measure: Callable[[], dict[T, float]]) -> dict[T, float]:
+        """Costs of what each process measures a share of."""
+        with self.processes.apart():
+            measured = measure()
+        costs: dict[T, float] = {}
+        for found in self.processes.all_gather_object(measured):
+            costs |= found
+        return costs
+
+    def _measure_set(self, groups: Groups) -> float:
         """What a set costs as a whole, with its groups fused from the bottom up; inf where a fit overflows."""
         first_layer, fitted, judged = self._states_below(groups)
         ends = dict(groups)
@@ -220,8 +270,10 @@ class GroupCosts:
 @contextmanager
 def costs_on(decoder: Decoder, text: GroupText, ridge: float) -> Iterator[GroupCosts]:
     """Costs of groups of the dense model's layers, which can be measured on a text inside a `with` block."""
-    fitting, judging_groups, judging_sets = (decoder.make_batches(decoder.processes.shard(part)) for part in text)
-    embedded = decoder.embed([*fitting, *judging_groups, *judging_sets])
-    with StateStore(decoder.states, decoder.scratch) as store:
-        boundaries = list(run_boundaries(decoder, embedded, store))
-        yield GroupCosts(decoder, boundaries, len(fitting), len(judging_groups), ridge, store)
+    alone = decoder.copy()
+    alone.processes = ALONE
+    fitting, judging_groups, judging_sets = map(alone.make_batches, text)
+    embedded = alone.embed([*fitting, *judging_groups, *judging_sets])
+    with StateStore(alone.states, alone.scratch) as store:
+        boundaries = list(run_boundaries(alone, embedded, store))
+        yield GroupCosts(alone, decoder.processes, boundaries, len(fitting), len(judging_groups), ridge, store)

@@ -35,11 +35,10 @@ Problem = Regression | DualRegression
 def _empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, rough_tokens: int | None) -> Problem:
     """A problem of a weight's shape to add tokens to, on the device and in the dtype of `like`.
 
-    A rough fit has few tokens, and is solved in them where there are many unknowns; but several processes, which have a
-    share of them each, add up sums.
+    A rough fit has few tokens, which each process has all of, and is solved in them where there are many unknowns.
     """
     outputs, inputs = shape
-    if rough_tokens is not None and decoder.processes.world_size == 1 and solved_in_tokens(rough_tokens, inputs):
+    if rough_tokens is not None and solved_in_tokens(rough_tokens, inputs):
         return DualRegression(like.device, like.dtype)
     return Regression(inputs, outputs, like.device, like.dtype, decoder.processes)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -81,6 +82,18 @@ class Processes:
         if self.world_size > 1:
             _communicate(distributed.all_gather_object, values, value)
         return values
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """A `with` block in which each process computes something else: a ValueError of one is raised in all."""
+        own_error: ValueError | None = None
+        try:
+            yield
+        except ValueError as raised:
+            own_error = raised
+        for error in self.all_gather_object(own_error):
+            if error is not None:
+                raise error
 
     def compute_once(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes. Its error is an OtherProcessError in the others."""

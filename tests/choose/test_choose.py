@@ -6,7 +6,10 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -21,12 +24,14 @@ from torch.nn.functional import cross_entropy
 from lf_hf import FusionConfig, FusionReport
 from lf_hf.choose.budget import search
 from lf_hf.choose.choice import Choice, choose, least_influence_groups, try_sets
-from lf_hf.choose.costs import costs_on, split_text
+from lf_hf.choose.costs import costs_on, share_groups, split_text
 from lf_hf.choose.sets import cheapest_sets, estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.measure.dense import Measurements, measure
 from lf_hf.pipeline import fuse
+from lf_hf.refit.regression import FitOverflow
 from lf_hf.report.data import BudgetTrial
+from lf_hf.runtime.launch import Processes
 from lf_hf.text.calibration import Corpus
 from lf_hf.text.packing import split_held_out
 
@@ -168,6 +173,66 @@ def test_each_number_of_fusions_chooses_as_it_would_alone() -> None:
         found, alone = (choice(model, num_fusions, text) for text in (measured, measured_text(TEXT[:8], TEXT[8:])))
         assert found.groups == alone.groups and count_removed(found.groups) == num_fusions
         assert all(found.costs[group] == cost for group, cost in alone.costs.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threads(Processes):
+    """Threads of this process in the place of processes, which exchange small values alone."""
+
+    barrier: Barrier
+    values: list[Any]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait(60)
+        found = [*self.values]
+        self.barrier.wait(60)
+        return found
+
+    def compute_once(self, compute: Callable[[], Any]) -> Any:
+        return self.all_gather_object(compute())[0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_any_number_of_processes_chooses_what_one_does(count: int) -> None:
+    """By the same costs and influences, bit for bit."""
+    model = make_llama(num_hidden_layers=8)
+    barrier, values = Barrier(count), [None for _ in range(count)]
+
+    def chosen(rank: int) -> Choice:
+        decoder = Decoder(model)
+        decoder.processes = Threads(rank, count, barrier=barrier, values=values)
+        return choose(decoder, FusionConfig(3, "refit"), measured_text(TEXT[:8], TEXT[8:]))
+
+    with ThreadPoolExecutor(count) as threads:
+        found = list(threads.map(chosen, range(count)))
+    assert found == [choice(model, 3, measured_text(TEXT[:8], TEXT[8:]))] * count
+
+
+def test_what_one_process_cannot_compute_is_said_by_all() -> None:
+    barrier, values = Barrier(3), [None for _ in range(3)]
+
+    def run(rank: int) -> None:
+        with Threads(rank, 3, barrier=barrier, values=values).apart():
+            if rank == 1:
+                raise FitOverflow("by the second")
+
+    with ThreadPoolExecutor(3) as threads:
+        running = [threads.submit(run, rank) for rank in range(3)]
+    for process in running:
+        with pytest.raises(FitOverflow, match="by the second"):
+            process.result()
+
+
+@given(st.integers(4, 80), st.integers(1, 16))
+@examples(40)
+def test_shares_of_groups_take_about_as_long_to_measure(layers: int, count: int) -> None:
+    """Here a layer in a group takes as long as 16 layers above it."""
+    groups = [(first, first + more) for more in (1, 2) for first in range(1, layers - 1 - more)]
+    shares = share_groups(groups, layers, count)
+    assert sorted(itertools.chain(*shares)) == sorted(groups) and len(shares) == count
+    taken = [sum(16 * (last - first + 1) + layers - last for first, last in share) for share in shares]
+    assert max(taken) - min(taken) <= 16 * 3 + layers
 
 
 def random_costs(layers: int, seed: int) -> dict[Group, float]:
