@@ -12,7 +12,8 @@ import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
 from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
-from lf_hf.decoder.decoder import Decoder, Group, Groups, influence
+from lf_hf.decoder.decoder import Decoder, Group, Groups
+from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import Kind
 from lf_hf.measure.dense import Measurements
 from lf_hf.refit.states import StateStore, run_boundaries
@@ -56,11 +57,11 @@ def _choose_least_influence(decoder: Decoder, config: FusionConfig, measured: Me
     with StateStore(decoder.states, decoder.scratch) as store:
         boundaries = pairwise(run_boundaries(decoder, embedded, store))
         layers = progress(boundaries, total=decoder.num_layers, desc="Influences", unit="layer", leave=False)
-        influences = [influence(before, after, decoder.processes) for before, after in layers]
+        of_layers = influences([cosine_sums(before, after) for before, after in layers], decoder.processes)
     kinds = decoder.family.config_kinds(decoder.config)
     alike = kinds if config.averages else None
-    groups = least_influence_groups(influences, config.num_fusions, decoder.inner_layers, alike)
-    return Choice(groups, influences=influences)
+    groups = least_influence_groups(of_layers, config.num_fusions, decoder.inner_layers, alike)
+    return Choice(groups, influences=of_layers)
 
 
 def least_influence_groups(
@@ -96,7 +97,8 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
     with costs_on(decoder, text, config.ridge) as costs:
         costs.by_group |= known
         trials = try_sets(costs, config.num_fusions, count)
-        influences = [influence(before, after) for before, after in pairwise(costs.boundaries)]
+        sums = [cosine_sums(before, after) for before, after in pairwise(costs.boundaries)]
+        of_layers = influences(sums)
     # Costs of longer groups must not influence other numbers of fusions, which may not measure them.
     known |= {(first, last): cost for (first, last), cost in costs.by_group.items() if last - first <= SHORT}
     chosen = min(trials, key=lambda groups: trials[groups], default=())
@@ -106,7 +108,7 @@ def _choose_by_cost(decoder: Decoder, config: FusionConfig, measured: Measuremen
             "wider range, such as bfloat16, or fewer fusions."
         )
     finite = {group: cost for group, cost in costs.by_group.items() if math.isfinite(cost)}
-    return Choice(chosen, finite, influences)
+    return Choice(chosen, finite, of_layers)
 
 
 def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, float]:

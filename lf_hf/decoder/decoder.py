@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, embedding, linear
+from torch.nn.functional import embedding, linear
 from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.decoder.placement import (
@@ -42,7 +42,7 @@ from lf_hf.families.models import (
 from lf_hf.families.table import DecoderLayer, Family, Kind
 from lf_hf.runtime.amounts import BATCH_COPIES, CPU_BATCH, LONGEST_GROUP
 from lf_hf.runtime.launch import ALONE, Processes
-from lf_hf.runtime.numerics import all_finite, in_float64
+from lf_hf.runtime.numerics import to_device
 
 Group = tuple[int, int]
 """The first and the last of some adjacent layers, by their numbers in the dense model."""
@@ -267,7 +267,7 @@ class Decoder:
         table = value(self._text.embed_tokens, "weight")
         states = []
         for batch in batches:
-            rows = embedding(batch.to(table.device), table)
+            rows = embedding(to_device(batch, table.device), table)
             states.append(self.family.first_states(self.config, rows, rows=True))
         return states
 
@@ -304,7 +304,7 @@ class Decoder:
         batches = []
         for numbers in self.batch_indices(sequences):
             batch = torch.stack([sequences[number] for number in numbers])
-            batches.append(batch.to(self.device))
+            batches.append(to_device(batch, self.device))
         return batches
 
     def layer_inputs(
@@ -383,36 +383,6 @@ class Decoder:
             for n, state in enumerate(states):
                 states[n] = self.run_layer(layer, state)
             yield states
-
-
-def check_finite(states: Sequence[Tensor], layer: int) -> None:
-    """Raise ValueError if the output states of a layer contain NaN or inf."""
-    if not all(map(all_finite, states)):
-        raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")
-
-
-def influence(before: Sequence[Tensor], after: Sequence[Tensor], processes: Processes = ALONE) -> float:
-    """How much a layer changes the residual stream: 1 - mean cosine of its input and output over tokens.
-
-    Parameters
-    ----------
-    before, after : sequences of tensors of shape (sequences B, tokens T, hidden)
-        The layer's input and output states. The first position is left out: its state is of another size than all
-        others and hardly changes. NaN where there is no other.
-    processes : Processes
-        Those that have a share of the states each.
-
-    Source: the block influence of ShortGPT (arXiv:2403.03853), equation 1.
-    """
-    sums = torch.zeros(2, dtype=torch.float64)  # of cosines, and their number
-    for x, y in zip(before, after, strict=True):
-        x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
-        cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
-        sums = sums.to(cosines.device)
-        sums += torch.stack([cosines.sum(), cosines.new_tensor(cosines.numel())])
-    processes.all_reduce(sums)
-    total, count = sums.tolist()
-    return 1 - total / count if count else float("nan")
 
 
 def _without_layer(device_map: Mapping[str, Any], layers: str, index: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lf_hf.refit.fit import fit_group
 from lf_hf.refit.layer_parts import build_layer, layer_weights
 from lf_hf.refit.states import StateStore
 from lf_hf.refit.traces import trace
-from lf_hf.runtime.numerics import all_finite
+from lf_hf.runtime.numerics import is_finite
 
 logger = logging.get_logger(__name__)
 _TOKENS = 8
@@ -42,7 +42,7 @@ def check_model(decoder: Decoder) -> int:
     check_family_entry(decoder.model_config)
     num_parameters = 0
     for name, parameter in decoder.named_parameters():
-        if not all_finite(parameter):
+        if not is_finite(parameter):
             raise ValueError(f"{name} contains NaN or inf; repair the base checkpoint before fusing it.")
         num_parameters += parameter.numel()
     return num_parameters

@@ -21,7 +21,7 @@ from lf_hf.refit.states import States, StateStore, run_states
 from lf_hf.refit.traces import trace
 from lf_hf.refit.tuning import Steps, channel_weights, training_steps, tune
 from lf_hf.report.data import FusedLayer, MadeLayer
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.numerics import in_float64, to_device, to_host
 from lf_hf.runtime.progress import progress
 
 
@@ -45,7 +45,7 @@ def fit_groups(
     """
     share = dense.processes.shard(sequences)
     batch_numbers = dense.batch_indices(share)
-    embedded = dense.embed([torch.stack([share[n] for n in numbers]).to(dense.device) for numbers in batch_numbers])
+    embedded = dense.embed([torch.stack([share[n] for n in numbers]) for numbers in batch_numbers])
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences, batch_numbers) if held_out else None
     with StateStore(dense.states, dense.scratch) as store:
@@ -99,16 +99,18 @@ def _trained(
     trained = build_layer(dense, fit.weights, fit.kind)
     trained.load_state_dict(tune(dense, trained, states, targets, steps), assign=True)  # some are the dense model's
     missed_by_trained = judge.missed(trained)
-    if missed_by_trained < missed:
-        layer, missed = trained, missed_by_trained
-    held_out_error, first_token_error = missed
+    errors, errors_of_trained = torch.stack(to_host(missed, missed_by_trained)).tolist()
+    if errors_of_trained < errors:
+        layer, errors = trained, errors_of_trained
+    held_out_error, first_token_error = errors
     entry = replace(fit.entry, held_out_error=held_out_error, first_token_error=first_token_error)
     return fit._replace(weights=layer_weights(dense, layer), entry=entry)
 
 
-def _or_layer_instead(dense: Decoder, fit: MadeLayer, missed_by_layer: Sequence[tuple[float, float]]) -> MadeLayer:
+def _or_layer_instead(dense: Decoder, fit: MadeLayer, missed_by_layer: Sequence[Tensor]) -> MadeLayer:
     """The fitted layer, or that layer of its group which, as it is, misses less of held-out text."""
-    fitted, errors = fit.entry, [missed for missed, _ in missed_by_layer]
+    fitted = fit.entry
+    errors, first_token_errors = torch.stack(to_host(*missed_by_layer), dim=1).tolist()
     finite = [missed for missed in errors if math.isfinite(missed)]  # what overflows is NaN
     assert fitted.held_out_error is not None and fitted.heads_kept and fitted.channels_kept
     if not finite or fitted.held_out_error <= min(finite):
@@ -124,7 +126,7 @@ def _or_layer_instead(dense: Decoder, fit: MadeLayer, missed_by_layer: Sequence[
         heads_kept=[sum(fitted.heads_kept) * taken for taken in is_taken],
         channels_kept=[sum(fitted.channels_kept) * taken for taken in is_taken],
         held_out_error=least,
-        first_token_error=missed_by_layer[place][1],
+        first_token_error=first_token_errors[place],
         layer_instead=number,
     )
     return MadeLayer(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
@@ -153,8 +155,8 @@ class _HeldOutText:
         device = layer.mlp.down_proj.weight.device
         return [self._decoder.run_layer(layer, state.to(device)) for state in states]
 
-    def missed(self, layer: DecoderLayer) -> tuple[float, float]:
-        """Relative error of a layer in place of the dense model's layers, in what they do to the stream.
+    def missed(self, layer: DecoderLayer) -> Tensor:
+        """Relative error of a layer in place of the dense model's layers, in what they do to the stream: float64, (2,).
 
         Squared and weighted as in fits: of all tokens, as a mean over the stream's channels, and of each first one.
         """
@@ -164,19 +166,19 @@ class _HeldOutText:
         outputs = self._run(layer, self._states)
         for output, dense, target in zip(outputs, self._dense, self._target, strict=True):
             token_weight = token_weights(self._decoder, target)
-            missed += _squares(output, target, token_weight)
-            done += _squares(dense, target, token_weight)
+            missed_here, done_here = (_squares(states, target, token_weight) for states in (output, dense))
+            missed = to_device(missed, missed_here.device) + missed_here
+            done = to_device(done, done_here.device) + done_here
         self._decoder.processes.all_reduce(missed)
         self._decoder.processes.all_reduce(done)
-        first_token_error = missed[1].sum()
-        if done[1].any():
-            first_token_error = first_token_error / done[1].sum()
-        return float((channel_weights(done[0]) * missed[0]).sum()), float(first_token_error)
+        error = (channel_weights(done[0]) * missed[0]).sum()
+        first_token_error = missed[1].sum() / torch.where(done[1].any(), done[1].sum(), 1.0)
+        return torch.stack([error, first_token_error])
 
 
 def _squares(states: Tensor, target: Tensor, token_weight: Tensor) -> Tensor:
     """Weighted squared differences by channel, summed over all tokens and over the first ones: (2, hidden), float64."""
     squares = (states.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
     squares *= token_weight.view(*target.shape[:2], 1)
-    sums = [in_float64(part).sum((0, 1)).cpu() for part in (squares, squares[:, :1])]
+    sums = [in_float64(part).sum((0, 1)) for part in (squares, squares[:, :1])]
     return torch.stack(sums)

@@ -37,25 +37,25 @@ from lf_hf.refit.layer_parts import (
     stacked,
     with_one_norm,
 )
-from lf_hf.refit.regression import FitOverflow, expanded
+from lf_hf.refit.regression import Failures, FitOverflow, expanded
 from lf_hf.refit.states import States, StateStore, on_device
 from lf_hf.refit.traces import Traces
 from lf_hf.report.data import FusedLayer, MadeLayer
 from lf_hf.runtime.amounts import TOKEN_STRIDE, num_candidates
-from lf_hf.runtime.numerics import all_finite, in_float64
+from lf_hf.runtime.numerics import in_float64, is_finite, to_host
 
 
 class FittedHalf(NamedTuple):
     """One half for those of a group of layers.
 
-    `kept` counts the key-value groups or channels from each layer. Errors are those of what is written, with the writer
-    as it was and as it was fitted.
+    `kept` counts the key-value groups or channels from each layer, (layers,). Errors are those of what is written, with
+    the writer as it was and as it was fitted, of shape ().
     """
 
     weights: dict[str, Tensor]
-    kept: list[int]
-    error_before: float
-    error_after: float
+    kept: Tensor
+    error_before: Tensor
+    error_after: Tensor
 
 
 @torch.no_grad()
@@ -93,6 +93,8 @@ def fit_group(
     ------
     FitOverflow
         If a weight that was fitted, or what it is fitted to, is beyond its dtype.
+    ValueError
+        If the text is too little for a fit that is stable.
     """
     family, start = decoder.family, layers[0]
     device = start.mlp.down_proj.weight.device
@@ -105,12 +107,12 @@ def fit_group(
         group.append({name: weight.to(device) for name, weight in weights.items()})
 
     half_fit = NormedHalfFit if family.mlp.after else HalfFit  # families have such norms in both halves, or in none
-    attention = half_fit(decoder, family.mixer(kinds[0]), states, traces.attended, ridge, rough)
+    attention = half_fit(decoder, family.mixer(kinds[0]), states, traces.attended, traces.failures, ridge, rough)
     kind, attended = fit_attention(attention, group, traces.attention_fits, kinds)
     fused = build_layer(decoder, attended.weights, kind)
     mid_states = store.keep(mid_state(decoder, fused, state) for state in states)
     del fused
-    mlp = half_fit(decoder, family.mlp, mid_states, traces.output, ridge, rough)
+    mlp = half_fit(decoder, family.mlp, mid_states, traces.output, traces.failures, ridge, rough)
     gated = fit_mlp(mlp, group, traces.mid_states)
 
     mixer = family.mixer(kind)
@@ -120,18 +122,30 @@ def fit_group(
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
         decoder.processes.broadcast(fitted[name])
-        if not all_finite(fitted[name]):
-            raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
-    entry = FusedLayer(
-        layers=list(range(first, first + len(kinds))),
-        shares=[count / sum(gated.kept) for count in gated.kept],
-        heads_kept=attended.kept,
-        channels_kept=gated.kept,
-        error_before=gated.error_before,
-        error_after=gated.error_after,
-        attention_error=attended.error_after,
-    )
+    with decoder.processes.apart():  # as each solves for maps of its own
+        entry = _read_entry(attended, gated, fitted, traces.failures, first)
     return MadeLayer(fitted, kind, entry)
+
+
+def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, failures: Failures, first: int) -> FusedLayer:
+    """The report's entry of a fit, or its error, for which the host waits once; `first` is as for `fit_group`."""
+    errors = torch.stack([gated.error_before, gated.error_after, attended.error_after])
+    finite = torch.stack([is_finite(weight) for weight in fitted.values()])
+    errors, heads, channels, finite, codes = to_host(errors, attended.kept, gated.kept, finite, failures.codes())
+    failures.check(codes.tolist())
+    for (name, weight), holds in zip(fitted.items(), finite.tolist(), strict=True):
+        if not holds:
+            raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
+    error_before, error_after, attention_error = errors.tolist()
+    return FusedLayer(
+        layers=list(range(first, first + len(heads))),
+        shares=(channels / channels.sum()).tolist(),
+        heads_kept=heads.int().tolist(),
+        channels_kept=channels.int().tolist(),
+        error_before=error_before,
+        error_after=error_after,
+        attention_error=attention_error,
+    )
 
 
 def fit_attention(
@@ -163,9 +177,10 @@ def _keep_one_mixer(
         alone = replace(fit, half=fit.decoder.family.mixer(kind))
         weights = {**layer, **stacked(alone.half, [layer], [input_map])}
         problem = alone.build_problem(weights, alone.writer_inputs(weights, kind))
-        num_kept = [fit.decoder.family.num_key_heads(fit.decoder.config, kind) * (other is layer) for other in group]
+        is_kept = torch.tensor([other is layer for other in group])
+        num_kept = fit.decoder.family.num_key_heads(fit.decoder.config, kind) * is_kept
         fitted.append(FittedHalf(weights, num_kept, *alone.fit_writer(weights, problem, kind)))
-    errors = [half.error_after for half in fitted]
+    errors = torch.stack([half.error_after for half in fitted]).tolist()
     number = fit.decoder.processes.compute_once(lambda: errors.index(min(errors)))
     return kinds[number], fitted[number]
 
@@ -203,7 +218,7 @@ def _select_heads(
         weights |= with_one_norm(group, wide, rows, family.norms_of_heads)
         problem = fit.build_problem(weights, fit.writer_inputs(weights, kind))
     errors = fit.fit_writer(weights, problem, kind)
-    num_kept = [number * num_groups // keep for number in _counts(kept, keep, count)]
+    num_kept = _counts(kept, keep, count) * num_groups // keep
     return kind, FittedHalf(weights, num_kept, *errors)
 
 
@@ -219,7 +234,8 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     channels = torch.arange(width, device=maps[0].device)
     if limit < width:
         channels = _largest(fit, stacked(half, group, [None] * count, sizes), maps, limit)
-        for number, chosen in enumerate(channels.split(_counts(channels, keep, count))):
+        of_layers = channels.split(_counts(channels, keep, count).tolist())  # shapes, for which the host has to wait
+        for number, chosen in enumerate(of_layers):
             rows = chosen - number * keep
             group[number] = selected(half, group[number], rows, rows)
     weights = stacked(half, group, maps, sizes)
@@ -237,7 +253,7 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
 def _map_fits(fit: HalfFit, like: Weights, read: list[States]) -> Iterator[InputMap]:
     """Fits, one after the other, of maps to what the MLPs of some layers read; `read` is emptied."""
     while read:
-        map_fit = InputMap(fit.decoder, fit.half, like["mlp.down_proj.weight"], fit.rough_tokens)
+        map_fit = InputMap(fit.decoder, fit.half, like["mlp.down_proj.weight"], fit.failures, fit.rough_tokens)
         for state, target in zip(fit.states, read.pop(0), strict=True):
             map_fit.add(state, target)
         yield map_fit
@@ -266,6 +282,7 @@ def _largest(fit: HalfFit, wide: Weights, maps: Sequence[Tensor], limit: int) ->
     return size.topk(limit).indices.sort().values
 
 
-def _counts(kept: Tensor, each: int, layers: int) -> list[int]:
-    """How many of `kept` are from each of some layers that had `each`."""
-    return torch.bincount(kept // each, minlength=layers).tolist()
+def _counts(kept: Tensor, each: int, layers: int) -> Tensor:
+    """How many of `kept` are from each of some layers that had `each`: (layers,)."""
+    numbers = torch.arange(layers, device=kept.device)[:, None]
+    return (kept // each == numbers).sum(1)  # a count by bins would wait for their number

@@ -6,7 +6,6 @@ norm (`NormedHalfFit`), as in Gemma and OLMo.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,10 @@ from torch.nn.functional import linear
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
-from lf_hf.refit.regression import DualRegression, Regression
+from lf_hf.refit.regression import DualRegression, Failures, Regression
 from lf_hf.runtime.amounts import solved_in_tokens
 from lf_hf.runtime.launch import Processes
-from lf_hf.runtime.numerics import in_float64
+from lf_hf.runtime.numerics import in_float64, to_device
 
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
@@ -33,15 +32,17 @@ WriterInputs = Callable[[Tensor], Tensor]
 Problem = Regression | DualRegression
 
 
-def _empty_problem(decoder: Decoder, shape: tuple[int, ...], like: Tensor, rough_tokens: int | None) -> Problem:
+def _empty_problem(
+    decoder: Decoder, shape: tuple[int, ...], like: Tensor, failures: Failures, rough_tokens: int | None
+) -> Problem:
     """A problem of a weight's shape to add tokens to, on the device and in the dtype of `like`.
 
     A rough fit has few tokens, which each process has all of, and is solved in them where there are many unknowns.
     """
     outputs, inputs = shape
     if rough_tokens is not None and solved_in_tokens(rough_tokens, inputs):
-        return DualRegression(like.device, like.dtype)
-    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes)
+        return DualRegression(like.device, like.dtype, failures)
+    return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, failures)
 
 
 class InputMap:
@@ -53,15 +54,19 @@ class InputMap:
     half : Half
     like : Tensor
         A weight in whose dtype, and on whose device, it is computed.
+    failures : Failures
+        Where it is noted if the fit is beyond its dtype, or is not stable.
     rough_tokens : int, optional
         How many tokens will be added, for a rough fit.
     """
 
-    def __init__(self, decoder: Decoder, half: Half, like: Tensor, rough_tokens: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, half: Half, like: Tensor, failures: Failures, rough_tokens: int | None = None
+    ) -> None:
         self._decoder, self._half = decoder, half
         self._device, self._dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         self._shape = decoder.config.hidden_size, decoder.config.hidden_size
-        self._problem = _empty_problem(decoder, self._shape, like, rough_tokens)
+        self._problem = _empty_problem(decoder, self._shape, like, failures, rough_tokens)
 
     def add(self, state: Tensor, target: Tensor) -> None:
         """Add the stream in front of the one half and of the other: both (sequences B, tokens T, hidden)."""
@@ -83,7 +88,7 @@ class InputMap:
     def solve(self, ridge: float) -> Tensor:
         """The map, of shape (hidden, hidden), float32 at least, or in other processes than its owner room for it.
 
-        Can be called once: what was added is freed. Raises FitOverflow if that is beyond its dtype.
+        Can be called once: what was added is freed.
         """
         if not self._is_own:
             return torch.empty(self._shape, dtype=self._dtype, device=self._device)
@@ -98,8 +103,7 @@ def solve_maps(map_fits: Iterable[InputMap], ridge: float, processes: Processes)
     maps: list[Tensor] = []
     owners, remaining = range(processes.world_size), iter(map_fits)
     while together := [fit.complete(owner) for owner, fit in zip(owners, remaining, strict=False)]:
-        with processes.apart():
-            solved = [fit.solve(ridge) for fit in together]
+        solved = [fit.solve(ridge) for fit in together]
         for owner, input_map in enumerate(solved):
             processes.broadcast(input_map, owner)
         maps += solved
@@ -118,12 +122,15 @@ class HalfFit:
         The stream in front of the half that is made.
     targets
         The stream as it should be after the half.
+    failures
+        Of all problems of the group's fit.
     """
 
     decoder: Decoder
     half: Half
     states: Sequence[Tensor]
     targets: Sequence[Tensor]
+    failures: Failures
     ridge: float
     rough: bool = False
 
@@ -151,7 +158,7 @@ class HalfFit:
 
     def measure_sizes(
         self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
-    ) -> list[float] | None:
+    ) -> Tensor | None:
         """For `stacked`: None, as what a layer's half writes has a size of its own only where it goes through a
         norm."""
         return None
@@ -159,7 +166,7 @@ class HalfFit:
     def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
-        problem = _empty_problem(self.decoder, start.shape, start, self.rough_tokens)
+        problem = _empty_problem(self.decoder, start.shape, start, self.failures, self.rough_tokens)
         for state, target in zip(self.states, self.targets, strict=True):
             problem.add(*self.equations(weights, x_of(state), target, state))
         problem.complete()
@@ -177,7 +184,7 @@ class HalfFit:
         """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
         return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[Tensor]:
         """Fit the half's writer in `weights`; the errors before and after. `kind` is as in `writer_inputs`."""
         name = f"{self.half.writer}.weight"
         fitted, *errors = problem.ridge(weights[name], self.ridge)
@@ -211,7 +218,7 @@ class NormedHalfFit(HalfFit):
 
     def measure_sizes(
         self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
-    ) -> list[float] | None:
+    ) -> Tensor | None:
         """Root mean square of what each layer's half writes for a token, as a geometric mean; None for one layer.
 
         The beginnings of sequences tell it well enough.
@@ -225,10 +232,9 @@ class NormedHalfFit(HalfFit):
             x_of = self.writer_inputs(alone, kinds[number] if kinds else None)
             totals.append(self._sum_of_log_sizes(alone, x_of, states))
         num_tokens = sum(state.shape[:2].numel() for state in states)
-        sums = torch.stack([*totals, totals[0].new_tensor(num_tokens)])
+        sums = torch.stack([*totals, torch.full_like(totals[0], num_tokens)])
         self.decoder.processes.all_reduce(sums)
-        *totals_of_all, tokens = sums.tolist()
-        return [math.exp(total / tokens) for total in totals_of_all]
+        return (sums[:-1] / sums[-1]).exp().float()
 
     def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs, states: Sequence[Tensor]) -> Tensor:
         """Over all tokens of some states, in float64: the log of the root mean square of what is written."""
@@ -236,10 +242,10 @@ class NormedHalfFit(HalfFit):
         for state in states:
             squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
             logs = in_float64(squares).log().sum() / 2
-            total = total.to(logs.device) + logs
+            total = to_device(total, logs.device) + logs
         return total
 
-    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[float]:
+    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[Tensor]:
         """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
         x_of = self.writer_inputs(weights, kind)
         errors = super().fit_writer(weights, problem, kind)

@@ -28,7 +28,7 @@ def stacked(
     half: Half,
     parameters: Sequence[Weights],
     maps: Sequence[Tensor | None],
-    sizes: Sequence[float] | None = None,
+    sizes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """One half of a wide layer that has all heads or all channels of some layers, in order.
 
@@ -44,7 +44,7 @@ def stacked(
     parameters : the layers' weights
     maps : a tensor of shape (hidden, hidden) for each layer, or None for the identity
         What the readers read the stream, or its norm, through.
-    sizes : a float for each layer, optional
+    sizes : float32 tensor of shape (layers,), optional
         Root mean square of what it writes in front of a norm: needed for several layers that have one there.
     """
     wide = {}
@@ -61,7 +61,7 @@ def stacked(
         gain = gains[0]
         if sizes is not None:
             gain = gains.to(torch.promote_types(gains.dtype, torch.float32)).square().sum(0).sqrt()
-            shares = gains / torch.where(gain == 0, 1, gain) / torch.tensor(sizes, device=gain.device)[:, None]
+            shares = gains / torch.where(gain == 0, 1, gain) / sizes.to(gain.device)[:, None]
             writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
             biases = [(b * share).to(b.dtype) for b, share in zip(biases, shares)]  # noqa: B905 - there may be none
         wide[f"{half.after}.weight"] = gain.to(gains.dtype)

@@ -1,11 +1,13 @@
 """Least squares of fits, by sums over tokens or, where there are few, by the tokens themselves.
 
-Matrices are gigabytes each where models are wide, so operations run in place.
+Matrices are gigabytes each where models are wide, so operations run in place. The host waits for none of them: errors
+stay on the device, and so do `Failures`, until a whole fit is read.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,21 +23,62 @@ _GRAM_ROWS = 512  # of a gram matrix that are added to at a time
 _ROWS = 256  # of a matrix that are moved, or an error summed over, at a time
 _COLUMNS = 512  # of an inverse of which blocks are computed at a time
 PRUNING_ROUNDS = 4
+_OVERFLOWS, _IS_UNSTABLE = 1, 2
 
 
 class FitOverflow(ValueError):
     """A weight that is fitted, or what it is fitted to, is beyond its dtype."""
 
 
+class Failures:
+    """What went wrong in the problems of a fit, on their device: 0 for each matrix that could be factored.
+
+    What follows from one that could not is of no use, so `check` has to see them before anything is used.
+    """
+
+    def __init__(self) -> None:
+        self._codes: list[Tensor] = []
+
+    def cholesky(self, matrix: Tensor) -> Tensor:
+        """Cholesky factors of positive definite matrices, (..., m, m)."""
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        self._codes.append(info.any() * _IS_UNSTABLE)
+        return factor
+
+    def ridge_cholesky(self, gram: Tensor, pull: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cholesky factor of a symmetric matrix, of which the upper half is read, with a ridge on its diagonal."""
+        matrix = gram.to(dtype, copy=True)
+        matrix.diagonal().add_(pull)
+        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+        is_finite = torch.isfinite(gram.diagonal()).all()
+        self._codes.append((info != 0) * torch.where(is_finite, _IS_UNSTABLE, _OVERFLOWS))
+        return factor
+
+    def codes(self) -> Tensor:
+        """Of all matrices in their order, (matrices,)."""
+        return torch.stack(self._codes)
+
+    @staticmethod
+    def check(codes: Sequence[float]) -> None:
+        """Raise the first failure's error, a FitOverflow or a ValueError, if there is one."""
+        failure = next(filter(None, codes), None)
+        if failure == _OVERFLOWS:
+            raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
+        if failure == _IS_UNSTABLE:
+            raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
+
+
 class Solution(NamedTuple):
-    """A weight W, and relative errors of the weight that it was pulled to and of W.
+    """A weight W, and relative errors of the weight that it was pulled to and of W, float64 tensors of shape ().
 
     An error is the weighted sum of |y - W x|^2 over that of |y|^2.
     """
 
     weight: Tensor
-    error_before: float
-    error_after: float
+    error_before: Tensor
+    error_after: Tensor
 
 
 class Units:
@@ -83,6 +126,8 @@ class Regression:
         In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
+    failures : Failures, optional
+        Those of the fit that the problem is a part of.
 
     Attributes
     ----------
@@ -102,7 +147,9 @@ class Regression:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         processes: Processes = ALONE,
+        failures: Failures | None = None,
     ) -> None:
+        self.failures = failures or Failures()
         self._units = Units(device, dtype)
         device, wide = self._units.device, self._units.dtype
         self.gram = torch.zeros(inputs, inputs, dtype=wide, device=device)
@@ -154,8 +201,8 @@ class Regression:
         change = solve(factor, residual.to(factor.dtype).T).T.to(weight.dtype)
         weight += change
         after = self.energy - _dot(self.cross, weight) - pull * _dot(change, weight)
-        before, after, energy = torch.stack([before, after, self.energy]).tolist()
-        return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
+        errors = (_relative(error, self.energy) for error in (before, after))
+        return Solution(weight.div_(self._units.unit), *errors)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -186,13 +233,14 @@ class Regression:
         del factor, target
         for size in _sizes(total, keep, rounds):
             inner = inverse.unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
-            order = saliency(inner.movedim(2, 0), weight).argsort(descending=True)
+            order = saliency(inner.movedim(2, 0), weight, self.failures).argsort(descending=True)
             dropped = order[size:].sort().values
             # Those that are left among the last take the places of those that are dropped: few are moved.
             last = torch.arange(size, len(blocks), device=blocks.device)
             last = last[torch.isin(last, dropped).argsort(stable=True)]
             if size > keep:
-                inverse, weight = eliminate(inverse, weight, expanded(dropped, block), expanded(last, block))
+                members = expanded(dropped, block), expanded(last, block)
+                inverse, weight = eliminate(inverse, weight, *members, self.failures)
             blocks[dropped] = blocks[last]
             blocks = blocks[:size]
         del inverse, weight
@@ -204,7 +252,8 @@ class Regression:
         return blocks
 
     def _factor(self, pull: Tensor) -> Tensor:
-        return cholesky(self.gram, pull, torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32)
+        dtype = torch.float64 if len(self.gram) <= EXACT_LIMIT else torch.float32
+        return self.failures.ridge_cholesky(self.gram, pull, dtype)
 
 
 class DualRegression:
@@ -215,7 +264,10 @@ class DualRegression:
     is (I - X^T K^-1 X) / pull. Systems are solved in float64. Parameters and methods are those of `Regression`.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype = torch.float32, failures: Failures | None = None
+    ) -> None:
+        self.failures = failures or Failures()
         self._units = Units(device, dtype)
         self._own = torch.bfloat16 if dtype == torch.bfloat16 else self._units.dtype
         self._parts: list[tuple[Tensor, Tensor]] = []
@@ -234,8 +286,9 @@ class DualRegression:
         _, missed, left = self._solved(weight, pull)
         change = self._change(left, pull)
         weight = change if weight is None else weight.add_(change)
-        before, after, energy = torch.stack([_dot(part, part) for part in (missed, left, self._y)]).tolist()
-        return Solution(weight.div_(self._units.unit), _relative(before, energy), _relative(after, energy))
+        energy = _dot(self._y, self._y)
+        errors = (_relative(_dot(part, part), energy) for part in (missed, left))
+        return Solution(weight.div_(self._units.unit), *errors)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         start = self._units.of_weight(start)
@@ -251,7 +304,7 @@ class DualRegression:
                 root = torch.linalg.solve_triangular(factor, x.double(), upper=False)
                 root = root.unflatten(1, (-1, block)).movedim(1, 0)  # (blocks, T, block)
                 inner = (identity - root.mT @ root).div_(pull)
-                worth.append(saliency(inner, columns.T.double()))
+                worth.append(saliency(inner, columns.T.double(), self.failures))
             chosen = torch.cat(worth).argsort(descending=True)[:size].sort().values
             index = expanded(chosen, block)
             blocks, start, self._x = blocks[chosen], start[:, index], self._x[:, index]
@@ -267,7 +320,7 @@ class DualRegression:
         with bfloat16_products(self._own == torch.bfloat16):
             add_gram(kernel, x.T)
         missed = self._y.T if start is None else self._y.T - start.to(self._own) @ self._x.T
-        factor = cholesky(kernel, pull, torch.float64)
+        factor = self.failures.ridge_cholesky(kernel, pull, torch.float64)
         left = solve(factor, missed.to(factor.dtype, copy=True).T).T
         return factor, missed, left.mul_(pull).to(missed.dtype)
 
@@ -283,20 +336,6 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
         gram[first : first + _GRAM_ROWS, first:].addmm_(columns.T, x[:, first:])
 
 
-def cholesky(gram: Tensor, pull: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cholesky factor of a symmetric matrix, of which the upper half is read, with a ridge on its diagonal."""
-    matrix = gram.to(dtype, copy=True)
-    matrix.diagonal().add_(pull)
-    # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-    if info.item():
-        if not torch.isfinite(gram.diagonal()).all():
-            raise FitOverflow("The activations of a layer that is refitted overflow; use a dtype of wider range.")
-        raise ValueError("The fit to this calibration text is not stable; give more text, or raise ridge.")
-    return factor
-
-
 def _sizes(total: int, keep: int, rounds: int) -> list[int]:
     """How many blocks are left after each round, of `total` in front of the first one."""
     return sorted({keep + (total - keep) * step // rounds for step in range(rounds)}, reverse=True)
@@ -308,10 +347,9 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([(rows.double() * others).sum() for rows, others in parts]).sum()
 
 
-def _relative(error: float, energy: float) -> float:
-    if energy == 0:
-        return math.inf if error else 0.0
-    return error / energy
+def _relative(error: Tensor, energy: Tensor) -> Tensor:
+    of_nothing = torch.where(error == 0, 0.0, math.inf)
+    return torch.where(energy == 0, of_nothing, error / energy)
 
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
@@ -323,17 +361,19 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, right, upper=True, out=right)
 
 
-def saliency(inner: Tensor, weight: Tensor) -> Tensor:
+def saliency(inner: Tensor, weight: Tensor, failures: Failures) -> Tensor:
     """What each block of inputs is worth, from the blocks (blocks, block, block) on the diagonal of the inverse and the
     solution W^T (m, d); shape (blocks,)."""
     block = inner.shape[1]
     if block == 1:
         return torch.linalg.vector_norm(weight, dim=1).square() / inner[:, 0, 0]
     parts = weight.unflatten(0, (-1, block))  # (blocks, block, d)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(inner), parts, upper=False).square_().sum((1, 2))
+    return torch.linalg.solve_triangular(failures.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 
 
-def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate(
+    inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, failures: Failures
+) -> tuple[Tensor, Tensor]:
     """Inverse (m, m) and solution W^T (m, d) of a least-squares problem without some inputs, in the memory they have.
 
     With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
@@ -341,7 +381,7 @@ def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor) ->
     """
     size = len(inverse) - len(dropped)
     rows = inverse[dropped]
-    root = torch.linalg.cholesky(rows[:, dropped])
+    root = failures.cholesky(rows[:, dropped])
     shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
     written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
     for part in (inverse, inverse.T, shared.T, weight):

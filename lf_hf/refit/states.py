@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lf_hf.decoder.decoder import Decoder, check_finite
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.hidden_states import are_finite, check_finite
 from lf_hf.families.table import DecoderLayer
+from lf_hf.runtime.numerics import to_host
 
 Place = Literal["device", "host", "disk"]
 Fetch = Callable[[], Tensor]
@@ -111,15 +113,16 @@ def run_states(decoder: Decoder, layer: DecoderLayer, states: States, store: Sta
 def run_boundaries(decoder: Decoder, embedded: States, store: StateStore) -> Iterator[States]:
     """States before each layer of the model, and after the last one.
 
-    Raises ValueError if a layer's output contains NaN or inf; the layer is named.
+    Raises ValueError at the end if a layer's output contains NaN or inf; the layer is named.
     """
     states = store.keep(embedded)
     yield states
-    numbers = range(decoder.num_layers)
-    for number, layer in zip(numbers, decoder.layers(numbers), strict=True):
+    finite = []
+    for layer in decoder.layers(range(decoder.num_layers)):
         states = store.keep(decoder.run_layer(layer, state) for state in states)
-        check_finite(states, number)
+        finite.append(are_finite(states))
         yield states
+    check_finite([bool(holds) for holds in to_host(*finite)])
 
 
 def on_device(states: Sequence[Tensor], layer: DecoderLayer, store: StateStore) -> Sequence[Tensor]:

@@ -12,6 +12,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.half_fit import InputMap
 from lf_hf.refit.layer_parts import after_half, mid_state
+from lf_hf.refit.regression import Failures
 from lf_hf.refit.states import States, StateStore
 
 Pass = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -26,6 +27,7 @@ class Traces(NamedTuple):
     attended: States  # the stream in front of the group, plus all that its attention adds to it
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group
+    failures: Failures  # of the problems of the fit
 
 
 @torch.no_grad()
@@ -63,9 +65,10 @@ def gather(
     `rough_tokens` are those of all batches together, for a rough fit.
     """
     like = layers[0].mlp.down_proj.weight
+    failures = Failures()
     attention_fits: list[InputMap | None] = [] if states is not None else [None]
     for layer in layers[len(attention_fits) :]:
-        attention_fits.append(InputMap(decoder, decoder.family.layer_mixer(layer), like, rough_tokens))
+        attention_fits.append(InputMap(decoder, decoder.family.layer_mixer(layer), like, failures, rough_tokens))
     attended, output = store.new_list(), store.new_list()
     mid_states = [store.new_list() for _ in layers]
     for number, (stream, between) in enumerate(passes):
@@ -79,4 +82,4 @@ def gather(
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
         output.append(end)
-    return Traces(attention_fits, attended, [*mid_states], output)
+    return Traces(attention_fits, attended, [*mid_states], output, failures)

@@ -19,7 +19,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
 from lf_hf.refit.half_fit import token_weights
 from lf_hf.runtime.amounts import STEP_TOKENS, num_passes
-from lf_hf.runtime.numerics import in_float64, typical_size
+from lf_hf.runtime.numerics import in_float64, to_device, typical_size
 
 Row = tuple[int, int]
 """A sequence of this process: the number of its batch, and its row there."""
@@ -59,7 +59,8 @@ def tune(
     changes = torch.zeros(decoder.config.hidden_size, dtype=torch.float64)
     for state, target in zip(states, targets, strict=True):
         squares = (target.float() - state.to(target.device).float()).square().flatten(0, 1)
-        changes += in_float64(token_weights(decoder, target) @ squares).cpu()
+        change = in_float64(token_weights(decoder, target) @ squares)
+        changes = to_device(changes, change.device) + change
     decoder.processes.all_reduce(changes)
     scale = channel_weights(changes).to(device, torch.float32)
     rate = _RELATIVE_RATE * typical_size(weights.values())
@@ -135,5 +136,5 @@ def channel_weights(changes: Tensor) -> Tensor:
     So all channels count alike, however large they are: some are a hundred times as large as others. One that hardly
     changes counts as if it changed by a tenth of what is usual.
     """
-    least = max(float(changes.median()) / 100, torch.finfo(torch.float32).tiny)
+    least = (changes.median() / 100).clamp(min=torch.finfo(torch.float32).tiny)
     return 1 / changes.clamp(min=least) / len(changes)

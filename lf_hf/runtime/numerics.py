@@ -15,9 +15,21 @@ _SAMPLED = 1024  # values of a parameter in a digest
 _FINITE_ROWS = 1024  # looked at together, as the temporaries of isfinite are large
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor inf."""
-    return all(bool(torch.isfinite(rows).all()) for rows in tensor.split(_FINITE_ROWS))
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether a tensor holds neither NaN nor inf: a bool tensor of shape (), as the host waits where it reads one."""
+    return torch.stack([torch.isfinite(rows).all() for rows in tensor.split(_FINITE_ROWS)]).all()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. CUDA takes it out of memory before the call is over, so the host waits no longer."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Copies of small tensors in the machine's memory, in float64: the host waits once, for the first one's device."""
+    flat = [in_float64(to_device(tensor, tensors[0].device).flatten()) for tensor in tensors]
+    parts = torch.cat(flat).cpu().split([len(part) for part in flat])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def in_float64(tensor: Tensor) -> Tensor:
@@ -33,7 +45,8 @@ def typical_size(weights: Iterable[Tensor]) -> float:
     for weight in weights:
         if weight.dim() == 2:
             mean_square = weight.detach().float().square().mean()
-            sizes.append(mean_square.sqrt().cpu())
+            sizes.append(mean_square.sqrt())
+    sizes = [size.to(sizes[0].device) for size in sizes]
     return torch.stack(sizes).median().item()
 
 

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lf_hf.decoder.decoder import Decoder, check_finite, influence
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.hidden_states import are_finite, check_finite, cosine_sums, influences
+from lf_hf.runtime.numerics import in_float64, to_host
 from lf_hf.runtime.progress import progress
 
 PADDED = 1 << 22
@@ -21,7 +23,7 @@ PADDED = 1 << 22
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # relative error of sums of products, with a margin
 
 
-def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
+def pairwise_distances(states: Sequence[Tensor]) -> Tensor:
     """Frobenius distances between samples, shorter ones taken as zero-padded at the end.
 
     Parameters
@@ -30,25 +32,24 @@ def pairwise_distances(states: Sequence[Tensor]) -> NDArray[np.float64]:
 
     Returns
     -------
-    float64 array of shape (samples N, samples N)
+    float64 tensor of shape (samples N, samples N)
 
     Squared distances come from a Gram matrix, accumulated over positions in float64. Each position is
     centred over the samples first: that leaves distances as they are and keeps the large component that all
     samples share from cancelling. What is left below the rounding of its terms, some 1e-7 of the states' size, is 0.
     """
     dtype = torch.float32 if states[0].device.type == "mps" else torch.float64  # mps has no float64
-    gram = torch.zeros(len(states), len(states), dtype=torch.float64)
+    gram = torch.zeros((), dtype=torch.float64)
     block = max(1, PADDED // (len(states) * states[0].shape[1]))  # positions at a time
     for start in range(0, max(map(len, states)), block):
         parts = [state[start : start + block] for state in states]
         padded = pad_sequence(parts, batch_first=True).to(dtype)  # (N, block, hidden)
         padded -= padded.mean(dim=0)
         flat = padded.flatten(1)  # (N, block * hidden)
-        gram += (flat @ flat.T).to("cpu", torch.float64)
+        gram = gram + in_float64(flat @ flat.T)
     sums = gram.diagonal()[:, None] + gram.diagonal()
     squared = sums - gram - gram.T
-    squared[squared <= _ROUNDING * sums] = 0
-    return squared.sqrt_().numpy()
+    return torch.where(squared <= _ROUNDING * sums, 0, squared).sqrt_()
 
 
 @torch.no_grad()
@@ -70,16 +71,19 @@ def sample_distances(decoder: Decoder, samples: Sequence[Tensor]) -> tuple[NDArr
     ValueError
         If a layer's output contains NaN or inf; the layer is named.
     """
-    distances, influences = [], list[float]()
+    distances, sums_of_layers = [], []
     numbers = decoder.batch_indices(samples)
     batches = [torch.stack([samples[number] for number in batch_numbers]) for batch_numbers in numbers]
     order = np.argsort(np.concatenate(numbers))  # of the samples, in the batches
     before = decoder.embed(batches)
     layers = progress(decoder.walk(batches), total=decoder.num_layers, desc="Calibration", unit="layer")
-    for index, states in enumerate(layers):
-        check_finite(states, index)
-        layer_distances = pairwise_distances([sample for batch in states for sample in batch])
-        distances.append(layer_distances[np.ix_(order, order)])
-        influences.append(influence(before, states))
+    finite = list[bool]()
+    for states in layers:
+        between = pairwise_distances([sample for batch in states for sample in batch])
+        between, sums, is_finite = to_host(between, cosine_sums(before, states), are_finite(states))
+        finite.append(bool(is_finite))
+        check_finite(finite)
+        distances.append(between.numpy()[np.ix_(order, order)])
+        sums_of_layers.append(sums)
         before = list(states)
-    return np.stack(distances), influences
+    return np.stack(distances), influences(sums_of_layers)

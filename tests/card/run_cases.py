@@ -17,7 +17,9 @@ import queue
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,19 +41,30 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.plan.machine import CONTEXT
 from lf_hf.plan.plan import Plan
+from lf_hf.refit.fit import fit_group
+from lf_hf.runtime.clock import Clock
 
 CARDS = insert(LIBRARY)
 Figures = dict[str, Any]
 
 
 class Waits:
-    """How often the host waits for a card in a step of healing, and for a token that is written."""
+    """How often the host waits for a card in a phase of fusing, in a step of healing, and for a written token."""
 
     def __init__(self) -> None:
+        self._phases = Counter[str]()
         self._steps = list[int]()
         self._tokens = list[int]()
+        self._rough_fits = 0
         register_module_forward_pre_hook(self._begin_layer)
-        end_step = DefaultFlowCallback.on_step_end
+        end_step, time_phase = DefaultFlowCallback.on_step_end, Clock.__call__
+
+        @contextmanager
+        def phase(clock: Clock, name: str) -> Iterator[None]:
+            self._phases[name] -= CARDS.waits
+            with time_phase(clock, name):
+                yield
+            self._phases[name] += CARDS.waits
 
         def on_step_begin(*_: Any, **__: Any) -> None:
             self._steps.append(-CARDS.waits)
@@ -60,18 +73,25 @@ class Waits:
             self._steps[-1] += CARDS.waits
             return end_step(*given, **named)
 
+        def rough_fit(*given: Any, **named: Any) -> Any:
+            self._rough_fits += 1
+            return fit_group(*given, **named)
+
+        patch.object(Clock, "__call__", phase).start()
+        patch("lf_hf.choose.costs.fit_group", rough_fit).start()
         patch.object(DefaultFlowCallback, "on_step_begin", on_step_begin).start()
         patch.object(DefaultFlowCallback, "on_step_end", on_step_end).start()
 
     def take(self) -> Figures:
-        """Of what was seen since the last call: the most in a step, and the median of all tokens."""
-        found: Figures = {}
+        """Of what was seen since the last call: in each phase, the most in a step, and the median of all tokens."""
+        found: Figures = {"phases": {**self._phases}, "rough fits": self._rough_fits}
         if self._steps:
             found["step"] = max(self._steps)
         if len(self._tokens) > 1:
             found["token"] = median(after - before for before, after in pairwise(self._tokens))
-        self._steps.clear()
-        self._tokens.clear()
+        for seen in (self._phases, self._steps, self._tokens):
+            seen.clear()
+        self._rough_fits = 0
         return found
 
     def _begin_layer(self, module: torch.nn.Module, given: tuple[Any, ...]) -> None:

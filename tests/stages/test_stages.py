@@ -22,7 +22,8 @@ from scipy.spatial.distance import cdist
 from sklearn.feature_selection import mutual_info_regression
 from tiny_models import averaged
 
-from lf_hf.decoder.decoder import Decoder, influence
+from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import FAMILIES, PROJECTIONS, Axis
 from lf_hf.report.data import MadeLayer
 from lf_hf.stages import assignment
@@ -65,8 +66,8 @@ def test_samples_are_compared_at_the_output_of_each_layer() -> None:
 def test_influence_is_the_mean_angle_without_the_first_token() -> None:
     x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0]]])
     y = torch.tensor([[[-9.0, 9.0], [2.0, 0.0], [3.0, 0.0]]])
-    assert influence([x], [y]) == pytest.approx(1 - (1 + 0) / 2)
-    assert influence([x], [3 * x]) == pytest.approx(0)
+    sums = [cosine_sums([x], [y]), cosine_sums([x], [3 * x])]
+    assert influences(sums) == pytest.approx([1 - (1 + 0) / 2, 0])
 
 
 @pytest.mark.parametrize(
