@@ -86,7 +86,7 @@ def test_the_host_waits_no_more_often_than_this(case: Case, found: Found) -> Non
         del most["making"]
     for phase in most.keys() & line["phases"].keys():
         assert line["phases"][phase] <= most[phase], (phase, line["waits"])
-    assert 0 < line.get("step", 1) <= 4, line["waits"]
+    assert 0 < line.get("step", 1) <= 2, line["waits"]
     assert 0 < line.get("token", 1) <= 1, line["waits"]
 
 
