@@ -17,7 +17,10 @@ from lf_hf.runtime.numerics import in_float64, is_finite, to_device
 
 def are_finite(states: Sequence[Tensor]) -> Tensor:
     """Whether states contain neither NaN nor inf: a bool tensor of shape ()."""
-    return torch.stack([is_finite(state) for state in states] or [torch.tensor(True)]).all()
+    finite = [is_finite(state) for state in states]
+    if not finite:
+        return torch.tensor(True)
+    return torch.stack(finite).all()
 
 
 def check_finite(finite: Sequence[bool]) -> None:
@@ -38,8 +41,9 @@ def cosine_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         x, y = in_float64(x[:, 1:].to(y.device)), in_float64(y[:, 1:])
         cosines = cosine_similarity(x, y, dim=-1, eps=1e-150)  # (B, tokens - 1)
         total = cosines.sum()
+        count = torch.full_like(total, cosines.numel())
         sums = to_device(sums, total.device)
-        sums += torch.stack([total, torch.full_like(total, cosines.numel())])
+        sums += torch.stack([total, count])
     return sums
 
 
@@ -49,6 +53,7 @@ def influences(sums: Sequence[Tensor], processes: Processes = ALONE) -> list[flo
     Each of some processes has a share of the states. Source: the block influence of ShortGPT (arXiv:2403.03853),
     equation 1.
     """
-    of_layers = torch.stack([of_layer.to(sums[0].device) for of_layer in sums])
+    device = sums[0].device
+    of_layers = torch.stack([of_layer.to(device) for of_layer in sums])
     processes.all_reduce(of_layers)
     return [1 - total / count if count else float("nan") for total, count in of_layers.tolist()]

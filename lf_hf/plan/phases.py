@@ -10,13 +10,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from torch import nn
-
-from lf_hf.families.models import family_of, text_model
-from lf_hf.families.table import head_dim
 from lf_hf.plan.machine import Machine
+from lf_hf.plan.shape import Shape
 from lf_hf.runtime import amounts
 from lf_hf.settings import FusionConfig, HealSettings
 
@@ -34,73 +30,6 @@ Work = Counter[str]
 """Operations by the rate that bounds them. Flops: of whole layers, the `head`, each `product` in float32, and what is
 `solve`d in float64. `logits` are numbers of a softmax, `calls` of a layer with a token each, and `bytes` what is moved.
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of a model that its space and time follow from; `size` is of a stored number, in bytes."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    queries: int  # rows of q_proj
-    keys: int  # of k_proj, and of v_proj
-    vocab: int
-    layer: int  # parameters of a layer
-    total: int  # of the model, tied ones once
-    size: int
-    has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
-    has_head_norms: bool
-    delta: int  # bytes that a hybrid's layer without attention keeps of a token for its gradient
-
-    @classmethod
-    def of(cls, model: Any, size: int) -> Shape:
-        """Of a model, which may be on the meta device."""
-        text, family = model.config.get_text_config(), family_of(model.config)
-        layers = text_model(model).layers
-        return cls(
-            layers=len(layers),
-            hidden=text.hidden_size,
-            mlp=text.intermediate_size,
-            queries=text.num_attention_heads * head_dim(text),
-            keys=text.num_key_value_heads * head_dim(text),
-            vocab=text.vocab_size,
-            layer=_count(layers) // len(layers),
-            total=_count(model),
-            size=size,
-            has_norm_after=family.mlp.after is not None,
-            has_head_norms=family.head_norms is not None,
-            delta=_delta_bytes(text) if family.linear else 0,
-        )
-
-    @property
-    def layer_bytes(self) -> int:
-        return self.layer * self.size
-
-    @property
-    def bytes(self) -> int:
-        return self.total * self.size
-
-    @property
-    def head(self) -> int:
-        """Parameters of the head, or of the embeddings."""
-        return self.vocab * self.hidden
-
-    @property
-    def adapters(self) -> int:
-        """Parameters of a LoRA of rank 1 on all projections of a layer."""
-        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * (self.hidden + self.mlp)
-
-
-def _delta_bytes(text: Any) -> int:
-    """Of Gated DeltaNet as torch computes it: all in float32, in chunks of 64 tokens, with a state for each of them."""
-    keys, values, chunk = text.linear_key_head_dim, text.linear_value_head_dim, 64
-    a_head = 10 * keys + 5 * values + 5 * chunk + 2 * keys * values // chunk
-    return int(4 * text.linear_num_value_heads * a_head)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -169,8 +98,15 @@ class Phases:
         return min(tokens, max(1, self.batch_bytes // (amounts.BATCH_COPIES * self.shape.mlp) // length) * length)
 
     def _running(self, length: int, tokens: int) -> int:
-        """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention."""
-        return self._batch(length, tokens) * (4 * self.shape.mlp + 10 * self.shape.hidden) * self.shape.size
+        """Bytes inside a layer: gate, its activation, up and their product; the stream, norms and all of attention.
+
+        No kernel of a card takes grouped heads in float32 without all scores: these, softmaxes and which are masked.
+        """
+        shape = self.shape
+        scores = 0  # of a token
+        if self.on_card and shape.size == 4 and shape.keys < shape.queries:
+            scores = 10 * shape.heads * min(length, shape.positions)
+        return self._batch(length, tokens) * ((4 * shape.mlp + 10 * shape.hidden) * shape.size + scores)
 
     def _states(self, tokens: int) -> int:
         """Bytes of a list of the states of so many tokens."""
@@ -240,7 +176,8 @@ class Phases:
             return Need(self._running(length, tokens), 2 * self._states(tokens), self._forward(tokens, shape.layers))
         fitted = min(amounts.num_rough_tokens(shape.mlp), self.config.calibration_tokens)
         of_text = min(amounts.JUDGING_PIECES, int(self.config.calibration_tokens * (1 - _WRITTEN_SHARE)) // length // 2)
-        judging = (of_text + _OTHER_PIECES) * amounts.JUDGING_LENGTH  # of sets; a part of it judges groups
+        pieces = of_text + _OTHER_PIECES
+        judging = pieces * amounts.JUDGING_LENGTH  # of sets; a part of it judges groups
         judging_groups = judging // amounts.JUDGING_PART + 2 * amounts.JUDGING_LENGTH  # by twos
         trials = amounts.num_trials(self.config.calibration_tokens)
         short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
@@ -256,7 +193,9 @@ class Phases:
         set_logits = self._logits(self._batch(amounts.JUDGING_LENGTH, judging) // stride, 2)
         models = min(amounts.JUDGED_AT_ONCE, short) + 1
         group_logits = self._logits(self._batch(amounts.JUDGING_LENGTH, judging_groups) // stride, models)
-        inside = self._running(length, max(fitted, judging)) + max(longest_fit, set_logits, group_logits)
+        of_piece = min(length, amounts.JUDGING_LENGTH)
+        running = self._running(length, max(fitted, pieces * of_piece))
+        inside = running + max(longest_fit, set_logits, group_logits)
         work = self._forward(fitted * 2 + judging, shape.layers)
         # What a group gives runs through the layers above it, on average a half, and sets from their first group up.
         work += self._forward(measured * judging_groups, shape.layers // 2)

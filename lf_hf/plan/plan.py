@@ -19,8 +19,9 @@ from transformers import PreTrainedConfig
 
 from lf_hf.families.models import model_class, text_model, text_prefix
 from lf_hf.plan.machine import CONTEXT, PYTHON, Machine, place_name
-from lf_hf.plan.phases import Phases, Shape, Work, fused_layers, healing_bytes, healing_work, times
+from lf_hf.plan.phases import Phases, Work, fused_layers, healing_bytes, healing_work, times
 from lf_hf.plan.probe import Rates
+from lf_hf.plan.shape import Shape
 from lf_hf.runtime.amounts import CPU_BATCH, LARGEST_BATCH, LONGEST_GROUP
 from lf_hf.runtime.memory import in_gib
 from lf_hf.settings import FusionConfig, HealSettings
@@ -212,8 +213,8 @@ def plan(
     training = shape.hidden * 2 * heal_tokens + steps.disk if steps else 0  # the base's final states, and the Trainer's
     kept = made * bool(fusion.heal_tokens)  # the fused model, until the healed one is whole
     disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
-    if device_map == {"": "disk"} and machine.has_card:
-        device_map = _on_disk_but_the_norm(model, device)
+    if device_map and machine.has_card and not weights.keys() - {"cpu", "disk"}:
+        device_map = _with_norm_on(device, model, device_map)
     work = _work(phases, steps)
     minutes = _minutes(work, rates)
     return Plan(
@@ -285,15 +286,17 @@ def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memo
     return dict(infer_auto_device_map(model, most, no_split_module_classes=[layer], dtype=dtype))
 
 
-def _on_disk_but_the_norm(model: Any, device: str) -> dict[str, str | int]:
-    """All weights on a disk but the final norm's, as accelerate computes where it has put something."""
+def _with_norm_on(device: str, model: Any, device_map: Mapping[str, str | int]) -> dict[str, str | int]:
+    """The same places, but the final norm's weights on a card: accelerate computes where it has put something."""
     norm = f"{text_prefix(model)}norm"
-    beside, place = [], ""
+    placed, parent = dict(device_map), ""
     for own_name in norm.split("."):
-        children = dict(model.get_submodule(place.removesuffix(".")).named_children())
-        beside += [f"{place}{child}" for child in children if child != own_name]
-        place += f"{own_name}."
-    return {norm: device, **dict.fromkeys(beside, "disk")}
+        if parent in placed:
+            place = placed.pop(parent)
+            for child, _ in model.get_submodule(parent).named_children():
+                placed[f"{parent}.{child}".removeprefix(".")] = place
+        parent = f"{parent}.{own_name}".removeprefix(".")
+    return placed | {norm: device}
 
 
 def _weights_by_place(

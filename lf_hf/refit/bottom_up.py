@@ -166,13 +166,15 @@ class _HeldOutText:
         outputs = self._run(layer, self._states)
         for output, dense, target in zip(outputs, self._dense, self._target, strict=True):
             token_weight = token_weights(self._decoder, target)
-            missed_here, done_here = (_squares(states, target, token_weight) for states in (output, dense))
+            missed_here = _squares(output, target, token_weight)
+            done_here = _squares(dense, target, token_weight)
             missed = to_device(missed, missed_here.device) + missed_here
             done = to_device(done, done_here.device) + done_here
         self._decoder.processes.all_reduce(missed)
         self._decoder.processes.all_reduce(done)
         error = (channel_weights(done[0]) * missed[0]).sum()
-        first_token_error = missed[1].sum() / torch.where(done[1].any(), done[1].sum(), 1.0)
+        done_first = torch.where(done[1].any(), done[1].sum(), 1.0)
+        first_token_error = missed[1].sum() / done_first
         return torch.stack([error, first_token_error])
 
 

@@ -137,9 +137,10 @@ def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, failur
         if not holds:
             raise FitOverflow(f"The {name} that was fitted overflows {weight.dtype}; use a dtype of wider range.")
     error_before, error_after, attention_error = errors.tolist()
+    shares = channels / channels.sum()
     return FusedLayer(
         layers=list(range(first, first + len(heads))),
-        shares=(channels / channels.sum()).tolist(),
+        shares=shares.tolist(),
         heads_kept=heads.int().tolist(),
         channels_kept=channels.int().tolist(),
         error_before=error_before,
@@ -234,8 +235,8 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     channels = torch.arange(width, device=maps[0].device)
     if limit < width:
         channels = _largest(fit, stacked(half, group, [None] * count, sizes), maps, limit)
-        of_layers = channels.split(_counts(channels, keep, count).tolist())  # shapes, for which the host has to wait
-        for number, chosen in enumerate(of_layers):
+        of_layers = _counts(channels, keep, count).tolist()  # shapes, for which the host has to wait
+        for number, chosen in enumerate(channels.split(of_layers)):
             rows = chosen - number * keep
             group[number] = selected(half, group[number], rows, rows)
     weights = stacked(half, group, maps, sizes)

@@ -42,7 +42,8 @@ class Failures:
     def cholesky(self, matrix: Tensor) -> Tensor:
         """Cholesky factors of positive definite matrices, (..., m, m)."""
         factor, info = torch.linalg.cholesky_ex(matrix)
-        self._codes.append(info.any() * _IS_UNSTABLE)
+        code = info.any() * _IS_UNSTABLE
+        self._codes.append(code)
         return factor
 
     def ridge_cholesky(self, gram: Tensor, pull: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,7 +54,8 @@ class Failures:
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
         is_finite = torch.isfinite(gram.diagonal()).all()
-        self._codes.append((info != 0) * torch.where(is_finite, _IS_UNSTABLE, _OVERFLOWS))
+        code = torch.where(is_finite, _IS_UNSTABLE, _OVERFLOWS)
+        self._codes.append((info != 0) * code)
         return factor
 
     def codes(self) -> Tensor:

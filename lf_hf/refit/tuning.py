@@ -67,7 +67,7 @@ def tune(
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
     for rows in steps.rows:
-        for same_length in _by_length((states[n][row], targets[n][row]) for n, row in rows):
+        for same_length in _by_length(zip(_taken(states, rows), _taken(targets, rows), strict=True)):
             state, target = (torch.stack(parts).to(device) for parts in zip(*same_length, strict=True))
             state = state.to(computed)
             with torch.enable_grad():
@@ -120,6 +120,17 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers:
             if number in places:
                 steps[-1].append(places[number])
     return Steps(steps, len(steps) / passes)
+
+
+def _taken(batches: Sequence[Tensor], rows: Sequence[Row]) -> list[Tensor]:
+    """Rows of batches of states, (tokens T, hidden) each. A batch that rests elsewhere is fetched once and not kept."""
+    taken: dict[Row, Tensor] = {}
+    for number in dict.fromkeys(number for number, _ in rows):
+        batch = batches[number]
+        of_batch = [row for row in rows if row[0] == number]
+        copies = torch.stack([batch[row] for _, row in of_batch])
+        taken |= zip(of_batch, copies, strict=True)
+    return [taken[row] for row in rows]
 
 
 def _by_length(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:

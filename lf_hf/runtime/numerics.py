@@ -17,7 +17,8 @@ _FINITE_ROWS = 1024  # looked at together, as the temporaries of isfinite are la
 
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether a tensor holds neither NaN nor inf: a bool tensor of shape (), as the host waits where it reads one."""
-    return torch.stack([torch.isfinite(rows).all() for rows in tensor.split(_FINITE_ROWS)]).all()
+    finite = [torch.isfinite(rows).all() for rows in tensor.split(_FINITE_ROWS)]
+    return torch.stack(finite).all()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -27,9 +28,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
     """Copies of small tensors in the machine's memory, in float64: the host waits once, for the first one's device."""
-    flat = [in_float64(to_device(tensor, tensors[0].device).flatten()) for tensor in tensors]
-    parts = torch.cat(flat).cpu().split([len(part) for part in flat])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    device = tensors[0].device
+    flat = []
+    for tensor in tensors:
+        there = to_device(tensor, device)
+        flat.append(in_float64(there.flatten()))
+    values = torch.cat(flat).cpu()
+    copies = []
+    for tensor in tensors:
+        own, values = values.tensor_split([tensor.numel()])
+        copies.append(own.view(tensor.shape))
+    return copies
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from conftest import make_texts, save_base
 from tiny_models import auto_class, tiny_model
 
 from lf_hf import FusionReport, from_pretrained_fused, fuse_checkpoint
+from lf_hf.plan.machine import CONTEXT
 
 SETTINGS: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "speed": False}
 AVERAGED: dict[str, Any] = {"calibration": make_texts()}
@@ -43,6 +44,10 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
         }
     },
     "from files": {"device_map": "cuda", "low_memory": True},
+    "on a small card": {
+        "device_map": "cuda",
+        "max_memory": {0: CONTEXT, "cpu": 4 << 30},
+    },  # too small to be planned for
 }
 
 
@@ -58,6 +63,7 @@ CASES += [Case("neural_alignment", family) for family in FAMILIES if family != "
 CASES += [Case("refit", "Qwen3"), Case("refit", "Gemma 3"), Case("healed", "a hybrid"), Case("healed", "a wrapper")]
 CASES += [Case(method, "Llama", "on two cards") for method in ("neural_alignment", "healed")]
 CASES += [Case(method, "Llama", "from files") for method in ("neural_alignment", "refit")]
+CASES += [Case(method, "Llama", "on a small card") for method in ("refit", "healed")]
 
 
 def make_base(family: str, folder: Path) -> str:
@@ -82,12 +88,13 @@ def outcome(case: Case, base: str, **placement: Any) -> dict[str, Any]:
         report = model.fusion_report
     assert report is not None
     judged = report.healed.judged if report.healed else report.perplexities
-    ids = torch.arange(8, 24, device=model.device)[None]
+    device = next(weight.device for weight in model.parameters() if not weight.is_meta)  # where those elsewhere compute
+    ids = torch.arange(8, 24, device=device)[None]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -1]
     return {
         "layers": [layer.layers for layer in report.fused_layers],
         "judged": [[figure.dense, figure.fused, figure.divergence] for figure in judged],
         "logits": logits.tolist(),
-        "device": model.device.type,
+        "device": device.type,
     }

@@ -40,7 +40,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.plan.machine import CONTEXT
-from lf_hf.plan.plan import Plan
+from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.refit.fit import fit_group
 from lf_hf.runtime.clock import Clock
 
@@ -217,20 +217,35 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
 CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, benchmark]
 
 
+def placed(case: Case, base: str) -> dict[str, Any]:
+    """Where a case is fused: on a card that is too small, with so much of it as a plan would do with."""
+    placement = PLACEMENTS[case.placement]
+    if "max_memory" not in placement:
+        return placement
+    with pytest.raises(NoRoom) as refused:
+        outcome(case, base, **placement)
+    return placement | {"max_memory": placement["max_memory"] | {0: refused.value.needed}}
+
+
 def fused(case: Case, base: str, waits: Waits) -> Figures:
-    """What comes of a case, or its error, and what the books say."""
+    """What comes of a case, or its error, on a card with no more memory than the plan was made for, and what the books
+    say."""
     CARDS.count = 2 if case.placement == "on two cards" else 1
     found: Figures = {}
-    plans, check = [], FusionInputs.check
+    plans, check, capacity, placement = [], FusionInputs.check, CARDS.capacity(), placed(case, base)
 
     def noted(inputs: FusionInputs, folder: Path | None = None) -> Plan:
         plans.append(check(inputs, folder))
+        CARDS.set_capacity(plans[-1].machine.free["cuda:0"] - CONTEXT)
         return plans[-1]
 
     with CARDS.watch() as seen, patch.object(FusionInputs, "check", noted):
-        found["error"] = error_of(lambda: found.update(outcome(case, base, **PLACEMENTS[case.placement])))
-    found |= {"waits": seen.waits, "weights_read": seen.weights_read}
-    found |= {"peak": seen.peak, "planned": plans[0].peak["cuda:0"] - CONTEXT}
+        found["error"] = error_of(lambda: found.update(outcome(case, base, **placement)))
+    found |= {"waits": seen.waits, "weights_read": seen.weights_read, "capacity": CARDS.capacity()}
+    CARDS.set_capacity(capacity)
+    [plan] = plans
+    found |= {"peak": seen.peak, "planned": plan.peak["cuda:0"] - CONTEXT}
+    found |= {"states": plan.states, "weights": [*plan.weights]}
     return found | waits.take() | {"left": CARDS.live(0) + CARDS.live(1)}
 
 

@@ -77,6 +77,15 @@ def test_a_plan_says_what_a_card_has_to_hold(case: Case, found: Found) -> None:
     assert line["planned"] / 3 < line["peak"] <= line["planned"]
 
 
+@pytest.mark.parametrize("method", ["refit", "healed"])
+def test_a_plan_for_a_small_card_is_kept_where_more_is_out_of_memory(method: str, found: Found) -> None:
+    """Weights and states lie elsewhere there."""
+    at_ease, small = (found[Case(method, "Llama", placement)] for placement in ("in memory", "on a small card"))
+    assert (at_ease["weights"], at_ease["states"]) == (["cuda:0"], "device")
+    assert (small["weights"], small["states"]) == (["cpu"], "host")
+    assert small["peak"] <= small["capacity"] < at_ease["planned"]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.placement == "in memory"], ids=" ".join)
 def test_the_host_waits_no_more_often_than_this(case: Case, found: Found) -> None:
     """Whatever widths are: in a layer's activations, a rough fit, the making of a layer, a step and a written token."""

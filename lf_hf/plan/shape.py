@@ -1,0 +1,82 @@
+"""The shape of a model in numbers, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lf_hf.families.models import family_of, text_model
+from lf_hf.families.table import head_dim
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model that its space and time follow from; `size` is of a stored number, in bytes."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    queries: int  # rows of q_proj
+    keys: int  # of k_proj, and of v_proj
+    heads: int  # of queries
+    positions: int  # tokens that it takes
+    vocab: int
+    layer: int  # parameters of a layer
+    total: int  # of the model, tied ones once
+    size: int
+    has_norm_after: bool  # whether halves write through a norm, and so are fitted twice
+    has_head_norms: bool
+    delta: int  # bytes that a hybrid's layer without attention keeps of a token for its gradient
+
+    @classmethod
+    def of(cls, model: Any, size: int) -> Shape:
+        """Of a model, which may be on the meta device."""
+        text, family = model.config.get_text_config(), family_of(model.config)
+        layers = text_model(model).layers
+        return cls(
+            layers=len(layers),
+            hidden=text.hidden_size,
+            mlp=text.intermediate_size,
+            queries=text.num_attention_heads * head_dim(text),
+            keys=text.num_key_value_heads * head_dim(text),
+            heads=text.num_attention_heads,
+            positions=text.max_position_embeddings,
+            vocab=text.vocab_size,
+            layer=_count(layers) // len(layers),
+            total=_count(model),
+            size=size,
+            has_norm_after=family.mlp.after is not None,
+            has_head_norms=family.head_norms is not None,
+            delta=_delta_bytes(text) if family.linear else 0,
+        )
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.layer * self.size
+
+    @property
+    def bytes(self) -> int:
+        return self.total * self.size
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head, or of the embeddings."""
+        return self.vocab * self.hidden
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of a LoRA of rank 1 on all projections of a layer."""
+        return 4 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * (self.hidden + self.mlp)
+
+
+def _delta_bytes(text: Any) -> int:
+    """Of Gated DeltaNet as torch computes it: all in float32, in chunks of 64 tokens, with a state for each of them."""
+    keys, values, chunk = text.linear_key_head_dim, text.linear_value_head_dim, 64
+    a_head = 10 * keys + 5 * values + 5 * chunk + 2 * keys * values // chunk
+    return int(4 * text.linear_num_value_heads * a_head)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
