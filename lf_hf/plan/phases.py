@@ -183,7 +183,7 @@ class Phases:
         short = sum(shape.layers - 2 - more for more in range(1, min(self.fusions, amounts.SHORT) + 1))
         measured = short + trials  # and those of the sets, of which about one is new in each
         stride = amounts.judged_stride(shape.vocab)
-        # Lists, in each process: at all boundaries, inside a group, of groups that are judged, and above those of sets.
+        # Lists: at all boundaries, inside a group, of groups that are judged, and above those of sets.
         lists = self._states((shape.layers + 1) * (fitted + judging) + (2 * self.longest + 3) * fitted)
         lists += self._states(measured * judging_groups + trials * self.groups * (fitted + judging))
         longest_fit, _ = self._fit(fitted, self.longest, rough=True)

@@ -16,7 +16,7 @@ chosen, where states are kept or how layers are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer, Kind, Weights, head_dim
-from lf_hf.refit.half_fit import HalfFit, InputMap, NormedHalfFit, solve_maps, token_weights
+from lf_hf.refit.half_fit import HalfFit, InputMap, NormedHalfFit, token_weights
 from lf_hf.refit.layer_parts import (
     build_layer,
     gated_channels,
@@ -122,9 +122,7 @@ def fit_group(
     for name, weight in fitted.items():
         fitted[name] = weight.contiguous()
         decoder.processes.broadcast(fitted[name])
-    with decoder.processes.apart():  # as each solves for maps of its own
-        entry = _read_entry(attended, gated, fitted, traces.failures, first)
-    return MadeLayer(fitted, kind, entry)
+    return MadeLayer(fitted, kind, _read_entry(attended, gated, fitted, traces.failures, first))
 
 
 def _read_entry(attended: FittedHalf, gated: FittedHalf, fitted: Weights, failures: Failures, first: int) -> FusedLayer:
@@ -158,11 +156,13 @@ def fit_attention(
     each other; and where it comes behind rotary embeddings, its gains cannot move into heads' rows. Then all attention
     of one layer is kept. So is a hybrid's, or what is in its place.
 
-    `map_fits` are of maps from what the fused layer's attention reads to what each layer's reads, None in front of them
-    for the identity. Each can be used once.
+    `map_fits` are of maps from what the fused layer's attention reads to what each layer's reads, None for the
+    identity; the list is emptied.
     """
-    maps: list[Tensor | None] = [None] * map_fits.count(None)
-    maps += solve_maps(filter(None, map_fits), fit.ridge, fit.decoder.processes)
+    maps = []
+    while map_fits:
+        map_fit = map_fits.pop(0)
+        maps.append(None if map_fit is None else map_fit.solve(fit.ridge))
     if fit.decoder.family.linear:
         return _keep_one_mixer(fit, group, maps, kinds)
     whole = fit.decoder.family.head_norms in ("turned", "all") or any(kind != kinds[0] for kind in kinds)
@@ -229,7 +229,12 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
     `group` has the layers' weights, and `read` the streams in front of their MLPs; both are emptied, to make room.
     """
     half, count, keep = fit.half, len(group), fit.decoder.config.intermediate_size
-    maps = solve_maps(_map_fits(fit, group[0], read), fit.ridge, fit.decoder.processes)
+    maps = []
+    while read:
+        map_fit = InputMap(fit.decoder, half, group[0]["mlp.down_proj.weight"], fit.failures, fit.rough_tokens)
+        for state, target in zip(fit.states, read.pop(0), strict=True):
+            map_fit.add(state, target)
+        maps.append(map_fit.solve(fit.ridge))
     sizes, width = fit.measure_sizes(group, maps), count * keep
     limit = keep if fit.rough else num_candidates(width, keep)
     channels = torch.arange(width, device=maps[0].device)
@@ -249,15 +254,6 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         weights = selected(half, weights, chosen, chosen)
     errors = fit.fit_writer(weights, problem, kind=None)
     return FittedHalf(weights, _counts(channels, keep, count), *errors)
-
-
-def _map_fits(fit: HalfFit, like: Weights, read: list[States]) -> Iterator[InputMap]:
-    """Fits, one after the other, of maps to what the MLPs of some layers read; `read` is emptied."""
-    while read:
-        map_fit = InputMap(fit.decoder, fit.half, like["mlp.down_proj.weight"], fit.failures, fit.rough_tokens)
-        for state, target in zip(fit.states, read.pop(0), strict=True):
-            map_fit.add(state, target)
-        yield map_fit
 
 
 def _largest(fit: HalfFit, wide: Weights, maps: Sequence[Tensor], limit: int) -> Tensor:

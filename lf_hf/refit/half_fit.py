@@ -6,7 +6,7 @@ norm (`NormedHalfFit`), as in Gemma and OLMo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,6 @@ from lf_hf.families.table import Half, Kind, Weights
 from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
 from lf_hf.refit.regression import DualRegression, Failures, Regression
 from lf_hf.runtime.amounts import solved_in_tokens
-from lf_hf.runtime.launch import Processes
 from lf_hf.runtime.numerics import in_float64, to_device
 
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
@@ -63,8 +62,7 @@ class InputMap:
     def __init__(
         self, decoder: Decoder, half: Half, like: Tensor, failures: Failures, rough_tokens: int | None = None
     ) -> None:
-        self._decoder, self._half = decoder, half
-        self._device, self._dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        self._decoder, self._half, self._device = decoder, half, like.device
         self._shape = decoder.config.hidden_size, decoder.config.hidden_size
         self._problem = _empty_problem(decoder, self._shape, like, failures, rough_tokens)
 
@@ -77,37 +75,13 @@ class InputMap:
         x, y = (normalized(self._decoder, self._half, part).flatten(0, 1) for part in (state, target))
         self._problem.add(x, y - x, token_weight)
 
-    def complete(self, owner: int) -> InputMap:
-        """Itself, after the last tokens; the process that solves for the map keeps the sums of all, and others none."""
-        self._problem.complete()
-        self._is_own = owner == self._decoder.processes.rank
-        if not self._is_own:
-            del self._problem
-        return self
-
     def solve(self, ridge: float) -> Tensor:
-        """The map, of shape (hidden, hidden), float32 at least, or in other processes than its owner room for it.
-
-        Can be called once: what was added is freed.
-        """
-        if not self._is_own:
-            return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        """The map, of shape (hidden, hidden), float32 at least. Can be called once: what was added is freed."""
+        self._problem.complete()
         change = self._problem.ridge(None, ridge).weight  # from the identity
         del self._problem
         change.diagonal().add_(1)
         return change.to(self._device)
-
-
-def solve_maps(map_fits: Iterable[InputMap], ridge: float, processes: Processes) -> list[Tensor]:
-    """The maps of fits to which all tokens were added: each process solves for some, and all get all."""
-    maps: list[Tensor] = []
-    owners, remaining = range(processes.world_size), iter(map_fits)
-    while together := [fit.complete(owner) for owner, fit in zip(owners, remaining, strict=False)]:
-        solved = [fit.solve(ridge) for fit in together]
-        for owner, input_map in enumerate(solved):
-            processes.broadcast(input_map, owner)
-        maps += solved
-    return maps
 
 
 @dataclass(frozen=True)

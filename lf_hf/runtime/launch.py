@@ -62,9 +62,9 @@ class Processes:
         """Replace a tensor, in place and in all processes, by its sum over the processes."""
         self._in_place(distributed.all_reduce, tensor)
 
-    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Replace a tensor, in place, by that of the `source`: by default the first process."""
-        self._in_place(distributed.broadcast, tensor, source)
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace a tensor, in place, by that of the first process."""
+        self._in_place(distributed.broadcast, tensor, 0)
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
         if self.world_size == 1:
