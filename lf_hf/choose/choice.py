@@ -138,8 +138,7 @@ def try_sets(costs: GroupCosts, num_fusions: int, count: int) -> dict[Groups, fl
 
 
 def _next_sets(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int) -> list[Groups]:
-    """The set to try next, with the costs of its groups measured, and others that may be next; none where none is
-    left."""
+    """The set to try next, with the costs of its groups measured, and others that may be next; [] if no set is left."""
     decoder, processes = costs.decoder, costs.processes
     count = max(_AHEAD, processes.world_size)
     longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group)

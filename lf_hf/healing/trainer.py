@@ -374,7 +374,7 @@ def training_arguments(
         "logging_steps": max(1, settings.steps // 50),
         "dataloader_pin_memory": torch.accelerator.is_available(),
         # Where the host would wait for a card: for each batch, and to leave NaN out of the losses that are logged.
-        "accelerator_config": {"non_blocking": torch.accelerator.is_available()},
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
         "logging_nan_inf_filter": False,
     }
     if refused := own.keys() & given.keys():

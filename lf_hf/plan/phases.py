@@ -269,7 +269,7 @@ class Phases:
 
     @property
     def _own_product(self) -> str:
-        """The rate of products of what has the model's dtype, though it is kept in float32."""
+        """The rate of products of factors in the model's own numbers; float16 is multiplied in float32, slower."""
         return "layer" if self.shape.size == 2 else "product"
 
     def _problem(self, tokens: int, unknowns: int, kept: int, *, rough: bool) -> tuple[int, Work]:
@@ -283,8 +283,7 @@ class Phases:
         exact = 8 if unknowns <= amounts.EXACT_LIMIT else 4
         squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
         size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * hidden
-        # Half of a gram matrix, and what it is for.
-        work = Work({self._own_product: tokens * unknowns * (unknowns + 2 * hidden)})
+        work = Work(product=tokens * unknowns * (unknowns + 2 * hidden))  # half of a gram matrix, and what it is for
         for size_of, steps in ((unknowns, kept < unknowns), (kept, 1)):
             rate = "solve" if size_of <= amounts.EXACT_LIMIT else "product"
             flops = size_of**3 // 3 + 2 * size_of**2 * hidden

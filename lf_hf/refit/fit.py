@@ -272,7 +272,7 @@ def _largest(fit: HalfFit, wide: Weights, maps: Sequence[Tensor], limit: int) ->
         token_weight = token_weights(fit.decoder, some)
         read = normalized(fit.decoder, half, some).flatten(0, 1)
         for rows, input_map in zip(layers, maps, strict=True):
-            mapped = linear(read.to(input_map), input_map).to(read)
+            mapped = linear(read, input_map.to(read))
             x = gated_channels(fit.decoder, selected(half, wide, rows, rows), mapped)
             size[rows] += token_weight @ (x.float() * norms[rows]).square()
     fit.decoder.processes.all_reduce(size)

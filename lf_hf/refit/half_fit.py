@@ -73,7 +73,8 @@ class InputMap:
         else:
             token_weight = token_weights(self._decoder, target)
         x, y = (normalized(self._decoder, self._half, part).flatten(0, 1) for part in (state, target))
-        self._problem.add(x, y - x, token_weight)
+        change = y.to(torch.promote_types(y.dtype, torch.float32)) - x  # which float16 may not hold
+        self._problem.add(x, change, token_weight)
 
     def solve(self, ridge: float) -> Tensor:
         """The map, of shape (hidden, hidden), float32 at least. Can be called once: what was added is freed."""

@@ -33,7 +33,7 @@ class FitOverflow(ValueError):
 class Failures:
     """What went wrong in the problems of a fit, on their device: 0 for each matrix that could be factored.
 
-    What follows from one that could not is of no use, so `check` has to see them before anything is used.
+    What follows from one that could not is of no use, so `check` must be called before any result is used.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How much of everything a fusion takes: numbers that what plans it and what does it both go by."""
+"""How much of everything a fusion takes: numbers that both the plan and the work follow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VOCABULARY, _MOST_SKIPPED = 1 << 15, 6  # above this vocabulary size, predictio
 # of them are in memory at a time: 2.6 GB for a width of 14336.
 MAX_CANDIDATES = 6144
 _CANDIDATES_PER_KEPT = 1.25
-TOKEN_STRIDE = 4  # of so many neighbouring tokens one says which channels write most
+TOKEN_STRIDE = 4  # one token in so many decides which channels write most
 _PASSES = 8  # over the calibration text, at most
 _TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
 

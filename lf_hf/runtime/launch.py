@@ -93,7 +93,7 @@ class Processes:
             own_error = raised
         for error in self.all_gather_object(own_error):
             if error is not None:
-                raise error
+                raise own_error or error
 
     def compute_once(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes. Its error is an OtherProcessError in the others."""

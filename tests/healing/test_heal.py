@@ -193,6 +193,19 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert not AcceleratorState._shared_state and not (killed / WORK).exists()
 
 
+def test_a_run_goes_on_from_its_last_state_which_has_no_optimizer(
+    heal: Heal, base: str, fused: Path, healed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with patch.object(Trainer, "_load_best_model", side_effect=Killed), pytest.raises(Killed):
+        lf_hf.heal(fused, out, base=base, **settings())
+    assert [*(out / WORK).glob("checkpoint-16/model*")] and not [*(out / WORK).glob("checkpoint-16/optimizer*")]
+    report = heal(out=out)
+    assert not changed(out, healed)
+    whole = FusionReport.load(healed).healed
+    assert whole is not None and report.healed is not None and report.healed.curve == whole.curve
+
+
 @pytest.mark.parametrize(
     ("file", "part", "instead", "said"),
     [
