@@ -91,7 +91,7 @@ class GroupCosts:
     """Measures costs of groups, and of sets of them, in nats a token.
 
     Processes of a launch each measure some of them, on all of the text. So costs are those that one process alone
-    finds, and all processes have the same.
+    finds, up to rounding, and all processes have the same.
 
     Parameters
     ----------
