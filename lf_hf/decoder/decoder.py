@@ -188,21 +188,21 @@ class Decoder:
             offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
 
     @torch.no_grad()
-    def assign(self, weights: Mapping[str, Tensor], processes: Processes = ALONE) -> None:
+    def assign(self, weights: Iterable[tuple[str, Tensor | None]], processes: Processes = ALONE) -> None:
         """Give parameters new values, by their names in the model: those that the first of some processes has.
 
         Modules of which some were offloaded are in the model then.
         """
         tied = is_tied(self.model)
-        for name in processes.compute_once(lambda: list(weights)):
+        for name, given in weights:
             place, _, own_name = name.rpartition(".")
             module = self.model.get_submodule(place)
             if is_offloaded(module):
                 bring_in(module)
             before = module.get_parameter(own_name)
             after = torch.empty_like(before)
-            if processes.is_main:
-                after.copy_(weights[name])
+            if given is not None:
+                after.copy_(given)
             processes.broadcast(after)
             setattr(module, own_name, nn.Parameter(after, requires_grad=before.requires_grad))
         if tied:

@@ -110,7 +110,7 @@ def heal(
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:
-            decoder.assign(trainer.trained_state(decoder), processes)
+            decoder.assign(trainer.trained_weights(decoder), processes)
         return HealingInfo(
             settings=settings.in_effect(),
             text=[CalibrationInfo(name, count, count * settings.length) for name, count in used.items()],

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import partial
@@ -47,6 +47,9 @@ LORA_SCALE = 2
 DIVERGENCE = "eval_divergence"
 _FILES = "files.json"  # in a state of the training: its files and their sizes
 _OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
+_CHECKPOINTING = "activation_checkpointing"  # of gradients; older versions of transformers have but its other name
+if not hasattr(TrainingArguments, _CHECKPOINTING):
+    _CHECKPOINTING = "gradient_checkpointing"
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
 
@@ -240,31 +243,24 @@ class DistillationTrainer(Trainer):
             return self.state.best_global_step or 0
         return 0
 
-    def trained_state(self, decoder: Decoder) -> dict[str, Tensor]:
-        """What was trained, in one piece and float32, in rank 0's memory, and empty elsewhere.
+    def trained_weights(self, decoder: Decoder) -> Iterator[tuple[str, Tensor | None]]:
+        """What was trained, by its name in the decoder, one by one: in one piece and float32 in rank 0, else None.
 
         What adapters add is added to the decoder's own weights: the student's may have a narrower dtype.
         """
         state = self.accelerator.get_state_dict(self.deepspeed or self.model)
-        if not self.is_world_process_zero():
-            return {}
-        if any(name.startswith(_OF_ADAPTERS) for name in self.trained):
-            added = _added_by_adapters(state)
-            own = {name: weight.detach() for name, weight in decoder.named_parameters() if name in added}
-            return {name: own[name].to(more.device, torch.float32) + more for name, more in added.items()}
-        return {name: state[name].detach().float() for name in self.trained}
-
-
-def _added_by_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What adapters add to weights, by the names that these have without adapters."""
-    added = {}
-    for name, down in state.items():
-        if ".lora_A." not in name:
-            continue
-        place = name.partition(".lora_A.")[0]
-        up = state[name.replace(".lora_A.", ".lora_B.")]
-        added[f"{place.removeprefix(_OF_ADAPTERS)}.weight"] = LORA_SCALE * (up.float() @ down.float())
-    return added
+        for name, own in decoder.named_parameters():
+            adapters = f"{_OF_ADAPTERS}{name.removesuffix('weight')}lora_"
+            down, up = f"{adapters}A.default.weight", f"{adapters}B.default.weight"
+            if not {name, down} & self.trained:
+                continue
+            if not self.is_world_process_zero():
+                yield name, None
+            elif name in self.trained:
+                yield name, state[name].detach().float()
+            else:
+                added = LORA_SCALE * (state[up].float() @ state[down].float())
+                yield name, own.detach().to(added.device, torch.float32) + added
 
 
 def _file_sizes(state: Path) -> dict[str, int]:
@@ -379,6 +375,8 @@ def training_arguments(
     }
     if refused := own.keys() & given.keys():
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
+    if plan is not None and plan.gradient_checkpointing:
+        own[_CHECKPOINTING] = True
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
         for entry in dataclasses.fields(arguments):
@@ -398,8 +396,6 @@ def training_arguments(
         size = max(number for number in range(1, part + 1) if part % number == 0 and number <= most)
         arguments.per_device_train_batch_size = size
         arguments.gradient_accumulation_steps = part // size
-        if plan.gradient_checkpointing:
-            arguments.gradient_checkpointing = True
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments

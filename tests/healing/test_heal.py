@@ -25,9 +25,10 @@ from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, save_
 from test_saving import file_size_limit
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lf_hf
-from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings
+from lf_hf import FusedLlamaForCausalLM, FusionReport, HealSettings, pipeline
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM
 from lf_hf.checkpoint.saving import WORK
@@ -306,6 +307,31 @@ def test_what_is_not_to_be_trained_stays(heal: Heal, fused: Path, healed: Path, 
         found = changed(before, after)
         assert found <= {name for name in tensors(fused) if "norm" in name or name.startswith(trained)}
         assert found >= {name for name in tensors(fused) if "proj" in name and name.startswith(trained)}
+
+
+def test_where_the_plan_says_so_activations_are_computed_twice_and_weights_become_the_same(
+    heal: Heal, healed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, heal_fused = [], pipeline.heal_fused
+
+    def in_little_memory(*known: Any) -> None:
+        *others, plan, work, arguments = known
+        heal_fused(*others, replace(plan, gradient_checkpointing=True, sequences=1), work, arguments)
+
+    def counted(mlp: LlamaMLP, states: torch.Tensor) -> torch.Tensor:
+        if mlp.training:
+            passes.append(len(states))
+        return forward(mlp, states)
+
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    monkeypatch.setattr(pipeline, "heal_fused", in_little_memory)
+    report = heal()
+    sequences = settings()["tokens"] // settings()["length"]
+    assert passes == [1] * (2 * sequences * report.layers_after)
+    at_ease, small = tensors(healed), tensors(tmp_path / "out")
+    for name, weight in at_ease.items():
+        torch.testing.assert_close(small[name], weight, rtol=0, atol=1e-3)
 
 
 def test_held_out_text_shows_what_is_minimised(heal: Heal, tmp_path: Path) -> None:
