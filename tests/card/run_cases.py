@@ -32,13 +32,16 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from card.cases import CASES, FAMILIES, PLACEMENTS, Case, make_base, outcome
 from card.stand_in import insert
-from conftest import ROOT, tensors
+from conftest import ROOT, make_texts, save_base, tensors
+from tiny_models import tiny_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import DefaultFlowCallback, PreTrainedModel
 
+from lf_hf import fuse_checkpoint, heal
 from lf_hf.checkpoint.base import Base
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.inputs.fusion import FusionInputs
+from lf_hf.inputs.healing import HealInputs
 from lf_hf.plan.machine import CONTEXT
 from lf_hf.plan.plan import NoRoom, Plan
 from lf_hf.refit.fit import fit_group
@@ -214,7 +217,34 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
         return rows
 
 
-CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, benchmark]
+def trainings(_: dict[str, str]) -> list[Figures]:
+    """What trains, and the peak, on cards with no more memory than some parts of what the first one takes."""
+    long: dict[str, Any] = {"num_hidden_layers": 9, "max_position_embeddings": 1024, "num_key_value_heads": 4}
+    of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # sequence, and step
+    settings = of_one | {"text": make_texts(200), "device_map": "cuda"}
+    free, check, found = 80 << 30, HealInputs.check, list[Figures]()
+
+    def noted(inputs: HealInputs, folder: Path) -> Plan:
+        plan = check(inputs, folder)
+        CARDS.set_capacity(free - CONTEXT)
+        found.append({"why": plan.healing and plan.healing.why, "planned": plan.peak["cuda:0"] - CONTEXT})
+        return plan
+
+    with tempfile.TemporaryDirectory() as scratch, patch.object(HealInputs, "check", noted):
+        base = save_base(Path(scratch, "base"), tiny_model("llama", **long).bfloat16())
+        fused = Path(scratch, "fused")
+        fuse_checkpoint(base, fused, num_fusions=1, method="truncate", perplexity_tokens=128, speed=False)
+        for part in (1, 0.7, 0.52):
+            if found:
+                free = CONTEXT + int(part * found[0]["planned"])
+            with CARDS.watch() as seen:
+                heal(fused, Path(scratch, f"{part}"), base=base, max_memory={0: free, "cpu": 4 << 30}, **settings)
+            CARDS.set_capacity(80 << 30)
+            found[-1] |= {"peak": seen.peak}
+    return found
+
+
+CHECKS: list[Callable[[dict[str, str]], Any]] = [errors, memory, ledger, no_room, layers_on_disk, benchmark, trainings]
 
 
 def placed(case: Case, base: str) -> dict[str, Any]:

@@ -86,6 +86,15 @@ def test_a_plan_for_a_small_card_is_kept_where_more_is_out_of_memory(method: str
     assert small["peak"] <= small["capacity"] < at_ease["planned"]
 
 
+def test_on_a_smaller_card_it_trains_with_fewer_activations_and_then_less_and_stays_in_the_plan(found: Found) -> None:
+    at_ease, smaller, small = found["trainings"]
+    assert at_ease["why"].startswith("all layers") and "checkpointing" not in at_ease["why"]
+    assert smaller["why"].startswith("all layers") and "with gradient checkpointing" in smaller["why"]
+    assert small["why"].startswith("the fused layers") and "with gradient checkpointing" in small["why"]
+    for training in found["trainings"]:
+        assert training["planned"] / 1.5 < training["peak"] <= training["planned"]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.placement == "in memory"], ids=" ".join)
 def test_the_host_waits_no_more_often_than_this(case: Case, found: Found) -> None:
     """Whatever widths are: in a layer's activations, a rough fit, the making of a layer, a step and a written token."""

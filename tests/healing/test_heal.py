@@ -314,9 +314,8 @@ def test_where_the_plan_says_so_activations_are_computed_twice_and_weights_becom
 ) -> None:
     passes, heal_fused = [], pipeline.heal_fused
 
-    def in_little_memory(*known: Any) -> None:
-        *others, plan, work, arguments = known
-        heal_fused(*others, replace(plan, gradient_checkpointing=True, sequences=1), work, arguments)
+    def in_little_memory(model: Any, teacher: Any, corpus: Any, plan: Any, *known: Any) -> None:
+        heal_fused(model, teacher, corpus, replace(plan, gradient_checkpointing=True, sequences=1), *known)
 
     def counted(mlp: LlamaMLP, states: torch.Tensor) -> torch.Tensor:
         if mlp.training:
