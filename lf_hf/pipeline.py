@@ -43,7 +43,7 @@ from lf_hf.report.notes import damage_notes
 from lf_hf.report.report import REPORT_NAME, FusionReport, published_name, versions
 from lf_hf.runtime.clock import Clock
 from lf_hf.runtime.launch import Processes, compute_once
-from lf_hf.runtime.memory import in_gib
+from lf_hf.runtime.memory import give_back_freed, in_gib
 from lf_hf.runtime.numerics import weights_digest
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import FusionConfig
@@ -174,6 +174,7 @@ def heal_fused(
     from lf_hf.healing.heal import heal  # imports the Trainer, which takes seconds
 
     gc.collect()  # what offloading holds of layers that are gone
+    give_back_freed()
     decoder, report = Decoder(model), model.report
     assert model.tokenizer is not None
     decoder.processes = Processes.of_launch()

@@ -6,11 +6,9 @@ accelerate leaves a parameter on the meta device, and its value in the hook's `w
 from __future__ import annotations
 
 import copy
-import ctypes
 import shutil
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, TypeVar
@@ -21,9 +19,9 @@ from accelerate.utils import OffloadedWeightsLoader, offload_state_dict
 from torch import Tensor, nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from lf_hf.runtime.memory import give_back_freed
+
 M = TypeVar("M", bound=nn.Module)
-_MMAP_THRESHOLD = -3  # as malloc.h of glibc has it: the size from which on a block is mapped by itself
-_GIVEN_BACK = 1 << 20  # bytes; else glibc would raise it to 32 MB
 
 
 def mend_offloading(model: Any) -> None:
@@ -34,7 +32,7 @@ def mend_offloading(model: Any) -> None:
     transformers does with other weights.
     """
     if is_offloaded(model):
-        _give_back_freed()
+        give_back_freed(from_now_on=True)
     for part in model.modules():
         if (hook := _offloading(part)) is not None and isinstance(hook.weights_map.dataset, OffloadedWeightsLoader):
             hook.weights_map.dataset.device = None
@@ -47,12 +45,6 @@ def mend_offloading(model: Any) -> None:
             setattr(model.get_submodule(place), own_name, tied_to)
         else:
             del model.all_tied_weights_keys[name]
-
-
-def _give_back_freed() -> None:
-    """Let glibc give what is freed back to the system, where it would keep pieces of layers that came and went."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library, or of another system
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _GIVEN_BACK)
 
 
 def is_offloaded(module: nn.Module) -> bool:

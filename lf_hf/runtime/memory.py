@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from lf_hf.runtime.launch import local_processes
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Of Linux: what containers and jobs allow all their processes together, as psutil knows only of the machine."""
+
+_MMAP_THRESHOLD = -3  # as malloc.h of glibc has it: the size from which on a block is mapped by itself
+_LARGE = 1 << 20  # bytes; else glibc would raise it to 32 MB
 
 
 def free_memory(device: torch.device) -> int:
@@ -41,6 +45,18 @@ def _limits() -> Iterator[int]:
         for parent in (group, *group.parents):  # inside a container the outer ones are not there
             with suppress(OSError, ValueError):  # "max" is no limit
                 yield int((folder / parent.relative_to("/") / file).read_text())
+
+
+def give_back_freed(*, from_now_on: bool = False) -> None:
+    """Let glibc give to the system what is freed in its heap; and `from_now_on` large blocks as soon as they are freed.
+
+    Else it keeps pieces of layers that came and went.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # of another C library, or of another system
+        glibc = ctypes.CDLL(None)
+        glibc.malloc_trim(0)
+        if from_now_on:
+            glibc.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def in_gib(size: float) -> str:
