@@ -141,7 +141,7 @@ def test_what_a_user_should_know_is_noted(
     assert f"note: {str(out)!r} holds a fused model, which would be replaced." in said
     assert "This CPU has no instructions for bfloat16" in caplog.text
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    with pytest.raises(ValueError, match=r"1\.0 MiB are free on cpu, and fusing, .*, takes .* there at least; give a"):
+    with pytest.raises(ValueError, match=r"1\.0 MiB are free on cpu, and a run .* takes .* there at least; give a"):
         fuse_checkpoint(base, tmp_path / "else", config)
 
 

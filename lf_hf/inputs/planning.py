@@ -73,7 +73,10 @@ def plan_run(
         raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
     if machine.is_here and bfloat16 is not None:
         machine = replace(machine, bfloat16=bfloat16)
-    otherwise, begun = "method='refit'", {}
+    begun: Mapping[str, Any] = {}
+    otherwise = "method='refit'"
+    if healing is not None and training_args is not None:  # by a command of its own
+        otherwise = f"length={max(1, healing.length // 2)}"
     if healing is not None and folder is not None and made_of is not None:
         work = folder / WORK
         begun = noted_healing(work, made_of)

@@ -36,12 +36,13 @@ _TRAINED = {"layers": "all layers", "fused": "the fused layers", "lora": "adapte
 class NoRoom(ValueError):
     """No way to run fits the machine; `needed` bytes, which the message names, would do where layers compute."""
 
-    def __init__(self, what: str, machine: Machine, needed: int, advice: str) -> None:
+    def __init__(self, what: str, machine: Machine, needed: int, otherwise: str | None) -> None:
         device = machine.device
-        super().__init__(
-            f"{in_gib(machine.free[device])} are free on {device}, and {what} takes {in_gib(needed)} there at least; "
-            f"give a device with so much, or {advice}."
-        )
+        free, takes = in_gib(machine.free[device]), in_gib(needed)
+        if free == takes:
+            free, takes = (f"{size / 2**20:.0f} MiB" for size in (machine.free[device], needed))
+        advice = "give a device with so much" + f", or {otherwise}" * bool(otherwise)
+        super().__init__(f"{free} are free on {device}, and {what} takes {takes} there at least; {advice}.")
         self.needed = needed
 
 
@@ -148,7 +149,7 @@ def plan(
     machine: Machine,
     *,
     healing: HealSettings | None = None,
-    otherwise: str = "method='refit'",
+    otherwise: str | None = "method='refit'",
     device_map: dict[str, str | int] | None = None,
     low_memory: bool = False,
     rates: Callable[[], Rates] | None = None,
@@ -165,7 +166,7 @@ def plan(
     machine : Machine
     healing : HealSettings, optional
         Settings of the healing that follows; to choose what it trains, `train` is None.
-    otherwise : str
+    otherwise : str, optional
         What to advise where no healing fits.
     device_map : dict, optional
         Where a user wants the weights.
@@ -195,7 +196,7 @@ def plan(
         device_map = {"": "disk"}
     elif device_map is None and shape.bytes + room > free:
         in_memory = phases.lists * (states == "host")
-        device_map = _placed(model, dtype, machine, room + phases.passing, in_memory)
+        device_map = _placed(model, dtype, fusion, machine, room + phases.passing, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
     phases = phases_of(longest, on_disk="disk" in weights)
     passing = phases.passing * (weights.keys() != {device})
@@ -266,14 +267,17 @@ def _place_of_states(
     return "disk"
 
 
-def _placed(model: Any, dtype: torch.dtype, machine: Machine, room: int, in_memory: int) -> dict[str, str | int]:
+def _placed(
+    model: Any, dtype: torch.dtype, fusion: FusionConfig, machine: Machine, room: int, in_memory: int
+) -> dict[str, str | int]:
     """Where accelerate puts layers, if `room` stays free where they compute, and beside a card so much `in_memory`.
 
     Raises NoRoom if there is no such room.
     """
     device = machine.device
     if room > machine.free[device]:
-        raise NoRoom("fusing, with all weights elsewhere,", machine, room, "method='truncate'")
+        cheaper = None if fusion.method == "truncate" else "method='truncate'"
+        raise NoRoom("a run with all weights elsewhere", machine, room, cheaper)
     most: dict[str | int, int] = {}
     for place, size in machine.free.items():
         if place != "disk":
@@ -314,7 +318,7 @@ def _weights_by_place(
 
 
 def _plan_healing(
-    shape: Shape, fusion: FusionConfig, machine: Machine, healing: HealSettings, otherwise: str
+    shape: Shape, fusion: FusionConfig, machine: Machine, healing: HealSettings, otherwise: str | None
 ) -> HealingPlan:
     """What trains: the first rung of a ladder that fits, with as many sequences at a time as fit.
 
