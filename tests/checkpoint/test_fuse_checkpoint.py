@@ -355,7 +355,9 @@ def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.Monkey
         from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
 
 
-def test_a_gguf_base_is_read_once_as_plain_floats(gguf_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_base_is_read_once_as_plain_floats(
+    gguf_folder: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names.
 
     Reading the file takes a minute for a large vocabulary.
@@ -367,15 +369,15 @@ def test_a_gguf_base_is_read_once_as_plain_floats(gguf_folder: str, monkeypatch:
     renamed = [names.WeightRenaming(rf"\b{name}\.", f"{norm}.") for name, norm in norms.items()]
     monkeypatch.setitem(names.GGUF_ARCHS, "llama", lambda _: names.DENSE_DECODER_RENAMINGS + renamed)
     monkeypatch.setattr(quantizer, "get_gguf_kernel", lambda: SimpleNamespace(supports=lambda _: True))
-    loading: dict[str, Any] = {"gguf_file": GGUF.name, "dtype": "bfloat16"}
-    packed = LlamaForCausalLM.from_pretrained(gguf_folder, **loading)
+    packed = LlamaForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype="bfloat16")
     assert type(packed.model.layers[0].mlp.up_proj).__name__ == "GgufLinear"
     monkeypatch.setattr(gguf, "GGUFReader", reader := Mock(side_effect=gguf.GGUFReader))
-    base = Base.open(gguf_folder, loading)
+    base = Base.open(gguf_folder, {"gguf_file": GGUF.name, "dtype": "bfloat16"})
     assert len(base.tokenizer()) == base.config.vocab_size
     llama = base.load()
     assert {type(module) for name, module in llama.named_modules() if name.endswith("_proj")} == {torch.nn.Linear}
     assert all(parameter.is_floating_point() for parameter in llama.parameters())
+    assert llama.num_parameters() == 134_515_008
     assert reader.call_count == 1 and gguf.GGUFReader is reader
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GGUF, QUICK, make_llama
+from conftest import QUICK, make_llama
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -171,14 +171,14 @@ TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
 
 
 def test_mmlu_with_four_fusions(
-    gguf_folder: str,
+    tiny_gguf: Path,
     mmlu_dir: Path,
     tmp_path: Path,
     run_lm_eval: Callable[[list[str]], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = {"num_fusions": 4, "perplexity_tokens": 64, "sample_length": 16, "fused_dir": tmp_path / "fused"}
-    source = {"pretrained": gguf_folder, "gguf_file": GGUF.name, **settings}
+    source = {"pretrained": tiny_gguf.parent, "gguf_file": tiny_gguf.name, **settings}
     model_args = ",".join(f"{name}={value}" for name, value in source.items())
     words = ["--model", "fused_llama", "--model_args", model_args, "--device", "cpu", "--limit", "1", "--log_samples"]
     words += ["--tasks", TASK, "--include_path", str(lf_hf.tasks_path())]
@@ -189,17 +189,15 @@ def test_mmlu_with_four_fusions(
     [results] = tmp_path.glob("results/*/results_*.json")
     config = json.loads(results.read_text())["config"]
     fusion = config["fusion"]
-    assert fusion["pairs"] == [[28, 29], [27, 28], [26, 27], [25, 26]]
+    assert fusion["pairs"] == [[4, 5], [3, 4], [2, 3], [1, 2]]
     assert all(i + j == pytest.approx(1) and 0.5 < i < 0.74 for i, j in fusion["ratios"])
-    assert fusion["layers"] == [30, 26]
-    before, after = fusion["parameters"]
-    assert (before, after) == (134_515_008, 120_354_624) and config["model_num_parameters"] == after
-    assert all(info["dense"] < info["fused"] for info in fusion["perplexities"])
+    assert fusion["layers"] == [6, 2]
+    assert config["model_num_parameters"] == fusion["parameters"][1]
 
     # What it kept is no GGUF any more; opened by itself it answers alike.
     lm = FusedLM(str(tmp_path / "fused"), device="cpu")
     assert lm.config.model_type == "llama" and not hasattr(lm.config, "quantization_config")
-    assert len(lm.model.model.layers) == 26 and lm.model.num_parameters() == after
+    assert len(lm.model.model.layers) == 2 and lm.model.num_parameters() == fusion["parameters"][1]
     [samples] = tmp_path.glob(f"results/*/samples_{TASK}_*.jsonl")
     first = json.loads(samples.read_text(encoding="utf-8").splitlines()[0])
     requests = [tuple(first["arguments"][f"gen_args_{n}"][f"arg_{k}"] for k in (0, 1)) for n in range(4)]
