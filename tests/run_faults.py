@@ -5,6 +5,7 @@ It forks, which is safe only where no thread of torch or of the tokenizers has s
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -135,6 +136,7 @@ def fuse_at_once(fuse: Callable[[], Any], out: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, and takes long to look through
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
     tqdm.set_lock(threading.RLock())
     base = save_base(folder / "base")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import runpy
@@ -140,6 +141,7 @@ def fuse_and_heal(folder: Path) -> str | None:
 
 def main(folder: Path, given: str = "") -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, and takes long to look through
     words = "--method refit --num-fusions 2 --low-memory --calibration-tokens 1984 --calibration-length 64".split()
     words = ["fuse", str(folder / "base"), str(folder / "out"), *words, "--calibration", str(folder / "texts.txt")]
     refused = 0 if given else command([*words, "--ridge", "0"])  # before the processes are connected

@@ -280,6 +280,7 @@ def fused(case: Case, base: str, waits: Waits) -> Figures:
 
 
 def main(out: Path) -> None:
+    gc.freeze()  # what was imported stays, and takes long to look through
     with tempfile.TemporaryDirectory() as scratch, out.open("w", encoding="utf-8") as lines:
 
         def write(name: Any, found: Any) -> None:
