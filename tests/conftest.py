@@ -29,7 +29,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.measure import judge, speed
 from lf_hf.text.hub import GENERAL
 
-os.fsync = lambda _: None  # no test cuts the power, and disks are slow
+os.fsync = lambda fd: None  # no test cuts the power, and disks are slow
 judge.CONTINUED_LENGTH = 6  # tokens that models add to each prompt; 24 take longer and show no more of tiny ones
 
 ROOT = Path(__file__).parent.parent
@@ -120,13 +120,19 @@ def make_llama(**overrides: Any) -> LlamaForCausalLM:
     dtype = overrides.pop("dtype", torch.float32)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY | overrides)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved
-                parameter.normal_(std=0.1)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+    vary(model)
     return model.to(dtype)
+
+
+@torch.no_grad()
+def vary(model: torch.nn.Module, gain_offset: float = 0.0) -> None:
+    """Give biases and gains, which begin as zeros and ones, values that show where one is not moved."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+            parameter.sub_(gain_offset)
 
 
 def save_base(folder: Path, model: Any = None, tokenizer: Any = None) -> str:

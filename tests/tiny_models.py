@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY, make_tokenizer
+from conftest import TINY, make_tokenizer, vary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lf_hf import FusionConfig, FusionReport
@@ -110,16 +110,9 @@ def auto_class(model_type: str) -> Any:
 def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A random model of 6 layers, of several kinds where its family has them, with weights large enough to matter."""
     config = tiny_config(model_type, **overrides)
-    family = family_of(config)
     torch.manual_seed(0)
     model = model_class(config)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # initialised to zero, which would hide a bias that is not moved
-                parameter.normal_(std=0.1)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-                parameter -= family.gain_offset
+    vary(model, family_of(config).gain_offset)
     return model.to(dtype)
 
 

@@ -47,8 +47,7 @@ def fuse(base: str | Path, out: Path, **kwargs: Any) -> FusionReport:
 WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"method": "neural_alignment"}, {"attention_bias": True, "mlp_bias": True}),
     ({"method": "truncate"}, {}),
-    ({"method": "refit", "perplexity_tokens": 200}, {}),
-    ({"method": "refit"}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
+    ({"method": "refit", "perplexity_tokens": 200}, {"tie_word_embeddings": True, "dtype": torch.bfloat16}),
     ({"method": "refit", "num_fusions": None, "max_divergence": 0.3}, {"num_hidden_layers": 6}),
 ]
 

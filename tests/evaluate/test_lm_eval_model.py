@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, make_llama
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lf_hf
@@ -150,23 +148,6 @@ def test_one_summary_is_logged(base: str, monkeypatch: pytest.MonkeyPatch, caplo
     assert [message for message in caplog.messages if "Fused " in message] == summaries[:1]
 
 
-def test_results_carry_the_fusion(base: str) -> None:
-    model_args = f"pretrained={base},num_fusions=2,method=mka,entropy_neighbors=20,sample_length=64,perplexity_tokens=0"
-    results = simple_evaluate(
-        model="fused_llama",
-        model_args=model_args,
-        device="cpu",
-        tasks=["mmlu_sample_anatomy"],
-        task_manager=TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False),
-        bootstrap_iters=0,
-    )
-    fusion = results["config"]["fusion"]
-    assert fusion["config"]["method"] == "mka" and fusion["config"]["entropy_neighbors"] == 20
-    # With neither a hub nor a file, calibration falls back to the questions that lm-eval ships.
-    assert "lm-eval ships" in json.dumps(fusion["calibration"])
-    assert results["config"]["model_num_parameters"] == fusion["parameters"][1]
-
-
 TASK = "mmlu_5shot_anatomy"  # real prompts of 5 shots, not long ones
 
 
@@ -178,6 +159,7 @@ def test_mmlu_with_four_fusions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = {"num_fusions": 4, "perplexity_tokens": 64, "sample_length": 16, "fused_dir": tmp_path / "fused"}
+    settings |= {"entropy_neighbors": 20}
     source = {"pretrained": tiny_gguf.parent, "gguf_file": tiny_gguf.name, **settings}
     model_args = ",".join(f"{name}={value}" for name, value in source.items())
     words = ["--model", "fused_llama", "--model_args", model_args, "--device", "cpu", "--limit", "1", "--log_samples"]
@@ -189,6 +171,9 @@ def test_mmlu_with_four_fusions(
     [results] = tmp_path.glob("results/*/results_*.json")
     config = json.loads(results.read_text())["config"]
     fusion = config["fusion"]
+    assert fusion["config"]["method"] == "neural_alignment" and fusion["config"]["entropy_neighbors"] == 20
+    # With neither a hub nor a file, calibration falls back to the questions that lm-eval ships.
+    assert "lm-eval ships" in json.dumps(fusion["calibration"])
     assert fusion["pairs"] == [[4, 5], [3, 4], [2, 3], [1, 2]]
     assert all(i + j == pytest.approx(1) and 0.5 < i < 0.74 for i, j in fusion["ratios"])
     assert fusion["layers"] == [6, 2]

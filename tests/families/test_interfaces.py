@@ -335,18 +335,17 @@ def test_lm_eval_fuses_and_opens_models(model_type: str, family_base: Callable[.
     assert [lm.get_model_info()["fusion"]["layers"] for lm in (while_loading, opened)] == [[6, 4], [6, 4]]
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_vl"])
-def test_the_command_line_plans_and_fuses(
-    model_type: str, family_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_plans_and_fuses_a_wrapper(
+    family_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = str(family_base(model_type))
+    base = str(family_base("qwen3_vl"))
     command = ["fuse", base, str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
     assert main([*command, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "layers: 6 -> 4 (-33.3%)" in planned and not any(tmp_path.iterdir())
     assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
     done = capsys.readouterr().out
-    model = auto_class(model_type).from_pretrained(tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
     assert type(model) is model_class(model.config)
 
@@ -398,9 +397,7 @@ def picture_logits(model: Any, model_type: str) -> torch.Tensor:
         return model(**picture(model_type)).logits
 
 
-@pytest.mark.parametrize(
-    ("model_type", "low_memory"), [("gemma3", False), ("mistral3", True), ("qwen3_vl", False), ("qwen3_vl", True)]
-)
+@pytest.mark.parametrize(("model_type", "low_memory"), [("gemma3", False), ("mistral3", True), ("qwen3_vl", True)])
 def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
     model_type: str, low_memory: bool, tmp_path: Path
 ) -> None:
