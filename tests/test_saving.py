@@ -41,7 +41,6 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint, pipeline
 from lf_hf.checkpoint.saving import locked_folder, replaced_files
 from lf_hf.evaluate.points import RESULTS
@@ -635,16 +634,6 @@ def test_the_default_text_is_the_same_with_and_without_a_hub(
         first_report, second_report = models[0].fusion_report, again.fusion_report
         assert first_report is not None and second_report is not None
         assert len(fusions) == 2 and second_report.calibration == first_report.calibration
-
-
-def test_what_was_healed_since_is_not_replaced(base: str, tmp_path: Path, fusions: list[str]) -> None:
-    load(base, tmp_path / "fused")
-    settings: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256, "training_args": {"bf16": False}}
-    lf_hf.heal(tmp_path / "fused", tmp_path / "healed", base=base, text=make_texts(1200), **settings)
-    before = files(tmp_path / "healed")
-    with pytest.raises(ValueError, match="holds a healed model; choose another"):
-        load(base, tmp_path / "healed")
-    assert fusions == [base] and files(tmp_path / "healed") == before
 
 
 def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:

@@ -406,6 +406,7 @@ def test_a_trained_model_is_not_replaced_nor_a_file(
         lambda: heal(out=healed),
         lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK),
         lambda: lf_hf.fuse_checkpoint(base, healed, **QUICK, low_memory=True),
+        lambda: lf_hf.from_pretrained_fused(base, fused_dir=healed, **QUICK),
     ):
         with pytest.raises(ValueError, match="holds a healed model; choose another folder"):
             way()
