@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import torch
 from builders import make_point, make_report
-from conftest import GGUF, QUICK, make_llama, make_texts, pickled, same, tensors
+from conftest import GGUF, QUICK, make_llama, make_texts, pickled, same, save_base, tensors
 from huggingface_hub.utils._paths import filter_repo_objects
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
@@ -354,8 +354,8 @@ def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.Monkey
         from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
 
 
-def test_a_gguf_base_is_read_once_as_plain_floats(
-    gguf_folder: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_real_gguf_base_is_read_once_as_plain_floats_and_fused(
+    gguf_folder: str, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names.
 
@@ -371,13 +371,22 @@ def test_a_gguf_base_is_read_once_as_plain_floats(
     packed = LlamaForCausalLM.from_pretrained(tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype="bfloat16")
     assert type(packed.model.layers[0].mlp.up_proj).__name__ == "GgufLinear"
     monkeypatch.setattr(gguf, "GGUFReader", reader := Mock(side_effect=gguf.GGUFReader))
-    base = Base.open(gguf_folder, {"gguf_file": GGUF.name, "dtype": "bfloat16"})
-    assert len(base.tokenizer()) == base.config.vocab_size
-    llama = base.load()
+    opened = Base.open(gguf_folder, {"gguf_file": GGUF.name, "dtype": "bfloat16"})
+    assert len(opened.tokenizer()) == opened.config.vocab_size
+    llama = opened.load()
     assert {type(module) for name, module in llama.named_modules() if name.endswith("_proj")} == {torch.nn.Linear}
     assert all(parameter.is_floating_point() for parameter in llama.parameters())
     assert llama.num_parameters() == 134_515_008
     assert reader.call_count == 1 and gguf.GGUFReader is reader
+
+    base, out = save_base(tmp_path / "base", llama, opened.tokenizer()), tmp_path / "out"
+    fitting: dict[str, Any] = {"method": "refit", "selection": "least_influence", "calibration_tokens": 1024}
+    report = fuse_checkpoint(base, out, num_fusions=1, **fitting, calibration="bundled", perplexity_tokens=512)
+    assert [layer.layers for layer in report.fused_layers] == [[24, 25]]
+    for text in report.perplexities:
+        assert text.dense < text.fused < 1.2 * text.dense
+    stock = LlamaForCausalLM.from_pretrained(out)
+    assert stock.num_parameters() == report.parameters_after == 134_515_008 - 3_540_096
 
 
 @st.composite

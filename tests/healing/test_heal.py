@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_with_too_little_memory_says_how_to_begin_anew(
     place = re.escape(str(killed / WORK))
     with pytest.raises(ValueError, match=f"train='layers' .* give a device with so much, or remove '{place}' to begin"):
         heal(out=killed)
-    with pytest.raises(ValueError, match=r"train='lora' .* or method='refit'\.$"):
+    with pytest.raises(ValueError, match=r"train='lora' .* or length=16\.$"):
         heal(out=killed.parent / "else")
 
 
