@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from lf_hf.decoder.decoder import Decoder
+from lf_hf.decoder.placement import value
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
 from lf_hf.healing.teacher import STATES, Teacher
@@ -47,9 +48,8 @@ LORA_SCALE = 2
 DIVERGENCE = "eval_divergence"
 _FILES = "files.json"  # in a state of the training: its files and their sizes
 _OF_ADAPTERS = "base_model.model."  # before the names of a model with adapters
-_CHECKPOINTING = "activation_checkpointing"  # of gradients; older versions of transformers have but its other name
-if not hasattr(TrainingArguments, _CHECKPOINTING):
-    _CHECKPOINTING = "gradient_checkpointing"
+_NEWER, _OLDER = "activation_checkpointing", "gradient_checkpointing"  # names of one field of TrainingArguments
+_CHECKPOINTING = _NEWER if hasattr(TrainingArguments, _NEWER) else _OLDER
 _LEAST_WARMED_UP = 10  # steps with which there is a warm-up: its first one, at a rate of 0, is lost
 
 
@@ -246,12 +246,18 @@ class DistillationTrainer(Trainer):
     def trained_weights(self, decoder: Decoder) -> Iterator[tuple[str, Tensor | None]]:
         """What was trained, by its name in the decoder, one by one: in one piece and float32 in rank 0, else None.
 
-        What adapters add is added to the decoder's own weights: the student's may have a narrower dtype.
+        What adapters add is added to the decoder's own weights: the student's may have a narrower dtype. The student
+        has no weights afterwards, unless they are sharded, so that those that the decoder gives up are freed.
         """
-        state = self.accelerator.get_state_dict(self.deepspeed or self.model)
-        for name, own in decoder.named_parameters():
-            adapters = f"{_OF_ADAPTERS}{name.removesuffix('weight')}lora_"
-            down, up = f"{adapters}A.default.weight", f"{adapters}B.default.weight"
+        whole = self.accelerator.get_state_dict(self.deepspeed or self.model)
+        state = {name: weight for name, weight in whole.items() if name in self.trained}
+        del whole
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            model: Any = self.model
+            model.to("meta")
+        for name in [name for name, _ in decoder.model.named_parameters()]:
+            place = name.removesuffix(".weight")
+            down, up = (f"{_OF_ADAPTERS}{place}.lora_{kind}.default.weight" for kind in "AB")
             if not {name, down} & self.trained:
                 continue
             if not self.is_world_process_zero():
@@ -260,6 +266,7 @@ class DistillationTrainer(Trainer):
                 yield name, state[name].detach().float()
             else:
                 added = LORA_SCALE * (state[up].float() @ state[down].float())
+                own = value(decoder.model.get_submodule(place), "weight")
                 yield name, own.detach().to(added.device, torch.float32) + added
 
 
@@ -375,8 +382,6 @@ def training_arguments(
     }
     if refused := own.keys() & given.keys():
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
-    if plan is not None and plan.gradient_checkpointing:
-        own[_CHECKPOINTING] = True
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
         for entry in dataclasses.fields(arguments):
@@ -396,6 +401,10 @@ def training_arguments(
         size = max(number for number in range(1, part + 1) if part % number == 0 and number <= most)
         arguments.per_device_train_batch_size = size
         arguments.gradient_accumulation_steps = part // size
+        of_fsdp: Any = arguments.fsdp_config or {}
+        by_fsdp = of_fsdp.get("activation_checkpointing") or parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+        if plan.gradient_checkpointing and not by_fsdp:
+            setattr(arguments, _CHECKPOINTING, True)
     if arguments.n_gpu > 1:  # one process takes one device: a launcher takes several
         arguments._n_gpu = 1
     return arguments

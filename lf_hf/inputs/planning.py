@@ -31,6 +31,7 @@ from lf_hf.settings import FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
+_SHORTEST = 16  # tokens of a sequence that is trained on, as HealSettings has it
 
 
 def plan_run(
@@ -74,9 +75,10 @@ def plan_run(
     if machine.is_here and bfloat16 is not None:
         machine = replace(machine, bfloat16=bfloat16)
     begun: Mapping[str, Any] = {}
-    otherwise = "method='refit'"
+    otherwise: str | None = "method='refit'"
     if healing is not None and training_args is not None:  # by a command of its own
-        otherwise = f"length={max(1, healing.length // 2)}"
+        shorter = healing.length // 2
+        otherwise = f"length={shorter}" if shorter >= _SHORTEST else None
     if healing is not None and folder is not None and made_of is not None:
         work = folder / WORK
         begun = noted_healing(work, made_of)

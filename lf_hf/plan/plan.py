@@ -40,7 +40,7 @@ class NoRoom(ValueError):
         device = machine.device
         free, takes = in_gib(machine.free[device]), in_gib(needed)
         if free == takes:
-            free, takes = (f"{size / 2**20:.0f} MiB" for size in (machine.free[device], needed))
+            free, takes = (f"{size:,} bytes" for size in (machine.free[device], needed))
         advice = "give a device with so much" + f", or {otherwise}" * bool(otherwise)
         super().__init__(f"{free} are free on {device}, and {what} takes {takes} there at least; {advice}.")
         self.needed = needed

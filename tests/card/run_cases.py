@@ -218,9 +218,9 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
 
 
 def trainings(_: dict[str, str]) -> list[Figures]:
-    """What trains, and the peak, on cards with no more memory than some parts of what the first one takes."""
+    """What trains, and its peak, on a large card, and on cards with no more than parts of what is planned for that."""
     long: dict[str, Any] = {"num_hidden_layers": 9, "max_position_embeddings": 1024, "num_key_value_heads": 4}
-    of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # sequence, and step
+    of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # one step of one sequence
     settings = of_one | {"text": make_texts(200), "device_map": "cuda"}
     free, check, found = 80 << 30, HealInputs.check, list[Figures]()
 

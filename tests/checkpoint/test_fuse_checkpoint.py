@@ -354,7 +354,7 @@ def test_gguf_without_its_package_is_named(base: str, monkeypatch: pytest.Monkey
         from_pretrained_fused(base, gguf_file="x.gguf", **QUICK)
 
 
-def test_a_real_gguf_base_is_read_once_as_plain_floats_and_fused(
+def test_a_real_gguf_base_is_read_once_as_plain_floats_to_which_a_layer_is_fitted(
     gguf_folder: str, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Newer transformers leaves weights packed where it finds a kernel; here it finds a stand-in, and Llama's names.
