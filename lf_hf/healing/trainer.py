@@ -249,7 +249,7 @@ class DistillationTrainer(Trainer):
         What adapters add is added to the decoder's own weights: the student's may have a narrower dtype. The student
         has no weights afterwards, unless they are sharded, so that those that the decoder gives up are freed.
         """
-        whole = self.accelerator.get_state_dict(self.deepspeed or self.model)
+        whole = self.accelerator.get_state_dict(self.deepspeed or self.model) or {}  # DeepSpeed's other ranks have none
         state = {name: weight for name, weight in whole.items() if name in self.trained}
         del whole
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
