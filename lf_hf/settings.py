@@ -20,6 +20,9 @@ LEAST_HEAL_TOKENS = 1024
 LARGEST_SEED = 2**32 - 1
 """The largest seed that every library takes."""
 
+SHORTEST_LENGTH = 16
+"""Tokens of a sequence that is healed on, at least."""
+
 LEVELS = ("num_fusions", "target_layers", "max_divergence", "max_perplexity_ratio")
 """Fields of FusionConfig that say how many layers to fuse: one of them is given."""
 
@@ -297,7 +300,7 @@ class HealSettings(Settings):
     written_share: Annotated[float | None, Field(ge=0, le=0.9)] = None
     """Share of the tokens that the base writes itself; a third by default."""
 
-    length: Annotated[int, Field(ge=16)] = 512
+    length: Annotated[int, Field(ge=SHORTEST_LENGTH)] = 512
     """Tokens of a sequence that is trained on."""
 
     batch_tokens: Annotated[int, Field(ge=16)] = 2048

@@ -27,11 +27,10 @@ from lf_hf.plan.probe import probe
 from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
-from lf_hf.settings import FusionConfig, HealSettings
+from lf_hf.settings import SHORTEST_LENGTH, FusionConfig, HealSettings
 from lf_hf.text.calibration import Corpus
 
 logger = logging.get_logger(__name__)
-_SHORTEST = 16  # tokens of a sequence that is trained on, as HealSettings has it
 
 
 def plan_run(
@@ -78,7 +77,7 @@ def plan_run(
     otherwise: str | None = "method='refit'"
     if healing is not None and training_args is not None:  # by a command of its own
         shorter = healing.length // 2
-        otherwise = f"length={shorter}" if shorter >= _SHORTEST else None
+        otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
     if healing is not None and folder is not None and made_of is not None:
         work = folder / WORK
         begun = noted_healing(work, made_of)
