@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import lf_hf
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, HealSettings
 from lf_hf.cli import main
+from lf_hf.runtime.terminal import show, table
 from lf_hf.settings import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -88,6 +89,17 @@ def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, m
         code == 1 and err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
     )
     assert (tmp_path / "page.html").is_file()
+
+
+def test_a_table_on_a_narrow_terminal_is_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    cells = ["a" * 100, "x 1.2 (1.1 to 1.3)"]
+    show(table("title", ["a name", "some figures of both models"], [cells]))
+    out = capsys.readouterr().out
+    assert all(cell in out for cell in cells)
 
 
 def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from lf_hf.runtime.settings_base import Settings, choices, kind, needs
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _METAVARS = {int: "INTEGER", float: "FLOAT"}
-_WIDEST = 10_000  # columns of lines, and of a table that goes to a file
+_WIDEST = 10_000  # columns of a table that goes to a file
 
 
 class Command(click.Command):
@@ -115,10 +115,8 @@ def show(*parts: Table | str) -> None:
     if not speaks():
         return
     console = Console(highlight=False, emoji=False, markup=False)
-    width = console.width if console.is_terminal else _WIDEST
+    if not console.is_terminal:
+        console.width = _WIDEST
     with explained("What was done cannot be printed", "all files are written", OSError):
         for part in parts:
-            console.width = _WIDEST
-            if isinstance(part, Table):
-                console.width = max(width, console.measure(part).minimum)
-            console.print(part)
+            console.print(part, crop=False, soft_wrap=isinstance(part, str))
