@@ -42,8 +42,7 @@ class Processes:
     @classmethod
     def of_launch(cls) -> Processes:
         """All processes of this one's launch, connected; this one alone where there is no launch."""
-        is_launched = distributed.is_available() and get_cpu_distributed_information().world_size > 1
-        if is_launched and rank() is None:
+        if rank() is None and get_cpu_distributed_information().world_size > 1:
             PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
         if rank() is None:
             return cls()
@@ -67,13 +66,9 @@ class Processes:
         self._in_place(distributed.broadcast, tensor, 0)
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
-        if self.world_size == 1:
-            return
-        sent = tensor
-        if distributed.get_backend() == "nccl" and not tensor.is_cuda:
-            sent = tensor.to("cuda")
-        _communicate(collective, sent, *arguments)
-        if sent is not tensor:
+        if self.world_size > 1:
+            sent = tensor.cuda() if distributed.get_backend() == "nccl" else tensor
+            _communicate(collective, sent, *arguments)
             tensor.copy_(sent)
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -91,27 +86,25 @@ class Processes:
             yield
         except ValueError as raised:
             own_error = raised
-        for error in self.all_gather_object(own_error):
+        for error in (own_error, *self.all_gather_object(own_error)):
             if error is not None:
-                raise own_error or error
+                raise error
 
     def compute_once(self, compute: Callable[[], T]) -> T:
         """A small value that the first process computes. Its error is an OtherProcessError in the others."""
         if self.world_size == 1:
             return compute()
-        sent: list[Any] = [None, None]  # the value, and what an error says
+        sent: list[Any] = [None]
         error: Exception | None = None
         if self.is_main:
             try:
-                sent[0] = compute()
+                sent = [compute()]
             except Exception as raised:
-                error = raised
-                sent[1] = str(raised)
+                error, sent = raised, [OtherProcessError(str(raised))]
         _communicate(distributed.broadcast_object_list, sent, 0)
-        value, message = sent
-        if message is None:
-            return value
-        raise error or OtherProcessError(message)
+        if isinstance(sent[0], OtherProcessError):
+            raise error or sent[0]
+        return sent[0]
 
 
 ALONE = Processes()
@@ -161,8 +154,6 @@ def _communicate(collective: Callable[..., Any], *arguments: Any) -> None:
     """Call one of torch's functions that need all processes; say in one sentence that another process is gone."""
     try:
         collective(*arguments)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # torch has no class of its own for this
         raise LostProcessError(
             "Another process of this launch has ended, so this one cannot go on; see what that one said, and start "
