@@ -20,16 +20,10 @@ STEP_TOKENS = 2048  # of a step of a fused layer's training at least, of all pro
 EVALUATIONS = 2  # looks of a healing at held-out text, when it keeps its state; one more is before the first step
 LOGITS = 1 << 25  # of a model that exist at a time, about: with a large vocabulary those of few tokens
 
-_TRIALS, _LEAST_TRIALS = 16, 6  # sets of groups that are tried out whole
-_TRIAL_TOKENS = 2048  # calibration tokens for each trial: with little text, fewer sets are tried
-_VOCABULARY, _MOST_SKIPPED = 1 << 15, 6  # above this vocabulary size, predictions of fewer tokens are compared
 # Regression compares the largest channels: 6144, or 1.25 times as many as are kept if that is more. Two float32 squares
 # of them are in memory at a time: 2.6 GB for a width of 14336.
 MAX_CANDIDATES = 6144
-_CANDIDATES_PER_KEPT = 1.25
 TOKEN_STRIDE = 4  # one token in so many decides which channels write most
-_PASSES = 8  # over the calibration text, at most
-_TRAINED_TOKENS = 8 * 49152  # in all passes together: of more text there are fewer passes
 
 
 def num_rough_tokens(channels: int) -> int:
@@ -41,23 +35,26 @@ def num_rough_tokens(channels: int) -> int:
 
 
 def num_trials(tokens: int) -> int:
-    """How many sets of groups are tried with so many calibration tokens."""
-    return min(_TRIALS, max(_LEAST_TRIALS, tokens // _TRIAL_TOKENS))
+    """How many sets of groups are tried out whole: one for 2048 of so many calibration tokens, from 6 to 16."""
+    return min(16, max(6, tokens // 2048))
 
 
 def judged_stride(vocab_size: int) -> int:
-    """Of how many neighbouring tokens one is judged in choosing: their predictions say much the same."""
-    return min(max(2, vocab_size // _VOCABULARY), _MOST_SKIPPED)
+    """Of how many neighbouring tokens one is judged in choosing: their predictions say much the same.
+
+    The larger the vocabulary, the fewer predictions are compared.
+    """
+    return min(max(2, vocab_size // 32768), 6)
 
 
 def num_candidates(channels: int, keep: int) -> int:
     """How many MLP channels of a group are compared by regression, where `keep` of them are kept."""
-    return min(channels, max(MAX_CANDIDATES, int(_CANDIDATES_PER_KEPT * keep)))
+    return min(channels, max(MAX_CANDIDATES, int(1.25 * keep)))
 
 
 def num_passes(tokens: int) -> int:
-    """How often a fused layer is trained on so many calibration tokens."""
-    return max(1, min(_PASSES, round(_TRAINED_TOKENS / tokens)))
+    """How often a fused layer is trained on so many calibration tokens: 8 times, of more than 49152 fewer times."""
+    return max(1, min(8, round(8 * 49152 / tokens)))
 
 
 def solved_in_tokens(tokens: int, unknowns: int) -> bool:

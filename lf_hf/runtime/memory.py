@@ -16,6 +16,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Of Linux: what containers and jobs allow all their processes together, as psutil knows only of the machine."""
 
+_LIMIT_FILES = {"": "memory.max", "memory": "memory.limit_in_bytes"}  # of version 2, and of version 1
 _MMAP_THRESHOLD = -3  # as malloc.h of glibc has it: the size from which on a block is mapped by itself
 _LARGE = 1 << 20  # bytes; else glibc would raise it to 32 MB
 
@@ -23,7 +24,7 @@ _LARGE = 1 << 20  # bytes; else glibc would raise it to 32 MB
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the machine's memory, this process's share among those of a launch."""
     module = torch.get_device_module(device)
-    if device.type != "cpu" and hasattr(module, "mem_get_info"):
+    if hasattr(module, "mem_get_info"):
         unused = module.memory_reserved(device) - module.memory_allocated(device)
         return int(module.mem_get_info(device)[0] + unused)
     free = psutil.virtual_memory().available // local_processes()
@@ -34,17 +35,14 @@ def free_memory(device: torch.device) -> int:
 def _limits() -> Iterator[int]:
     """Bytes that this process's control groups, one inside the other, allow; of either version of these groups."""
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in _LIMIT_FILES:
             continue
-        folder, file = CONTROL_GROUPS, "memory.max"
-        if controllers:
-            folder, file = CONTROL_GROUPS / controllers, "memory.limit_in_bytes"
         group = Path(path)
         for parent in (group, *group.parents):  # inside a container the outer ones are not there
+            folder = CONTROL_GROUPS / controllers / parent.relative_to("/")
             with suppress(OSError, ValueError):  # "max" is no limit
-                yield int((folder / parent.relative_to("/") / file).read_text())
+                yield int((folder / _LIMIT_FILES[controllers]).read_text())
 
 
 def give_back_freed(*, from_now_on: bool = False) -> None:
@@ -61,6 +59,4 @@ def give_back_freed(*, from_now_on: bool = False) -> None:
 
 def in_gib(size: float) -> str:
     """A number of bytes, for people."""
-    if size > 2**50:
-        return "more than 1024 TiB"
     return f"{size / 2**30:.1f} GiB" if size > 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"

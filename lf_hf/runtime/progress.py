@@ -26,15 +26,14 @@ def progress(
     Shows nothing after transformers' `disable_progress_bar()`, nor in a log when its verbosity is errors only. The
     first process of a machine shows it for all of a launch.
     """
-    is_silent = local_rank() > 0
-    options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit}
+    options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "disable": local_rank() > 0}
     in_notebook = autonotebook.tqdm is not std.tqdm
     on_terminal = sys.stderr is None or sys.stderr.isatty()
     if in_notebook or on_terminal or not hf_logging.is_progress_bar_enabled():
-        return hf_logging.tqdm(iterable, **options, leave=leave, disable=is_silent)
-    is_silent |= hf_logging.get_verbosity() > logging.WARNING
+        return hf_logging.tqdm(iterable, **options, leave=leave)
+    options["disable"] |= hf_logging.get_verbosity() > logging.WARNING
     options |= {"bar_format": _LINE, "delay": EVERY, "mininterval": EVERY, "miniters": 1}
-    return _Lines(iterable, **options, leave=False, disable=is_silent)
+    return _Lines(iterable, **options, leave=False)
 
 
 class _Lines(std.tqdm):

@@ -19,7 +19,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1)
     if nearest:
         return f"Unknown {kind} {name!r:.80}; did you mean {nearest[0]!r}?"
-    listed = names[:_MOST_LISTED]
-    if len(names) > _MOST_LISTED:
-        listed.append("...")
+    listed = names if len(names) <= _MOST_LISTED else [*names[:_MOST_LISTED], "..."]
     return f"Unknown {kind} {name!r:.80}; known are {', '.join(listed)}."
