@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -218,7 +217,18 @@ def load_corpus(
     else:
         samples, source = read_samples(calibration, max_tokens, tokenizer)
         note = ""
-    return _mix_with(samples, source, max_tokens, to_train, note)
+    size = max_tokens
+    if to_train:
+        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS)
+    windows = split_windows(samples, size)
+    pieces, remark = _sample_items(windows, TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
+    text = ("\n\n" if remark else "").join(pieces)
+    parts = {source + remark: text}
+    if to_train:
+        parts[DOCUMENTATION] = _excerpt_documentation(text, _DOCUMENTATION_CHARACTERS * max_tokens)
+    limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MAX_QUESTION_CHARACTERS)
+    parts[QUESTIONS] = _question_text(1, to_train)[: int(limit)]
+    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE, note=note)
 
 
 def _mix_bundled(max_tokens: int, to_train: bool, failure: str | None) -> Corpus:
@@ -240,22 +250,6 @@ def _mix_bundled(max_tokens: int, to_train: bool, failure: str | None) -> Corpus
         raise ValueError("There is no text: neither Python's documentation nor lm-eval is installed; give a file.")
     share = _WRITTEN_SHARE if to_train else _MIXTURE_SHARE
     return Corpus(parts, share, is_bundled=True, note=note)
-
-
-def _mix_with(samples: Iterable[str], source: str, max_tokens: int, to_train: bool, note: str) -> Corpus:
-    """Samples, and what stands beside them."""
-    size = max_tokens
-    if to_train:
-        size = max(1, max_tokens * _TRAINING_CHARACTERS // TOKEN_CHARACTERS)
-    windows = split_windows(samples, size)
-    pieces, remark = _sample_items(windows, TOKEN_CHARACTERS, source, f"excerpts of {size:,} characters")
-    text = ("\n\n" if remark else "").join(pieces)
-    parts = {source + remark: text}
-    if to_train:
-        parts[DOCUMENTATION] = _excerpt_documentation(text, _DOCUMENTATION_CHARACTERS * max_tokens)
-    limit = min(len(text) / 2, _QUESTION_CHARACTERS * max_tokens, _MAX_QUESTION_CHARACTERS)
-    parts[QUESTIONS] = _question_text(1, to_train)[: int(limit)]
-    return Corpus({name: part for name, part in parts.items() if part}, _WRITTEN_SHARE, note=note)
 
 
 def _source_code(count: int) -> str:
@@ -289,33 +283,15 @@ def _question_text(per_subject: int, to_train: bool) -> str:
     turns = list(zip_longest(*subjects))
     if not to_train:
         turns = turns[:per_subject]
-    first: list[str] = []
-    second: list[str] = []
-    for question in filter(None, chain(*turns)):
+    pairs = []
+    for number, question in enumerate(filter(None, chain(*turns))):
         answer = question.choices[question.answer]
         lettered = f"{format_question(question)} {ascii_uppercase[question.answer]}. {answer}"
         plain = f"Question: {question.question}\nAnswer: {answer}"
         if to_train:
             plain += f"\n{question.explanation}"
-        formats = [lettered, plain]
-        if len(first) % 2:
-            formats.reverse()
-        first.append(formats[0])
-        second.append(formats[1])
-    return "\n\n".join(first + second)
-
-
-def out_of_domain_texts(corpus: Corpus) -> list[str]:
-    """Texts of kinds that a corpus has little of, to judge fused layers: documentation, and worked examples.
-
-    Documentation is only for a user's text. Worked examples are explained answers to questions that are neither in a
-    corpus for fits nor in `mmlu_sample`.
-    """
-    texts = [] if corpus.is_bundled else [documentation_halves()[0]]
-    with suppress(ValueError):
-        others = [question for questions in fitting_questions().values() for question in questions[2:]]
-        texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
-    return [text for text in texts if text]
+        pairs.append((plain, lettered) if number % 2 else (lettered, plain))
+    return "\n\n".join(chain(*zip(*pairs, strict=True)))
 
 
 def documentation_halves() -> tuple[str, str]:

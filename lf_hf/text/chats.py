@@ -8,7 +8,6 @@ from itertools import cycle, dropwhile
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from lf_hf.runtime.errors import reason
 
@@ -18,7 +17,6 @@ Messages = Sequence[Mapping[str, Any]]
 CHATS = slice(2, None, 4)
 """Which of the sequences that a model writes are chats, if its tokenizer has a form for them."""
 
-logger = logging.get_logger(__name__)
 _QUESTION, _REPLY, _FOLLOW_UP = "Q1q1Q", "R1r1R", "Q2q2Q"  # stand for what is said
 _MAX_PART = 64  # tokens: longer parts are instructions, and would leave no room for a chat
 # Hides the clock from a template, because the text of a fusion must not depend on the day.
@@ -52,8 +50,7 @@ def chat_form(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ChatForm |
     try:
         before, after = chat_text(tokenizer, [question], to_reply=True).split(_QUESTION)
         between = chat_text(tokenizer, chat).split(_REPLY)[1].split(_FOLLOW_UP)[0]
-    except (ValueError, IndexError) as error:  # also of a template that omits or repeats what is said
-        logger.info("The chat template cannot be used (%s).", error)
+    except (ValueError, IndexError):  # also of a template that omits or repeats what is said
         return None
     parts = [part.rstrip(" ") for part in (before, after, between)]  # words bring the space before them along
     opening, asked, replied = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,9 +98,7 @@ def _reasoning() -> str:
 
     examples = []
     for file in sorted(folder.glob("[!_]*.yaml")):
-        try:
+        with suppress(yaml.YAMLError, KeyError, TypeError, AttributeError):  # another layout, of another lm-eval
             samples = yaml.safe_load(file.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
             examples += [f"{sample['input'].strip()}\n{sample['target'].strip()}" for sample in samples]
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError):  # another layout, of another lm-eval
-            continue
     return "\n\n".join(examples)

@@ -74,11 +74,10 @@ def sample_question(questions: Sequence[Question]) -> Question:
 
 def fitting_questions() -> dict[str, list[Question]]:
     """The bundled questions of each subject without the one that `mmlu_sample` asks: three or four."""
-    fitting = {}
-    for subject, questions in bundled_questions().items():
-        asked = sample_question(questions)
-        fitting[subject] = [question for question in questions if question != asked]
-    return fitting
+    return {
+        subject: [question for question in questions if question != sample_question(questions)]
+        for subject, questions in bundled_questions().items()
+    }
 
 
 def _parse_prompt(prompt: str) -> list[Question]:

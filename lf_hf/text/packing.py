@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import itemgetter
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, out_of_domain_texts
+from lf_hf.text.calibration import TOKEN_CHARACTERS, CalibrationSamples, Corpus, documentation_halves
 from lf_hf.text.chats import bos_prefix
+from lf_hf.text.mmlu import fitting_questions
 
 _OUT_OF_DOMAIN_TOKENS = 1024  # of each kind of text
 
@@ -22,15 +24,10 @@ def tokenize_samples(
 ) -> list[Tensor]:
     """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
 
-    Raises ValueError if a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
+    Raises ValueError if there are ids that a model with `vocab_size` embeddings does not have.
     """
-    samples = []
-    for text in calibration.texts:
-        # Cut here: a tokenizer that truncates would do so ever after, and be saved so.
-        ids = tokenizer(text, verbose=False)["input_ids"][:sample_length]
-        if not ids:
-            raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
-        samples.append(torch.tensor(ids))
+    # Cut here: a tokenizer that truncates would do so ever after, and be saved so.
+    samples = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:sample_length]) for text in calibration.texts]
     check_ids(samples, vocab_size)
     return samples
 
@@ -97,9 +94,17 @@ def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, 
 def pack_out_of_domain(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int
 ) -> list[Tensor]:
-    """Sequences of `out_of_domain_texts`, of at most `length` tokens: int64 tensors of shape (tokens T,)."""
+    """Sequences, of at most `length` tokens, of kinds of text that a corpus has little of, to judge fused layers.
+
+    That is documentation, beside a user's text alone, and worked examples: explained answers to questions that are
+    neither in a corpus for fits nor in `mmlu_sample`.
+    """
+    texts = [] if corpus.is_bundled else [documentation_halves()[0]]
+    with suppress(ValueError):
+        others = [question for questions in fitting_questions().values() for question in questions[2:]]
+        texts.append("\n\n".join(f"Question: {q.question}\nAnswer: {q.explanation}" for q in others))
     sequences: list[Tensor] = []
-    for text in out_of_domain_texts(corpus):
+    for text in texts:
         sequences += pack_tokens(tokenizer, text, length, _OUT_OF_DOMAIN_TOKENS)
     check_ids(sequences, vocab_size)
     return sequences

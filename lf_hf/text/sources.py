@@ -23,7 +23,6 @@ _ADVICE = "give a .txt, .jsonl, .csv or .parquet file, or a data set"
 _COLUMNS = ("text", "messages")  # the first one that is there is read
 _CHARACTERS_PER_TOKEN = 8  # more than usual text has, so that so much from the hub is enough
 _MAX_LINE = 1 << 24  # characters that are read at once
-_MAX_FIELD = (1 << 31) - 1  # characters of a field in CSV; the largest limit that its reader takes everywhere
 
 
 def read_samples(
@@ -49,16 +48,16 @@ def _open_rows(given: str, characters: int) -> tuple[Iterator[Any], str]:
     if reader := read.get(path.suffix.lower()):
         return _explain_errors(reader(path), path.name), path.name
     name, config, split, column = (given.split(":", 3) + [""] * 3)[:4]
-    shown, problem = given, ""
-    if given and path.is_file():
-        shown, problem = path.name, "files of its kind are not read"
+    problem = ""
+    if path.is_file():
+        problem = "files of its kind are not read"
     elif not name:
         problem = "it has no name"
     # These names stand for all files of a kind in the current folder.
     elif name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
         problem = "that is the name of a file format"
     if problem:
-        raise ValueError(f"The text {shown!r} cannot be read ({problem}); {_ADVICE}.")
+        raise ValueError(f"The text {path.name!r} cannot be read ({problem}); {_ADVICE}.")
     source = f"{name} ({split or 'train'})"
     columns = [column] if column else _COLUMNS
     return _explain_errors(_read_data_set(name, config, split or "train", columns, characters), source), source
@@ -85,7 +84,7 @@ def _read_paragraphs(path: Path) -> Iterator[str]:
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
-    csv.field_size_limit(_MAX_FIELD)  # of the whole process; by default 131072
+    csv.field_size_limit((1 << 31) - 1)  # of the whole process; by default 131072, and no system takes more
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
