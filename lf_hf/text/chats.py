@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, dropwhile
@@ -90,24 +91,20 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, to_repl
     """
     if not tokenizer.chat_template:
         raise ValueError("the model's tokenizer has no chat template")
-    filled = [_without_nulls(message) for message in messages]
     try:
         template = _FIXED_DATE + tokenizer.get_chat_template()
+        # In a row of a table each dictionary has the fields of all others.
+        given = json.loads(json.dumps(messages, default=str), object_hook=_without_nulls)
         text = tokenizer.apply_chat_template(
-            filled, chat_template=template, tokenize=False, add_generation_prompt=to_reply
+            given, chat_template=template, tokenize=False, add_generation_prompt=to_reply
         )
     except Exception as error:  # of any kind, as a template is a program
         raise ValueError(f"the model's chat template does not take it ({reason(error)})") from None
     return str(text)
 
 
-def _without_nulls(value: Any) -> Any:
-    """A value without dictionaries' entries that are None: in a row of a table each has the fields of all others."""
-    if isinstance(value, Mapping):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def _without_nulls(entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -68,15 +68,13 @@ def load_rows(file: HubFile) -> list[dict[str, Any]]:
     with suppress(OSError, ValueError, RuntimeError):  # no home, or a cache that cannot be made or read
         cached = cached_assets_path("lf_hf", file.repo, file.commit) / f"{Path(file.path).stem}.json"
         return json.loads(cached.read_bytes())
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    if failure is not None:
-        raise OSError(failure)
+    if constants.HF_HUB_OFFLINE or failure:
+        raise OSError(failure or "HF_HUB_OFFLINE is set")
     try:
         content = _download(file)
         rows = json.loads(content)
     except (OSError, ValueError) as error:
-        failure = f"{error}"
+        failure = str(error)
         raise OSError(failure) from None
     if cached is not None:
         with suppress(OSError):

@@ -94,10 +94,10 @@ def pack_parts(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, 
 def pack_out_of_domain(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, length: int, vocab_size: int
 ) -> list[Tensor]:
-    """Sequences, of at most `length` tokens, of kinds of text that a corpus has little of, to judge fused layers.
+    """Sequences that judge fused layers, of text that a corpus has little of: int64 tensors of shape (tokens T,).
 
-    That is documentation, beside a user's text alone, and worked examples: explained answers to questions that are
-    neither in a corpus for fits nor in `mmlu_sample`.
+    Each has at most `length` tokens. It is documentation, beside a user's text alone, and worked examples: explained
+    answers to questions that are neither in a corpus for fits nor in `mmlu_sample`.
     """
     texts = [] if corpus.is_bundled else [documentation_halves()[0]]
     with suppress(ValueError):
