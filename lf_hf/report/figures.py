@@ -27,7 +27,7 @@ _BEFORE, _AFTER = "#a0aec0", "#2b6cb0"
 _PLAIN, _PALE, _FRAME = "#e2e8f0", "#bee3f8", "#f56565"
 _WIDTH = 5.2  # inches: with text of this size it can be read on a phone
 _LONGEST_NAME = 32  # characters, in a legend
-_ROW = 10  # layers in a row of the map
+_ROW, _PANELS = 10, 5  # layers in a row of the map, and of pictures
 _CATEGORIES = {"stem": "STEM", "humanities": "humanities", "social_sciences": "social sciences", "other": "other"}
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -42,15 +42,14 @@ def layer_map(report: FusionReport) -> Figure:
     for row in range(rows):
         axis.text(-0.1, 0.15 - row, "original", ha="right", va="center", size=8)
         axis.text(-0.1, -0.22 - row, "fused", ha="right", va="center", size=8)
-        widths: Counter[int] = Counter()
-        for column, (new, number, share) in enumerate(layers[row * _ROW : (row + 1) * _ROW]):
+        shown = layers[row * _ROW : (row + 1) * _ROW]
+        for column, (new, number, share) in enumerate(shown):
             color = colors.get(new)
             _box(axis, column, -row, 1, number, color, unused=share == 0)
             if color:
                 axis.text(column + 0.5, 0.36 - row, f"{share:.0%}", ha="center", size=8, color=color)
-            widths[new] += 1
         start = 0
-        for new, width in widths.items():
+        for new, width in Counter(new for new, *_ in shown).items():
             _box(axis, start, -0.37 - row, width, new, colors.get(new))
             start += width
     axis.set(xlim=(-1.3, _ROW), ylim=(0.6 - rows, 0.55))
@@ -95,10 +94,8 @@ def manifolds(report: FusionReport) -> Figure | None:
     if report.config.get("rank_normalize", True):
         embeddings = embeddings.argsort(axis=1).argsort(axis=1)
     embeddings = np.pad(embeddings, ((0, 0), (0, 0), (0, 1)))  # d may be 1
-    layers = len(embeddings)
-    columns = min(5, math.ceil(math.sqrt(layers)))
-    rows = math.ceil(layers / columns)
-    figure, axes = panels(_WIDTH / columns * rows + 0.4, rows, columns, subplot_kw={"xticks": [], "yticks": []})
+    rows = math.ceil(len(embeddings) / _PANELS)
+    figure, axes = panels(_WIDTH / _PANELS * rows + 0.4, rows, _PANELS, subplot_kw={"xticks": [], "yticks": []})
     colors = dict(zip(_CATEGORIES, COLORS, strict=False))
     dots: Any = _AFTER
     if report.sample_labels:
@@ -110,7 +107,7 @@ def manifolds(report: FusionReport) -> Figure | None:
         axes[number].scatter(points[:, 0], points[:, 1], s=9, linewidths=0, color=dots, alpha=0.85)
         axes[number].margins(0.1)
         axes[number].set_title(f"layer {number}", size=8, pad=3)
-    for axis in axes[layers:]:
+    for axis in axes[len(embeddings) :]:
         axis.remove()
     return figure
 
@@ -210,8 +207,7 @@ def panels(
 def _legend_above(axis: Axes) -> None:
     """A grid, and a legend that hides nothing: in rows above the panel."""
     axis.grid(alpha=0.25)
-    place: Any = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-    axis.legend(ncols=3, fontsize=8, frameon=False, **place)
+    axis.legend(ncols=3, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
 def _whole_ticks(*axes: Any) -> None:

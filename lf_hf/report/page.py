@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader
 
 from lf_hf.report.report import FusionReport
 from lf_hf.report.rows import as_table
+from lf_hf.runtime.errors import explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARK = "made by lf-hf report"  # at the start of every file that is written here
-_START = 1024  # bytes of a file in which the mark is looked for
+_MARK = "made by lf-hf report"  # in every file that is written here
 
 
 def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
@@ -60,12 +60,8 @@ def report_figures(report: FusionReport) -> dict[str, Figure]:
     figures = {}
     for picture in PICTURES:
         name = picture.__name__
-        try:
+        with explained(f"The figures for {name} do not fit together", "save the model again"):
             figure = picture(report)
-        except (LookupError, TypeError, ValueError) as error:  # as after editing by hand
-            raise ValueError(
-                f"The figures for {name} do not fit together ({error!r:.150}); save the model again."
-            ) from None
         if figure is not None:
             figures[name] = figure
     return figures
@@ -93,11 +89,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def _check_ours(file: Path) -> None:
     """Raise ValueError if a file is there that was not written here."""
-    if not file.is_file():
-        return
-    with file.open("rb") as opened:
-        start = opened.read(_START)
-    if _MARK.encode() not in start:
+    if file.is_file() and _MARK.encode() not in file.read_bytes():
         raise ValueError(
             f"{str(file)!r} was not written by this version of lf-hf report; move it, or name another file."
         )

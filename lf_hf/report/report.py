@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -166,10 +166,7 @@ class FusionReport:
     @property
     def sources(self) -> list[str]:
         """What the figures in `rows` were measured on, one line each."""
-        sources = [text.source for text in self.perplexities]
-        if self.speed is not None:
-            sources.append(self.speed.source)
-        return sources
+        return [measured.source for measured in (*self.perplexities, self.speed) if measured is not None]
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -209,20 +206,16 @@ class FusionReport:
             raise ValueError(f"{name} was written by an earlier version of lf_hf; fuse the base again.")
         with explained(f"{name} is no fusion report", "save the model again", ValueError):
             report = TypeAdapter(cls).validate_python(values)
-            report._check()
+            if not 2 <= report.layers_before <= MOST_LAYERS:
+                raise ValueError(f"layers_before={report.layers_before!r:.80} is not 2 to {MOST_LAYERS}")
+            try:
+                remaining = len(report.groups)
+                report.summary()
+            except Exception as error:  # as after editing by hand
+                raise ValueError(f"its parts do not fit together: {error!r:.200}") from None
+            if remaining != report.layers_after:
+                raise ValueError(f"layers_after={report.layers_after} does not fit its fused layers")
         return report
-
-    def _check(self) -> None:
-        """Raise ValueError for a report whose parts do not fit together, as after editing it by hand."""
-        if not 2 <= self.layers_before <= MOST_LAYERS:
-            raise ValueError(f"layers_before={self.layers_before!r:.80} is not 2 to {MOST_LAYERS}")
-        try:
-            remaining = len(self.groups)
-            self.summary()
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"its parts do not fit together: {error!r:.200}") from None
-        if remaining != self.layers_after:
-            raise ValueError(f"layers_after={self.layers_after} does not fit its fused layers")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `fusion_report.json` into a folder."""
@@ -234,24 +227,18 @@ class FusionReport:
         """Read a report from its file or from the folder of a fused checkpoint."""
         file = Path(path)
         if file.is_dir():
-            file = file / REPORT_NAME
+            file /= REPORT_NAME
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no {REPORT_NAME}; give the folder of a fused checkpoint.")
-        name = repr(str(file))
-        with explained(f"{name} is not JSON", "save the model again", ValueError):
+        with explained(f"{str(file)!r} is not JSON", "save the model again", ValueError):
             values = from_json(file.read_bytes())
-        return cls.from_dict(values, name)
+        return cls.from_dict(values, repr(str(file)))
 
 
 def published_name(base: str) -> str:
     """A model's name as it may be published: of a path, on this machine or another one, the last name alone."""
-    if os.path.exists(base):
-        return os.path.basename(os.path.abspath(base)) or base
-    paths: list[PurePath] = [PurePosixPath(base), PureWindowsPath(base)]
-    for path in paths:
-        if path.is_absolute():
-            return path.name or base
-    return base
+    is_path = os.path.exists(base) or PureWindowsPath(base).root
+    return (is_path and PureWindowsPath(os.path.abspath(base)).name) or base  # which takes slashes of either kind
 
 
 def versions() -> dict[str, str]:
