@@ -154,6 +154,8 @@ def _communicate(collective: Callable[..., Any], *arguments: Any) -> None:
     """Call one of torch's functions that need all processes; say in one sentence that another process is gone."""
     try:
         collective(*arguments)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch has no class of its own for this
         raise LostProcessError(
             "Another process of this launch has ended, so this one cannot go on; see what that one said, and start "
