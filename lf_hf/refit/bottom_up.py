@@ -45,88 +45,72 @@ def fit_groups(
     """
     share = dense.processes.shard(sequences)
     batch_numbers = dense.batch_indices(share)
-    embedded = dense.embed([torch.stack([share[n] for n in numbers]) for numbers in batch_numbers])
+    batches = [torch.stack([share[number] for number in numbers]) for numbers in batch_numbers]
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences, batch_numbers) if held_out else None
-    with StateStore(dense.states, dense.scratch) as store:
-        dense_states: States = store.keep(embedded)
-        states: States | None = None  # of the fused model; None as long as no layer below is fused
-        del embedded
-        dense_layers = dense.layers(range(groups[-1][1] + 1))  # nothing is fitted above the last group
-        for first, last in progress(_cover(groups), desc="Fitting layers", unit="layer"):
-            layers = [next(dense_layers) for _ in range(first, last + 1)]
-            judge.run_dense(layers)
-            if first == last:
-                [layer] = layers
-                dense_states = run_states(dense, layer, dense_states, store)
-                if states is not None:
-                    states = run_states(dense, layer, states, store)
-                judge.run(layer)
-                continue
-            missed_by_layer = [judge.missed(layer) for layer in layers]
-            traces = trace(dense, layers, dense_states, states, store)
-            before = dense_states if states is None else states
-            dense_states = traces.output
-            fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
-            del layers, traces
-            if steps is not None:
-                fit = _trained(dense, fit, before, dense_states, steps, judge)
-                fit = _or_layer_instead(dense, fit, missed_by_layer)
-            layer = build_layer(dense, fit.weights, fit.kind)
-            states = run_states(dense, layer, before, store)
+    store = StateStore(dense.states, dense.scratch)
+    dense_states: States = store.keep(dense.embed(batches))
+    states: States | None = None  # of the fused model; None as long as no layer below is fused
+    up_to = groups[-1][1] + 1  # nothing is fitted above the last group
+    dense_layers = dense.layers(range(up_to))
+    grouped = {number for first, last in groups for number in range(first, last + 1)}
+    alone = [(number, number) for number in range(up_to) if number not in grouped]
+    for first, last in progress(sorted([*groups, *alone]), desc="Fitting layers", unit="layer"):
+        layers = [next(dense_layers) for _ in range(first, last + 1)]
+        judge.run_dense(layers)
+        if first == last:
+            [layer] = layers
+            dense_states = run_states(dense, layer, dense_states, store)
+            if states is not None:
+                states = run_states(dense, layer, states, store)
             judge.run(layer)
-            del layer, before
-            yield fit
+            continue
+        missed_by_layer = [judge.missed(layer) for layer in layers]
+        traces = trace(dense, layers, dense_states, states, store)
+        before = dense_states if states is None else states
+        dense_states = traces.output
+        fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
+        del layers, traces
+        if steps is not None:
+            fit = _best(dense, fit, before, dense_states, steps, judge, missed_by_layer)
+        layer = build_layer(dense, fit.weights, fit.kind)
+        states = run_states(dense, layer, before, store)
+        judge.run(layer)
+        del layer, before
+        yield fit
 
 
-def _cover(groups: Sequence[Group]) -> list[Group]:
-    """All layers up to the last group's, as groups: those between the groups are alone in theirs."""
-    covered: list[Group] = []
-    number = 0
-    for first, last in groups:
-        covered += [(single, single) for single in range(number, first)]
-        covered.append((first, last))
-        number = last + 1
-    return covered
-
-
-def _trained(
-    dense: Decoder, fit: MadeLayer, states: States, targets: States, steps: Steps, judge: _HeldOutText
+def _best(
+    dense: Decoder,
+    fit: MadeLayer,
+    states: States,
+    targets: States,
+    steps: Steps,
+    judge: _HeldOutText,
+    missed_by_layer: Sequence[Tensor],
 ) -> MadeLayer:
-    """A layer as fitted, or trained after that where it then misses less of held-out text."""
-    layer = build_layer(dense, fit.weights, fit.kind)
-    missed = judge.missed(layer)
-    trained = build_layer(dense, fit.weights, fit.kind)
+    """What misses least of held-out text: the layer as fitted, or trained after that, or one of its group as it is."""
+    layers = [build_layer(dense, fit.weights, fit.kind) for _ in range(2)]
+    fitted, trained = layers
     trained.load_state_dict(tune(dense, trained, states, targets, steps), assign=True)  # some are the dense model's
-    missed_by_trained = judge.missed(trained)
-    errors, errors_of_trained = torch.stack(to_host(missed, missed_by_trained)).tolist()
-    if errors_of_trained < errors:
-        layer, errors = trained, errors_of_trained
-    held_out_error, first_token_error = errors
+    missed = torch.stack(to_host(judge.missed(fitted), judge.missed(trained), *missed_by_layer)).tolist()
+    errors = [error if math.isfinite(error) else math.inf for error, _ in missed]  # what overflows is NaN
+    best = errors.index(min(errors))
+    held_out_error, first_token_error = missed[best]
     entry = replace(fit.entry, held_out_error=held_out_error, first_token_error=first_token_error)
-    return fit._replace(weights=layer_weights(dense, layer), entry=entry)
-
-
-def _or_layer_instead(dense: Decoder, fit: MadeLayer, missed_by_layer: Sequence[Tensor]) -> MadeLayer:
-    """The fitted layer, or that layer of its group which, as it is, misses less of held-out text."""
-    fitted = fit.entry
-    errors, first_token_errors = torch.stack(to_host(*missed_by_layer), dim=1).tolist()
-    finite = [missed for missed in errors if math.isfinite(missed)]  # what overflows is NaN
-    assert fitted.held_out_error is not None and fitted.heads_kept and fitted.channels_kept
-    if not finite or fitted.held_out_error <= min(finite):
-        return fit
-    least = min(finite)
-    place = errors.index(least)
-    number = fitted.layers[place]
+    if best < len(layers):
+        return fit._replace(weights=layer_weights(dense, layers[best]), entry=entry)
+    number = entry.layers[best - len(layers)]
     layer = dense.layer(number)
-    is_taken = [other == number for other in fitted.layers]
+    is_taken = [other == number for other in entry.layers]
+    assert entry.heads_kept and entry.channels_kept
     entry = FusedLayer(
-        fitted.layers,
+        entry.layers,
         shares=[float(taken) for taken in is_taken],
-        heads_kept=[sum(fitted.heads_kept) * taken for taken in is_taken],
-        channels_kept=[sum(fitted.channels_kept) * taken for taken in is_taken],
-        held_out_error=least,
-        first_token_error=first_token_errors[place],
+        heads_kept=[sum(entry.heads_kept) * taken for taken in is_taken],
+        channels_kept=[sum(entry.channels_kept) * taken for taken in is_taken],
+        held_out_error=held_out_error,
+        first_token_error=first_token_error,
         layer_instead=number,
     )
     return MadeLayer(layer_weights(dense, layer), dense.family.layer_kind(layer), entry)
@@ -139,13 +123,14 @@ class _HeldOutText:
         self._decoder = decoder
         batches = decoder.make_batches(decoder.processes.shard(sequences))
         self._states = decoder.embed(batches)  # in front of the fused model's layer
-        self._dense = self._target = self._states  # in front of the dense model's layers, and after them
+        self._target = self._states  # after the dense model's layers
 
     def run_dense(self, layers: Sequence[DecoderLayer]) -> None:
         """Run layers of the dense model."""
-        self._dense = self._target
+        before = self._target
         for layer in layers:
             self._target = self._run(layer, self._target)
+        self._done = self._missed(before)
 
     def run(self, layer: DecoderLayer) -> None:
         """Run the layer of the fused model that stands in their place."""
@@ -160,27 +145,19 @@ class _HeldOutText:
 
         Squared and weighted as in fits: of all tokens, as a mean over the stream's channels, and of each first one.
         """
-        hidden = self._decoder.config.hidden_size
-        missed = torch.zeros(2, hidden, dtype=torch.float64)  # of all tokens and of the first ones, by channel
-        done = torch.zeros_like(missed)
-        outputs = self._run(layer, self._states)
-        for output, dense, target in zip(outputs, self._dense, self._target, strict=True):
-            token_weight = token_weights(self._decoder, target)
-            missed_here = _squares(output, target, token_weight)
-            done_here = _squares(dense, target, token_weight)
-            missed = to_device(missed, missed_here.device) + missed_here
-            done = to_device(done, done_here.device) + done_here
+        missed = self._missed(self._run(layer, self._states))
+        error = (channel_weights(self._done[0]) * missed[0]).sum()
+        done_first = torch.where(self._done[1].any(), self._done[1].sum(), 1.0)
+        return torch.stack([error, missed[1].sum() / done_first])
+
+    def _missed(self, states: Sequence[Tensor]) -> Tensor:
+        """Weighted squared differences from the target by channel, of all tokens and of the first ones: float64,
+        (2, hidden)."""
+        missed = torch.zeros(2, self._decoder.config.hidden_size, dtype=torch.float64)
+        for state, target in zip(states, self._target, strict=True):
+            squares = (state.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
+            squares *= token_weights(self._decoder, target).view(*target.shape[:2], 1)
+            sums = torch.stack([in_float64(part).sum((0, 1)) for part in (squares, squares[:, :1])])
+            missed = to_device(missed, sums.device) + sums
         self._decoder.processes.all_reduce(missed)
-        self._decoder.processes.all_reduce(done)
-        error = (channel_weights(done[0]) * missed[0]).sum()
-        done_first = torch.where(done[1].any(), done[1].sum(), 1.0)
-        first_token_error = missed[1].sum() / done_first
-        return torch.stack([error, first_token_error])
-
-
-def _squares(states: Tensor, target: Tensor, token_weight: Tensor) -> Tensor:
-    """Weighted squared differences by channel, summed over all tokens and over the first ones: (2, hidden), float64."""
-    squares = (states.to(target.device).float() - target.float()).square()  # (sequences B, tokens T, hidden)
-    squares *= token_weight.view(*target.shape[:2], 1)
-    sums = [in_float64(part).sum((0, 1)) for part in (squares, squares[:, :1])]
-    return torch.stack(sums)
+        return missed

@@ -7,7 +7,7 @@ the vocabulary, is involved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,9 +66,9 @@ def tune(
     rate = _RELATIVE_RATE * typical_size(weights.values())
     optimizer = torch.optim.AdamW(weights.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARM_UP_STEPS, len(steps.rows))
-    for rows in steps.rows:
-        for same_length in _by_length(zip(_taken(states, rows), _taken(targets, rows), strict=True)):
-            state, target = (torch.stack(parts).to(device) for parts in zip(*same_length, strict=True))
+    for step in steps.rows:
+        for rows in step.values():
+            state, target = (_taken(batches, rows).to(device) for batches in (states, targets))
             state = state.to(computed)
             with torch.enable_grad():
                 cast = {name: weight.to(computed) for name, weight in weights.items()}
@@ -90,9 +90,10 @@ def tune(
 
 
 class Steps(NamedTuple):
-    """This process's sequences of each step of the training, and about how many steps are a pass over the text."""
+    """This process's sequences of each step of the training, by their length, and about how many steps are a pass over
+    the text."""
 
-    rows: list[list[Row]]
+    rows: list[dict[int, list[Row]]]
     per_pass: float
 
 
@@ -104,41 +105,32 @@ def training_steps(decoder: Decoder, sequences: Sequence[Tensor], batch_numbers:
     """
     passes = num_passes(sum(map(len, sequences)))
     mine = decoder.processes.shard(range(len(sequences)))
-    places: dict[int, Row] = {}
-    for batch, numbers in enumerate(batch_numbers):
-        for row, place in enumerate(numbers):
-            places[mine[place]] = batch, row
-    steps: list[list[Row]] = [[]]
+    places: dict[int, Row] = {
+        mine[place]: (batch, row) for batch, numbers in enumerate(batch_numbers) for row, place in enumerate(numbers)
+    }
+    steps: list[dict[int, list[Row]]] = [{}]
     tokens = 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(passes):
         for number in torch.randperm(len(sequences), generator=generator).tolist():
             if tokens >= STEP_TOKENS:
-                steps.append([])
+                steps.append({})
                 tokens = 0
-            tokens += len(sequences[number])
+            length = len(sequences[number])
+            tokens += length
             if number in places:
-                steps[-1].append(places[number])
+                steps[-1].setdefault(length, []).append(places[number])
     return Steps(steps, len(steps) / passes)
 
 
-def _taken(batches: Sequence[Tensor], rows: Sequence[Row]) -> list[Tensor]:
-    """Rows of batches of states, (tokens T, hidden) each. A batch that rests elsewhere is fetched once and not kept."""
+def _taken(batches: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
+    """Rows of batches of states, (sequences B, tokens T, hidden). A batch that rests elsewhere is fetched once and not
+    kept."""
     taken: dict[Row, Tensor] = {}
     for number in dict.fromkeys(number for number, _ in rows):
         batch = batches[number]
-        of_batch = [row for row in rows if row[0] == number]
-        copies = torch.stack([batch[row] for _, row in of_batch])
-        taken |= zip(of_batch, copies, strict=True)
-    return [taken[row] for row in rows]
-
-
-def _by_length(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
-    """States (tokens T, hidden) and their targets, those of one length together."""
-    grouped: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for state, target in pairs:
-        grouped.setdefault(len(state), []).append((state, target))
-    return grouped.values()
+        taken |= {(of_batch, row): batch[row].clone() for of_batch, row in rows if of_batch == number}
+    return torch.stack([taken[row] for row in rows])
 
 
 def channel_weights(changes: Tensor) -> Tensor:
