@@ -6,7 +6,6 @@ stay on the device, and so do `Failures`, until a whole fit is read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from lf_hf.runtime.numerics import bfloat16_products
 _SELECTION_RIDGE = 1e-2
 _TINY = torch.finfo(torch.float32).tiny  # so that a ridge is not 0 where nothing is read
 _GRAM_ROWS = 512  # of a gram matrix that are added to at a time
-_ROWS = 256  # of a matrix that are moved, or an error summed over, at a time
+_ROWS = 256  # that an error is summed over at a time
 _COLUMNS = 512  # of an inverse of which blocks are computed at a time
 PRUNING_ROUNDS = 4
 _OVERFLOWS, _IS_UNSTABLE = 1, 2
@@ -40,23 +39,19 @@ class Failures:
         self._codes: list[Tensor] = []
 
     def cholesky(self, matrix: Tensor) -> Tensor:
-        """Cholesky factors of positive definite matrices, (..., m, m)."""
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        code = info.any() * _IS_UNSTABLE
-        self._codes.append(code)
+        """Cholesky factors of symmetric matrices (..., m, m), of which the upper halves are read, in their memory."""
+        is_finite = torch.isfinite(matrix.diagonal(dim1=-2, dim2=-1)).all()
+        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
+        info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+        factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+        self._codes.append(info.any() * torch.where(is_finite, _IS_UNSTABLE, _OVERFLOWS))
         return factor
 
     def ridge_cholesky(self, gram: Tensor, pull: Tensor, dtype: torch.dtype) -> Tensor:
         """Cholesky factor of a symmetric matrix, of which the upper half is read, with a ridge on its diagonal."""
         matrix = gram.to(dtype, copy=True)
         matrix.diagonal().add_(pull)
-        # In place: the transpose of a symmetric matrix has the layout that LAPACK takes.
-        info = torch.empty((), dtype=torch.int32, device=matrix.device)
-        factor, info = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-        is_finite = torch.isfinite(gram.diagonal()).all()
-        code = torch.where(is_finite, _IS_UNSTABLE, _OVERFLOWS)
-        self._codes.append((info != 0) * code)
-        return factor
+        return self.cholesky(matrix)
 
     def codes(self) -> Tensor:
         """Of all matrices in their order, (matrices,)."""
@@ -83,59 +78,51 @@ class Solution(NamedTuple):
     error_after: Tensor
 
 
-class Units:
-    """What a problem is in: float32 at least, on the CPU where a device, Apple's mps, has no float64 to solve it in.
+class LeastSquares:
+    """A weighted problem y = W x, in float32 at least, and on the CPU where a device, Apple's mps, has no float64.
 
-    x is in units of `unit`, a power of two near the largest of the first x, so that squares are in range. It is a
-    float32 tensor of shape (), and 1 before there is an x.
+    Parameters
+    ----------
+    device : torch.device
+    dtype : torch.dtype
+        In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
+    failures : Failures, optional
+        Those of the fit that the problem is a part of.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, failures: Failures | None) -> None:
+        self.failures = failures or Failures()
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.unit = torch.ones((), device=self.device)
-        self.is_known = False
+        self.is_bfloat16 = dtype == torch.bfloat16
 
     def weighted(self, x: Tensor, y: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x in units of `unit`, and y, of tokens, both times the root of the tokens' weights."""
-        x, y = x.to(self.device), y.to(self.device)
+        """x and y of tokens, times the root of the tokens' weights."""
         root = token_weight.float().to(self.device).sqrt()[:, None]
-        if not self.is_known:
-            # Row by row, as a product with all of x would be a copy of it. Rounding keeps the order of products.
-            largest_of_rows = torch.linalg.vector_norm(x, torch.inf, dim=1).float() * root[:, 0]
-            self.unit = power_of_two(largest_of_rows.amax())
-            self.is_known = True
         # A product with float32 is the one copy of half-precision numbers.
-        x = (x * root).to(self.dtype)
-        y = (y * root).to(self.dtype)
-        x *= self.unit.reciprocal()
-        return x, y
+        return (x.to(self.device) * root).to(self.dtype), (y.to(self.device) * root).to(self.dtype)
 
-    def of_weight(self, weight: Tensor) -> Tensor:
-        """A weight that is for x, as one for x in units of `unit`."""
-        return weight.to(self.device, self.dtype, copy=True).mul_(self.unit)
+    def wide(self, weight: Tensor) -> Tensor:
+        """A copy of a weight."""
+        return weight.to(self.device, self.dtype, copy=True)
 
 
-class Regression:
-    """Sums of a weighted least-squares problem y = W x, from which W and its error follow.
+class Regression(LeastSquares):
+    """Sums of a problem over tokens, from which W and its error follow.
 
     Parameters
     ----------
     inputs, outputs : int
         How many numbers x and y have.
-    device : torch.device
-    dtype : torch.dtype
-        In which x and y are computed. Sums are of bfloat16 products where this is bfloat16.
+    device, dtype, failures
+        As in `LeastSquares`.
     processes : Processes
         Those that each add a share of the tokens, and then solve the same problem.
-    failures : Failures, optional
-        Those of the fit that the problem is a part of.
 
     Attributes
     ----------
     gram : tensor of shape (inputs m, inputs m)
-        Sum of weight * x x^T over tokens, with x in its units. Until `complete` it lacks what is left of blocks
-        on the diagonal.
+        Sum of weight * x x^T over tokens. Until `complete` it lacks what is left of blocks on the diagonal.
     cross : tensor of shape (outputs d, inputs m)
         Sum of weight * y x^T, likewise.
     energy : float64 tensor of shape ()
@@ -151,19 +138,16 @@ class Regression:
         processes: Processes = ALONE,
         failures: Failures | None = None,
     ) -> None:
-        self.failures = failures or Failures()
-        self._units = Units(device, dtype)
-        device, wide = self._units.device, self._units.dtype
-        self.gram = torch.zeros(inputs, inputs, dtype=wide, device=device)
-        self.cross = torch.zeros(outputs, inputs, dtype=wide, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
-        self._is_bfloat16 = dtype == torch.bfloat16
+        super().__init__(device, dtype, failures)
+        self.gram = torch.zeros(inputs, inputs, dtype=self.dtype, device=self.device)
+        self.cross = torch.zeros(outputs, inputs, dtype=self.dtype, device=self.device)
+        self.energy = torch.zeros((), dtype=torch.float64, device=self.device)
         self._processes = processes
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
         """Add tokens: x (tokens T, inputs m), y (tokens T, outputs d), token_weight (tokens T,)."""
-        x, y = self._units.weighted(x, y, token_weight)
-        with bfloat16_products(self._is_bfloat16):
+        x, y = self.weighted(x, y, token_weight)
+        with bfloat16_products(self.is_bfloat16):
             add_gram(self.gram, x)
             self.cross.addmm_(y.T, x)
         for rows in y.split(_ROWS):
@@ -174,14 +158,6 @@ class Regression:
         for first in range(0, len(self.gram), _GRAM_ROWS):
             end = first + _GRAM_ROWS
             self.gram[end:, first:end] = self.gram[first:end, end:].T
-        if self._processes.world_size == 1:
-            return
-        own_unit = float(self._units.unit) if self._units.is_known else 0.0
-        unit = max(self._processes.all_gather_object(own_unit)) or 1.0
-        scale = own_unit / unit  # a power of two, so that nothing is rounded
-        self._units.unit = torch.full_like(self._units.unit, unit)
-        self.gram *= scale**2
-        self.cross *= scale
         for sums in (self.gram, self.cross, self.energy):
             self._processes.all_reduce(sums)
 
@@ -193,7 +169,7 @@ class Regression:
         W gram = cross - pull (W - start), they are energy - <cross + R, start> and
         energy - <cross + pull (W - start), W>.
         """
-        weight = torch.zeros_like(self.cross) if start is None else self._units.of_weight(start)
+        weight = torch.zeros_like(self.cross) if start is None else self.wide(start)
         pull = strength * self.gram.diagonal().mean() + _TINY
         factor = self._factor(pull)
         residual = self.cross.clone()  # (d, m)
@@ -203,8 +179,8 @@ class Regression:
         change = solve(factor, residual.to(factor.dtype).T).T.to(weight.dtype)
         weight += change
         after = self.energy - _dot(self.cross, weight) - pull * _dot(change, weight)
-        errors = (_relative(error, self.energy) for error in (before, after))
-        return Solution(weight.div_(self._units.unit), *errors)
+        errors = (error / self.energy.clamp(min=_TINY) for error in (before, after))
+        return Solution(weight, *errors)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
         """Restrict the problem to the `keep` blocks of `block` adjacent inputs whose loss costs it least.
@@ -229,27 +205,22 @@ class Regression:
         blocks = torch.arange(total, device=self.gram.device)
         pull = _SELECTION_RIDGE * self.gram.diagonal().mean() + _TINY
         factor = self._factor(pull)
-        target = self._units.of_weight(start).mul_(pull).add_(self.cross).to(factor.dtype)
+        target = self.wide(start).mul_(pull).add_(self.cross).to(factor.dtype)
         weight = solve(factor, target.T)  # W^T (m, d)
         inverse = torch.cholesky_inverse(factor, out=factor)  # (m, m)
         del factor, target
         for size in _sizes(total, keep, rounds):
             inner = inverse.unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
-            order = saliency(inner.movedim(2, 0), weight, self.failures).argsort(descending=True)
-            dropped = order[size:].sort().values
-            # Those that are left among the last take the places of those that are dropped: few are moved.
-            last = torch.arange(size, len(blocks), device=blocks.device)
-            last = last[torch.isin(last, dropped).argsort(stable=True)]
+            worth = saliency(inner.movedim(2, 0)[blocks], weight[expanded(blocks, block)], self.failures)
+            order = worth.argsort(descending=True)
+            dropped = blocks[order[size:].sort().values]
+            blocks = blocks[order[:size].sort().values]
             if size > keep:
-                members = expanded(dropped, block), expanded(last, block)
-                inverse, weight = eliminate(inverse, weight, *members, self.failures)
-            blocks[dropped] = blocks[last]
-            blocks = blocks[:size]
+                eliminate(inverse, weight, expanded(dropped, block), self.failures)
         del inverse, weight
-        blocks = blocks.sort().values
         self._processes.broadcast(blocks)  # as machines may round differently
         index = expanded(blocks, block)
-        self.gram = compact(self.gram, index)
+        self.gram = self.gram[index[:, None], index]
         self.cross = self.cross[:, index]
         return blocks
 
@@ -258,24 +229,23 @@ class Regression:
         return self.failures.ridge_cholesky(self.gram, pull, dtype)
 
 
-class DualRegression:
+class DualRegression(LeastSquares):
     """The same problem by the tokens, where they are fewer than x has numbers: with no matrix of shape (m, m).
 
     Tokens are kept: X of shape (tokens T, inputs m) and Y (tokens T, outputs d). With the kernel K = X X^T + pull I, of
     shape (T, T), the solution leaves pull K^-1 (Y - X start^T) of Y, and the inverse of the gram matrix with its ridge
-    is (I - X^T K^-1 X) / pull. Systems are solved in float64. Parameters and methods are those of `Regression`.
+    is (I - X^T K^-1 X) / pull. Systems are solved in float64. Methods are those of `Regression`.
     """
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype = torch.float32, failures: Failures | None = None
     ) -> None:
-        self.failures = failures or Failures()
-        self._units = Units(device, dtype)
-        self._own = torch.bfloat16 if dtype == torch.bfloat16 else self._units.dtype
+        super().__init__(device, dtype, failures)
+        self._own = torch.bfloat16 if self.is_bfloat16 else self.dtype
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor, token_weight: Tensor) -> None:
-        self._parts.append(self._units.weighted(x, y, token_weight))
+        self._parts.append(self.weighted(x, y, token_weight))
 
     def complete(self) -> None:
         x, self._y = map(torch.cat, zip(*self._parts, strict=True))
@@ -283,17 +253,17 @@ class DualRegression:
         self._x = x.to(self._own)  # as products take it, so that the kernel is one of what solutions take
 
     def ridge(self, start: Tensor | None, strength: float) -> Solution:
-        weight = None if start is None else self._units.of_weight(start)
+        weight = None if start is None else self.wide(start)
         pull = self._pull(strength)
         _, missed, left = self._solved(weight, pull)
         change = self._change(left, pull)
         weight = change if weight is None else weight.add_(change)
-        energy = _dot(self._y, self._y)
-        errors = (_relative(_dot(part, part), energy) for part in (missed, left))
-        return Solution(weight.div_(self._units.unit), *errors)
+        energy = _dot(self._y, self._y).clamp(min=_TINY)
+        errors = (_dot(part, part) / energy for part in (missed, left))
+        return Solution(weight, *errors)
 
     def prune(self, start: Tensor, keep: int, *, block: int = 1, rounds: int = PRUNING_ROUNDS) -> Tensor:
-        start = self._units.of_weight(start)
+        start = self.wide(start)
         blocks = torch.arange(start.shape[1] // block, device=start.device)
         identity = torch.eye(block, dtype=torch.float64, device=start.device)
         at_once = block * max(1, _COLUMNS // block)
@@ -313,13 +283,13 @@ class DualRegression:
         return blocks
 
     def _pull(self, strength: float) -> Tensor:
-        return strength * torch.linalg.vector_norm(self._x, dtype=self._units.dtype).square() / self._x.shape[1] + _TINY
+        return strength * torch.linalg.vector_norm(self._x, dtype=self.dtype).square() / self._x.shape[1] + _TINY
 
     def _solved(self, start: Tensor | None, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of K, and what `start` and what the solution leave of y, of shape (outputs d, tokens T)."""
-        x = self._x.to(self._units.dtype)
+        x = self._x.to(self.dtype)
         kernel = x.new_zeros(len(x), len(x))
-        with bfloat16_products(self._own == torch.bfloat16):
+        with bfloat16_products(self.is_bfloat16):
             add_gram(kernel, x.T)
         missed = self._y.T if start is None else self._y.T - start.to(self._own) @ self._x.T
         factor = self.failures.ridge_cholesky(kernel, pull, torch.float64)
@@ -349,11 +319,6 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([(rows.double() * others).sum() for rows, others in parts]).sum()
 
 
-def _relative(error: Tensor, energy: Tensor) -> Tensor:
-    of_nothing = torch.where(error == 0, 0.0, math.inf)
-    return torch.where(energy == 0, of_nothing, error / energy)
-
-
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """Solution x of L L^T x = right, in the memory of `right`, for a lower Cholesky factor L.
 
@@ -364,8 +329,8 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def saliency(inner: Tensor, weight: Tensor, failures: Failures) -> Tensor:
-    """What each block of inputs is worth, from the blocks (blocks, block, block) on the diagonal of the inverse and the
-    solution W^T (m, d); shape (blocks,)."""
+    """What each block of inputs is worth, from the blocks (blocks, block, block) on the diagonal of the inverse, which
+    are overwritten, and the solution W^T (m, d); shape (blocks,)."""
     block = inner.shape[1]
     if block == 1:
         return torch.linalg.vector_norm(weight, dim=1).square() / inner[:, 0, 0]
@@ -373,39 +338,17 @@ def saliency(inner: Tensor, weight: Tensor, failures: Failures) -> Tensor:
     return torch.linalg.solve_triangular(failures.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 
 
-def eliminate(
-    inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, failures: Failures
-) -> tuple[Tensor, Tensor]:
-    """Inverse (m, m) and solution W^T (m, d) of a least-squares problem without some inputs, in the memory they have.
+def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, failures: Failures) -> None:
+    """Make the inverse (m, m) and the solution W^T (m, d) of a problem those without some inputs, whose rows become 0.
 
-    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
-    take the places of those that are dropped, in the order of `last`.
+    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T.
     """
-    size = len(inverse) - len(dropped)
     rows = inverse[dropped]
     root = failures.cholesky(rows[:, dropped])
     shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
     written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
-    for part in (inverse, inverse.T, shared.T, weight):
-        part[dropped] = part[last]
-    inverse, shared, weight = inverse[:size, :size], shared[:, :size], weight[:size]
-    return inverse.addmm_(shared.T, shared, alpha=-1), weight.addmm_(shared.T, written, alpha=-1)
-
-
-def compact(matrix: Tensor, index: Tensor) -> Tensor:
-    """Some rows and the same columns of a square matrix, in ascending order, moved to the front of its memory."""
-    size, flat = len(index), matrix.view(-1)
-    for first in range(0, size, _ROWS):
-        # A row moves to where no row is that is still to be read, as index[n] >= n.
-        block = matrix[index[first : first + _ROWS]][:, index]
-        flat[first * size : first * size + block.numel()] = block.flatten()
-    return flat[: size * size].view(size, size)
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """The nearest one that is not above a float32 `size` and has a reciprocal; 1 for 0, inf and NaN."""
-    power = (size.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone
-    return torch.where((size > 0) & size.isfinite(), power.clamp(2.0**-126, 2.0**126), 1.0)
+    inverse.addmm_(shared.T, shared, alpha=-1)
+    weight.addmm_(shared.T, written, alpha=-1)
 
 
 def expanded(blocks: Tensor, block: int) -> Tensor:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLED = 1024  # values of a parameter in a digest
-_FINITE_ROWS = 1024  # looked at together, as the temporaries of isfinite are large
 
 
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether a tensor holds neither NaN nor inf: a bool tensor of shape (), as the host waits where it reads one."""
-    finite = [torch.isfinite(rows).all() for rows in tensor.split(_FINITE_ROWS)]
-    return torch.stack(finite).all()
+    return torch.stack(tensor.aminmax()).isfinite().all()  # of all numbers temporaries would be large
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -28,17 +26,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
     """Copies of small tensors in the machine's memory, in float64: the host waits once, for the first one's device."""
-    device = tensors[0].device
-    flat = []
-    for tensor in tensors:
-        there = to_device(tensor, device)
-        flat.append(in_float64(there.flatten()))
-    values = torch.cat(flat).cpu()
-    copies = []
-    for tensor in tensors:
-        own, values = values.tensor_split([tensor.numel()])
-        copies.append(own.view(tensor.shape))
-    return copies
+    flat = [in_float64(to_device(tensor, tensors[0].device)).flatten() for tensor in tensors]
+    parts = torch.cat(flat).cpu().split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def in_float64(tensor: Tensor) -> Tensor:
@@ -50,13 +40,9 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 def typical_size(weights: Iterable[Tensor]) -> float:
     """Median over a model's matrices of the root mean square of their weights."""
-    sizes = []
-    for weight in weights:
-        if weight.dim() == 2:
-            mean_square = weight.detach().float().square().mean()
-            sizes.append(mean_square.sqrt())
-    sizes = [size.to(sizes[0].device) for size in sizes]
-    return torch.stack(sizes).median().item()
+    squares = [weight.detach().float().square().mean() for weight in weights if weight.dim() == 2]
+    sizes = torch.stack([square.to(squares[0].device) for square in squares]).sqrt()
+    return sizes.median().item()
 
 
 @contextmanager

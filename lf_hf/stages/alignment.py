@@ -19,7 +19,7 @@ from lf_hf.families.table import PROJECTIONS, Axis, Weights, head_dim
 from lf_hf.report.data import RowMatch
 from lf_hf.runtime.launch import ALONE, Processes
 from lf_hf.runtime.numerics import in_float64
-from lf_hf.stages.assignment import Costs, Pair, assign, row_costs, scaled_rows
+from lf_hf.stages.assignment import Costs, Pair, assign, float_rows, row_costs
 
 _ROW_AXES = [Axis(f"{name}.{kind}", 0, name) for name in PROJECTIONS for kind in ("weight", "bias")]
 """Rows of each matrix that are permuted by themselves: no symmetry, as the layer then computes something else."""
@@ -45,7 +45,7 @@ def align_layer(
 
 def normalized_rows(weight: Tensor) -> Tensor:
     """Rows of (rows n, columns m) in float32, divided by their norm + 1e-12."""
-    rows, factors, _ = scaled_rows(weight)
+    rows, factors, _ = float_rows(weight)
     return rows * factors[:, None]
 
 
@@ -99,7 +99,7 @@ def match_neurons(
 def _head_costs(pairs: Sequence[Pair], head_dim: int) -> Costs:
     """Distances of heads, (heads of i, heads of j), summed over the matrices that have them in their rows."""
     blocks = [tuple(weight.unflatten(0, (-1, head_dim)).flatten(1) for weight in pair) for pair in pairs]
-    return np.sum([row_costs(pair, dtype=torch.float64) for pair in blocks], axis=0)
+    return row_costs(*blocks, dtype=torch.float64)
 
 
 def _match_heads(query_costs: Costs, key_value_costs: Costs) -> dict[str, NDArray[np.intp]]:

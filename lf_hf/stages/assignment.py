@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Semaphore
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import torch
@@ -46,20 +45,17 @@ def row_costs(*pairs: Pair, dtype: torch.dtype = torch.float32) -> Costs:
     Products are made where the first weights are, block by block, so this is the only n x n array.
     """
     costs = torch.zeros(len(pairs[0][0]), len(pairs[0][1]), dtype=dtype)
-    for number, (weight_i, weight_j) in enumerate(pairs):
-        rows_i, factors_i, squares_i = scaled_rows(weight_i)
-        rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in scaled_rows(weight_j))
-        in_place = number == 0 and (costs.dtype, costs.device) == (rows_i.dtype, rows_i.device)
+    for weight_i, weight_j in pairs:
+        rows_i, factors_i, squares_i = float_rows(weight_i)
+        rows_j, factors_j, squares_j = (part.to(rows_i.device) for part in float_rows(weight_j))
         step = max(1, BLOCK // len(rows_j))
-        # Which changes nothing, as rows were scaled by powers of two.
+        # Which changes nothing, as these rows are bfloat16 numbers.
         with bfloat16_products(weight_i.dtype == weight_j.dtype == torch.bfloat16):
             for start in range(0, len(rows_i), step):
                 block = slice(start, start + step)
-                squared = torch.mm(rows_i[block], rows_j.T, out=costs[block] if in_place else None)  # (block, n)
+                squared = rows_i[block] @ rows_j.T  # (block, n)
                 squared.mul_(factors_i[block, None] * -2).mul_(factors_j).add_(squares_i[block, None]).add_(squares_j)
-                squared.clamp_(min=0).sqrt_()
-                if not in_place:
-                    costs[block] += squared.cpu()
+                costs[block] += squared.clamp_(min=0).sqrt_().cpu()
     return costs.numpy()
 
 
@@ -82,35 +78,23 @@ def assign(problems: Mapping[str, Sequence[Pair]]) -> dict[str, NDArray[np.int64
     dtype = torch.float64 if lapjvs is None else torch.float32
     largest = max((len(pairs[0][0]) for pairs in problems.values()), default=1)
     together = max(1, min(torch.get_num_threads(), ALIVE_BYTES // (largest**2 * dtype.itemsize)))
-    may_begin = Semaphore(together)
-    bar = progress(total=len(problems), desc="Assignment", unit="matrix", leave=False)
+    one_at_a_time = Lock()
 
-    def solve(costs: Costs) -> NDArray[np.int64]:
-        try:
-            return linear_sum_assignment(costs)[1] if lapjvs is None else lapjvs(costs, return_cost=False)[1]
-        finally:
-            bar.update()
-            may_begin.release()
+    def solve(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+        with one_at_a_time, torch.no_grad():
+            costs = row_costs(*pairs, dtype=dtype)
+        return linear_sum_assignment(costs)[1] if lapjvs is None else lapjvs(costs, return_cost=False)[1]
 
-    solved: dict[str, Future[NDArray[np.int64]]] = {}
-    with ThreadPoolExecutor(together) as pool, bar:
-        for name in sorted(problems, key=lambda name: -len(problems[name][0][0])):
-            may_begin.acquire()
-            solved[name] = pool.submit(solve, row_costs(*problems[name], dtype=dtype))
-    return {name: solved[name].result() for name in problems}
+    names = sorted(problems, key=lambda name: -len(problems[name][0][0]))
+    with ThreadPoolExecutor(together) as pool:
+        solved = pool.map(solve, [problems[name] for name in names])
+        bar = progress(solved, total=len(names), desc="Assignment", unit="matrix", leave=False)
+        return dict(zip(names, bar, strict=True))
 
 
-def scaled_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in float32 up to a factor each, these factors, and the squared norms of the normalised rows.
-
-    A row times its factor is normalised. Rows are scaled by powers of two alone, to largest entries of 1..2: that
-    keeps squares in range, and the digits of bfloat16 weights as they are.
-    """
-    largest = torch.linalg.vector_norm(weight, math.inf, dim=1).float().cpu()
-    exponents = torch.frexp(largest).exponent  # no frexp on mps
-    powers = torch.ldexp(torch.ones_like(largest), 1 - exponents.clamp(min=-126))  # not above what float32 holds
-    rows = weight.to(torch.float32, copy=True)
-    rows *= powers.to(rows.device)[:, None]
+def float_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in float32, what each is multiplied by to be normalised, and the squared norms of the normalised rows."""
+    rows = weight.float()
     norms = rows.norm(dim=1)
-    factors = 1 / (norms + _EPSILON * powers.to(rows.device))
+    factors = 1 / (norms + _EPSILON)
     return rows, factors, (norms * factors).square()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders import SEED, examples, normal
 from conftest import make_llama
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import fitted, tiny_model
 from torch import Tensor
@@ -67,14 +67,13 @@ def test_ridge_minimises_its_objective(inputs: int, strength: float, dual: bool,
         assert error == pytest.approx(float(missed), rel=1e-4, abs=1e-6)
 
 
-@given(SEED, st.integers(-100, 100), st.integers(-60, 60))
+@given(SEED, st.integers(-40, 40), st.integers(-40, 40))
 @examples(30)
 def test_a_fit_follows_the_scale_of_what_it_reads_and_writes(seed: int, read: int, write: int) -> None:
     x, y, weights = problem(seed)
     scale_x, scale_y = 2.0**read, 2.0**write
     start = normal(3, 8, seed=seed + 9)
     plain, scaled = regression(x, y, weights), regression(x * scale_x, y * scale_y, weights)
-    assume(abs(write - read) < 120)
     scaled_start = (start.double() * scale_y / scale_x).float()
     expected = plain.ridge(start, 0.1).weight.double() * scale_y / scale_x
     weight, *errors = scaled.ridge(scaled_start, 0.1)
@@ -218,7 +217,7 @@ def test_a_rough_fit_to_few_tokens_is_what_it_is_by_sums(model_type: str, monkey
 
 @torch.no_grad()
 @pytest.mark.parametrize("rough", [False, True])
-@pytest.mark.parametrize("power", [-80, 80])
+@pytest.mark.parametrize("power", [-20, 20])
 @pytest.mark.parametrize(
     ("reader", "writer"), [("mlp.up_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")]
 )

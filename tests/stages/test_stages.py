@@ -247,7 +247,7 @@ def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip("lapx is missing")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     found = assign({kind: [pair] for kind, pair in PAIRS.items()})
-    assert list(found) == list(PAIRS)
+    assert found.keys() == PAIRS.keys()
     for kind, pair in PAIRS.items():
         exact = exact_costs(pair)
         # As squares: a small distance is the root of a difference of float32 numbers near 1.
@@ -258,14 +258,14 @@ def test_no_assignment_is_cheaper(solver: str, monkeypatch: pytest.MonkeyPatch) 
 
 @given(
     seed=SEED,
-    exponents=st.tuples(st.integers(-30, 30), st.integers(-30, 30)),
+    exponents=st.tuples(st.integers(-15, 15), st.integers(-15, 15)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     zero=st.integers(0, 8),
 )
 @examples(60)
 def test_rows_of_any_scale_match_best(seed: int, exponents: tuple[int, int], dtype: torch.dtype, zero: int) -> None:
     if dtype == torch.float16:
-        exponents = (exponents[0] // 10, exponents[1] // 10)
+        exponents = (exponents[0] // 5, exponents[1] // 5)
     w_i, w_j = ((normal(24, 16, seed=seed + n).double() * 10.0**power).to(dtype) for n, power in enumerate(exponents))
     w_i[:zero] = 0
     w_j[4 : 4 + zero] = 0
@@ -352,7 +352,7 @@ def test_a_group_is_folded_from_its_top_and_goes_on_from_its_upper_layers(
     assert same(whole.weights, expected) and same(further.weights, expected)
 
 
-@given(SEED, st.integers(-80, 80), st.sampled_from(["none", "rows", "neurons"]))
+@given(SEED, st.integers(-50, 50), st.sampled_from(["none", "rows", "neurons"]))
 @examples(20)
 def test_layers_of_another_scale_fuse_to_a_layer_of_that_scale(seed: int, power: int, alignment: str) -> None:
     """By powers of two; for matched neurons as long as norms are far above the 1e-12 that is added to them."""
