@@ -1,14 +1,11 @@
-"""The fit of one half of a layer, attention or MLP: what it is given, and the least-squares problem that it makes.
-
-There are two strategies, by family: what a half writes goes to the residual stream as it is (`HalfFit`), or through a
-norm (`NormedHalfFit`), as in Gemma and OLMo.
-"""
+"""The fit of one half of a layer, attention or MLP: what it is given, and the least-squares problem that it makes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +13,10 @@ from torch.nn.functional import linear
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import Half, Kind, Weights
-from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized, stacked
+from lf_hf.refit.layer_parts import attention_heads, build_layer, mlp_channels, normalized
 from lf_hf.refit.regression import DualRegression, Failures, Regression
 from lf_hf.runtime.amounts import solved_in_tokens
-from lf_hf.runtime.numerics import in_float64, to_device
+from lf_hf.runtime.numerics import in_float64
 
 # Share of the weight of a sequence that its first token has in fits. All later tokens attend to it: layers that write
 # its huge state, or take it away, do it for this token alone, and the model is lost where a fit misses it.
@@ -31,12 +28,12 @@ WriterInputs = Callable[[Tensor], Tensor]
 Problem = Regression | DualRegression
 
 
-def _empty_problem(
+def empty_problem(
     decoder: Decoder, shape: tuple[int, ...], like: Tensor, failures: Failures, rough_tokens: int | None
 ) -> Problem:
     """A problem of a weight's shape to add tokens to, on the device and in the dtype of `like`.
 
-    A rough fit has few tokens, which each process has all of, and is solved in them where there are many unknowns.
+    A rough fit has `rough_tokens`, which each process has all of, and is solved in them where there are many unknowns.
     """
     outputs, inputs = shape
     if rough_tokens is not None and solved_in_tokens(rough_tokens, inputs):
@@ -44,45 +41,39 @@ def _empty_problem(
     return Regression(inputs, outputs, like.device, like.dtype, decoder.processes, failures)
 
 
-class InputMap:
-    """The fit of a map, near the identity, from what half of a layer reads to what half of another one read.
+def add_to_map(problem: Problem, decoder: Decoder, half: Half, state: Tensor, target: Tensor) -> None:
+    """Add tokens to the problem of a map, near the identity, from what half of a layer reads to what another one reads.
 
-    Parameters
-    ----------
-    decoder : Decoder
-    half : Half
-    like : Tensor
-        A weight in whose dtype, and on whose device, it is computed.
-    failures : Failures
-        Where it is noted if the fit is beyond its dtype, or is not stable.
-    rough_tokens : int, optional
-        How many tokens will be added, for a rough fit.
+    `state` and `target` are the streams in front of the one half and of the other, (sequences B, tokens T, hidden).
+    """
+    if half.before:  # the norm gives all tokens the same scale
+        token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
+    else:
+        token_weight = token_weights(decoder, target)
+    x, y = (normalized(decoder, half, part).flatten(0, 1) for part in (state, target))
+    change = y.to(torch.promote_types(y.dtype, torch.float32)) - x  # which float16 may not hold
+    problem.add(x, change, token_weight)
+
+
+def solve_map(problem: Problem, ridge: float) -> Tensor:
+    """The map of a problem to which all was added, of shape (hidden, hidden), float32 at least."""
+    problem.complete()
+    change = problem.ridge(None, ridge).weight  # from the identity
+    change.diagonal().add_(1)
+    return change
+
+
+class FittedHalf(NamedTuple):
+    """One half for those of a group of layers.
+
+    `kept` counts the key-value groups or channels from each layer, (layers,). Errors are those of what is written, with
+    the writer as it was and after its first fit, of shape ().
     """
 
-    def __init__(
-        self, decoder: Decoder, half: Half, like: Tensor, failures: Failures, rough_tokens: int | None = None
-    ) -> None:
-        self._decoder, self._half, self._device = decoder, half, like.device
-        self._shape = decoder.config.hidden_size, decoder.config.hidden_size
-        self._problem = _empty_problem(decoder, self._shape, like, failures, rough_tokens)
-
-    def add(self, state: Tensor, target: Tensor) -> None:
-        """Add the stream in front of the one half and of the other: both (sequences B, tokens T, hidden)."""
-        if self._half.before:  # the norm gives all tokens the same scale
-            token_weight = _with_first_share(torch.ones(state.shape[:2], device=state.device))
-        else:
-            token_weight = token_weights(self._decoder, target)
-        x, y = (normalized(self._decoder, self._half, part).flatten(0, 1) for part in (state, target))
-        change = y.to(torch.promote_types(y.dtype, torch.float32)) - x  # which float16 may not hold
-        self._problem.add(x, change, token_weight)
-
-    def solve(self, ridge: float) -> Tensor:
-        """The map, of shape (hidden, hidden), float32 at least. Can be called once: what was added is freed."""
-        self._problem.complete()
-        change = self._problem.ridge(None, ridge).weight  # from the identity
-        del self._problem
-        change.diagonal().add_(1)
-        return change.to(self._device)
+    weights: dict[str, Tensor]
+    kept: Tensor
+    error_before: Tensor
+    error_after: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +81,10 @@ class HalfFit:
     """The fit of one half of a layer.
 
     States are tensors of shape (sequences B, tokens T, hidden), of this process's share of the text.
+
+    What the half writes goes to the residual stream as it is or, as in Gemma and OLMo, through a norm. A norm discards
+    each token's size, so only directions can be fitted. The writer is then fitted twice: first for the sizes that it
+    writes before the fit, then for those that it writes after it. The norm's gains are fitted last.
 
     Attributes
     ----------
@@ -121,115 +116,72 @@ class HalfFit:
             return partial(mlp_channels, self.decoder, weights)
         return partial(attention_heads, self.decoder, build_layer(self.decoder, weights, kind))
 
-    def joint_writer_inputs(
-        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind]
-    ) -> WriterInputs:
-        """What the attention of each layer of a group computes by itself, one after the other."""
-        parts = []
-        for weights, input_map, kind in zip(group, maps, kinds, strict=True):
-            mapped = {**weights, **stacked(self.half, [weights], [input_map])}
-            parts.append(self.writer_inputs(mapped, kind))
-        return lambda state: torch.cat([part(state) for part in parts], dim=1)
+    def measure_sizes(self, layers: Iterable[Weights], kinds: Sequence[Kind | None]) -> Tensor | None:
+        """Root mean square of what the half of each of some `folded` layers writes for a token, as a geometric mean.
 
-    def measure_sizes(
-        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
-    ) -> Tensor | None:
-        """For `stacked`: None, as what a layer's half writes has a size of its own only where it goes through a
-        norm."""
-        return None
+        The beginnings of sequences tell it well enough. None where no norm comes behind it.
+        """
+        if self.half.after is None:
+            return None
+        states = [state[:, :_SIZE_TOKENS] for state in self.states]
+        totals = []
+        for weights, kind in zip(layers, kinds, strict=True):
+            x_of = self.writer_inputs(weights, kind)
+            total = torch.zeros((), dtype=torch.float64)
+            for state in states:
+                squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
+                total = total + in_float64(squares).log().sum() / 2
+            totals.append(total)
+        num_tokens = sum(state.shape[:2].numel() for state in states)
+        sums = torch.stack([*totals, torch.full_like(totals[0], num_tokens)])
+        self.decoder.processes.all_reduce(sums)
+        return (sums[:-1] / sums[-1]).exp().float()
 
     def build_problem(self, weights: Weights, x_of: WriterInputs) -> Problem:
         """The least-squares problem of the half's writer, which is in `weights` as it is."""
         start = weights[f"{self.half.writer}.weight"]
-        problem = _empty_problem(self.decoder, start.shape, start, self.failures, self.rough_tokens)
+        problem = empty_problem(self.decoder, start.shape, start, self.failures, self.rough_tokens)
         for state, target in zip(self.states, self.targets, strict=True):
             problem.add(*self.equations(weights, x_of(state), target, state))
         problem.complete()
         return problem
 
     def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,)."""
-        y = self.residual_update(target, state)
-        bias = weights.get(f"{self.half.writer}.bias")
-        if bias is not None:
-            y = y - bias
-        return x, y, token_weights(self.decoder, target)
+        """x, y and the weight of each token: (B * T, channels), (B * T, hidden) and (B * T,).
 
-    def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
-        """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
-        return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
-
-    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[Tensor]:
-        """Fit the half's writer in `weights`; the errors before and after. `kind` is as in `writer_inputs`."""
-        name = f"{self.half.writer}.weight"
-        fitted, *errors = problem.ridge(weights[name], self.ridge)
-        weights[name] = fitted.to(weights[name])
-        return errors
-
-
-class NormedHalfFit(HalfFit):
-    """The fit of a half whose output goes through a norm before it is added to the stream.
-
-    A norm discards each token's size, so only directions can be fitted. The writer is fitted twice: first for the sizes
-    that it writes before the fit, then for those that it writes after it. The norm's gains are fitted last.
-    """
-
-    def equations(self, weights: Weights, x: Tensor, target: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y and the weight of each token.
-
-        y is what should come out of the norm, divided by its gains and brought to size 1, as only its direction passes
-        the norm. The weight grows with its size. x is divided by the size that the norm divides by.
+        In front of a norm y is what should come out of it, divided by its gains and brought to size 1, as only its
+        direction passes the norm. The weight grows with its size. x is divided by the size that the norm divides by.
         """
         y = self.residual_update(target, state)
+        token_weight = token_weights(self.decoder, target)
+        bias = weights.get(f"{self.half.writer}.bias")
+        if self.half.after is None:
+            return x, y if bias is None else y - bias, token_weight
         scale = self._mean_square(self._written(weights, x).float())[:, None].rsqrt()  # (B * T, 1)
         gain = weights[f"{self.half.after}.weight"].to(y.device)
         y = torch.where(gain == 0, 0.0, y.float() / gain)
         size = y.square().mean(-1, keepdim=True).sqrt()
         y = y / size.clamp(min=torch.finfo(torch.float32).tiny)
-        bias = weights.get(f"{self.half.writer}.bias")
         if bias is not None:
             y = y - bias * scale
-        return x * scale, y, token_weights(self.decoder, target) * size[:, 0]
+        return x * scale, y, token_weight * size[:, 0]
 
-    def measure_sizes(
-        self, group: Sequence[Weights], maps: Sequence[Tensor | None], kinds: Sequence[Kind] | None = None
-    ) -> Tensor | None:
-        """Root mean square of what each layer's half writes for a token, as a geometric mean; None for one layer.
+    def residual_update(self, target: Tensor, state: Tensor) -> Tensor:
+        """What the half should add to the stream: (sequences B, tokens T, hidden) -> (B * T, hidden)."""
+        return (target - state).flatten(0, 1) / self.decoder.family.residual_factor(self.decoder.config)
 
-        The beginnings of sequences tell it well enough.
-        """
-        if len(group) == 1:
-            return None
-        states = [state[:, :_SIZE_TOKENS] for state in self.states]
-        totals = []
-        for number, weights in enumerate(group):
-            alone = {**weights, **stacked(self.half, [weights], [maps[number]])}
-            x_of = self.writer_inputs(alone, kinds[number] if kinds else None)
-            totals.append(self._sum_of_log_sizes(alone, x_of, states))
-        num_tokens = sum(state.shape[:2].numel() for state in states)
-        sums = torch.stack([*totals, torch.full_like(totals[0], num_tokens)])
-        self.decoder.processes.all_reduce(sums)
-        return (sums[:-1] / sums[-1]).exp().float()
-
-    def _sum_of_log_sizes(self, weights: Weights, x_of: WriterInputs, states: Sequence[Tensor]) -> Tensor:
-        """Over all tokens of some states, in float64: the log of the root mean square of what is written."""
-        total = torch.zeros((), dtype=torch.float64)
-        for state in states:
-            squares = self._mean_square(self._written(weights, x_of(state)).float())  # (B * T,)
-            logs = in_float64(squares).log().sum() / 2
-            total = to_device(total, logs.device) + logs
-        return total
-
-    def fit_writer(self, weights: dict[str, Tensor], problem: Problem, kind: Kind | None) -> list[Tensor]:
-        """Fit the writer and the gains of its norm in `weights`; the errors before and after the first fit."""
-        x_of = self.writer_inputs(weights, kind)
-        errors = super().fit_writer(weights, problem, kind)
-        if not self.rough:  # again, as sizes in front of the norm are known better now
-            name = f"{self.half.writer}.weight"
-            fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
-            weights[name] = fitted.to(weights[name])
-        weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
-        return errors
+    def fit_writer(self, weights: dict[str, Tensor], kept: Tensor, problem: Problem, kind: Kind | None) -> FittedHalf:
+        """Fit the half's writer in `weights`, and the gains of a norm behind it. `kind` is as in `writer_inputs`."""
+        name = f"{self.half.writer}.weight"
+        fitted, *errors = problem.ridge(weights[name], self.ridge)
+        weights[name] = fitted.to(weights[name])
+        if self.half.after:
+            x_of = self.writer_inputs(weights, kind)
+            if not self.rough:  # again, as sizes in front of the norm are known better now
+                fitted = self.build_problem(weights, x_of).ridge(weights[name], self.ridge).weight
+                weights[name] = fitted.to(weights[name])
+            weights[f"{self.half.after}.weight"] = self._fitted_gain(weights, x_of)
+        return FittedHalf(weights, kept, *errors)
 
     def _fitted_gain(self, weights: Weights, x_of: WriterInputs) -> Tensor:
         """The gains of the norm, by ridge regression of each channel by itself."""

@@ -5,7 +5,6 @@ Weights have the names of `Family.unpacked` here, and norms' gains are what they
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.families.table import DecoderLayer, Half, Kind, Weights, head_dim
+from lf_hf.families.table import DecoderLayer, Half, Kind, Weights
 
 _LEAST_GAIN = 1e-4  # of a norm of heads; none that was learned is near it
 
@@ -24,42 +23,52 @@ def layer_weights(decoder: Decoder, layer: DecoderLayer) -> dict[str, Tensor]:
     return decoder.family.unpacked(layer.named_parameters())
 
 
-def stacked(
-    half: Half,
-    parameters: Sequence[Weights],
-    maps: Sequence[Tensor | None],
-    sizes: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """One half of a wide layer that has all heads or all channels of some layers, in order.
+def folded(half: Half, weights: Weights, input_map: Tensor | None = None) -> dict[str, Tensor]:
+    """A layer with the gains of a half's norm, and a map that it reads through, (hidden, hidden), in its readers."""
+    layer = dict(weights)
+    for reader in half.readers:
+        weight = weights[f"{reader}.weight"]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if half.before:
+            wide = wide * weights[f"{half.before}.weight"]
+        if input_map is not None:
+            factor = weight if weight.dtype == torch.bfloat16 else wide  # products of bfloat16 are rounded once, too
+            wide = wide.to(factor) @ input_map.to(factor)
+        layer[f"{reader}.weight"] = wide.to(weight.dtype)
+    if half.before:
+        layer[f"{half.before}.weight"] = torch.ones_like(weights[f"{half.before}.weight"])
+    return layer
 
-    The layers' norm gains are folded into what reads the norms, so that all of them read one norm without gains.
+
+def stacked(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict[str, Tensor]:
+    """One half of a wide layer that has all heads or all channels of some `folded` layers, in order."""
+    wide = stacked_writers(half, layers, sizes)
+    if half.before:
+        wide[f"{half.before}.weight"] = layers[0][f"{half.before}.weight"]
+    for reader in half.readers:
+        for name in (f"{reader}.weight", f"{reader}.bias"):
+            if name in layers[0]:
+                wide[name] = torch.cat([layer[name] for layer in layers])
+    return wide
+
+
+def stacked_writers(half: Half, layers: Sequence[Weights], sizes: Tensor | None) -> dict[str, Tensor]:
+    """What writes in a wide layer.
 
     If a norm follows the half, the layers' outputs must share one norm. Each writer is divided by its typical output
     size and multiplied by its own gains. The shared norm's gain is the root of the sum of the squares of all gains, as
     if the outputs were uncorrelated. A layer with zero gains contributes nothing.
 
-    Parameters
-    ----------
-    half : Half
-    parameters : the layers' weights
-    maps : a tensor of shape (hidden, hidden) for each layer, or None for the identity
-        What the readers read the stream, or its norm, through.
-    sizes : float32 tensor of shape (layers,), optional
-        Root mean square of what it writes in front of a norm: needed for several layers that have one there.
+    `sizes` are root mean squares of what layers write in front of a norm, float32 of shape (layers,): needed where they
+    have one there.
     """
     wide = {}
-    if half.before:
-        wide[f"{half.before}.weight"] = torch.ones_like(parameters[0][f"{half.before}.weight"])
-    for reader in half.readers:
-        wide[f"{reader}.weight"] = torch.cat(_folded_readers(half, reader, parameters, maps))
-        if f"{reader}.bias" in parameters[0]:
-            wide[f"{reader}.bias"] = torch.cat([layer[f"{reader}.bias"] for layer in parameters])
-    writers = [layer[f"{half.writer}.weight"] for layer in parameters]
-    biases = [layer[f"{half.writer}.bias"] for layer in parameters if f"{half.writer}.bias" in layer]
+    writers = [layer[f"{half.writer}.weight"] for layer in layers]
+    biases = [layer[f"{half.writer}.bias"] for layer in layers if f"{half.writer}.bias" in layer]
     if half.after:
-        gains = torch.stack([layer[f"{half.after}.weight"] for layer in parameters])  # (layers, hidden)
+        gains = torch.stack([layer[f"{half.after}.weight"] for layer in layers])  # (layers, hidden)
         gain = gains[0]
-        if sizes is not None:
+        if sizes is not None and len(layers) > 1:
             gain = gains.to(torch.promote_types(gains.dtype, torch.float32)).square().sum(0).sqrt()
             shares = gains / torch.where(gain == 0, 1, gain) / sizes.to(gain.device)[:, None]
             writers = [(w * share[:, None]).to(w.dtype) for w, share in zip(writers, shares, strict=True)]
@@ -71,32 +80,9 @@ def stacked(
     return wide
 
 
-def _folded_readers(
-    half: Half, reader: str, parameters: Sequence[Weights], maps: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """A reader's weight of each layer, with the norm's gains and the layer's map folded in."""
-    folded = []
-    for layer, input_map in zip(parameters, maps, strict=True):
-        weight = layer[f"{reader}.weight"]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if half.before:
-            wide = wide * layer[f"{half.before}.weight"]
-        if input_map is not None:
-            factor = weight if weight.dtype == torch.bfloat16 else wide  # products of bfloat16 are rounded once, too
-            wide = wide.to(factor) @ input_map.to(factor)
-        folded.append(wide.to(weight.dtype))
-    return folded
-
-
 def build_layer(decoder: Decoder, weights: Weights, kind: Kind) -> DecoderLayer:
-    """A decoder layer of given weights; it has as many heads and channels as they have."""
-    config = copy.copy(decoder.config)
-    config.head_dim = head_dim(config)
-    if decoder.family.linear is None:  # of hybrids, whole layers alone
-        config.num_attention_heads = len(weights["self_attn.q_proj.weight"]) // config.head_dim
-        config.num_key_value_heads = len(weights["self_attn.k_proj.weight"]) // config.head_dim
-    config.intermediate_size = len(weights["mlp.gate_proj.weight"])
-    layer = decoder.family.new_layer(config, kind)
+    """A decoder layer of given weights."""
+    layer = decoder.family.new_layer(decoder.config, kind)
     layer.load_state_dict(decoder.family.packed(weights), assign=True)
     return layer.eval().requires_grad_(False)
 
@@ -154,9 +140,7 @@ def mlp_channels(decoder: Decoder, weights: Weights, residual: Tensor) -> Tensor
 def gated_channels(decoder: Decoder, weights: Weights, read: Tensor) -> Tensor:
     """The same from what its readers read, of shape (tokens T, hidden)."""
     family = decoder.family
-    gate_name, up_name = family.mlp.readers
-    gate = linear(read, weights[f"{gate_name}.weight"], weights.get(f"{gate_name}.bias"))
-    up = linear(read, weights[f"{up_name}.weight"], weights.get(f"{up_name}.bias"))
+    gate, up = (linear(read, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in family.mlp.readers)
     return ACT2FN[getattr(decoder.config, family.activation)](gate) * up
 
 

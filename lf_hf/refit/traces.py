@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.table import DecoderLayer
-from lf_hf.refit.half_fit import InputMap
+from lf_hf.refit.half_fit import Problem, add_to_map, empty_problem
 from lf_hf.refit.layer_parts import after_half, mid_state
 from lf_hf.refit.regression import Failures
 from lf_hf.refit.states import States, StateStore
@@ -23,7 +23,7 @@ of shape (sequences B, tokens T, hidden)."""
 class Traces(NamedTuple):
     """What a fit needs of text that passed a group."""
 
-    attention_fits: list[InputMap | None]  # to what each layer's attention reads; None for the identity
+    attention_maps: list[Problem | None]  # to what each layer's attention reads; None for the identity
     attended: States  # the stream in front of the group, plus all that its attention adds to it
     mid_states: list[States]  # for each layer the stream between its halves
     output: States  # the stream after the group
@@ -66,20 +66,21 @@ def gather(
     """
     like = layers[0].mlp.down_proj.weight
     failures = Failures()
-    attention_fits: list[InputMap | None] = [] if states is not None else [None]
-    for layer in layers[len(attention_fits) :]:
-        attention_fits.append(InputMap(decoder, decoder.family.layer_mixer(layer), like, failures, rough_tokens))
+    halves = [decoder.family.layer_mixer(layer) for layer in layers]
+    shape = decoder.config.hidden_size, decoder.config.hidden_size
+    maps: list[Problem | None] = [] if states is not None else [None]
+    maps += [empty_problem(decoder, shape, like, failures, rough_tokens) for _ in layers[len(maps) :]]
     attended, output = store.new_list(), store.new_list()
     mid_states = [store.new_list() for _ in layers]
     for number, (stream, between) in enumerate(passes):
         start, *_, end = stream = [state.to(like.device) for state in stream]
         between = [state.to(like.device) for state in between]
         state = start if states is None else states[number].to(like.device)
-        for map_fit, read in zip(attention_fits, stream, strict=False):
-            if map_fit is not None:
-                map_fit.add(state, read)
+        for problem, half, read in zip(maps, halves, stream, strict=False):
+            if problem is not None:
+                add_to_map(problem, decoder, half, state, read)
         attended.append(start + sum(mid - before for mid, before in zip(between, stream, strict=False)))
         for kept, mid in zip(mid_states, between, strict=True):
             kept.append(mid)
         output.append(end)
-    return Traces(attention_fits, attended, [*mid_states], output, failures)
+    return Traces(maps, attended, [*mid_states], output, failures)
