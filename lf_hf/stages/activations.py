@@ -38,15 +38,14 @@ def pairwise_distances(states: Sequence[Tensor]) -> Tensor:
     centred over the samples first: that leaves distances as they are and keeps the large component that all
     samples share from cancelling. What is left below the rounding of its terms, some 1e-7 of the states' size, is 0.
     """
-    dtype = torch.float32 if states[0].device.type == "mps" else torch.float64  # mps has no float64
     gram = torch.zeros((), dtype=torch.float64)
     block = max(1, PADDED // (len(states) * states[0].shape[1]))  # positions at a time
     for start in range(0, max(map(len, states)), block):
         parts = [state[start : start + block] for state in states]
-        padded = pad_sequence(parts, batch_first=True).to(dtype)  # (N, block, hidden)
+        padded = in_float64(pad_sequence(parts, batch_first=True))  # (N, block, hidden)
         padded -= padded.mean(dim=0)
         flat = padded.flatten(1)  # (N, block * hidden)
-        gram = gram + in_float64(flat @ flat.T)
+        gram = gram + flat @ flat.T
     sums = gram.diagonal()[:, None] + gram.diagonal()
     squared = sums - gram - gram.T
     return torch.where(squared <= _ROUNDING * sums, 0, squared).sqrt_()

@@ -16,6 +16,7 @@ from torch import Tensor
 from lf_hf.decoder.decoder import Decoder, Group
 from lf_hf.families.table import Weights
 from lf_hf.report.data import FusedLayer, MadeLayer
+from lf_hf.runtime.numerics import in_float64
 from lf_hf.stages.alignment import align_layer
 
 AverageKey = tuple[int, str, float]
@@ -49,7 +50,8 @@ def average(
     """
     first, last = group
     key = last, alignment, ratio_beta
-    folded = None if known is None else known.get(key)
+    known = {} if known is None else known
+    folded = known.get(key)
     if folded is None or folded.entry.layers[0] < first:
         folded = MadeLayer(_weights(decoder, last), {}, FusedLayer([last], [1.0]))
     weights, entry = folded.weights, folded.entry
@@ -62,10 +64,8 @@ def average(
         for weight in weights.values():
             decoder.processes.broadcast(weight)
         entry = entry.joined(i, ratio, matches)
-    folded = MadeLayer(weights, {}, entry)
-    if known is not None:
-        known[key] = folded
-    return folded
+    known[key] = MadeLayer(weights, {}, entry)
+    return known[key]
 
 
 def _weights(decoder: Decoder, index: int) -> Weights:
@@ -104,8 +104,7 @@ def merge_weights(weights_i: Weights, weights_j: Weights, ratio: float) -> dict[
 
 def weighted_sum(tensor_i: Tensor, tensor_j: Tensor, ratio: float) -> Tensor:
     """ratio * tensor_i + (1 - ratio) * tensor_j, computed in float64 and rounded once to their dtype."""
-    dtype = torch.float32 if tensor_i.device.type == "mps" else torch.float64  # mps has no float64
     fused = torch.empty_like(tensor_i)
     for rows, rows_i, rows_j in zip(*(tensor.split(_ROWS) for tensor in (fused, tensor_i, tensor_j)), strict=True):
-        rows.copy_(rows_i.to(dtype) * ratio + rows_j.to(rows_i.device, dtype) * (1 - ratio))
+        rows.copy_(in_float64(rows_i) * ratio + in_float64(rows_j.to(rows_i.device)) * (1 - ratio))
     return fused

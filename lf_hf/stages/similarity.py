@@ -22,8 +22,8 @@ _MIN_ENTROPY = 1e-6
 
 
 def rank_normalized(embedding: Array) -> Array:
-    """Each column of (samples N, d) replaced by rank / N, ties sharing their mean rank."""
-    return rankdata(embedding, axis=0) / len(embedding)
+    """Each column of (..., samples N, d) replaced by rank / N, ties sharing their mean rank."""
+    return rankdata(embedding, axis=-2) / embedding.shape[-2]
 
 
 def entropy(embedding: Array, neighbors: int) -> float:
@@ -72,7 +72,7 @@ def layer_similarity(
     """
     num_layers = len(embeddings)
     if rank_normalize:
-        embeddings = np.stack([rank_normalized(embedding) for embedding in embeddings])
+        embeddings = rank_normalized(embeddings)
     entropies = np.array([entropy(embedding, entropy_neighbors) for embedding in embeddings])
     if entropies.min() <= 0 < entropies.max():
         remedy = "more samples or fewer entropy_neighbors avoid" if rank_normalize else "rank_normalize=True avoids"
