@@ -302,11 +302,10 @@ def fuse_layers(
     with clock("making"):
         dense = decoder.copy()
         layers = []
-        num_removed = 0
         for weights, kind, entry in make_layers(dense, choice.groups, config, measured):
             first, *_, last = entry.layers
+            num_removed = dense.num_layers - decoder.num_layers
             decoder.join((first - num_removed, last - num_removed), weights, kind)
-            num_removed += last - first
             layers.append(replace(entry, cost=choice.costs.get((first, last))))
     return choice, layers
 
@@ -314,35 +313,24 @@ def fuse_layers(
 def make_layers(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
     """Make one layer of each group, from the bottom up: a fit to the group, its average, or its first layer."""
     if config.fits:
-        return _fit(dense, groups, config, measured)
-    if config.averages:
-        return _average(dense, groups, config, measured)
-    return _keep_first(groups)
-
-
-def _fit(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
-    assert measured.text is not None
-    held_out, text = measured.text.hold_out(_HELD_OUT)
-    return fit_groups(dense, groups, text.sequences, [*held_out, *text.other], ridge=config.ridge)
-
-
-def _average(dense: Decoder, groups: Groups, config: FusionConfig, measured: Measurements) -> Iterator[MadeLayer]:
-    assert measured.similarity is not None
-    for group in progress(groups, desc="Fusing", unit="group"):
-        yield average(
-            dense,
-            group,
-            measured.similarity.matrix,
-            alignment=config.alignment,
-            ratio_beta=config.ratio_beta,
-            known=measured.averages,
-        )
-
-
-def _keep_first(groups: Groups) -> Iterator[MadeLayer]:
-    for first, last in groups:
-        layers = list(range(first, last + 1))
-        yield MadeLayer({}, {}, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)]))
+        assert measured.text is not None
+        held_out, text = measured.text.hold_out(_HELD_OUT)
+        yield from fit_groups(dense, groups, text.sequences, [*held_out, *text.other], ridge=config.ridge)
+    elif config.averages:
+        assert measured.similarity is not None
+        for group in progress(groups, desc="Fusing", unit="group"):
+            yield average(
+                dense,
+                group,
+                measured.similarity.matrix,
+                alignment=config.alignment,
+                ratio_beta=config.ratio_beta,
+                known=measured.averages,
+            )
+    else:
+        for first, last in groups:
+            layers = list(range(first, last + 1))
+            yield MadeLayer({}, {}, FusedLayer(layers, shares=[1.0, *[0.0] * (last - first)]))
 
 
 def _notes(

@@ -233,22 +233,9 @@ class FusionConfig(Settings):
         return config
 
     def for_layers(self, num_hidden_layers: int, free: range, why: str = "") -> FusionConfig:
-        """The settings with `num_fusions` in place of `target_layers`; ValueError if a model cannot have so many."""
-        if self.target_layers is None:
-            return self
-        self.check_num_layers(num_hidden_layers, free, why)
-        least = num_hidden_layers - len(free) + 1
-        if not least <= self.target_layers < num_hidden_layers:
-            raise ValueError(
-                f"target_layers must be {least} to {num_hidden_layers - 1} for a base of {num_hidden_layers} layers, "
-                f"got {self.target_layers}."
-            )
-        return replace(self, num_fusions=num_hidden_layers - self.target_layers, target_layers=None)
+        """The settings with `num_fusions` in place of `target_layers`, for a model of so many layers.
 
-    def check_num_layers(self, num_hidden_layers: int, free: range, why: str = "") -> None:
-        """Raise ValueError unless a model of `num_hidden_layers` layers allows `num_fusions`, or any at all.
-
-        Only those in `free` may be in groups; `why` says for what reason.
+        Only those in `free` may be in groups; `why` says for what reason. Raises ValueError if the model has too few.
         """
         most = free.stop - free.start - 1
         layers = f"{num_hidden_layers} {plural(num_hidden_layers, 'layer')}"
@@ -262,6 +249,15 @@ class FusionConfig(Settings):
                 f"num_fusions must be 1 to {most} for a model of {layers} and selection={self.selection!r}, got "
                 f"{self.num_fusions}."
             )
+        if self.target_layers is None:
+            return self
+        least = num_hidden_layers - most
+        if not least <= self.target_layers < num_hidden_layers:
+            raise ValueError(
+                f"target_layers must be {least} to {num_hidden_layers - 1} for a base of {num_hidden_layers} layers, "
+                f"got {self.target_layers}."
+            )
+        return replace(self, num_fusions=num_hidden_layers - self.target_layers, target_layers=None)
 
     def check_num_samples(self, num_samples: int) -> None:
         """Raise ValueError unless `num_samples` calibration samples are enough for stages 2 and 3."""
