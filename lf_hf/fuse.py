@@ -136,18 +136,17 @@ def _kept_in(folder: Path, inputs: FusionInputs) -> FusedForCausalLM:
         reasons = processes.all_gather_object(why_not_reused(folder, made_of))  # of each machine's folder
         return next(filter(None, reasons), None)
 
-    while True:
+    if reason_to_fuse():
+        check_replaceable(folder, inputs.base.name, remade=True)
         with ExitStack() as stack:
-            if reason_to_fuse():
-                check_replaceable(folder, inputs.base.name, remade=True)
-                processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
-                if reason := reason_to_fuse():  # checked again under the lock
-                    return _fuse_and_keep(folder, inputs, made_of, reason)
-        ended_healing(folder, lambda: inputs.healing_identity)
-        model = inputs.load_kept(folder)
-        if not reason_to_fuse():  # else it was replaced while it was read, by a run with other settings
-            break
+            processes.compute_once(lambda: bool(stack.enter_context(locked_folder(folder, wait=True))))
+            if reason := reason_to_fuse():  # checked again under the lock
+                return _fuse_and_keep(folder, inputs, made_of, reason)
+    ended_healing(folder, lambda: inputs.healing_identity)
+    model = inputs.load_kept(folder)
+    if reason_to_fuse():  # it was replaced while it was read, by a run with other settings
         del model
+        return _kept_in(folder, inputs)
     report, asked = model.report, inputs.config.to_dict()
     judged_with = [f"{name}={report.config[name]}" for name in JUDGING if report.config[name] != asked[name]]
     if judged_with:

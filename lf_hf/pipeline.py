@@ -341,7 +341,7 @@ def _notes(
     continuations: Sequence[Continuation],
 ) -> list[str]:
     """What a user should know, one sentence each."""
-    notes = measured.all_notes
+    notes = measured.notes
     if config.fits and config.selection == "least_influence":
         notes.append(
             "Layers were chosen by their influence alone, and what any group of them costs was not measured; "

@@ -300,7 +300,7 @@ def price(base: str, config: FusionConfig, calibration: TextSource) -> None:
     tokenizer = opened.tokenizer()
     decoder = Decoder(opened.load())
     config = for_model(config, opened.config)
-    samples, corpus = load_needed(config, calibration, tokenizer)
+    samples, corpus = load_needed([config], calibration, tokenizer)
     text = timed(partial(measure, decoder, tokenizer, config, samples, corpus))
     measured = text.result
     assert measured.text is not None
@@ -401,9 +401,7 @@ def one_by_one(
     evaluation, opened = lm_eval.Evaluation(TASKS), Base.open(base, gguf_loading(base))
     configs = [FusionConfig(level, method, **SWEPT) for level in levels for method in methods]
     tokenizer, dense = opened.tokenizer(), opened.load()
-    loaded = [load_needed(config, f"{folder}/text.txt", tokenizer) for config in configs]
-    samples = next((samples for samples, _ in loaded if samples), None)
-    text = next((text for _, text in loaded if text), None)
+    samples, text = load_needed(configs, f"{folder}/text.txt", tokenizer)
     measured = measure(Decoder(dense), tokenizer, configs[0], samples, text)
     evaluation.scores(dense, tokenizer)
     del dense

@@ -45,20 +45,20 @@ def search_budget(
         )
     sequences = text.sequences
     source = replace(text.source, samples=len(sequences), tokens=sum(map(len, sequences)))
-    measured = replace(measured, text=text._replace(source=source), group_costs={})
     judged = predict_texts(decoder, {"": aside}, {"": "held-out text"})
     name = next(name for name in LEVELS if getattr(config, name) is not None)
     allowed = getattr(config, name)
     num_tokens = sum(map(len, aside))
+    notes = [*text.notes]
     if num_tokens < _FEW:
         given = round(_FEW / _SHARE)
-        note = (
+        notes.append(
             f"{name}={allowed:g} is judged on only {num_tokens:,} tokens of the calibration text, so the number of "
             f"fusions that it allows is uncertain; give {given:,} tokens of text or more, and calibration_tokens="
             f"{2 * given} or more."
         )
-        logger.warning(note)
-        measured = replace(measured, notes=[*measured.notes, note])
+        logger.warning(notes[-1])
+    measured = replace(measured, text=text._replace(source=source, notes=notes), group_costs={})
 
     def attempt(count: int) -> tuple[BudgetTrial, tuple[Decoder, T]]:
         copy = decoder.copy()

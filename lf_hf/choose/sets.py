@@ -116,18 +116,18 @@ def _with_corrections(costs: Mapping[Group, float], trials: Mapping[Groups, floa
     if not finite:
         return costs
     top = max(last for _, last in costs)
-    joined = np.zeros((len(finite), top + 1))  # 1 where a set joins a layer to the one below
-    others = np.zeros((len(finite), 1))  # groups beside the first
+    # 1 where a set joins a layer to the one below, and in the last column its groups beside the first.
+    joined = np.zeros((len(finite), top + 2))
     excess = np.zeros(len(finite))  # what a set costs beyond the sum of its groups
     pays_for_groups = len(finite) % _TURNS == _TURNS - 1
     for row, groups in enumerate(finite):
         joined[row, list(_joined(groups))] = 1
-        others[row] = len(groups) - 1 if pays_for_groups else 0
+        joined[row, -1] = len(groups) - 1 if pays_for_groups else 0
         excess[row] = trials[groups] - sum(costs[group] for group in groups)
     from sklearn.linear_model import Ridge  # as importing it takes memory, which other selections need not
 
     regression = Ridge(_SHRINKAGE, fit_intercept=not pays_for_groups)
-    *of_joins, of_group = regression.fit(np.hstack([joined, others]), excess).coef_.tolist()
+    *of_joins, of_group = regression.fit(joined, excess).coef_.tolist()
     return {
         (first, last): cost + sum(of_joins[first + 1 : last + 1]) + of_group for (first, last), cost in costs.items()
     }

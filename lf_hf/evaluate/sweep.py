@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -155,15 +155,9 @@ class _Texts(NamedTuple):
         cls, configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
     ) -> _Texts:
         """Read what the user gave or, with None, the default texts."""
-        samples = text = to_heal = None
-        for config in configs:
-            if (config.averages and not samples) or (config.needs_text and not text):
-                more_samples, more_text = load_needed(config, calibration, tokenizer)
-                samples = samples or more_samples
-                text = text or more_text
-            if config.heal_tokens and not to_heal:
-                to_heal = load_training_text(calibration, config.heal_tokens, tokenizer)
-        return cls(samples, text, to_heal)
+        tokens = max(config.heal_tokens for config in configs)  # the same for all that are healed
+        to_heal = load_training_text(calibration, tokens, tokenizer) if tokens else None
+        return cls(*load_needed(configs, calibration, tokenizer), to_heal)
 
     def used_by(self, *configs: FusionConfig) -> _Texts:
         """Those that any of some fusions uses."""
@@ -241,10 +235,6 @@ class _Maker:
         measured = pipeline.measure_base(self._decoder, self.tokenizer, self.configs[0], texts, self._healing, work)
         self._measured = replace(measured, averages={})  # for higher levels to go on from
 
-    @property
-    def _dense(self) -> PreTrainedModel:
-        return cast(PreTrainedModel, self._decoder.model)
-
     def _fuse(self, config: FusionConfig) -> FusedForCausalLM:
         """A fusion of a copy of the base, which shares its tensors."""
         decoder, model_class = self._decoder.copy(), fused_class(self.base.config)
@@ -265,7 +255,7 @@ class _Maker:
         is_timed = self.configs[0].speed and Processes.of_launch().world_size == 1
         speedups = {"prefill": 1.0, "decoding": 1.0} if is_timed else {}
         figures = {text.name: text.figures for text in self._measured.judged}
-        return self._evaluate(key, DENSE, self._dense, figures, speedups)
+        return self._evaluate(key, DENSE, self._decoder.model, figures, speedups)
 
     def _fused_point(self, key: str, config: FusionConfig, model: FusedForCausalLM) -> Point:
         self._heal(model, config)
@@ -302,7 +292,7 @@ class _Maker:
             layers=layers,
             parameters=parameters,
             layers_removed_fraction=(dense_layers - layers) / dense_layers,
-            parameters_removed_fraction=1 - parameters / self._dense.num_parameters(),
+            parameters_removed_fraction=1 - parameters / self._decoder.model.num_parameters(),
             scores=scores,
             seconds={"evaluating": seconds},
             versions=versions(),

@@ -165,16 +165,15 @@ def _loss_and_gradient(
     student = plain = log_softmax(logits, -1)
     if temperature != 1:
         student = log_softmax(logits / temperature, -1)
-    probabilities = expected.exp()
     index = next_ids.clamp(min=0)[:, None]
     next_tokens = (next_ids >= 0)[:, None] * next_token
-    value = kl_divergence(expected, student, probabilities).sum() * (divergence * temperature)
+    value = kl_divergence(expected, student).sum() * (divergence * temperature)
     value = value - (plain.gather(1, index) * next_tokens).sum()
     if temperature == 1:
         gradient = student.exp_().mul_(next_tokens + divergence)
     else:
         gradient = plain.exp_().mul_(next_tokens).add_(student.exp_(), alpha=divergence)
-    gradient.sub_(probabilities, alpha=divergence)
+    gradient.sub_(expected.exp(), alpha=divergence)
     gradient.scatter_add_(1, index, -next_tokens)
     if attached is not output:
         [gradient] = torch.autograd.grad(attached, output, gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -77,7 +78,7 @@ class FusionInputs:
     @cached_property
     def samples_and_text(self) -> tuple[CalibrationSamples | None, Corpus | None]:
         """The samples that layers are compared on, and the text that they are fitted to."""
-        return load_needed(self.config, self.calibration, self.tokenizer)
+        return load_needed([self.config], self.calibration, self.tokenizer)
 
     @cached_property
     def to_heal(self) -> Corpus | None:
@@ -169,9 +170,9 @@ def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> N
 
 
 def load_needed(
-    config: FusionConfig, calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
+    configs: Sequence[FusionConfig], calibration: TextSource | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[CalibrationSamples | None, Corpus | None]:
-    """Samples for layer similarity and running text, as far as a fusion with `config` needs them.
+    """Samples for layer similarity and running text, as far as any of some fusions of one base needs them.
 
     The first process of a launch reads for all, so each has to call this. Raises ValueError if `calibration` cannot be
     used, or has too few samples.
@@ -179,14 +180,15 @@ def load_needed(
 
     def load() -> tuple[CalibrationSamples | None, Corpus | None]:
         samples, text = None, None
-        if config.averages:
-            count, length = config.samples_per_subject, config.sample_length
-            samples = load_calibration(
-                calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
-            )
-            config.check_num_samples(len(samples.texts))
-        if config.needs_text:
-            text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
+        for config in configs:
+            if config.averages and samples is None:
+                count, length = config.samples_per_subject, config.sample_length
+                samples = load_calibration(
+                    calibration, samples_per_subject=count, sample_length=length, tokenizer=tokenizer
+                )
+                config.check_num_samples(len(samples.texts))
+            if config.needs_text and text is None:
+                text = load_corpus(calibration, max_tokens=config.calibration_tokens, tokenizer=tokenizer)
         return samples, text
 
     return compute_once(load)

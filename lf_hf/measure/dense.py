@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class CalibrationText(NamedTuple):
     written: list[Tensor]  # by the model itself; judges nothing
     other: list[Tensor]  # pieces of text of other kinds, which only judge
     source: CalibrationInfo
-    notes: Sequence[str]  # what users should know of it
+    notes: list[str]  # what users should know of it
     relations: Mapping[str, str] = MappingProxyType({})  # of judging texts to it, by name
 
     @property
@@ -87,7 +87,6 @@ class Measurements:
     text: CalibrationText | None = None
     continuations: dict[str, str] = field(default_factory=dict)  # by prompt; none where it would take long
     base_digest: str | None = None  # `weights_digest` of the model
-    notes: list[str] = field(default_factory=list)
     group_costs: dict[Group, float] = field(default_factory=dict)  # of short groups; what a fusion measures is added
     averages: dict[AverageKey, MadeLayer] | None = None  # kept where fusions to several levels follow each other
 
@@ -102,17 +101,15 @@ class Measurements:
         return [used.source for used in self._on_text]
 
     @property
-    def all_notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What a user should know of all that was measured, one sentence each."""
-        return [*self.notes, *(note for used in self._on_text for note in used.notes)]
+        return [note for used in self._on_text for note in used.notes]
 
     @property
     def relations(self) -> dict[str, str]:
         """How each judging text, by its name, relates to the calibration text."""
-        relations = {}
-        for text in self.judged:
-            relations[text.name] = nearest("unseen", *(used.relations[text.name] for used in self._on_text))
-        return relations
+        names = [text.name for text in self.judged]
+        return {name: nearest("unseen", *(used.relations[name] for used in self._on_text)) for name in names}
 
     @property
     def _on_text(self) -> list[Similarity | CalibrationText]:
@@ -138,16 +135,12 @@ def measure(
     """
     parameters = check_model(decoder)
     clock, processes = Clock(), decoder.processes
-    notes: list[str] = []
-    continuations: dict[str, str] = {}
     with clock("perplexity"):
         judged = judge_dense(decoder, tokenizer, config.perplexity_tokens)
-    if config.perplexity_tokens:
+    continuations: dict[str, str] = {}
+    if config.perplexity_tokens and not decoder.on_disk:  # from where each token would take reading all of it
         with clock("continuations"):
-            if not decoder.on_disk:  # else each token would take reading all of it
-                continuations = processes.compute_once(lambda: write_continuations(decoder, tokenizer))
-        if not judged:
-            notes.append("No perplexity: this Python comes without the texts that it is measured on.")
+            continuations = processes.compute_once(lambda: write_continuations(decoder, tokenizer))
     similarity = None
     if samples is not None:
         similarity = processes.compute_once(lambda: compare_layers(decoder, tokenizer, config, samples, clock))
@@ -155,10 +148,8 @@ def measure(
     if corpus is not None:
         with clock("calibration text"):
             text = tokenize_corpus(decoder, tokenizer, corpus, config)
-    for note in [*notes, *(similarity.notes if similarity else [])]:
-        logger.warning(note)
     digest = weights_digest(decoder.named_parameters())
-    return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest, notes)
+    return Measurements(parameters, judged, clock.seconds, similarity, text, continuations, digest)
 
 
 def compare_layers(
@@ -179,6 +170,7 @@ def compare_layers(
             f"The layer similarities are noise: of {len(ids)} calibration samples {different} differ, and the longest "
             f"has {longest} {plural(longest, 'token')}; give {config.samples_needed} different samples of text or more."
         )
+        logger.warning(notes[0])
     with clock("activations"):  # stage 1
         distances, influences = sample_distances(decoder, ids)
     with clock("manifold"):  # stage 2

@@ -27,14 +27,9 @@ HeadAndStates = tuple[Head, Sequence[Tensor]]
 """A model's head, and its final states of all batches of a text."""
 
 
-def kl_divergence(expected: Tensor, log_probs: Tensor, probabilities: Tensor | None = None) -> Tensor:
-    """KL(expected || predicted) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T).
-
-    `probabilities` are those of `expected`, where a caller has them.
-    """
-    if probabilities is None:
-        probabilities = expected.exp()
-    return torch.linalg.vecdot(probabilities, expected - log_probs)
+def kl_divergence(expected: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(expected || predicted) in nats, of log-probabilities of shape (..., tokens T, vocab): shape (..., T)."""
+    return torch.linalg.vecdot(expected.exp(), expected - log_probs)
 
 
 def shard_batches(decoder: Decoder, texts: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
