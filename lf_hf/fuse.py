@@ -250,8 +250,8 @@ def fuse_checkpoint(
     check_replaceable(out, inputs.base.name)
     with _work_in(folder) as scratch:
         size = max_shard_bytes or (LOW_MEMORY_SHARD_BYTES if low_memory else MAX_SHARD_BYTES)
-        saving: dict[str, Any] = {"own_tokenizer": tokenizer is not None, "max_shard_size": size}
-        return pipeline.run(inputs, folder, scratch=scratch, **saving).report
+        own = tokenizer is not None
+        return pipeline.run(inputs, folder, scratch=scratch, own_tokenizer=own, max_shard_size=size).report
 
 
 def heal(

@@ -191,13 +191,9 @@ class FusionConfig(Settings):
 
     def without_effect(self, calibration: object) -> list[str]:
         """Names of what was set to no use, with this calibration text or None."""
-        by_default = {name: field.default for name, field in self.known.items()} | METHODS[self.method]
-        by_default["heal_tokens"] = self.heal_tokens  # of which 0 has an effect
-        names = [
-            name
-            for name, default in by_default.items()
-            if not self.takes_effect(name) and getattr(self, name) != default
-        ]
+        usual = FusionConfig(1, self.method, heal_tokens=self.heal_tokens)  # of which 0 has an effect
+        unused = [name for name in self.known if not self.takes_effect(name)]
+        names = [name for name in unused if getattr(self, name) != getattr(usual, name)]
         if calibration is not None and not (self.averages or self.needs_text or self.heal_tokens):
             names.append("calibration")
         return names

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 
 from lf_hf.choose.costs import GroupCosts, costs_on, split_text
-from lf_hf.choose.sets import estimate_costs, longest_group, propose_sets
+from lf_hf.choose.sets import estimate_costs, propose_sets
 from lf_hf.decoder.decoder import Decoder, Group, Groups
 from lf_hf.decoder.hidden_states import cosine_sums, influences
 from lf_hf.families.table import Kind
@@ -141,7 +141,8 @@ def _next_sets(costs: GroupCosts, trials: dict[Groups, float], num_fusions: int)
     """The set to try next, with the costs of its groups measured, and others that may be next; [] if no set is left."""
     decoder, processes = costs.decoder, costs.processes
     count = max(_AHEAD, processes.world_size)
-    longest = longest_group(len(decoder.inner_layers), num_fusions, decoder.longest_group)
+    inner = len(decoder.inner_layers)
+    longest = max(decoder.longest_group, math.ceil(inner / (inner - num_fusions)))  # more where so many have to go
     while True:
         propose = partial(propose_sets, estimate_costs(costs.by_group, longest), trials, num_fusions, count=count)
         proposed = processes.compute_once(propose)  # in case machines round differently

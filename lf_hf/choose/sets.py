@@ -21,14 +21,6 @@ _SHARE = 5
 _TURNS = 3  # one of so many proposals supposes that groups beside the first cost more
 
 
-def longest_group(inner: int, num_fusions: int, most: int) -> int:
-    """How many layers may become one where a model is to lose `num_fusions`, and `inner` ones may be in groups.
-
-    That is `most`, and more only where so many are to go that they have to be.
-    """
-    return max(most, math.ceil(inner / (inner - num_fusions)))
-
-
 def estimate_costs(measured: Mapping[Group, float], longest: int) -> dict[Group, float]:
     """Costs of all groups of up to `longest` layers, where those of all pairs of layers were measured, if not more.
 
