@@ -7,15 +7,12 @@ base to go on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
@@ -32,10 +29,7 @@ from lf_hf.text.calibration import Corpus
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time
-_TEXT, _STATES, _JUDGED = "teacher.safetensors", "states.bin", "judged-{}.safetensors"
-
-_BATCHES = "ids", "states"
-_FACTS = "facts"
+_TEXT, _STATES, _JUDGED = "teacher.pt", "states.bin", "judged-{}.pt"
 
 Items = dict[str, Dataset[dict[str, Tensor]]]
 """Sequences by kind of text: `input_ids` (tokens T,), and `STATES`."""
@@ -92,16 +86,14 @@ def write_teacher(
         for *_, ids in parts:
             _write_states(file, start, decoder, ids, processes.shard(range(len(ids))))
             start += ids.numel()
-    _save_judged(judged, folder / _JUDGED.format(processes.rank))
+    _save([vars(text) for text in judged], folder / _JUDGED.format(processes.rank))
 
     def finish() -> None:
-        tensors = {str(number): ids for number, (*_, ids) in enumerate(parts)}
+        head, new = None, folder / f"{_TEXT}.new"
         if with_head:
             with decoder.norm_and_head() as (_, weight):
-                tensors["head"] = weight.detach().cpu().contiguous()
-        facts = {"hidden": decoder.config.hidden_size, "parts": [names for *names, _ in parts]}
-        new = folder / f"{_TEXT}.new"
-        _save(tensors, facts, new)
+                head = weight.detach()
+        _save({"parts": parts, "hidden": decoder.config.hidden_size, "head": head}, new)
         new.replace(folder / _TEXT)
 
     processes.all_gather_object(None)  # until all states are there
@@ -115,18 +107,14 @@ def is_written(folder: Path) -> bool:
 
 def open_teacher(folder: Path) -> Teacher:
     """What `write_teacher` wrote; sequences are read when they are used."""
-    facts, tensors = _load(folder / _TEXT)
-    judged = _load_judged(folder / _JUDGED.format(Processes.of_launch().rank))
-    teacher = Teacher(judged=judged, head=tensors.pop("head", None))
-    hidden, start = facts["hidden"], 0
-    size = sum(ids.numel() for ids in tensors.values()) * hidden
-    states = torch.from_file(str(folder / _STATES), shared=False, size=size, dtype=torch.bfloat16)  # mapped
-    for number, (part, kind) in enumerate(facts["parts"]):
-        ids = tensors[str(number)]
-        end = start + ids.numel() * hidden
-        columns: dict[str, Any] = {"input_ids": ids, STATES: states[start:end].view(*ids.shape, hidden)}
+    known, judged = _load(folder / _TEXT), _load(folder / _JUDGED.format(Processes.of_launch().rank))
+    teacher = Teacher(judged=[Judged(**text) for text in judged], head=known["head"])
+    hidden = known["hidden"]
+    sizes = [ids.numel() * hidden for *_, ids in known["parts"]]
+    states = torch.from_file(str(folder / _STATES), shared=False, size=sum(sizes), dtype=torch.bfloat16)  # mapped
+    for (part, kind, ids), of_part in zip(known["parts"], states.split(sizes), strict=True):
+        columns: dict[str, Any] = {"input_ids": ids, STATES: of_part.view(*ids.shape, hidden)}
         getattr(teacher, part)[kind] = StackDataset(**columns)
-        start = end
     return teacher
 
 
@@ -145,38 +133,14 @@ def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, num
             file.write(sequence.contiguous().view(torch.uint8).numpy().data)
 
 
-def _save_judged(judged: Sequence[Judged], file: Path) -> None:
-    facts, tensors = [], {}
-    for number, text in enumerate(judged):
-        known = vars(text)
-        for name in _BATCHES:
-            for place, batch in enumerate(known[name]):
-                tensors[f"{number}.{name}.{place}"] = batch.cpu().contiguous()
-        facts.append({name: value for name, value in known.items() if name not in _BATCHES} | {"count": len(text.ids)})
-    _save(tensors, facts, file)
-
-
-def _load_judged(file: Path) -> list[Judged]:
-    facts, tensors = _load(file)
-    judged = []
-    for number, known in enumerate(facts):
-        places = range(known.pop("count"))
-        for name in _BATCHES:
-            known[name] = [tensors[f"{number}.{name}.{place}"] for place in places]
-        judged.append(Judged(**known))
-    return judged
-
-
-def _save(tensors: dict[str, Tensor], facts: Any, file: Path) -> None:
-    """Write tensors, and facts that JSON can hold beside them."""
+def _save(known: Any, file: Path) -> None:
+    """Write tensors, and what else `torch.load` takes from a file that is not trusted."""
     try:
-        save_file(tensors, file, {_FACTS: json.dumps(facts)})
-    except SafetensorError as error:  # the disk is full
+        torch.save(known, file)
+    except RuntimeError as error:  # the disk is full
         raise OSError(f"{str(file)!r} was not written ({error}).") from error
 
 
-def _load(file: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Facts and tensors, as `_save` wrote them."""
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return json.loads(opened.metadata()[_FACTS]), tensors
+def _load(file: Path) -> Any:
+    """What `_save` wrote; tensors are mapped into memory."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
