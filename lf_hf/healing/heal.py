@@ -54,12 +54,11 @@ def prepare(settings: HealSettings, longest: int, training_args: Mapping[str, An
     length = min(settings.length, longest)
     batch_tokens = max(length, min(settings.batch_tokens, settings.tokens))
     settings = replace(settings, length=length, batch_tokens=batch_tokens)
-    world_size = training_arguments(settings, Path(), training_args).world_size
-    batch = math.ceil(settings.batch / world_size) * world_size
+    arguments = training_arguments(settings, Path(), training_args)
+    batch = math.ceil(settings.batch / arguments.world_size) * arguments.world_size
     if batch != settings.batch:
         logger.warning(f"A step has {batch} sequences and not {settings.batch}, so that processes share it evenly.")
         settings = replace(settings, batch_tokens=batch * length)
-    arguments = training_arguments(settings, Path(), training_args)
     if training_args:  # of which the Trainer refuses some when it is made
         with _undisturbed():
             check_trains(arguments)
@@ -106,7 +105,6 @@ def heal(
         order = training_order(len(names), settings)
         used = Counter(names[number] for number in sorted(set(order)))  # different sequences of each kind of text
         trainer.train_dataset = Subset(ConcatDataset(teacher.training.values()), order)
-        trainer.eval_dataset = teacher.held_out
         trainer.train(resume_from_checkpoint=state)
         kept = trainer.best_step()
         if kept:

@@ -5,7 +5,7 @@ This module knows nothing of models: it takes final states, the weight of a head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,47 +93,41 @@ class _Distillation(torch.autograd.Function):
         next_ids = pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1 after the last token of a sequence
         per_token = partial(_loss_and_gradient, loss.temperature, *loss.weights(ids))
         total = torch.zeros((), device=device)
-        grad_states = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_states = torch.empty_like(states).flatten(0, 1)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_states = torch.empty_like(states).flatten(0, 1)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(device.type, enabled=False):
             flat = states.flatten(0, 1).to(dtype)  # (B T, hidden)
             head = weight.to(dtype)
             of_teacher = targets.states.flatten(0, 1)
-            for rows in row_slices(len(flat), vocab_size, LOGITS):
+            for rows in _row_slices(len(flat), vocab_size, LOGITS):
                 logits = linear(flat[rows], head)
                 teacher = linear(of_teacher[rows].to(targets.weight.dtype), targets.weight)
                 following = next_ids[rows]
-                for part in row_slices(len(logits), vocab_size, float_logits):
+                for part in _row_slices(len(logits), vocab_size, float_logits):
                     expected = log_softmax(targets.to_logits(teacher[part].float()) / loss.temperature, -1)
                     value, gradient = per_token(logits[part], to_logits, expected, following[part])
                     total += value
                     logits[part] = gradient  # which takes the place of the logits
-                if grad_states is not None:
-                    grad_states[rows] = (logits @ head).to(states.dtype)
+                grad_states[rows] = logits @ head
                 if grad_weight is not None:
                     grad_weight += logits.T @ flat[rows]
                 del logits, teacher, expected  # before the next ones are made
-        ctx.shape, ctx.weight_dtype = states.shape, weight.dtype
-        ctx.save_for_backward(grad_states, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_states.view_as(states), grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_weight = ctx.saved_tensors
-        if grad_states is not None:
-            grad_states = grad_states.view(ctx.shape) * grad_output
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_states, grad_weight, None, None, None, None
+        return grad_states * grad_output, grad_weight, None, None, None, None
 
 
-def row_slices(count: int, vocab_size: int, logits: int) -> Iterator[slice]:
+def _row_slices(count: int, vocab_size: int, logits: int) -> list[slice]:
     """`count` tokens in slices, each of as many as have about `logits` logits."""
     step = max(1, logits // vocab_size)
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _computation_dtype(states: Tensor) -> torch.dtype:

@@ -51,7 +51,10 @@ def given_text(
     for name, packed in pack_parts(tokenizer, corpus, length, most).items():
         check_ids(packed, vocab_size)
         tokens += sum(map(len, packed))
-        kinds.append(_with_held_out(name, [sequence for sequence in packed if len(sequence) == length]))
+        sequences = [sequence for sequence in packed if len(sequence) == length]
+        count = min(HELD_OUT, len(sequences) // 8 or len(sequences) // 2)  # spread evenly
+        held_out, training = split_held_out(sequences, count, at_random=False)
+        kinds.append(TextKind(name, training, held_out))
     if not any(kind.held_out for kind in kinds):
         raise ValueError(
             f"The text to heal on ({corpus.source}) has only {tokens} tokens, which do not fill two sequences of "
@@ -110,45 +113,30 @@ def training_order(count: int, settings: HealSettings) -> list[int]:
 
 
 def _written_text(write: Write, settings: HealSettings, count: int, *, chats: bool) -> list[TextKind]:
-    """`count` sequences that the base writes to train on, chats as a kind of their own, and others to hold out."""
-    length = settings.length
-    if not chats:
-        return [_joined(WRITTEN, _written_pieces(write, settings, count + HELD_OUT), length, count, HELD_OUT)]
-    num_chats = len(range(count)[CHATS])
-    held_out_chats = min(HELD_OUT, num_chats)
-    num_texts = count - num_chats
-    for_chats = CHATS.step * (num_chats + held_out_chats)
-    for_texts = math.ceil((num_texts + HELD_OUT) * CHATS.step / (CHATS.step - 1))
-    pieces = _written_pieces(write, settings, max(for_chats, for_texts))
-    chat_pieces = pieces[CHATS]
-    del pieces[CHATS]
-    return [
-        _joined(WRITTEN, pieces, length, num_texts, HELD_OUT),
-        _joined(WRITTEN_CHATS, chat_pieces, length, num_chats, held_out_chats),
-    ]
+    """`count` sequences that the base writes to train on, chats as a kind of their own, and others to hold out.
 
-
-def _written_pieces(write: Write, settings: HealSettings, count: int) -> list[Tensor]:
-    """Short pieces for `count` sequences: at length a small model's text no longer resembles any, and takes long."""
+    They are made of short pieces: at length a small model's text no longer resembles any, and takes long.
+    """
+    num_chats = len(range(count)[CHATS]) if chats else 0
+    num_texts, held_out_chats = count - num_chats, min(HELD_OUT, num_chats)
+    wanted = num_texts + HELD_OUT
+    if chats:
+        for_texts = math.ceil(wanted * CHATS.step / (CHATS.step - 1))
+        wanted = max(for_texts, CHATS.step * (num_chats + held_out_chats))
     short = min(WRITTEN_LENGTH, settings.length)
-    total = count * math.ceil(settings.length / short)
-    pieces: list[Tensor] = []
-    for start in range(0, total, WRITTEN_TOGETHER):
-        pieces += write(min(WRITTEN_TOGETHER, total - start), short, settings.seed + start)
-    return pieces
-
-
-def _joined(name: str, pieces: list[Tensor], length: int, count: int, held_out: int) -> TextKind:
-    """Sequences of short pieces, `count` to train on and `held_out` that are not."""
-    step = math.ceil(length / len(pieces[0]))
-    sequences = []
-    for start in range(0, (held_out + count) * step, step):
-        sequences.append(torch.cat(pieces[start : start + step])[:length])
-    return TextKind(name, sequences[held_out:], sequences[:held_out])
-
-
-def _with_held_out(name: str, sequences: list[Tensor]) -> TextKind:
-    """Sequences of which some, spread evenly, are held out: an eighth, or half of the last two."""
-    total = len(sequences)
-    held_out, training = split_held_out(sequences, min(HELD_OUT, total // 8 or total // 2), at_random=False)
-    return TextKind(name, training, held_out)
+    joined = math.ceil(settings.length / short)  # pieces of a sequence
+    texts: list[Tensor] = []
+    for start in range(0, wanted * joined, WRITTEN_TOGETHER):
+        texts += write(min(WRITTEN_TOGETHER, wanted * joined - start), short, settings.seed + start)
+    of_chats = texts[CHATS]
+    if chats:
+        del texts[CHATS]
+    kinds = []
+    for name, pieces, to_train, held_out in (
+        (WRITTEN, texts, num_texts, HELD_OUT),
+        (WRITTEN_CHATS, of_chats, num_chats, held_out_chats),
+    ):
+        starts = range(0, (held_out + to_train) * joined, joined)
+        sequences = [torch.cat(pieces[start : start + joined])[: settings.length] for start in starts]
+        kinds.append(TextKind(name, sequences[held_out:], sequences[:held_out]))
+    return kinds

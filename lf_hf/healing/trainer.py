@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.placement import value
 from lf_hf.families.models import CausalLM, family_of, model_class, text_model, text_prefix
 from lf_hf.healing.loss import Loss, Targets, distillation_loss
-from lf_hf.healing.teacher import STATES, Teacher
+from lf_hf.healing.teacher import STATES, Items, Teacher
 from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.amounts import EVALUATIONS
@@ -82,19 +83,19 @@ def make_student(
     installed.
     """
     config = copy.deepcopy(decoder.model_config)  # which the Trainer changes
-    own_head = {name for name, _ in decoder.named_parameters()} >= {"lm_head.weight"}
-    config.tie_word_embeddings = not own_head
+    names = {name for name, _ in decoder.named_parameters()}
+    config.tie_word_embeddings = "lm_head.weight" not in names
     config.get_text_config().attention_dropout = 0.0  # which few steps would only suffer from
     stock = model_class(config)
     with torch.device("meta"):
         student = type(Student.__name__, (Student, stock), {"__module__": __name__})(config)
     student._weight_conversions = []  # so that states have the names that they are loaded by
-    is_trained = _what_trains(student, settings.train, fused_layers)
+    trained = _trained_names(names, text_prefix(student), settings.train, fused_layers)
     # What is sharded is of one dtype.
     frozen = torch.bfloat16 if arguments.bf16 and num_shards(arguments) == 1 else torch.float32
     weights = {}
     for name, weight in decoder.named_parameters():
-        if is_trained(name):
+        if name in trained:
             weights[name] = weight.detach().to(arguments.device, torch.float32, copy=True)
         else:
             weights[name] = weight.detach().to(arguments.device, frozen)
@@ -102,13 +103,11 @@ def make_student(
     student.tie_weights()
     _with_buffers(student, decoder.model, arguments.device)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(name in trained)
     if settings.train == "lora":
         return _with_adapters(student, settings)
     # States of the training hold what is trained; the Trainer is not to miss the rest.
-    student._keys_to_ignore_on_save = {name for name in student.state_dict() if not is_trained(name)}
-    if config.tie_word_embeddings:
-        student._keys_to_ignore_on_save.add("lm_head.weight")
+    student._keys_to_ignore_on_save = student.state_dict().keys() - trained
     return student
 
 
@@ -127,18 +126,14 @@ def _with_buffers(model: Any, like: Any, device: torch.device) -> None:
             model.get_submodule(place).register_buffer(short, values, persistent=False)
 
 
-def _what_trains(student: CausalLM, train: str | None, fused_layers: Sequence[int]) -> Callable[[str], bool]:
-    """Whether a parameter is trained, by its name: in the decoder what the settings say, in a vision tower none."""
-    text = text_prefix(student)
+def _trained_names(names: Iterable[str], text: str, train: str | None, fused_layers: Sequence[int]) -> set[str]:
+    """Those of a model's parameters that are trained: of what begins with `text` by the settings, of a tower none."""
+    if train == "lora":
+        return set()
     layers = f"{text}layers."
     fused = tuple(f"{layers}{number}." for number in fused_layers)
-    begins = {"all": (text, "lm_head."), "layers": (layers,), "fused": fused, "lora": ()}[train or "layers"]
-
-    def is_trained(name: str) -> bool:
-        is_norm = train != "lora" and name.startswith(text) and "norm" in name
-        return is_norm or name.startswith(begins)
-
-    return is_trained
+    begins = {"all": (text, "lm_head."), "layers": (layers,), "fused": fused}[train or "layers"]
+    return {name for name in names if name.startswith(begins) or (name.startswith(text) and "norm" in name)}
 
 
 def num_shards(arguments: TrainingArguments) -> int:
@@ -185,6 +180,7 @@ class DistillationTrainer(Trainer):
     to_targets: Callable[[Tensor], Targets]  # of the teacher's final states of a batch
     loss: Loss
     trained: AbstractSet[str]  # names of what is trained
+    eval_dataset: Items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -196,11 +192,11 @@ class DistillationTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(eval_dataset, *arguments, **named)
-        if eval_dataset is None and isinstance(self.eval_dataset, dict):  # not one kind of text of several
+        if eval_dataset is None:  # all kinds of text, and not one of several
             mean = sum(metrics[f"eval_{name}_loss"] for name in self.eval_dataset) / len(self.eval_dataset)
             metrics[DIVERGENCE] = mean if math.isfinite(mean) else math.inf
             self.control.should_training_stop |= not math.isfinite(mean)  # which it never is again
-            self.log({DIVERGENCE: metrics[DIVERGENCE]})
+            self.log(metrics)
         return metrics
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
@@ -226,22 +222,18 @@ class DistillationTrainer(Trainer):
 
     def curve(self) -> list[HealingPoint]:
         """Divergences on held-out text, nats a token, by kind of text, in the order of steps."""
-        assert isinstance(self.eval_dataset, dict)
-        points: dict[int, HealingPoint] = {}
-        for entry in self.state.log_history:
-            for name in self.eval_dataset:
-                figure = f"eval_{name}_loss"
-                if figure in entry:
-                    step = int(entry["step"])
-                    points.setdefault(step, HealingPoint(step, {})).divergences[name] = entry[figure]
-        return list(points.values())
+        points = []
+        for look in self._looks():
+            divergences = {name: look[f"eval_{name}_loss"] for name in self.eval_dataset}
+            points.append(HealingPoint(int(look["step"]), divergences))
+        return points
 
     def best_step(self) -> int:
-        """The step whose state is the nearest to the teacher on held-out text; 0 is the fused model."""
-        before, *means = [entry[DIVERGENCE] for entry in self.state.log_history if DIVERGENCE in entry]
-        if min(means, default=math.inf) < before:
-            return self.state.best_global_step or 0
-        return 0
+        """The first step whose state is the nearest to the teacher on held-out text; 0 is the fused model."""
+        return int(min(self._looks(), key=itemgetter(DIVERGENCE))["step"])
+
+    def _looks(self) -> list[dict[str, float]]:
+        return [entry for entry in self.state.log_history if DIVERGENCE in entry]
 
     def trained_weights(self, decoder: Decoder) -> Iterator[tuple[str, Tensor | None]]:
         """What was trained, by its name in the decoder, one by one: in one piece and float32 in rank 0, else None.
@@ -280,8 +272,8 @@ def damaged_file(state: Path) -> str | None:
         sizes: dict[str, int] = json.loads((state / _FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return _FILES
-    found = _file_sizes(state)
-    return next((name for name, size in sizes.items() if found.get(name) != size), None)
+    name, _ = min(sizes.items() - _file_sizes(state).items(), default=(None, 0))
+    return name
 
 
 class _Progress(TrainerCallback):
@@ -301,7 +293,7 @@ class _Progress(TrainerCallback):
 def make_trainer(
     student: nn.Module, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
 ) -> DistillationTrainer:
-    """The Trainer, before it is given text. Raises ValueError for arguments with which it cannot train."""
+    """The Trainer, before it is given text to train on. Raises ValueError for arguments with which it cannot train."""
     model: Any = student
     config, weight = text_model(model).config, model.get_output_embeddings().weight
     if teacher.head is not None:
@@ -310,7 +302,11 @@ def make_trainer(
         head = weight.detach().clone() if weight.requires_grad else weight.detach()
     with _accepted():
         trainer = DistillationTrainer(
-            student, arguments, data_collator=default_collate, eval_dataset={}, callbacks=[_Progress()]
+            student,
+            arguments,
+            data_collator=default_collate,
+            eval_dataset=teacher.held_out,
+            callbacks=[_Progress()],
         )
     trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
     trainer.loss = Loss(settings.temperature, settings.next_token_share)
