@@ -98,7 +98,7 @@ def _fuse_base(inputs: FusionInputs, plan: Plan, work: Path, scratch: Path | Non
     base.credit(model)
     if healing is not None:
         made_of, digest = inputs.healing_identity, model.report.weights_digest
-        compute_once(lambda: note_healing(work, made_of, healing.train, digest))
+        compute_once(lambda: note_healing(work, made_of=made_of, train=healing.train, fused=digest))
     return model
 
 
@@ -138,13 +138,13 @@ def heal_folder(inputs: HealInputs, folder: Path, scratch: Path) -> FusedForCaus
     with _following(plan):
         healing, work = plan.healing, folder / WORK
         assert healing is not None
-        if not healing.begun:
+        if not plan.begun:
             base = inputs.base.open_decoder(plan, scratch)
             inputs.check_base(weights_digest(base.named_parameters()))
             judged = judge_dense(base, inputs.tokenizer, inputs.judging_tokens)
             write_teacher(work, base, inputs.tokenizer, inputs.corpus, healing.settings, judged, with_head=True)
             del base
-            compute_once(lambda: note_healing(work, inputs.healing_identity, healing.train))
+            compute_once(lambda: note_healing(work, made_of=inputs.healing_identity, train=healing.train))
         model, teacher = inputs.load_fused(plan), open_teacher(work)
         if (
             teacher.head is not None
@@ -187,10 +187,10 @@ def heal_fused(
 
 def _begun(inputs: FusionInputs, folder: Path, plan: Plan) -> FusedForCausalLM | None:
     """The fused model in a folder, if it is the one that a healing which was cut short there began with."""
-    if plan.healing is None or not plan.healing.begun:
+    if not plan.begun:
         return None
     is_whole = compute_once(lambda: (folder / REPORT_NAME).is_file() and not changed_files(folder))
-    if not is_whole or compute_once(lambda: FusionReport.load(folder).weights_digest) != plan.healing.begun["fused"]:
+    if not is_whole or compute_once(lambda: FusionReport.load(folder).weights_digest) != plan.begun["fused"]:
         return None
     return inputs.load_fused(folder, plan.one_place)
 

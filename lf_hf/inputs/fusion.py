@@ -16,9 +16,11 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import BASE_ONLY_ARGUMENTS, Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, checked_tokenizer, fused_class
 from lf_hf.checkpoint.identity import files_digest, identity, text_digest
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
+from lf_hf.inputs.resuming import noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig
@@ -89,30 +91,26 @@ class FusionInputs:
     def check(self, folder: Path | None = None) -> Plan:
         """The plan of this fusion.
 
-        Raises ValueError, before weights are read, if there is too little text or memory, and OSError if the disk of
-        `folder`, where the result goes, has too little room for it and for what lies there meanwhile. A fused model
-        that is there keeps its room until the new one is whole.
+        Raises ValueError, before weights are read, if there is too little text or memory or another healing was cut
+        short in `folder`, and OSError if the disk of `folder`, where the result goes, has too little room for it and
+        for what lies there meanwhile. A fused model that is there keeps its room until the new one is whole.
         """
         base, config = self.base, self.config
         _, text = self.samples_and_text
         if text is not None:
             length = min(config.calibration_length, base.text_config.max_position_embeddings)
             check_enough(self.tokenizer, text, length, base.text_config.vocab_size)
-        plan = plan_run(
-            base,
-            config,
-            folder,
-            healing=config.healing,
-            made_of=lambda: self.healing_identity,
-            low_memory=self.low_memory,
-        )
+        begun = {}
+        if folder is not None and config.healing is not None:
+            begun = noted_healing(folder / WORK, lambda: self.healing_identity)
+        plan = plan_run(base, config, folder, healing=config.healing, begun=begun, low_memory=self.low_memory)
         if self.to_heal is not None and plan.healing is not None:
             check_text_to_heal(self.tokenizer, self.to_heal, plan.healing.settings, base)
         return plan
 
     def load_kept(self, folder: Path) -> FusedForCausalLM:
         """What was made of the base and kept in a folder: it lies where the base would."""
-        plan = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None, is_timed=False)
+        plan = plan_run(self.base, FusionConfig(1, "truncate", perplexity_tokens=0), None)
         return self.load_fused(folder, plan.place)
 
     def load_fused(self, folder: Path, device_map: Any) -> FusedForCausalLM:

@@ -17,10 +17,11 @@ from lf_hf.checkpoint.base import HUB_ARGUMENTS, Base, checked_dtype, load_token
 from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
-from lf_hf.checkpoint.saving import LOGS, check_replaceable, checked_folder, file_sha
+from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, file_sha
 from lf_hf.checkpoint.weights import tensor_files
 from lf_hf.families.models import num_parameters
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
+from lf_hf.inputs.resuming import noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -132,14 +133,9 @@ class HealInputs:
         """
         fewer = self.report.layers_before - self.report.layers_after
         config = FusionConfig(fewer, "truncate", perplexity_tokens=self.judging_tokens)
-        plan = plan_run(
-            self.base,
-            config,
-            out,
-            healing=self.settings,
-            made_of=lambda: self.healing_identity,
-            training_args=self.training_args,
-        )
+        begun = noted_healing(out / WORK, lambda: self.healing_identity)
+        given = self.training_args
+        plan = plan_run(self.base, config, out, healing=self.settings, begun=begun, training_args=given)
         assert plan.healing is not None
         check_text_to_heal(self.tokenizer, self.corpus, plan.healing.settings, self.base)
         return plan

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,11 +20,9 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.healing.result import repeats_note
 from lf_hf.healing.text import expected_epochs, given_text
-from lf_hf.inputs.resuming import noted_healing
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
-from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
 from lf_hf.settings import SHORTEST_LENGTH, FusionConfig, HealSettings
@@ -39,33 +37,36 @@ def plan_run(
     folder: Path | None,
     *,
     healing: HealSettings | None = None,
-    made_of: Callable[[], Mapping[str, str]] | None = None,
+    begun: Mapping[str, Any] = MappingProxyType({}),
     training_args: Mapping[str, Any] | None = None,
     low_memory: bool = False,
-    is_timed: bool = True,
 ) -> Plan:
     """The plan on this machine, with room on the disk of `folder`, which has to be there.
 
-    `healing` are the settings of a healing that follows; the plan has those on this launch. Where a healing was cut
-    short in `folder` that was made of the same, which `made_of` computes, it trains what that one trained.
-    `training_args` are None where a user cannot give any. Raises ValueError if a device, training arguments or the
-    memory will not do, or if another healing was cut short there, and OSError if the disk has too little room.
+    `healing` are the settings of a healing that follows; the plan has those on this launch. `begun` is the note of the
+    same one, where it was cut short in `folder`: it trains what that one trained. `training_args` are None where a user
+    cannot give any. Raises ValueError if a device, training arguments or the memory will not do, and OSError if the
+    disk has too little room.
     """
+    target = folder or Path(tempfile.gettempdir())
+    otherwise: str | None = "method='refit'"
     shards, bfloat16 = 1, None
     if healing is not None:
         from lf_hf.healing.heal import prepare  # imports the Trainer, which takes seconds
 
-        advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
-        by_default = explained("Where a fusion heals, it does so by the defaults", advice, ValueError)
-        with by_default if training_args is None else nullcontext():
-            longest = base.text_config.max_position_embeddings
-            healing, shards, bfloat16 = prepare(healing, longest, training_args or {})
+        longest = base.text_config.max_position_embeddings
+        healing, shards, bfloat16 = prepare(healing, longest, training_args or {})
+        if training_args is not None:  # by a command of its own
+            shorter = healing.length // 2
+            otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
+        if begun:
+            healing = replace(healing, train=begun["train"])
+            otherwise = f"remove {str(target / WORK)!r} to begin anew"
     dtype, device_map = base.loaded_dtype, base.loading.get("device_map")
     max_memory = base.loading.get("max_memory")
     devices = devices_of("auto" if device_map is None and max_memory else device_map)
-    target = folder or Path(tempfile.gettempdir())
     place = next(place for place in (target, *target.parents) if place.is_dir())
-    machine = Machine.here(devices, max_memory, place)
+    machine = replace(Machine.here(devices, max_memory, place), shards=shards)
     if dtype == torch.bfloat16 and machine.is_here and not (machine.has_card or machine.bfloat16):
         logger.warning("This CPU has no instructions for bfloat16, so it is several times as slow as float32.")
     if healing is not None and devices[0].index and local_processes() == 1:
@@ -73,27 +74,16 @@ def plan_run(
         raise ValueError(f"Healing trains on {kind}:0, not on {kind}:{number}; hide the others, and give {kind}.")
     if machine.is_here and bfloat16 is not None:
         machine = replace(machine, bfloat16=bfloat16)
-    begun: Mapping[str, Any] = {}
-    otherwise: str | None = "method='refit'"
-    if healing is not None and training_args is not None:  # by a command of its own
-        shorter = healing.length // 2
-        otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None
-    if healing is not None and folder is not None and made_of is not None:
-        work = folder / WORK
-        begun = noted_healing(work, made_of)
-        if begun:
-            healing = replace(healing, train=begun["train"])
-            otherwise = f"remove {str(work)!r} to begin anew"
     planned = plan(
         base.config,
         dtype,
         config,
-        replace(machine, shards=shards),
+        machine,
         healing=healing,
         otherwise=otherwise,
         device_map=device_map if isinstance(device_map, dict) else None,
         low_memory=low_memory,
-        rates=partial(probe, devices[0], dtype, base.config) if machine.is_here and is_timed else None,
+        rates=partial(probe, devices[0], dtype, base.config) if machine.is_here else None,
     )
     trains = planned.healing and planned.healing.train
     if machine.is_here and trains == "lora" and importlib.util.find_spec("peft") is None:
@@ -106,9 +96,7 @@ def plan_run(
                 f"The disk of {str(place)!r} has {in_gib(unused)} free, and the fused model takes, with what lies "
                 f"there meanwhile, {in_gib(needed)}; make room, or give a folder on another disk."
             )
-    if planned.healing is None:
-        return planned
-    return replace(planned, healing=replace(planned.healing, begun=begun))
+    return replace(planned, begun=begun)
 
 
 def check_text_to_heal(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, base: Base) -> None:

@@ -19,9 +19,14 @@ from lf_hf.runtime.launch import compute_once
 _NOTE = "healing.json"
 
 
-def note_healing(work: Path, made_of: Mapping[str, str], train: str, fused: str | None = None) -> None:
-    """Note in the folder of its states what a healing is made of and trains, and the digest of the fused weights."""
-    _write(work, {"made_of": made_of, "train": train, "fused": fused})
+def note_healing(work: Path, **facts: Any) -> None:
+    """Note in the folder of its states what a healing is `made_of`, what it `train`s, and digests of weights.
+
+    These are those of the model that was `fused` there, if one was, and at the end of what was `healed`.
+    """
+    new = work / f"{_NOTE}.new"
+    new.write_text(json.dumps(facts), encoding="utf-8")
+    new.replace(work / _NOTE)
 
 
 def noted_healing(work: Path, made_of: Callable[[], Mapping[str, str]]) -> dict[str, Any]:
@@ -37,9 +42,9 @@ def noted_healing(work: Path, made_of: Callable[[], Mapping[str, str]]) -> dict[
 
 
 def _note_of(work: Path, present: Mapping[str, str]) -> dict[str, Any]:
-    file, advice = work / _NOTE, f"remove {str(work)!r} to begin anew"
-    with explained(f"{str(file)!r}, which says what is healed there, cannot be read", advice):
-        note: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    advice = f"remove {str(work)!r} to begin anew"
+    with explained(f"{str(work / _NOTE)!r}, which says what is healed there, cannot be read", advice):
+        note = _read(work)
         changes = differences(note["made_of"], present)
     if not changes:
         return note if is_written(work) else {}
@@ -54,8 +59,7 @@ def _note_of(work: Path, present: Mapping[str, str]) -> dict[str, Any]:
 
 def save_healed(folder: Path, save: Callable[[], None], digest: str | None) -> None:
     """Save a healed model, whose weights have this digest, into a folder, and remove what its healing went on from."""
-    note = json.loads((folder / WORK / _NOTE).read_text(encoding="utf-8"))
-    _write(folder / WORK, note | {"healed": digest})
+    note_healing(folder / WORK, **_read(folder / WORK) | {"healed": digest})
     save()
     _end(folder)
 
@@ -71,25 +75,22 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
 
     def end() -> FusionReport:
         with locked_folder(folder, wait=True):
-            if (folder / WORK).is_dir():  # else the run that saved it has just ended
-                _end(folder)
+            _end(folder)
         return FusionReport.load(folder)
 
     return compute_once(end)
 
 
-def _write(work: Path, note: Mapping[str, Any]) -> None:
-    new = work / f"{_NOTE}.new"
-    new.write_text(json.dumps(note), encoding="utf-8")
-    new.replace(work / _NOTE)
+def _read(work: Path) -> dict[str, Any]:
+    note: dict[str, Any] = json.loads((work / _NOTE).read_text(encoding="utf-8"))
+    return note
 
 
 def _note_of_result(folder: Path) -> dict[str, Any]:
     """The note that belongs to the healed model in a folder; else nothing."""
     finish_save(folder)
     with suppress(OSError, ValueError):
-        note: dict[str, Any] = json.loads((folder / WORK / _NOTE).read_text(encoding="utf-8"))
-        report = FusionReport.load(folder)
+        note, report = _read(folder / WORK), FusionReport.load(folder)
         if report.healed and note.get("healed") == report.weights_digest is not None and not changed_files(folder):
             return note
     return {}
@@ -100,7 +101,7 @@ def _end(folder: Path) -> None:
     work = folder / WORK
     if (work / LOGS).is_dir():
         shutil.copytree(work / LOGS, folder / LOGS, copy_function=_copy_new, dirs_exist_ok=True)
-    for entry in () if work.is_symlink() else work.iterdir():
+    for entry in () if work.is_symlink() else work.glob("*"):  # none where the run that saved it has just ended
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name != _NOTE:

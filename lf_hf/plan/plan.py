@@ -50,7 +50,7 @@ class NoRoom(ValueError):
 class HealingPlan:
     """What a healing trains and why, how many sequences at a time, and bytes: on its `device`, and of states on disk.
 
-    `settings` are those of the healing, with what it trains; `begun` is the note of the same one, if it was cut short.
+    `settings` are those of the healing, with what it trains.
     """
 
     settings: HealSettings
@@ -61,7 +61,6 @@ class HealingPlan:
     bytes: int
     disk: int
     work: Work
-    begun: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def train(self) -> str:
@@ -75,6 +74,7 @@ class Plan:
 
     `parameters` are the base's and the result's, `peak` is by place, and `phases` by phase of the place that computes;
     `disk` is at most, while it runs. `work` and `minutes` are by phase, the latter None for a device that is not here.
+    `begun` is the note of the same healing, if it was cut short.
     """
 
     machine: Machine
@@ -90,6 +90,7 @@ class Plan:
     disk: int
     work: dict[str, Work]
     minutes: dict[str, float] | None
+    begun: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
