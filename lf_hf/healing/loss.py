@@ -15,11 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, log_softmax, pad
 
 from lf_hf.measure.predictions import kl_divergence
-
-LOGITS = 1 << 27
-"""About how many logits exist at a time, in the type of the computation."""
-FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU = 1 << 24, 1 << 17
-"""How many of them are worked on at a time in float32: on the CPU so few that they stay in its cache."""
+from lf_hf.runtime.amounts import FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU, TRAINED_LOGITS
 
 ToLogits = Callable[[Tensor], Tensor]
 """What a family does to the output of its head, entry by entry."""
@@ -34,7 +30,7 @@ class Targets:
     """The teacher's predictions of a batch.
 
     `states` (sequences B, tokens T, hidden of the teacher) are its final states after the norm, and `weight` (vocab,
-    hidden of the teacher) is its head's.
+    hidden of the teacher) is its head's. `to_logits` is the student's, too, as both are of one family.
     """
 
     states: Tensor
@@ -49,15 +45,8 @@ class Loss:
     temperature: float = 1.0
     next_token_share: float = 0.0
 
-    def weights(self, ids: Tensor) -> tuple[float, float]:
-        """Of a token's divergence, divided by the temperature, and of its next-token loss, in the loss of a batch."""
-        divergence = (1 - self.next_token_share) * self.temperature / ids.numel()
-        return divergence, self.next_token_share / max(1, ids[:, 1:].numel())
 
-
-def distillation_loss(
-    states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss, to_logits: ToLogits = unchanged
-) -> Tensor:
+def distillation_loss(states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss) -> Tensor:
     """Mean over tokens of KL(teacher || student), in nats, times temperature squared, mixed with next-token loss.
 
     Parameters
@@ -70,28 +59,27 @@ def distillation_loss(
         The text, for the next-token loss, which leaves each sequence's last position out.
     targets : Targets
     loss : Loss
-    to_logits : callable
-        The student's.
 
     Returns
     -------
     float32 tensor of shape ()
     """
-    return _Distillation.apply(states, weight, ids, targets, loss, to_logits)
+    return _Distillation.apply(states, weight, ids, targets, loss)
 
 
 class _Distillation(torch.autograd.Function):
     """Makes the gradient together with the loss, as softmaxes are half of it already; logits are never kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss, to_logits: ToLogits
-    ) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, targets: Targets, loss: Loss) -> Tensor:
         device, vocab_size = states.device, len(weight)
         float_logits = FLOAT_LOGITS_ON_CPU if device.type == "cpu" else FLOAT_LOGITS
         dtype = _computation_dtype(states)
         next_ids = pad(ids[:, 1:], (0, 1), value=-1).flatten()  # -1 after the last token of a sequence
-        per_token = partial(_loss_and_gradient, loss.temperature, *loss.weights(ids))
+        # Weights of a token: of its divergence, divided by the temperature, and of its next-token loss.
+        divergence = (1 - loss.next_token_share) * loss.temperature / ids.numel()
+        next_token = loss.next_token_share / max(1, ids[:, 1:].numel())
+        per_token = partial(_loss_and_gradient, loss.temperature, divergence, next_token, targets.to_logits)
         total = torch.zeros((), device=device)
         grad_states = torch.empty_like(states).flatten(0, 1)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -99,13 +87,13 @@ class _Distillation(torch.autograd.Function):
             flat = states.flatten(0, 1).to(dtype)  # (B T, hidden)
             head = weight.to(dtype)
             of_teacher = targets.states.flatten(0, 1)
-            for rows in _row_slices(len(flat), vocab_size, LOGITS):
+            for rows in _row_slices(len(flat), vocab_size, TRAINED_LOGITS):
                 logits = linear(flat[rows], head)
                 teacher = linear(of_teacher[rows].to(targets.weight.dtype), targets.weight)
                 following = next_ids[rows]
                 for part in _row_slices(len(logits), vocab_size, float_logits):
                     expected = log_softmax(targets.to_logits(teacher[part].float()) / loss.temperature, -1)
-                    value, gradient = per_token(logits[part], to_logits, expected, following[part])
+                    value, gradient = per_token(logits[part], expected, following[part])
                     total += value
                     logits[part] = gradient  # which takes the place of the logits
                 grad_states[rows] = logits @ head
@@ -121,7 +109,7 @@ class _Distillation(torch.autograd.Function):
         grad_states, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_states * grad_output, grad_weight, None, None, None, None
+        return grad_states * grad_output, grad_weight, None, None, None
 
 
 def _row_slices(count: int, vocab_size: int, logits: int) -> list[slice]:
@@ -133,24 +121,21 @@ def _row_slices(count: int, vocab_size: int, logits: int) -> list[slice]:
 def _computation_dtype(states: Tensor) -> torch.dtype:
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-    if dtype == torch.float16:  # in which gradients of single tokens vanish
-        return torch.float32
-    return dtype
+    return torch.float32 if dtype == torch.float16 else dtype  # in which gradients of single tokens do not vanish
 
 
 def _loss_and_gradient(
     temperature: float,
     divergence: float,
     next_token: float,
-    head_output: Tensor,
     to_logits: ToLogits,
+    head_output: Tensor,
     expected: Tensor,
     next_ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What some tokens add to the loss, and its gradient at the output of the head, (tokens, vocab).
 
-    `divergence` and `next_token` are weights of a token as `Loss.weights` gives them, and `expected` are the teacher's
-    log-probabilities.
+    `divergence` and `next_token` are weights of a token, and `expected` are the teacher's log-probabilities.
     """
     output = head_output.float().requires_grad_()
     with torch.enable_grad():

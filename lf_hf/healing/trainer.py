@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -69,8 +68,7 @@ class Student:
         decoder = text_model(self)
         embedded = decoder.embed_tokens(input_ids).float()  # so that the residual stream is in float32
         states = decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        to_logits = partial(family_of(decoder.config).logits, decoder.config)
-        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss, to_logits)}
+        return {"loss": distillation_loss(states, self.lm_head.weight, input_ids, targets, loss)}
 
 
 def make_student(
@@ -95,13 +93,15 @@ def make_student(
     frozen = torch.bfloat16 if arguments.bf16 and num_shards(arguments) == 1 else torch.float32
     weights = {}
     for name, weight in decoder.named_parameters():
-        if name in trained:
-            weights[name] = weight.detach().to(arguments.device, torch.float32, copy=True)
-        else:
-            weights[name] = weight.detach().to(arguments.device, frozen)
+        dtype = torch.float32 if name in trained else frozen
+        weights[name] = weight.detach().to(arguments.device, dtype, copy=name in trained)
     student.load_state_dict(weights, assign=True, strict=False)
     student.tie_weights()
-    _with_buffers(student, decoder.model, arguments.device)
+    for name, buffer in decoder.model.named_buffers():  # of which checkpoints have none
+        place, _, own_name = name.rpartition(".")
+        setattr(student.get_submodule(place), own_name, buffer.to(arguments.device, copy=True))
+    text = text_model(student)  # whose rotary embeddings are its own, as long texts change them
+    text.rotary_emb = family_of(text.config).rotary_embedding(text.config).to(arguments.device)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in trained)
     if settings.train == "lora":
@@ -109,21 +109,6 @@ def make_student(
     # States of the training hold what is trained; the Trainer is not to miss the rest.
     student._keys_to_ignore_on_save = student.state_dict().keys() - trained
     return student
-
-
-def _with_buffers(model: Any, like: Any, device: torch.device) -> None:
-    """Make the buffers of a model that are on the meta device, as checkpoints have none, like those of another one.
-
-    `like` has the same layers; the buffers are made on `device`.
-    """
-    text = text_model(model)
-    rotary_embedding = family_of(text.config).rotary_embedding(text.config)  # its own, as long texts change them
-    text.rotary_emb = rotary_embedding.to(device)
-    for name, buffer in [*model.named_buffers()]:
-        if buffer.device.type == "meta":
-            place, _, short = name.rpartition(".")
-            values = like.get_buffer(name).to(device, copy=True)
-            model.get_submodule(place).register_buffer(short, values, persistent=False)
 
 
 def _trained_names(names: Iterable[str], text: str, train: str | None, fused_layers: Sequence[int]) -> set[str]:
@@ -161,11 +146,11 @@ def default_learning_rate(decoder: Decoder, train: str) -> float:
 def _with_adapters(student: CausalLM, settings: HealSettings) -> nn.Module:
     from peft import LoraConfig, get_peft_model  # of an extra
 
-    rank = settings.lora_rank
     layers = f"{text_prefix(student)}layers."
     targets = [
         name for name, module in student.named_modules() if isinstance(module, nn.Linear) and name.startswith(layers)
     ]
+    rank = settings.lora_rank
     adapters = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(settings.seed)
     return get_peft_model(student, adapters)
@@ -241,9 +226,8 @@ class DistillationTrainer(Trainer):
         What adapters add is added to the decoder's own weights: the student's may have a narrower dtype. The student
         has no weights afterwards, unless they are sharded, so that those that the decoder gives up are freed.
         """
-        whole = self.accelerator.get_state_dict(self.deepspeed or self.model) or {}  # DeepSpeed's other ranks have none
-        state = {name: weight for name, weight in whole.items() if name in self.trained}
-        del whole
+        state = self.accelerator.get_state_dict(self.deepspeed or self.model) or {}  # DeepSpeed's other ranks have none
+        state = {name: weight for name, weight in state.items() if name in self.trained}
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             model: Any = self.model
             model.to("meta")
@@ -268,10 +252,9 @@ def _file_sizes(state: Path) -> dict[str, int]:
 
 def damaged_file(state: Path) -> str | None:
     """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
-    try:
-        sizes: dict[str, int] = json.loads((state / _FILES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return _FILES
+    sizes: dict[str, int] = {_FILES: 0}
+    with suppress(OSError, ValueError):  # it was not written
+        sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
     name, _ = min(sizes.items() - _file_sizes(state).items(), default=(None, 0))
     return name
 
@@ -293,21 +276,13 @@ class _Progress(TrainerCallback):
 def make_trainer(
     student: nn.Module, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
 ) -> DistillationTrainer:
-    """The Trainer, before it is given text to train on. Raises ValueError for arguments with which it cannot train."""
+    """The Trainer, before it is given text to train on."""
     model: Any = student
     config, weight = text_model(model).config, model.get_output_embeddings().weight
-    if teacher.head is not None:
-        head = teacher.head.to(weight.device, weight.dtype)
-    else:
-        head = weight.detach().clone() if weight.requires_grad else weight.detach()
-    with _accepted():
-        trainer = DistillationTrainer(
-            student,
-            arguments,
-            data_collator=default_collate,
-            eval_dataset=teacher.held_out,
-            callbacks=[_Progress()],
-        )
+    head = weight.detach() if teacher.head is None else teacher.head
+    head = head.to(weight.device, weight.dtype, copy=teacher.head is None and weight.requires_grad)
+    given: dict[str, Any] = {"data_collator": default_collate, "eval_dataset": teacher.held_out}
+    trainer = DistillationTrainer(student, arguments, **given, callbacks=[_Progress()])
     trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
     trainer.loss = Loss(settings.temperature, settings.next_token_share)
     trainer.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
@@ -380,13 +355,12 @@ def training_arguments(
         raise ValueError(f"The training argument {min(refused)!r} is set by heal itself; leave it out.")
     with _accepted():
         arguments = TrainingArguments(**defaults | dict(given) | own)
-        for entry in dataclasses.fields(arguments):
-            value = given.get(entry.name)
-            if isinstance(value, str) and isinstance(entry.default, int | float):
-                raise ValueError(f"{entry.name} must be a {type(entry.default).__name__}, got {value!r:.80}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+        for name, value in given.items():
+            default = getattr(TrainingArguments, name, None)
+            if isinstance(value, str) and isinstance(default, int | float):
+                raise ValueError(f"{name} must be a {type(default).__name__}, got {value!r:.80}")
+            if name in ("per_device_train_batch_size", "per_device_eval_batch_size") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
     unset_hf_deepspeed_config()
     if arguments.deepspeed_plugin is not None:  # else what ZeRO-3 has split cannot be gathered
         zero = arguments.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
@@ -394,7 +368,7 @@ def training_arguments(
     if plan is not None:
         part = settings.batch // arguments.world_size
         most = min(plan.sequences, arguments.per_device_train_batch_size)
-        size = max(number for number in range(1, part + 1) if part % number == 0 and number <= most)
+        size = max(number for number in range(1, min(part, most) + 1) if part % number == 0)
         arguments.per_device_train_batch_size = size
         arguments.gradient_accumulation_steps = part // size
         of_fsdp: Any = arguments.fsdp_config or {}

@@ -63,13 +63,12 @@ class Machine:
         given = read_max_memory(max_memory) if max_memory else {}
         free = {str(device): free_memory(device) for device in [*devices, torch.device("cpu")]}
         is_here = given.keys() <= free.keys() | {"disk"}
-        for place, size in given.items():
-            given[place] = min(size, free.get(place, size)) if is_here else size
-        cards = sorted(place for place in given or free if place not in ("cpu", "disk"))
-        free = {place: (given or free)[place] for place in [*cards, "cpu"] if place in (given or free)}
-        free["disk"] = given.get("disk", shutil.disk_usage(folder or Path.cwd()).free)
-        bfloat16 = computes_bfloat16() if is_here else bool(cards)
-        return cls(free, bfloat16, is_here, Processes.of_launch().world_size)
+        named = {place: min(size, free.get(place, size)) if is_here else size for place, size in given.items()} or free
+        in_order = sorted(named.keys() - {"disk"}, key=lambda place: (place == "cpu", place))  # cards first
+        places = {place: named[place] for place in in_order}
+        places["disk"] = named.get("disk", shutil.disk_usage(folder or Path.cwd()).free)
+        bfloat16 = computes_bfloat16() if is_here else in_order[0] != "cpu"
+        return cls(places, bfloat16, is_here, Processes.of_launch().world_size)
 
 
 def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int]:
@@ -95,9 +94,9 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
 
 def place_name(place: int | str, kind: str) -> str:
     """A place as accelerate names it, as "cuda:0", "cpu" or "disk"; a number is a card of a `kind`."""
-    if isinstance(place, int) or place in ("cpu", "disk"):
-        return f"{kind}:{place}" if isinstance(place, int) else place
-    device = torch.device(place)
+    if place in ("cpu", "disk"):
+        return str(place)
+    device = torch.device(f"{kind}:{place}" if isinstance(place, int) else place)
     return f"{device.type}:{device.index or 0}"
 
 

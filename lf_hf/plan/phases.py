@@ -23,7 +23,6 @@ _WRITTEN_SHARE, _HEALED_SHARE = 1 / 2, 1 / 3  # of texts to calibrate and to hea
 TRAINED_BYTES = 18  # of a trained parameter: master, gradient, two moments in float32, and a copy to compute in
 STEP_BYTES = 60  # of it that AdamW and the copy read and write in a step
 
-_LOGITS_TRAINED, _FLOATS, _FLOATS_ON_CPU = 1 << 27, 1 << 24, 1 << 17  # see healing.loss
 _LOOK = 8192  # tokens of a look at held-out text
 
 Work = Counter[str]
@@ -50,8 +49,8 @@ class Phases:
     batch_bytes: int
     on_card: bool
     heal_tokens: int
-    longest: int  # layers that may become one
-    on_disk: bool  # whether weights lie there, so that the models continue no prompts
+    longest: int = 1  # layers that may become one
+    on_disk: bool = False  # whether weights lie there, so that the models continue no prompts
 
     @property
     def fusions(self) -> int:
@@ -284,12 +283,12 @@ class Phases:
         squares = 3 if self.on_card and kept < unknowns else 1  # an inverse on a card is made beside its factor
         size = (4 + squares * exact) * unknowns**2 + (12 + 2 * exact) * unknowns * hidden
         work = Work(product=tokens * unknowns * (unknowns + 2 * hidden))  # half of a gram matrix, and what it is for
-        for size_of, steps in ((unknowns, kept < unknowns), (kept, 1)):
+        for size_of in {unknowns, kept}:
             rate = "solve" if size_of <= amounts.EXACT_LIMIT else "product"
             flops = size_of**3 // 3 + 2 * size_of**2 * hidden
             if size_of > kept:  # the inverse, and its updates
                 flops += 2 * size_of**3 // 3 + 2 * (size_of**3 - kept**3) // 3
-            work += Work({rate: flops * steps, "product": 2 * size_of**2 * hidden * steps})
+            work += Work({rate: flops, "product": 2 * size_of**2 * hidden})
         return size, work
 
     def _dual_problem(self, tokens: int, unknowns: int, kept: int) -> tuple[int, Work]:
@@ -341,8 +340,8 @@ def healing_bytes(shape: Shape, machine: Machine, layers: int, trained: int, tok
     a_token += 14 * shape.hidden  # the embedded stream, and the final norm
     # Both models' slices of logits, and softmaxes of a few of them in float32.
     logits = tokens * shape.vocab
-    floats = _FLOATS if machine.has_card else _FLOATS_ON_CPU
-    return fixed + tokens * a_token + 2 * size * min(logits, _LOGITS_TRAINED) + 24 * min(logits, floats)
+    floats = min(logits, amounts.FLOAT_LOGITS if machine.has_card else amounts.FLOAT_LOGITS_ON_CPU)
+    return fixed + tokens * a_token + 2 * size * min(logits, amounts.TRAINED_LOGITS) + 24 * floats
 
 
 def healing_work(shape: Shape, layers: int, trained: int, healing: HealSettings, *, checkpoints: bool) -> Work:

@@ -9,8 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, Literal
 
 import torch
@@ -155,31 +154,12 @@ def plan(
     low_memory: bool = False,
     rates: Callable[[], Rates] | None = None,
 ) -> Plan:
-    """Decide what lies where, and what trains, from a base's config and what a machine has.
+    """Decide what lies where, and what trains, from a base's config, the dtype of its weights and what a machine has.
 
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        Of the base.
-    dtype : torch.dtype
-        Of its weights.
-    fusion : FusionConfig
-    machine : Machine
-    healing : HealSettings, optional
-        Settings of the healing that follows; to choose what it trains, `train` is None.
-    otherwise : str, optional
-        What to advise where no healing fits.
-    device_map : dict, optional
-        Where a user wants the weights.
-    low_memory : bool
-        All weights on the disk, and few states in memory.
-    rates : callable, optional
-        What measures the rates of the machine, as `probe` does; not asked where the work is done in seconds anyway.
-
-    Raises
-    ------
-    NoRoom
-        If nothing that the settings allow fits.
+    `healing` are the settings of the healing that follows; to choose what it trains, `train` is None. `otherwise` is
+    what to advise where no healing fits, `device_map` where a user wants the weights, and `low_memory` for all of them
+    on the disk, and few states in memory. `rates` measures the machine, as `probe` does; it is not asked where the work
+    is done in seconds anyway. Raises NoRoom if nothing that the settings allow fits.
     """
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -188,9 +168,8 @@ def plan(
     if machine.has_card:
         batch_bytes = min(max(CPU_BATCH, machine.free[device] // _BATCH_SHARE), LARGEST_BATCH)
     heal_tokens = healing.tokens if healing else 0
-    phases_of = partial(Phases, shape, fusion, batch_bytes, machine.has_card, heal_tokens)
     own, free = machine.own_bytes(shape.vocab), machine.free[device]
-    longest, phases = _longest_that_fits(phases_of, fusion, free - own)
+    phases = _longest_that_fits(Phases(shape, fusion, batch_bytes, machine.has_card, heal_tokens), free - own)
     states = _place_of_states(phases, machine, free - own, low_memory=low_memory)
     room = own + phases.most(states)
     if low_memory:
@@ -199,7 +178,7 @@ def plan(
         in_memory = phases.lists * (states == "host")
         device_map = _placed(model, dtype, fusion, machine, room + phases.passing, in_memory)
     weights = _weights_by_place(model, dtype, device_map or {"": device}, device)
-    phases = phases_of(longest, on_disk="disk" in weights)
+    phases = replace(phases, on_disk="disk" in weights)
     passing = phases.passing * (weights.keys() != {device})
     beside = own + weights.get(device, 0) + passing
     taken = {name: beside + need.inside + need.lists * (states == "device") for name, need in phases.needs.items()}
@@ -217,19 +196,13 @@ def plan(
     disk = made + max(phases.lists * (states == "disk"), training + kept) + weights.get("disk", 0)
     if device_map and machine.has_card and not weights.keys() - {"cpu", "disk"}:
         device_map = _with_norm_on(device, model, device_map)
-    work = _work(phases, steps)
-    minutes = _minutes(work, rates)
+    work = {name: need.work for name, need in phases.needs.items()}
+    if steps is not None:
+        work |= {"heal": steps.work, "judge": times(work.pop("judge"), 2)}  # before and after
+    longest, minutes = phases.longest, _minutes(work, rates)
     return Plan(
         machine, device_map, batch_bytes, states, longest, steps, parameters, weights, taken, peak, disk, work, minutes
     )
-
-
-def _work(phases: Phases, healing: HealingPlan | None) -> dict[str, Work]:
-    """By phase; what is healed is judged twice."""
-    work = {name: need.work for name, need in phases.needs.items()}
-    if healing is not None:
-        work |= {"heal": healing.work, "judge": times(work.pop("judge"), 2)}
-    return work
 
 
 def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dict[str, float] | None:
@@ -242,17 +215,16 @@ def _minutes(work: Mapping[str, Work], rates: Callable[[], Rates] | None) -> dic
     return {name: sum(amount / measured[rate] for rate, amount in of.items()) / 60 for name, of in work.items()}
 
 
-def _longest_that_fits(phases_of: Callable[..., Phases], fusion: FusionConfig, free: int) -> tuple[int, Phases]:
-    """How many layers may become one, where long groups are a choice: as many as fit, with what else lies elsewhere."""
-    longest = fused_layers(fusion) + 1
-    if fusion.selection == "groups":
-        longest = LONGEST_GROUP if fusion.within_budget else min(longest, LONGEST_GROUP)
-    phases = phases_of(longest, on_disk=False)
-    least = 2 if fusion.selection == "groups" else longest
-    while longest > least and phases.most("elsewhere") + min(phases.passing, phases.shape.bytes) > free:
-        longest -= 1
-        phases = phases_of(longest, on_disk=False)
-    return longest, phases
+def _longest_that_fits(phases: Phases, free: int) -> Phases:
+    """With as many layers that may become one as fit where long groups are a choice, with what else lies elsewhere."""
+    longest = least = phases.fusions + 1
+    if phases.config.selection == "groups":
+        longest = LONGEST_GROUP if phases.config.within_budget else min(longest, LONGEST_GROUP)
+        least = 2
+    phases = replace(phases, longest=longest)
+    while phases.longest > least and phases.most("elsewhere") + min(phases.passing, phases.shape.bytes) > free:
+        phases = replace(phases, longest=phases.longest - 1)
+    return phases
 
 
 def _place_of_states(
@@ -293,14 +265,12 @@ def _placed(
 
 def _with_norm_on(device: str, model: Any, device_map: Mapping[str, str | int]) -> dict[str, str | int]:
     """The same places, but the final norm's weights on a card: accelerate computes where it has put something."""
-    norm = f"{text_prefix(model)}norm"
-    placed, parent = dict(device_map), ""
-    for own_name in norm.split("."):
+    norm, placed = f"{text_prefix(model)}norm", dict(device_map)
+    for parent in ["", *accumulate(norm.split(".")[:-1], "{}.{}".format)]:
         if parent in placed:
             place = placed.pop(parent)
             for child, _ in model.get_submodule(parent).named_children():
                 placed[f"{parent}.{child}".removeprefix(".")] = place
-        parent = f"{parent}.{own_name}".removeprefix(".")
     return placed | {norm: device}
 
 
@@ -309,12 +279,12 @@ def _weights_by_place(
 ) -> dict[str, int]:
     """Bytes of parameters, tied ones once, by the place that a device map gives them: a number is a card."""
     weights: Counter[str] = Counter()
-    kind = torch.device(device).type
     for name, parameter in model.named_parameters():
         modules = [key for key in device_map if not key or f"{name}.".startswith(f"{key}.")]
         if not modules:
             raise ValueError(f"device_map says nothing of {name}; give a place for it, or for '', which is all else.")
-        weights[place_name(device_map[max(modules, key=len)], kind)] += parameter.numel() * dtype.itemsize
+        place = device_map[max(modules, key=len)]
+        weights[place_name(place, torch.device(device).type)] += parameter.numel() * dtype.itemsize
     return dict(weights)
 
 
@@ -328,13 +298,14 @@ def _plan_healing(
     """
     layers = shape.layers - fused_layers(fusion)
     own, free = machine.own_bytes(shape.vocab), machine.free[machine.device]
-    trained_by: dict[str, int] = {
+    fused = fused_layers(fusion) * shape.layer  # parameters, as many as go
+    trained_by = {
         "layers": layers * shape.layer,
-        "fused": fused_layers(fusion) * shape.layer,
+        "fused": fused,
         "lora": layers * shape.adapters * healing.lora_rank,
-        "all": shape.total - fused_layers(fusion) * shape.layer,
+        "all": shape.total - fused,
     }
-    ladder: list[str] = [healing.train] if healing.train else ["layers", "fused", "lora"]
+    ladder = [healing.train] if healing.train else ["layers", "fused", "lora"]
     batch = max(1, healing.batch_tokens // healing.length // machine.processes)
     divisors = [number for number in range(batch, 0, -1) if batch % number == 0]
     least: dict[str, int] = {}  # of what did not fit

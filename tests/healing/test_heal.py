@@ -523,7 +523,7 @@ def student() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(module, "TRAINED_LOGITS", 5 * VOCAB)
     monkeypatch.setattr(module, "FLOAT_LOGITS_ON_CPU", 2 * VOCAB)
 
 
@@ -533,13 +533,13 @@ def test_it_is_divergence_and_the_next_token_s_loss(temperature: float, share: f
     states, weight = student()
     to_logits = module.unchanged if softcap is None else lambda logits: softcap * torch.tanh(logits / softcap)
     logits = to_logits(states @ weight.T).flatten(0, 1).double()
-    of_base = LOGITS.flatten(0, 1).double()
+    of_base = to_logits(LOGITS).flatten(0, 1).double()
     found_log, wanted_log = ((each / temperature).log_softmax(-1) for each in (logits, of_base))
     divergence = kl_div(found_log, wanted_log, log_target=True, reduction="batchmean") * temperature**2
     following = logits.view(SEQUENCES, TOKENS, VOCAB)[:, :-1].flatten(0, 1)
     wanted = (1 - share) * divergence + share * cross_entropy(following, IDS[:, 1:].flatten())
     expected = torch.autograd.grad(3 * wanted, [states, weight])
-    found = distillation_loss(states, weight, IDS, Targets(*OF_BASE), Loss(temperature, share), to_logits)
+    found = distillation_loss(states, weight, IDS, Targets(*OF_BASE, to_logits), Loss(temperature, share))
     torch.testing.assert_close(found, wanted.float())
     torch.testing.assert_close(torch.autograd.grad(3 * found, [states, weight]), expected)
 
