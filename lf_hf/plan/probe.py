@@ -20,26 +20,23 @@ Rates = Mapping[str, float]
 _PROBED_SECONDS = 0.15  # of each rate, about: in all two seconds at most, with what is too short to count
 
 
-def probe(
-    device: torch.device, dtype: torch.dtype, config: PreTrainedConfig, clock: Callable[[], float] = time.perf_counter
-) -> Rates:
-    """Operations a second on a device, by the names of `Work`, in two seconds at most.
-
-    `clock` gives seconds; those of the process, where others share the machine.
-    """
+def probe(device: torch.device, dtype: torch.dtype, config: PreTrainedConfig) -> Rates:
+    """Operations a second on a device, by the names of `Work`, in two seconds at most."""
     layer, run_layer = _one_layer(config, device, dtype)
+    text = config.get_text_config()
+    weight = torch.full((text.vocab_size, text.hidden_size), 0.01, dtype=dtype, device=device)
 
-    def seconds(run: Callable[[int], Any], size: int) -> float:
-        start = clock()
-        result = run(size)
-        torch.as_tensor(result).flatten()[:1].float().cpu()  # waits for the device
-        return clock() - start
+    def seconds(run: Callable[[int], torch.Tensor], size: int) -> float:
+        start = time.perf_counter()
+        run(size).flatten()[:1].float().cpu()  # waits for the device
+        return time.perf_counter() - start
 
-    def rate(run: Callable[[int], Any], operations: Callable[[int], float], size: int, most: int) -> float:
+    def rate(run: Callable[[int], torch.Tensor], operations: float, power: int, size: int, most: int) -> float:
+        """Of what takes `operations` times the `power` of a size, which grows from `size` to `most` at most."""
         seconds(run, size)  # what a first run prepares
         while (taken := seconds(run, size)) < _PROBED_SECONDS / 2 and size < most:
             size *= 2
-        return operations(size) / min(taken, seconds(run, size))
+        return operations * size**power / min(taken, seconds(run, size))
 
     def square(size: int, kind: torch.dtype) -> torch.Tensor:
         return torch.eye(size, dtype=kind, device=device).add_(1 / size)
@@ -52,26 +49,17 @@ def probe(
         factor = torch.linalg.cholesky(square(size, torch.float64))
         return torch.linalg.solve_triangular(factor, factor, upper=False)
 
-    text = config.get_text_config()
-    weight = torch.full((text.vocab_size, text.hidden_size), 0.01, dtype=dtype, device=device)
-
-    def head(rows: int) -> torch.Tensor:
-        return torch.ones(rows, text.hidden_size, dtype=dtype, device=device) @ weight.T
-
-    def logits(rows: int) -> torch.Tensor:
-        return torch.ones(rows, text.vocab_size, device=device).log_softmax(-1)
-
-    def copied(size: int) -> torch.Tensor:
-        return torch.ones(size, device=device).clone()
+    def ones(rows: int, columns: int = 1, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.ones(rows, columns, dtype=kind, device=device)
 
     return {
-        "layer": rate(run_layer, lambda tokens: 2 * layer * tokens, 16, 4096),
+        "layer": rate(run_layer, 2 * layer, 1, 16, 4096),
         "calls": 1 / min(seconds(run_layer, 1) for _ in range(3)),
-        "head": rate(head, lambda rows: 2 * rows * weight.numel(), 8, 1024),
-        "product": rate(multiply, lambda size: 2 * size**3, 256, 8192),
-        "solve": rate(solve, lambda size: 4 / 3 * size**3, 256, 4096),
-        "logits": rate(logits, lambda rows: rows * text.vocab_size, 1, 1024),
-        "bytes": rate(copied, lambda size: 12 * size, 1 << 18, 1 << 28),
+        "head": rate(lambda rows: ones(rows, text.hidden_size, dtype) @ weight.T, 2 * weight.numel(), 1, 8, 1024),
+        "product": rate(multiply, 2, 3, 256, 8192),
+        "solve": rate(solve, 4 / 3, 3, 256, 4096),
+        "logits": rate(lambda rows: ones(rows, text.vocab_size).log_softmax(-1), text.vocab_size, 1, 1, 1024),
+        "bytes": rate(lambda size: ones(size).clone(), 12, 1, 1 << 18, 1 << 28),
     }
 
 
