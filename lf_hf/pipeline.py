@@ -181,7 +181,6 @@ def heal_fused(
     fused_layers = [number for number, group in enumerate(report.groups) if len(group) > 1]
     healed = heal(decoder, fused_layers, teacher, plan, work, training_args)
     gc.collect()  # the Trainer, in which objects know each other, and all that it holds
-    healed = replace(healed, judged=report.perplexities, before=report.healed)
     model.remember(healed_report(report, healed, decoder, teacher, corpus, model.tokenizer))
 
 

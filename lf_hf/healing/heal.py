@@ -74,25 +74,13 @@ def heal(
     work: Path,
     training_args: Mapping[str, Any],
 ) -> HealingInfo:
-    """Train a fused model, in place and in all processes.
+    """Train a fused model, in place and in all processes, by a plan and with these fields of TrainingArguments.
 
-    Parameters
-    ----------
-    decoder : Decoder
-        The fused model. It gets the weights of the state that is nearest to the base on held-out text, or keeps its own
-        where none is nearer.
-    fused_layers : list of int
-        Its layers that stand for several.
-    teacher : Teacher
-    plan : HealingPlan
-        What is trained, by which settings, and how many sequences at a time.
-    work : path
-        Folder of the training's states. Where there are some, the training goes on.
-    training_args : dict
-        Fields of TrainingArguments.
+    It gets the weights of the state that is nearest to the base on held-out text, or keeps its own where none is
+    nearer. `fused_layers` are its layers that stand for several. States of the training are in the folder `work`: where
+    there are some, the training goes on.
     """
-    start, processes = time.monotonic(), Processes.of_launch()
-    settings = plan.settings
+    start, processes, settings = time.monotonic(), Processes.of_launch(), plan.settings
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=default_learning_rate(decoder, plan.train))
     with _undisturbed():
@@ -145,7 +133,7 @@ def _state_to_go_on_from(work: Path) -> str | None:
                 "another state, or begins anew if there is none."
             )
             shutil.rmtree(state)
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
+    last = get_last_checkpoint(str(work))
     if last is None:
         return None
     best = TrainerState.load_from_json(str(Path(last, TRAINER_STATE_NAME))).best_model_checkpoint

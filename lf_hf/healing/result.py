@@ -45,14 +45,25 @@ def healed_report(
     tokenizer: PreTrainedTokenizerBase,
 ) -> FusionReport:
     """The report of what a fused model has become by training on a corpus."""
-    perplexities = healed.judged
+    perplexities = report.perplexities
     if healed.kept:
         related = relations_to(corpus.parts.values(), [kind.source for kind in healed.text])
-        relations = {text.name: nearest(text.relation, related[text.name]) for text in healed.judged}
+        relations = {text.name: nearest(text.relation, related[text.name]) for text in perplexities}
         perplexities = judge(decoder, teacher.judged, relations, teacher.head)
     of_base = {text.prompt: text.dense for text in report.continuations}
     continuations = compare_continuations(decoder, tokenizer, of_base)
-    notes = _outcome_notes(healed)
+    notes = []
+    last = healed.curve[-1]
+    if not all(map(math.isfinite, last.divergences.values())):
+        notes.append(
+            f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
+            "goes further."
+        )
+    if not healed.kept:
+        notes.append(
+            "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
+            "before; take more tokens or a lower learning_rate."
+        )
     notes += damage_notes(perplexities, continuations, fitted=report.config.get("method") in FITTING)
     for note in notes:
         logger.warning(note)
@@ -70,21 +81,5 @@ def healed_report(
         seconds=report.seconds | {"healing": healed.seconds},
         weights_digest=weights_digest(decoder.named_parameters()),
         fingerprints=None,
-        healed=healed,
+        healed=replace(healed, judged=report.perplexities, before=report.healed),
     )
-
-
-def _outcome_notes(healed: HealingInfo) -> list[str]:
-    notes = []
-    last = healed.curve[-1]
-    if not all(map(math.isfinite, last.divergences.values())):
-        notes.append(
-            f"Healing diverged by step {last.step}, so the state of step {healed.kept} is kept; a lower learning_rate "
-            "goes further."
-        )
-    if not healed.kept:
-        notes.append(
-            "Healing did not bring the model nearer to its base on held-out text, so its weights are what they were "
-            "before; take more tokens or a lower learning_rate."
-        )
-    return notes

@@ -8,7 +8,7 @@ base to go on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,10 +42,10 @@ class Teacher:
     `head` (vocab, hidden) is the base's, None where the fused model has the same one.
     """
 
-    training: Items = field(default_factory=dict)
-    held_out: Items = field(default_factory=dict)
-    judged: list[Judged] = field(default_factory=list)
-    head: Tensor | None = None
+    training: Items
+    held_out: Items
+    judged: list[Judged]
+    head: Tensor | None
 
 
 @torch.no_grad()
@@ -77,10 +77,6 @@ def write_teacher(
         (folder / _STATES).write_bytes(b"")
 
     processes.compute_once(begin)
-    if not all(processes.all_gather_object((folder / _STATES).is_file())):
-        raise ValueError(
-            f"Not all machines of the launch see {str(folder)!r}; heal in a folder on a disk that they share."
-        )
     with (folder / _STATES).open("r+b") as file:
         start = 0
         for *_, ids in parts:
@@ -89,11 +85,12 @@ def write_teacher(
     _save([vars(text) for text in judged], folder / _JUDGED.format(processes.rank))
 
     def finish() -> None:
-        head, new = None, folder / f"{_TEXT}.new"
+        known = {"parts": parts, "hidden": decoder.config.hidden_size, "head": None}
         if with_head:
             with decoder.norm_and_head() as (_, weight):
-                head = weight.detach()
-        _save({"parts": parts, "hidden": decoder.config.hidden_size, "head": head}, new)
+                known["head"] = weight.detach()
+        new = folder / f"{_TEXT}.new"
+        _save(known, new)
         new.replace(folder / _TEXT)
 
     processes.all_gather_object(None)  # until all states are there
@@ -108,14 +105,14 @@ def is_written(folder: Path) -> bool:
 def open_teacher(folder: Path) -> Teacher:
     """What `write_teacher` wrote; sequences are read when they are used."""
     known, judged = _load(folder / _TEXT), _load(folder / _JUDGED.format(Processes.of_launch().rank))
-    teacher = Teacher(judged=[Judged(**text) for text in judged], head=known["head"])
+    items: dict[str, Items] = {"training": {}, "held_out": {}}
     hidden = known["hidden"]
     sizes = [ids.numel() * hidden for *_, ids in known["parts"]]
     states = torch.from_file(str(folder / _STATES), shared=False, size=sum(sizes), dtype=torch.bfloat16)  # mapped
     for (part, kind, ids), of_part in zip(known["parts"], states.split(sizes), strict=True):
         columns: dict[str, Any] = {"input_ids": ids, STATES: of_part.view(*ids.shape, hidden)}
-        getattr(teacher, part)[kind] = StackDataset(**columns)
-    return teacher
+        items[part][kind] = StackDataset(**columns)
+    return Teacher(**items, judged=[Judged(**text) for text in judged], head=known["head"])
 
 
 def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, numbers: Sequence[int]) -> None:

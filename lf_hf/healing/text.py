@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class TextKind:
     """A kind of text. All its sequences are int64 tensors of one length."""
 
     name: str
-    training: list[Tensor] = field(default_factory=list)
-    held_out: list[Tensor] = field(default_factory=list)
+    training: list[Tensor]
+    held_out: list[Tensor]
 
 
 def given_text(
@@ -70,8 +70,14 @@ def num_written(given: list[TextKind], corpus: Corpus, settings: HealSettings) -
     return min(int(settings.sequences * share), round(num_given * share / (1 - share)))
 
 
-def expected_epochs(given: list[TextKind], corpus: Corpus, settings: HealSettings) -> float:
-    """About how many times a training goes through its text, of which the base's part is not written yet."""
+def expected_epochs(
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, vocab_size: int
+) -> float:
+    """About how many times a training goes through its text, of which the base's part is not written yet.
+
+    Raises the errors of `given_text`.
+    """
+    given = given_text(tokenizer, corpus, settings, vocab_size)
     num_sequences = sum(len(kind.training) for kind in given) + num_written(given, corpus, settings)
     return max(1.0, settings.sequences / num_sequences)
 

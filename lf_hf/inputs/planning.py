@@ -19,7 +19,7 @@ from transformers.utils import logging
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK
 from lf_hf.healing.result import repeats_note
-from lf_hf.healing.text import expected_epochs, given_text
+from lf_hf.healing.text import expected_epochs
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
@@ -101,7 +101,6 @@ def plan_run(
 
 def check_text_to_heal(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, settings: HealSettings, base: Base) -> None:
     """Raise ValueError if there is too little text to heal on, and say if it is repeated often."""
-    given = given_text(tokenizer, corpus, settings, base.text_config.vocab_size)
-    epochs = expected_epochs(given, corpus, settings)
+    epochs = expected_epochs(tokenizer, corpus, settings, base.text_config.vocab_size)
     if repeats := repeats_note(epochs):
         logger.warning(repeats)
