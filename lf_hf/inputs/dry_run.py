@@ -71,10 +71,8 @@ def plan_fusion(
         f"bytes on disk: {_change(stored, after * opened.loaded_dtype.itemsize)}, as {str(opened.loaded_dtype)[6:]}",
     ]
     samples, text = inputs.samples_and_text
-    if samples is not None:
-        lines.append(f"calibration: {samples.source}")
-    if text is not None:
-        lines.append(f"calibration: {text.full_source}")
+    sources = samples and samples.source, text and text.full_source
+    lines += [f"calibration: {source}" for source in sources if source]
     if plan.healing is not None:
         lines.append(f"healing: on {config.heal_tokens:,} tokens")
     how_many = f"{removed} {plural(removed, 'fusion')}"

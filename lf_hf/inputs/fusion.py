@@ -71,8 +71,6 @@ class FusionInputs:
         config = for_model(config, base.config)
         if ignored := config.without_effect(calibration):
             logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")
-        if config.needs_text and config.calibration_length > (longest := base.text_config.max_position_embeddings):
-            logger.warning(f"calibration_length is cut to {longest}, which is all that the model takes.")
         base.check_generation_config()
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config), low_memory)
@@ -151,13 +149,12 @@ def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionCon
 def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
     """Raise ValueError unless averages are of layers of one kind, as weights of others mean different things."""
     kinds = family_of(text).config_kinds(text)[free.start : free.stop]
-    if not config.averages or all(kind == kinds[0] for kind in kinds):
+    alike = [above == below for below, above in pairwise(kinds)]
+    if not config.averages or all(alike):
         return
     if config.selection == "last":
-        alike_at_top = list(takewhile(lambda kind: kind == kinds[-1], reversed(kinds)))
-        most = len(alike_at_top) - 1
-    else:
-        most = sum(above == below for below, above in pairwise(kinds))
+        alike = list(takewhile(bool, reversed(alike)))
+    most = sum(alike)
     if config.within_budget or config.num_fusions > most:
         limit = f"num_fusions can be {most} at most" if most > 0 else "no two of them can be averaged"
         raise ValueError(

@@ -101,8 +101,7 @@ class HealInputs:
                 f"{str(folder)!r} has {layers} layers, but its report says {report.layers_after}; give the folder of a "
                 "fused checkpoint."
             )
-        dtype = checked_dtype(report.dtype) or "auto"
-        opened = replace(opened, loading={**opened.loading, "dtype": dtype})
+        opened = replace(opened, loading={**opened.loading, "dtype": checked_dtype(report.dtype) or "auto"})
         has_tokenizer = (folder / TOKENIZER_CONFIG_FILE).is_file()
         tokenizer = load_tokenizer(str(folder), {}) if has_tokenizer else opened.tokenizer()
         if settings.tokens is None:
@@ -152,7 +151,6 @@ class HealInputs:
             fused=" ".join(map(file_sha, weights)),
             processes=Processes.of_launch().world_size,
             training_args={name: str(value) for name, value in self.training_args.items()},
-            written_share=self.corpus.generated_share,
             judging_tokens=self.judging_tokens,
         )
 
@@ -166,9 +164,8 @@ class HealInputs:
 
     def load_fused(self, plan: Plan) -> FusedForCausalLM:
         """The fused model in memory, or on a card."""
-        model: Any = fused_class(self.config).from_pretrained(
-            self.folder, config=self.config, dtype="auto", device_map=plan.one_place
-        )
+        placing: dict[str, Any] = {"dtype": "auto", "device_map": plan.one_place}
+        model: Any = fused_class(self.config).from_pretrained(self.folder, config=self.config, **placing)
         model.tokenizer = self.tokenizer
         return model
 
