@@ -33,21 +33,13 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
-from lf_hf.checkpoint.weights import (
-    CHECKPOINT_FILES,
-    UNREAD,
-    local_folder,
-    stored_dtype,
-    tensor_files,
-    tensor_shapes,
-)
+from lf_hf.checkpoint.weights import CHECKPOINT_FILES, UNREAD, local_folder, tensor_files, tensor_names, weight_files
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.placement import mend_offloading
-from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, special_id, text_prefix, why_refused
+from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, text_prefix, why_refused
 from lf_hf.families.table import FAMILIES
 from lf_hf.plan.machine import SPREAD
 from lf_hf.plan.plan import Plan
-from lf_hf.report.report import MOST_LAYERS
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import Processes, own_device
 
@@ -93,10 +85,7 @@ class Base:
         if loading.get("revision") and os.path.isdir(name):
             logger.warning(f"revision={loading['revision']!r} has no effect on a folder, which is taken as it is.")
         hub = hub_arguments(loading)
-        adapter = None
-        with suppress(HFValidationError, OSError):  # no such repository
-            adapter = None if hub.get("gguf_file") else optional_file(name, ADAPTER_CONFIG_NAME, hub)
-        if adapter is not None:
+        if optional_file(name, ADAPTER_CONFIG_NAME, hub):
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
         config = _as_text(read_config(name, hub))
         if problem := _problem(name, config, loading):
@@ -126,10 +115,8 @@ class Base:
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """What the weights are in when they are loaded."""
-        files = [file for file in self.files() if file.suffix == ".safetensors"]
-        stored = stored_dtype(files[0]) if files else torch.float32
-        return self.dtype or checked_dtype(self.config.dtype) or stored
+        """What the weights are in when they are loaded, by the config."""
+        return self.dtype or checked_dtype(self.config.dtype) or torch.float32
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ValueError if there is none that can be read."""
@@ -137,13 +124,13 @@ class Base:
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        hub, variant = self.hub | {"local_files_only": True}, self.loading.get("variant")
+        hub = self.hub | {"local_files_only": True}
+        pattern = hub.pop("gguf_file", "*.bin" if self.loading.get("use_safetensors") is False else _WEIGHTS)
         try:
-            if gguf_file := hub.pop("gguf_file", None):
-                return [Path(str(cached_file(self.name, gguf_file, **hub)))]
-            if self.loading.get("use_safetensors") is False:
-                return sorted(local_folder(self.name, hub, ["*.bin"]).glob("*.bin"))
-            return sorted(set(tensor_files(local_folder(self.name, hub, [_WEIGHTS]), variant).values()))
+            folder = local_folder(self.name, hub, [pattern])
+            if pattern == _WEIGHTS:
+                return weight_files(folder, self.loading.get("variant"))
+            return sorted(folder.glob(pattern))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -180,14 +167,15 @@ class Base:
 
         Without one that is in a folder for temporary files, which goes with the model.
         """
-        temporary = Path(tempfile.mkdtemp()) if scratch is None and plan.uses_disk else None
-        folder = temporary or scratch
+        folder = scratch
+        if folder is None and plan.uses_disk:
+            folder = Path(tempfile.mkdtemp())
         placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
         if folder is not None:
             placing["offload_folder"] = self.loading.get("offload_folder", str(folder))
         decoder = Decoder(self.load(**placing))
-        if temporary is not None:
-            weakref.finalize(decoder.model, shutil.rmtree, temporary, ignore_errors=True)
+        if folder != scratch:
+            weakref.finalize(decoder.model, shutil.rmtree, folder, ignore_errors=True)
         decoder.batch_bytes = plan.batch_bytes
         decoder.states = plan.states
         decoder.scratch = folder
@@ -250,7 +238,7 @@ class Base:
         patterns = stock._keys_to_ignore_on_load_unexpected
         if not patterns or self.loading.get("use_safetensors") is False:
             return []
-        names = [name for file in self.files() if file.suffix == ".safetensors" for name in tensor_shapes(file)]
+        names = [name for file in self.files() if file.suffix == ".safetensors" for name in tensor_names(file)]
         left_out = [pattern.strip("^") for pattern in patterns if any(re.search(pattern, name) for name in names)]
         if not left_out:
             return []
@@ -310,10 +298,7 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         )
     is_known = config.model_type in MODEL_TYPES
     if family is None or not is_known or not isinstance(text, family.config_class):  # of code beside a checkpoint
-        kind = repr(config.model_type)
-        if text is not config:
-            kind += f" around a {text.model_type!r}"
-        return f"is a {kind} model; {why_refused(text)}"
+        return f"is a {config.model_type!r} model; {why_refused(text)}"
     if getattr(config, "quantization_config", None) and not loading.get("gguf_file"):
         return "is quantised; fuse the original floating-point checkpoint instead"
     if getattr(config, "is_heterogeneous", False):
@@ -325,12 +310,6 @@ def _problem(name: str, config: PreTrainedConfig, loading: Mapping[str, Any]) ->
         return "cannot be fused with attn_implementation='flex_attention'; take 'sdpa' or 'eager'"
     if file := getattr(config, "transformers_weights", None):  # which only transformers would read
         return f"has transformers_weights={file!r:.80} in its config; remove that, and name the file model.safetensors"
-    if not 0 <= (bos := special_id(text, "bos") or 0) < text.vocab_size:
-        return f"has bos_token_id={bos}, but a vocabulary of {text.vocab_size} tokens; repair it"
-    if not 1 <= text.num_hidden_layers <= MOST_LAYERS:
-        return f"has num_hidden_layers={text.num_hidden_layers}, but a model has 1 to {MOST_LAYERS}"
-    if text.max_position_embeddings < 1:
-        return f"has max_position_embeddings={text.max_position_embeddings}, but must read a token; repair it"
     try:
         with torch.device("meta"):
             model_class(config)(copy.deepcopy(config))
@@ -353,7 +332,7 @@ def reading_tokenizer(base: str) -> AbstractContextManager[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_reader(reader: Any, path: str, modified: int) -> Any:
+def _gguf_reader(reader: Any, path: str) -> Any:
     return reader(path)
 
 
@@ -366,7 +345,7 @@ def _gguf_file_read_once(loading: Mapping[str, Any]) -> Iterator[None]:
     import gguf  # an optional package
 
     reader = gguf.GGUFReader
-    gguf.GGUFReader = lambda path: _gguf_reader(reader, str(path), os.stat(path).st_mtime_ns)  # type: ignore[misc, assignment]
+    gguf.GGUFReader = functools.partial(_gguf_reader, reader)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
@@ -375,13 +354,9 @@ def _gguf_file_read_once(loading: Mapping[str, Any]) -> Iterator[None]:
 
 def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
     """Path of a checkpoint's file on this machine, None if there is no such file, or it cannot be fetched."""
-    return cached_file(
-        base,
-        name,
-        **{key: value for key, value in hub.items() if key != "gguf_file"},
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    with suppress(HFValidationError, OSError):
+        return cached_file(base, name, **{key: value for key, value in hub.items() if key != "gguf_file"})
+    return None
 
 
 def read_processor_files(base: str, config: PreTrainedConfig, hub: Mapping[str, Any]) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import _add_variant
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.base import (
@@ -33,7 +33,7 @@ from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, converted_config, plain_config, register_peft
 from lf_hf.checkpoint.saving import checked_folder, locked_folder, replaced_files
-from lf_hf.checkpoint.weights import shard_names, tensor_files
+from lf_hf.checkpoint.weights import tensor_files, weight_files
 from lf_hf.decoder.placement import named_values
 from lf_hf.families.models import auto_class, is_wrapper, model_class
 from lf_hf.report.report import REPORT_NAME, FusionReport
@@ -109,9 +109,8 @@ class FusedForCausalLM(PreTrainedModel):
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True  # pickled weights can run code
         folder, variant = Path(name, hub.get("subfolder", "")), kwargs.get("variant")
-        index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
-        if index.is_file() and not (folder / _add_variant(SAFE_WEIGHTS_NAME, variant)).is_file():
-            shard_names(index)
+        if (folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)).is_file():
+            weight_files(folder, variant)  # of which all lie in the folder
         if name and kwargs.get("config") is None:  # else the files that it was read with count
             cls._check_family(name, hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -123,7 +122,7 @@ class FusedForCausalLM(PreTrainedModel):
             model.processor_files = read_processor_files(name, model.config, hub)
             from_files = kwargs["use_safetensors"] and kwargs.get("state_dict") is None and not hub.get("gguf_file")
             if from_files and getattr(model, "hf_quantizer", None) is None:  # quantised weights are integers
-                tensor_files(model._opened_in, kwargs.get("variant"))
+                tensor_files(model._opened_in, variant)
         if name and (file := optional_file(name, REPORT_NAME, hub)):
             try:
                 model.remember(FusionReport.load(file))

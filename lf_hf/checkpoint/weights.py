@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from pydantic_core import from_json
 from safetensors import safe_open
-from transformers.modeling_utils import _add_variant, str_to_torch_dtype
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.runtime.errors import explained
@@ -27,8 +26,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 def weights_size(folder: Path) -> int:
     """Bytes of a checkpoint's safetensors files."""
-    files = set(tensor_files(folder).values())
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
@@ -46,37 +44,34 @@ def local_folder(base: str, hub: dict[str, Any], patterns: list[str]) -> Path:
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """For each tensor of a checkpoint the file that holds it.
 
-    Raises ValueError if there are no safetensors files, one is missing, damaged or not of plain floats, or the index
-    names files elsewhere.
+    Raises ValueError as `weight_files` does, and if a file is missing, damaged or not of plain floats.
     """
+    return {name: file for file in weight_files(folder, variant) for name in tensor_names(file)}
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """A checkpoint's safetensors files. Raises ValueError if there are none, or the index names files elsewhere."""
     index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     single = folder / _add_variant(SAFE_WEIGHTS_NAME, variant)
     if single.is_file():  # then transformers does not look at an index either
-        files = [single]
-    elif index.is_file():
-        names = set(shard_names(index).values())
-        files = sorted(folder / name for name in names)
-    else:
-        raise ValueError(
-            f"{str(folder)!r} holds neither {single.name} nor {index.name}; convert pickled weights, which can run "
-            "code when they are read, to safetensors, or if you trust them load them in Python, with "
-            "use_safetensors=False (variant=NAME for files of another variant)."
-        )
-    return {name: file for file in files for name in tensor_shapes(file)}
+        return [single]
+    if index.is_file():
+        return sorted(folder / name for name in _shard_names(index))
+    raise ValueError(
+        f"{str(folder)!r} holds neither {single.name} nor {index.name}; convert pickled weights, which can run "
+        "code when they are read, to safetensors, or if you trust them load them in Python, with "
+        "use_safetensors=False (variant=NAME for files of another variant)."
+    )
 
 
-def shard_names(index: Path) -> dict[str, str]:
-    """For each tensor the name of its file, as an index has it: always one that lies beside the index."""
-    with explained(f"{index.name} is not JSON", "repair the index", ValueError):
+def _shard_names(index: Path) -> set[str]:
+    """Names of the files that an index has: always of such as lie beside it."""
+    with explained(f"{index.name} is not an index of safetensors files", "repair the index"):
         content = from_json(index.read_bytes())
-    if not isinstance(content, dict):
-        content = {}
-    names = content.get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index.name} is not an index of safetensors files: its weight_map does not name any.")
+        names = set(map(str, content["weight_map"].values()))
     if not isinstance(content.get("metadata"), dict):  # without which transformers reads none
         raise ValueError(f'{index.name} has no metadata, as an index must have; write "metadata": {{}} into it.')
-    for file in set(map(str, names.values())):
+    for file in names:
         if not file.endswith(".safetensors") or any(mark in file for mark in ("/", "\\", "\0", ":")):
             raise ValueError(
                 f"{index.name} names {file!r:.80} as a file of weights; only safetensors files in its own folder are "
@@ -85,14 +80,8 @@ def shard_names(index: Path) -> dict[str, str]:
     return names
 
 
-def stored_dtype(file: Path) -> torch.dtype:
-    """The type of the first tensor in a safetensors file, from its header."""
-    with safe_open(file, "pt", backend="pread") as opened:
-        return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, from its header.
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, from its header.
 
     Raises ValueError if it is damaged, or holds weights that are no plain floats: transformers would cast them to
     floats without a word.
@@ -101,13 +90,11 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         explained(f"{str(file)!r} cannot be read", "if it is not whole, download it again"),
         safe_open(file, "pt", backend="pread") as opened,  # it may be larger than memory, where it could not be mapped
     ):
-        tensors = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
-        dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+        dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     for name, dtype in dtypes.items():
         if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
             raise ValueError(
                 f"{name!r} in {file.name!r} holds numbers of type {dtype}, not plain floats; convert the weights to "
                 "bfloat16 or float32, or use the checkpoint that they were quantised from."
             )
-    return shapes
+    return list(dtypes)

@@ -18,7 +18,7 @@ from lf_hf.checkpoint.classes import FusedForCausalLM, fused_class
 from lf_hf.checkpoint.configuration import plain_config
 from lf_hf.checkpoint.identity import identity, text_digest
 from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folder, file_sha
-from lf_hf.checkpoint.weights import tensor_files
+from lf_hf.checkpoint.weights import weight_files
 from lf_hf.families.models import num_parameters
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
 from lf_hf.inputs.resuming import noted_healing
@@ -143,12 +143,11 @@ class HealInputs:
     def healing_identity(self) -> dict[str, str]:
         """Identity of the healing."""
         text = text_digest(self.corpus.parts.values(), self.tokenizer)
-        weights = sorted(set(tensor_files(self.folder).values()))
         return identity(
             str(self.report.base_digest),
             self.settings.in_effect(),
             text,
-            fused=" ".join(map(file_sha, weights)),
+            fused=" ".join(map(file_sha, weight_files(self.folder))),
             processes=Processes.of_launch().world_size,
             training_args={name: str(value) for name, value in self.training_args.items()},
             judging_tokens=self.judging_tokens,
