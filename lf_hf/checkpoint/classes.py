@@ -31,7 +31,7 @@ from lf_hf.checkpoint.base import (
 )
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
-from lf_hf.checkpoint.configuration import FusedLlamaConfig, converted_config, plain_config, register_peft
+from lf_hf.checkpoint.configuration import NOT_KEPT, FusedLlamaConfig, plain_config, register_peft
 from lf_hf.checkpoint.saving import checked_folder, locked_folder, replaced_files
 from lf_hf.checkpoint.weights import tensor_files, weight_files
 from lf_hf.decoder.placement import named_values
@@ -67,19 +67,15 @@ class FusedForCausalLM(PreTrainedModel):
 
         Its modules and their hooks stay. It is another model than its base now, in plain floats.
         """
+        config = model.config
+        if not is_wrapper(config):  # a vision-language model is saved under the names that its base's files have
+            model._weight_conversions = []
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # which the loader of a GGUF file leaves
             vars(model).pop(name, None)
-        if not is_wrapper(model.config):  # a vision-language model is saved under the names that its base's files have
-            model._weight_conversions = []
-        config = converted_config(model.config, cls.config_class)
-        vars(config).pop("quantization_config", None)
+        for name in ("quantization_config", *NOT_KEPT):
+            vars(config).pop(name, None)
         config._name_or_path = model.name_or_path = ""
-        before = model.config
-        renewed = {id(before): config, id(before.get_text_config()): config.get_text_config()}
-        for module in model.modules():
-            if (own := id(getattr(module, "config", None))) in renewed:
-                vars(module)["config"] = renewed[own]
-        model.__class__ = cls
+        model.__class__, config.__class__ = cls, cls.config_class
         model.tokenizer = tokenizer
         model.remember(report)
         return model
@@ -135,12 +131,12 @@ class FusedForCausalLM(PreTrainedModel):
         """Raise ValueError, before weights are read, for a model of another family."""
         if not optional_file(name, CONFIG_NAME, hub) and optional_file(name, ADAPTER_CONFIG_NAME, hub):
             return  # an adapter, which names its model
-        model_type, own = read_config(name, hub).model_type, cls.config_class.model_type  # type: ignore[union-attr]
+        config, own = read_config(name, hub), cls.config_class.model_type  # type: ignore[union-attr]
         plain = own.removeprefix("fused_")
-        if model_type not in (own, plain):
+        if config.model_type not in (own, plain):
             raise ValueError(
                 f"{name!r} has no config.json of a {plain!r} model, as {cls.__name__} needs: its model_type is "
-                f"{model_type!r}; load it with {auto_class(read_config(name, hub))}."
+                f"{config.model_type!r}; load it with {auto_class(config)}."
             )
 
     def save_pretrained(
@@ -183,11 +179,6 @@ class FusedForCausalLM(PreTrainedModel):
         """
         folder = checked_folder(save_directory)
         checked_tokenizer(tokenizer)
-        if plain and any(".base_layer." in name for name, _ in self.named_parameters()):
-            raise ValueError(
-                "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
-                "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
-            )
         writes = is_main_process and not rank()
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
             return super().save_pretrained(str(folder), writes, state_dict, push_to_hub, *args, **kwargs)
@@ -238,6 +229,11 @@ class FusedForCausalLM(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
+        if plain and any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError(
+                "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
+                "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
+            )
         tokenizer = tokenizer or self.tokenizer or self._tokenizer_of_checkpoint()
         spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
         try:

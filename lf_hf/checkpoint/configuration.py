@@ -11,8 +11,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 from lf_hf.families.models import model_class
 from lf_hf.report.report import FusionReport
 
-# `auto_map` names code that came with the base, in whose place transformers' own is used.
-_NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")
+NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")
+"""What a config of another class does not take over: `auto_map` names code, in whose place transformers' own is used."""
 
 
 class FusedLlamaConfig(LlamaConfig):
@@ -50,14 +50,9 @@ class FusedLlamaConfig(LlamaConfig):
 
 def plain_config(config: PreTrainedConfig) -> Any:
     """The config of a model, fused or not, as one of transformers' own class."""
-    return converted_config(config, model_class(config).config_class)
-
-
-def converted_config(config: PreTrainedConfig, to: Any) -> Any:
-    """The same architecture as a config of another class."""
     values = config.to_dict()
-    kept = {name: value for name, value in values.items() if name not in _NOT_KEPT and not name.startswith("_")}
-    converted = to(**kept)
+    kept = {name: value for name, value in values.items() if name not in NOT_KEPT and not name.startswith("_")}
+    converted: Any = model_class(config).config_class(**kept)
     converted._attn_implementation = config._attn_implementation
     converted._name_or_path = config._name_or_path
     return converted
