@@ -12,7 +12,7 @@ from lf_hf.families.models import model_class
 from lf_hf.report.report import FusionReport
 
 NOT_KEPT = ("model_type", "architectures", "fusion", "transformers_version", "auto_map")
-"""What a config of another class does not take over: `auto_map` names code, in whose place transformers' own is used."""
+"""What a config of another class does not take over. `auto_map` names code, for which transformers' own stands in."""
 
 
 class FusedLlamaConfig(LlamaConfig):

@@ -17,6 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.utils.generic import is_flash_attention_requested
 
 from lf_hf.decoder.placement import (
@@ -59,6 +64,7 @@ class Decoder:
     """
 
     config: Any  # of the layers; follows when some are removed, or become layers of another kind
+    family: Family
     model_config: Any  # of the whole model, which is the same, or has that in it beside one of a vision tower
     rotary_emb: Any  # the family's own
     device: torch.device  # where hidden states begin, and where offloaded layers compute
@@ -71,23 +77,15 @@ class Decoder:
     _inputs_shape: Any = None
 
     def __init__(self, model: CausalLM) -> None:
-        self.model = model
+        self._take(model)
         self.device = execution_device(self._text.embed_tokens)
         # A stream of their own, so that copies need not wait for what is computed.
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._take_config()
 
-    @property
-    def _text(self) -> Any:
-        return text_model(self.model)
-
-    def _take_config(self) -> None:
-        self.model_config, self.config = self.model.config, self._text.config
-        self.rotary_emb = self._text.rotary_emb
-
-    @property
-    def family(self) -> Family:
-        return family_of(self.config)
+    def _take(self, model: CausalLM) -> None:
+        self.model, self._text = model, text_model(model)
+        self.model_config, self.config = model.config, self._text.config
+        self.family, self.rotary_emb = family_of(self.config), self._text.rotary_emb
 
     @property
     def num_layers(self) -> int:
@@ -157,8 +155,7 @@ class Decoder:
     def copy(self) -> Decoder:
         """The model as it is now, with the same tensors: either may then change without the other."""
         other = copy.copy(self)
-        other.model = sharing_copy(self.model)
-        other._take_config()
+        other._take(sharing_copy(self.model))
         return other
 
     @torch.no_grad()
@@ -277,7 +274,7 @@ class Decoder:
         norm = self._text.norm
         if is_offloaded(norm):
             gain = value(norm, "weight")
-            norm = self.family.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+            norm = type(norm)(self.config.hidden_size, eps=self.config.rms_norm_eps)
             norm.weight = nn.Parameter(gain, requires_grad=False)
         yield norm, value(self.model.lm_head, "weight")
 
@@ -322,50 +319,46 @@ class Decoder:
         layer_kind = self.family.layer_kind(layer)
         kind = tuple(layer_kind.values())
         if kind not in self._inputs:
-            starts = torch.tensor(padding, device=device)[:, None] if padding else None
-            position_ids = torch.arange(past, past + num_tokens, device=device)[None]  # (1 or B, T)
-            if starts is not None:
+            position_ids, is_text = torch.arange(past, past + num_tokens, device=device)[None], None  # (1 or B, T)
+            if padding:
+                starts = torch.tensor(padding, device=device)[:, None]
                 position_ids = (position_ids - starts).clamp(min=0)
+                is_text = torch.arange(past + num_tokens, device=device) >= starts  # (B, keys)
             layer_types = [layer_kind["layer_types"]] if self.family.rotary_of_type else []
             cos, sin = self.rotary_emb(hidden_states, position_ids, *layer_types)
             self._inputs[kind] = {
-                "attention_mask": self._mask(hidden_states, layer, past, starts),
+                "attention_mask": self._mask(hidden_states, layer, past, is_text),
                 "position_ids": position_ids,
                 # A model that is spread over devices makes them on one.
                 "position_embeddings": (cos.to(device), sin.to(device)),
             }
         return self._inputs[kind]
 
-    def _mask(self, states: Tensor, layer: DecoderLayer, past: int, starts: Tensor | None) -> Tensor | None:
-        """What attention adds to its scores, (B, 1, T, keys), or None; for flash attention, which keys are text.
+    def _mask(self, states: Tensor, layer: DecoderLayer, past: int, is_text: Tensor | None) -> Tensor | None:
+        """A layer's mask of the kind that its attention takes; None where that needs none.
 
-        Where a layer has something else in the place of attention, which tokens are text, (B, T). `starts` (B, 1) are
-        the places where the sequences' text begins, if there is padding.
+        `is_text` (B, keys) says which tokens are no padding, if there is some.
         """
+        if self.family.layer_mixer(layer) is self.family.linear:
+            return None if is_text is None else is_text[:, past:]
+        if is_flash_attention_requested(self.config):  # which is causal by itself, and knows windows
+            return is_text
         num_tokens, end = states.shape[1], past + states.shape[1]
         window = self.family.layer_window(self.config, layer)
         if window is not None and window >= end:
             window = None
-        # These are causal by themselves; the second one does not know windows.
-        is_flash = is_flash_attention_requested(self.config)
-        is_sdpa = self.config._attn_implementation == "sdpa"
-        sees_all = num_tokens == 1 or (is_sdpa and past == 0)
-        is_linear = self.family.layer_mixer(layer) is self.family.linear
-        if starts is None and (is_linear or is_flash or (window is None and sees_all)):
-            return None
-        keys = torch.arange(end, device=states.device)
-        is_text = keys[None] >= (0 if starts is None else starts)  # (1 or B, keys)
-        if is_linear:
-            return is_text[:, past:]
-        if is_flash:
-            return is_text
-        queries = keys[past:, None]
-        seen = keys <= queries
-        if window is not None:
-            seen &= keys > queries - window
-        mask = is_text[:, None, None] & seen  # (1 or B, 1, T, keys)
-        lowest = torch.finfo(states.dtype).min
-        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, lowest)
+        mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return mask(
+            batch_size=1 if is_text is None else len(is_text),
+            q_length=num_tokens,
+            kv_length=end,
+            q_offset=past,
+            mask_function=causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+            attention_mask=is_text,
+            local_size=window,
+            dtype=states.dtype,
+            device=states.device,
+        )
 
     def run_layer(self, layer: DecoderLayer, hidden_states: Tensor) -> Tensor:
         """A layer's output for sequences of one length: (B, tokens T, hidden) -> (B, tokens T, hidden)."""

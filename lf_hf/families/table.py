@@ -59,8 +59,7 @@ attention_half = partial(
 mlp_half = partial(
     Half, before="post_attention_layernorm", readers=("mlp.gate_proj", "mlp.up_proj"), writer="mlp.down_proj"
 )
-delta_net_half = partial(
-    Half,
+_DELTA_NET = Half(
     before="input_layernorm",
     readers=tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
     writer="linear_attn.out_proj",
@@ -82,7 +81,7 @@ class Axis(NamedTuple):
 class Family:
     """One family of decoder models: RMSNorm, grouped-query attention and a gated MLP on one residual stream.
 
-    Keys are names in the config.
+    Keys are names in the config, and "" where it has no such entry.
     """
 
     model_type: str  # of its config
@@ -118,10 +117,6 @@ class Family:
     @property
     def decoder_layer(self) -> Any:
         return self._class(f"{self.title}DecoderLayer")
-
-    @property
-    def norm(self) -> Any:
-        return self._class(f"{self.title}RMSNorm")
 
     @property
     def rotary_embedding(self) -> Any:
@@ -256,24 +251,24 @@ class Family:
         """How many tokens, with its own, a layer's token attends to at most."""
         if self.layer_kind(layer).get("layer_types") == "sliding_attention":
             return config.sliding_window
-        return getattr(config, self.window) if self.window else None
+        return getattr(config, self.window, None)
 
     def first_states(self, config: PretrainedConfig, embedded: Tensor, *, rows: bool = False) -> Tensor:
         """What the first layer reads, from what the embedding gives, or from plain rows of its table."""
         if rows and self.scaled_embedding:
             embedded = embedded * torch.tensor(config.hidden_size**0.5).to(embedded.dtype)
-        return embedded * getattr(config, self.embedding_multiplier) if self.embedding_multiplier else embedded
+        return embedded * getattr(config, self.embedding_multiplier, 1)
 
     def logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """The model's logits from those of its head."""
         if self.logits_divisor:
             logits = logits / getattr(config, self.logits_divisor)
-        cap = getattr(config, self.logits_cap) if self.logits_cap else None
+        cap = getattr(config, self.logits_cap, None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def residual_factor(self, config: PretrainedConfig) -> float:
         """What all that is written to the residual stream is multiplied by."""
-        return getattr(config, self.residual_multiplier) if self.residual_multiplier else 1.0
+        return getattr(config, self.residual_multiplier, 1.0)
 
     def _class(self, name: str) -> Any:
         module = self.config_class.__module__.replace("configuration_", "modeling_")
@@ -298,66 +293,55 @@ _OLMO2 = Family(
     mlp=mlp_half(before=None, after="post_feedforward_layernorm"),
     head_norms="all",
 )
-FAMILIES = MappingProxyType(
-    {
-        family.model_type: family
-        for family in (
-            Family("llama", "Llama"),
-            Family("mistral", "Mistral", window="sliding_window"),
-            Family("qwen2", "Qwen2", layer_lists=("layer_types",)),
-            Family("qwen3", "Qwen3", head_norms="each", layer_lists=("layer_types",)),
-            Family(
-                "phi3",
-                "Phi3",
-                attention=attention_half(packed="self_attn.qkv_proj"),
-                mlp=mlp_half(packed="mlp.gate_up_proj"),
-                window="sliding_window",
-            ),
-            _GEMMA2,
-            replace(_GEMMA2, model_type="gemma3_text", title="Gemma3", head_norms="each"),
-            _OLMO2,
-            Family(
-                "granite",
-                "Granite",
-                embedding_multiplier="embedding_multiplier",
-                residual_multiplier="residual_multiplier",
-                logits_divisor="logits_scaling",
-            ),
-            Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
-            Family("qwen3_vl_text", "Qwen3VLText", head_norms="each"),
-            Family("cwm", "Cwm", layer_lists=("layer_types",)),
-            Family("ernie4_5", "Ernie4_5"),
-            replace(_OLMO2, model_type="exaone4", title="Exaone4", head_norms="each", layer_lists=("layer_types",)),
-            Family("gemma", "Gemma", gain_offset=1.0, scaled_embedding=True),
-            Family(
-                "glm4",
-                "Glm4",
-                attention=attention_half(after="post_self_attn_layernorm"),
-                mlp=mlp_half(after="post_mlp_layernorm", packed="mlp.gate_up_proj"),
-            ),
-            Family(
-                "hunyuan_v1_dense",
-                "HunYuanDenseV1",
-                head_norms="turned",
-                query_norm="self_attn.query_layernorm",
-                key_norm="self_attn.key_layernorm",
-            ),
-            Family("ministral", "Ministral", layer_lists=("layer_types",)),
-            Family("ministral3", "Ministral3", window="sliding_window"),
-            replace(_OLMO2, model_type="olmo3", title="Olmo3", layer_lists=("layer_types",)),
-            Family("seed_oss", "SeedOss"),
-            Family(
-                "qwen3_5_text",
-                "Qwen3_5",
-                rotary="Text",
-                linear=delta_net_half(),
-                gain_offset=1.0,
-                head_norms="each",
-                layer_lists=("layer_types",),
-            ),
-        )
-    }
+_QWEN3 = Family("qwen3", "Qwen3", head_norms="each", layer_lists=("layer_types",))
+_ALL = (
+    Family("llama", "Llama"),
+    Family("mistral", "Mistral", window="sliding_window"),
+    Family("qwen2", "Qwen2", layer_lists=("layer_types",)),
+    _QWEN3,
+    Family(
+        "phi3",
+        "Phi3",
+        attention=attention_half(packed="self_attn.qkv_proj"),
+        mlp=mlp_half(packed="mlp.gate_up_proj"),
+        window="sliding_window",
+    ),
+    _GEMMA2,
+    replace(_GEMMA2, model_type="gemma3_text", title="Gemma3", head_norms="each"),
+    _OLMO2,
+    Family(
+        "granite",
+        "Granite",
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logits_divisor="logits_scaling",
+    ),
+    Family("smollm3", "SmolLM3", layer_lists=("layer_types", "no_rope_layers")),
+    Family("qwen3_vl_text", "Qwen3VLText", head_norms="each"),
+    Family("cwm", "Cwm", layer_lists=("layer_types",)),
+    Family("ernie4_5", "Ernie4_5"),
+    replace(_OLMO2, model_type="exaone4", title="Exaone4", head_norms="each", layer_lists=("layer_types",)),
+    Family("gemma", "Gemma", gain_offset=1.0, scaled_embedding=True),
+    Family(
+        "glm4",
+        "Glm4",
+        attention=attention_half(after="post_self_attn_layernorm"),
+        mlp=mlp_half(after="post_mlp_layernorm", packed="mlp.gate_up_proj"),
+    ),
+    Family(
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1",
+        head_norms="turned",
+        query_norm="self_attn.query_layernorm",
+        key_norm="self_attn.key_layernorm",
+    ),
+    Family("ministral", "Ministral", layer_lists=("layer_types",)),
+    Family("ministral3", "Ministral3", window="sliding_window"),
+    replace(_OLMO2, model_type="olmo3", title="Olmo3", layer_lists=("layer_types",)),
+    Family("seed_oss", "SeedOss"),
+    replace(_QWEN3, model_type="qwen3_5_text", title="Qwen3_5", rotary="Text", linear=_DELTA_NET, gain_offset=1.0),
 )
+FAMILIES = MappingProxyType({family.model_type: family for family in _ALL})
 """All families by `model_type`."""
 
 
