@@ -49,7 +49,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "gguf_file", "local_files_only",
 BASE_ONLY_ARGUMENTS = (*HUB_ARGUMENTS, "max_memory", "output_loading_info", "use_safetensors", "variant")
 """Those, and others that hold for a base only, and not for what it is fused to."""
 _QUANTIZATION_ARGUMENTS = ("quantization_config", "load_in_4bit", "load_in_8bit")
-_WEIGHTS = "*.safetensors*"  # and their index
+_SAFETENSORS = "*.safetensors*"  # and their index
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -73,9 +73,8 @@ class Base:
                 raise ValueError(f"The base is open already, so give {', '.join(loading)} to Base.open.")
             return name
         loading = dict(loading)
-        if "torch_dtype" in loading:  # transformers takes either name
-            loading.setdefault("dtype", loading.pop("torch_dtype"))
-        loading["dtype"] = checked_dtype(loading.get("dtype")) or "auto"
+        older_name = loading.pop("torch_dtype", None)  # transformers takes either
+        loading["dtype"] = checked_dtype(loading.get("dtype", older_name)) or "auto"
         if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
             raise ValueError(f"base must be the folder or hub name of a checkpoint, got {name!r:.80}.")
         name = os.fspath(name)
@@ -118,19 +117,24 @@ class Base:
         """What the weights are in when they are loaded, by the config."""
         return self.dtype or checked_dtype(self.config.dtype) or torch.float32
 
+    @property
+    def _weights(self) -> str:
+        """Pattern of the names of the files of weights."""
+        if gguf_file := self.loading.get("gguf_file"):
+            return str(gguf_file)
+        return "*.bin" if self.loading.get("use_safetensors") is False else _SAFETENSORS
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights. Raises ValueError if there is none that can be read."""
         return load_tokenizer(self.name, self.loading)
 
     def files(self) -> list[Path]:
         """The files of weights on this machine; none if they are on the hub only. ValueError if a folder holds none."""
-        hub = self.hub | {"local_files_only": True}
-        pattern = hub.pop("gguf_file", "*.bin" if self.loading.get("use_safetensors") is False else _WEIGHTS)
         try:
-            folder = local_folder(self.name, hub, [pattern])
-            if pattern == _WEIGHTS:
+            folder = local_folder(self.name, self.hub | {"local_files_only": True}, [self._weights])
+            if self._weights == _SAFETENSORS:
                 return weight_files(folder, self.loading.get("variant"))
-            return sorted(folder.glob(pattern))
+            return sorted(folder.glob(self._weights))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -138,13 +142,10 @@ class Base:
 
     def content_files(self) -> list[Path]:
         """The files that decide what the model computes and how it reads text; those of the hub are downloaded."""
-        hub = self.hub
-        patterns = [*CHECKPOINT_FILES, *PROCESSOR_FILES]
-        if gguf_file := hub.pop("gguf_file", None):
-            patterns = [str(gguf_file)]
-        if self.loading.get("use_safetensors") is False:
-            patterns.append("*.bin")
-        folder = local_folder(self.name, hub, patterns)
+        patterns = [self._weights]
+        if "gguf_file" not in self.hub:
+            patterns += [*CHECKPOINT_FILES, *PROCESSOR_FILES]
+        folder = local_folder(self.name, self.hub, patterns)
         files = {file for pattern in patterns for file in folder.glob(pattern)}
         return sorted(file for file in files if not file.match(UNREAD))
 
@@ -174,7 +175,7 @@ class Base:
         if folder is not None:
             placing["offload_folder"] = self.loading.get("offload_folder", str(folder))
         decoder = Decoder(self.load(**placing))
-        if folder != scratch:
+        if folder is not None and scratch is None:
             weakref.finalize(decoder.model, shutil.rmtree, folder, ignore_errors=True)
         decoder.batch_bytes = plan.batch_bytes
         decoder.states = plan.states
@@ -196,9 +197,9 @@ class Base:
             if hasattr(quantization_config, "GgufConfig"):
                 # Newer transformers keeps weights packed where it has a kernel; before, there was nothing to choose.
                 loading["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
-        elif loading.get("use_safetensors") is not False:
+        elif self._weights == _SAFETENSORS:
             loading["use_safetensors"] = True
-            weights = local_folder(self.name, hub_arguments(self.loading), [_WEIGHTS])  # which downloads them
+            weights = local_folder(self.name, hub_arguments(self.loading), [_SAFETENSORS])  # which downloads them
             tensor_files(weights, loading.get("variant"))
             loading.pop("force_download", None)  # as that has fetched them again
         with (  # a TypeError is for an argument that nobody takes, before weights are read
@@ -236,9 +237,9 @@ class Base:
         """One sentence on tensors in the files that transformers leaves out for this model, where there are some."""
         stock = model_class(self.config)
         patterns = stock._keys_to_ignore_on_load_unexpected
-        if not patterns or self.loading.get("use_safetensors") is False:
+        if not patterns or self._weights != _SAFETENSORS:
             return []
-        names = [name for file in self.files() if file.suffix == ".safetensors" for name in tensor_names(file)]
+        names = [name for file in self.files() for name in tensor_names(file)]
         left_out = [pattern.strip("^") for pattern in patterns if any(re.search(pattern, name) for name in names)]
         if not left_out:
             return []
@@ -361,11 +362,9 @@ def optional_file(base: str, name: str, hub: Mapping[str, Any]) -> str | None:
 
 def read_processor_files(base: str, config: PreTrainedConfig, hub: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of a checkpoint that say how images are read, where its model reads any."""
-    found = {}
-    for name in PROCESSOR_FILES if is_wrapper(config) else ():
-        if path := optional_file(base, name, hub):
-            found[name] = Path(path).read_bytes()
-    return found
+    names = PROCESSOR_FILES if is_wrapper(config) else ()
+    paths = {name: optional_file(base, name, hub) for name in names}
+    return {name: Path(path).read_bytes() for name, path in paths.items() if path}
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

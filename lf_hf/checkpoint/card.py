@@ -76,17 +76,15 @@ def _commands(report: FusionReport) -> str:
     defaults: dict[str, Any] = {}
     with suppress(ValueError):  # of another version, whose defaults are not known
         defaults = FusionConfig.from_kwargs(num_fusions=1, method=report.config["method"]).to_dict()
-    options: dict[str, Any] = {}
-    for name, value in report.settings.items():
-        if name in ("method", "num_fusions") or name not in defaults or value != defaults[name]:
-            options[name] = value
+    always = ("method", "num_fusions")
+    settings = report.settings.items()
+    options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}
     if report.dtype is not None:
         options["dtype"] = report.dtype.removeprefix("torch.")
     base, file = report.base_and_gguf_file
     if base.startswith("-"):  # no option, but a folder of that name
         base = f"./{base}"
-    opening = {"gguf_file": file, "revision": report.revision}
-    opening = {name: value for name, value in opening.items() if value}
+    opening = {name: value for name, value in (("gguf_file", file), ("revision", report.revision)) if value}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]
     healings = report.healed.all if report.healed else []
     if "heal_tokens" in report.settings:

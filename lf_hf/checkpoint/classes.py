@@ -243,8 +243,7 @@ class FusedForCausalLM(PreTrainedModel):
                 self.config.distributed_config = spread
         if plain and self.native:
             config = plain_config(self.config)
-            for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-                part.dtype = self.dtype
+            config.dtype = self.dtype
             config.architectures = [model_class(config).__name__]
             config.save_pretrained(folder)
         written = named_values(self)

@@ -44,9 +44,8 @@ def identity(base: str, settings: Mapping[str, Any], text: str, **others: object
         What the result depends on besides, such as `dtype`.
     """
     decisive = {name: value for name, value in settings.items() if name != "speed"}
-    found = {"base": base, "text": text, "algorithm": str(ALGORITHM)}
-    found["settings"] = json.dumps(decisive, sort_keys=True)
-    return found | {name: str(value) for name, value in others.items()}
+    found = {"base": base, "text": text, "algorithm": ALGORITHM, "settings": json.dumps(decisive, sort_keys=True)}
+    return {name: str(value) for name, value in (found | others).items()}
 
 
 def identity_key(identity: Mapping[str, str]) -> str:

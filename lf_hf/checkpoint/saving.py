@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
-from pydantic_core import from_json
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
@@ -45,6 +45,7 @@ _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line
 _LARGE = 1 << 24  # bytes
+_OBJECT = TypeAdapter(dict[str, Any])  # of JSON
 _LOCK_SECONDS = 0.5  # enough for a writer that is about to end
 _ATTEMPTS = 20  # to lock a folder that others remove; two are rare
 _WHOLE_TOKENIZER = {"tokenizer.json", TOKENIZER_CONFIG_FILE, "tokenizer.model"}  # what may be one, with its config
@@ -122,14 +123,12 @@ def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
     """Make a folder and lock it, waiting so long, or without end for -1."""
-    for attempts_left in reversed(range(_ATTEMPTS)):
-        try:
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):  # another process, which wrote nothing, has just removed the folder
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=seconds)
             return
-        except FileNotFoundError:  # another process, which wrote nothing, has just removed the folder
-            if not attempts_left:
-                raise
+    raise FileNotFoundError("others remove it again and again")
 
 
 @contextmanager
@@ -256,14 +255,11 @@ def _users_files(
 
 def _last_save(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     """The report of the last save into a folder, digests of the files that it wrote, and names of those still so."""
-    report: Any = None
+    report: dict[str, Any] = {}
+    manifest: dict[str, str] = {}
     with suppress(OSError, ValueError):
-        report = from_json((folder / REPORT_NAME).read_bytes())
-    if not isinstance(report, dict):
-        report = {}
-    noted = report.get("files")
-    manifest = {}
-    if isinstance(noted, dict):
+        report = _OBJECT.validate_json((folder / REPORT_NAME).read_bytes())
+        noted = _OBJECT.validate_python(report.get("files"))
         manifest = {name: digest for name, digest in noted.items() if name.isprintable()}
     ours = {name for name, file in _files(folder).items() if name in manifest and _digest(file) == manifest[name]}
     return report, manifest, ours

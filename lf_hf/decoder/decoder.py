@@ -168,7 +168,6 @@ class Decoder:
         layer = self._text.layers[index]
         device = execution_device(layer)
         was_offloaded = is_offloaded(layer)
-        lay_on_disk = self._lies_on_disk(index)
         if was_offloaded:
             bring_in(layer)
         if kind and kind != self.family.layer_kind(layer):
@@ -180,7 +179,7 @@ class Decoder:
             like = layer.mlp.down_proj.weight if before.is_meta else before
             after = torch.empty_like(before, device=like.device, dtype=like.dtype).copy_(tensor)
             setattr(layer.get_submodule(module), parameter, nn.Parameter(after, requires_grad=like.requires_grad))
-        scratch = self.scratch if lay_on_disk else None
+        scratch = self.scratch if self._lies_on_disk(index) else None
         if was_offloaded and (scratch or device.type != "cpu"):
             offload(layer, device, scratch, skip_keys=self.model._skip_keys_device_placement)
 
