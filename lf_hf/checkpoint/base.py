@@ -206,9 +206,8 @@ class Base:
             explained(f"{self.full_name!r} cannot be loaded", "check the arguments", TypeError),
             _gguf_file_read_once(self.loading),
         ):
-            loaded: Any = model_class(self.config).from_pretrained(self.name, **loading)
+            model, info = model_class(self.config).from_pretrained(self.name, **loading)
         _gguf_reader.cache_clear()
-        model, info = loaded
         layers = f"{text_prefix(model)}layers."
         # Old checkpoints hold rotary embeddings, and other tensors outside the layers do no harm.
         unknown = [name for name in info["unexpected_keys"] if name.startswith(layers) and "rotary_emb" not in name]

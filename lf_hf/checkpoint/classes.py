@@ -22,13 +22,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from lf_hf.checkpoint.base import (
-    hub_arguments,
-    load_tokenizer,
-    optional_file,
-    read_config,
-    read_processor_files,
-)
+from lf_hf.checkpoint.base import hub_arguments, load_tokenizer, optional_file, read_config, read_processor_files
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.checkpoint.companions import write_companions
 from lf_hf.checkpoint.configuration import NOT_KEPT, FusedLlamaConfig, plain_config, register_peft

@@ -24,13 +24,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import (
-    CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
-    logging,
-)
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, logging
 
 from lf_hf.checkpoint.card import CARD_NAME
 from lf_hf.report.report import CHANGED_NOTE, REPORT_NAME

@@ -24,22 +24,12 @@ from transformers.masking_utils import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
-from lf_hf.decoder.placement import (
-    bring_in,
-    execution_device,
-    is_offloaded,
-    named_values,
-    offload,
-    sharing_copy,
-    value,
-)
+from lf_hf.decoder.placement import bring_in, execution_device, is_offloaded, named_values, offload, sharing_copy, value
 from lf_hf.families.models import (
     CausalLM,
     family_of,
     free_layers,
-    is_tied,
     num_parameters,
-    set_config_kind,
     set_config_layers,
     text_model,
     text_prefix,
@@ -171,7 +161,9 @@ class Decoder:
         if was_offloaded:
             bring_in(layer)
         if kind and kind != self.family.layer_kind(layer):
-            set_config_kind(self.config, index, kind)
+            for name, entry in kind.items():
+                entries = getattr(self.config, name)
+                setattr(self.config, name, [*entries[:index], entry, *entries[index + 1 :]])
             self._change_kind(layer, kind)
         for name, tensor in self.family.packed(weights).items():
             module, _, parameter = name.rpartition(".")
@@ -189,7 +181,8 @@ class Decoder:
 
         Modules of which some were offloaded are in the model then.
         """
-        tied = is_tied(self.model)
+        # A checkpoint may have a head of its own where the config says that it is the embeddings.
+        is_tied = self.model.lm_head.weight is self._text.embed_tokens.weight
         for name, given in weights:
             place, _, own_name = name.rpartition(".")
             module = self.model.get_submodule(place)
@@ -201,7 +194,7 @@ class Decoder:
                 after.copy_(given)
             processes.broadcast(after)
             setattr(module, own_name, nn.Parameter(after, requires_grad=before.requires_grad))
-        if tied:
+        if is_tied:
             self.model.tie_weights()
 
     def _lies_on_disk(self, index: int) -> bool:

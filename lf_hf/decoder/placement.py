@@ -56,8 +56,7 @@ def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes."""
     for part in module.modules():
         if (hook := _offloading(part)) is not None:
-            device = hook.execution_device  # also a number, or a name
-            return device if isinstance(device, torch.device) else torch.device(device)
+            return torch.device(hook.execution_device)  # also of a number, or a name
     return next(module.parameters()).device
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lf_hf.families.table import FAMILIES, Family, Kind
+from lf_hf.families.table import FAMILIES, Family
 
 CausalLM: TypeAlias = Any
 """A model of one of the families, with its head."""
@@ -117,11 +117,6 @@ def num_parameters(config: PretrainedConfig) -> tuple[int, int]:
     return in_layers // len(layers), model.num_parameters()
 
 
-def is_tied(model: CausalLM) -> bool:
-    """Whether a model's head is its embeddings. A checkpoint may have one of its own where the config says so too."""
-    return model.lm_head.weight is text_model(model).embed_tokens.weight
-
-
 def special_id(config: PretrainedConfig, name: Literal["bos", "eos", "pad"]) -> Any:
     """A token's number, several, or None; not all configs have an entry."""
     return getattr(config, f"{name}_token_id", None)
@@ -142,10 +137,3 @@ def layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
         if name in named or is_list:
             lists[name] = value
     return lists
-
-
-def set_config_kind(config: PretrainedConfig, index: int, kind: Kind) -> None:
-    """Let one layer be of another kind."""
-    for name, value in kind.items():
-        values = getattr(config, name)
-        setattr(config, name, [*values[:index], value, *values[index + 1 :]])
