@@ -168,9 +168,7 @@ class Base:
 
         Without one that is in a folder for temporary files, which goes with the model.
         """
-        folder = scratch
-        if folder is None and plan.uses_disk:
-            folder = Path(tempfile.mkdtemp())
+        folder = scratch or (Path(tempfile.mkdtemp()) if plan.uses_disk else None)
         placing: dict[str, Any] = {"device_map": plan.place, "max_memory": None}
         if folder is not None:
             placing["offload_folder"] = self.loading.get("offload_folder", str(folder))

@@ -311,7 +311,8 @@ class Decoder:
         layer_kind = self.family.layer_kind(layer)
         kind = tuple(layer_kind.values())
         if kind not in self._inputs:
-            position_ids, is_text = torch.arange(past, past + num_tokens, device=device)[None], None  # (1 or B, T)
+            position_ids = torch.arange(past, past + num_tokens, device=device)[None]  # (1 or B, T)
+            is_text = None
             if padding:
                 starts = torch.tensor(padding, device=device)[:, None]
                 position_ids = (position_ids - starts).clamp(min=0)

@@ -25,9 +25,8 @@ def are_finite(states: Sequence[Tensor]) -> Tensor:
 
 def check_finite(finite: Sequence[bool]) -> None:
     """Raise ValueError for the first layer whose output states are not finite, by what `are_finite` says of each."""
-    for layer, holds in enumerate(finite):
-        if not holds:
-            raise ValueError(f"The activations of layer {layer} contain NaN or inf on the calibration text.")
+    if not all(finite):
+        raise ValueError(f"The activations of layer {finite.index(False)} contain NaN or inf on the calibration text.")
 
 
 def cosine_sums(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
