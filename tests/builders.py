@@ -16,14 +16,7 @@ from hypothesis import strategies as st
 
 from lf_hf import FusionReport
 from lf_hf.evaluate.points import Point, Score
-from lf_hf.report.data import (
-    CalibrationInfo,
-    FusedLayer,
-    HealingInfo,
-    HealingPoint,
-    PerplexityInfo,
-    RowMatch,
-)
+from lf_hf.report.data import CalibrationInfo, FusedLayer, HealingInfo, HealingPoint, PerplexityInfo, RowMatch
 
 MATCHES = {"mlp.up_proj": RowMatch(0.01, 0.2, 0.99)}
 SEED = st.integers(0, 1000)
@@ -74,9 +67,7 @@ def make_report(**values: object) -> FusionReport:
     fields: dict[str, object] = {
         "base": "meta-llama/Meta-Llama-3-8B",
         "config": {"method": "neural_alignment", "num_fusions": 1},
-        "fused_layers": [
-            FusedLayer([27, 28, 29, 30, 31], [0.62, 0.24, 0.09, 0.03, 0.02], [0.62] * 4, [MATCHES] * 4),
-        ],
+        "fused_layers": [FusedLayer([27, 28, 29, 30, 31], [0.62, 0.24, 0.09, 0.03, 0.02], [0.62] * 4, [MATCHES] * 4)],
         "layers_before": 32,
         "layers_after": 28,
         "parameters_before": 8_030_261_248,

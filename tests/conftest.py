@@ -75,6 +75,13 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
+def changed(one: Path, other: Path) -> set[str]:
+    """The tensors in which two checkpoints of one layout differ."""
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
 def run_program(program: str, *words: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a program that lies beside the tests on the CPU, in several processes as torchrun starts them."""
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split() if processes > 1 else []
@@ -190,11 +197,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Make a checkpoint folder: make_base(**config overrides) -> path."""
-
-    def make(**overrides: Any) -> str:
-        return save_base(tmp_path_factory.mktemp("base"), make_llama(**overrides))
-
-    return make
+    return lambda **overrides: save_base(tmp_path_factory.mktemp("base"), make_llama(**overrides))
 
 
 @pytest.fixture(scope="session")
@@ -241,14 +244,20 @@ def hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bo
     return set_place
 
 
-@pytest.fixture
-def run_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
-    """Run the command lm_eval in this process with our own tasks alone; to look through all takes it seconds."""
-    from lm_eval.__main__ import cli_evaluate  # takes seconds
-    from lm_eval.tasks import TaskManager
+@pytest.fixture(scope="session")
+def own_tasks() -> None:
+    """lm-eval knows tasks of ours alone; to look through all takes it seconds."""
+    from lm_eval.tasks import TaskManager  # takes seconds
 
     only_own = functools.partialmethod(TaskManager.__init__, include_defaults=False)
-    monkeypatch.setattr(TaskManager, "__init__", only_own)
+    pytest.MonkeyPatch().setattr(TaskManager, "__init__", only_own)
+
+
+@pytest.fixture
+def run_lm_eval(monkeypatch: pytest.MonkeyPatch, own_tasks: None) -> Callable[[Sequence[str]], None]:
+    """Run the command lm_eval in this process."""
+    from lm_eval.__main__ import cli_evaluate
+
     logger = logging.getLogger("lm_eval")  # which it sets up
     monkeypatch.setattr(logger, "propagate", logger.propagate)
     monkeypatch.setattr(logger, "handlers", [*logger.handlers])

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -35,21 +35,25 @@ FOREIGN = (
 
 
 class Answers:
-    """Stands for lm-eval, which would take most of the time."""
+    """Stands for lm-eval, which would take most of the time, and keeps the models that are judged."""
+
+    judged: ClassVar[list[Any]] = []
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def scores(self, model: Any, _: Any) -> dict[str, Score]:
+        self.judged.append(model)
         return {"task": Score("acc", float(model.config.num_hidden_layers), None)}
 
 
 def put_foreign(folder: Path) -> None:
-    """Files of a user's, with names that are like a checkpoint's, in a folder that may hold one."""
+    """Files of a user's, with names that are like a checkpoint's, in a folder of the user's that may hold one."""
     for name in FOREIGN:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text("mine")
         (folder / name).chmod(0o640)
+    folder.chmod(0o2775)
 
 
 def foreign(folder: Path) -> list[tuple[int, int, bytes]]:
@@ -155,7 +159,7 @@ def main(folder: Path) -> None:
     # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.
     ways: dict[str, tuple[int, Callable[[Path, int], Any]]] = {
         "save": (1, lambda out, count: models[count].save_pretrained(out, max_shard_size=shards[count])),
-        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, **settings)),
+        "fuse": (7, lambda out, count: fuse_checkpoint(base, out, num_fusions=count, low_memory=True, **settings)),
         "fused_dir": (7, lambda out, count: fuse(num_fusions=count, fused_dir=out)),
     }
     for name, (every, write) in ways.items():

@@ -28,7 +28,6 @@ import lf_hf
 from lf_hf import FusedLlamaForCausalLM, HealSettings
 from lf_hf.cli import main as command
 from lf_hf.decoder.decoder import Decoder
-from lf_hf.evaluate.points import Score
 from lf_hf.healing import trainer
 from lf_hf.healing.loss import Loss, Targets
 from lf_hf.runtime.launch import OtherProcessError, Processes
@@ -55,18 +54,11 @@ def sweep_command(folder: Path) -> list[str]:
 
 def swept(folder: Path) -> list[str]:
     """Which models this process judged, by answers in place of lm-eval's."""
-    names: list[str] = []
-
-    class Named(Answers):
-        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
-            report = getattr(model, "fusion_report", None)
-            names.append(f"{report.config['method'] if report else 'dense'} {model.config.num_hidden_layers}")
-            return super().scores(model, tokenizer)
-
     without_pictures = patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures")
-    with patch("lf_hf.evaluate.evaluation.Evaluation", Named), without_pictures:
+    with patch("lf_hf.evaluate.evaluation.Evaluation", Answers), without_pictures:
         assert command(sweep_command(folder)) == 0
-    return names
+    reports = [(getattr(model, "fusion_report", None), model.config.num_hidden_layers) for model in Answers.judged]
+    return [f"{report.config['method'] if report else 'dense'} {layers}" for report, layers in reports]
 
 
 def fuse(folder: Path, name: str, out: Path) -> str | None:

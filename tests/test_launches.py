@@ -69,10 +69,7 @@ def test_processes_together_find_what_one_does(name: str, launch: Launch, tmp_pa
     for judged, by_one in zip(together.perplexities, alone.perplexities, strict=True):
         figures = judged.fused, judged.divergence, judged.agreement
         assert figures == pytest.approx((by_one.fused, by_one.divergence, by_one.agreement), rel=1e-6)
-    weights = [tensors(folder) for folder in folders]
-    assert weights[0].keys() == weights[1].keys()
-    for tensor_name, tensor in weights[1].items():
-        torch.testing.assert_close(weights[0][tensor_name], tensor, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*map(tensors, folders), rtol=0, atol=1e-6)
 
 
 def test_the_command_writes_and_speaks_once(launch: Launch) -> None:
@@ -139,15 +136,12 @@ def test_two_processes_heal_as_one_does(kind: str, launch: Launch, tmp_path: Pat
     assert ("FSDP is ignored" in launch.err) == (kind == "MULTI_CPU")
     fused, base, one = launch.folder / "fused", launch.folder / "base", tmp_path / "one"
     lf_hf.heal(fused, one, base=base, text=make_texts(1200, seed=5), training_args={"bf16": False}, **HEALING)
-    report, of_one_process = (FusionReport.load(folder) for folder in (launch.folder / "healed", one))
-    result, expected = report.healed, of_one_process.healed
-    assert result is not None and expected is not None
-    for point, of_one in zip(result.curve, expected.curve, strict=True):
+    reports: list[Any] = [FusionReport.load(folder) for folder in (launch.folder / "healed", one)]
+    for point, of_one in zip(*(report.healed.curve for report in reports), strict=True):
         assert point.step == of_one.step and point.divergences == pytest.approx(of_one.divergences, rel=2e-3)
-    for text, of_text in zip(result.judged, expected.judged, strict=True):
+    for text, of_text in zip(*(report.healed.judged for report in reports), strict=True):
         assert text.divergence == pytest.approx(of_text.divergence, rel=1e-5)
-    for text, of_text in zip(report.perplexities, of_one_process.perplexities, strict=True):
+    for text, of_text in zip(*(report.perplexities for report in reports), strict=True):
         assert text.fused == pytest.approx(of_text.fused, rel=2e-3)
-    loaded = FusedLlamaForCausalLM.from_pretrained(launch.folder / "healed").state_dict()
-    for name, tensor in FusedLlamaForCausalLM.from_pretrained(one).state_dict().items():
-        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=2e-3)
+    loaded, alone = (FusedLlamaForCausalLM.from_pretrained(folder) for folder in (launch.folder / "healed", one))
+    torch.testing.assert_close(loaded.state_dict(), alone.state_dict(), rtol=0, atol=2e-3)

@@ -7,15 +7,14 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from builders import no_warnings
-from conftest import make_llama, make_texts, make_tokenizer
-from tiny_models import measure_and_fuse
+from conftest import make_llama, make_texts, make_tokenizer, same
+from tiny_models import idle, measure_and_fuse
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lf_hf import FusionConfig, FusionReport
@@ -25,18 +24,18 @@ from lf_hf.measure.dense import tokenize_corpus
 from lf_hf.runtime.amounts import WRITTEN_LENGTH
 from lf_hf.text.calibration import CalibrationSamples, Corpus, documentation_halves
 
-CALIBRATION = CalibrationSamples(make_texts(), "random sentences")
-TEXT = Corpus({"": " ".join(make_texts(200))})
+TEXT = Corpus({"random text": " ".join(make_texts(400))})
+QUICK: dict[str, Any] = {"perplexity_tokens": 0, "calibration_tokens": 1024, "calibration_length": 32}
 
 
-def run(num_fusions: int = 3, **settings: object) -> FusionReport:
-    config = FusionConfig(num_fusions=num_fusions, **{"perplexity_tokens": 300} | settings)  # type: ignore[arg-type]
-    samples, text = CALIBRATION if config.averages else None, TEXT if config.needs_text else None
-    return measure_and_fuse(make_llama(), config, samples, text)
+def run(num_fusions: int, model: Any = None, samples: list[str] | None = None, **settings: Any) -> FusionReport:
+    config = FusionConfig(num_fusions=num_fusions, **QUICK | settings)
+    given = CalibrationSamples(samples or make_texts(), "random sentences")
+    return measure_and_fuse(model or make_llama(), config, given, TEXT if config.needs_text else None)
 
 
 def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_what_was_measured() -> None:
-    report = run(3)
+    report = run(3, perplexity_tokens=300)
     [fused] = report.fused_layers
     assert fused.layers == [1, 2, 3, 4] and report.pairs == [(3, 4), (2, 3), (1, 2)]
     assert (report.layers_before, report.layers_after) == (5, 2)
@@ -62,7 +61,7 @@ def test_fuses_from_the_end_in_ratios_of_the_original_similarity_and_reports_wha
 
 
 def test_nothing_is_measured_of_no_tokens() -> None:
-    unmeasured = run(1, method="mka", perplexity_tokens=0)
+    unmeasured = run(1, method="mka")
     assert not any(unmeasured.fused_layers[0].matches)
     assert unmeasured.perplexities == [] and unmeasured.continuations == [] and unmeasured.notes == []
 
@@ -84,10 +83,9 @@ def test_the_model_is_unchanged_when_calibration_fails(method: str) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1e38)
     before = copy.deepcopy(model)
-    config = FusionConfig(1, method, perplexity_tokens=0, calibration_tokens=1024, calibration_length=64)
     with pytest.raises(ValueError, match="activations of layer 2"):
-        measure_and_fuse(model, config, CALIBRATION, TEXT)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+        run(1, model, method=method)
+    assert same(model, before)
 
 
 @pytest.mark.parametrize("length", [200, 64])
@@ -96,7 +94,8 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
     config = FusionConfig(1, "refit", calibration_tokens=2048, calibration_length=length)
     short = min(WRITTEN_LENGTH, length)
     brief = "deep layer " * 75
-    for text, size in ((TEXT.parts[""], 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
+    [whole] = TEXT.parts.values()
+    for text, size in ((whole, 1024 // length * length), (brief, len(tokenizer(brief)["input_ids"]))):
         made = tokenize_corpus(Decoder(model), tokenizer, Corpus({"": text}, 0.5), config)
         known = " ".join(map(str, tokenizer(text)["input_ids"]))
         assert all(" ".join(map(str, sequence.tolist())) in known for sequence in made.given)
@@ -108,21 +107,19 @@ def test_the_model_writes_its_share_of_calibration_text_in_short_pieces(length: 
 def test_long_parts_show_how_far_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lf_hf.runtime.progress.EVERY", 0)
     parts = ("Calibration", "Layer similarity", "Fusing", "Assignment", "Perplexity before", "Judging")
-    run(1)
+    run(1, perplexity_tokens=300)
     shown = capsys.readouterr().err
     assert all(part in shown for part in parts) and "\r" not in shown
     disable_progress_bar()
     try:
-        run(1)
+        run(1, perplexity_tokens=300)
     finally:
         enable_progress_bar()
     assert capsys.readouterr().err == ""
 
 
 def test_similarities_of_samples_that_are_all_alike_are_called_noise_once() -> None:
-    alike = CalibrationSamples(make_texts(1) * 57, "one sentence")
-    config = FusionConfig(1, "mka", perplexity_tokens=0)
-    report = measure_and_fuse(make_llama(), config, alike, None)
+    report = run(1, samples=make_texts(1) * 57, method="mka")
     assert [note.startswith("The layer similarities are noise: of 57") for note in report.notes] == [True]
 
 
@@ -131,16 +128,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mka, neurons matched": {"method": "mka", "alignment": "neurons"},
     "least influential averaged": {"method": "neural_alignment", "selection": "least_influence"},
 }
-
-
-def run_kind(model: Any, kind: str, samples: list[str] | None = None) -> FusionReport:
-    config: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration_tokens": 1024}
-    return measure_and_fuse(
-        model,
-        FusionConfig(**config | {"calibration_length": 32} | SETTINGS[kind]),
-        CalibrationSamples(samples or make_texts(), "random sentences"),
-        Corpus({"random text": " ".join(make_texts(400))}),
-    )
 
 
 def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
@@ -156,8 +143,7 @@ def scaled_model(dtype: torch.dtype, exponent: int) -> Any:
     ("dtype", "kind"),
     [
         *((torch.bfloat16, kind) for kind in SETTINGS),
-        # Those that together run_kind every part of a fusion.
-        *((torch.float16, kind) for kind in ("neural_alignment", "refit")),
+        *((torch.float16, kind) for kind in ("neural_alignment", "refit")),  # which together run every part of a fusion
     ],
 )
 def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch.dtype, kind: str) -> None:
@@ -165,7 +151,7 @@ def test_weights_of_any_scale_fuse_to_finite_ones_or_give_one_error(dtype: torch
         model = scaled_model(dtype, exponent)
         with no_warnings():
             try:
-                run_kind(model, kind)
+                run(2, model, **SETTINGS[kind])
             except ValueError:
                 assert exponent > 0
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -183,19 +169,15 @@ def zero_rows(model: Any) -> None:
                 parameter[::2] = 0
 
 
-def idle_layers(model: Any) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-
-
 def equal_embeddings(model: Any) -> None:
     model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]
 
 
-@pytest.mark.parametrize("kind", ["neural_alignment", "refit"])
-@pytest.mark.parametrize("damage", [None, equal_layers, zero_rows, idle_layers, equal_embeddings])
-def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[Any], None] | None, kind: str) -> None:
+@pytest.mark.parametrize("method", ["neural_alignment", "refit"])
+@pytest.mark.parametrize(
+    "damage", [None, equal_layers, zero_rows, lambda model: idle(model, *range(5)), equal_embeddings]
+)
+def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Any, method: str) -> None:
     model, samples = make_llama(), make_texts(51)  # one more than neighbours
     if damage is None:
         samples = [samples[0]] * 51
@@ -204,7 +186,7 @@ def test_degenerate_models_and_samples_fuse_to_finite_weights(damage: Callable[[
             damage(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = run_kind(model, kind, samples)
+        report = run(2, model, samples, method=method)
     messages = [str(warning.message) for warning in caught]
     assert all("have no similarity" in message or "mixed signs" in message for message in messages), messages
     assert len(messages) <= 3

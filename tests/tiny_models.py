@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from conftest import TINY, make_tokenizer, vary
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lf_hf import FusionConfig, FusionReport
-from lf_hf.decoder.decoder import Decoder, Group
+from lf_hf.decoder.decoder import Decoder
 from lf_hf.families.models import MODEL_TYPES, WRAPPERS, family_of, model_class, text_model
 from lf_hf.families.table import FAMILIES, DecoderLayer, Weights
 from lf_hf.measure.dense import CalibrationText, Measurements, measure
@@ -116,16 +116,16 @@ def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, **overrid
     return model.to(dtype)
 
 
-def idle(model: Any, index: int) -> None:
-    """Let a layer leave the stream as it is."""
-    layer, family = text_model(model).layers[index], family_of(model.config)
-    with torch.no_grad():
+@torch.no_grad()
+def idle(model: Any, *layers: int) -> None:
+    """Let some layers leave the stream as it is."""
+    family = family_of(model.config)
+    for layer in (text_model(model).layers[index] for index in layers):
         for half in (family.layer_mixer(layer), family.mlp):
             if half.after:
                 layer.get_parameter(f"{half.after}.weight").fill_(-family.gain_offset)
-            for kind in ("weight", "bias"):
-                parameter = layer.get_submodule(half.writer)._parameters.get(kind)
-                if parameter is not None and not half.after:
+            else:
+                for parameter in layer.get_submodule(half.writer).parameters():
                     parameter.zero_()
 
 
@@ -210,11 +210,6 @@ def calibration_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor
 def measured_text(given: Sequence[torch.Tensor], other: Sequence[torch.Tensor] = ()) -> Measurements:
     """Measurements of nothing but calibration text."""
     return Measurements(0, [], {}, text=calibration_text(given, other))
-
-
-def count_removed(groups: Iterable[Group]) -> int:
-    """How many layers fewer a model has where each group is one layer."""
-    return sum(last - first for first, last in groups)
 
 
 def divergence(dense: torch.Tensor, fused: torch.Tensor) -> float:

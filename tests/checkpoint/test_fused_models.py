@@ -15,7 +15,8 @@ import peft
 import pytest
 import torch
 from conftest import QUICK, make_llama, make_texts, make_tokenizer, same, save_base, tensors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
+from tiny_models import idle
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 from lf_hf import FusedLlamaForCausalLM, FusionConfig, FusionReport, fuse_checkpoint
 
@@ -32,10 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def model(base: str) -> FusedLlamaForCausalLM:
     config = FusionConfig(num_fusions=1, method="mka", perplexity_tokens=0)
-    model = FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
-    report = model.fusion_report
-    assert report is not None and report.config["method"] == "mka" and report.layers_after == 3
-    return model
+    return FusedLlamaForCausalLM.from_pretrained_fused(base, config, calibration=make_texts(), num_fusions=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +49,15 @@ def fresh(saved: Path) -> FusedLlamaForCausalLM:
     return FusedLlamaForCausalLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool, tmp_path: Path) -> None:
+def test_what_was_fused_is_said_in_the_numbers_of_the_original(tmp_path: Path) -> None:
     kept, pairs, dense = [0, 1, 3, 5], [(1, 2), (3, 4)], make_llama(num_hidden_layers=6)
-    with torch.no_grad():
-        for number in (2, 4):  # which do next to nothing
-            dense.model.layers[number].self_attn.o_proj.weight.mul_(1e-4 * number)
-            dense.model.layers[number].mlp.down_proj.weight.mul_(1e-4 * number)
+    idle(dense, 2, 4)
     dense.config.layer_types = ["full_attention"] * 6
     base = save_base(tmp_path / "base", dense)
     settings: dict[str, Any] = {"method": "truncate", "selection": "least_influence", "calibration_tokens": 1024}
     settings |= {"calibration_length": 32, "num_fusions": 2, "perplexity_tokens": 0}
     text, out = [" ".join(make_texts(400))], tmp_path / "out"
-    report = fuse_checkpoint(base, out, calibration=text, low_memory=low_memory, **settings)
+    report = fuse_checkpoint(base, out, calibration=text, low_memory=True, **settings)
     assert report.pairs == pairs
     assert [list(group) for group in report.groups] == [[0], [1, 2], [3, 4], [5]]
 
@@ -84,7 +78,7 @@ def test_what_was_fused_is_said_in_the_numbers_of_the_original(low_memory: bool,
 def test_copies_and_pickles_are_saved_as_the_model_is(
     model: FusedLlamaForCausalLM, saved: Path, fresh: FusedLlamaForCausalLM, tmp_path: Path
 ) -> None:
-    assert "lm_head.weight" not in tensors(saved)
+    assert "lm_head.weight" not in tensors(saved) and FusionReport.load(saved).config["num_fusions"] == 2
     for original in (model, fresh):
         for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             assert twin.lm_head.weight is twin.model.embed_tokens.weight and same(twin, model)
@@ -93,6 +87,8 @@ def test_copies_and_pickles_are_saved_as_the_model_is(
             assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
     new = AutoModelForCausalLM.from_config(model.config)
     assert type(new) is FusedLlamaForCausalLM and new.fusion_report is None
+    decoder = AutoModel.from_pretrained(saved)
+    assert type(decoder).__name__ == "FusedLlamaModel" and same(decoder, model.model)
     fresh.resize_token_embeddings(330, mean_resizing=False)
     fresh.save_pretrained(tmp_path / "out", plain=True)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), fresh)
@@ -168,10 +164,8 @@ def test_adapters_know_the_fused_model_and_what_they_are_merged_into_says_so(bas
     model = FusedLlamaForCausalLM.from_pretrained_fused(base, **QUICK | {"num_fusions": 2})
     assert model.name_or_path == model.config._name_or_path == ""  # it is nowhere yet, and it is not its base
     model.save_pretrained(tmp_path / "fused")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
-    )
-    tuned = peft.get_peft_model(model, config)
+    placed: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **placed))
     tuned(input_ids=IDS, labels=IDS).loss.backward()
     trained = [name for name, parameter in tuned.named_parameters() if parameter.grad is not None]
     assert len(trained) == 3 * 3 * 2 and all("lora_" in name for name in trained)

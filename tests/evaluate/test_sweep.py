@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builders import check_golden, make_point, no_warnings
-from conftest import make_tokenizer, same
-from lm_eval.tasks import TaskManager
+from conftest import same
 from run_faults import Answers
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +20,6 @@ import lf_hf
 from lf_hf import FusionConfig
 from lf_hf.cli import main
 from lf_hf.evaluate.curve import sweep_curve
-from lf_hf.evaluate.evaluation import Evaluation
 from lf_hf.evaluate.points import DENSE, RESULTS, Point, Score
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.sweep import sweep
@@ -34,24 +31,14 @@ Whole = tuple[Path, list[Point]]
 TASKS = ["mmlu_sample_anatomy", "mmlu_sample_virology"]
 SETTINGS: dict[str, Any] = {"perplexity_tokens": 300, "calibration_tokens": 1024}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_task_index() -> Iterator[None]:
-    """lm-eval takes seconds to look through all its tasks; here are ours alone."""
-    index = TaskManager(include_path=str(lf_hf.tasks_path()), include_defaults=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lf_hf.evaluate.evaluation.TaskManager", lambda **_: index)
-        yield
+pytestmark = pytest.mark.usefixtures("own_tasks")
 
 
 @pytest.fixture(scope="module")
 def run(base: str, text: Path) -> Run:
-    def run_sweep(out: Path, **arguments: Any) -> list[Point]:
-        given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "truncate"], "tasks": TASKS}
-        given |= {"calibration": text, "settings": SETTINGS}
-        return sweep(base, out, **given | arguments)
-
-    return run_sweep
+    given: dict[str, Any] = {"num_fusions": [2, 1], "methods": ["mka", "truncate"], "tasks": TASKS}
+    given |= {"calibration": text, "settings": SETTINGS}
+    return lambda out, **arguments: sweep(base, out, **given | arguments)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +51,10 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that are judged, by answers that stand for lm-eval's and without pictures."""
-    models = []
-
-    class Kept(Answers):
-        def scores(self, model: Any, tokenizer: Any) -> dict[str, Score]:
-            models.append(model)
-            return super().scores(model, tokenizer)
-
-    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Kept)
+    monkeypatch.setattr("lf_hf.evaluate.evaluation.Evaluation", Answers)
     monkeypatch.setattr("lf_hf.evaluate.results.missing_plot_packages", lambda: "none wanted")
-    return models
+    monkeypatch.setattr(Answers, "judged", [])
+    return Answers.judged
 
 
 def without_seconds(points: list[Point]) -> list[dict[str, Any]]:
@@ -90,8 +71,9 @@ def test_points_are_what_single_runs_give(run: Run, judged: list[Any], base: str
     models = {(model.fusion_report.config["method"], len(model.model.layers)): model for model in judged[1:]}
     for point in fused:
         config = FusionConfig(point.num_fusions, point.method, **settings)
-        alone, model = lf_hf.from_pretrained_fused(base, config, calibration=text), models[point.method, point.layers]
-        assert same(model, alone) and alone.fusion_report is not None
+        alone: Any = lf_hf.from_pretrained_fused(base, config, calibration=text)
+        model = models[point.method, point.layers]
+        assert same(model, alone)
         report = dataclasses.replace(alone.fusion_report, seconds={})
         assert report == dataclasses.replace(model.fusion_report, seconds={}) and len(report.perplexities) == 2
         assert point.perplexities == {info.name: info.fused for info in report.perplexities}
@@ -99,22 +81,17 @@ def test_points_are_what_single_runs_give(run: Run, judged: list[Any], base: str
         assert point.agreements == {info.name: info.agreement for info in report.perplexities}
         assert dense.perplexities == {info.name: info.dense for info in report.perplexities}
         assert (point.layers, point.parameters) == (report.layers_after, report.parameters_after)
-        assert point.config == config.to_dict()
+        assert point.config == config.to_dict() and point.scores["task"].value == point.layers
     assert same(judged[0], AutoModelForCausalLM.from_pretrained(base)) and judged[0].config.num_hidden_layers == 5
-
-
-def test_scores_are_those_of_lm_eval(whole: Whole, base: str) -> None:
-    model = lf_hf.from_pretrained_fused(base, FusionConfig(2, "truncate", **SETTINGS))
-    assert Evaluation(TASKS).scores(model, make_tokenizer()) == whole[1][-1].scores
 
 
 def test_what_differs_in_healing_alone_is_fused_once_and_drawn_alike(
     run: Run, judged: list[Any], tmp_path: Path
 ) -> None:
-    heal: dict[str, Any] = {"num_fusions": [2], "settings": SETTINGS | {"heal_tokens": 4096}}
+    heal: dict[str, Any] = {"num_fusions": [2], "settings": SETTINGS | {"heal_tokens": 2048}}
     points = run(tmp_path / "both", methods=["healed", "refit"], **heal)
     assert [point.method for point in points] == [DENSE, "refit", "healed", "refit, healed"]
-    assert [point.config["heal_tokens"] for point in points if point.config] == [0, 4096, 4096]
+    assert [point.config["heal_tokens"] for point in points if point.config] == [0, 2048, 2048]
     assert judged[1] is judged[2] is judged[3] and judged[0] is not judged[1]
     lines = {line.get_label(): line for line in sweep_curve(points).axes[0].get_lines()}
     fused, healed = lines["refit"], lines["refit, healed"]
@@ -140,25 +117,21 @@ def test_perplexity_is_drawn_over_speed(run: Run, tmp_path: Path) -> None:
 def test_a_base_is_known_by_its_content(
     make_base: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a folder and in a hub's cache, and where it differs in its middle."""
-    (tmp_path / "models--you--model" / "refs").mkdir(parents=True)
-    (tmp_path / "models--you--model" / "refs" / "main").write_text("0")
-    base = shutil.copytree(make_base(vocab_size=40_000), tmp_path / "models--you--model" / "snapshots" / "0")
+    """In whatever folder, and where it differs in its middle."""
+    base = Path(make_base(vocab_size=40_000))
     settings: dict[str, Any] = {"num_fusions": [1], "methods": ["truncate"], "tasks": TASKS}
     settings["settings"] = {"perplexity_tokens": 0}
     keys = [point.key for point in sweep(base, tmp_path / "out", **settings)]
-    assert keys == [point.key for point in sweep("you/model", tmp_path / "out", **settings, cache_dir=str(tmp_path))]
+    base = base.rename(tmp_path / "base")
+    assert keys == [point.key for point in sweep(base, tmp_path / "out", **settings)]
     content = bytearray((base / "model.safetensors").read_bytes())  # some megabytes
     content[len(content) // 2] ^= 1
     (base / "model.safetensors").write_bytes(content)
     assert "also holds" not in caplog.text
     others = [point.key for point in sweep(base, tmp_path / "out", **settings)]
     assert "also holds 2 points of another base or other arguments; they stay, and tables" in caplog.text
-    asked_another, again = (
-        [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)] for limit in (1, 1.0)
-    )
-    assert asked_another == again  # a command line gives 1.0
-    others += asked_another
+    for limit in (1, 1.0):  # a command line gives 1.0
+        others += [point.key for point in sweep(base, tmp_path / "out", **settings, limit=limit)]
     assert len({*keys, *others}) == 6
 
 
@@ -190,13 +163,6 @@ def test_a_user_s_own_tables_stay_and_none_are_made_without_text(run: Run, tmp_p
         run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
     assert (tmp_path / "results.csv").read_text() == "mine"
-
-
-def test_a_line_that_is_cut_off_is_named(run: Run, whole: Whole, tmp_path: Path) -> None:
-    (tmp_path / RESULTS).write_bytes(cut := (whole[0] / RESULTS).read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"Line 5 of .* is no result of a sweep \(.*\); remove it, and its point is"):
-        run(tmp_path)
-    assert (tmp_path / RESULTS).read_bytes() == cut
 
 
 def test_what_is_there_is_shown_again(whole: Whole, base: str, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,14 +230,9 @@ def test_what_is_missing_or_no_number_is_not_drawn(tmp_path: Path) -> None:
         results.add(point)
     with no_warnings():
         results.complete()
-        assert {file.name for file in tmp_path.iterdir()} == {
-            RESULTS,
-            "results.csv",
-            "results.md",
-            "curve.png",
-            "curve.svg",
-        }
         figure = sweep_curve(points)
+    written = {"results.csv", "results.md", "curve.png", "curve.svg"}
+    assert {file.name for file in tmp_path.iterdir()} == written | {RESULTS}
     assert stability_rows(points) == []
     # What is finite nowhere has no panel.
     assert [axis.get_ylabel() for axis in figure.axes] == ["acc, another", "perplexity, docs (log scale)"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import time
 from pathlib import Path
@@ -13,8 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import QUICK, make_llama, same
-from tiny_models import tiny_model
-from torch import Tensor
+from tiny_models import divergence, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import warning_once
 
@@ -24,12 +22,11 @@ from lf_hf.decoder.decoder import Decoder
 from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.measure.predictions import divergences, final_states, predictions, shard_batches
 from lf_hf.measure.speed import measure_speed
-from lf_hf.report.data import SpeedInfo, TextFigures
+from lf_hf.report.data import TextFigures
 from lf_hf.report.report import FusionReport
 
-SEQUENCES = [
-    torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length)) for length in (40, 40, 9)
-]
+IDS = torch.randint(2, 320, (89,), generator=torch.Generator().manual_seed(0))
+SEQUENCES = IDS.split([40, 40, 9])
 
 
 @pytest.fixture
@@ -61,9 +58,6 @@ def test_figures_are_those_of_whole_forward_passes() -> None:
     fused = [model(sequence[None]).logits[0].double().log_softmax(-1) for sequence in SEQUENCES]
     states = final_states(decoder, ids, "")
 
-    def divergence(p: Tensor, q: Tensor) -> float:
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
     broken = [torch.full_like(state, math.nan) for state in states["text"]]
     before_norm = [list(walked) for walked in (before_removal, [*decoder.walk(ids["text"])][-1])]
     found_divergences = divergences(decoder, before_norm[0], [before_norm[1], broken, before_norm[0]])
@@ -86,8 +80,7 @@ OPTIONS = "--num-fusions 1 --method truncate --perplexity-tokens 0".split()  # a
 CACHE = 2 * 2 * 8 * 4  # bytes a layer and token: keys and values of 2 heads of 8 numbers of 4 bytes
 
 
-def check(info: SpeedInfo | None) -> None:
-    assert info is not None
+def check(info: Any) -> None:
     for rate in (info.prefill, info.decoding):
         assert min(rate.dense, rate.fused) > 0 and 0 < rate.lowest <= rate.ratio <= rate.highest
     assert info.cache_bytes == [5 * CACHE, 4 * CACHE] and info.dtype == "float32"
@@ -97,9 +90,8 @@ def check(info: SpeedInfo | None) -> None:
 def test_a_fusion_ends_with_it_everywhere(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse", base, str(tmp_path / "out"), *OPTIONS]) == 0
     table = capsys.readouterr().out
-    report = FusionReport.load(tmp_path / "out")
+    report: Any = FusionReport.load(tmp_path / "out")
     check(report.speed)
-    assert report.speed is not None
     models = [AutoModelForCausalLM.from_pretrained(name) for name in (base, tmp_path / "out")]
     assert report.speed.weight_bytes == [sum(p.nbytes for p in model.parameters()) for model in models]
     shown = {row.name: " ".join(row.cells) for row in report.rows()}
@@ -141,11 +133,7 @@ def test_a_slow_machine_measures_twice_and_says_so(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("timed")
 def test_it_can_be_left_out(
-    base: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And is, with a sentence, where layers are on disk."""
     assert main(["fuse", base, str(tmp_path / "out"), *OPTIONS, "--no-speed"]) == 0
@@ -155,10 +143,8 @@ def test_it_can_be_left_out(
     assert lm.get_model_info()["fusion"]["speed"] is None
     kept: dict[str, Any] = QUICK | {"fused_dir": tmp_path / "kept"}
     for speed in (True, False):
-        model = lf_hf.from_pretrained_fused(base, **kept, speed=speed)
-        assert model.fusion_report is not None
+        model: Any = lf_hf.from_pretrained_fused(base, **kept, speed=speed)
         check(model.fusion_report.speed)  # which is that of the model that was kept
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     warning_once.cache_clear()
     assert lf_hf.fuse_checkpoint(base, tmp_path / "low", **QUICK, low_memory=True).speed is None
     assert "Speed is not measured where weights are offloaded" in caplog.text
