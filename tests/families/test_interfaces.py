@@ -5,40 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import logging
 import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, make_texts, make_tokenizer, same, save_base, tensors
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
-from lm_eval.models.huggingface import HFLM
+from conftest import QUICK, changed, make_texts, make_tokenizer, same, save_base, tensors
 from safetensors.torch import save_file
 from tiny_models import SETTINGS as FAMILY_SETTINGS
 from tiny_models import WRAPPED, auto_class, idle, picture, tiny_config, tiny_model
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    Gemma3Processor,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 import lf_hf
 from lf_hf import FusionReport
 from lf_hf.checkpoint.base import Base
-from lf_hf.cli import main
-from lf_hf.evaluate.lm_eval_model import FusedLM
 from lf_hf.evaluate.sweep import sweep
 from lf_hf.families.models import MODEL_TYPES, WRAPPERS, model_class, text_model, text_prefix
 from lf_hf.families.table import FAMILIES
@@ -50,31 +36,22 @@ SETTINGS: dict[str, Any] = {"num_fusions": 2, "method": "refit", "selection": "l
 SETTINGS |= {"calibration_tokens": 1024, "calibration_length": 16, "calibration": ["\n".join(make_texts(200, seed=3))]}
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, **given: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(**given or {"input_ids": IDS}).logits
 
 
-def stock_class(model_type: str) -> Any:
-    return model_class(tiny_config(model_type))
-
-
-class Fused(NamedTuple):
-    """A fused model of a family, which tests only read, and the folder that it was kept in."""
-
-    model: Any
-    folder: Path
-
-
-FusedOf = Callable[[str], Fused]
+FusedOf = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
 def fused(family_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FusedOf:
+    """A fused model of a family, which tests only read, of the name of the folder that it was kept in."""
+
     @functools.cache
-    def fuse(model_type: str) -> Fused:
+    def fuse(model_type: str) -> Any:
         folder = tmp_path_factory.mktemp("fused") / model_type
-        return Fused(lf_hf.from_pretrained_fused(family_base(model_type), fused_dir=folder, **SETTINGS), folder)
+        return lf_hf.from_pretrained_fused(family_base(model_type), fused_dir=folder, **SETTINGS)
 
     return fuse
 
@@ -84,14 +61,15 @@ def test_a_fused_model_in_memory_and_in_its_folder(
     model_type: str, family_base: Callable[..., Path], fused: FusedOf
 ) -> None:
     """It is one of its family; what is kept is plain, and the same as in memory."""
-    model, folder = fused(model_type)
-    stock, decoder = stock_class(model_type), text_model(model)
+    model = fused(model_type)
+    folder = Path(model.name_or_path)
+    stock, decoder = model_class(tiny_config(model_type)), text_model(model)
     assert isinstance(model, stock) and len(decoder.layers) == decoder.config.num_hidden_layers == 4
     assert decoder.config is model.config.get_text_config()
     dense = stock.from_pretrained(family_base(model_type)).state_dict()
     weights = model.state_dict().items()
-    changed = {name for name, tensor in weights if name not in dense or not torch.equal(tensor, dense[name])}
-    assert changed and all(f"{text_prefix(model)}layers.3." in name for name in changed)
+    fitted = {name for name, tensor in weights if name not in dense or not torch.equal(tensor, dense[name])}
+    assert fitted and all(f"{text_prefix(model)}layers.3." in name for name in fitted)
     report = FusionReport.load(folder)
     assert report == model.fusion_report and report.layers_after == 4
     card = (folder / "README.md").read_text()
@@ -120,24 +98,12 @@ STORED = ["qwen2", "phi3", "olmo2", "smollm3", "glm4", "hunyuan_v1_dense", *WRAP
 def test_layer_by_layer_the_same_files_are_made(
     model_type: str, family_base: Callable[..., Path], fused: FusedOf, tmp_path: Path
 ) -> None:
-    folder, given = fused(model_type).folder, SETTINGS | {"max_shard_bytes": 10**9}
+    folder, given = Path(fused(model_type).name_or_path), SETTINGS | {"max_shard_bytes": 10**9}
     low = lf_hf.fuse_checkpoint(family_base(model_type), tmp_path, low_memory=True, **given)
     report = FusionReport.load(folder)
     assert (low.base_digest, low.weights_digest) == (report.base_digest, report.weights_digest)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert same(tensors(tmp_path), tensors(folder))
-
-
-def test_a_fused_llama_has_a_format_of_its_own(fused: FusedOf, tmp_path: Path) -> None:
-    model = fused("llama").model
-    model.save_pretrained(tmp_path)
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), lf_hf.FusedLlamaForCausalLM)
-    assert model.config.model_type == "fused_llama" and model.config.fusion["pairs"] == [[4, 5], [3, 4]]
-    assert AutoConfig.from_pretrained(tmp_path).fusion == model.config.fusion
-    decoder = AutoModel.from_pretrained(tmp_path)
-    assert type(decoder).__name__ == "FusedLlamaModel"
-    with torch.no_grad():
-        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
 def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_path: Path) -> None:
@@ -151,18 +117,17 @@ def test_the_text_of_a_model_of_images_is_fused_and_the_rest_is_left_out(tmp_pat
     base, low = tmp_path / "base", tmp_path / "low"
     save_base(base, whole)
     save_file(tensors(base) | {"mtp.fc.weight": torch.ones(3, 2)}, base / "model.safetensors", {"format": "pt"})
-    model = lf_hf.from_pretrained_fused(base, **QUICK)
+    model: Any = lf_hf.from_pretrained_fused(base, **QUICK)
     model.save_pretrained(tmp_path / "high")
-    report = lf_hf.fuse_checkpoint(base, low, low_memory=True, **QUICK)
-    assert model.fusion_report is not None
-    for notes in (model.fusion_report.notes, report.notes):
+    lf_hf.fuse_checkpoint(base, low, low_memory=True, **QUICK)
+    for folder in ("low", "high"):
+        notes = FusionReport.load(tmp_path / folder).notes
         assert any("mtp.*, model.visual.* are left out" in note for note in notes)
     assert same(tensors(low), tensors(tmp_path / "high")) and tensors(low).keys() == model.state_dict().keys()
     del text.model.layers[5]
     text.config.layer_types = text.config.layer_types[:5]
-    assert torch.equal(logits(model), logits(text)) and torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(low)), logits(text)
-    )
+    for fused in (model, auto_class("qwen3_5_text").from_pretrained(low)):
+        assert torch.equal(logits(fused), logits(text))
 
 
 WITHOUT_LF_HF = """
@@ -193,13 +158,13 @@ def test_stock_transformers_opens_plain_checkpoints_of_every_family(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(IDS, "ids.pt")
-    folders = [str(fused(model_type).folder) for model_type in MODEL_TYPES]
+    folders = [fused(model_type).name_or_path for model_type in MODEL_TYPES]
     command = [sys.executable, "-c", WITHOUT_LF_HF.replace("WRAPPERS", repr(WRAPPERS)), "ids.pt", "out.pt", *folders]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     for model_type, (name, found) in torch.load("out.pt").items():
-        assert name == stock_class(model_type).__name__
-        assert torch.equal(found, logits(fused(model_type).model))
+        assert name == model_class(tiny_config(model_type)).__name__
+        assert torch.equal(found, logits(fused(model_type)))
 
 
 # What a config has beside what transformers 5 writes into one of the same shape.
@@ -235,10 +200,7 @@ SCALED: dict[str, dict[str, Any]] = {
 def test_the_config_of_a_plain_checkpoint_key_by_key(
     model_type: str, rope: dict[str, Any] | None, family_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It is the stock config of a model of its shape, and says what has a new name under the old one as well.
-
-    It names no code of its base.
-    """
+    """It is the stock config of a model of its shape, with old names beside new ones, and names no code of its base."""
     asked: dict[str, Any] = {"rope_scaling": rope, "rope_theta": 5000.0} if rope else {}
     if rope and model_type == "phi3":
         asked |= SHORT | {"partial_rotary_factor": 0.75}
@@ -287,13 +249,12 @@ ORDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("model_type", ORDERS)
 def test_layers_in_an_order_of_their_own_are_pointed_out(
-    model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+    model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any
 ) -> None:
     """llama.cpp knows where such families have which kind of layer, and does not read it from the config."""
     lists, usual = ORDERS[model_type]
     moved = {name: getattr(tiny_config(model_type).get_text_config(), name)[::-1] for name in lists.split(", ")}
     said = f"The kinds of this model's layers ({lists}) are in an order of their own"
-    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
     for base, told in ((family_base(model_type, **moved), True), (family_base(model_type, **usual), False)):
         caplog.clear()
         lf_hf.from_pretrained_fused(base, **QUICK).save_pretrained(tmp_path, plain=True)
@@ -316,103 +277,38 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("layer").input_ids
 
 
-TWO: dict[str, Any] = QUICK | {"num_fusions": 2}
-PAIRS = [("layer model neuron", " weight"), ("fuse match row", " column"), ("token state", " train small")]
-
-
-@pytest.mark.parametrize("model_type", ["gemma3_text", "mistral3"])
-def test_lm_eval_fuses_and_opens_models(model_type: str, family_base: Callable[..., Path], tmp_path: Path) -> None:
-    settings = ",".join(f"{name}={value}" for name, value in TWO.items())
-    arguments: dict[str, Any] = {"device": "cpu", "batch_size": 2}
-    model_args = f"pretrained={family_base(model_type)},fused_dir={tmp_path},{settings}"
-    while_loading = get_model("fused").create_from_arg_string(model_args, arguments)
-    opened = get_model("fused_llama").create_from_arg_string(f"pretrained={tmp_path}", arguments)
-    assert isinstance(opened, FusedLM)
-    stock = HFLM(auto_class(model_type).from_pretrained(tmp_path), tokenizer=str(tmp_path), **arguments)
-    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(PAIRS)]
-    found, *others = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (while_loading, opened, stock))
-    assert others == [found, found]
-    assert [lm.get_model_info()["fusion"]["layers"] for lm in (while_loading, opened)] == [[6, 4], [6, 4]]
-
-
-def test_the_command_line_plans_and_fuses_a_wrapper(
-    family_base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = str(family_base("qwen3_vl"))
-    command = ["fuse", base, str(tmp_path / "out"), "--target-layers", "4", "--method", "truncate"]
-    assert main([*command, "--dry-run"]) == 0
-    planned = capsys.readouterr().out
-    assert "layers: 6 -> 4 (-33.3%)" in planned and not any(tmp_path.iterdir())
-    assert main([*command, "--low-memory", "--perplexity-tokens", "0"]) == 0
-    done = capsys.readouterr().out
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    assert f"{model.num_parameters():,}" in planned and f"{model.num_parameters():,}" in done
-    assert type(model) is model_class(model.config)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "train", "tokens"),
-    [
-        ("phi3", "lora", 4096),
-        ("gemma3", "all", 4096),
-        ("qwen3_vl", "lora", 4096),
-        ("qwen3_5_text", "lora", 2048),
-    ],
-)
-def test_healing_comes_nearer(
-    model_type: str, train: str, tokens: int, family_base: Callable[..., Path], tmp_path: Path, caplog: Any
-) -> None:
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "qwen3_vl", "qwen3_5_text"])
+def test_healing_comes_nearer(model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any) -> None:
     """By the state that was the best, whose weights are loaded by the names that they were saved with."""
-    if train == "lora":
-        pytest.importorskip("peft")
-    settings = TWO | {"perplexity_tokens": 512}
-    lf_hf.fuse_checkpoint(family_base(model_type), tmp_path / "fused", **settings)
-    report = lf_hf.heal(
-        tmp_path / "fused",
-        tmp_path / "healed",
-        base=family_base(model_type),
-        text=make_texts(2000),
-        tokens=tokens,
-        length=32,
-        batch_tokens=128,
-        train=train,
-        learning_rate=2e-4,
-    )
-    assert report.healed is not None and " keys in the checkpoint" not in caplog.text
+    base, out = family_base(model_type), tmp_path / "out"
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", **QUICK | {"num_fusions": 2, "perplexity_tokens": 512})
+    given: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 2e-4}
+    given["train"] = "all" if model_type == "gemma3" else "lora"
+    report: Any = lf_hf.heal(tmp_path / "fused", out, base=base, text=make_texts(2000), **given)
+    assert " keys in the checkpoint" not in caplog.text
     for before, after in zip(report.healed.judged, report.perplexities, strict=True):
         assert after.divergence < before.divergence
-    fused, healed = tensors(tmp_path / "fused"), tensors(tmp_path / "healed")
-    changed = {name for name, tensor in fused.items() if not torch.equal(tensor, healed[name])}
-    assert changed and not any("vision" in name or "visual" in name or "projector" in name for name in changed)
-    assert type(AutoConfig.from_pretrained(tmp_path / "healed")) is type(AutoConfig.from_pretrained(tmp_path / "fused"))
+    names = changed(tmp_path / "fused", out)
+    assert names and not any("vision" in name or "visual" in name or "projector" in name for name in names)
+    assert type(AutoConfig.from_pretrained(out)) is type(AutoConfig.from_pretrained(base))
 
 
-ONE: dict[str, Any] = {"num_fusions": 1, "perplexity_tokens": 0, "calibration": ["\n".join(make_texts(200, seed=3))]}
-ONE |= {"calibration_tokens": 1024, "calibration_length": 16}
-LAST = ONE | {"method": "refit", "selection": "last"}
-
-
-def picture_logits(model: Any, model_type: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**picture(model_type)).logits
+ONE: dict[str, Any] = SETTINGS | {"num_fusions": 1}
 
 
 @pytest.mark.parametrize(("model_type", "low_memory"), [("gemma3", False), ("mistral3", True), ("qwen3_vl", True)])
 def test_without_a_layer_that_did_nothing_a_picture_gives_the_same(
     model_type: str, low_memory: bool, tmp_path: Path
 ) -> None:
-    """The layer that has no influence is the one that goes, and so features of images still come after the same ones.
-
-    It is above layer 2, where it may be in a group with the layer below it in all of these models.
-    """
+    """The layer that has no influence is the one that goes, so features of images still come after the same ones."""
     dense = tiny_model(model_type)
-    idle(dense, 3)
+    idle(dense, 3)  # above layer 2, where it may be in a group with the layer below it in all of these models
     base = save_base(tmp_path / "base", dense)
     settings = ONE | {"method": "truncate", "selection": "least_influence", "low_memory": low_memory}
     report = lf_hf.fuse_checkpoint(base, tmp_path / "fused", **settings)
     assert report.pairs == [(2, 3)]
     fused = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused")
-    torch.testing.assert_close(picture_logits(fused, model_type), picture_logits(dense, model_type))
+    torch.testing.assert_close(logits(fused, **picture(model_type)), logits(dense, **picture(model_type)))
     assert fused.config.get_text_config().num_hidden_layers == 5
     asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     said, expected = (model.generate(**picture(model_type), **asked) for model in (fused, dense))
@@ -427,14 +323,13 @@ def test_all_but_the_fused_layers_stays_bit_for_bit_under_the_names_of_the_base(
     base = tmp_path / "base"
     tiny_model(model_type).save_pretrained(base, save_original_format=False)
     make_tokenizer().save_pretrained(base)
-    lf_hf.fuse_checkpoint(base, tmp_path / "fused", low_memory=True, **LAST)
+    lf_hf.fuse_checkpoint(base, tmp_path / "fused", low_memory=True, **ONE)
     before, after = tensors(base), tensors(tmp_path / "fused")
     layers = next(name for name in before if name.endswith("layers.0.mlp.down_proj.weight")).partition("0.mlp")[0]
     gone = {name for name in before if name.startswith(f"{layers}5.")}
     assert after.keys() == before.keys() - gone
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {
-        name for name in after if name.startswith(f"{layers}4.")
-    }
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) != name.startswith(f"{layers}4.")
     loaded: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "fused", output_loading_info=True)
     assert not any(map(len, loaded[1].values()))
 
@@ -442,20 +337,18 @@ def test_all_but_the_fused_layers_stays_bit_for_bit_under_the_names_of_the_base(
 def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path: Path) -> None:
     image_processor = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3")
     tokenizer = make_tokenizer()
-    named = dict(
-        zip(("image_token", "boi_token", "eoi_token"), tokenizer.convert_ids_to_tokens([5, 6, 7]), strict=True)
-    )
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, pad_token="</s>", extra_special_tokens=named
-    )
+    of_images = {"image_token": 5, "boi_token": 6, "eoi_token": 7}
+    named = {name: tokenizer.convert_ids_to_tokens(number) for name, number in of_images.items()}
+    given: dict[str, Any] = {"pad_token": "</s>", "extra_special_tokens": named}
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **given)
     pixels = image_processor.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     base = save_base(tmp_path / "base", tiny_model("gemma3"), words)
     Gemma3Processor(pixels, words, image_seq_length=4).save_pretrained(base)
     file = Path(base, "processor_config.json").read_bytes()
     words.save_pretrained(tmp_path / "low memory")  # a user's tokenizer keeps no processor away
-    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **LAST)
-    lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)
-    again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **LAST)
+    lf_hf.fuse_checkpoint(base, tmp_path / "low memory", low_memory=True, **QUICK)
+    lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
+    again = lf_hf.from_pretrained_fused(base, fused_dir=tmp_path / "kept", **QUICK)
     again.save_pretrained(tmp_path / "saved")
     for name in ("low memory", "kept", "saved"):
         assert (tmp_path / name / "processor_config.json").read_bytes() == file
@@ -466,19 +359,17 @@ def test_a_picture_and_a_question_go_through_the_processor_of_the_base(tmp_path:
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     assert model.generate(**asked, max_new_tokens=4, eos_token_id=None).shape[1] == asked["input_ids"].shape[1] + 4
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert (
-        "AutoProcessor" in card and "AutoModelForImageTextToText" in card and "nothing was measured on images" in card
-    )
+    for said in ("AutoProcessor", "AutoModelForImageTextToText", "nothing was measured on images"):
+        assert said in card
 
 
 @pytest.mark.parametrize("selection", ["groups", "least_influence"])
 def test_layers_that_features_of_images_come_after_are_in_no_group(selection: str, tmp_path: Path) -> None:
     dense = tiny_model("qwen3_vl", num_hidden_layers=8)
-    for index in (1, 2):
-        idle(dense, index)
+    idle(dense, 1, 2)
     base = save_base(tmp_path, dense)
-    report = lf_hf.from_pretrained_fused(base, **ONE | {"method": "refit", "selection": selection}).fusion_report
-    assert report is not None and report.pairs[0][0] >= 2
+    report: Any = lf_hf.from_pretrained_fused(base, **ONE | {"selection": selection}).fusion_report
+    assert report.pairs[0][0] >= 2
     assert all(cost.first >= 2 for cost in report.group_costs)
 
 
@@ -488,7 +379,6 @@ def test_fusions_that_would_need_those_layers_are_refused_first(
 ) -> None:
     monkeypatch.delattr(Base, "load")
     said = rf"num_fusions must be 1 to {most} for a model of 6 layers \(of which features of images need the first 2"
+    given = ONE | {"selection": selection, "num_fusions": most + 1}
     with pytest.raises(ValueError, match=said):
-        lf_hf.from_pretrained_fused(
-            family_base("qwen3_vl"), **ONE | {"method": "refit", "selection": selection, "num_fusions": most + 1}
-        )
+        lf_hf.from_pretrained_fused(family_base("qwen3_vl"), **given)
