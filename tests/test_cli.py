@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -64,9 +63,9 @@ def test_one_command_fuses_within_a_budget_and_heals(run: Run, base: str, text: 
     options = ("--heal-tokens", 1024, "--max-divergence", 9, "--calibration", text)
     short = ("--calibration-tokens", 1024, "--calibration-length", 64, "--perplexity-tokens", 300)
     code, out, _ = run("fuse", base, tmp_path / "out", *options, *short)
-    report = FusionReport.load(tmp_path / "out")
-    assert code == 0 and report.healed is not None and "healed" in out.split("layers")[0].split()
-    assert report.budget is not None and report.budget.summary().replace("max_divergence=", "--max-divergence ") in out
+    report: Any = FusionReport.load(tmp_path / "out")
+    assert code == 0 and report.healed.kept >= 0 and "healed" in out.split("layers")[0].split()
+    assert report.budget.summary().replace("max_divergence=", "--max-divergence ") in out
     assert report.budget.allowed == 9 and report.layers_after < report.layers_before
 
 
@@ -85,10 +84,8 @@ def test_errors_are_in_the_words_of_the_command_that_ran(run: Run, tmp_path: Pat
 def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.write", Mock(side_effect=OSError("No space left on device")))
     code, _, err = run("report", fused, "--html", tmp_path / "page.html")
-    assert (
-        code == 1 and err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
-    )
-    assert (tmp_path / "page.html").is_file()
+    assert code == 1 and (tmp_path / "page.html").is_file()
+    assert err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
 
 
 def test_a_table_on_a_narrow_terminal_is_whole(
@@ -100,14 +97,6 @@ def test_a_table_on_a_narrow_terminal_is_whole(
     show(table("title", ["a name", "some figures of both models"], [cells]))
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
-
-
-def test_a_full_disk_is_found_first(run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    monkeypatch.delattr("lf_hf.checkpoint.base.Base.load")
-    for dry in ([], ["--dry-run"]):
-        code, out, err = run("fuse", base, tmp_path / "new" / "out", "--num-fusions", 1, "--method", "mka", *dry)
-        assert code == 1 and out == "" and "has 0.0 MiB free" in err and err.count("\n") == 0
 
 
 def test_without_a_command_it_says_what_there_is(run: Run) -> None:

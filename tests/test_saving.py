@@ -17,25 +17,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import filelock
 import peft
 import pytest
 import torch
-from conftest import (
-    QUICK,
-    files,
-    make_llama,
-    make_texts,
-    make_tokenizer,
-    pickled,
-    run_program,
-    same,
-    save_base,
-    tensors,
-)
+from conftest import QUICK, files, make_llama, make_texts, make_tokenizer, pickled, run_program, same, tensors
 from peft import LoraConfig, inject_adapter_in_model
-from run_faults import Answers, foreign, put_foreign
+from run_faults import Answers
 from safetensors.torch import save_file
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
@@ -59,26 +49,6 @@ def ways_of_fusing(base: str, out: Path) -> list[Callable[[], Any]]:
         partial(fuse_checkpoint, base, out, low_memory=True, **QUICK),
         partial(FusedLlamaForCausalLM.from_pretrained_fused, base, fused_dir=out, **QUICK),
     ]
-
-
-def test_of_a_users_folder_nothing_changes(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
-    """Neither its mode, owner and inode, nor any file that lf_hf did not write; and it need not be writable above."""
-    out = tmp_path / "out"
-    out.mkdir()
-    put_foreign(out)
-    os.chown(out, -1, os.getegid())
-    out.chmod(0o2775)
-    before, folder = foreign(out), os.stat(out)
-    for options in ({"max_shard_size": "5KB"}, {}, {"variant": "fp16"}, {"plain": True}):
-        model.save_pretrained(out, **options)
-        assert foreign(out) == before
-    for low_memory in (True, False):
-        fuse_checkpoint(base, out, low_memory=low_memory, **QUICK)
-        assert foreign(out) == before
-    after = os.stat(out)
-    assert (after.st_ino, after.st_mode, after.st_uid, after.st_gid) == (folder.st_ino, folder.st_mode, *folder[4:6])
-    assert {file.name for file in out.glob("*.safetensors*")} == {"model.safetensors", "model.fp16.safetensors"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list(out.glob(".lf_hf*"))
 
 
 def test_only_what_an_earlier_save_wrote_goes(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
@@ -224,6 +194,7 @@ def test_a_trainer_saves_into_its_folder_and_checkpoints(model: FusedLlamaForCau
 def test_variants_and_adapters_lie_beside_a_model(model: FusedLlamaForCausalLM, tmp_path: Path) -> None:
     for variant in (None, "fp16", None):
         model.save_pretrained(tmp_path, variant=variant)
+    assert {file.name for file in tmp_path.glob("*.safetensors*")} == {"model.safetensors", "model.fp16.safetensors"}
     for variant in (None, "fp16"):
         assert same(FusedLlamaForCausalLM.from_pretrained(tmp_path, variant=variant), model)
     peft.get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(str(tmp_path))
@@ -322,9 +293,19 @@ def test_full_disk(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> N
     assert files(tmp_path / "out") == before and not (tmp_path / "out" / ".lf_hf-saving").exists()
 
 
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    """A folder that other users can come to."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @contextlib.contextmanager
-def no_privileges() -> Iterator[None]:
-    """Root may write everywhere, so for a moment it is somebody else."""
+def read_only(parent: Path, *writable: Path) -> Iterator[None]:
+    """Nothing below a folder can be written. Root may write everywhere, so for a moment it is somebody else."""
+    paths = (*parent.rglob("*"), parent)
+    for path in paths:
+        path.chmod(0o777 if path in writable else 0o555 if path.is_dir() else 0o444)
     if os.geteuid() == 0:
         os.seteuid(65534)
     try:
@@ -332,26 +313,22 @@ def no_privileges() -> Iterator[None]:
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
+        for path in paths:
+            path.chmod(0o755)
 
 
-def test_read_only_folders(model: FusedLlamaForCausalLM) -> None:
+def test_read_only_folders(model: FusedLlamaForCausalLM, parent: Path) -> None:
     """A folder that can be written may lie in one that cannot, as a mount point does."""
-    with tempfile.TemporaryDirectory() as name:
-        parent = Path(name)
-        model.save_pretrained(parent / "out")
-        before = files(parent / "out")
-        (parent / "writable").mkdir()
-        (parent / "writable").chmod(0o777)
-        for path in (parent / "out", parent):
-            path.chmod(0o555)
+    model.save_pretrained(parent / "out")
+    before = files(parent / "out")
+    (parent / "writable").mkdir()
+    with read_only(parent, parent / "writable"):
         for target in ("out", "new", "new/deeper"):
-            with no_privileges(), pytest.raises(OSError, match=r"was not written .*Permission denied"):
+            with pytest.raises(OSError, match=r"was not written .*Permission denied"):
                 model.save_pretrained(parent / target)
-        with no_privileges():
-            model.save_pretrained(parent / "writable")
-        parent.chmod(0o755)
-        assert {path.name for path in parent.iterdir()} == {"out", "writable"} and files(parent / "out") == before
-        assert files(parent / "writable").keys() == before.keys()
+        model.save_pretrained(parent / "writable")
+    assert {path.name for path in parent.iterdir()} == {"out", "writable"} and files(parent / "out") == before
+    assert files(parent / "writable").keys() == before.keys()
 
 
 def test_of_two_writers_one_wins_and_the_other_says_so(model: FusedLlamaForCausalLM, base: str, tmp_path: Path) -> None:
@@ -444,21 +421,22 @@ def test_a_sweep_on_a_full_disk_keeps_what_it_has(base: str, arguments: dict[str
     ):
         sweep(base, out, **arguments | {"num_fusions": [2]})
     assert files(out) == before
+    (out / RESULTS).write_bytes(cut := before[RESULTS][:-50])
+    with pytest.raises(ValueError, match=r"Line 3 of .* is no result of a sweep \(.*\); remove it, and its point is"):
+        sweep(base, out, **arguments)
+    assert (out / RESULTS).read_bytes() == cut
 
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("name", ["there", "new/deeper"])
-def test_a_sweep_into_a_read_only_folder_does_no_work(name: str, base: str, arguments: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as made:
-        parent = Path(made)
-        shutil.copytree(base, parent / "base")
-        (parent / "there").mkdir()
-        for path in (*parent.rglob("*"), parent):
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        with no_privileges(), pytest.raises(OSError, match=r"cannot be written .*Permission denied"):
-            sweep(parent / "base", parent / name, **arguments | {"methods": ["truncate"], "calibration": None})
-        parent.chmod(0o755)
-        assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())
+def test_a_sweep_into_a_read_only_folder_does_no_work(
+    name: str, base: str, arguments: dict[str, Any], parent: Path
+) -> None:
+    shutil.copytree(base, parent / "base")
+    (parent / "there").mkdir()
+    with read_only(parent), pytest.raises(OSError, match=r"cannot be written .*Permission denied"):
+        sweep(parent / "base", parent / name, **arguments | {"methods": ["truncate"], "calibration": None})
+    assert {path.name for path in parent.iterdir()} == {"base", "there"} and not any((parent / "there").iterdir())
 
 
 @pytest.mark.parametrize("content", [b"years of work", b'{"accuracy": 1}\n', b"\xff\n"])
@@ -469,41 +447,28 @@ def test_other_results_are_left_alone(content: bytes, base: str, arguments: dict
     assert (tmp_path / RESULTS).read_bytes() == content
 
 
-SETTINGS: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0}
-
-
 @pytest.fixture
-def fusions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with each fusion."""
-    fuse, names = pipeline.fuse, []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        names.append(kwargs["base"])
-        return fuse(*args, **kwargs)
-
-    monkeypatch.setattr(pipeline, "fuse", counted)
-    return names
+def fusions(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Counts them."""
+    monkeypatch.setattr(pipeline, "fuse", counted := Mock(wraps=pipeline.fuse))
+    return counted
 
 
-def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> FusedLlamaForCausalLM:
-    arguments: dict[str, Any] = {"calibration": make_texts()} | SETTINGS | kwargs
+def load(base: str | Path, fused_dir: Path, **kwargs: Any) -> Any:
+    arguments: dict[str, Any] = {"num_fusions": 2, "perplexity_tokens": 0, "calibration": make_texts(), **kwargs}
     return FusedLlamaForCausalLM.from_pretrained_fused(base, fused_dir=fused_dir, **arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"variant": "fp16"},
-        {"use_safetensors": False},
-        {"output_loading_info": True},
-        {"device_map": "auto", "max_memory": "cpu=2GiB"},
-    ],
-)
-def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fusions: list[str]) -> None:
+PLACED = {"device_map": "auto", "max_memory": "cpu=2GiB"}
+LOADED = [PLACED, {"variant": "fp16", "output_loading_info": True}, {"use_safetensors": False}]
+
+
+@pytest.mark.parametrize("arguments", LOADED)
+def test_what_was_fused_is_loaded(
+    arguments: dict[str, Any], make_base: Callable[..., str], tmp_path: Path, fusions: Mock
+) -> None:
     """A base is known by its content, and what is true of it alone does not matter for the result."""
-    base, fused = tmp_path / "base", tmp_path / "fused"
-    save_base(base)
+    base, fused = Path(make_base()), tmp_path / "fused"
     if variant := arguments.get("variant"):
         (base / "model.safetensors").rename(base / f"model.{variant}.safetensors")
     if "use_safetensors" in arguments:
@@ -513,7 +478,7 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
     for name in ("training_config.json", "token_counts.json"):
         (base / name).write_text("{}")  # which transformers does not read
     second = load(base.rename(tmp_path / "of another name"), fused, **arguments)
-    assert len(fusions) == 1 and same(first, second) and not second.training
+    assert fusions.call_count == 1 and same(first, second) and not second.training
     assert first.fusion_report == second.fusion_report and second.tokenizer is not None
     assert first.name_or_path == second.name_or_path == str(fused)  # which adapters name as their base
     assert first.config.to_diff_dict() == second.config.to_diff_dict()
@@ -522,24 +487,23 @@ def test_what_was_fused_is_loaded(arguments: dict[str, Any], tmp_path: Path, fus
 
 @pytest.mark.parametrize("changed", [{"kernel_scale": 4.0}, {"calibration": ["other text"]}, {"calibration": None}])
 def test_what_has_no_effect_does_not_fuse_anew(
-    changed: dict[str, Any], base: str, tmp_path: Path, fusions: list[str]
+    changed: dict[str, Any], base: str, tmp_path: Path, fusions: Mock
 ) -> None:
     settings: dict[str, Any] = {"method": "truncate", "num_fusions": 1}
     models = [load(base, tmp_path / "fused", **settings | more) for more in ({}, changed)]
-    assert len(fusions) == 1 and same(*models)
+    assert fusions.call_count == 1 and same(*models)
 
 
 def test_what_is_judged_otherwise_is_not_fused_anew(
-    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: str, tmp_path: Path, fusions: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The report keeps the figures that it has, and a line says with which settings they were measured."""
-    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
     settings: dict[str, Any] = {"method": "refit", "calibration_tokens": 1024, "calibration_length": 64}
     settings |= {"heal_tokens": 1024, "speed": False}
     first = load(base, tmp_path / "fused", perplexity_tokens=200, **settings)
     caplog.clear()
     second = load(base, tmp_path / "fused", perplexity_tokens=400, **settings | {"speed": True})
-    assert len(fusions) == 1 and same(first, second) and second.fusion_report == first.fusion_report
+    assert fusions.call_count == 1 and same(first, second) and second.fusion_report == first.fusion_report
     [line] = caplog.messages
     assert line.endswith("was judged with perplexity_tokens=200 and speed=False; its report keeps those figures.")
     other = load(base, tmp_path / "other", perplexity_tokens=400, **settings)
@@ -572,9 +536,8 @@ CHANGES: dict[str, tuple[Callable[[Path], Any] | None, dict[str, Any], str]] = {
 
 
 def test_what_differs_is_said_and_fused_again(
-    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: str, tmp_path: Path, fusions: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
     shutil.copytree(base, tmp_path / "base")
     load(str(tmp_path / "base"), tmp_path / "fused")
     assert caplog.messages == []
@@ -583,23 +546,23 @@ def test_what_differs_is_said_and_fused_again(
         if edit:
             edit(tmp_path / "base")
         again = load(str(tmp_path / "base"), tmp_path / "fused", **arguments)
-        assert len(fusions) == number
+        assert fusions.call_count == number
         assert [text for text in caplog.messages if message in text and text.endswith("Fusing, to replace it.")]
-    assert same(again, load(str(tmp_path / "base"), tmp_path / "fused", **arguments)) and len(fusions) == number
+    assert same(again, load(str(tmp_path / "base"), tmp_path / "fused", **arguments)) and fusions.call_count == number
 
 
 def test_what_another_run_replaces_while_it_is_read_is_not_used(
-    base: str, tmp_path: Path, fusions: list[str], monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, fusions: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, from_pretrained = load(base, tmp_path / "fused"), FusedLlamaForCausalLM.from_pretrained
 
     def after_another_run(*args: Any, **kwargs: Any) -> Any:
-        if len(fusions) == 1:
+        if fusions.call_count == 1:
             load(base, tmp_path / "fused", num_fusions=1)
         return from_pretrained(*args, **kwargs)
 
     monkeypatch.setattr(FusedLlamaForCausalLM, "from_pretrained", after_another_run)
-    assert same(load(base, tmp_path / "fused"), first) and len(fusions) == 3
+    assert same(load(base, tmp_path / "fused"), first) and fusions.call_count == 3
 
 
 @pytest.mark.parametrize(("answers_first", "heal_tokens"), [(True, 1024), (False, 0)])
@@ -608,21 +571,19 @@ def test_the_default_text_is_the_same_with_and_without_a_hub(
     heal_tokens: int,
     base: str,
     tmp_path: Path,
-    fusions: list[str],
+    fusions: Mock,
     hub_answers: Callable[[bool], None],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """So what took long, as a healing, is not replaced where the hub answers now and did not then, or the reverse."""
     settings: dict[str, Any] = {"calibration": None, "method": "refit", "perplexity_tokens": 200}
     settings |= {"calibration_tokens": 1024, "calibration_length": 64, "heal_tokens": heal_tokens}
-    monkeypatch.setattr(logging.getLogger("lf_hf"), "propagate", True)
     caplog.set_level(logging.INFO, "lf_hf")
     models = []
     for answers in (answers_first, not answers_first):
         hub_answers(answers)
         models.append(load(base, tmp_path / "fused", **settings))
-    assert len(fusions) == 1 and same(*models)
+    assert fusions.call_count == 1 and same(*models)
     [line] = [message for message in caplog.messages if "what was fused before, on" in message]
     assert ("HuggingFaceFW/fineweb-edu at" in line) == answers_first
     others = settings | {"tokenizer": tokenizer_with(template="{{ messages }}"), "heal_tokens": 0}
@@ -631,23 +592,15 @@ def test_the_default_text_is_the_same_with_and_without_a_hub(
             load(base, tmp_path / "fused", **others)
     else:
         again = load(base, tmp_path / "fused", **others)
-        first_report, second_report = models[0].fusion_report, again.fusion_report
-        assert first_report is not None and second_report is not None
-        assert len(fusions) == 2 and second_report.calibration == first_report.calibration
+        assert fusions.call_count == 2 and again.fusion_report.calibration == models[0].fusion_report.calibration
 
 
-def test_what_is_finished_loads_at_once(base: str, fusions: list[str]) -> None:
+def test_what_is_finished_loads_at_once(base: str, fusions: Mock, parent: Path) -> None:
     """While another process holds the folder's lock, and from a disk that cannot be written."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy, fused = shutil.copytree(base, folder / "base"), folder / "fused"
-        first = load(copy, fused)
-        with locked_folder(fused):
-            assert same(first, load(copy, fused))
-        for path in (*folder.rglob("*"), folder):
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        with no_privileges():
-            assert same(first, load(copy, fused))
-        for path in (folder, copy, fused):
-            path.chmod(0o755)
-    assert len(fusions) == 1
+    copy, fused = shutil.copytree(base, parent / "base"), parent / "fused"
+    first = load(copy, fused)
+    with locked_folder(fused):
+        assert same(first, load(copy, fused))
+    with read_only(parent):
+        assert same(first, load(copy, fused))
+    assert fusions.call_count == 1
