@@ -83,9 +83,7 @@ def test_a_fit_follows_the_scale_of_what_it_reads_and_writes(seed: int, read: in
 
 
 @pytest.mark.parametrize("strength", [1e-30, 1e-9, 1e-2, 1e9])
-@pytest.mark.parametrize(
-    "kind", ["zero", "zero column", "equal columns", "fewer tokens than inputs", "nothing to write"]
-)
+@pytest.mark.parametrize("kind", ["zero", "zero column", "equal columns", "few tokens", "nothing to write"])
 @pytest.mark.parametrize("dual", [False, True])
 def test_degenerate_fits_are_finite_or_one_error(kind: str, strength: float, dual: bool) -> None:
     x, y, weights = problem()
@@ -95,7 +93,7 @@ def test_degenerate_fits_are_finite_or_one_error(kind: str, strength: float, dua
         x[:, 2] = 0
     elif kind == "equal columns":
         x[:] = x[:, :1]
-    elif kind == "fewer tokens than inputs":
+    elif kind == "few tokens":
         x, y, weights = x[:3], y[:3], weights[:3]
     else:
         y = torch.zeros_like(y)
@@ -160,13 +158,12 @@ def test_what_is_left_is_what_elimination_from_scratch_leaves(
 
 
 @pytest.mark.parametrize("block", [4, 16])
-@pytest.mark.parametrize("shared", [30.0, 1000.0])
 @pytest.mark.parametrize("dual", [False, True])
 def test_large_problems_in_float32_or_in_tokens_leave_the_same(
-    block: int, shared: float, dual: bool, monkeypatch: pytest.MonkeyPatch
+    block: int, dual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One block a round, where nearly all of the inputs' energy is in one direction."""
-    given, start = problem(0, 256 if dual else 1000, 512, 8, shared), normal(8, 512) / 512
+    given, start = problem(0, 256 if dual else 1000, 512, 8, shared=1000.0), normal(8, 512) / 512
     total = 512 // block
     arguments = {"block": block, "rounds": total - total // 6}
     exact = regression(*given).prune(start, total // 6, **arguments)
@@ -179,22 +176,6 @@ SEQUENCES = [torch.randint(1, 320, (64,), generator=torch.Generator().manual_see
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rough", [False, True])
-def test_a_fit_comes_closer_to_its_group_than_a_layer_of_it_on_text_that_it_has_not_seen(rough: bool) -> None:
-    decoder = Decoder(make_llama())
-    states = decoder.embed(decoder.make_batches(SEQUENCES[:20]))
-    [unseen] = decoder.embed(decoder.make_batches(SEQUENCES[20:]))
-    first, second = decoder.model.model.layers[1:3]
-    wanted = decoder.run_layer(second, decoder.run_layer(first, unseen))
-    fit, fused, _ = fitted(decoder, (1, 2), states, ridge=0.01, rough=rough)
-    entry = fit.entry
-    assert entry.layers == [1, 2] and entry.channels_kept is not None and sum(entry.channels_kept) == 48
-    assert entry.error_after is not None and entry.error_before is not None and entry.error_after < entry.error_before
-    missed, *by_layers = (relative(decoder.run_layer(layer, unseen), wanted) for layer in (fused, first, second))
-    assert missed < min(by_layers)
 
 
 @torch.no_grad()
@@ -211,8 +192,7 @@ def test_a_rough_fit_to_few_tokens_is_what_it_is_by_sums(model_type: str, monkey
     assert (one.heads_kept, one.channels_kept) == (other.heads_kept, other.channels_kept)
     errors = other.error_before, other.error_after, other.attention_error
     assert (one.error_before, one.error_after, one.attention_error) == pytest.approx(errors, rel=1e-3)
-    for name, weight in by_sums.weights.items():
-        torch.testing.assert_close(few.weights[name], weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(few.weights, by_sums.weights, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -226,7 +206,7 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
 ) -> None:
     """Also where a share of the channels is compared by regression only."""
     monkeypatch.setattr("lf_hf.runtime.amounts.MAX_CANDIDATES", 0)
-    outputs, writers = [], []
+    found = []
     for scale in (1.0, 2.0**power):
         decoder = Decoder(make_llama())
         for layer in decoder.model.model.layers:
@@ -234,10 +214,8 @@ def test_layers_that_differ_in_scale_but_not_in_function_are_fitted_alike(
             layer.get_submodule(writer).weight.div_(scale)
         states = decoder.embed(decoder.make_batches(SEQUENCES[:12]))
         fit, fused, _ = fitted(decoder, (1, 2), states, rough=rough)
-        writers.append(fit.weights[f"{writer}.weight"] * scale)
-        outputs.append(decoder.run_layer(fused, states[0]))
-    for one, other in (outputs, writers):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+        found.append((decoder.run_layer(fused, states[0]), fit.weights[f"{writer}.weight"] * scale))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -343,20 +321,26 @@ MANY_SEQUENCES = [torch.randint(0, 320, (48 + n % 3,), generator=torch.Generator
 @pytest.mark.parametrize(
     ("model_type", "dtype"), [("llama", torch.float32), ("llama", torch.float16), ("gemma3_text", torch.bfloat16)]
 )
-def test_it_brings_the_layer_nearer_to_its_group_on_unseen_text(model_type: str, dtype: torch.dtype) -> None:
+def test_a_fit_is_nearer_to_its_group_than_its_layers_on_unseen_text_and_training_brings_it_nearer(
+    model_type: str, dtype: torch.dtype
+) -> None:
     model: Any = tiny_model(model_type).to(dtype)
-    decoder = Decoder(model)
+    decoder, layers = Decoder(model), model.model.layers[1:3]
     text, unseen_text = MANY_SEQUENCES[:150], MANY_SEQUENCES[150:]
     states, unseen = (decoder.embed(decoder.make_batches(sequences)) for sequences in (text, unseen_text))
-    wanted = trace(decoder, model.model.layers[1:3], unseen, None, StateStore()).output
-    _, fused, traces = fitted(decoder, (1, 2), states)
+    wanted = trace(decoder, layers, unseen, None, StateStore()).output
+    fit, fused, traces = fitted(decoder, (1, 2), states)
+    entry: Any = fit.entry
+    assert entry.layers == [1, 2] and sum(entry.channels_kept) == 48 and entry.error_after < entry.error_before
 
-    def missed() -> float:
-        found = [decoder.run_layer(fused, state) for state in unseen]
+    def missed(layer: Any) -> float:
+        found = [decoder.run_layer(layer, state) for state in unseen]
         return sum(float((a.float() - b.float()).square().sum()) for a, b in zip(found, wanted, strict=True))
 
-    untrained = missed()
+    _, rough, _ = fitted(decoder, (1, 2), states, rough=True)
+    untrained = missed(fused)
+    assert max(untrained, missed(rough)) < min(map(missed, layers))
     tuned = tune(decoder, fused, states, traces.output, training_steps(decoder, text, decoder.batch_indices(text)))
     fused.load_state_dict(tuned)
-    assert missed() < 0.98 * untrained
+    assert missed(fused) < 0.98 * untrained
     assert {weight.dtype for weight in tuned.values()} == {dtype}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -33,16 +34,7 @@ from lf_hf.checkpoint.card import model_card
 from lf_hf.cli import main
 from lf_hf.evaluate.results import Results
 from lf_hf.evaluate.tables import markdown
-from lf_hf.report.data import (
-    BudgetInfo,
-    BudgetTrial,
-    CalibrationInfo,
-    Continuation,
-    FusedLayer,
-    PerplexityInfo,
-    Rate,
-    SpeedInfo,
-)
+from lf_hf.report.data import BudgetInfo, BudgetTrial, Continuation, FusedLayer, PerplexityInfo, Rate, SpeedInfo
 from lf_hf.report.notes import damage_notes
 from lf_hf.report.page import report_figures, write_page
 from lf_hf.report.report import CHANGED_NOTE, published_name
@@ -325,11 +317,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_page(make_report(**FEW_PICTURES), tmp_path / "page.html")
     before = (tmp_path / "page.html").read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         write_page(small_report(), tmp_path / "page.html")
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
@@ -375,58 +363,42 @@ sys.exit(any([main(shlex.split(line)) for line in sys.argv[1:]]))
 """
 
 
-def test_its_command_makes_the_same_weights_in_another_process(base: str, text: Path, tmp_path: Path) -> None:
-    """In one that knows nothing of the first, but for the base and the text."""
-    few = "--num-fusions 2 --calibration-length 32 --calibration-tokens 1024 --perplexity-tokens 200 --no-speed".split()
-    few += ["--calibration", str(text)]
-    fresh, commands = tmp_path / "fresh", []
-    for name, options in (("averaged", ["--method", "neural_alignment"]), ("healed", ["--heal-tokens", "2048"])):
-        assert main(["fuse", base, str(tmp_path / name), *few, *options]) == 0
-        card = (tmp_path / name / "README.md").read_text()
-        [(copied, said)] = re.findall(r"^```bash\nlf-hf fuse (\S+) out (.*)\n```$", card, re.M)
-        commands.append(f"fuse {copied} {name} {said} --calibration {shlex.quote(str(text))}")
-    shutil.copytree(base, fresh / Path(base).name)
+def test_its_commands_make_the_same_weights_in_another_process(base: str, tmp_path: Path) -> None:
+    """In one that knows the base and the text alone; figures of a model that was healed twice are those before both."""
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
+    text, fresh, commands = str(tmp_path / "text.txt"), tmp_path / "fresh", []
+    base = str(shutil.copytree(base, fresh / "-rf"))
+    given: dict[str, Any] = {"num_fusions": 2, "calibration": text, "perplexity_tokens": 256, "speed": False}
+    fuse_checkpoint(base, tmp_path / "averaged", **given)
+    fuse_checkpoint(base, tmp_path / "twice", method="truncate", heal_tokens=1024, **given)
+    healing: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
+    healing["training_args"] = {"optim": "adafactor", "bf16": False}
+    report = lf_hf.heal(tmp_path / "twice", tmp_path / "twice-healed", base=base, text=text, **healing)
+    for name, last in (("averaged", "averaged"), ("twice", "twice-healed")):
+        [block] = re.findall(r"^```bash\n(.*?)\n```$", (tmp_path / last / "README.md").read_text(), re.M | re.S)
+        for line in block.replace(" out", f" {name}").splitlines():
+            option = "--text" if line.startswith("lf-hf heal") else "--calibration"
+            commands.append(f"{line.removeprefix('lf-hf ')} {option} {shlex.quote(text)}")
     environment = {"PYTHONPATH": str(Path(lf_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     environment["PYTHONHASHSEED"] = "7"
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # another number adds up in another order
     subprocess.run([sys.executable, "-c", RUN_ALL, *commands], cwd=fresh, env=environment, check=True)
-    for name in ("averaged", "healed"):
+    for name in ("averaged", "twice", "twice-healed"):
         made, again = (FusionReport.load(folder / name).weights_digest for folder in (tmp_path, fresh))
         assert made == again is not None
-
-
-def test_its_commands_make_a_model_again_that_was_healed_twice(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also what a healing was told beside its settings. The fused model's figures are those before both."""
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
-    text, out = str(tmp_path / "text.txt"), tmp_path / "first"
-    base = str(shutil.copytree(base, tmp_path / "-rf"))
-    fuse_checkpoint(
-        base, out, num_fusions=2, method="truncate", heal_tokens=1024, calibration=text, perplexity_tokens=256
-    )
-    twice: dict[str, Any] = {"tokens": 1024, "length": 64, "batch_tokens": 256}
-    twice["training_args"] = {"optim": "adafactor", "bf16": False}
-    report = lf_hf.heal(out, tmp_path / "second", base=base, text=text, **twice)
-    [block] = re.findall(r"^```bash\n(.*?)\n```$", (tmp_path / "second" / "README.md").read_text(), re.M | re.S)
-    monkeypatch.chdir(tmp_path)
-    for line in block.splitlines():
-        _, command, *words = shlex.split(line)
-        assert main([command, *words, "--calibration" if command == "fuse" else "--text", text]) == 0
-    again = FusionReport.load("out-healed")
-    assert again.weights_digest == report.weights_digest != FusionReport.load(out).weights_digest
-    fused, healed = FusionReport.load(out), {row.name: row.values for row in report.rows()}
-    for row in fused.rows():
+    healed = {row.name: row.values for row in report.rows()}
+    for row in FusionReport.load(tmp_path / "twice").rows():
         if row.kind == "perplexity":
             assert healed[row.name][1] == pytest.approx(row.values[1]) and healed[row.name][2] != row.values[2]
 
 
 @pytest.fixture
 def hostile_report() -> FusionReport:
+    [text] = make_report().calibration
     report = make_report(
         base=HOSTILE,
         config={"method": HOSTILE, "num_fusions": HOSTILE, HOSTILE: HOSTILE},
-        calibration=[CalibrationInfo(HOSTILE, 57, 5000)],
+        calibration=[dataclasses.replace(text, source=HOSTILE)],
         perplexities=[PerplexityInfo(HOSTILE, HOSTILE, 4000, 6.0, 30.0, "kin", 0.5, 0.5)],
         continuations=[Continuation(HOSTILE, f"\t{HOSTILE}\x00\x1b[2J", "")],
         seconds={HOSTILE: 1.0},
