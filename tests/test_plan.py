@@ -13,7 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, make_texts, make_tokenizer, pickled
+from conftest import TINY, make_texts, make_tokenizer, pickled, save_base
+from tiny_models import tiny_model
 from transformers import LlamaConfig
 
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
@@ -49,6 +50,14 @@ def test_a_fusion_does_what_its_plan_says(
     before, after = (int(size.replace(",", "")) for size in sizes)
     assert before == weights_size(base)
     assert 0 <= weights_size(tmp_path / "out") - after < 20_000  # the header
+
+
+def test_a_base_whose_config_names_no_dtype_is_planned_as_it_is_stored(tmp_path: Path) -> None:
+    base = Path(save_base(tmp_path, tiny_model("llama", dtype=torch.bfloat16)))
+    file = base / "config.json"
+    file.write_text(file.read_text().replace('"dtype"', '"formerly"'))
+    said = plan_fusion(base, FusionConfig(2, "truncate"), calibration=make_texts(100)).summary()
+    assert ", as bfloat16" in said and f"bytes on disk: {weights_size(base):,} -> " in said
 
 
 @pytest.mark.parametrize("low_memory", [True, False])

@@ -33,7 +33,15 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from lf_hf.checkpoint.card import CARD_NAME, base_license
 from lf_hf.checkpoint.saving import PROCESSOR_FILES, finish_save
-from lf_hf.checkpoint.weights import CHECKPOINT_FILES, UNREAD, local_folder, tensor_files, tensor_names, weight_files
+from lf_hf.checkpoint.weights import (
+    CHECKPOINT_FILES,
+    UNREAD,
+    local_folder,
+    stored_dtype,
+    tensor_files,
+    tensor_names,
+    weight_files,
+)
 from lf_hf.decoder.decoder import Decoder
 from lf_hf.decoder.placement import mend_offloading
 from lf_hf.families.models import MODEL_TYPES, is_wrapper, model_class, text_prefix, why_refused
@@ -114,8 +122,11 @@ class Base:
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """What the weights are in when they are loaded, by the config."""
-        return self.dtype or checked_dtype(self.config.dtype) or torch.float32
+        """What the weights are in when they are loaded."""
+        if dtype := self.dtype or checked_dtype(self.config.dtype):
+            return dtype
+        stored = [file for file in self.files() if file.suffix == ".safetensors"]
+        return stored_dtype(stored[0]) if stored else torch.float32
 
     @property
     def _weights(self) -> str:

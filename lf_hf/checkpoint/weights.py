@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from pydantic_core import from_json
 from safetensors import safe_open
-from transformers.modeling_utils import _add_variant
+from transformers.modeling_utils import _add_variant, str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lf_hf.runtime.errors import explained
@@ -79,6 +80,12 @@ def _shard_names(index: Path) -> set[str]:
                 "read, so repair the index."
             )
     return names
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """The type of the first tensor in a safetensors file, from its header."""
+    with safe_open(file, "pt", backend="pread") as opened:
+        return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
 
 def tensor_names(file: Path) -> list[str]:

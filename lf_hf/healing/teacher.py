@@ -7,12 +7,15 @@ base to go on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, StackDataset
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +32,8 @@ from lf_hf.text.calibration import Corpus
 STATES = "base_states"
 """In an item: the base's final states (tokens T, hidden)."""
 _TOKENS_TOGETHER = 1 << 17  # tokens that pass the base's layers at a time
-_TEXT, _STATES, _JUDGED = "teacher.pt", "states.bin", "judged-{}.pt"
+_TEXT, _STATES, _JUDGED = "teacher.safetensors", "states.bin", "judged-{}.safetensors"
+_FACTS, _TENSOR = "facts", "tensor"
 
 Items = dict[str, Dataset[dict[str, Tensor]]]
 """Sequences by kind of text: `input_ids` (tokens T,), and `STATES`."""
@@ -77,6 +81,10 @@ def write_teacher(
         (folder / _STATES).write_bytes(b"")
 
     processes.compute_once(begin)
+    if not all(processes.all_gather_object((folder / _STATES).is_file())):
+        raise ValueError(
+            f"Not all machines of the launch see {str(folder)!r}; heal in a folder on a disk that they share."
+        )
     with (folder / _STATES).open("r+b") as file:
         start = 0
         for *_, ids in parts:
@@ -88,7 +96,7 @@ def write_teacher(
         known = {"parts": parts, "hidden": decoder.config.hidden_size, "head": None}
         if with_head:
             with decoder.norm_and_head() as (_, weight):
-                known["head"] = weight.detach()
+                known["head"] = weight
         new = folder / f"{_TEXT}.new"
         _save(known, new)
         new.replace(folder / _TEXT)
@@ -131,13 +139,26 @@ def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, num
 
 
 def _save(known: Any, file: Path) -> None:
-    """Write tensors, and what else `torch.load` takes from a file that is not trusted."""
+    """Write what JSON can hold, and tensors anywhere in it."""
+    tensors: dict[str, Tensor] = {}
+
+    def name_of(tensor: Tensor) -> dict[str, str]:
+        name = str(len(tensors))
+        tensors[name] = tensor.detach().cpu().contiguous()
+        return {_TENSOR: name}
+
+    facts = json.dumps(known, default=name_of)
     try:
-        torch.save(known, file)
-    except RuntimeError as error:  # the disk is full
+        save_file(tensors, file, {_FACTS: facts})
+    except SafetensorError as error:  # the disk is full
         raise OSError(f"{str(file)!r} was not written ({error}).") from error
 
 
 def _load(file: Path) -> Any:
-    """What `_save` wrote; tensors are mapped into memory."""
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    """What `_save` wrote."""
+    with safe_open(file, "pt") as opened:
+
+        def with_tensors(entry: dict[str, Any]) -> Any:
+            return opened.get_tensor(entry[_TENSOR]) if entry.keys() == {_TENSOR} else entry
+
+        return json.loads(opened.metadata()[_FACTS], object_hook=with_tensors)
