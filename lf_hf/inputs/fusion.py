@@ -71,6 +71,8 @@ class FusionInputs:
         config = for_model(config, base.config)
         if ignored := config.without_effect(calibration):
             logger.warning(f"Without effect on method={config.method!r}: {', '.join(ignored)}.")
+        if config.needs_text and config.calibration_length > (longest := base.text_config.max_position_embeddings):
+            logger.warning(f"calibration_length is cut to {longest}, which is all that the model takes.")
         base.check_generation_config()
         tokenizer = checked_tokenizer(tokenizer) or base.tokenizer()
         return cls(base, config, calibration, tokenizer, model_class or fused_class(base.config), low_memory)
@@ -142,8 +144,9 @@ def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionCon
     text = model_config.get_text_config()
     free, why = free_layers(model_config, config.selection)
     config = config.for_layers(text.num_hidden_layers, free, why)
+    config = config.for_width(text.intermediate_size, num_parameters(model_config)[0])
     _check_kinds(config, text, free)
-    return config.for_width(text.intermediate_size, num_parameters(model_config)[0])
+    return config
 
 
 def _check_kinds(config: FusionConfig, text: PretrainedConfig, free: range) -> None:
