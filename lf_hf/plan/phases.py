@@ -288,7 +288,7 @@ class Phases:
             flops = size_of**3 // 3 + 2 * size_of**2 * hidden
             if size_of > kept:  # the inverse, and its updates
                 flops += 2 * size_of**3 // 3 + 2 * (size_of**3 - kept**3) // 3
-            work += Work({rate: flops, "product": 2 * size_of**2 * hidden})
+            work += Work({rate: flops}) + Work(product=2 * size_of**2 * hidden)
         return size, work
 
     def _dual_problem(self, tokens: int, unknowns: int, kept: int) -> tuple[int, Work]:
