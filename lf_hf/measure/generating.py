@@ -119,8 +119,11 @@ def _sample_sequences(
 
 def _bar_tokens(logits: Tensor, barred: Tensor, chats: Mapping[int, Chat]) -> None:
     """Bar tokens in place in logits (count, vocab), except the end of a chat's turn where it may end."""
+    if not chats:
+        logits.index_fill_(1, barred, -torch.inf)
+        return
     ends = [(row, chat.end, not chat.may_end) for row, chat in chats.items()]
-    rows, columns, must_go_on = torch.tensor(ends, dtype=torch.int64, device=logits.device).view(-1, 3).T
+    rows, columns, must_go_on = torch.tensor(ends, device=logits.device).T
     end_logits = logits[rows, columns].masked_fill(must_go_on.bool(), -torch.inf)
     logits.index_fill_(1, barred, -torch.inf)
     logits[rows, columns] = end_logits
