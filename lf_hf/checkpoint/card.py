@@ -76,15 +76,17 @@ def _commands(report: FusionReport) -> str:
     defaults: dict[str, Any] = {}
     with suppress(ValueError):  # of another version, whose defaults are not known
         defaults = FusionConfig.from_kwargs(num_fusions=1, method=report.config["method"]).to_dict()
-    always = ("method", "num_fusions")
-    settings = report.settings.items()
-    options = {name: value for name, value in settings if name in always or (name, value) not in defaults.items()}
+    options: dict[str, Any] = {}
+    for name, value in report.settings.items():
+        if name in ("method", "num_fusions") or name not in defaults or value != defaults[name]:
+            options[name] = value
     if report.dtype is not None:
         options["dtype"] = report.dtype.removeprefix("torch.")
     base, file = report.base_and_gguf_file
     if base.startswith("-"):  # no option, but a folder of that name
         base = f"./{base}"
-    opening = {name: value for name, value in (("gguf_file", file), ("revision", report.revision)) if value}
+    opening = {"gguf_file": file, "revision": report.revision}
+    opening = {name: value for name, value in opening.items() if value}
     commands = [_command(["lf-hf", "fuse", base, "out"], options | opening)]
     healings = report.healed.all if report.healed else []
     if "heal_tokens" in report.settings:

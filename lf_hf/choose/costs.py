@@ -215,7 +215,9 @@ class GroupCosts:
         """The layer that a group becomes by a rough fit, on states in front of it unless they are the dense model's."""
         layers = [layer for layer, _ in group]
         boundaries = [self._dense(number, self._fitting) for number in range(first, first + len(group) + 1)]
-        passes = zip(zip(*boundaries, strict=True), zip(*(between for _, between in group), strict=True), strict=True)
+        streams = zip(*boundaries, strict=True)
+        mid_states = zip(*(between for _, between in group), strict=True)
+        passes = zip(streams, mid_states, strict=True)
         tokens = sum(state.shape[:2].numel() for state in boundaries[0])
         traces = gather(self.decoder, layers, passes, fitted or None, self._store, rough_tokens=tokens)
         states = fitted or boundaries[0]

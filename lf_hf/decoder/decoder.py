@@ -340,13 +340,14 @@ class Decoder:
         window = self.family.layer_window(self.config, layer)
         if window is not None and window >= end:
             window = None
+        seen = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
         mask: Any = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         return mask(
             batch_size=1 if is_text is None else len(is_text),
             q_length=num_tokens,
             kv_length=end,
             q_offset=past,
-            mask_function=causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+            mask_function=seen,
             attention_mask=is_text,
             local_size=window,
             dtype=states.dtype,

@@ -255,8 +255,8 @@ def damaged_file(state: Path) -> str | None:
     sizes: dict[str, int] = {_FILES: 0}
     with suppress(OSError, ValueError):  # it was not written
         sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
-    name, _ = min(sizes.items() - _file_sizes(state).items(), default=(None, 0))
-    return name
+    found = _file_sizes(state)
+    return next((name for name, size in sizes.items() if found.get(name) != size), None)
 
 
 class _Progress(TrainerCallback):

@@ -63,7 +63,9 @@ class Machine:
         given = read_max_memory(max_memory) if max_memory else {}
         free = {str(device): free_memory(device) for device in [*devices, torch.device("cpu")]}
         is_here = given.keys() <= free.keys() | {"disk"}
-        named = {place: min(size, free.get(place, size)) if is_here else size for place, size in given.items()} or free
+        named = given or free
+        if is_here:
+            named = {place: min(size, free.get(place, size)) for place, size in named.items()}
         in_order = sorted(named.keys() - {"disk"}, key=lambda place: (place == "cpu", place))  # cards first
         places = {place: named[place] for place in in_order}
         places["disk"] = named.get("disk", shutil.disk_usage(folder or Path.cwd()).free)

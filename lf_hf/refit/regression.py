@@ -100,7 +100,9 @@ class LeastSquares:
         """x and y of tokens, times the root of the tokens' weights."""
         root = token_weight.float().to(self.device).sqrt()[:, None]
         # A product with float32 is the one copy of half-precision numbers.
-        return (x.to(self.device) * root).to(self.dtype), (y.to(self.device) * root).to(self.dtype)
+        x = x.to(self.device) * root
+        y = y.to(self.device) * root
+        return x.to(self.dtype), y.to(self.dtype)
 
     def wide(self, weight: Tensor) -> Tensor:
         """A copy of a weight."""
