@@ -300,7 +300,10 @@ def report(folder: str, html: str | None, png: str | None) -> None:
     from lf_hf.report.page import write_page, write_pictures
 
     loaded = FusionReport.load(folder)
-    page = Path(html or Path(folder, "fusion_report.html"))
+    place = Path(folder)
+    if place.is_file():
+        place = place.parent
+    page = Path(html or place / "fusion_report.html")
     pictures = write_pictures(loaded, png) if png else []
     write_page(loaded, page)
     show(*map(str, (page, *pictures)))

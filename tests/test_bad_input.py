@@ -254,6 +254,7 @@ ROWS: dict[str, Row] = {
     "memory of a place that is none": (failed, (*ONE, "--max-memory", "20GiB"), "--max-memory must be places and siz"),
     "a card that is not here": (failed, (*ONE, "--max-memory", "cuda:7=20GiB,cpu=4GiB"), "does not have; a dry run"),
     "too few tokens": (mistyped, (*ONE, "--heal-tokens", 100), "--heal-tokens must be 0 or an integer >= 1024"),
+    "cut off, in a dry run": (failed, (*ONE, "--dry-run"), "cannot be read .* download", cut("model.safetensors", 99)),
     "no report": (failed, ("report", "{base}"), "holds no fusion_report.json"),
 }
 

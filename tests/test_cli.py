@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +84,9 @@ def test_errors_are_in_the_words_of_the_command_that_ran(run: Run, tmp_path: Pat
 
 def test_what_cannot_be_printed_is_done(run: Run, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.write", Mock(side_effect=OSError("No space left on device")))
-    code, _, err = run("report", fused, "--html", tmp_path / "page.html")
-    assert code == 1 and (tmp_path / "page.html").is_file()
+    shutil.copy(fused / "fusion_report.json", tmp_path)
+    code, _, err = run("report", tmp_path / "fusion_report.json")
+    assert code == 1 and (tmp_path / "fusion_report.html").is_file()
     assert err == "lf-hf: What was done cannot be printed (No space left on device); all files are written."
 
 

@@ -92,7 +92,7 @@ class Base:
         if loading.get("revision") and os.path.isdir(name):
             logger.warning(f"revision={loading['revision']!r} has no effect on a folder, which is taken as it is.")
         hub = hub_arguments(loading)
-        if optional_file(name, ADAPTER_CONFIG_NAME, hub):
+        if not hub.get("gguf_file") and optional_file(name, ADAPTER_CONFIG_NAME, hub):
             raise ValueError(f"{name!r} is an adapter, not a model; merge it into its base, and fuse that.")
         config = _as_text(read_config(name, hub))
         if problem := _problem(name, config, loading):
@@ -145,7 +145,8 @@ class Base:
             folder = local_folder(self.name, self.hub | {"local_files_only": True}, [self._weights])
             if self._weights == _SAFETENSORS:
                 return weight_files(folder, self.loading.get("variant"))
-            return sorted(folder.glob(self._weights))
+            named = folder / self._weights  # of a GGUF file
+            return [named] if named.is_file() else sorted(folder.glob(self._weights))
         except (ValueError, OSError):
             if os.path.isdir(self.name):
                 raise
@@ -341,7 +342,7 @@ def reading_tokenizer(base: str) -> AbstractContextManager[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_reader(reader: Any, path: str) -> Any:
+def _gguf_reader(reader: Any, path: str, modified: int) -> Any:
     return reader(path)
 
 
@@ -354,7 +355,7 @@ def _gguf_file_read_once(loading: Mapping[str, Any]) -> Iterator[None]:
     import gguf  # an optional package
 
     reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.partial(_gguf_reader, reader)  # type: ignore[misc, assignment]
+    gguf.GGUFReader = lambda path: _gguf_reader(reader, str(path), os.stat(path).st_mtime_ns)  # type: ignore[misc, assignment]
     try:
         yield
     finally:

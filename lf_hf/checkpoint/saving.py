@@ -122,7 +122,8 @@ def _acquire(lock: FileLock, folder: Path, seconds: float) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=seconds)
             return
-    raise FileNotFoundError("others remove it again and again")
+    folder.mkdir(parents=True, exist_ok=True)  # of which the system says why it cannot be made
+    lock.acquire(timeout=seconds)
 
 
 @contextmanager

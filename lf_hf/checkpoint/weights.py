@@ -71,6 +71,8 @@ def _shard_names(index: Path) -> set[str]:
     with explained(f"{index.name} is not an index of safetensors files", "repair the index"):
         content = from_json(index.read_bytes())
         names = set(map(str, content["weight_map"].values()))
+        if not names:
+            raise ValueError("its weight_map does not name any")
     if not isinstance(content.get("metadata"), dict):  # without which transformers reads none
         raise ValueError(f'{index.name} has no metadata, as an index must have; write "metadata": {{}} into it.')
     for file in names:
@@ -83,7 +85,8 @@ def _shard_names(index: Path) -> set[str]:
 
 
 def stored_dtype(file: Path) -> torch.dtype:
-    """The type of the first tensor in a safetensors file, from its header."""
+    """The type of the first tensor in a safetensors file, from its header; errors are those of `tensor_names`."""
+    tensor_names(file)
     with safe_open(file, "pt", backend="pread") as opened:
         return str_to_torch_dtype[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 

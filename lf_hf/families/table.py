@@ -257,7 +257,8 @@ class Family:
         """What the first layer reads, from what the embedding gives, or from plain rows of its table."""
         if rows and self.scaled_embedding:
             embedded = embedded * torch.tensor(config.hidden_size**0.5).to(embedded.dtype)
-        return embedded * getattr(config, self.embedding_multiplier, 1)
+        factor = getattr(config, self.embedding_multiplier, None)
+        return embedded if factor is None else embedded * factor
 
     def logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """The model's logits from those of its head."""

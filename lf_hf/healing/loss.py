@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax, pad
 
-from lf_hf.measure.predictions import kl_divergence
 from lf_hf.runtime.amounts import FLOAT_LOGITS, FLOAT_LOGITS_ON_CPU, TRAINED_LOGITS
 
 ToLogits = Callable[[Tensor], Tensor]
@@ -81,7 +80,7 @@ class _Distillation(torch.autograd.Function):
         next_token = loss.next_token_share / max(1, ids[:, 1:].numel())
         per_token = partial(_loss_and_gradient, loss.temperature, divergence, next_token, targets.to_logits)
         total = torch.zeros((), device=device)
-        grad_states = torch.empty_like(states).flatten(0, 1)
+        grad_states = torch.empty_like(states).flatten(0, 1) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(device.type, enabled=False):
             flat = states.flatten(0, 1).to(dtype)  # (B T, hidden)
@@ -96,12 +95,13 @@ class _Distillation(torch.autograd.Function):
                     value, gradient = per_token(logits[part], expected, following[part])
                     total += value
                     logits[part] = gradient  # which takes the place of the logits
-                grad_states[rows] = logits @ head
+                if grad_states is not None:  # of held-out text there is none
+                    grad_states[rows] = logits @ head
                 if grad_weight is not None:
                     grad_weight += logits.T @ flat[rows]
                 del logits, teacher, expected  # before the next ones are made
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(grad_states.view_as(states), grad_weight)
+        ctx.save_for_backward(None if grad_states is None else grad_states.view_as(states), grad_weight)
         return total
 
     @staticmethod
@@ -144,15 +144,16 @@ def _loss_and_gradient(
     student = plain = log_softmax(logits, -1)
     if temperature != 1:
         student = log_softmax(logits / temperature, -1)
+    probabilities = expected.exp()
     index = next_ids.clamp(min=0)[:, None]
     next_tokens = (next_ids >= 0)[:, None] * next_token
-    value = kl_divergence(expected, student).sum() * (divergence * temperature)
+    value = torch.linalg.vecdot(probabilities, expected - student).sum() * (divergence * temperature)
     value = value - (plain.gather(1, index) * next_tokens).sum()
     if temperature == 1:
         gradient = student.exp_().mul_(next_tokens + divergence)
     else:
         gradient = plain.exp_().mul_(next_tokens).add_(student.exp_(), alpha=divergence)
-    gradient.sub_(expected.exp(), alpha=divergence)
+    gradient.sub_(probabilities, alpha=divergence)
     gradient.scatter_add_(1, index, -next_tokens)
     if attached is not output:
         [gradient] = torch.autograd.grad(attached, output, gradient)

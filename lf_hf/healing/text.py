@@ -134,14 +134,12 @@ def _written_text(write: Write, settings: HealSettings, count: int, *, chats: bo
     texts: list[Tensor] = []
     for start in range(0, wanted * joined, WRITTEN_TOGETHER):
         texts += write(min(WRITTEN_TOGETHER, wanted * joined - start), short, settings.seed + start)
-    of_chats = texts[CHATS]
+    parts = [(WRITTEN, texts, num_texts, HELD_OUT)]
     if chats:
+        parts.append((WRITTEN_CHATS, texts[CHATS], num_chats, held_out_chats))
         del texts[CHATS]
     kinds = []
-    for name, pieces, to_train, held_out in (
-        (WRITTEN, texts, num_texts, HELD_OUT),
-        (WRITTEN_CHATS, of_chats, num_chats, held_out_chats),
-    ):
+    for name, pieces, to_train, held_out in parts:
         starts = range(0, (held_out + to_train) * joined, joined)
         sequences = [torch.cat(pieces[start : start + joined])[: settings.length] for start in starts]
         kinds.append(TextKind(name, sequences[held_out:], sequences[:held_out]))

@@ -252,7 +252,7 @@ def _file_sizes(state: Path) -> dict[str, int]:
 
 def damaged_file(state: Path) -> str | None:
     """A file of a state of the training that is not as it was written, as where a process was killed; None if whole."""
-    sizes: dict[str, int] = {_FILES: 0}
+    sizes: dict[str, int] = {_FILES: -1}  # of no file
     with suppress(OSError, ValueError):  # it was not written
         sizes = json.loads((state / _FILES).read_text(encoding="utf-8"))
     found = _file_sizes(state)
@@ -276,13 +276,16 @@ class _Progress(TrainerCallback):
 def make_trainer(
     student: nn.Module, teacher: Teacher, settings: HealSettings, arguments: TrainingArguments
 ) -> DistillationTrainer:
-    """The Trainer, before it is given text to train on."""
+    """The Trainer, before it is given text to train on. Raises ValueError for arguments with which it cannot train."""
     model: Any = student
     config, weight = text_model(model).config, model.get_output_embeddings().weight
-    head = weight.detach() if teacher.head is None else teacher.head
-    head = head.to(weight.device, weight.dtype, copy=teacher.head is None and weight.requires_grad)
+    if teacher.head is not None:
+        head = teacher.head.to(weight.device, weight.dtype)
+    else:  # the student's own, as it is before it trains
+        head = weight.detach().clone() if weight.requires_grad else weight.detach()
     given: dict[str, Any] = {"data_collator": default_collate, "eval_dataset": teacher.held_out}
-    trainer = DistillationTrainer(student, arguments, **given, callbacks=[_Progress()])
+    with _accepted():
+        trainer = DistillationTrainer(student, arguments, **given, callbacks=[_Progress()])
     trainer.to_targets = partial(Targets, weight=head, to_logits=partial(family_of(config).logits, config))
     trainer.loss = Loss(settings.temperature, settings.next_token_share)
     trainer.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}

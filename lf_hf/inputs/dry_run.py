@@ -9,6 +9,7 @@ from typing import Any
 
 from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder
+from lf_hf.checkpoint.weights import tensor_names
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.plan.plan import Plan
@@ -56,7 +57,11 @@ def plan_fusion(
         notes.append(_replaced(out))
     plan = inputs.check(None if out is None else checked_folder(out))
     before, after = plan.parameters
-    stored = sum(file.stat().st_size for file in opened.files())
+    files = opened.files()
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensor_names(file)  # so that it says what is wrong with one
+    stored = sum(file.stat().st_size for file in files)
     if not stored:
         stored = before * opened.loaded_dtype.itemsize
         notes.append(f"The base is not on this machine yet; {in_gib(stored)} will be downloaded.")

@@ -20,7 +20,7 @@ from lf_hf.checkpoint.saving import WORK
 from lf_hf.families.models import family_of, free_layers, num_parameters
 from lf_hf.families.models import model_class as stock_class
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.inputs.resuming import noted_healing
+from lf_hf.inputs.resuming import STATES_VERSION, noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.runtime.launch import Processes, compute_once
 from lf_hf.settings import FusionConfig
@@ -136,7 +136,8 @@ class FusionInputs:
     @cached_property
     def healing_identity(self) -> dict[str, str]:
         """Identity of the healing that follows, for which the base is not read as a whole."""
-        return self.identity(by_content=False) | {"processes": str(Processes.of_launch().world_size)}
+        processes = str(Processes.of_launch().world_size)
+        return self.identity(by_content=False) | {"processes": processes, "states": STATES_VERSION}
 
 
 def for_model(config: FusionConfig, model_config: PretrainedConfig) -> FusionConfig:

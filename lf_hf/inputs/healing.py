@@ -21,7 +21,7 @@ from lf_hf.checkpoint.saving import LOGS, WORK, check_replaceable, checked_folde
 from lf_hf.checkpoint.weights import weight_files
 from lf_hf.families.models import num_parameters
 from lf_hf.inputs.planning import check_text_to_heal, plan_run
-from lf_hf.inputs.resuming import noted_healing
+from lf_hf.inputs.resuming import STATES_VERSION, noted_healing
 from lf_hf.plan.plan import Plan
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.launch import Processes
@@ -151,6 +151,7 @@ class HealInputs:
             processes=Processes.of_launch().world_size,
             training_args={name: str(value) for name, value in self.training_args.items()},
             judging_tokens=self.judging_tokens,
+            states=STATES_VERSION,
         )
 
     def check_base(self, digest: str | None) -> None:

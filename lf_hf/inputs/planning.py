@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from lf_hf.healing.text import expected_epochs
 from lf_hf.plan.machine import Machine, devices_of
 from lf_hf.plan.plan import Plan, plan
 from lf_hf.plan.probe import probe
+from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import local_processes
 from lf_hf.runtime.memory import in_gib
 from lf_hf.settings import SHORTEST_LENGTH, FusionConfig, HealSettings
@@ -55,7 +57,10 @@ def plan_run(
         from lf_hf.healing.heal import prepare  # imports the Trainer, which takes seconds
 
         longest = base.text_config.max_position_embeddings
-        healing, shards, bfloat16 = prepare(healing, longest, training_args or {})
+        advice = "give method='refit' and heal_tokens=0, and heal the result with lf_hf.heal"
+        by_default = explained("Where a fusion heals, it does so by the defaults", advice, ValueError)
+        with by_default if training_args is None else nullcontext():
+            healing, shards, bfloat16 = prepare(healing, longest, training_args or {})
         if training_args is not None:  # by a command of its own
             shorter = healing.length // 2
             otherwise = f"length={shorter}" if shorter >= SHORTEST_LENGTH else None

@@ -17,6 +17,7 @@ from lf_hf.runtime.errors import explained
 from lf_hf.runtime.launch import compute_once
 
 _NOTE = "healing.json"
+STATES_VERSION = "2"  # of the layout of what a healing goes on from
 
 
 def note_healing(work: Path, **facts: Any) -> None:

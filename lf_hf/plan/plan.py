@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, product
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -266,7 +266,9 @@ def _placed(
 def _with_norm_on(device: str, model: Any, device_map: Mapping[str, str | int]) -> dict[str, str | int]:
     """The same places, but the final norm's weights on a card: accelerate computes where it has put something."""
     norm, placed = f"{text_prefix(model)}norm", dict(device_map)
-    for parent in ["", *accumulate(norm.split(".")[:-1], "{}.{}".format)]:
+    parts = norm.split(".")
+    for depth in range(len(parts)):
+        parent = ".".join(parts[:depth])
         if parent in placed:
             place = placed.pop(parent)
             for child, _ in model.get_submodule(parent).named_children():
