@@ -341,6 +341,9 @@ def _notes(
 ) -> list[str]:
     """What a user should know, one sentence each."""
     notes = measured.notes
+    if config.perplexity_tokens and not perplexities:
+        notes.append("No perplexity: this Python comes without the texts that it is measured on.")
+        logger.warning(notes[-1])
     if config.fits and config.selection == "least_influence":
         notes.append(
             "Layers were chosen by their influence alone, and what any group of them costs was not measured; "

@@ -245,12 +245,14 @@ def hub_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bo
 
 
 @pytest.fixture(scope="session")
-def own_tasks() -> None:
+def own_tasks() -> Iterator[None]:
     """lm-eval knows tasks of ours alone; to look through all takes it seconds."""
     from lm_eval.tasks import TaskManager  # takes seconds
 
     only_own = functools.partialmethod(TaskManager.__init__, include_defaults=False)
-    pytest.MonkeyPatch().setattr(TaskManager, "__init__", only_own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskManager, "__init__", only_own)
+        yield
 
 
 @pytest.fixture

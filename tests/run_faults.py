@@ -56,11 +56,12 @@ def put_foreign(folder: Path) -> None:
     folder.chmod(0o2775)
 
 
-def foreign(folder: Path) -> list[tuple[int, int, bytes]]:
-    """Mode, inode and content of each of them, and of the folder itself."""
+def foreign(folder: Path) -> list[tuple[tuple[int, ...], bytes]]:
+    """Mode, inode, owners and content of each of them, and of the folder itself."""
     paths = [folder, *(folder / name for name in FOREIGN)]
     contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
-    return [(path.stat().st_mode, path.stat().st_ino, held) for path, held in zip(paths, contents, strict=True)]
+    kept = [(at.st_mode, at.st_ino, at.st_uid, at.st_gid) for at in map(Path.stat, paths)]
+    return list(zip(kept, contents, strict=True))
 
 
 def start(work: Callable[[], Any]) -> int:

@@ -177,6 +177,7 @@ ROWS: dict[str, Row] = {
     # from_pretrained_fused, fuse_checkpoint and heal: each proposes its own names
     "too many": (python, {"num_fusions": 10**9}, "num_fusions must be 1 to 4 for a model of 5 layers .*, got 10000"),
     "too many pairs": (python, {"num_fusions": 3, "method": "refit"}, "must be 1 to 2 .*='groups', got 3"),
+    "misspelt text": (python, {"calibraton": "a.txt"}, "'calibraton'; did you mean 'calibration'"),
     "misspelt": (from_folder_to_folder, {"num_fusionss": 2}, "Unknown argument 'num_fusionss'; did you mean 'num_fus"),
     "misspelt for heal's base": (healed, {"revison": "main"}, "setting 'revison'; did you mean 'revision'"),
     "no config": (python, {"config": {"num_fusions": 1}}, r"must be a FusionConfig, got \{'num_f.*; give its"),

@@ -67,8 +67,8 @@ def share_groups(groups: Collection[Group], num_layers: int, count: int) -> list
         first, last = group
         return _LAYERS_OF_A_FIT * (last - first + 1) + num_layers - last, group
 
-    by_load = sorted(groups, key=load)
-    return [by_load[number::count] for number in range(count)]
+    by_load = sorted(groups, key=load, reverse=True)
+    return [by_load[n :: 2 * count] + by_load[2 * count - 1 - n :: 2 * count] for n in range(count)]
 
 
 _Traced = tuple[DecoderLayer, States]
@@ -164,19 +164,24 @@ class GroupCosts:
         start = min((front.layer for front in fronts.values()), default=self.decoder.num_layers)
         numbers = range(start, self.decoder.num_layers)
         layers = zip(numbers, self.decoder.layers(numbers), strict=True)
-        for number, layer in progress(layers, total=len(numbers), desc="Costs of groups", unit="layer", leave=False):
+        what = "Costs of groups" if text is self._judging_groups else "Costs of a set"
+        for number, layer in progress(layers, total=len(numbers), desc=what, unit="layer", leave=False):
             if number in grouped:
                 dense = self._dense(number, self._fitting)
                 traced[number] = layer, self._store.keep(mid_state(self.decoder, layer, state) for state in dense)
             for groups, front in list(fronts.items()):
-                if number < dict(groups).get(front.layer, front.layer):
+                ends = dict(groups)
+                next_stop = ends.get(front.layer, front.layer)
+                if number < next_stop:
                     continue
                 try:
                     fronts[groups] = self._pass(groups, front, number, layer, traced, text)
                 except FitOverflow:
                     costs[groups] = math.inf
                     del fronts[groups]
-            lowest = min((front.layer for front in fronts.values()), default=self.decoder.num_layers)
+            if not fronts:
+                break
+            lowest = min(front.layer for front in fronts.values())
             traced = {n: held for n, held in traced.items() if n >= lowest}
         measured = list(fronts)
         for first in range(0, len(measured), JUDGED_AT_ONCE):
@@ -207,7 +212,8 @@ class GroupCosts:
         if number < groups[-1][1]:  # above the last group nothing is fitted
             above = self._run(layer, fitted or self._dense(first, self._fitting))
         new = _Front(number + 1, above, self._run(layer, judged or self._dense(first, text)))
-        if above and first < number:
+        is_group, is_last = first < number, number == groups[-1][1]
+        if is_group and not is_last:
             self._fronts[tuple(group for group in groups if group[0] <= first)] = new
         return new
 

@@ -68,6 +68,9 @@ def write_continuations(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
     """What the model adds to each of `PROMPTS`, and to `QUESTION` if its tokenizer has chats, up to its end."""
     vocab_size = decoder.config.vocab_size
     prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
+    if not all(prompts.values()):
+        return {}
+    check_ids(map(torch.tensor, prompts.values()), vocab_size)
     with suppress(ValueError):  # without a template, or with one that takes no question alone
         chat = chat_text(tokenizer, [{"role": "user", "content": QUESTION}], to_reply=True)
         ids = tokenizer(chat, add_special_tokens=False)["input_ids"]

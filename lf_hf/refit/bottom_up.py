@@ -48,36 +48,36 @@ def fit_groups(
     batches = [torch.stack([share[number] for number in numbers]) for numbers in batch_numbers]
     judge = _HeldOutText(dense, held_out)
     steps = training_steps(dense, sequences, batch_numbers) if held_out else None
-    store = StateStore(dense.states, dense.scratch)
-    dense_states: States = store.keep(dense.embed(batches))
-    states: States | None = None  # of the fused model; None as long as no layer below is fused
-    up_to = groups[-1][1] + 1  # nothing is fitted above the last group
-    dense_layers = dense.layers(range(up_to))
-    grouped = {number for first, last in groups for number in range(first, last + 1)}
-    alone = [(number, number) for number in range(up_to) if number not in grouped]
-    for first, last in progress(sorted([*groups, *alone]), desc="Fitting layers", unit="layer"):
-        layers = [next(dense_layers) for _ in range(first, last + 1)]
-        judge.run_dense(layers)
-        if first == last:
-            [layer] = layers
-            dense_states = run_states(dense, layer, dense_states, store)
-            if states is not None:
-                states = run_states(dense, layer, states, store)
+    with StateStore(dense.states, dense.scratch) as store:
+        dense_states: States = store.keep(dense.embed(batches))
+        states: States | None = None  # of the fused model; None as long as no layer below is fused
+        up_to = groups[-1][1] + 1  # nothing is fitted above the last group
+        dense_layers = dense.layers(range(up_to))
+        grouped = {number for first, last in groups for number in range(first, last + 1)}
+        alone = [(number, number) for number in range(up_to) if number not in grouped]
+        for first, last in progress(sorted([*groups, *alone]), desc="Fitting layers", unit="layer"):
+            layers = [next(dense_layers) for _ in range(first, last + 1)]
+            judge.run_dense(layers)
+            if first == last:
+                [layer] = layers
+                dense_states = run_states(dense, layer, dense_states, store)
+                if states is not None:
+                    states = run_states(dense, layer, states, store)
+                judge.run(layer)
+                continue
+            missed_by_layer = [judge.missed(layer) for layer in layers]
+            traces = trace(dense, layers, dense_states, states, store)
+            before = dense_states if states is None else states
+            dense_states = traces.output
+            fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
+            del layers, traces
+            if steps is not None:
+                fit = _best(dense, fit, before, dense_states, steps, judge, missed_by_layer)
+            layer = build_layer(dense, fit.weights, fit.kind)
+            states = run_states(dense, layer, before, store)
             judge.run(layer)
-            continue
-        missed_by_layer = [judge.missed(layer) for layer in layers]
-        traces = trace(dense, layers, dense_states, states, store)
-        before = dense_states if states is None else states
-        dense_states = traces.output
-        fit = fit_group(dense, layers, traces, before, store, ridge=ridge, first=first)
-        del layers, traces
-        if steps is not None:
-            fit = _best(dense, fit, before, dense_states, steps, judge, missed_by_layer)
-        layer = build_layer(dense, fit.weights, fit.kind)
-        states = run_states(dense, layer, before, store)
-        judge.run(layer)
-        del layer, before
-        yield fit
+            del layer, before
+            yield fit
 
 
 def _best(

@@ -213,13 +213,18 @@ class Regression(LeastSquares):
         del factor, target
         for size in _sizes(total, keep, rounds):
             inner = inverse.unflatten(0, (-1, block)).unflatten(2, (-1, block)).diagonal(dim1=0, dim2=2)
-            worth = saliency(inner.movedim(2, 0)[blocks], weight[expanded(blocks, block)], self.failures)
-            order = worth.argsort(descending=True)
-            dropped = blocks[order[size:].sort().values]
-            blocks = blocks[order[:size].sort().values]
+            worth = saliency(inner.movedim(2, 0).clone(), weight, self.failures)
+            dropped = worth.argsort(descending=True)[size:].sort().values
+            # Those that are left among the last take the places of those that are dropped: few are moved.
+            last = torch.arange(size, len(blocks), device=blocks.device)
+            last = last[torch.isin(last, dropped).argsort(stable=True)]
             if size > keep:
-                eliminate(inverse, weight, expanded(dropped, block), self.failures)
+                members = expanded(dropped, block), expanded(last, block)
+                inverse, weight = eliminate(inverse, weight, *members, self.failures)
+            blocks[dropped] = blocks[last]
+            blocks = blocks[:size]
         del inverse, weight
+        blocks = blocks.sort().values
         self._processes.broadcast(blocks)  # as machines may round differently
         index = expanded(blocks, block)
         self.gram = self.gram[index[:, None], index]
@@ -340,17 +345,23 @@ def saliency(inner: Tensor, weight: Tensor, failures: Failures) -> Tensor:
     return torch.linalg.solve_triangular(failures.cholesky(inner), parts, upper=False).square_().sum((1, 2))
 
 
-def eliminate(inverse: Tensor, weight: Tensor, dropped: Tensor, failures: Failures) -> None:
-    """Make the inverse (m, m) and the solution W^T (m, d) of a problem those without some inputs, whose rows become 0.
+def eliminate(
+    inverse: Tensor, weight: Tensor, dropped: Tensor, last: Tensor, failures: Failures
+) -> tuple[Tensor, Tensor]:
+    """Inverse (m, m) and solution W^T (m, d) of a least-squares problem without some inputs, in the memory they have.
 
-    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T.
+    With P the inverse and b what is dropped they are P - P_b P_bb^-1 P_b^T and W^T - P_b P_bb^-1 W_b^T. The last inputs
+    take the places of those that are dropped, in the order of `last`.
     """
+    size = len(inverse) - len(dropped)
     rows = inverse[dropped]
     root = failures.cholesky(rows[:, dropped])
     shared = torch.linalg.solve_triangular(root, rows, upper=False)  # (dropped, m)
     written = torch.linalg.solve_triangular(root, weight[dropped], upper=False)  # (dropped, d)
-    inverse.addmm_(shared.T, shared, alpha=-1)
-    weight.addmm_(shared.T, written, alpha=-1)
+    for part in (inverse, inverse.T, shared.T, weight):
+        part[dropped] = part[last]
+    inverse, shared, weight = inverse[:size, :size], shared[:, :size], weight[:size]
+    return inverse.addmm_(shared.T, shared, alpha=-1), weight.addmm_(shared.T, written, alpha=-1)
 
 
 def expanded(blocks: Tensor, block: int) -> Tensor:

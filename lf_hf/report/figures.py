@@ -94,8 +94,9 @@ def manifolds(report: FusionReport) -> Figure | None:
     if report.config.get("rank_normalize", True):
         embeddings = embeddings.argsort(axis=1).argsort(axis=1)
     embeddings = np.pad(embeddings, ((0, 0), (0, 0), (0, 1)))  # d may be 1
-    rows = math.ceil(len(embeddings) / _PANELS)
-    figure, axes = panels(_WIDTH / _PANELS * rows + 0.4, rows, _PANELS, subplot_kw={"xticks": [], "yticks": []})
+    columns = min(_PANELS, math.ceil(math.sqrt(len(embeddings))))
+    rows = math.ceil(len(embeddings) / columns)
+    figure, axes = panels(_WIDTH / columns * rows + 0.4, rows, columns, subplot_kw={"xticks": [], "yticks": []})
     colors = dict(zip(_CATEGORIES, COLORS, strict=False))
     dots: Any = _AFTER
     if report.sample_labels:

@@ -18,7 +18,8 @@ from lf_hf.runtime.errors import explained
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARK = "made by lf-hf report"  # in every file that is written here
+_MISFITS = (LookupError, TypeError, ValueError)  # as after editing by hand
+_MARK, _START = "made by lf-hf report", 1024  # in the first bytes of every file that is written here
 
 
 def write_page(report: FusionReport, file: str | os.PathLike[str]) -> None:
@@ -60,7 +61,7 @@ def report_figures(report: FusionReport) -> dict[str, Figure]:
     figures = {}
     for picture in PICTURES:
         name = picture.__name__
-        with explained(f"The figures for {name} do not fit together", "save the model again"):
+        with explained(f"The figures for {name} do not fit together", "save the model again", _MISFITS):
             figure = picture(report)
         if figure is not None:
             figures[name] = figure
@@ -89,7 +90,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def _check_ours(file: Path) -> None:
     """Raise ValueError if a file is there that was not written here."""
-    if file.is_file() and _MARK.encode() not in file.read_bytes():
+    if file.is_file() and _MARK.encode() not in file.read_bytes()[:_START]:
         raise ValueError(
             f"{str(file)!r} was not written by this version of lf-hf report; move it, or name another file."
         )

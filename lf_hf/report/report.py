@@ -237,8 +237,9 @@ class FusionReport:
 
 def published_name(base: str) -> str:
     """A model's name as it may be published: of a path, on this machine or another one, the last name alone."""
-    is_path = os.path.exists(base) or PureWindowsPath(base).root
-    return (is_path and PureWindowsPath(os.path.abspath(base)).name) or base  # which takes slashes of either kind
+    if os.path.exists(base) or PureWindowsPath(base).root:  # which takes slashes of either kind
+        return PureWindowsPath(os.path.abspath(base)).name or base
+    return base
 
 
 def versions() -> dict[str, str]:

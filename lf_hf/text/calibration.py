@@ -291,7 +291,7 @@ def _question_text(per_subject: int, to_train: bool) -> str:
         if to_train:
             plain += f"\n{question.explanation}"
         pairs.append((plain, lettered) if number % 2 else (lettered, plain))
-    return "\n\n".join(chain(*zip(*pairs, strict=True)))
+    return "\n\n".join([first for first, _ in pairs] + [second for _, second in pairs])
 
 
 def documentation_halves() -> tuple[str, str]:

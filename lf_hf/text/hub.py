@@ -74,7 +74,7 @@ def load_rows(file: HubFile) -> list[dict[str, Any]]:
         content = _download(file)
         rows = json.loads(content)
     except (OSError, ValueError) as error:
-        failure = str(error)
+        failure = str(error) or "it ended without a word"
         raise OSError(failure) from None
     if cached is not None:
         with suppress(OSError):

@@ -24,10 +24,13 @@ def tokenize_samples(
 ) -> list[Tensor]:
     """Token ids of each calibration text, cut to `sample_length`: int64 tensors of shape (tokens T_i,).
 
-    Raises ValueError if there are ids that a model with `vocab_size` embeddings does not have.
+    Raises ValueError if a text gives no tokens, or ids that a model with `vocab_size` embeddings does not have.
     """
     # Cut here: a tokenizer that truncates would do so ever after, and be saved so.
     samples = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:sample_length]) for text in calibration.texts]
+    for text, sample in zip(calibration.texts, samples, strict=True):
+        if not len(sample):
+            raise ValueError(f"The tokenizer makes no tokens of the calibration text {text!r:.80}.")
     check_ids(samples, vocab_size)
     return samples
 

@@ -57,7 +57,8 @@ def _open_rows(given: str, characters: int) -> tuple[Iterator[Any], str]:
     elif name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
         problem = "that is the name of a file format"
     if problem:
-        raise ValueError(f"The text {path.name!r} cannot be read ({problem}); {_ADVICE}.")
+        shown = path.name if path.is_file() else given
+        raise ValueError(f"The text {shown!r} cannot be read ({problem}); {_ADVICE}.")
     source = f"{name} ({split or 'train'})"
     columns = [column] if column else _COLUMNS
     return _explain_errors(_read_data_set(name, config, split or "train", columns, characters), source), source
