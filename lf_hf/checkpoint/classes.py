@@ -173,6 +173,11 @@ class FusedForCausalLM(PreTrainedModel):
         """
         folder = checked_folder(save_directory)
         checked_tokenizer(tokenizer)
+        if plain and any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError(
+                "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
+                "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
+            )
         writes = is_main_process and not rank()
         if kwargs.get("distributed_checkpoint"):  # a training's state in files of all ranks, which is no checkpoint
             return super().save_pretrained(str(folder), writes, state_dict, push_to_hub, *args, **kwargs)
@@ -223,11 +228,6 @@ class FusedForCausalLM(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """Write what `save_pretrained` saves into a folder that the caller looks after."""
-        if plain and any(".base_layer." in name for name, _ in self.named_parameters()):
-            raise ValueError(
-                "A model with an adapter cannot be saved as a plain one; load it without the adapter, or merge the "
-                "adapter with PEFT's PeftModel.from_pretrained and merge_and_unload."
-            )
         tokenizer = tokenizer or self.tokenizer or self._tokenizer_of_checkpoint()
         spread = vars(self.config).pop("distributed_config", None)  # else transformers would gather, on all ranks
         try:
