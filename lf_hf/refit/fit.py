@@ -212,7 +212,7 @@ def fit_mlp(fit: HalfFit, group: list[dict[str, Tensor]], read: list[States]) ->
         problem = empty_problem(fit.decoder, shape, like, fit.failures, fit.rough_tokens)
         for state, target in zip(fit.states, read.pop(0), strict=True):
             add_to_map(problem, fit.decoder, half, state, target)
-        maps.append(solve_map(problem, fit.ridge))
+        maps.append(solve_map(problem, fit.ridge).to(like.device))
         del problem, like
     sizes = fit.measure_sizes(map(partial(folded, half), group, maps), [None] * count)
     limit = keep if fit.rough else num_candidates(count * keep, keep)
