@@ -237,9 +237,10 @@ class FusionReport:
 
 def published_name(base: str) -> str:
     """A model's name as it may be published: of a path, on this machine or another one, the last name alone."""
-    if os.path.exists(base) or PureWindowsPath(base).root:  # which takes slashes of either kind
-        return PureWindowsPath(os.path.abspath(base)).name or base
-    return base
+    if os.path.exists(base):
+        return os.path.basename(os.path.abspath(base)) or base
+    path = PureWindowsPath(base)  # which takes slashes of either kind
+    return path.name if path.root and path.name else base
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -216,10 +217,12 @@ def test_settings_that_are_not_listed_have_no_effect(method: str, base: str, tex
         ("mine/model", "model"),
         ("./mine/model/", "model"),
         ("mine/model/..", "mine"),
+        pytest.param("mine/a\\b", "a\\b", marks=pytest.mark.skipif(os.name == "nt", reason="two names there")),
     ],
 )
 def test_the_last_name_is_published(name: str, published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine" / "model").mkdir(parents=True)
+    for folder in ("model", "a\\b"):
+        (tmp_path / "mine" / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert published_name(name) == published
 
