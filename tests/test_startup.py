@@ -184,7 +184,10 @@ ORDER += "healing inputs pipeline fuse __init__ evaluate cli".split()
 
 def imported(file: Path) -> set[str]:
     """The folders and modules right in lf_hf that a file imports, at once or later inside a function."""
-    found = re.findall(r"^ *(?:from|import) lf_hf(?:\.| import )(\w+)", file.read_text(encoding="utf-8"), re.M)
+    text = file.read_text(encoding="utf-8")
+    found = re.findall(r"^ *(?:from|import) lf_hf\.(\w+)", text, re.M)
+    for names in re.findall(r"^ *from lf_hf import (\([^)]*\)|[^#\n]*)", text, re.M):
+        found += re.findall(r"\w+", names)
     return {name if name in ORDER else "__init__" for name in found}
 
 

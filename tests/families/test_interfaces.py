@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import pickle
 import shutil
 import subprocess
@@ -278,8 +279,15 @@ def test_the_sentencepiece_model_goes_along(family_base: Callable[..., Path], tm
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "gemma3", "qwen3_vl", "qwen3_5_text"])
-def test_healing_comes_nearer(model_type: str, family_base: Callable[..., Path], tmp_path: Path, caplog: Any) -> None:
+def test_healing_comes_nearer(
+    model_type: str,
+    family_base: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """By the state that was the best, whose weights are loaded by the names that they were saved with."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # whose Trainer says what it misses
     base, out = family_base(model_type), tmp_path / "out"
     lf_hf.fuse_checkpoint(base, tmp_path / "fused", **QUICK | {"num_fusions": 2, "perplexity_tokens": 512})
     given: dict[str, Any] = {"tokens": 2048, "length": 32, "batch_tokens": 128, "learning_rate": 2e-4}
