@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import TINY, make_texts, make_tokenizer, pickled, save_base
 from tiny_models import tiny_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lf_hf import FusionConfig, HealSettings, fuse_checkpoint
 from lf_hf.checkpoint.base import Base
@@ -121,6 +121,20 @@ def test_a_large_model_that_is_not_downloaded_yet_is_planned(tmp_path: Path) -> 
     assert 1 < low / 2**30 < 8
     squares = 2 * 4 * 17920**2  # Gram matrices of the channels that a fit chooses from, in float32
     assert plan("refit", low_memory=True).plan.peak["cpu"] > low + squares
+
+
+def test_a_torch_that_was_built_for_cards_takes_the_cpu_where_there_is_none(
+    make_base: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built_for_cuda(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    fuse_checkpoint(make_base(), tmp_path / "out", num_fusions=1, method="truncate", perplexity_tokens=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.device.type == "cpu" and model.config.num_hidden_layers == TINY["num_hidden_layers"] - 1
+    assert plan_fusion(make_base(), FusionConfig(1, "healed"), device_map="auto").plan.device == "cpu"
+    assert list(read_max_memory({0: "24GiB", "cpu": "8GiB"})) == ["cuda:0", "cpu"]  # a card of another machine
 
 
 def test_what_a_user_should_know_is_noted(

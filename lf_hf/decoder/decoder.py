@@ -70,7 +70,9 @@ class Decoder:
         self._take(model)
         self.device = execution_device(self._text.embed_tokens)
         # A stream of their own, so that copies need not wait for what is computed.
-        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._streams: Any = torch.get_device_module(self.device)
+        has_streams = self.device.type != "cpu" and hasattr(self._streams, "Stream")
+        self._copy_stream = self._streams.Stream(self.device) if has_streams else None
 
     def _take(self, model: CausalLM) -> None:
         self.model, self._text = model, text_model(model)
@@ -129,7 +131,7 @@ class Decoder:
         """A layer whose weights are complete when this returns. For any thread."""
         if self._copy_stream is None:
             return self.layer(index)
-        with torch.cuda.stream(self._copy_stream):
+        with self._streams.stream(self._copy_stream):
             layer = self.layer(index)
         self._copy_stream.synchronize()
         return layer
@@ -139,7 +141,7 @@ class Decoder:
         if self._copy_stream is not None:
             for weight in layer.parameters():
                 if weight.device == self.device:
-                    weight.record_stream(torch.cuda.current_stream(self.device))
+                    weight.record_stream(self._streams.current_stream(self.device))
         return layer
 
     def copy(self) -> Decoder:

@@ -38,6 +38,7 @@ from lf_hf.healing.trainer import (
 from lf_hf.plan.plan import HealingPlan
 from lf_hf.report.data import CalibrationInfo, HealingInfo
 from lf_hf.runtime.launch import Processes
+from lf_hf.runtime.numerics import accelerator
 from lf_hf.settings import HealSettings
 
 logger = logging.get_logger(__name__)
@@ -118,7 +119,10 @@ def _undisturbed() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count()))))
+        kind, count = "cpu", 0
+        if (card := accelerator()) is not None and card.type != "mps":  # whose state torch takes without a number
+            kind, count = card.type, torch.accelerator.device_count()
+        stack.enter_context(torch.random.fork_rng(range(count), device_type=kind))
         if not AcceleratorState._shared_state and Processes.of_launch().world_size == 1:
             stack.callback(AcceleratorState._reset_state)
         yield

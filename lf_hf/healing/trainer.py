@@ -33,7 +33,7 @@ from lf_hf.report.data import HealingPoint
 from lf_hf.runtime.amounts import EVALUATIONS
 from lf_hf.runtime.errors import explained, reason
 from lf_hf.runtime.launch import PATIENCE
-from lf_hf.runtime.numerics import computes_bfloat16, typical_size
+from lf_hf.runtime.numerics import accelerator, computes_bfloat16, typical_size
 from lf_hf.runtime.progress import progress
 from lf_hf.settings import HealSettings
 
@@ -312,6 +312,7 @@ def training_arguments(
     if not isinstance(given, Mapping):
         raise ValueError(f"training_args must be a dict of TrainingArguments' fields, got {given!r:.80}.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
+    card = accelerator()
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": settings.seed,
@@ -345,13 +346,13 @@ def training_arguments(
         # One by one, as the mean of a batch that is filled up for the last of several processes is another.
         "per_device_eval_batch_size": 1,
         "adam_beta2": 0.95,  # some tens of steps only
-        "use_cpu": not torch.accelerator.is_available() if plan is None else plan.device == "cpu",
+        "use_cpu": card is None if plan is None else plan.device == "cpu",
         "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "dataloader_pin_memory": card is not None,
         # Where the host would wait for a card: for each batch, and to leave NaN out of the losses that are logged.
-        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
+        "accelerator_config": {"non_blocking": card is not None and card.type != "mps"},
         "logging_nan_inf_filter": False,
     }
     if refused := own.keys() & given.keys():

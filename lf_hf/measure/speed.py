@@ -159,9 +159,8 @@ def _rate(dense: list[Run], fused: list[Run], name: str) -> Rate:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu, {threads} {plural(threads, 'thread')}"
-    return device.type
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type

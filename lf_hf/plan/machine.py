@@ -13,7 +13,7 @@ from accelerate.utils import convert_file_size_to_int
 
 from lf_hf.runtime.launch import Processes, own_device
 from lf_hf.runtime.memory import free_memory
-from lf_hf.runtime.numerics import computes_bfloat16
+from lf_hf.runtime.numerics import accelerator, computes_bfloat16
 
 PYTHON, _OF_TOKENIZER = 13 << 26, 512  # bytes that Python takes with all libraries, and a token of the vocabulary
 CONTEXT = 1 << 30
@@ -81,7 +81,7 @@ def read_max_memory(given: str | Mapping[int | str, int | str]) -> dict[str, int
     pairs: Iterable[Any] = (
         (part.strip().partition("=")[::2] for part in given.split(",")) if isinstance(given, str) else given.items()
     )
-    sizes, card = {}, torch.accelerator.current_accelerator() or torch.device("cuda")
+    sizes, card = {}, accelerator() or torch.device("cuda")
     for key, size in pairs:
         try:
             sizes[place_name(key, card.type)] = convert_file_size_to_int(size)
@@ -110,11 +110,11 @@ def devices_of(device_map: Any) -> list[torch.device]:
     if isinstance(device_map, dict):
         named = [torch.device(device) for device in dict.fromkeys(device_map.values()) if device != "disk"]
         return [device for device in named if device.type != "cpu"] or [torch.device("cpu")]
-    accelerator = torch.accelerator.current_accelerator()
-    if device_map is None and accelerator is not None and accelerator.type != "mps":
-        device_map = own_device(accelerator.type)
-    if device_map in SPREAD and accelerator is not None:
-        return [torch.device(accelerator.type, number) for number in range(torch.accelerator.device_count())]
+    kind = accelerator()
+    if device_map is None and kind is not None and kind.type != "mps":
+        device_map = own_device(kind.type)
+    if device_map in SPREAD and kind is not None:
+        return [torch.device(kind.type, number) for number in range(torch.accelerator.device_count())]
     device = torch.device("cpu" if device_map in (None, *SPREAD) else device_map)
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())

@@ -59,9 +59,9 @@ class StateStore(ExitStack):
 
     @staticmethod
     def _into_memory(state: Tensor) -> Fetch:
-        """Into the machine's memory, locked where a GPU copies from it, so that copies do not hold up the host."""
-        kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=torch.cuda.is_available())
+        """Into the machine's memory, locked where a card copies from it, so that copies do not hold up the host."""
         device = state.device
+        kept = torch.empty(state.shape, dtype=state.dtype, pin_memory=device.type not in ("cpu", "mps"))
         kept.copy_(state, non_blocking=True)
         return lambda: kept.to(device, non_blocking=True)
 

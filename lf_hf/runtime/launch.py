@@ -14,11 +14,14 @@ from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, distributed
 
 from lf_hf.runtime.errors import reason
+from lf_hf.runtime.numerics import accelerator
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
+
+_ON_CPU = ("gloo", "mpi")  # backends that take tensors in the machine's memory; others take those of an accelerator
 
 
 class OtherProcessError(RuntimeError):
@@ -67,7 +70,7 @@ class Processes:
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
         if self.world_size > 1:
-            sent = tensor.cuda() if distributed.get_backend() == "nccl" else tensor
+            sent = tensor if distributed.get_backend() in _ON_CPU else tensor.to(accelerator())
             _communicate(collective, sent, *arguments)
             tensor.copy_(sent)
 
@@ -144,7 +147,7 @@ def speaks() -> bool:
 
 def own_device(device: Any) -> Any:
     """This process's device of a kind, such as "cuda", in a launch; any other device as it is."""
-    kind = torch.accelerator.current_accelerator()
+    kind = accelerator()
     if local_processes() == 1 or kind is None or str(device) != kind.type:
         return device
     return f"{device}:{local_rank() % torch.accelerator.device_count()}"

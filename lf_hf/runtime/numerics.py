@@ -1,4 +1,4 @@
-"""Numbers on any device: float64, bfloat16, finite values, and digests."""
+"""The accelerator, and numbers on any device: float64, bfloat16, finite values, and digests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLED = 1024  # values of a parameter in a digest
+
+
+def accelerator() -> torch.device | None:
+    """The kind of accelerator that is here; a torch that was built for one names it where there is none, too."""
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -65,13 +70,14 @@ def bfloat16_products(apply: bool) -> Iterator[None]:
 
 
 def computes_bfloat16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16 faster than in float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available() or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Whether this machine, or its accelerator, multiplies matrices in bfloat16 faster than in float32."""
+    card = accelerator()
+    if card is None:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    module = torch.get_device_module(card)
+    options = {"including_emulation": False} if card.type == "cuda" else {}
+    return hasattr(module, "is_bf16_supported") and module.is_bf16_supported(**options)
 
 
 def weights_digest(named_parameters: Iterable[tuple[str, Tensor]]) -> str | None:
