@@ -17,7 +17,7 @@ from lf_hf.checkpoint.base import Base
 from lf_hf.checkpoint.classes import FusedForCausalLM, Model
 from lf_hf.checkpoint.configuration import FusedLlamaConfig, register_peft
 from lf_hf.checkpoint.identity import JUDGING, why_not_reused
-from lf_hf.checkpoint.saving import WORK, check_replaceable, checked_folder, locked_folder
+from lf_hf.checkpoint.saving import SCRATCH, WORK, check_replaceable, checked_folder, locked_folder
 from lf_hf.inputs.fusion import FusionInputs
 from lf_hf.inputs.healing import HealInputs
 from lf_hf.inputs.resuming import ended_healing
@@ -30,7 +30,6 @@ from lf_hf.text.sources import TextSource
 logger = logging.get_logger(__name__)
 MAX_SHARD_BYTES, LOW_MEMORY_SHARD_BYTES = 500_000_000, 200_000_000
 """Size of an output file, about; the second with `low_memory`, as a file is in memory while it is written."""
-_SCRATCH = ".lf_hf-scratch"
 
 
 class FusedLlamaForCausalLM(FusedForCausalLM, LlamaForCausalLM, GenerationMixin):
@@ -180,7 +179,7 @@ def _fuse_and_keep(folder: Path, inputs: FusionInputs, made_of: dict[str, str], 
 @contextmanager
 def _work_in(folder: Path) -> Iterator[Path]:
     """Lock a folder, and make a hidden one in it for what a run puts on its disk; one of a killed run goes."""
-    processes, scratch = Processes.of_launch(), folder / _SCRATCH
+    processes, scratch = Processes.of_launch(), folder / SCRATCH
 
     def begin() -> None:
         shutil.rmtree(scratch, ignore_errors=True)

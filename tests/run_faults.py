@@ -1,4 +1,4 @@
-"""Kills processes that save, fuse or sweep between any two steps, and checks what they left; run by test_saving.py.
+"""Kills processes that save, fuse, heal or sweep between two steps, and checks what they left; run by test_saving.py.
 
 It forks, which is safe only where no thread of torch or of the tokenizers has started.
 """
@@ -20,10 +20,12 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from conftest import same, save_base, tensors
+from conftest import make_texts, same, save_base, tensors
 from tqdm import tqdm
+from transformers import Trainer
 
 from lf_hf import FusedLlamaForCausalLM, FusionReport, fuse_checkpoint, pipeline
+from lf_hf.checkpoint.saving import WORK
 from lf_hf.evaluate import evaluation
 from lf_hf.evaluate.points import RESULTS, Score, read_points
 from lf_hf.evaluate.sweep import sweep
@@ -89,19 +91,21 @@ def in_process(work: Callable[[], Any]) -> bool:
 
 
 def dies_at(step: int, work: Callable[[], Any], out: Path) -> bool:
-    """Run `work` in a process that is killed before it changes names in `out` once more than `step` times."""
+    """Run `work` in a process that is killed before it takes more than `step` steps: it changes names in `out`, or
+    trains."""
     left = itertools.count(step, -1)
 
     def dying(act: Callable[..., Any]) -> Callable[..., Any]:
-        def run(path: Path, *given: Any, **named: Any) -> Any:
-            if any(out in place.parents for place in (path, *given) if isinstance(place, Path)) and not next(left):
+        def run(owner: Any, *given: Any, **named: Any) -> Any:
+            in_out = any(out in place.parents for place in (owner, *given) if isinstance(place, Path))
+            if (in_out or isinstance(owner, Trainer)) and not next(left):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return act(path, *given, **named)
+            return act(owner, *given, **named)
 
         return run
 
     acts: dict[str, Any] = {name: dying(getattr(Path, name)) for name in ("mkdir", "replace", "unlink")}
-    with patch.multiple(Path, **acts):
+    with patch.multiple(Path, **acts), patch.object(Trainer, "training_step", dying(Trainer.training_step)):
         return not in_process(work)
 
 
@@ -113,6 +117,30 @@ def num_fusions_in(out: Path) -> int | None:
     assert same(tensors(out), tensors(out.parent / f"whole {count}"))
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
     return count
+
+
+def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
+    """A fusion that heals, killed at ten moments or more: what it leaves opens, and the same command ends it."""
+    given = settings | {"num_fusions": 1, "heal_tokens": 8192, "calibration": make_texts(400)}
+    whole, states = folder / "whole healed", list[str | None]()
+    assert in_process(partial(fuse_checkpoint, base, whole, **given))
+    known = {"fused": tensors(folder / "whole 1"), "healed": tensors(whole)}
+    for step in itertools.count(0, 4):
+        out = folder / f"healed {step}"
+        command = partial(fuse_checkpoint, base, out, **given)
+        is_killed = dies_at(step, command, out)
+        if any(out.glob(".lf_hf-saving/complete")):
+            assert in_process(partial(FusedLlamaForCausalLM.from_pretrained, out))  # which finishes the move
+        there = tensors(out) if (out / "config.json").exists() else {}
+        states.append(next((name for name, weights in known.items() if same(there, weights)), None))
+        assert states[-1] is not None or not there
+        if states[-1] != "healed" or (out / WORK).exists():  # else all that was left to do is to let go of the folder
+            assert in_process(command) and same(tensors(out), known["healed"])
+            assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+        if not is_killed:
+            break
+    assert len(states) > 10 and states == sorted(states, key=[None, "fused", "healed"].index)
+    assert states.count("fused") > 2  # while it trains
 
 
 def points_in(out: Path) -> list[dict[str, Any]]:
@@ -155,6 +183,8 @@ def main(folder: Path) -> None:
         model.save_pretrained(folder / f"whole {count}")
     together = folder / "together"
     fuse_at_once(partial(fuse, num_fusions=1, fused_dir=together), together)
+
+    heal_through_kills(base, folder, **settings)
 
     shards = {1: "1GB", 2: "20KB"}
     # Every how many steps the writing of 1 fusion in place of 2 is cut off, and how it is written.

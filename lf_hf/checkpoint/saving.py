@@ -35,6 +35,8 @@ WORK = ".lf_hf-healing"
 """In the folder of the result: what a healing that is not done goes on from."""
 LOGS = "runs"
 """In that folder, and in the result's: where the Trainer's loggers write."""
+SCRATCH = ".lf_hf-scratch"
+"""In the folder of the result: what a plan puts on a disk, as long as a run needs it."""
 _SAVING, _LOCK = ".lf_hf-saving", ".lf_hf-saving.lock"
 _TEMPLATES = "additional_chat_templates"  # the one folder of a checkpoint
 _COMPLETE = "complete"  # in _SAVING, once all files are in "new" beside it: names of those to remove, one a line

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lf_hf.checkpoint.identity import differences
-from lf_hf.checkpoint.saving import LOGS, WORK, changed_files, finish_save, locked_folder
+from lf_hf.checkpoint.saving import LOGS, SCRATCH, WORK, changed_files, finish_save, locked_folder
 from lf_hf.healing.teacher import is_written
 from lf_hf.report.report import FusionReport
 from lf_hf.runtime.errors import explained
@@ -77,6 +77,7 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
     def end() -> FusionReport:
         with locked_folder(folder, wait=True):
             _end(folder)
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         return FusionReport.load(folder)
 
     return compute_once(end)
