@@ -218,7 +218,8 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
 
 
 def trainings(_: dict[str, str]) -> list[Figures]:
-    """What trains, and its peak, on a large card, and on cards with no more than parts of what is planned for that."""
+    """What trains, and its peak, on a large card, and on cards with no more than parts of what is planned for that; at
+    the end adapters, by name, as here they take as much as the fused layers."""
     long: dict[str, Any] = {"num_hidden_layers": 9, "max_position_embeddings": 1024, "num_key_value_heads": 4}
     of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # one step of one sequence
     settings = of_one | {"text": make_texts(200), "device_map": "cuda"}
@@ -234,11 +235,13 @@ def trainings(_: dict[str, str]) -> list[Figures]:
         base = save_base(Path(scratch, "base"), tiny_model("llama", **long).bfloat16())
         fused = Path(scratch, "fused")
         fuse_checkpoint(base, fused, num_fusions=1, method="truncate", perplexity_tokens=128, speed=False)
-        for part in (1, 0.7, 0.52):
+        adapters = {"train": "lora", "lora_rank": 4}
+        for part, asked in (1, {}), (0.7, {}), (0.52, {}), (0.52, adapters):
             if found:
                 free = CONTEXT + int(part * found[0]["planned"])
+            given = settings | asked | {"max_memory": {0: free, "cpu": 4 << 30}}
             with CARDS.watch() as seen:
-                heal(fused, Path(scratch, f"{part}"), base=base, max_memory={0: free, "cpu": 4 << 30}, **settings)
+                heal(fused, Path(scratch, f"{len(found)}"), base=base, **given)
             CARDS.set_capacity(80 << 30)
             found[-1] |= {"peak": seen.peak}
     return found

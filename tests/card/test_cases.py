@@ -87,10 +87,11 @@ def test_a_plan_for_a_small_card_is_kept_where_more_is_out_of_memory(method: str
 
 
 def test_on_a_smaller_card_it_trains_with_fewer_activations_and_then_less_and_stays_in_the_plan(found: Found) -> None:
-    at_ease, smaller, small = found["trainings"]
+    at_ease, smaller, small, adapters = found["trainings"]
     assert at_ease["why"].startswith("all layers") and "checkpointing" not in at_ease["why"]
     assert smaller["why"].startswith("all layers") and "with gradient checkpointing" in smaller["why"]
     assert small["why"].startswith("the fused layers") and "with gradient checkpointing" in small["why"]
+    assert adapters["why"].startswith("adapters")
     for training in found["trainings"]:
         assert training["planned"] / 1.5 < training["peak"] <= training["planned"]
 
