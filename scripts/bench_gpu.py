@@ -64,7 +64,7 @@ from lf_hf.text.calibration import BUNDLED
 ROOT = Path(__file__).parent.parent
 LLAMA_3_8B = {"layers": 32, "hidden": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256}
 SMALL = {"layers": 5, "hidden": 32, "mlp": 64, "heads": 4, "kv_heads": 2, "vocab": 512, "positions": 32}
-SMALL_WORK = {"dtype": "float32", "tokens": 1024, "heal_tokens": 6144, "fusions": 1}
+SMALL_WORK = {"dtype": "float32", "tokens": 1024, "heal_tokens": 2048, "fusions": 1}
 # Operations a second in bfloat16, without sparsity, by a part of the device's name; the first that fits counts.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 PHASES = {"measure": "calibration text", "choose": "choosing", "make": "making", "heal": "healing"}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from conftest import make_texts, same, save_base, tensors
+from conftest import make_llama, make_texts, same, save_base, tensors
 from tqdm import tqdm
 from transformers import Trainer
 
@@ -121,7 +121,7 @@ def num_fusions_in(out: Path) -> int | None:
 
 def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
     """A fusion that heals, killed at ten moments or more: what it leaves opens, and the same command ends it."""
-    given = settings | {"num_fusions": 1, "heal_tokens": 8192, "calibration": make_texts(400)}
+    given = settings | {"num_fusions": 1, "heal_tokens": 4096, "calibration": make_texts(200)}
     whole, states = folder / "whole healed", list[str | None]()
     assert in_process(partial(fuse_checkpoint, base, whole, **given))
     known = {"fused": tensors(folder / "whole 1"), "healed": tensors(whole)}
@@ -172,7 +172,7 @@ def main(folder: Path) -> None:
     gc.freeze()  # what was imported stays, and takes long to look through
     # The usual lock of progress bars is shared with forked processes: one killed while it holds it stops them all.
     tqdm.set_lock(threading.RLock())
-    base = save_base(folder / "base")
+    base = save_base(folder / "base", make_llama(max_position_embeddings=32))
     # Nothing runs in this process but what makes no thread, as it forks.
     patch("lf_hf.evaluate.results.missing_plot_packages", lambda: "no pictures").start()
     evaluation.Evaluation = Answers  # type: ignore[misc, assignment]

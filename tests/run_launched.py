@@ -158,7 +158,7 @@ def main(folder: Path, given: str = "") -> None:
     if processes.rank == 1:  # ends while the other one sums; the launcher, which sees no failure, does not end that
         sys.argv[1:] = ["tasks"]
         runpy.run_module("lf_hf", run_name="__main__")
-    fuse(folder, "refit", folder / "of one")
+    lf_hf.fuse_checkpoint(folder / "base", folder / "of one", num_fusions=1, method="truncate", perplexity_tokens=0)
 
 
 if __name__ == "__main__":

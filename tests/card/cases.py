@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mka": AVERAGED,
     "truncate": {"perplexity_tokens": 128},
     "refit": FITTED,
-    "healed": FITTED | {"heal_tokens": 4096, "perplexity_tokens": 128},
+    "healed": FITTED | {"heal_tokens": 2048, "perplexity_tokens": 128},
 }
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]

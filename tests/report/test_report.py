@@ -368,7 +368,7 @@ sys.exit(any([main(shlex.split(line)) for line in sys.argv[1:]]))
 
 def test_its_commands_make_the_same_weights_in_another_process(base: str, tmp_path: Path) -> None:
     """In one that knows the base and the text alone; figures of a model that was healed twice are those before both."""
-    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(1200)))
+    (tmp_path / "text.txt").write_text("\n\n".join(make_texts(200)))
     text, fresh, commands = str(tmp_path / "text.txt"), tmp_path / "fresh", []
     base = str(shutil.copytree(base, fresh / "-rf"))
     given: dict[str, Any] = {"num_fusions": 2, "calibration": text, "perplexity_tokens": 256, "speed": False}
