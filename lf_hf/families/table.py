@@ -143,7 +143,7 @@ class Family:
         return [*self.attention.norms, *self.mlp.norms, *self.norms_of_heads]
 
     @property
-    def parameters(self) -> set[str]:
+    def parameter_names(self) -> set[str]:
         """Names of all parameters that a layer may have, as `unpacked` gives them."""
         names = {f"{norm}.weight" for norm in self.norms}
         for half in filter(None, (self.attention, self.linear, self.mlp)):

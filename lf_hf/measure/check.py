@@ -109,7 +109,7 @@ def _compared(decoder: Decoder) -> Iterator[tuple[str, Tensor, Tensor]]:
     embedded = text_model(decoder.model).embed_tokens(ids)
     yield "the embeddings", decoder.embed([ids])[0], decoder.family.first_states(decoder.config, embedded)
     for layer in text_model(decoder.model).layers:
-        if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameters:
+        if unknown := layer_weights(decoder, layer).keys() - decoder.family.parameter_names:
             yield f"a layer with {min(unknown)}", torch.zeros(1), torch.ones(1)
         with StateStore() as store:
             before = [states.clone()]
