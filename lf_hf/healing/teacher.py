@@ -1,8 +1,7 @@
 """The teacher: what a healing needs of the base, measured while the base is there.
 
 These are its final states of each token, after the norm, from which its head makes all of its predictions. They lie in
-one file, which is mapped into memory: sequences are read when they are used, and a healing that was cut short needs no
-base to go on.
+one file: sequences are read when they are used, and a healing that was cut short needs no base to go on.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -114,13 +114,36 @@ def open_teacher(folder: Path) -> Teacher:
     """What `write_teacher` wrote; sequences are read when they are used."""
     known, judged = _load(folder / _TEXT), _load(folder / _JUDGED.format(Processes.of_launch().rank))
     items: dict[str, Items] = {"training": {}, "held_out": {}}
-    hidden = known["hidden"]
-    sizes = [ids.numel() * hidden for *_, ids in known["parts"]]
-    states = torch.from_file(str(folder / _STATES), shared=False, size=sum(sizes), dtype=torch.bfloat16)  # mapped
-    for (part, kind, ids), of_part in zip(known["parts"], states.split(sizes), strict=True):
-        columns: dict[str, Any] = {"input_ids": ids, STATES: of_part.view(*ids.shape, hidden)}
+    start = 0
+    for part, kind, ids in known["parts"]:
+        states = _States(folder / _STATES, start, ids.shape, known["hidden"])
+        columns: dict[str, Any] = {"input_ids": ids, STATES: states}
         items[part][kind] = StackDataset(**columns)
+        start += ids.numel()
     return Teacher(**items, judged=[Judged(**text) for text in judged], head=known["head"])
+
+
+@dataclass(frozen=True)
+class _States(Dataset[Tensor]):
+    """Final states of sequences of a `shape` (sequences B, tokens T), which are `start` tokens on in a file.
+
+    Each is read when it is used: of a file that is mapped, all that was used would count as this process's memory.
+    """
+
+    file: Path
+    start: int
+    shape: torch.Size
+    hidden: int
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, number: int) -> Tensor:
+        length = self.shape[1]
+        a_token = self.hidden * torch.bfloat16.itemsize
+        offset = (self.start + number * length) * a_token
+        read = np.fromfile(self.file, np.uint8, length * a_token, offset=offset)
+        return torch.from_numpy(read).view(torch.bfloat16).view(length, self.hidden)
 
 
 def _write_states(file: BinaryIO, start: int, decoder: Decoder, ids: Tensor, numbers: Sequence[int]) -> None:
