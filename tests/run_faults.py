@@ -122,10 +122,10 @@ def num_fusions_in(out: Path) -> int | None:
 def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
     """A fusion that heals, killed at ten moments or more: what it leaves opens, and the same command ends it."""
     given = settings | {"num_fusions": 1, "heal_tokens": 4096, "calibration": make_texts(200)}
-    whole, states = folder / "whole healed", list[str | None]()
+    whole, states, resumed = folder / "whole healed", list[str | None](), False
     assert in_process(partial(fuse_checkpoint, base, whole, **given))
     known = {"fused": tensors(folder / "whole 1"), "healed": tensors(whole)}
-    for step in itertools.count(0, 4):
+    for step in itertools.count(2, 3):
         out = folder / f"healed {step}"
         command = partial(fuse_checkpoint, base, out, **given)
         is_killed = dies_at(step, command, out)
@@ -134,13 +134,14 @@ def heal_through_kills(base: str, folder: Path, **settings: Any) -> None:
         there = tensors(out) if (out / "config.json").exists() else {}
         states.append(next((name for name, weights in known.items() if same(there, weights)), None))
         assert states[-1] is not None or not there
+        resumed |= states[-1] == "fused" and any((out / WORK).glob("checkpoint-*"))
         if states[-1] != "healed" or (out / WORK).exists():  # else all that was left to do is to let go of the folder
             assert in_process(command) and same(tensors(out), known["healed"])
             assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
         if not is_killed:
             break
     assert len(states) > 10 and states == sorted(states, key=[None, "fused", "healed"].index)
-    assert states.count("fused") > 2  # while it trains
+    assert resumed  # from a state of the training
 
 
 def points_in(out: Path) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def main(folder: Path, given: str = "") -> None:
     for name in SETTINGS:
         say(name, processes.all_gather_object(fuse(folder, name, folder / name)))
     processes.all_gather_object(None)  # all is said, and nothing that the command prints falls into a line of it
-    if processes.rank == 1:  # ends while the other one sums; the launcher, which sees no failure, does not end that
+    if processes.rank == 1:  # ends while the other one goes on; the launcher, which sees no failure, does not end that
         sys.argv[1:] = ["tasks"]
         runpy.run_module("lf_hf", run_name="__main__")
     lf_hf.fuse_checkpoint(folder / "base", folder / "of one", num_fusions=1, method="truncate", perplexity_tokens=0)

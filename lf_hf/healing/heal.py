@@ -119,10 +119,8 @@ def _undisturbed() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        kind, count = "cpu", 0
-        if (card := accelerator()) is not None and card.type != "mps":  # whose state torch takes without a number
-            kind, count = card.type, torch.accelerator.device_count()
-        stack.enter_context(torch.random.fork_rng(range(count), device_type=kind))
+        kind = accelerator() or torch.device("cpu")
+        stack.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind.type))
         if not AcceleratorState._shared_state and Processes.of_launch().world_size == 1:
             stack.callback(AcceleratorState._reset_state)
         yield

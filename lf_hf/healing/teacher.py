@@ -106,8 +106,13 @@ def write_teacher(
 
 
 def is_written(folder: Path) -> bool:
-    """Whether a teacher is there, and whole."""
-    return (folder / _TEXT).is_file()
+    """Whether a teacher is there, and whole, also after the machine went down."""
+    text, states = folder / _TEXT, folder / _STATES
+    if not (text.is_file() and states.is_file()):
+        return False
+    known = _load(text)
+    tokens = sum(ids.numel() for *_, ids in known["parts"])
+    return states.stat().st_size == tokens * known["hidden"] * torch.bfloat16.itemsize
 
 
 def open_teacher(folder: Path) -> Teacher:

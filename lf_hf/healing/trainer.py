@@ -313,6 +313,7 @@ def training_arguments(
         raise ValueError(f"training_args must be a dict of TrainingArguments' fields, got {given!r:.80}.")
     every = max(1, math.ceil(settings.steps / EVALUATIONS))
     card = accelerator()
+    pins = card is not None and card.type != "mps"  # memory from which a card copies by itself
     own: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": settings.seed,
@@ -350,9 +351,9 @@ def training_arguments(
         "bf16": computes_bfloat16() and not given.get("fp16"),
         "disable_tqdm": True,
         "logging_steps": max(1, settings.steps // 50),
-        "dataloader_pin_memory": card is not None,
+        "dataloader_pin_memory": pins,
         # Where the host would wait for a card: for each batch, and to leave NaN out of the losses that are logged.
-        "accelerator_config": {"non_blocking": card is not None and card.type != "mps"},
+        "accelerator_config": {"non_blocking": pins},
         "logging_nan_inf_filter": False,
     }
     if refused := own.keys() & given.keys():

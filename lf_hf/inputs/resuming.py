@@ -77,10 +77,11 @@ def ended_healing(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> Fus
     def end() -> FusionReport:
         with locked_folder(folder, wait=True):
             _end(folder)
-            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         return FusionReport.load(folder)
 
-    return compute_once(end)
+    report = compute_once(end)
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of each machine
+    return report
 
 
 def _read(work: Path) -> dict[str, Any]:

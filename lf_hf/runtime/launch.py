@@ -21,8 +21,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long processes wait for one that works alone; a launcher ends them at once when that one has ended."""
 
-_ON_CPU = ("gloo", "mpi")  # backends that take tensors in the machine's memory; others take those of an accelerator
-
 
 class OtherProcessError(RuntimeError):
     """Another process of the launch raised an error, which it reports itself."""
@@ -70,7 +68,8 @@ class Processes:
 
     def _in_place(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
         if self.world_size > 1:
-            sent = tensor if distributed.get_backend() in _ON_CPU else tensor.to(accelerator())
+            takes = distributed.get_backend_config()  # by device: "cuda:nccl", or "cpu:gloo,cuda:gloo"
+            sent = tensor if f"{tensor.device.type}:" in takes else tensor.to(takes.partition(":")[0])
             _communicate(collective, sent, *arguments)
             tensor.copy_(sent)
 

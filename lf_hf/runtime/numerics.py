@@ -15,7 +15,7 @@ _SAMPLED = 1024  # values of a parameter in a digest
 
 
 def accelerator() -> torch.device | None:
-    """The kind of accelerator that is here; a torch that was built for one names it where there is none, too."""
+    """The kind of accelerator that is here, if there is one; torch by itself also names one that it was built for."""
     return torch.accelerator.current_accelerator(check_available=True)
 
 
@@ -76,7 +76,7 @@ def computes_bfloat16() -> bool:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     module = torch.get_device_module(card)
-    options = {"including_emulation": False} if card.type == "cuda" else {}
+    options = {"including_emulation": False} if card.type in ("cuda", "xpu") else {}
     return hasattr(module, "is_bf16_supported") and module.is_bf16_supported(**options)
 
 

@@ -219,7 +219,7 @@ def benchmark(_: dict[str, str]) -> list[Figures]:
 
 def trainings(_: dict[str, str]) -> list[Figures]:
     """What trains, and its peak, on a large card, and on cards with no more than parts of what is planned for that; at
-    the end adapters, by name, as here they take as much as the fused layers."""
+    the end adapters, which are asked for: here they take as much as the fused layers, so no plan chooses them."""
     long: dict[str, Any] = {"num_hidden_layers": 9, "max_position_embeddings": 1024, "num_key_value_heads": 4}
     of_one: dict[str, Any] = dict.fromkeys(("tokens", "length", "batch_tokens"), 1024)  # one step of one sequence
     settings = of_one | {"text": make_texts(200), "device_map": "cuda"}
